@@ -1,0 +1,37 @@
+"""Settings of the data pipeline: pydantic only, so that reading a config stays fast."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class SourceConfig(BaseModel):
+    """One source of raw text. Its documents are numbered in the sorted order of its files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: Literal["text", "jsonl", "parquet", "hf"]
+    """`text`: a file is a document. `jsonl`: a line is one (plain, .gz, .zst). `parquet`: a row is one. `hf`: a Hugging Face data set."""
+
+    paths: tuple[str, ...] = ()
+    """Files, folders or globs, local or any fsspec address; always read in sorted order. A folder means all files below it of this kind. For `hf`: the data set's name or folder."""
+
+    pattern: str | None = None
+    """`text`: which files of a folder to take, as a glob such as `*.py`; none takes `*.txt` and `*.md`."""
+
+    text_field: str = "text"
+    """Column or JSON key that holds the text."""
+
+    id_field: str | None = None
+    """Column or JSON key that names a document; none numbers them by file and position."""
+
+    split: str = "train"
+    """`hf`: which split."""
+
+    subset: str | None = None
+    """`hf`: configuration of the data set."""
+
+    streaming: bool = True
+    """`hf`: read while downloading instead of downloading first."""
