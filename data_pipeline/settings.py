@@ -16,10 +16,14 @@ class SourceConfig(BaseModel):
     """`text`: a file is a document. `jsonl`: a line is one (plain, .gz, .zst). `parquet`: a row is one. `hf`: a Hugging Face data set."""
 
     paths: tuple[str, ...] = ()
-    """Files, folders or globs, local or any fsspec address; always read in sorted order. A folder means all files below it of this kind. For `hf`: the data set's name or folder."""
+    """Files, folders or globs, local or any fsspec address; read in the order given, the files of each sorted by name. A folder
+    means all files below it of this kind. For `hf`: the data set's name or folder."""
 
     pattern: str | None = None
-    """`text`: which files of a folder to take, as a glob such as `*.py`; none takes `*.txt` and `*.md`."""
+    """Which files of a folder to take, as a glob such as `*.py`; none takes `*.txt` and `*.md`, `*.jsonl[.gz|.zst]` or `*.parquet`."""
+
+    exclude: tuple[str, ...] = ()
+    """Files and folders to leave out, as globs of a name or of the path below the folder: `site-packages`, `test_*.py`, `docs/old/*`."""
 
     text_field: str = "text"
     """Column or JSON key that holds the text."""

@@ -1,0 +1,1 @@
+"""The program: config, model, optimizer, training, checkpoints, report, command line."""

@@ -7,10 +7,12 @@ The sentence under a field is its `--help`, its description in the JSON schema, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from data_pipeline.settings import SourceConfig
 
@@ -244,8 +246,9 @@ class TrainConfig(Settings):
     compile: Annotated[OrAuto[bool], MayChange()] = Field(default=AUTO)
     """torch.compile of every block and the loss. `auto` is on for CUDA, and on a CPU for runs long enough to repay it, if there is a C++ compiler."""
 
-    attention: Annotated[OrAuto[Literal["sdpa", "varlen", "flash_attn"]], MayChange()] = Field(default=AUTO)
-    """Attention kernels: PyTorch's SDPA (everywhere), PyTorch's variable-length flash kernels, or the flash-attn package (both CUDA). `auto` takes the fastest that is there."""
+    attention: Annotated[OrAuto[Literal["sdpa", "blocked", "varlen", "flash_attn"]], MayChange()] = Field(default=AUTO)
+    """Attention kernels: PyTorch's SDPA (everywhere), `blocked` matrix products (fastest on a compiled CPU), PyTorch's variable-length flash
+    kernels, or the flash-attn package (both CUDA). `auto` takes the fastest that is there."""
 
 
 class EvalConfig(Settings):
@@ -295,3 +298,31 @@ class RunConfig(Settings):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+
+def walk(model: type[Settings] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting of the tree with its dotted key, in the order of this file."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from walk(field.annotation, f"{key}.")
+        else:
+            yield key, field
+
+
+def may_change() -> set[str]:
+    """Dotted keys of the settings that may differ when a run is resumed."""
+    return {key for key, field in walk() if any(isinstance(mark, MayChange) for mark in field.metadata)}
+
+
+def flatten(settings: Settings) -> dict[str, object]:
+    """{"model.n_layers": 12, ...}: every setting by its dotted key, as plain YAML values."""
+    tree = settings.model_dump(mode="json")
+    flat: dict[str, object] = {}
+    for key, _ in walk(type(settings)):
+        node: object = tree
+        for part in key.split("."):
+            assert isinstance(node, dict)
+            node = node[part]
+        flat[key] = node
+    return flat

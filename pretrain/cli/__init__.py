@@ -1,0 +1,35 @@
+"""`pretrain`: the command line. Imports nothing heavy at the top: `pretrain --help` must answer at once."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from data_pipeline.errors import DataError
+from pretrain.cli import config, data, run
+from pretrain.errors import UserError
+
+EXIT_WRONG_INPUT = 2
+
+app = typer.Typer(
+    name="pretrain",
+    help="Pretrain large language models from raw text, on anything from a laptop to a GPU cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+run.add_to(app)
+app.add_typer(data.app, name="data")
+app.add_typer(config.app, name="config")
+
+
+def main() -> None:
+    """Entry point: a wrong input is one line on stderr and exit code 2; anything else that fails keeps its traceback."""
+    try:
+        app()
+    except (UserError, DataError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(EXIT_WRONG_INPUT)

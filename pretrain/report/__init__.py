@@ -1,0 +1,1 @@
+"""What a run wrote down, and the page that shows it."""

@@ -1,0 +1,1 @@
+"""The training program: build, feed, step, record, validate, save, resume. Knows no sharding and no file format."""

@@ -1,0 +1,46 @@
+# What there is to do here. Each target sets up what it needs, and does it again only when something changed.
+
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check gpu-check benchmark clean
+
+help:  ## print this
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed  ## a virtual environment in .venv with the package in it
+
+demo: $(VENV)/.installed  ## raw text to trained model to report, in minutes
+	$(BIN)/pretrain demo
+
+test: check  ## lint, types, import contracts, tests
+	$(BIN)/pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+gpu-check: $(VENV)/.installed-dev  ## the checks and measurements that need a CUDA GPU; says so where there is none
+	$(BIN)/python -m benchmarks.gpu
+
+benchmark: $(VENV)/.installed-dev  ## our training step beside that of transformers
+	$(BIN)/python -m benchmarks.step
+
+clean:  ## remove the virtual environment, caches, runs and data
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache runs data
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,113 @@
+"""Which files a source means, in an order that is the same on every machine. Local paths and any fsspec address."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+import fsspec
+import xxhash
+
+from data_pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from data_pipeline.settings import SourceConfig
+
+FOLDER_PATTERNS = {"text": ("*.txt", "*.md"), "jsonl": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"), "parquet": ("*.parquet",)}
+"""Which files of a folder are read where `pattern` is not set."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a source."""
+
+    fs: fsspec.AbstractFileSystem
+    path: str
+    name: str
+    """Path below the folder given; the file's own name where a file was given."""
+    source: str
+    """The entry of `paths` that it was found under."""
+    size: int
+    """Bytes, compressed if the file is."""
+    start: int
+    """Bytes of the source's files before it."""
+
+
+def list_files(source: SourceConfig) -> list[SourceFile]:
+    """The files of a source in reading order: as `paths` gives them, those of one folder or glob sorted by name. Empty for `hf`.
+
+    Raises:
+        DataError: `paths` is empty, or one of its entries does not exist or matches no file.
+    """
+    if not source.paths:
+        raise DataError(f"data.sources: a source of kind {source.kind} has no paths; name its files, folders or globs")
+    files: list[SourceFile] = []
+    if source.kind == "hf":
+        return files
+    start = 0
+    for given in source.paths:
+        fs, sizes = _find(given, source)
+        for name in sorted(sizes):
+            path, size = sizes[name]
+            files.append(SourceFile(fs, path, name, given, size, start))
+            start += size
+    return files
+
+
+def listing(source: SourceConfig) -> str | None:
+    """What a source's files were when they were read: count, bytes, and a hash of their names and sizes. None for `hf`."""
+    if source.kind == "hf":
+        return None
+    files = list_files(source)
+    lines = "".join(f"{file.name}\t{file.size}\n" for file in files).encode("utf-8", "surrogatepass")
+    return f"{len(files)} files, {sum(file.size for file in files)} bytes, {xxhash.xxh3_64_hexdigest(lines)}"
+
+
+def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, dict[str, tuple[str, int]]]:
+    """What one entry of `paths` stands for: its file system and {name below the folder: (path, bytes)}."""
+    wanted: tuple[str, ...] = ("*",)
+    try:
+        fs, path = fsspec.core.url_to_fs(given)
+        if fs.isdir(path):
+            root, found = path, fs.find(path, detail=True)
+            wanted = (source.pattern,) if source.pattern else FOLDER_PATTERNS[source.kind]
+        elif any(sign in path for sign in "*?[") and not fs.exists(path):
+            root, found = _fixed_part(path), fs.glob(path, detail=True)
+        else:
+            root, found = str(PurePosixPath(path).parent), {path: fs.info(path)}
+    except FileNotFoundError:
+        raise DataError(f"data.sources: {given} does not exist") from None
+    except (OSError, ValueError, ImportError) as error:  # no permission or connection, unknown protocol, missing driver
+        raise DataError(f"data.sources: cannot read {given}: {error}") from error
+    sizes = {}
+    for file, info in found.items():
+        name = file.removeprefix(root.rstrip("/") + "/")
+        if info["type"] == "file" and _matches(name, wanted) and not _excluded(name, source.exclude):
+            sizes[name] = (file, int(info["size"] or 0))
+    if not sizes:
+        what = f"no file below {given} matches {', '.join(wanted)}" if wanted != ("*",) else f"no file matches {given}"
+        raise DataError(f"data.sources: {what}" + (f" (exclude: {', '.join(source.exclude)})" if source.exclude else ""))
+    return fs, sizes
+
+
+def _fixed_part(glob: str) -> str:
+    """The folder in front of a glob's first wildcard."""
+    parts = PurePosixPath(glob).parts
+    wild = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    return str(PurePosixPath(*parts[:wild])) if wild else ""
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], glob) for glob in globs)
+
+
+def _excluded(name: str, globs: tuple[str, ...]) -> bool:
+    """Whether a glob matches the name of the file or of a folder above it, or the path down to one of them."""
+    if not globs:
+        return False
+    parts = name.split("/")
+    candidates = {*parts, *("/".join(parts[: i + 1]) for i in range(len(parts)))}
+    return any(fnmatch.fnmatchcase(candidate, glob) for candidate in candidates for glob in globs)

@@ -1,0 +1,135 @@
+"""The manifest of a checkpoint: what the run was when it was saved, and the checksum of every file. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from pretrain.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+class Record(BaseModel):
+    """What the run knows besides its tensors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    step: int
+    """Optimizer steps done."""
+
+    samples: int
+    """Sequences consumed: the data position, all that resuming the data needs."""
+
+    config: dict[str, JsonValue]
+    """The full config of the run."""
+
+    dataset: str
+    """Hash of the data set's manifest."""
+
+    layout: dict[str, int]
+    """Ranks of each kind of parallelism, such as {"data": 1}. A checkpoint loads on any layout."""
+
+    rng: dict[str, dict[str, str]]
+    """Random states, see `pretrain.checkpoint.rng`, by the logical position of the rank that had them, such as "data=0"."""
+
+
+class FileSum(BaseModel):
+    """What a file must be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    size: int
+    """Bytes."""
+
+    xxh3: str
+    """XXH3, 64 bits, as 16 hexadecimal digits."""
+
+
+class Manifest(Record):
+    """A record with the files it belongs to, as `manifest.json` holds it."""
+
+    format: Literal[1] = 1
+    """Version of this layout."""
+
+    generation: str
+    """A uuid, new for each save: no two saves share it, not even of the same step."""
+
+    files: dict[str, FileSum]
+    """Every file of the checkpoint but `manifest.json`, by its name."""
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into `folder`, with a checksum of itself, and bring it to the disk."""
+    content = manifest.model_dump(mode="json")
+    with (folder / MANIFEST).open("x", encoding="utf-8") as file:
+        json.dump({**content, "checksum": _checksum(content)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint at `path`. Raises UserError where there is none or it is damaged."""
+    file = path / MANIFEST
+    try:
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        if content.pop("checksum", None) != _checksum(content):
+            raise ValueError("its own checksum does not match")
+        return Manifest.model_validate(content)
+    except FileNotFoundError:
+        raise UserError(f"{path} is no checkpoint: it has no {MANIFEST}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{file} cannot be read by this version: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+
+
+def verify(path: Path) -> list[str]:
+    """Compare every file of the checkpoint at `path` with its manifest, reading all of them.
+
+    Returns one line for each problem, and an empty list for a checkpoint that is whole. It runs no code of the checkpoint.
+    """
+    try:
+        manifest = read_manifest(path)
+    except UserError as error:
+        return [str(error)]
+    problems = [problem for name, expected in sorted(manifest.files.items()) if (problem := _problem(path / name, expected))]
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
+    extra = sorted(present - manifest.files.keys() - {MANIFEST})
+    return problems + [f"{path / name} does not belong to the checkpoint: its {MANIFEST} does not list it" for name in extra]
+
+
+def check_file(path: Path, name: str) -> None:
+    """Raise UserError unless the file `name` of the checkpoint at `path` is as the manifest says."""
+    expected = read_manifest(path).files.get(name)
+    problem = _problem(path / name, expected) if expected else f"{path / MANIFEST} does not list {name}"
+    if problem:
+        raise UserError(problem)
+
+
+def _problem(file: Path, expected: FileSum) -> str | None:
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != expected.size:
+                return f"{file} has {size} bytes instead of {expected.size}"
+            digest = hashlib.file_digest(stream, xxhash.xxh3_64).hexdigest()
+    except FileNotFoundError:
+        return f"{file} is missing"
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror}"
+    return None if digest == expected.xxh3 else f"{file} is damaged: its checksum is {digest} instead of {expected.xxh3}"
+
+
+def _checksum(content: dict[str, JsonValue]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_64_hexdigest(canonical.encode())

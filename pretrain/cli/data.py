@@ -1,0 +1,175 @@
+"""`pretrain data`: raw text -> tokenizer -> shards, and a look at what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from pretrain.cli.settings_help import CONFIG_HELP, DataCommand
+
+if TYPE_CHECKING:
+    from data_pipeline.inspect import Description, SplitDescription
+    from data_pipeline.prepared import Prepared
+    from data_pipeline.tokenize import OnProgress
+    from pretrain.config import DataConfig
+
+app = typer.Typer(help="Turn raw text into token shards, and look at them.", no_args_is_help=True)
+Words = Annotated[list[str], typer.Argument(metavar="[CONFIG] [key=value]...", help=CONFIG_HELP)]
+DataPath = Annotated[Path, typer.Argument(metavar="DATA", help="A prepared data set: the `data.path` of its config.")]
+
+BAR_WIDTH = 40
+
+
+@app.command(cls=DataCommand, no_args_is_help=True)
+def tokenizer(words: Words) -> None:
+    """Train a byte-level BPE on `data.sources` and write it to `data.path`."""
+    from data_pipeline.tokenize import build_tokenizer
+
+    data, console = _data_config(words), Console()
+    file = data.path / "tokenizer.json"
+    with show_progress(console) as progress:
+        made = build_tokenizer(file, data.sources, data.vocab_size, data.tokenizer_sample_mb, data.validation_fraction, progress)
+    console.print(f"{file}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}", highlight=False, soft_wrap=True)
+
+
+@app.command(cls=DataCommand, no_args_is_help=True)
+def prepare(words: Words) -> None:
+    """Turn `data.sources` into shards of tokens in `data.path`, with a tokenizer trained on them if there is none yet.
+
+    The same command again does nothing. A killed one leaves nothing that looks whole: run it again.
+    """
+    data, console = _data_config(words), Console()
+    tell_prepared(prepare_data(data, console), console)
+
+
+@app.command()
+def inspect(
+    path: DataPath,
+    samples: Annotated[int, typer.Option(min=0, help="Documents of each split to show.")] = 3,
+) -> None:
+    """Show what a prepared data set holds: documents, tokens, lengths, drops, samples."""
+    from data_pipeline.inspect import describe
+
+    draw(describe(path, samples), Console())
+
+
+@app.command()
+def verify(path: DataPath) -> None:
+    """Read every byte of a prepared data set and hold it against its checksums."""
+    from data_pipeline.verify import verify as check
+    from pretrain.errors import UserError
+
+    report = check(path)
+    if report.problems:
+        more = f" (and {len(report.problems) - 1} more)" if len(report.problems) > 1 else ""
+        raise UserError(f"{report.problems[0]}{more}; prepare the data again, or restore the files")
+    typer.echo(f"{path}: {report.shards} shards, {report.bytes_read / 1e6:.1f} MB, all as their manifests say")
+
+
+def prepare_data(data: DataConfig, console: Console) -> Prepared:
+    """`data_pipeline.prepare` with the settings of `data` and a progress bar."""
+    from data_pipeline.tokenize import prepare as run
+    from pretrain.config import AUTO
+
+    with show_progress(console) as progress:
+        return run(
+            path=data.path,
+            sources=data.sources,
+            tokenizer=None if data.tokenizer == AUTO else data.tokenizer,
+            vocab_size=data.vocab_size,
+            tokenizer_sample_mb=data.tokenizer_sample_mb,
+            validation_fraction=data.validation_fraction,
+            shard_tokens=data.shard_tokens,
+            progress=progress,
+        )
+
+
+def tell_prepared(prepared: Prepared, console: Console) -> None:
+    """One line a split."""
+    if prepared.already:
+        console.print(f"{prepared.path} is prepared already, with these very settings", highlight=False, soft_wrap=True)
+    for name, manifest in prepared.splits.items():
+        drops = "".join(f", {count:,} dropped ({reason})" for reason, count in manifest.dropped.items())
+        repairs = "".join(f", {count:,} repaired ({reason})" for reason, count in manifest.repaired.items())
+        console.print(
+            f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+            f"{manifest.text_bytes / manifest.tokens:.2f} bytes a token{drops}{repairs}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@contextmanager
+def show_progress(console: Console) -> Iterator[OnProgress]:
+    """A bar for each stage, with MB/s, tokens and time left. Without a terminal each stage is one line."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from data_pipeline.tokenize import Progress as Report
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(BAR_WIDTH),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[done]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, object] = {}
+
+        def show(report: Report) -> None:
+            done = f"{report.documents:,} documents" + (f", {report.tokens:,} tokens" if report.tokens else "")
+            if report.stage not in tasks:
+                for task in bars.tasks:  # a new stage: the one before is complete
+                    bars.update(task.id, total=task.completed, completed=task.completed)
+                tasks[report.stage] = bars.add_task(report.stage, total=report.total, done=done)
+                if not console.is_terminal:
+                    console.print(report.stage, highlight=False)
+            bars.update(tasks[report.stage], completed=report.read, done=done)  # type: ignore[arg-type]  # rich's TaskID
+
+        yield show
+
+
+def draw(description: Description, console: Console) -> None:
+    """A data set on the terminal."""
+    tokenizer = description.tokenizer
+    console.print(f"[bold]{description.path}[/]  tokenizer of {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint}", highlight=False)
+    for split in description.splits:
+        _draw_split(split, console)
+
+
+def _draw_split(split: SplitDescription, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    manifest = split.manifest
+    console.print(
+        f"\n[bold]{split.name}[/]  {manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} shards, "
+        f"{split.bytes_per_token:.2f} bytes a token",
+        highlight=False,
+    )
+    for what, counts in (("dropped", manifest.dropped), ("repaired", manifest.repaired)):
+        for reason, count in counts.items():
+            console.print(f"  {what}: {count:,} {reason}", highlight=False)
+    lengths = Table("tokens in a document", "documents", "", "tokens", box=None, padding=(0, 2), header_style="dim")
+    most = max(entry.documents for entry in split.lengths)
+    for entry in split.lengths:
+        bar = "█" * max(1, round(BAR_WIDTH * entry.documents / most))
+        lengths.add_row(f"{entry.low:,} to {entry.high - 1:,}", f"{entry.documents:,}", Text(bar, "cyan"), f"{entry.tokens:,}")
+    console.print(lengths)
+    for sample in split.samples:
+        console.print(f"\n[dim]document {sample.index}, tokens {sample.start:,} to {sample.stop - 1:,}[/]", highlight=False)
+        gap = Text("\n[...]\n", "dim") if sample.tail else Text()
+        console.print(Text.assemble(sample.head, gap, sample.tail), soft_wrap=True)
+
+
+def _data_config(words: list[str]) -> DataConfig:
+    from pretrain.config_loading import load_words
+
+    return load_words(words).config.data

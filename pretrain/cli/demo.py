@@ -1,0 +1,102 @@
+"""`pretrain demo`: the whole job on text that every machine has, told as it goes.
+
+Every part is the real one: the stop in the middle is a signal to this process, and what goes on afterwards comes from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sysconfig
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+
+from pretrain.cli.data import prepare_data, tell_prepared
+from pretrain.config import RunConfig
+from pretrain.config_loading import load
+from pretrain.report.records import StepRecord, ValidationRecord, read_events, read_metrics
+from pretrain.report.words import duration
+from pretrain.train.loop import Outcome
+from pretrain.train.run import train
+
+NOT_SOURCES = ("site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__")
+"""Folders of the standard library's directory that are not the library: installed packages, and tests full of odd encodings."""
+
+
+class StopAt:
+    """Hears every step, and sends this process SIGINT (what Ctrl-C sends) after one of them."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def log(self, record: StepRecord | ValidationRecord) -> None:
+        """Stop at the step."""
+        if isinstance(record, StepRecord) and record.step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def demo(directory: Path, console: Console) -> None:
+    """Text, tokenizer, shards, training, a stop, a resumption, validation, generated text, a report; each under its heading."""
+    began = time.monotonic()
+    config = demo_config(directory)
+    _chapter(
+        console, "Text -> tokenizer -> shards", f"the text: {config.data.sources[0].paths[0]}, the sources of Python's standard library"
+    )
+    tell_prepared(prepare_data(config.data, console), console)
+
+    half = config.train.steps // 2
+    _chapter(console, "Train", f"this run will be stopped by Ctrl-C's signal after step {half}, to show what happens then")
+    if train(config, console, [StopAt(half)]) is Outcome.STOPPED:
+        _chapter(console, "Resume", "the same command again: it finds the checkpoint and goes on")
+        train(config, console)
+
+    _chapter(console, "Result", "")
+    _tell_result(config, console)
+    console.print(f"\nThe whole demo took {duration(time.monotonic() - began)}. Try:", highlight=False)
+    console.print(f"  pretrain generate {config.run.dir} 'def main():'", highlight=False, soft_wrap=True)
+    console.print(f"  pretrain data inspect {config.data.path}", highlight=False, soft_wrap=True)
+
+
+def demo_config(directory: Path) -> RunConfig:
+    """`configs/demo.yaml` on this machine's standard library, in the first run directory below `directory` that is not finished."""
+    source = f"{{kind: text, paths: ['{sysconfig.get_paths()['stdlib']}'], pattern: '*.py', exclude: [{', '.join(NOT_SOURCES)}]}}"
+    words = [f"data.sources=[{source}]", f"data.path={directory / 'data'}", f"run.dir={_next_run(directory)}"]
+    return load("demo", words).config
+
+
+def _next_run(directory: Path) -> Path:
+    """run-1, run-2, ...: a finished run is kept, an unfinished one is resumed."""
+    number = 1
+    while any(event.kind == "finish" for event in read_events(directory / f"run-{number}" / "events.jsonl")):
+        number += 1
+    return directory / f"run-{number}"
+
+
+def _tell_result(config: RunConfig, console: Console) -> None:
+    """What the run's own records say."""
+    first, *_, last = read_metrics(config.run.dir / "metrics.jsonl").validations
+    console.print(
+        f"validation loss [bold]{first.val_loss:.3f} -> {last.val_loss:.3f}[/] ({last.val_loss / first.val_loss:.0%} of the first), "
+        f"perplexity {math.exp(first.val_loss):,.0f} -> [bold]{math.exp(last.val_loss):,.1f}[/]",
+        highlight=False,
+    )
+    for event in read_events(config.run.dir / "events.jsonl"):
+        if event.kind == "sample" and event.prompt is not None:
+            console.print(Rule(style="dim"))
+            console.print(Text.assemble((event.prompt, "bold"), event.text), soft_wrap=True)
+    console.print(Rule(style="dim"))
+    console.print(f"report: [bold]{config.run.dir / 'report.html'}[/]", highlight=False, soft_wrap=True)
+
+
+def _chapter(console: Console, title: str, subtitle: str) -> None:
+    console.print()
+    console.print(Rule(f"[bold]{title}[/]", align="left"))
+    if subtitle:
+        console.print(f"[dim]{subtitle}[/]", highlight=False, soft_wrap=True)

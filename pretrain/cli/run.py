@@ -1,0 +1,83 @@
+"""`pretrain train | generate | report | demo`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pretrain.cli.settings_help import CONFIG_HELP, SettingsCommand
+
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL: stopped early, and the same command goes on."""
+
+
+def train(words: Annotated[list[str], typer.Argument(metavar="[CONFIG] [key=value]...", help=CONFIG_HELP)]) -> None:
+    """Train a model. The same command with the same run directory goes on from its newest checkpoint.
+
+    Ctrl-C or SIGTERM finishes the step, saves, and exits with 75; a second Ctrl-C leaves at once.
+    """
+    from pretrain.config_loading import load_words
+    from pretrain.train.loop import Outcome
+    from pretrain.train.run import train as run
+
+    config = load_words(words).config
+    console = Console()
+    outcome = run(config, console)
+    console.print(f"[dim]report:[/] {config.run.dir / 'report.html'}", highlight=False, soft_wrap=True)
+    if outcome is Outcome.STOPPED:
+        raise typer.Exit(EXIT_STOPPED)
+
+
+def generate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory; its newest checkpoint is taken.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; empty starts a new document.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token; 1 samples as the model says.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this many likeliest tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample among the likeliest tokens that hold this much probability.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text with a trained model."""
+    import torch
+
+    from pretrain.train.sample import Sampling, continue_text, open_trained
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, _, path = open_trained(run_dir, device)
+    console = Console()
+    console.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
+    typer.secho(prompt, nl=False, bold=True)
+    for piece in continue_text(model, tokenizer, prompt, Sampling(max_new_tokens, temperature, top_k, top_p, seed)):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, of a finished run or one in progress.")]) -> None:
+    """Write report.html, one self-contained page: curves, events, config, samples."""
+    from pretrain.report.page import write_report
+
+    typer.echo(write_report(run_dir))
+
+
+def demo(
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Where the data and the runs go. A second demo finds the data there and trains anew.")
+    ] = Path("runs/demo"),
+) -> None:
+    """Raw text to trained model in minutes, on any machine: Python's own standard library is the text."""
+    from pretrain.cli.demo import demo as tell
+
+    tell(directory, Console())
+
+
+def add_to(app: typer.Typer) -> None:
+    """Hang the four commands into `pretrain`."""
+    app.command()(demo)
+    app.command(cls=SettingsCommand, no_args_is_help=True)(train)
+    app.command()(generate)
+    app.command()(report)

@@ -1,0 +1,48 @@
+"""`--help` that lists the settings: each with its default and the sentence under its field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
+
+CONFIG_HELP = "A YAML file or the name of a preset, then settings that win over it, such as `train.steps=100 model.preset=125m`."
+
+
+class SettingsCommand(TyperCommand):
+    """A command that takes a config: its help ends with every setting it may be given."""
+
+    sections: tuple[str, ...] | None = None
+    """Sections to list; None lists all."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # typer carries a private click: its types have no public name
+        """Typer's help, then the settings."""
+        super().format_help(ctx, formatter)
+        Console().print(settings_table(self.sections))
+
+
+class DataCommand(SettingsCommand):
+    """A command of `pretrain data`: it reads that section alone."""
+
+    sections = ("data",)
+
+
+def settings_table(sections: tuple[str, ...] | None) -> Table:
+    """Key, default and sentence of every setting of those sections."""
+    from pretrain.config import RunConfig, flatten, walk
+
+    defaults = flatten(RunConfig())
+    table = Table(
+        title="Settings, given as key=value", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for heading, width in (("key", None), ("default", 16), ("", None)):
+        table.add_column(heading, header_style="dim", overflow="fold", max_width=width)
+    for key, field in walk():
+        if sections is None or key.split(".")[0] in sections:
+            sentence = " ".join((field.description or "").split())
+            table.add_row(f"[cyan]{key}[/]", escape(str(defaults[key])), Text(sentence))
+    return table

@@ -1,0 +1,166 @@
+"""A YAML file plus `key=value` words -> a RunConfig, with the origin of every value. Reads files; imports no torch.
+
+Layers, each winning over the one before: the defaults in `config.py`, the model preset, the file, the words.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pretrain.config import RunConfig, walk
+from pretrain.errors import UserError
+
+Tree = dict[str, Any]  # YAML, before pydantic has seen it
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A validated config, and for each dotted key that was set the place that set it."""
+
+    config: RunConfig
+    origin: Mapping[str, str]
+
+
+def load(source: str | Path | None, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a config.
+
+    Args:
+        source: a YAML file, the name of a preset in `configs/` (without .yaml), or None for the defaults.
+        overrides: words such as `train.steps=100`; the value is YAML.
+
+    Raises:
+        UserError: unknown key (with the nearest known one), wrong type, value out of range, missing or unreadable file.
+    """
+    file_tree = {} if source is None else _read_yaml(_find(str(source), "configs"))
+    word_tree: Tree = {}
+    for word in overrides:
+        _put(word_tree, *_split(word))
+    preset = _get(word_tree, "model", "preset") or _get(file_tree, "model", "preset")
+    preset_tree: Tree = {} if preset is None else {"model": _read_yaml(_find(str(preset), "configs.models"))}
+    layers = [(f"preset {preset}", preset_tree), (str(source), file_tree), ("command line", word_tree)]
+    merged: Tree = {}
+    origin: dict[str, str] = {}
+    for name, tree in layers:
+        for key, value in _leaves(tree):
+            _put(merged, key, value)
+            origin[key] = name
+    return Loaded(validate(merged), origin)
+
+
+def load_words(words: Sequence[str]) -> Loaded:
+    """Read a command line: an optional config first, then `key=value` words."""
+    if words and "=" not in words[0]:
+        return load(words[0], words[1:])
+    return load(None, words)
+
+
+def validate(tree: Tree) -> RunConfig:
+    """The typed config of a plain tree; UserError in one line otherwise."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def dump(config: RunConfig) -> str:
+    """The whole config as YAML, in the order of `config.py`."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def presets(package: str = "configs") -> list[str]:
+    """Names that `load` and `model.preset` find without a path."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in resources.files(package).iterdir() if entry.name.endswith(".yaml"))
+
+
+def _find(name: str, package: str) -> Path:
+    """The file of that path, or the preset of that name in a package of YAML files."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = presets(package)
+    if name in known:
+        return Path(str(resources.files(package) / f"{name}.yaml"))
+    raise UserError(f"{name}: no such file, and no preset of that name; presets are {', '.join(known)}")
+
+
+def _read_yaml(path: Path) -> Tree:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds a {type(tree).__name__}; a config is a tree of sections such as `train:`")
+    return tree
+
+
+def _split(word: str) -> tuple[str, object]:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"`{word}` is not of the form key=value, such as train.steps=100")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: `{text}` is not a YAML value; quote it") from None
+
+
+def _put(tree: Tree, key: str, value: object) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{key}: `{section}` is a value, not a section")
+    tree[last] = value
+
+
+def _get(tree: Tree, section: str, key: str) -> object:
+    inner = tree.get(section)
+    return inner.get(key) if isinstance(inner, dict) else None
+
+
+def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first complaint, in the user's words; how many others there are."""
+    complaints: dict[str, str] = {}
+    for item in error.errors():
+        # `key.literal['auto']` and `key.int` are two complaints about the one key: the last says which type it takes.
+        parts = [str(part) for part in item["loc"]]
+        key = ".".join(part for part in parts if "[" not in part and part not in ("int", "float", "bool", "path", "str"))
+        if item["type"] == "extra_forbidden":
+            complaints[key] = f"{key} is not a setting; {_did_you_mean(key)}"
+        elif item["type"] == "value_error":
+            complaints[key] = item["msg"].removeprefix("Value error, ")
+        else:
+            complaints[key] = f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    first, *others = complaints.values()
+    return first + (f" (and {len(others)} more)" if others else "")
+
+
+def _did_you_mean(key: str) -> str:
+    keys = [known for known, _ in walk()]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not near:  # the right name in the wrong section
+        near = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    if near:
+        return f"did you mean {near[0]}?"
+    section = key.rpartition(".")[0]
+    siblings = sorted({known.split(".")[0] for known in keys} if not section else {k for k in keys if k.startswith(f"{section}.")})
+    return f"known are {', '.join(siblings)}" if siblings else "`pretrain config show` lists all"

@@ -1,0 +1,109 @@
+"""Variable-length attention kernels for CUDA, and the choice among all kernels. No kernel is imported before it is wanted.
+
+A kernel takes documents laid end to end and returns the same: q [X, H, K], k and v [X, G, K] with X = B*S tokens,
+`ends` int32 [N + 1] (0, then every document's end), an upper bound of their lengths, and the window.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
+
+# torch 2.11 has no such argument: there the flash kernel takes grouped heads as they come. Later versions want to be told.
+_varlen_attn: Callable[..., Tensor | tuple[Tensor, ...]] = (
+    partial(varlen_attn, enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else varlen_attn
+)
+
+
+def varlen(q_XHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, ends_N: Tensor, longest: int, window: int | None) -> Tensor:
+    """PyTorch's own variable-length flash attention (torch.nn.attention.varlen)."""
+    left = -1 if window is None else window - 1  # tokens to the left, without the query itself
+    return _output(_varlen_attn(q_XHK, k_XGK, v_XGK, ends_N, ends_N, longest, longest, window_size=(left, 0)))
+
+
+# Versions 3 and 4 are not all visible to the compiler, and a graph break per block costs microseconds.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+def flash_attn(q_XHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, ends_N: Tensor, longest: int, window: int | None) -> Tensor:
+    """The flash-attn package, in the newest version that runs on this GPU."""
+    version = flash_attn_version(q_XHK.device.index or 0)
+    if version is None:
+        raise ValueError("attention=flash_attn needs the flash-attn package, version 2, 3 or 4; install it or use attention=varlen")
+    unlimited = None if version == 4 else -1
+    out = _flash_attn_function(version)(
+        q_XHK,
+        k_XGK,
+        v_XGK,
+        cu_seqlens_q=ends_N,
+        cu_seqlens_k=ends_N,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        causal=True,
+        window_size=(unlimited, unlimited) if window is None else (window - 1, 0),
+    )
+    return _output(out)
+
+
+def _output(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The attention's output alone: flash-attn 4 and early releases of 3 return the log-sum-exp as well."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+VARIABLE_LENGTH: dict[str, VarlenKernel] = {"varlen": varlen, "flash_attn": flash_attn}
+"""Kernels that want the documents' ends; `sdpa` and `blocked` want rows, and are called by `attention`."""
+
+_FLASH_ATTN_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
+
+
+@cache
+def _flash_attn_function(version: int) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    function: Callable[..., Tensor | tuple[Tensor, ...]] = import_module(_FLASH_ATTN_MODULES[version]).flash_attn_varlen_func
+    return function
+
+
+@cache
+def flash_attn_version(device_index: int = 0) -> int | None:
+    """Which flash-attn package to use on that GPU: 3 on Hopper, 4 on Hopper and newer, 2 from Ampere on; None if there is none."""
+    generation = torch.cuda.get_device_capability(device_index)[0]
+    wanted = {8: (2,), 9: (3, 4, 2)}.get(generation, (4, 2) if generation > 9 else ())
+    return next((version for version in wanted if _importable(version)), None)
+
+
+def _importable(version: int) -> bool:
+    """Whether the package is there and loads: one built for another torch fails with an ImportError or OSError of its library."""
+    try:
+        if find_spec(_FLASH_ATTN_MODULES[version]) is None:
+            return False
+        _flash_attn_function(version)
+    except (ImportError, OSError, AttributeError):
+        return False
+    return True
+
+
+def available_backends(device: str, *, precision: str, compiled: bool, head_dim: int) -> dict[str, str]:
+    """The kernels that run such numbers (`bf16` or `fp32`) on this device (`cpu` or `cuda`), fastest first, with the reason."""
+    found = {}
+    generation = torch.cuda.get_device_capability()[0] if device == "cuda" else 0
+    if generation >= 8 and precision == "bf16" and head_dim <= 256 and head_dim % 8 == 0:
+        version = flash_attn_version()
+        if version in (3, 4):
+            found["flash_attn"] = f"the flash-attn package is there, in version {version}"
+        found["varlen"] = "PyTorch's flash kernels for packed documents do no masked work"
+        if version == 2:  # the kernel that PyTorch has built in, with a graph break
+            found["flash_attn"] = "the flash-attn package is there, in version 2"
+    if device == "cpu" and compiled:
+        found["blocked"] = "blocks of matrix products, compiled, beat PyTorch's CPU kernel"
+    return found | {"sdpa": "PyTorch's scaled_dot_product_attention runs everywhere"}
+
+
+def choose_backend(device: str, *, precision: str, compiled: bool, head_dim: int) -> tuple[str, str]:
+    """The fastest kernel for these numbers on this device, and the reason in a few words."""
+    return next(iter(available_backends(device, precision=precision, compiled=compiled, head_dim=head_dim).items()))

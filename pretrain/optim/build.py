@@ -1,0 +1,115 @@
+"""From named fp32 master weights to the optimizers that update them, with their state by canonical parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import AdamW, Muon, Optimizer
+
+from pretrain.config import OptimConfig
+from pretrain.optim.groups import Group, group_parameters
+
+OptimizerState = Mapping[str, Mapping[str, Tensor]]
+"""Parameter name -> slot (`step`, `exp_avg`, `exp_avg_sq`; `momentum_buffer`) -> tensor."""
+
+
+@dataclass(frozen=True)
+class Optimizers:
+    """One or two torch optimizers that step together. Their state is there before the first step: a checkpoint can be loaded into it."""
+
+    parts: tuple[Optimizer, ...]
+
+    def set_lr(self, scale: float) -> None:
+        """Give every group `scale` times its own peak learning rate."""
+        for optimizer in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = scale * group["peak_lr"]
+
+    def step(self) -> None:
+        """Update all parameters that have a gradient."""
+        for optimizer in self.parts:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.parts:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The live state: the very tensors that the next step reads and writes, in fp32. Writing into them loads it."""
+        return {name: dict(optimizer.state[parameter]) for optimizer, name, parameter in self._named()}
+
+    def load_state(self, state: OptimizerState) -> None:
+        """Copy `state` into the live one. Raises ValueError where names, slots, shapes or dtypes differ, before anything is copied."""
+        ours = _flat(self.state())
+        theirs = _flat(state)
+        differing = sorted(key for key in ours.keys() | theirs.keys() if _kind(ours.get(key)) != _kind(theirs.get(key)))
+        if differing:
+            raise ValueError(f"the optimizer state does not fit: {len(differing)} of {len(ours)} tensors differ, such as {differing[0]}")
+        for key, tensor in ours.items():
+            tensor.copy_(theirs[key])
+
+    def _named(self) -> Iterator[tuple[Optimizer, str, Tensor]]:
+        for optimizer in self.parts:
+            for group in optimizer.param_groups:
+                for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                    yield optimizer, name, parameter
+
+
+def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig) -> Optimizers:
+    """The optimizers of `config.kind`, at the peak learning rate until `set_lr` is called.
+
+    AdamW is torch's fused kernel, on CPU and CUDA. Muon is torch's, with Nesterov momentum and five Newton-Schulz steps in bf16, for
+    the matrices of the blocks (https://kellerjordan.github.io/posts/muon/). It multiplies the learning rate by sqrt(max(1, rows /
+    columns)), for which `muon_lr` near 0.02 is the known good value at any width; weight decay uses the learning rate before that.
+    A parameter without gradient keeps its value and its state, step counter included.
+    """
+    groups = group_parameters(named_parameters)
+    by_muon = [group for group in groups if config.kind == "muon" and group.name == "matrices"]
+    by_adamw = [group for group in groups if group not in by_muon]
+    parts: list[Optimizer] = []
+    if by_adamw:
+        parts.append(AdamW(_torch_groups(by_adamw, config.lr, config.weight_decay), betas=config.betas, eps=config.eps, fused=True))
+    if by_muon:
+        torch_groups = _torch_groups(by_muon, config.muon_lr, config.weight_decay)
+        parts.append(Muon(torch_groups, momentum=config.muon_momentum, nesterov=True, adjust_lr_fn="original"))
+    for optimizer in parts:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter] = _fresh_state(optimizer, parameter)
+    return Optimizers(tuple(parts))
+
+
+def _torch_groups(groups: list[Group], peak_lr: float, weight_decay: float) -> list[dict[str, object]]:
+    return [
+        {
+            "params": list(group.parameters.items()),
+            "lr": peak_lr,
+            "peak_lr": peak_lr,
+            "weight_decay": weight_decay if group.decays else 0.0,
+        }
+        for group in groups
+    ]
+
+
+def _fresh_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What torch itself would make at the first step; the fused AdamW wants its step counter in fp32 beside the parameter."""
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def _flat(state: OptimizerState) -> dict[str, Tensor]:
+    return {f"{name}.{slot}": tensor for name, slots in state.items() for slot, tensor in slots.items()}
+
+
+def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype)

@@ -1,0 +1,221 @@
+"""The report of a run: one HTML file that needs nothing else, neither network nor fonts.
+
+About 2 MB: Plotly's own script is 4.8 MB, and travels compressed; the browser unpacks it (DecompressionStream, in all since 2023).
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from string import Template
+
+from plotly.io.json import to_json_plotly
+from plotly.offline import get_plotlyjs
+
+from pretrain.config import RunConfig, flatten
+from pretrain.report.charts import MAX_POINTS, charts, themes
+from pretrain.report.records import Event, Metrics, read_config, read_events, read_metrics, write_whole
+from pretrain.report.words import amount, decimal, duration
+
+SECTIONS = {
+    "loss": "Loss",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm, before clipping",
+    "tokens_per_s": "Tokens per second",
+}
+STATES = {"finish": "finished", "stop": "stopped", "start": "not finished", "resume": "not finished"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run directory says."""
+
+    name: str
+    config: RunConfig
+    metrics: Metrics
+    events: list[Event]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run directory, of a finished run or one still going, and return its path.
+
+    UserError: the directory holds no `config.yaml`, or a file in it cannot be read.
+    """
+    run = Run(
+        run_dir.resolve().name,
+        read_config(run_dir / "config.yaml"),
+        read_metrics(run_dir / "metrics.jsonl"),
+        read_events(run_dir / "events.jsonl"),
+    )
+    report = run_dir / "report.html"
+    write_whole(report, _page(run))
+    return report
+
+
+def _page(run: Run) -> str:
+    assets = files("pretrain.report")
+    figures = {name: figure.to_plotly_json() for name, figure in charts(run.metrics, run.events).items()}
+    return Template(assets.joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        css=assets.joinpath("page.css").read_text(encoding="utf-8"),
+        js=assets.joinpath("page.js").read_text(encoding="utf-8"),
+        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
+        figures=_script_json({"charts": figures, "themes": themes()}),
+        title=_text(run.name),
+        state=_text(_state(run.events)),
+        subtitle=_text(_subtitle(run)),
+        tiles="".join(_tile(*tile) for tile in _tiles(run)),
+        notices="".join(f'<p class="notice">{_text(notice)}</p>' for notice in _notices(run)),
+        charts="".join(_chart(name, title) for name, title in SECTIONS.items()),
+        remarks=_text(_remarks(run)),
+        samples=_samples(run.events),
+        events=_events(run.events),
+        config=_config(run.config),
+        written=_when(datetime.now(tz=UTC).timestamp()),
+    )
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The figures a reader looks for first: name, value, a remark."""
+    steps, validations = run.metrics.steps, run.metrics.validations
+    model = run.config.model
+    parameters = next((event.parameters for event in reversed(run.events) if event.parameters), None)
+    shape = f"{model.n_layers} layers, width {model.d_model:,}"
+    tiles = [("Parameters", amount(parameters), shape) if parameters else ("Model", shape, "")]
+    if steps:
+        tiles.append(("Tokens", amount(steps[-1].tokens), f"{steps[-1].step:,} of {run.config.train.steps:,} steps"))
+    if validations:
+        last = validations[-1]
+        first = f"from {decimal(validations[0].val_loss)}, " if len(validations) > 1 else ""
+        tiles.append(("Validation loss", decimal(last.val_loss), f"{first}perplexity {decimal(last.val_perplexity, 2)}"))
+    if steps:
+        tiles.append(("Training time", duration(_seconds_at_work(run)), _attempts(run.events)))
+        speed = statistics.median(record.tokens_per_s for record in steps)
+        shares = [record.mfu for record in steps if record.mfu is not None]
+        tiles.append(("Speed", f"{speed:,.0f} tokens/s", f"MFU {statistics.median(shares):.1%} (medians)" if shares else "median"))
+    return tiles
+
+
+def _seconds_at_work(run: Run) -> float:
+    """From the start to the last sign of life of every attempt, without the time between attempts."""
+    signs = [(event.time, event.kind in {"start", "resume"}) for event in run.events if event.kind != "settings"]
+    signs += [(record.time, False) for record in run.metrics.steps] + [(record.time, False) for record in run.metrics.validations]
+    signs.sort()
+    return sum(later - earlier for (earlier, _), (later, begins) in pairwise(signs) if not begins)
+
+
+def _attempts(events: Sequence[Event]) -> str:
+    resumes = sum(event.kind == "resume" for event in events)
+    return "in one go" if resumes == 0 else f"resumed {'once' if resumes == 1 else f'{resumes} times'}"
+
+
+def _state(events: Sequence[Event]) -> str:
+    return next((STATES[event.kind] for event in reversed(events) if event.kind in STATES), "not started")
+
+
+def _subtitle(run: Run) -> str:
+    model, train, optim = run.config.model, run.config.train, run.config.optim
+    device = next((event.device for event in reversed(run.events) if event.device), None)
+    parts = [
+        f"{model.n_heads} heads over {model.n_kv_heads} key/value heads",
+        f"vocabulary {model.vocab_size:,}",
+        f"{train.batch_size} × {run.config.data.seq_len:,} tokens a step",
+        f"{'Muon' if optim.kind == 'muon' else 'AdamW'}, {optim.schedule} schedule",
+        train.precision if device is None else f"{train.precision} on {device}",
+    ]
+    return " · ".join(parts)
+
+
+def _notices(run: Run) -> list[str]:
+    notices = []
+    if not run.metrics.steps:
+        notices.append("No step has been recorded yet.")
+    bad = [record.step for record in run.metrics.steps if not math.isfinite(record.loss)]
+    if bad:
+        notices.append(
+            f"The loss of {len(bad):,} step{'s' * (len(bad) > 1)} was not finite, first at step {bad[0]:,}: the curves have gaps there."
+        )
+    return notices
+
+
+def _remarks(run: Run) -> str:
+    """What the curves leave out, and what MFU means here."""
+    remarks = ["Drag over a chart to zoom in, double-click to see all again."]
+    if len(run.metrics.steps) > MAX_POINTS:
+        remarks.append(f"Curves show {MAX_POINTS:,} of the {len(run.metrics.steps):,} steps: the lowest and the highest of every stretch.")
+    statement = next((event.mfu_statement for event in reversed(run.events) if event.mfu_statement), None)
+    return " ".join([*remarks, f"{statement}."] if statement else remarks)
+
+
+def _chart(name: str, title: str) -> str:
+    plot = f'<div class="chart" id="chart-{name}" role="img" aria-label="{title} over the steps"></div>'
+    return f'<section class="card" id="{name}"><h2>{title}</h2>{plot}</section>'
+
+
+def _samples(events: Sequence[Event]) -> str:
+    samples = [event for event in events if event.kind == "sample"]
+    if not samples:
+        return ""
+    figures = "".join(f'<pre class="sample"><b>{_text(s.prompt or "")}</b>{_text(s.text)}</pre>' for s in samples)
+    return f'<section class="card" id="samples"><h2>What it writes</h2><p class="note">The prompt is bold.</p>{figures}</section>'
+
+
+def _events(events: Sequence[Event]) -> str:
+    told = [event for event in events if event.kind != "sample"]
+    if not told:
+        return ""
+    began = told[0].time
+    rows = "".join(
+        f'<tr><td class="number">{"" if e.step is None else f"{e.step:,}"}</td><td><span class="kind {_text(e.kind)}">'
+        f'{_text(e.kind.replace("_", " "))}</span></td><td>{_text(e.text)}</td><td class="number" title="{_when(e.time)}">'
+        f"{duration(e.time - began)}</td></tr>"
+        for e in told
+    )
+    head = '<tr><th class="number">Step</th><th>Event</th><th></th><th class="number">After</th></tr>'
+    return (
+        f'<section class="card" id="events"><h2>Events</h2><p class="note">Since {_when(began)}.</p>'
+        f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div></section>'
+    )
+
+
+def _config(config: RunConfig) -> str:
+    """Sections that open and close; what differs from the defaults is bold."""
+    defaults = flatten(RunConfig())
+    sections: dict[str, list[str]] = {}
+    for key, value in flatten(config).items():
+        section, _, name = key.partition(".")
+        changed = ' class="changed"' if value != defaults[key] else ""
+        word = json.dumps(value, ensure_ascii=False) if isinstance(value, list | bool) or value is None else str(value)
+        sections.setdefault(section, []).append(f"<dt{changed}>{_text(name)}</dt><dd{changed}>{_text(word)}</dd>")
+    trees = "".join(f"<details><summary>{name}</summary><dl>{''.join(rows)}</dl></details>" for name, rows in sections.items())
+    return (
+        f'<section class="card" id="config"><h2>Settings</h2><p class="note">What differs from the defaults is bold.</p>{trees}</section>'
+    )
+
+
+def _tile(name: str, value: str, remark: str) -> str:
+    rows = (("name", name), ("value", value), ("remark", remark))
+    lines = "".join(f'<div class="{kind}">{_text(text)}</div>' for kind, text in rows)
+    return f'<div class="tile">{lines}</div>'
+
+
+def _when(unix: float) -> str:
+    return datetime.fromtimestamp(unix, tz=UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _text(text: str) -> str:
+    return html.escape(text)
+
+
+def _script_json(data: object) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return str(to_json_plotly(data)).replace("<", "\\u003c")

@@ -1,0 +1,175 @@
+"""What a person sees while a run trains: a live panel on a terminal, plain lines everywhere else (CI, Slurm logs, files)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pretrain.report.records import Event, StepRecord, ValidationRecord
+from pretrain.report.words import decimal, duration
+from pretrain.train.metrics import Pace
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+QUIET_EVENTS = {"save", "settings"}
+
+
+class Display:
+    """Progress of one attempt. Use it as a context: `with Display(1000) as display: display.step(record, meter.pace())`."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        console: Console | None = None,
+        mfu_statement: str | None = None,
+        every_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Show nothing yet.
+
+        total_steps: of the whole run; a resumed one goes on from the step of its first record. mfu_statement: said once, at the start.
+        every_s: seconds between the plain lines of steps where there is no terminal.
+        """
+        self._total = total_steps
+        self._console = console or Console()
+        self._mfu_statement = mfu_statement
+        self._every_s = every_s
+        self._clock = clock
+        self._last_line: float | None = None
+        self._step: StepRecord | None = None
+        self._pace: Pace | None = None
+        self._validation: ValidationRecord | None = None
+        self._curve = Sparkline()
+        self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+
+    def __enter__(self) -> Display:
+        if self._mfu_statement:
+            self._say(Text(self._mfu_statement, style="dim"))
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def step(self, record: StepRecord, pace: Pace | None = None) -> None:
+        """Show a finished step. The pace, where there is one, replaces the single step's tokens/s and MFU and adds the time left."""
+        self._step, self._pace = record, pace
+        self._curve.add(record.loss)
+        now = self._clock()
+        due = self._last_line is None or now - self._last_line >= self._every_s or record.step == self._total
+        if self._live is None and due:
+            self._last_line = now
+            self._say(Text(plain_line(record, pace, self._total)))
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Show a validation; the panel keeps the newest."""
+        self._validation = record
+        line = f"validation after step {record.step}: loss {decimal(record.val_loss)}, perplexity {decimal(record.val_perplexity, 2)}"
+        self._say(Text(line, style="bold"))
+
+    def event(self, event: Event) -> None:
+        """Show what happened, above the panel."""
+        head = event.kind.replace("_", " ") + ("" if event.step is None else f" at step {event.step}")
+        style = "dim" if event.kind in QUIET_EVENTS else "yellow" if event.kind in {"stop", "skip_checkpoint"} else "cyan"
+        body = event.text if event.prompt is None else event.prompt + event.text
+        self._say(Text.assemble((head, style), ": ", body))
+
+    def _say(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=self._live is None, highlight=False)
+
+    def _panel(self) -> RenderableType:
+        """The live part: the bar, the numbers under their names, the curve."""
+        if self._step is None:
+            return Text("the first step is on its way", style="dim")
+        done = self._step.step
+        bar = Table.grid(padding=(0, 2))
+        bar.add_column(ratio=1)
+        bar.add_row(
+            ProgressBar(total=self._total, completed=done, complete_style="cyan", finished_style="green"),
+            Text(f"step {done} of {self._total}", style="bold"),
+            Text(f"{duration(self._pace.seconds_left)} left" if self._pace and done < self._total else "", style="dim"),
+        )
+        bar.expand = True
+        curve = Text.assemble((self._curve.draw(min(60, self._console.width - 20)), "cyan"), ("  training loss", "dim"))
+        return Padding(Group(bar, _numbers(self._step, self._pace, self._validation), curve), (1, 0, 0, 0))
+
+
+def plain_line(record: StepRecord, pace: Pace | None, total_steps: int) -> str:
+    """One step as one line of a log."""
+    parts = [
+        f"step {record.step}/{total_steps}",
+        f"loss {decimal(record.loss, 4)}",
+        f"lr {record.lr:.2e}",
+        f"grad norm {decimal(record.grad_norm, 2)}",
+        f"{(pace or record).tokens_per_s:,.0f} tokens/s",
+    ]
+    mfu = (pace or record).mfu
+    if mfu is not None:
+        parts.append(f"MFU {mfu:.1%}")
+    if pace and record.step < total_steps:
+        parts.append(f"{duration(pace.seconds_left)} left")
+    return "  ".join(parts)
+
+
+def _numbers(record: StepRecord, pace: Pace | None, validation: ValidationRecord | None) -> Table:
+    """Names above, values below."""
+    cells = {"loss": decimal(record.loss)}
+    if validation is not None:
+        cells["validation"] = decimal(validation.val_loss)
+    cells |= {
+        "learning rate": f"{record.lr:.2e}",
+        "grad norm": decimal(record.grad_norm, 2),
+        "tokens/s": f"{(pace or record).tokens_per_s:,.0f}",
+    }
+    mfu = (pace or record).mfu
+    if mfu is not None:
+        cells["MFU"] = f"{mfu:.1%}"
+    table = Table.grid(padding=(0, 4, 0, 0))
+    table.add_row(*(Text(name, style="dim") for name in cells))
+    table.add_row(*(Text(value, style="bold") for value in cells.values()))
+    return table
+
+
+class Sparkline:
+    """A curve of any length in one line of text. It keeps at most `capacity` means, each of equally many values."""
+
+    def __init__(self, capacity: int = 512) -> None:
+        self._capacity = capacity
+        self._means: list[float] = []
+        self._per_mean = 1
+        self._open: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Append a value; one that is not finite is left out of the curve."""
+        if not math.isfinite(value):
+            return
+        self._open.append(value)
+        if len(self._open) == self._per_mean:
+            self._means.append(sum(self._open) / len(self._open))
+            self._open = []
+        if len(self._means) == self._capacity:
+            self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._per_mean *= 2
+
+    def draw(self, width: int) -> str:
+        """At most `width` block characters from the lowest to the highest value."""
+        if not self._means:
+            return ""
+        columns = min(max(1, width), len(self._means))
+        edges = [len(self._means) * i // columns for i in range(columns + 1)]
+        heights = [sum(self._means[a:b]) / (b - a) for a, b in pairwise(edges)]
+        low, high = min(heights), max(heights)
+        top = len(BLOCKS) - 1
+        return "".join(BLOCKS[round((h - low) / (high - low) * top) if high > low else top // 2] for h in heights)

@@ -1,0 +1,167 @@
+"""The training loop: batch, step, record, validate, save. Knows an engine, not which; a loader, not its files."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from data_pipeline.loader import Loader, prefetch
+from data_pipeline.packing import Batch
+from parallel.engine import Engine, StepResult
+from pretrain.checkpoint import directory, rng, store
+from pretrain.checkpoint.record import Record
+from pretrain.config import RunConfig
+from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
+from pretrain.train.display import Display
+from pretrain.train.feed import microbatches
+from pretrain.train.loggers import Logger
+from pretrain.train.metrics import Event, Meter, RecordFile, StepRecord, ValidationRecord
+from pretrain.train.rundir import RunDirectory
+from pretrain.train.stop import StopRequest
+
+RANK = "data=0"
+"""Logical position of the one process there is, under which its random state is kept."""
+
+
+class Outcome(enum.Enum):
+    """How an attempt ended: all steps done, or stopped on request with everything saved."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+
+
+class Diverged(Exception):
+    """A loss or gradient stopped being finite. The weights are those of the step before."""
+
+
+@dataclass
+class Books:
+    """Everyone who hears of the run: the two record files, the display, the loggers."""
+
+    metrics: RecordFile
+    events: RecordFile
+    display: Display
+    attempt: int
+    loggers: Sequence[Logger] = field(default=())
+
+    def event(self, kind: str, text: str, step: int | None = None, **more: str | int | None) -> None:
+        """Tell that something happened."""
+        event = Event.model_validate({"time": time.time(), "kind": kind, "text": text, "step": step, **more})
+        self.events.append(event)
+        self.display.event(event)
+
+    def log(self, record: StepRecord | ValidationRecord) -> None:
+        """Pass a record to the file and the loggers; the display is told by the loop, which knows the pace."""
+        self.metrics.append(record)
+        for logger in self.loggers:
+            logger.log(record)
+
+
+@dataclass
+class Loop:
+    """One attempt at a run. `run(step)` goes on after that many steps."""
+
+    config: RunConfig
+    engine: Engine
+    train: Loader
+    validation: Loader | None
+    run_dir: RunDirectory
+    books: Books
+    meter: Meter
+    stop: StopRequest
+
+    def run(self, step: int) -> Outcome:
+        """Train from `step` steps done to `train.steps`, or until somebody asks to stop."""
+        steps = self.config.train.steps
+        if step == 0:
+            self._validate(step)
+        for batch in self._batches(step):
+            step += 1
+            self._train(step, batch)
+            stopping = bool(self.stop) and step < steps
+            if step % self.config.eval.every == 0 or step == steps:
+                self._validate(step)
+            if step % self.config.checkpoint.every == 0 or step == steps or stopping:
+                self._save(step)
+            if stopping:
+                self.books.event("stop", f"{self.stop.name} received; the same command goes on from here", step)
+                return Outcome.STOPPED
+        return Outcome.FINISHED
+
+    def _batches(self, step: int) -> Iterator[Batch]:
+        """The global batches after `step`, each read while the one before is trained on."""
+        train = self.config.train
+        slices = ((samples_before(s, train), batch_size_at(s, train)) for s in range(step + 1, train.steps + 1))
+        return prefetch(self.train, slices)
+
+    def _train(self, step: int, batch: Batch) -> None:
+        config = self.config
+        scale = lr_scale(step, config.train.steps, config.optim)
+        device = torch.device(config.train.device)
+        result = self.engine.train_step(list(microbatches(batch, config.train.micro_batch_size, device)), scale)
+        samples = samples_before(step + 1, config.train)
+        speed = self.meter.step(batch.input_ids.size)
+        record = StepRecord(
+            step=step,
+            samples=samples,
+            tokens=samples * config.data.seq_len,
+            loss=result.loss,
+            z_loss=result.z_loss if config.train.z_loss else None,
+            lr=scale * config.optim.lr,
+            grad_norm=result.grad_norm,
+            tokens_per_s=speed.tokens_per_s,
+            step_s=speed.step_s,
+            mfu=speed.mfu,
+            time=time.time(),
+            attempt=self.books.attempt,
+        )
+        self.books.log(record)
+        self.books.display.step(record, self.meter.pace())
+        if not result.is_finite:
+            self._diverged(step, result)
+
+    def _diverged(self, step: int, result: StepResult) -> None:
+        text = f"loss {result.loss} and gradient norm {result.grad_norm} at step {step}"
+        self.books.event("stop", text, step)
+        optim = self.config.optim
+        raise Diverged(
+            f"{text}: the run diverged, and this step was not taken. In another run.dir, lower optim.lr={optim.lr}, lengthen "
+            f"optim.warmup={optim.warmup} or set train.z_loss=1e-4"
+        )
+
+    def _validate(self, step: int) -> None:
+        """Mean loss over the first batches of the held-out split, the same ones each time."""
+        if self.validation is None:
+            return
+        config = self.config
+        n_sequences = min(config.eval.batches * config.train.batch_size, self.validation.n_sequences)
+        device = torch.device(config.train.device)
+        total, targets = 0.0, 0
+        with self.meter.paused():
+            for microbatch in microbatches(self.validation.sequential(0, n_sequences), config.train.micro_batch_size, device):
+                loss, n_targets = self.engine.eval_step(microbatch)
+                total, targets = total + loss, targets + n_targets
+            record = ValidationRecord(step=step, val_loss=total / targets, val_tokens=targets, time=time.time())
+            self.books.log(record)
+            self.books.display.validation(record)
+
+    def _save(self, step: int) -> None:
+        config = self.config
+        with self.meter.paused():
+            began = time.perf_counter()
+            record = Record(
+                step=step,
+                samples=samples_before(step + 1, config.train),
+                config=config.model_dump(mode="json"),
+                dataset=self.train.fingerprint,
+                layout={"data": 1},
+                rng={RANK: rng.capture()},
+            )
+            path = store.save(self.run_dir.checkpoints, self.engine.state(), record)
+            directory.retain(self.run_dir.checkpoints, config.checkpoint.keep)
+            size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+            self.books.event("save", f"{path.name}, {size:.0f} MB in {time.perf_counter() - began:.1f} s", step)

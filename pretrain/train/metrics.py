@@ -1,0 +1,153 @@
+"""The run's books: appending to its two record files, cutting them back on resume, and the clock behind tokens/s and MFU."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from pretrain.hardware import Accelerator
+from pretrain.report.records import Event, Record, StepRecord, ValidationRecord, step_of_line, whole_lines, write_whole
+
+__all__ = ["Event", "Meter", "Pace", "RecordFile", "Speed", "StepRecord", "ValidationRecord", "mfu_statement", "truncate_after"]
+
+
+class RecordFile:
+    """A record file opened for appending. Every record reaches the operating system as one line, at once."""
+
+    def __init__(self, path: Path) -> None:
+        _cut_torn_line(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def append(self, record: Record) -> None:
+        """Write one record."""
+        self._file.write(record.line())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the records of later steps than `step`, so that a run resumed from there tells each step once.
+
+    Call it before the file is opened for appending. The file is replaced by one rename: a crash leaves the old or the new one.
+    """
+    lines = whole_lines(path)
+    kept = [line for number, line in enumerate(lines, 1) if step_of_line(line, path, number) <= step]
+    if len(kept) < len(lines):
+        write_whole(path, "".join(line + "\n" for line in kept))
+
+
+def _cut_torn_line(path: Path) -> None:
+    """What a crash left of a line must not become the head of the next one."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One step by the clock."""
+
+    step_s: float
+    tokens_per_s: float
+    mfu: float | None
+    """Model FLOPs over peak FLOPs of the step; None where the peak is not known."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The last steps together, and what follows from them."""
+
+    tokens_per_s: float
+    mfu: float | None
+    seconds_left: float
+
+
+class Meter:
+    """Times the steps. What happens inside `paused()` (evaluation, saving) belongs to no step.
+
+    The first step of an attempt compiles and warms up: it is told as it was, but the pace is that of the steps after it.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_tokens: int,
+        tokens_done: int = 0,
+        flops_per_token: float,
+        peak_flops: float | None,
+        window: int = 50,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Start timing the first step now.
+
+        total_tokens: of the whole run. tokens_done: before this attempt. flops_per_token: forward and backward, by the convention in
+        `mfu_statement`. peak_flops: of all devices together, FLOP/s; None shows no MFU. window: steps the pace looks back on.
+        """
+        self._tokens_left = total_tokens - tokens_done
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._clock = clock
+        self._recent: deque[tuple[int, float]] = deque(maxlen=window)
+        self._warm = False
+        self._step_began = clock()
+
+    def step(self, tokens: int) -> Speed:
+        """End a step that consumed `tokens`, and begin the next."""
+        now = self._clock()
+        seconds, self._step_began = now - self._step_began, now
+        self._tokens_left -= tokens
+        if self._warm:
+            self._recent.append((tokens, seconds))
+        self._warm = True
+        rate = tokens / seconds
+        return Speed(seconds, rate, self._mfu(rate))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take what runs inside out of the current step."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._step_began += self._clock() - began
+
+    def pace(self) -> Pace | None:
+        """Mean over the last steps; None until a second step has ended."""
+        if not self._recent:
+            return None
+        tokens, seconds = (sum(column) for column in zip(*self._recent, strict=True))
+        rate = tokens / seconds
+        return Pace(rate, self._mfu(rate), max(0, self._tokens_left) / rate)
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        return None if self._peak_flops is None else tokens_per_s * self._flops_per_token / self._peak_flops
+
+
+def mfu_statement(flops_per_token: float, device_name: str, accelerator: Accelerator | None, devices: int = 1) -> str:
+    """One sentence: what MFU counts and what it divides by, or why there is none."""
+    if accelerator is None:
+        return f"No MFU: the peak of {device_name} at this precision is not known for certain"
+    peak = f"{accelerator.bf16_flops / 1e12:,.0f} TFLOP/s ({accelerator.label}, dense bf16)"
+    return (
+        f"MFU counts {flops_per_token / 1e9:.3g} GFLOP a token (6 N_matmul + causal attention, forward and backward, no recomputation) "
+        f"against {f'{devices} × ' if devices > 1 else ''}{peak}"
+    )

@@ -1,0 +1,141 @@
+"""Every `auto` becomes a value here, once, with its reason; and what only shows when the settings are seen together is checked.
+
+Knows the machine (which device, which instructions) and the size of the vocabulary; changes nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.config import AUTO, RunConfig, flatten
+from pretrain.config_loading import validate
+from pretrain.errors import UserError
+from pretrain.model.flops import parameter_count
+from pretrain.model.kernels import choose_backend
+from pretrain.optim import schedule
+from pretrain.report.words import amount
+
+VOCAB_MULTIPLE = 64
+"""Vocabulary sizes are rounded up to this: matrix units want it, and it leaves room for tensor parallelism."""
+
+MICRO_BATCH_TOKENS = 16_384
+"""Tokens in one forward and backward pass that keep a GPU busy and a laptop's memory free."""
+
+COMPILE_WORTH_FLOPS = 2e13
+"""On a CPU compiling costs about a minute; a run of more FLOPs than this gets it back."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A setting that said `auto`, what it became, and why."""
+
+    key: str
+    value: object
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value} ({self.reason})"
+
+
+def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | None) -> tuple[RunConfig, list[Decision]]:
+    """A config without `auto`, and the decisions made.
+
+    Args:
+        config: as the user gave it.
+        tokenizer_size: tokens of the tokenizer the data was made with.
+        previous: the config of the run that is resumed; its decisions hold.
+
+    Raises:
+        UserError: settings that do not go together.
+    """
+    decisions: list[Decision] = []
+    before = {} if previous is None else flatten(previous)
+    rules: dict[str, Callable[[RunConfig], tuple[object, str]]] = {
+        "data.tokenizer": lambda c: (str(c.data.path / "tokenizer.json"), "the one the data was made with"),
+        "model.vocab_size": lambda c: (
+            -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+            f"the tokenizer's {tokenizer_size}, rounded up",
+        ),
+        "optim.decay": lambda c: (schedule.WSD_DECAY if c.optim.schedule == "wsd" else 1.0, f"the usual for {c.optim.schedule}"),
+        "train.device": _device,
+        "train.precision": _precision,
+        "train.micro_batch_size": _micro_batch,
+        "train.compile": _compile,
+        "train.attention": _attention,
+    }
+    for key, rule in rules.items():
+        tree = config.model_dump(mode="json")
+        section, name = key.split(".")
+        if tree[section][name] != AUTO:
+            continue
+        value, reason = (before[key], "as the run began") if key in before else rule(config)
+        tree[section][name] = value
+        config = validate(tree)
+        decisions.append(Decision(key, value, reason))
+    _check(config, tokenizer_size)
+    return config, decisions
+
+
+def _device(config: RunConfig) -> tuple[object, str]:
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_name()
+    return "cpu", "no GPU is visible"
+
+
+def _precision(config: RunConfig) -> tuple[object, str]:
+    if config.train.device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "the GPU multiplies it natively") if fast else ("fp32", "the GPU has no native bf16")
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return ("bf16", "the CPU multiplies it natively") if fast else ("fp32", "the CPU has no native bf16")
+
+
+def _micro_batch(config: RunConfig) -> tuple[object, str]:
+    fits = max(1, MICRO_BATCH_TOKENS // config.data.seq_len)
+    return min(fits, config.train.batch_size), f"at most {MICRO_BATCH_TOKENS:,} tokens a pass, and no more than the batch"
+
+
+def _compile(config: RunConfig) -> tuple[object, str]:
+    if config.train.device == "cuda":
+        return True, "on for GPUs"
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return False, "there is no C++ compiler"
+    flops = 6.0 * parameter_count(config.model) * schedule.samples_before(config.train.steps + 1, config.train) * config.data.seq_len
+    if flops < COMPILE_WORTH_FLOPS:
+        return False, f"{amount(flops)} FLOPs are too few to repay compiling"
+    return True, f"{amount(flops)} FLOPs repay compiling"
+
+
+def _attention(config: RunConfig) -> tuple[object, str]:
+    train = config.train
+    return choose_backend(train.device, precision=train.precision, compiled=train.compile, head_dim=config.model.head_dim)
+
+
+def _check(config: RunConfig, tokenizer_size: int) -> None:
+    model, data, train = config.model, config.data, config.train
+    if tokenizer_size > model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer_size} ({data.tokenizer}); "
+            f"set model.vocab_size={-(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE} or auto"
+        )
+    if data.seq_len > model.max_seq_len:
+        raise UserError(
+            f"data.seq_len={data.seq_len} is longer than model.max_seq_len={model.max_seq_len}; lower the first or raise the second"
+        )
+    if train.micro_batch_size > train.batch_size:
+        raise UserError(
+            f"train.micro_batch_size={train.micro_batch_size} is larger than train.batch_size={train.batch_size}; use at most that"
+        )
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto")
+    if train.attention in ("varlen", "flash_attn") and (train.device, train.precision) != ("cuda", "bf16"):
+        raise UserError(
+            f"train.attention={train.attention} needs train.device=cuda and train.precision=bf16, not {train.device} and "
+            f"{train.precision}; use auto"
+        )
+    schedule.check(config.optim, config.train)

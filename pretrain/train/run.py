@@ -1,0 +1,164 @@
+"""A config -> a trained model: opens and checks everything before anything is written, goes on from the newest checkpoint, trains."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from data_pipeline.loader import Loader
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from parallel.engines.torch import TorchEngine
+from pretrain.checkpoint import directory, rng, store
+from pretrain.checkpoint.record import read_manifest
+from pretrain.config import AUTO, RunConfig
+from pretrain.config_loading import load as load_config
+from pretrain.errors import UserError
+from pretrain.hardware import find_accelerator
+from pretrain.model.flops import flops_per_token, parameter_count
+from pretrain.model.transformer import Transformer
+from pretrain.optim.schedule import samples_before
+from pretrain.report.page import write_report
+from pretrain.report.words import amount, duration
+from pretrain.train.build import build_engine
+from pretrain.train.display import Display
+from pretrain.train.loggers import Logger, open_loggers
+from pretrain.train.loop import RANK, Books, Loop, Outcome
+from pretrain.train.metrics import Meter, RecordFile, mfu_statement, truncate_after
+from pretrain.train.resolve import resolve
+from pretrain.train.rundir import RunDirectory
+from pretrain.train.sample import Sampling, continue_text
+from pretrain.train.stop import stop_on_signals
+
+
+def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ()) -> Outcome:
+    """Train `config` in its run directory, from its newest whole checkpoint if there is one.
+
+    Args:
+        config: as loaded; `auto` is resolved here.
+        console: where decisions and progress are shown.
+        observers: hear of every step and validation, beside the loggers that the config asks for.
+
+    Raises:
+        UserError, DataError: an input is wrong; nothing was changed.
+        Diverged: a loss stopped being finite.
+    """
+    began = time.monotonic()
+    tokenizer = open_tokenizer(config)
+    config, decisions = resolve(config, tokenizer_size=tokenizer.vocab_size, previous=_previous(config.run.dir))
+    train_data, validation = open_data(config)
+    for decision in decisions:
+        console.print(f"[dim]{decision.key} =[/] {decision.value} [dim]({decision.reason})[/]", highlight=False)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        run_dir = stack.enter_context(RunDirectory.open(config))
+        engine = build_engine(config)
+        step, skipped = restore(run_dir, engine, train_data)
+        meter, statement = _meter(config, step)
+        loggers = [*open_loggers(config, run_dir.path, step), *observers]
+        for logger in loggers:
+            stack.callback(logger.close)
+        books = Books(
+            stack.enter_context(RecordFile(run_dir.metrics)),
+            stack.enter_context(RecordFile(run_dir.events)),
+            stack.enter_context(Display(config.train.steps, console=console, mfu_statement=statement)),
+            run_dir.attempt,
+            loggers,
+        )
+        for path, problem in skipped:
+            books.event("skip_checkpoint", f"{path.name}: {problem}")
+        _tell_start(books, config, step, train_data, statement)
+        outcome = Loop(config, engine, train_data, validation, run_dir, books, meter, stop).run(step)
+        if outcome is Outcome.FINISHED and step < config.train.steps:
+            _tell_end(books, config, engine, tokenizer, time.monotonic() - began)
+    write_report(config.run.dir)
+    return outcome
+
+
+def open_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer that the config names; DataError or UserError where the data was never prepared."""
+    if config.data.tokenizer != AUTO:
+        return load_tokenizer(config.data.tokenizer)
+    file = config.data.path / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"data.path={config.data.path} holds no prepared data; run `pretrain data prepare` with this config first")
+    return load_tokenizer(file)
+
+
+def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
+    """The training data, and the held-out documents if some were held out."""
+    path, seq_len, seed = config.data.path, config.data.seq_len, config.run.seed
+    train_data = Loader(path / "train", seq_len, seed)
+    validation = Loader(path / "validation", seq_len, seed) if (path / "validation").is_dir() else None
+    return train_data, validation
+
+
+def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader) -> tuple[int, list[tuple[Path, str]]]:
+    """Load the newest whole checkpoint, and cut the records of later steps.
+
+    Returns:
+        The steps done, 0 without a checkpoint; and each newer checkpoint that was passed over, with its first problem.
+
+    Raises:
+        UserError: there are checkpoints but none is whole, or the data is not the data of the run.
+    """
+    skipped: list[tuple[Path, str]] = []
+    path = directory.newest(run_dir.checkpoints, on_problem=lambda path, problems: skipped.append((path, problems[0])))
+    if path is None:
+        return 0, skipped
+    manifest = read_manifest(path)
+    if manifest.dataset != data.fingerprint:
+        raise UserError(
+            f"{path} was trained on other data (manifest {manifest.dataset}) than data.path holds now ({data.fingerprint}); "
+            f"put the data back, or start in another run.dir"
+        )
+    store.load(path, engine.state())
+    engine.loaded()
+    rng.restore(manifest.rng[RANK])
+    truncate_after(run_dir.metrics, manifest.step)
+    return manifest.step, skipped
+
+
+def _previous(run_dir: Path) -> RunConfig | None:
+    """The config of the run that is there already; its decisions hold on resume."""
+    file = run_dir / "config.yaml"
+    return load_config(file).config if file.is_file() else None
+
+
+def _meter(config: RunConfig, step: int) -> tuple[Meter, str]:
+    """The clock of the run, and one sentence on what its MFU means."""
+    name = torch.cuda.get_device_name() if config.train.device == "cuda" else "the CPU"
+    accelerator = find_accelerator(name) if config.train.precision == "bf16" else None
+    flops = flops_per_token(config.model, config.data.seq_len)
+    meter = Meter(
+        total_tokens=samples_before(config.train.steps + 1, config.train) * config.data.seq_len,
+        tokens_done=samples_before(step + 1, config.train) * config.data.seq_len,
+        flops_per_token=flops,
+        peak_flops=None if accelerator is None else accelerator.bf16_flops,
+    )
+    return meter, mfu_statement(flops, name, accelerator)
+
+
+def _tell_start(books: Books, config: RunConfig, step: int, data: Loader, statement: str) -> None:
+    parameters = parameter_count(config.model)
+    tokens = samples_before(config.train.steps + 1, config.train) * config.data.seq_len
+    text = (
+        f"step {step} of {config.train.steps}, from the newest checkpoint"
+        if step
+        else f"{amount(parameters)} parameters on {amount(tokens)} tokens, {tokens / data.n_tokens:.2g} epochs of {config.data.path}"
+    )
+    device = torch.cuda.get_device_name() if config.train.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    books.event("resume" if step else "start", text, step, parameters=parameters, device=device, mfu_statement=statement)
+
+
+def _tell_end(books: Books, config: RunConfig, engine: TorchEngine, tokenizer: Tokenizer, seconds: float) -> None:
+    """Continue the sample prompts with the trained weights, and close the run."""
+    assert isinstance(engine.model, Transformer)
+    for prompt in config.log.samples:
+        text = "".join(continue_text(engine.model, tokenizer, prompt, Sampling(seed=config.run.seed)))
+        books.event("sample", text, config.train.steps, prompt=prompt)
+    books.event("finish", f"{config.train.steps} steps; this attempt took {duration(seconds)}", config.train.steps)

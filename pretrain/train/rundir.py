@@ -1,0 +1,149 @@
+"""The directory of one run: its paths, its settings on disk, and the lock that keeps a second process out.
+
+A directory belongs to one configuration. Opening it with another is refused, except for settings that change no number of the run
+(`MayChange()` in `pretrain.config`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import yaml
+
+from pretrain.config import RunConfig, flatten, may_change
+from pretrain.errors import UserError
+from pretrain.report.records import Event, read_config, read_events, write_whole
+from pretrain.train.metrics import RecordFile
+
+SHOWN_DIFFERENCES = 5
+SHOWN_CHARACTERS = 80
+LOCK_FILE = ".lock"
+ABSENT = object()
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An opened and locked run directory. Close it, or use it as a context, to let others in."""
+
+    path: Path
+    attempt: int
+    """1 for the first start, one more with each start or resume that `events.jsonl` tells of."""
+    lock: int
+    """File descriptor that holds the lock."""
+
+    @classmethod
+    def open(cls, config: RunConfig) -> RunDirectory:
+        """Create `config.run.dir`, or open it again with the same settings.
+
+        config: complete, with every `auto` resolved; it is what `config.yaml` holds afterwards.
+        UserError: the directory cannot be made, is in use, or belongs to a run of other settings. Nothing in it is changed then.
+        """
+        path = config.run.dir
+        lock = _lock(path)
+        try:
+            _settle_config(path, config)
+            starts = sum(event.kind in {"start", "resume"} for event in read_events(path / "events.jsonl"))
+        except OSError as error:
+            os.close(lock)
+            raise _unusable(path, error) from error
+        except UserError:
+            os.close(lock)
+            raise
+        return cls(path, starts + 1, lock)
+
+    @property
+    def config(self) -> Path:
+        """All settings of the run: the file that reproduces it."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One record a step, and the validations."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """What happened, and why."""
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Parent of the `step-...` directories."""
+        return self.path / "checkpoints"
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self.lock)
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _lock(path: Path) -> int:
+    """Make the directory if need be and take its lock. The kernel gives it back when the process ends, however it ends."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise UserError(f"run.dir={path} is in use by process {holder}; wait for it or stop it, or choose another run.dir") from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
+
+
+def _unusable(path: Path, error: OSError) -> UserError:
+    return UserError(f"run.dir={path}: {error.strerror}; choose a directory that can be written")
+
+
+def _settle_config(path: Path, config: RunConfig) -> None:
+    """Write the settings of a new run; hold those of an existing one against them."""
+    file = path / "config.yaml"
+    if not file.exists():
+        left_over = [name for name in ("metrics.jsonl", "checkpoints") if (path / name).exists()]
+        if left_over:
+            raise UserError(f"run.dir={path} holds {left_over[0]} but no config.yaml, so nobody knows its settings; choose another run.dir")
+        write_whole(file, _as_yaml(config))
+        return
+    before, now = flatten(read_config(file)), flatten(config)
+    changed = [key for key in before | now if before.get(key, ABSENT) != now.get(key, ABSENT)]
+    lines = {key: f"{key}: {_show(before, key)} in the run, {_show(now, key)} now" for key in changed}
+    allowed = may_change()
+    refused = [lines[key] for key in changed if key not in allowed]
+    if refused:
+        raise UserError(_other_run(path, refused, schedule="train.steps" in changed))
+    if changed:
+        event = Event(time=time.time(), kind="settings", text="; ".join(lines.values()))
+        with RecordFile(path / "events.jsonl") as events:
+            events.append(event)
+        write_whole(file, _as_yaml(config))
+
+
+def _other_run(path: Path, differences: list[str], *, schedule: bool) -> str:
+    shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+    more = f"; and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
+    why = " (the learning rate of every step depends on train.steps)" if schedule else ""
+    return f"run.dir={path} holds a run of other settings: {shown}{more}{why}; put the values back, or choose another run.dir"
+
+
+def _show(flat: dict[str, object], key: str) -> str:
+    value = flat.get(key, ABSENT)
+    return "not set" if value is ABSENT else textwrap.shorten(str(value), SHOWN_CHARACTERS, placeholder=" ...")
+
+
+def _as_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

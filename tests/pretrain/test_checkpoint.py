@@ -1,0 +1,358 @@
+"""Each corruption that torch.distributed.checkpoint accepts in silence must be noticed here; that it does is the negative control."""
+
+import json
+import pickle
+import resource
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from pretrain.checkpoint import rng
+from pretrain.checkpoint.directory import checkpoint_path, newest, partial_path, retain
+from pretrain.checkpoint.record import Record, read_manifest, verify
+from pretrain.checkpoint.store import load, save
+from pretrain.errors import UserError
+
+SHARD = "__0_0.distcp"
+
+
+def make_state(seed=0, layers=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    names = ["model.embed_tokens.weight"] + [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(layers)]
+    model = {name: torch.randn(64, 96, generator=generator).to(dtype) for name in names}
+    optimizer = {name: {"step": torch.tensor(float(seed)), "exp_avg": torch.randn(64, 96, generator=generator)} for name in names}
+    return {"model": model, "optimizer": optimizer}
+
+
+def empty_like(state):
+    return {key: empty_like(value) if isinstance(value, dict) else torch.zeros_like(value) for key, value in state.items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(equal(a[key], b[key]) if isinstance(a[key], dict) else torch.equal(a[key], b[key]) for key in a)
+
+
+def make_record(step=1, **changes):
+    fields = {
+        "step": step,
+        "samples": 32 * step,
+        "config": {"model": {"n_layers": 2}, "optim": {"lr": 3e-4, "betas": [0.9, 0.95], "clip": None}},
+        "dataset": "0123456789abcdef",
+        "layout": {"data": 1},
+        "rng": {"data=0": rng.capture()},
+    }
+    return Record(**fields | changes)
+
+
+def plain_dcp_load(path, state):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_load(dict(state), storage_reader=FileSystemReader(path), no_dist=True)
+
+
+def no_problem_expected(path, problems):
+    raise AssertionError(f"{path}: {problems}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_loaded_is_bitwise_what_was_saved_in_the_very_same_tensors(tmp_path, dtype):
+    state = make_state(3, dtype=dtype)
+    path = save(tmp_path / "checkpoints", state, make_record(1000))
+    assert path == tmp_path / "checkpoints" / "step-00001000"
+    assert sorted(file.name for file in path.iterdir()) == [".metadata", SHARD, "manifest.json"]
+    assert verify(path) == []
+
+    loaded = empty_like(state)
+    held = loaded["model"]["model.embed_tokens.weight"]
+    load(path, loaded)
+    assert equal(loaded, state)
+    assert held is loaded["model"]["model.embed_tokens.weight"]
+    assert not equal(loaded, make_state(4, dtype=dtype))
+
+
+def test_tensors_that_are_views_transposed_or_parameters_are_saved_by_value(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    state = {"model": {"view": base[1:3], "transposed": base.T, "parameter": torch.nn.Parameter(base + 1), "scalar": torch.tensor(7.0)}}
+    path = save(tmp_path, state, make_record())
+    loaded = {"model": {name: torch.zeros(tensor.shape).requires_grad_(name == "parameter") for name, tensor in state["model"].items()}}
+    load(path, loaded)
+    assert equal(loaded, state)
+    assert (path / SHARD).stat().st_size < 10_000
+
+
+def test_one_section_can_be_loaded_alone(tmp_path):
+    state = make_state(3)
+    path = save(tmp_path, state, make_record())
+    loaded = {"model": empty_like(state["model"])}
+    load(path, loaded)
+    assert equal(loaded["model"], state["model"])
+
+
+def test_the_record_comes_back_with_a_generation_of_its_own(tmp_path):
+    record = make_record(2)
+    manifests = [read_manifest(save(tmp_path / name, make_state(), record)) for name in ("a", "b")]
+    for manifest in manifests:
+        assert {name: getattr(manifest, name) for name in Record.model_fields} == {
+            name: getattr(record, name) for name in Record.model_fields
+        }
+    assert manifests[0].generation != manifests[1].generation
+
+
+def test_the_random_state_comes_back(tmp_path):
+    path = save(tmp_path, make_state(), make_record())
+    expected, other = torch.rand(8), torch.rand(8)
+    rng.restore(read_manifest(path).rng["data=0"])
+    assert torch.equal(torch.rand(8), expected)
+    assert not torch.equal(expected, other)
+
+
+def flip_a_bit(path):
+    content = bytearray((path / SHARD).read_bytes())
+    content[len(content) // 2] ^= 0x10
+    (path / SHARD).write_bytes(content)
+
+
+def zero_the_middle(path):
+    content = bytearray((path / SHARD).read_bytes())
+    start = content.index(bytes(make_state(1)["model"]["model.layers.0.mlp.up_proj.weight"].numpy().tobytes()[:64]))
+    content[start : start + 4096] = bytes(4096)
+    (path / SHARD).write_bytes(content)
+
+
+def take_the_shard_of_another_step(path):
+    shutil.copy(checkpoint_path(path.parent, 2) / SHARD, path / SHARD)
+
+
+def truncate(path):
+    (path / SHARD).write_bytes((path / SHARD).read_bytes()[:-1])
+
+
+def lose_the_shard(path):
+    (path / SHARD).unlink()
+
+
+def lose_the_metadata(path):
+    (path / ".metadata").unlink()
+
+
+def leave_a_stray_file(path):
+    (path / "__1_0.distcp").write_bytes(b"left over")
+
+
+@pytest.mark.parametrize("corrupt", [flip_a_bit, zero_the_middle, take_the_shard_of_another_step])
+def test_dcp_alone_accepts_in_silence(tmp_path, corrupt):
+    """Negative control: the damage below is real, and without our checksums it would go into the run."""
+    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    corrupt(paths[0])
+    loaded = empty_like(make_state())
+    plain_dcp_load(paths[0], loaded)
+    assert not equal(loaded, make_state(1))
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "problem"),
+    [
+        (flip_a_bit, f"{SHARD} is damaged: its checksum is"),
+        (zero_the_middle, f"{SHARD} is damaged: its checksum is"),
+        (take_the_shard_of_another_step, f"{SHARD} is damaged: its checksum is"),
+        (truncate, f"{SHARD} has "),
+        (lose_the_shard, f"{SHARD} is missing"),
+        (lose_the_metadata, ".metadata is missing"),
+        (leave_a_stray_file, "__1_0.distcp does not belong to the checkpoint"),
+    ],
+)
+def test_verification_names_the_damaged_file(tmp_path, corrupt, problem):
+    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    corrupt(paths[0])
+    assert [problem in line for line in verify(paths[0])] == [True]
+    assert verify(paths[1]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda text: text.replace('"samples": 32', '"samples": 33'), "damaged: its own checksum does not match"),
+        (lambda text: text[: len(text) // 2], "damaged"),
+        (lambda text: "[]", "damaged: not a JSON object"),
+        (lambda text: "\udcff", "damaged"),
+        (None, "has no manifest.json"),
+    ],
+)
+def test_a_damaged_manifest_is_a_problem_and_not_a_traceback(tmp_path, change, problem):
+    path = save(tmp_path, make_state(), make_record())
+    manifest = path / "manifest.json"
+    if change:
+        manifest.write_text(change(manifest.read_text()), errors="surrogateescape")
+    else:
+        manifest.unlink()
+    assert [problem in line for line in verify(path)] == [True]
+
+
+def test_metadata_is_not_unpickled_before_its_checksum_was_compared(tmp_path):
+    class Program:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    path = save(tmp_path, make_state(), make_record())
+    (path / ".metadata").write_bytes(pickle.dumps(Program()))
+    with pytest.raises(UserError, match=r"\.metadata has \d+ bytes instead of"):
+        load(path, empty_like(make_state()))
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(BaseException, match=r"metadata|storage"):  # negative control: DCP runs it
+        plain_dcp_load(path, empty_like(make_state()))
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (make_state(1, layers=3), r"3 tensors only in the checkpoint \(model\.model\.layers\.2\.mlp\.up_proj\.weight, .*, \.\.\.\)"),
+        (make_state(1, layers=1), r"3 tensors only in the run \(model\.model\.layers\.1\."),
+        (
+            make_state(1, dtype=torch.bfloat16),
+            r"3 tensors of another shape or dtype \(.* is bfloat16\[64, 96\] there and float32\[64, 96\] here",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_touches_nothing(tmp_path, other, difference):
+    path = save(tmp_path, other, make_record())
+    state = empty_like(make_state())
+    with pytest.raises(UserError, match=difference) as refusal:
+        load(path, state)
+    assert "run.dir" in str(refusal.value)
+    assert equal(state, empty_like(make_state()))
+
+
+def test_dcp_alone_accepts_more_layers_and_another_dtype(tmp_path):
+    """Negative control of the refusals above."""
+    for step, other in enumerate((make_state(1, layers=3), make_state(1, dtype=torch.bfloat16))):
+        state = empty_like(make_state())
+        plain_dcp_load(save(tmp_path, other, make_record(step)), state)
+        assert not equal(state, empty_like(make_state()))
+
+
+def test_a_tied_parameter_under_two_names_is_refused_before_anything_is_written(tmp_path):
+    weight = torch.ones(4, 4)
+    with pytest.raises(ValueError, match=r"model\.model\.embed_tokens\.weight and model\.lm_head\.weight are one tensor"):
+        save(tmp_path, {"model": {"model.embed_tokens.weight": weight, "lm_head.weight": weight.detach()}}, make_record())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_tensor_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"optimizer\.step is a int"):
+        save(tmp_path, {"optimizer": {"step": 3}}, make_record())
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_skipped_ones_are_reported(tmp_path):
+    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2, 3)]
+    partial_path(tmp_path, 9, "dead").mkdir()
+    assert newest(tmp_path, no_problem_expected) == paths[2]
+
+    flip_a_bit(paths[2])
+    lose_the_metadata(paths[1])
+    reported = []
+    assert newest(tmp_path, lambda path, problems: reported.append((path, problems))) == paths[0]
+    assert [path for path, _ in reported] == [paths[2], paths[1]]
+    assert "checksum" in reported[0][1][0]
+    assert "missing" in reported[1][1][0]
+
+
+def test_no_checkpoint_at_all_is_none_and_only_broken_ones_are_an_error_with_a_way_out(tmp_path):
+    assert newest(tmp_path / "nowhere", no_problem_expected) is None
+    partial_path(tmp_path, 9, "dead").mkdir()
+    assert newest(tmp_path, no_problem_expected) is None
+    for step in (1, 2):
+        lose_the_shard(save(tmp_path, make_state(step), make_record(step)))
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints .*/step-00000002/__0_0\.distcp is missing\. .*run\.dir.*delete"):
+        newest(tmp_path, lambda path, problems: None)
+
+
+def test_a_whole_checkpoint_is_never_replaced(tmp_path):
+    path = save(tmp_path, make_state(1), make_record())
+    with pytest.raises(UserError, match=r"step-00000001 exists already and stays: another process"):
+        save(tmp_path, make_state(2), make_record())
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    loaded = empty_like(make_state())
+    load(path, loaded)
+    assert equal(loaded, make_state(1))
+
+
+def test_of_two_racing_writers_the_second_fails_and_the_first_stays(tmp_path, monkeypatch):
+    rename, raced = Path.rename, []
+
+    def rename_after_the_other(self, target):
+        if ".tmp-" in self.name and not raced:
+            raced.append(target)
+            save(tmp_path, make_state(1), make_record())  # the other process commits between our writing and our rename
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_after_the_other)
+    with pytest.raises(UserError, match="exists already and stays"):
+        save(tmp_path, make_state(2), make_record())
+    assert [file.name for file in tmp_path.iterdir()] == ["step-00000001"]
+    loaded = empty_like(make_state())
+    load(newest(tmp_path, no_problem_expected), loaded)
+    assert equal(loaded, make_state(1))
+
+
+def test_a_damaged_checkpoint_of_the_same_step_makes_way(tmp_path):
+    """After a roll-back to an older checkpoint the run comes by the damaged one again."""
+    flip_a_bit(save(tmp_path, make_state(1), make_record()))
+    path = save(tmp_path, make_state(1), make_record())
+    assert verify(path) == []
+    assert len(list(tmp_path.iterdir())) == 2
+    retain(tmp_path, keep=1)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing_behind(tmp_path):
+    save(tmp_path, make_state(1), make_record(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(tmp_path, make_state(2), make_record(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_retain_keeps_the_newest_and_deletes_what_crashes_left(tmp_path):
+    for step in (5, 100_000_000, 20, 7):
+        save(tmp_path, make_state(step), make_record(step))
+    for step in (6, 100_000_000, 100_000_001):
+        partial_path(tmp_path, step, "dead").mkdir()
+    (tmp_path / "notes.tmp-mine").touch()
+    retain(tmp_path, keep=2)
+    kept = {"step-00000020", "step-100000000", "step-100000001.tmp-dead", "notes.tmp-mine"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    retain(tmp_path, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_half_deleted_checkpoint_never_looks_whole(tmp_path, monkeypatch):
+    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # killed before the first file went
+    retain(tmp_path, keep=1)
+    assert not paths[0].exists()
+    assert newest(tmp_path, no_problem_expected) == paths[1]
+    monkeypatch.undo()
+    retain(tmp_path, keep=1)
+    assert list(tmp_path.iterdir()) == [paths[1]]
+
+
+def test_the_manifest_is_plain_json_with_the_sum_of_every_file(tmp_path):
+    path = save(tmp_path, make_state(), make_record(12))
+    content = json.loads((path / "manifest.json").read_text())
+    assert content["step"] == 12
+    assert content["samples"] == 384
+    assert content["format"] == 1
+    assert content["config"]["optim"]["lr"] == 3e-4
+    assert {name: entry["size"] for name, entry in content["files"].items()} == {
+        name: (path / name).stat().st_size for name in (SHARD, ".metadata")
+    }

@@ -1,0 +1,115 @@
+"""What a person sees while a run trains."""
+
+import io
+import math
+
+from rich.console import Console
+
+from pretrain.report.records import Event, StepRecord, ValidationRecord
+from pretrain.report.words import amount, decimal, duration
+from pretrain.train.display import Display, Sparkline
+from pretrain.train.metrics import Pace
+
+
+def record(step: int, loss: float = 3.25, mfu: float | None = None) -> StepRecord:
+    return StepRecord(
+        step=step, samples=step, tokens=step, loss=loss, lr=3e-4, grad_norm=0.8, tokens_per_s=1234.5, step_s=1.0, mfu=mfu, time=0, attempt=1
+    )
+
+
+def plain_console() -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, force_terminal=False, width=60), out
+
+
+class FakeClock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_log_file_gets_one_line_every_ten_seconds_and_the_last_step() -> None:
+    console, out = plain_console()
+    clock = FakeClock()
+    with Display(100, console=console, clock=clock) as display:
+        for step in range(1, 101):
+            clock.now += 0.5
+            display.step(record(step))
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/100", "21/100", "41/100", "61/100", "81/100", "100/100"]
+
+
+def test_a_line_of_a_log_is_not_wrapped_and_carries_no_control_codes() -> None:
+    console, out = plain_console()
+    with Display(400, console=console) as display:
+        display.step(record(150, mfu=0.412), Pace(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
+    assert out.getvalue() == "step 150/400  loss 3.2500  lr 3.00e-04  grad norm 0.80  11,204 tokens/s  MFU 39.8%  3 min 12 s left\n"
+
+
+def test_without_a_known_peak_no_mfu_is_shown() -> None:
+    console, out = plain_console()
+    with Display(400, console=console) as display:
+        display.step(record(1), Pace(tokens_per_s=10.0, mfu=None, seconds_left=5))
+    assert "MFU" not in out.getvalue()
+
+
+def test_the_mfu_statement_is_said_once() -> None:
+    console, out = plain_console()
+    with Display(3, console=console, mfu_statement="MFU counts so") as display:
+        for step in (1, 2, 3):
+            display.step(record(step))
+    assert out.getvalue().count("MFU counts so") == 1
+
+
+def test_validations_and_events_are_always_told() -> None:
+    console, out = plain_console()
+    with Display(100, console=console) as display:
+        display.validation(ValidationRecord(step=50, val_loss=2.0, val_tokens=9, time=0))
+        display.event(Event(time=0, step=50, kind="save", text="step-00000050"))
+        display.event(Event(time=0, step=50, kind="sample", prompt="def f(", text="x): return [red]x[/red]"))
+    assert out.getvalue().splitlines() == [
+        "validation after step 50: loss 2.000, perplexity 7.39",
+        "save at step 50: step-00000050",
+        "sample at step 50: def f(x): return [red]x[/red]",
+    ]
+
+
+def test_a_terminal_shows_a_panel_that_goes_on_where_a_resumed_run_does() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100, legacy_windows=False)
+    with Display(400, console=console) as display:
+        display.validation(ValidationRecord(step=200, val_loss=2.5, val_tokens=9, time=0))
+        display.step(record(201), Pace(tokens_per_s=2000.0, mfu=0.41, seconds_left=99))
+    text = out.getvalue()
+    for word in ("step 201 of 400", "3.250", "2.500", "3.00e-04", "2,000", "41.0%", "1 min 39 s left"):
+        assert word in text
+
+
+def test_a_loss_that_is_not_finite_says_so() -> None:
+    console, out = plain_console()
+    with Display(9, console=console) as display:
+        display.step(record(1, loss=math.nan))
+    assert "loss not finite" in out.getvalue()
+
+
+def test_the_sparkline_falls_with_the_loss_and_fits_its_width() -> None:
+    line = Sparkline(capacity=16)
+    for i in range(1000):
+        line.add(1000.0 - i)
+    line.add(math.nan)
+    drawn = line.draw(8)
+    assert drawn == "█▇▆▅▄▃▂▁"
+    assert Sparkline().draw(8) == ""
+
+
+def test_a_flat_curve_is_flat() -> None:
+    line = Sparkline()
+    for _ in range(5):
+        line.add(2.0)
+    assert line.draw(60) == "▄" * 5
+
+
+def test_words_for_numbers() -> None:
+    assert [duration(s) for s in (0.4, 59.6, 192, 7500, 370_000)] == ["0 s", "1 min 00 s", "3 min 12 s", "2 h 05 min", "4 d 06 h"]
+    assert [amount(n) for n in (950, 8192, 12_588_032, 999_600_000, 1.4e12)] == ["950", "8.19k", "12.6M", "1.00B", "1.40T"]
+    assert (decimal(2.4706), decimal(math.inf)) == ("2.471", "not finite")

@@ -1,0 +1,57 @@
+"""TensorBoard files are read back; Weights & Biases runs for real, offline."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import RunConfig
+from pretrain.report.records import StepRecord, ValidationRecord
+from pretrain.train.loggers import open_loggers
+
+
+def config(tmp_path: Path, **log: object) -> RunConfig:
+    return RunConfig.model_validate({"run": {"dir": str(tmp_path)}, "log": log})
+
+
+def record(step: int, loss: float) -> StepRecord:
+    return StepRecord(
+        step=step, samples=step, tokens=step, loss=loss, lr=3e-4, grad_norm=0.8, tokens_per_s=1234.5, step_s=1.0, time=step, attempt=1
+    )
+
+
+def train(settings: RunConfig, path: Path, steps: range, loss: float, resume_step: int = 0) -> None:
+    for logger in open_loggers(settings, path, resume_step):
+        for step in steps:
+            logger.log(record(step, loss))
+        logger.log(ValidationRecord(step=steps[-1], val_loss=loss + 1, val_tokens=9, time=0))
+        logger.close()
+
+
+def test_nobody_hears_by_default(tmp_path: Path) -> None:
+    assert open_loggers(config(tmp_path), tmp_path, 0) == []
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = config(tmp_path, tensorboard=True)
+    train(settings, tmp_path, range(1, 7), 3.0)
+    train(settings, tmp_path, range(5, 8), 2.0, resume_step=4)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(point.step, point.value) for point in board.Scalars("train/loss")] == [(s, 3.0 if s < 5 else 2.0) for s in range(1, 8)]
+    assert [(point.step, point.value) for point in board.Scalars("validation/loss")] == [(7, 3.0)]
+    assert "speed/mfu" not in board.Tags()["scalars"]
+
+
+@pytest.mark.timeout(120)
+def test_wandb_offline_keeps_one_run_over_two_attempts(tmp_path: Path) -> None:
+    settings = config(tmp_path, wandb="offline")
+    train(settings, tmp_path, range(1, 4), 3.0)
+    train(settings, tmp_path, range(4, 6), 2.0, resume_step=3)
+    run_id = (tmp_path / "wandb-id").read_text()
+    files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
+    assert len(files) == 2
+    for file in files:
+        written = file.read_bytes()
+        assert all(name in written for name in (b"train/loss", b"validation/loss", b"speed/tokens_per_s"))

@@ -1,0 +1,218 @@
+"""The report: what it says, and what a browser draws of it."""
+
+import html
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.config import RunConfig
+from pretrain.errors import UserError
+from pretrain.report.charts import MAX_POINTS, smooth, thin
+from pretrain.report.page import write_report
+from pretrain.report.records import Event, StepRecord, ValidationRecord
+from pretrain.train.metrics import RecordFile
+from pretrain.train.rundir import RunDirectory
+
+HOSTILE = 'x = "</script><script>console.error(1)</script>" & <b>'
+
+
+def write_run(path: Path, steps: int, *, finished: bool = True, nan_at: tuple[int, ...] = ()) -> Path:
+    """A run of `steps` steps, stopped and resumed half way, validated at the start and after every tenth step."""
+    config = RunConfig.model_validate({"run": {"dir": str(path)}, "model": {"n_layers": 3, "vocab_size": 512}, "train": {"steps": steps}})
+    half = steps // 2
+    with RunDirectory.open(config) as run, RecordFile(run.metrics) as metrics, RecordFile(run.events) as events:
+        events.append(Event(time=1000, step=0, kind="start", text="new run", parameters=12_588_032, device="CPU", mfu_statement="No MFU"))
+        metrics.append(ValidationRecord(step=0, val_loss=9.125, val_tokens=512, time=1000))
+        for step in range(1, steps + 1):
+            now = 1000 + step + (600 if step > half else 0)
+            loss = math.nan if step in nan_at else 2 + 7 / step
+            metrics.append(
+                StepRecord(
+                    step=step, samples=step, tokens=512 * step, loss=loss, lr=3e-4, grad_norm=1 / step, tokens_per_s=512.0, step_s=1.0,
+                    time=now, attempt=1 + (step > half),
+                )
+            )  # fmt: skip
+            if step % 10 == 0:
+                metrics.append(ValidationRecord(step=step, val_loss=2.25 + 7 / step, val_tokens=512, time=now))
+            if step == half and step > 0:
+                events.append(Event(time=now, step=step, kind="stop", text="SIGTERM received"))
+                events.append(Event(time=now + 600, step=step, kind="resume", text=HOSTILE, parameters=12_588_032, device="CPU"))
+        if finished:
+            events.append(Event(time=now, step=steps, kind="sample", prompt="def main(", text=HOSTILE))
+            events.append(Event(time=now, step=steps, kind="finish", text="done"))
+    return path
+
+
+def text_of(page: str) -> str:
+    """What a reader sees, without scripts and tags."""
+    visible = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", visible)))
+
+
+# What it says
+
+
+def test_the_head_names_size_tokens_loss_and_time(tmp_path: Path) -> None:
+    report = write_report(write_run(tmp_path / "first-run", 40))
+    page = text_of(report.read_text())
+    assert report == tmp_path / "first-run" / "report.html"
+    for words in ("first-run finished", "12.6M 3 layers", "20.5k 40 of 40 steps", "2.425 from 9.125, perplexity 11.30", "512 tokens/s"):
+        assert words in page
+    assert "40 s resumed once" in page  # the ten minutes between stop and resume are nobody's training time
+
+
+def test_every_event_and_setting_is_told(tmp_path: Path) -> None:
+    page = text_of(write_report(write_run(tmp_path / "run", 40)).read_text())
+    for words in ("0 start new run", "20 stop SIGTERM received", f"20 resume {HOSTILE}", "40 finish done", "n_layers 3", "theta 10000.0"):
+        assert words in page
+    assert f"def main( {HOSTILE}" in page
+
+
+def test_the_file_needs_no_network_and_stays_small(tmp_path: Path) -> None:
+    report = write_report(write_run(tmp_path / "run", 400))
+    markup = re.sub(r"<script.*?</script>", "", report.read_text(), flags=re.DOTALL)
+    assert re.findall(r"""(?:src|href)=|@import|url\(""", markup) == []
+    assert report.stat().st_size < 2.5e6
+
+
+def test_what_the_model_wrote_cannot_become_markup(tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path / "run", 40)).read_text()
+    assert "</script><script>console.error" not in page
+    assert page.count("<script") == 3
+
+
+@pytest.mark.parametrize(("steps", "finished", "state"), [(0, False, "not finished"), (1, False, "not finished"), (40, True, "finished")])
+def test_a_run_at_any_point_has_a_report(tmp_path: Path, steps: int, finished: bool, state: str) -> None:
+    config = write_run(tmp_path / "run", 1, finished=False) if steps == 0 else write_run(tmp_path / "run", steps, finished=finished)
+    if steps == 0:
+        (config / "metrics.jsonl").unlink()
+    page = text_of(write_report(tmp_path / "run").read_text())
+    assert f"run {state}" in page
+    assert ("No step has been recorded yet" in page) == (steps == 0)
+
+
+def test_losses_that_are_not_finite_are_pointed_out(tmp_path: Path) -> None:
+    assert "The loss of 2 steps was not finite, first at step 7" in text_of(
+        write_report(write_run(tmp_path / "a", 40, nan_at=(7, 8))).read_text()
+    )
+    assert "not finite" not in text_of(write_report(write_run(tmp_path / "b", 40)).read_text())
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run directory: it holds no config\.yaml"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The curves
+
+
+def test_thinning_keeps_the_ends_and_every_spike() -> None:
+    values = np.sin(np.arange(100_000) / 1e4)
+    values[[31_415, 77_777]] = 50, -50
+    kept = thin(values)
+    assert len(kept) <= MAX_POINTS
+    assert {0, 31_415, 77_777, 99_999} <= set(kept.tolist())
+    assert (np.diff(kept) > 0).all()
+    assert len(thin(values[:MAX_POINTS])) == MAX_POINTS
+
+
+def test_thinning_keeps_gaps_visible() -> None:
+    values = np.ones(10_000)
+    values[5000] = np.nan
+    assert 5000 in thin(values)
+
+
+def test_smoothing_keeps_a_steady_slope_and_skips_gaps() -> None:
+    line = np.linspace(9, 3, 61)
+    np.testing.assert_allclose(smooth(line, 5)[:-5], line[:-5], rtol=1e-12)
+    line[30] = np.nan
+    smoothed = smooth(line, 5)
+    assert np.isnan(smoothed[30])
+    assert np.isfinite(np.delete(smoothed, 30)).all()
+    assert smooth(np.array([4.0]), 5).tolist() == [4.0]
+
+
+# What a browser draws
+
+
+def chromium() -> str:
+    """The browser of this machine. Where continuous integration runs, there must be one."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None and os.environ.get("CI"):
+        pytest.fail("no Chromium: the report is not checked in a browser; apt-get install chromium")
+    return found or pytest.skip("no Chromium on this machine")
+
+
+def browse(page: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
+    """Open a page: its document once its scripts have run, and every line of its console."""
+    command = [chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1800", f"--user-data-dir={profile}"]
+    command += ["--virtual-time-budget=20000", "--enable-logging=stderr", "--v=0", *options, "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def charts_in(document: str) -> dict[str, str]:
+    """The markup of each chart by its name."""
+    parts = re.split(r'<div class="chart[^"]*" id="chart-(\w+)"', document)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def dots(chart: str) -> list[int]:
+    """Points drawn as symbols, by trace."""
+    traces = re.findall(r'<g class="points">(.*?)</g>', chart, flags=re.DOTALL)
+    return [trace.count('<path class="point"') for trace in traces if trace]
+
+
+def corners(chart: str) -> list[int]:
+    """Points that each line runs through, by trace."""
+    return [len(re.findall("[MLHV]", path)) for path in re.findall(r'<path class="js-line" d="([^"]*)"', chart)]
+
+
+def assert_is_drawn(document: str, console: list[str], steps: int, validations: int, marks: int) -> None:
+    assert console == []
+    charts = charts_in(document)
+    assert set(charts) == {"loss", "lr", "grad_norm", "tokens_per_s"}
+    assert dots(charts["loss"]) == [steps, validations, marks]
+    assert dots(charts["grad_norm"]) == dots(charts["tokens_per_s"]) == [steps]
+    assert "9.125" in charts["loss"]
+    assert "stop, resume" in charts["loss"]
+
+
+def test_chromium_draws_every_record_and_reports_no_error(tmp_path: Path) -> None:
+    document, console = browse(write_report(write_run(tmp_path / "run", 40)), tmp_path / "profile")
+    assert_is_drawn(document, console, steps=40, validations=5, marks=3)
+    assert corners(charts_in(document)["lr"]) == [40]
+    assert 'data-drawn="light"' in document
+
+
+def test_chromium_draws_the_dark_page_with_a_gap_at_each_nan(tmp_path: Path) -> None:
+    report = write_report(write_run(tmp_path / "run", 40, nan_at=(7, 8)))
+    document, console = browse(report, tmp_path / "profile", "--blink-settings=preferredColorScheme=0")
+    assert console == []
+    assert dots(charts_in(document)["loss"]) == [38, 5, 3]
+    assert 'data-drawn="dark"' in document
+
+
+def test_chromium_draws_a_run_of_one_step(tmp_path: Path) -> None:
+    document, console = browse(write_report(write_run(tmp_path / "run", 1, finished=False)), tmp_path / "profile")
+    assert console == []
+    assert [dots(charts_in(document)[name]) for name in ("loss", "lr", "grad_norm", "tokens_per_s")] == [[1, 1, 1], [1], [1], [1]]
+
+
+@pytest.mark.parametrize("damage", [('id="figures">{', 'id="figures">'), ('id="plotly">H', 'id="plotly">A'), ('"charts"', '"chart"')])
+def test_a_damaged_page_does_not_pass(tmp_path: Path, damage: tuple[str, str]) -> None:
+    report = write_report(write_run(tmp_path / "run", 40))
+    whole = report.read_text()
+    assert damage[0] in whole
+    report.write_text(whole.replace(*damage))
+    document, console = browse(report, tmp_path / "profile")
+    assert console != []
+    with pytest.raises(AssertionError):
+        assert_is_drawn(document, [], steps=40, validations=5, marks=3)
