@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import xxhash
@@ -15,6 +15,8 @@ from data_pipeline.errors import DataError
 
 if TYPE_CHECKING:
     from data_pipeline.settings import SourceConfig
+
+FileInfo = dict[str, Any]  # Any: every file system adds entries of its own; `name`, `type` and `size` are always there
 
 FOLDER_PATTERNS = {"text": ("*.txt", "*.md"), "jsonl": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"), "parquet": ("*.parquet",)}
 """Which files of a folder are read where `pattern` is not set."""
@@ -57,11 +59,8 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
     return files
 
 
-def listing(source: SourceConfig) -> str | None:
-    """What a source's files were when they were read: count, bytes, and a hash of their names and sizes. None for `hf`."""
-    if source.kind == "hf":
-        return None
-    files = list_files(source)
+def describe_files(files: Sequence[SourceFile]) -> str:
+    """What a source's files were when they were read: count, bytes, and a hash of their names and sizes."""
     lines = "".join(f"{file.name}\t{file.size}\n" for file in files).encode("utf-8", "surrogatepass")
     return f"{len(files)} files, {sum(file.size for file in files)} bytes, {xxhash.xxh3_64_hexdigest(lines)}"
 
@@ -72,7 +71,7 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
     try:
         fs, path = fsspec.core.url_to_fs(given)
         if fs.isdir(path):
-            root, found = path, fs.find(path, detail=True)
+            root, found = path, _walk(fs, path, source.exclude)
             wanted = (source.pattern,) if source.pattern else FOLDER_PATTERNS[source.kind]
         elif any(sign in path for sign in "*?[") and not fs.exists(path):
             root, found = _fixed_part(path), fs.glob(path, detail=True)
@@ -84,13 +83,27 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
         raise DataError(f"data.sources: cannot read {given}: {error}") from error
     sizes = {}
     for file, info in found.items():
-        name = file.removeprefix(root.rstrip("/") + "/")
+        name = _below(root, file)
         if info["type"] == "file" and _matches(name, wanted) and not _excluded(name, source.exclude):
             sizes[name] = (file, int(info["size"] or 0))
     if not sizes:
         what = f"no file below {given} matches {', '.join(wanted)}" if wanted != ("*",) else f"no file matches {given}"
         raise DataError(f"data.sources: {what}" + (f" (exclude: {', '.join(source.exclude)})" if source.exclude else ""))
     return fs, sizes
+
+
+def _walk(fs: fsspec.AbstractFileSystem, root: str, exclude: tuple[str, ...]) -> dict[str, FileInfo]:
+    """{path: what the file system knows of it} of all files below `root`, without looking into excluded folders."""
+    found: dict[str, FileInfo] = {}
+    for _, folders, files in fs.walk(root, detail=True, on_error="raise"):
+        for name in [name for name, info in folders.items() if _excluded(_below(root, info["name"]), exclude)]:
+            del folders[name]  # fsspec goes down only into those that are left
+        found |= {info["name"]: info for info in files.values()}
+    return found
+
+
+def _below(root: str, path: str) -> str:
+    return path.removeprefix(root.rstrip("/") + "/")
 
 
 def _fixed_part(glob: str) -> str:

@@ -125,6 +125,10 @@ def working_folder(path: Path) -> Iterator[Path]:
 def _clear_leftovers(path: Path, work: Path) -> None:
     """Delete what a killed preparation left; refuse to touch anything else."""
     if work.exists():
+        with suppress(DataError):  # killed earlier, before both manifests were there
+            killed_in_commit = load_manifest(work / "train").recipe.trained_tokenizer and not (work / "tokenizer.json").exists()
+            if killed_in_commit:  # its tokenizer is out already, and would pass for one that the user put there
+                (path / "tokenizer.json").unlink(missing_ok=True)
         shutil.rmtree(work)
     for name in SPLITS:
         folder = path / name

@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +46,18 @@ class Document:
     """Bytes of the source's files read so far, compressed size; 0 for `hf`. For a progress display."""
 
 
-def read_documents(source: SourceConfig) -> Iterator[Document]:
+def read_documents(source: SourceConfig, files: Sequence[SourceFile] | None = None) -> Iterator[Document]:
     """Yield every document of `source`, in an order that is the same on every machine.
 
     Bytes that are not UTF-8 are replaced by U+FFFD and the document is marked `repaired`: one bad byte neither stops a long
-    preparation nor passes unnoticed. A null or empty text is yielded as well; whoever drops it counts it.
+    preparation nor passes unnoticed. A null or empty text is yielded as well; whoever drops it counts it. `files` is what
+    `list_files(source)` gave, if it was called before.
 
     Raises:
         DataError: a file is missing, unreadable or corrupt, or a document lacks the text field.
     """
     readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    for file in list_files(source):
+    for file in list_files(source) if files is None else files:
         yield from readers[source.kind](file, source)
     if source.kind == "hf":
         for name in source.paths:

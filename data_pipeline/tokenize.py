@@ -18,13 +18,16 @@ from typing import Literal
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import list_files, listing
+from data_pipeline.files import SourceFile, describe_files, list_files
 from data_pipeline.manifest import DTYPES, MANIFEST, Manifest, Recipe, Shard, TrainedTokenizer
 from data_pipeline.prepared import SPLITS, Prepared, bring_tokenizer, check_same_settings, commit, open_prepared, working_folder
 from data_pipeline.settings import SourceConfig
 from data_pipeline.shards import ShardWriter, Tokens, token_dtype
 from data_pipeline.sources import Document, read_documents
 from data_pipeline.tokenizer import Tokenizer, document_hash, sample_texts, train_tokenizer
+
+Corpus = Sequence[tuple[SourceConfig, Sequence[SourceFile]]]
+"""The sources, each with its files: listed once, because a folder of a million files takes its time."""
 
 _BATCH_BYTES = 4 << 20
 _BATCH_DOCUMENTS = 4096
@@ -94,9 +97,10 @@ def prepare(
     """
     if not sources:
         raise DataError("data.sources is empty; name the text to prepare, e.g. `sources: [{kind: text, paths: [my/folder]}]`")
+    corpus = [(source, list_files(source)) for source in sources]
     recipe = Recipe(
         sources=tuple(sources),
-        listings=tuple(listing(source) for source in sources),
+        listings=tuple(None if source.kind == "hf" else describe_files(files) for source, files in corpus),
         trained_tokenizer=TrainedTokenizer(vocab_size=vocab_size, sample_mb=tokenizer_sample_mb),
         validation_fraction=validation_fraction,
         shard_tokens=shard_tokens,
@@ -108,59 +112,68 @@ def prepare(
     with working_folder(path) as work:
         if tokenizer is None and not (path / "tokenizer.json").is_file():
             file = work / "tokenizer.json"
-            made = build_tokenizer(file, sources, vocab_size, tokenizer_sample_mb, validation_fraction, progress)
+            made = _train(file, corpus, vocab_size, tokenizer_sample_mb, validation_fraction, progress)
         else:
             made = bring_tokenizer(path, tokenizer or path, work)
             recipe = recipe.model_copy(update={"trained_tokenizer": None})
-        _write_splits(work, made, recipe, progress)
+        _write_splits(work, made, recipe, corpus, progress)
         commit(work, path)
     return open_prepared(path, already=False)
 
 
 def build_tokenizer(
     file: Path,
+    *,
     sources: Sequence[SourceConfig],
     vocab_size: int,
-    sample_mb: float,
+    tokenizer_sample_mb: float,
     validation_fraction: float = 0.0,
     progress: OnProgress = lambda _: None,
 ) -> Tokenizer:
-    """Train a byte-level BPE on an even sample of the sources' training documents and write it to `file`. Reads all sources once.
+    """Train a byte-level BPE on an even sample of the sources and write it to `file`. Reads all sources once.
+
+    The documents that `validation_fraction` holds out are not sampled; the same settings give the tokenizer that `prepare` trains.
 
     Raises:
         DataError: `file` is there already, or the sources cannot be read or hold no text.
     """
     if file.exists():
         raise DataError(f"{file} is there already; delete it to train another (shards made with it are useless then)")
+    corpus = [(source, list_files(source)) for source in sources]
+    return _train(file, corpus, vocab_size, tokenizer_sample_mb, validation_fraction, progress)
+
+
+def _train(file: Path, corpus: Corpus, vocab_size: int, sample_mb: float, validation_fraction: float, progress: OnProgress) -> Tokenizer:
+    """Train a tokenizer on the training documents and write it to `file`."""
 
     def training_documents() -> Iterator[Document]:
-        total, n_documents = _total_bytes(sources), 0
-        for batch in _batches(_read_all(sources)):
+        total, n_documents = _total_bytes(corpus), 0
+        for batch in _batches(_read_all(corpus)):
             yield from (document for document in batch if document.text and not _held_out(document, validation_fraction))
             n_documents += len(batch)
             progress(Progress("reading a sample", n_documents, read=batch[-1].read, total=total))
 
     texts = sample_texts(training_documents(), sample_mb * 1e6)
     if not texts:
-        raise DataError(f"data.sources hold no text to train a tokenizer on: {_described(sources)}")
+        raise DataError(f"data.sources hold no text to train a tokenizer on: {_described(corpus)}")
     progress(Progress("training the tokenizer", len(texts)))
     return train_tokenizer(texts, vocab_size, file)
 
 
-def _write_splits(work: Path, tokenizer: Tokenizer, recipe: Recipe, progress: OnProgress) -> None:
+def _write_splits(work: Path, tokenizer: Tokenizer, recipe: Recipe, corpus: Corpus, progress: OnProgress) -> None:
     """Write both splits with their manifests to `work`. DataError if one of them would be empty."""
     fraction = recipe.validation_fraction
-    splits, lowest = _tokenize(work, tokenizer, recipe, fraction, progress)
+    splits, lowest = _tokenize(work, tokenizer, recipe.shard_tokens, corpus, fraction, progress)
     if fraction > 0 and not splits["validation"].documents and splits["train"].documents > 1:
         # A small corpus, of which the hash holds out nothing: once more, so that it holds out the document of lowest hash.
         for name in SPLITS:
             shutil.rmtree(work / name)
-        splits, _ = _tokenize(work, tokenizer, recipe, lowest, progress)
+        splits, _ = _tokenize(work, tokenizer, recipe.shard_tokens, corpus, lowest, progress)
     n_documents = sum(split.documents for split in splits.values())
     dropped = sum((split.dropped for split in splits.values()), Counter[str]())
     if not n_documents:
         counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none at all"
-        raise DataError(f"data.sources hold no text (documents read: {counts}): {_described(recipe.sources)}")
+        raise DataError(f"data.sources hold no text (documents read: {counts}): {_described(corpus)}")
     if fraction > 0 and n_documents == 1:
         raise DataError(
             "data.sources hold a single document, so none can be held out; set data.validation_fraction=0, or split it (for example "
@@ -172,13 +185,15 @@ def _write_splits(work: Path, tokenizer: Tokenizer, recipe: Recipe, progress: On
         _write_manifest(work / name, split, tokenizer, recipe)
 
 
-def _tokenize(work: Path, tokenizer: Tokenizer, recipe: Recipe, fraction: float, progress: OnProgress) -> tuple[dict[str, _Split], float]:
+def _tokenize(
+    work: Path, tokenizer: Tokenizer, shard_tokens: int, corpus: Corpus, fraction: float, progress: OnProgress
+) -> tuple[dict[str, _Split], float]:
     """Write the shards of both splits; also returns the fraction that would hold out just one document."""
     dtype = token_dtype(tokenizer.vocab_size)
     names = SPLITS if fraction > 0 else ("train",)
-    splits = {name: _Split(ShardWriter(work / name, dtype, recipe.shard_tokens)) for name in names}
-    total, lowest, n_documents, n_tokens = _total_bytes(recipe.sources), 1.0, 0, 0
-    for batch in _batches(_read_all(recipe.sources)):
+    splits = {name: _Split(ShardWriter(work / name, dtype, shard_tokens)) for name in names}
+    total, lowest, n_documents, n_tokens = _total_bytes(corpus), 1.0, 0, 0
+    for batch in _batches(_read_all(corpus)):
         kept: list[tuple[_Split, Document]] = []
         for document in batch:
             split = splits["validation" if _held_out(document, fraction) else "train"]
@@ -229,13 +244,13 @@ def _held_out(document: Document, fraction: float) -> bool:
     return _place(document) < fraction
 
 
-def _read_all(sources: Sequence[SourceConfig]) -> Iterator[Document]:
+def _read_all(corpus: Corpus) -> Iterator[Document]:
     """The documents of all sources in order; `read` counts over all of them."""
     before = 0
-    for source in sources:
-        for document in read_documents(source):
+    for source, files in corpus:
+        for document in read_documents(source, files):
             yield replace(document, read=before + document.read) if before else document
-        before += sum(file.size for file in list_files(source))
+        before += sum(file.size for file in files)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -252,11 +267,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _total_bytes(sources: Sequence[SourceConfig]) -> int | None:
-    if any(source.kind == "hf" for source in sources):
+def _total_bytes(corpus: Corpus) -> int | None:
+    if any(source.kind == "hf" for source, _ in corpus):
         return None
-    return sum(file.size for source in sources for file in list_files(source))
+    return sum(file.size for _, files in corpus for file in files)
 
 
-def _described(sources: Sequence[SourceConfig]) -> str:
-    return "; ".join(f"{source.kind} {', '.join(source.paths)}" for source in sources)
+def _described(corpus: Corpus) -> str:
+    return "; ".join(f"{source.kind} {', '.join(source.paths)}" for source, _ in corpus)

@@ -28,7 +28,7 @@ else:
 
 
 class MayChange:
-    """Marks a setting that may differ when a run is resumed: it changes no number of the run."""
+    """Marks a setting that may differ when a run is resumed: it changes no number of the run but by rounding."""
 
 
 class Settings(BaseModel):
@@ -82,7 +82,7 @@ class ModelConfig(Settings):
     preset: str | None = None
     """A named shape from `configs/models`; every other key of this section overrides it."""
 
-    vocab_size: OrAuto[int] = Field(default=AUTO)
+    vocab_size: OrAuto[int] = AUTO
     """Rows of the embedding. `auto` is the tokenizer's size, rounded up to a multiple of 64."""
 
     n_layers: int = Field(default=12, gt=0)
@@ -97,7 +97,7 @@ class ModelConfig(Settings):
     n_kv_heads: int = Field(default=12, gt=0)
     """Key/value heads (arXiv:2305.13245): equal to n_heads is multi-head, 1 is multi-query attention."""
 
-    head_dim: OrAuto[int] = Field(default=AUTO)
+    head_dim: OrAuto[int] = AUTO
     """Width of one head. `auto` is d_model / n_heads."""
 
     d_ff: int = Field(default=2048, gt=0)
@@ -154,7 +154,7 @@ class DataConfig(Settings):
     sources: tuple[SourceConfig, ...] = ()
     """Raw text for `pretrain data prepare`; not read in training."""
 
-    tokenizer: OrAuto[Path] = Field(default=AUTO)
+    tokenizer: OrAuto[Path] = AUTO
     """A `tokenizer.json`, or a folder that holds one. `auto` is the one in `data.path`, trained on the sources if it is not there yet."""
 
     vocab_size: int = Field(default=32_768, gt=256)
@@ -206,7 +206,7 @@ class OptimConfig(Settings):
     warmup: int = Field(default=100, ge=0)
     """Steps of linear warm-up."""
 
-    decay: OrAuto[float] = Field(default=AUTO)
+    decay: OrAuto[float] = AUTO
     """`wsd`: length of the final decay, as a fraction of the run. `auto` is 0.2 (arXiv:2405.18392). Other schedules decay throughout."""
 
     decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
@@ -231,24 +231,27 @@ class TrainConfig(Settings):
     batch_ramp_start: int = Field(default=1, gt=0)
     """Sequences in the first global batch of a ramp."""
 
-    micro_batch_size: Annotated[OrAuto[int], MayChange()] = Field(default=AUTO)
-    """Sequences in one forward and backward pass; gradients accumulate over the global batch. `auto` takes as many as hold 16,384 tokens."""
+    micro_batch_size: Annotated[OrAuto[int], MayChange()] = AUTO
+    """Sequences in one forward and backward pass; gradients accumulate over the global batch. `auto` takes as many as hold 16,384
+    tokens."""
 
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of log(Z)^2 in the loss (arXiv:2204.02311, section 5); it keeps the logits from drifting."""
 
-    device: Annotated[OrAuto[Literal["cpu", "cuda"]], MayChange()] = Field(default=AUTO)
+    device: Annotated[OrAuto[Literal["cpu", "cuda"]], MayChange()] = AUTO
     """`auto` is CUDA where there is a GPU."""
 
-    precision: OrAuto[Literal["bf16", "fp32"]] = Field(default=AUTO)
-    """Numbers of the forward and backward pass; weights and optimizer state are fp32 either way. `auto` is bf16 where the device multiplies it fast."""
+    precision: OrAuto[Literal["bf16", "fp32"]] = AUTO
+    """Numbers of the forward and backward pass; weights and optimizer state are fp32 either way. `auto` is bf16 where the device
+    multiplies it fast."""
 
-    compile: Annotated[OrAuto[bool], MayChange()] = Field(default=AUTO)
-    """torch.compile of every block and the loss. `auto` is on for CUDA, and on a CPU for runs long enough to repay it, if there is a C++ compiler."""
+    compile: Annotated[OrAuto[bool], MayChange()] = AUTO
+    """torch.compile of every block and the loss. `auto` is on for CUDA, and on a CPU for runs long enough to repay it, if there is
+    a C++ compiler."""
 
-    attention: Annotated[OrAuto[Literal["sdpa", "blocked", "varlen", "flash_attn"]], MayChange()] = Field(default=AUTO)
-    """Attention kernels: PyTorch's SDPA (everywhere), `blocked` matrix products (fastest on a compiled CPU), PyTorch's variable-length flash
-    kernels, or the flash-attn package (both CUDA). `auto` takes the fastest that is there."""
+    attention: Annotated[OrAuto[Literal["sdpa", "blocked", "varlen", "flash_attn"]], MayChange()] = AUTO
+    """Attention kernels: PyTorch's SDPA (everywhere), `blocked` matrix products (fastest on a compiled CPU), PyTorch's variable-length
+    flash kernels, or the flash-attn package (both CUDA). `auto` takes the fastest that is there."""
 
 
 class EvalConfig(Settings):

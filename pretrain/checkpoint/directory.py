@@ -64,19 +64,20 @@ def retain(directory: Path, keep: int) -> None:
     """
     committed = _committed(directory)
     for path in committed[keep:]:
-        path.rename(partial_path(directory, _step_of(path), f"deleted-{uuid.uuid4().hex[:8]}"))
+        path.rename(partial_path(directory, step_of(path), f"deleted-{uuid.uuid4().hex[:8]}"))
     for path in list(directory.glob("step-*.tmp-*")):
-        if _NAME.fullmatch(path.name) and committed and _step_of(path) <= _step_of(committed[0]):
+        if _NAME.fullmatch(path.name) and committed and step_of(path) <= step_of(committed[0]):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _committed(directory: Path) -> list[Path]:
     """Newest first."""
     found = [path for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name)) and not match[2]]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint. ValueError for any other name."""
     match = _NAME.fullmatch(path.name)
     if not match:
         raise ValueError(f"{path} is not named like a checkpoint")

@@ -33,7 +33,14 @@ def tokenizer(words: Words) -> None:
     data, console = _data_config(words), Console()
     file = data.path / "tokenizer.json"
     with show_progress(console) as progress:
-        made = build_tokenizer(file, data.sources, data.vocab_size, data.tokenizer_sample_mb, data.validation_fraction, progress)
+        made = build_tokenizer(
+            file,
+            sources=data.sources,
+            vocab_size=data.vocab_size,
+            tokenizer_sample_mb=data.tokenizer_sample_mb,
+            validation_fraction=data.validation_fraction,
+            progress=progress,
+        )
     console.print(f"{file}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}", highlight=False, soft_wrap=True)
 
 

@@ -28,7 +28,9 @@ def block_size(seq_len: int) -> int:
 def blocked_attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, document_ids_BS: Tensor | None, window: int | None) -> Tensor:
     """Causal attention within documents, [B, S, H, K] -> [B, S, H, K].
 
-    `document_ids_BS` must not decrease along S; None means one document a row. With `window` a token sees that many tokens, itself included.
+    `document_ids_BS` must not decrease along S; None means one document a row. With `window` a token sees that many tokens, itself
+    included. In bf16 the scores are rounded to bf16 before the softmax: on normal inputs the error is 0.37% of the output's norm, where
+    PyTorch's kernel has 0.20%.
     """
     B, S, H, K = q_BSHK.shape
     G = k_BSGK.shape[2]

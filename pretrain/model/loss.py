@@ -21,7 +21,7 @@ IGNORE = -100
 
 _CHUNKS = 16  # logits alive: 1/16 of all. More chunks read the weight more often and round its gradient more often
 _SMALLEST_CHUNK = 2**25  # logits; below 64 MB in bf16 there is no memory worth saving
-_BLOCK = 2**22  # fp32 numbers that the eager softmax works on at a time
+_BLOCK = 2**21  # fp32 numbers that the eager softmax works on at a time
 
 
 class LossSum(NamedTuple):
@@ -97,12 +97,13 @@ def _chunked(
     T, V = len(hidden_TD), len(weight_VD)
     size = max(math.ceil(T / _CHUNKS), _SMALLEST_CHUNK // V, 1)
     weight_VD = weight_VD.to(hidden_TD.dtype)
+    buffer_CV = hidden_TD.new_empty(min(size, T), V)  # one for all chunks: two would live while the second is computed
     cross_entropy = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
     z = torch.zeros_like(cross_entropy)
     for start in range(0, T, size):
         chunk = slice(start, start + size)
         hidden_CD, labels_C = hidden_TD[chunk], labels_T[chunk]
-        logits_CV = hidden_CD @ weight_VD.T
+        logits_CV = torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[: len(hidden_CD)])
         nll_C, z_C, column_C = softmax(logits_CV, labels_C, z_loss)
         cross_entropy += nll_C.sum()
         z += z_C.sum()

@@ -70,7 +70,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             loggers,
         )
         for path, problem in skipped:
-            books.event("skip_checkpoint", f"{path.name}: {problem}")
+            books.event("skip_checkpoint", f"{path.name}: {problem}", directory.step_of(path))
         _tell_start(books, config, step, train_data, statement)
         outcome = Loop(config, engine, train_data, validation, run_dir, books, meter, stop).run(step)
         if outcome is Outcome.FINISHED and step < config.train.steps:
@@ -109,6 +109,7 @@ def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader) -> tuple[i
     skipped: list[tuple[Path, str]] = []
     path = directory.newest(run_dir.checkpoints, on_problem=lambda path, problems: skipped.append((path, problems[0])))
     if path is None:
+        truncate_after(run_dir.metrics, 0)
         return 0, skipped
     manifest = read_manifest(path)
     if manifest.dataset != data.fingerprint:

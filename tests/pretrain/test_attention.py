@@ -7,7 +7,6 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from pretrain.config import ModelConfig
 from pretrain.model import kernels
@@ -165,13 +164,6 @@ def test_the_installed_varlen_attn_takes_our_arguments() -> None:
         out = kernels.varlen(q, k, k, ends, 32, window)
         assert out.shape == q.shape
         assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k))] == [q.shape, k.shape]
-
-
-def test_varlen_of_torch_2_11_is_called_without_the_argument_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_varlen_attn", reference_varlen)  # its signature is that of 2.11
-    q, k, v = (x.flatten(0, 1) for x in heads())
-    assert kernels.varlen(q, k, v, torch.tensor([0, 48], dtype=torch.int32), 64, None).shape == q.shape
-    assert varlen_attn is not reference_varlen
 
 
 @pytest.mark.parametrize(("version", "module"), [(2, "flash_attn"), (3, "flash_attn_interface"), (4, "flash_attn.cute")])

@@ -123,5 +123,5 @@ def test_bf16_heads_are_rotated_in_fp32_and_rounded_once() -> None:
 
 
 def test_dynamic_ntk_has_no_frequencies_without_a_length() -> None:
-    with pytest.raises(ValueError, match="rope.kind=dynamic_ntk"):
+    with pytest.raises(ValueError, match=r"rope\.kind=dynamic_ntk"):
         inverse_frequencies(VARIANTS["dynamic_ntk"][0], HEAD_DIM)

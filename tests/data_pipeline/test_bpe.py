@@ -1,0 +1,89 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.sources import Document
+from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, sample_texts, train_tokenizer
+
+TEXTS = [f"def step_{i}(loss, rate):\n    return loss * {i} - rate\n" for i in range(300)]
+
+
+def document(name: str, text: str) -> Document:
+    return Document(name, text, "", len(text.encode()), False, 0)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return train_tokenizer(TEXTS, 400, tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("text", ["plain", "ünï¢ödé 漢字 🎉", "\x00\x01 tabs\t\r\n  mixed \n\n", " ", "1234567890", END_OF_TEXT])
+def test_every_text_comes_back_as_it_was(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_written_out_end_token_is_text(tokenizer: Tokenizer) -> None:
+    text = f"before {END_OF_TEXT} after"
+    assert tokenizer.eot_id not in tokenizer.encode(text)
+    tokenizer.backend.encode_special_tokens = False  # the control: the library's own default would take it for the end
+    assert tokenizer.eot_id in tokenizer.encode(text)
+
+
+def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
+    one, two = (train_tokenizer(iter(TEXTS), 400, tmp_path / name / "tokenizer.json") for name in ("one", "two"))
+    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tmp_path / "two" / "tokenizer.json").read_bytes()
+    assert one.fingerprint == two.fingerprint
+    assert one.vocab_size == 400
+    assert train_tokenizer(TEXTS[:150], 400, tmp_path / "three.json").fingerprint != one.fingerprint
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["tokenizer.json"]
+
+
+def test_a_file_and_its_folder_load_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(tmp_path / "tokenizer.json").fingerprint == tokenizer.fingerprint
+
+
+def edited(path: Path, **changes: object) -> Path:
+    """A copy of the tokenizer in `path` with other top-level entries."""
+    (path / "edited.json").write_text(json.dumps(json.loads((path / "tokenizer.json").read_text()) | changes))
+    return path / "edited.json"
+
+
+@pytest.mark.parametrize("name", ["<|end_of_text|>", "</s>", "<eos>"])
+def test_the_end_token_of_other_families_is_found(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    raw = (tmp_path / "tokenizer.json").read_text(encoding="utf-8").replace(END_OF_TEXT, name)
+    (tmp_path / "other.json").write_text(raw, encoding="utf-8")
+    other = load_tokenizer(tmp_path / "other.json")
+    assert (other.eot_token, other.eot_id) == (name, 0)
+
+
+def test_truncation_and_padding_of_a_foreign_file_are_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    cut = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    other = load_tokenizer(edited(tmp_path, truncation=cut))
+    assert other.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    assert len(other.encode(TEXTS[0])) > 5
+
+
+def test_what_is_no_tokenizer_is_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no end-of-text token among its special tokens \(none\); add one of <\|endoftext\|>"):
+        load_tokenizer(edited(tmp_path, added_tokens=[]))
+    (tmp_path / "broken.json").write_text('{"model": 3}')
+    with pytest.raises(DataError, match=r"broken\.json is not a tokenizer\.json"):
+        load_tokenizer(tmp_path / "broken.json")
+    with pytest.raises(DataError, match=r"cannot read .*nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_sample_is_even_whatever_the_order_and_fills_its_size() -> None:
+    documents = [document(str(i), f"{i:04d}" * 25) for i in range(1000)]
+    sample = sample_texts(documents, 20_000)
+    assert len(sample) == 200
+    assert sorted(sample) == sorted(sample_texts(documents[::-1], 20_000))
+    quarters = [sum(1 for text in sample if int(text[:4]) // 250 == quarter) for quarter in range(4)]
+    assert all(30 <= count <= 70 for count in quarters), quarters
+    assert len(sample_texts(documents, 1e9)) == 1000
+
+
+def test_a_document_longer_than_the_sample_is_cut() -> None:
+    assert sample_texts([document("long", "ü" * 1000)], 101) == ["ü" * 50]
