@@ -155,7 +155,8 @@ def _train(file: Path, corpus: Corpus, vocab_size: int, sample_mb: float, valida
 
     texts = sample_texts(training_documents(), sample_mb * 1e6)
     if not texts:
-        raise DataError(f"data.sources hold no text to train a tokenizer on: {_described(corpus)}")
+        held_out = f" once data.validation_fraction={validation_fraction} of the documents is held out" if validation_fraction else ""
+        raise DataError(f"data.sources hold no text to train a tokenizer on{held_out}: {_described(corpus)}")
     progress(Progress("training the tokenizer", len(texts)))
     return train_tokenizer(texts, vocab_size, file)
 

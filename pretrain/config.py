@@ -191,9 +191,6 @@ class OptimConfig(Settings):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of the matrices; norms, biases and embeddings get none."""
 
-    muon_lr: float = Field(default=0.02, gt=0)
-    """`muon`: peak learning rate of the matrices, before the shape adjustment."""
-
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     """`muon`: Nesterov momentum."""
 

@@ -6,6 +6,7 @@ Layers, each winning over the one before: the defaults in `config.py`, the model
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,10 +16,31 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from data_pipeline.settings import SourceConfig
 from pretrain.config import RunConfig, walk
 from pretrain.errors import UserError
 
 Tree = dict[str, Any]  # YAML, before pydantic has seen it
+
+_SECTIONS = {key.rpartition(".")[0] for key, _ in walk()}
+_PLAINER = {
+    "path_type": "should be a path; quote it twice where it looks like a number, as in '\"5\"'",
+    "model_type": "is a section; set what is in it, such as train.steps=100",
+    "tuple_type": "should be a list, such as [a, b]",
+}
+"""Complaints of pydantic that speak of Python, in the user's words."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people read it: `off`, `no` and `on` are words, not truth values, so that `log.wandb=off` says what it says."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,8 @@ def load(source: str | Path | None, overrides: Sequence[str] = ()) -> Loaded:
     origin: dict[str, str] = {}
     for name, tree in layers:
         for key, value in _leaves(tree):
+            if value is None and key in _SECTIONS:  # `train:` with nothing, or only comments, below it
+                continue
             _put(merged, key, value)
             origin[key] = name
     return Loaded(validate(merged), origin)
@@ -94,7 +118,7 @@ def _find(name: str, package: str) -> Path:
 
 def _read_yaml(path: Path) -> Tree:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -109,7 +133,7 @@ def _split(word: str) -> tuple[str, object]:
     if not equals or not key:
         raise UserError(f"`{word}` is not of the form key=value, such as train.steps=100")
     try:
-        return key, yaml.safe_load(text)
+        return key, yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(f"{key}: `{text}` is not a YAML value; quote it") from None
 
@@ -140,23 +164,32 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, object]]:
 def _one_line(error: ValidationError) -> str:
     """The first complaint, in the user's words; how many others there are."""
     complaints: dict[str, str] = {}
-    for item in error.errors():
-        # `key.literal['auto']` and `key.int` are two complaints about the one key: the last says which type it takes.
-        parts = [str(part) for part in item["loc"]]
-        key = ".".join(part for part in parts if "[" not in part and part not in ("int", "float", "bool", "path", "str"))
+    for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):  # a typo explains what is missing
+        key = _key(item["loc"])
         if item["type"] == "extra_forbidden":
             complaints[key] = f"{key} is not a setting; {_did_you_mean(key)}"
         elif item["type"] == "value_error":
             complaints[key] = item["msg"].removeprefix("Value error, ")
         else:
-            complaints[key] = f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+            message = _PLAINER.get(item["type"], item["msg"])
+            complaints[key] = f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}"
     first, *others = complaints.values()
     return first + (f" (and {len(others)} more)" if others else "")
 
 
+def _key(location: tuple[int | str, ...]) -> str:
+    """The dotted key that a complaint is about.
+
+    `key.literal['auto']` and `key.int` are two complaints about one key: pydantic names the type that it tried behind the key.
+    """
+    parts = [str(part) for part in location if "[" not in str(part)]
+    return ".".join(parts[:-1] if ".".join(parts[:-1]) in dict(walk()) else parts)
+
+
 def _did_you_mean(key: str) -> str:
-    keys = [known for known, _ in walk()]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    source = re.match(r"data\.sources\.\d+\.", key)
+    keys = [source[0] + name for name in SourceConfig.model_fields] if source else [known for known, _ in walk()]
+    near = difflib.get_close_matches(key, [*keys, *_SECTIONS], n=1, cutoff=0.6)
     if not near:  # the right name in the wrong section
         near = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
     if near:

@@ -1,5 +1,9 @@
-"""What the user did wrong, in one line. `cli.main` turns it into exit code 2."""
+"""What ends the program with one line instead of a traceback. `cli.main` prints it and chooses the exit code."""
 
 
 class UserError(Exception):
-    """A wrong input. The message names the setting or file, carries the values, and says the way out."""
+    """A wrong input: exit code 2. The message names the setting or file, carries the values, and says the way out."""
+
+
+class Diverged(Exception):
+    """A loss or gradient stopped being finite: exit code 1. The weights are those of the step before."""

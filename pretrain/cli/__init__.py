@@ -6,12 +6,13 @@ import sys
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from data_pipeline.errors import DataError
 from pretrain.cli import config, data, run
-from pretrain.errors import UserError
+from pretrain.errors import Diverged, UserError
 
+EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 
 app = typer.Typer(
@@ -27,9 +28,10 @@ app.add_typer(config.app, name="config")
 
 
 def main() -> None:
-    """Entry point: a wrong input is one line on stderr and exit code 2; anything else that fails keeps its traceback."""
+    """Entry point: a wrong input or a diverged run is one line on stderr; anything else that fails keeps its traceback."""
     try:
         app()
-    except (UserError, DataError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(EXIT_WRONG_INPUT)
+    except (UserError, DataError, Diverged) as error:
+        line = " ".join(str(error).splitlines())
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", line), highlight=False)
+        sys.exit(EXIT_FAILED if isinstance(error, Diverged) else EXIT_WRONG_INPUT)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from pretrain.cli.settings_help import CONFIG_HELP, SettingsCommand
 
@@ -26,7 +27,7 @@ def train(words: Annotated[list[str], typer.Argument(metavar="[CONFIG] [key=valu
     config = load_words(words).config
     console = Console()
     outcome = run(config, console)
-    console.print(f"[dim]report:[/] {config.run.dir / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("report: ", "dim"), str(config.run.dir / "report.html")), soft_wrap=True)
     if outcome is Outcome.STOPPED:
         raise typer.Exit(EXIT_STOPPED)
 
@@ -34,7 +35,7 @@ def train(words: Annotated[list[str], typer.Argument(metavar="[CONFIG] [key=valu
 def generate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory; its newest checkpoint is taken.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; empty starts a new document.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most; the model's context ends the text too.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token; 1 samples as the model says.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this many likeliest tokens only.")] = None,
     top_p: Annotated[
@@ -48,11 +49,14 @@ def generate(
     from pretrain.train.sample import Sampling, continue_text, open_trained
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, _, path = open_trained(run_dir, device)
-    console = Console()
-    console.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
+    console, skipped = Console(soft_wrap=True, highlight=False), list[str]()
+    model, tokenizer, _, path = open_trained(run_dir, device, lambda _, problems: skipped.append(problems[0]))
+    pieces = continue_text(model, tokenizer, prompt, Sampling(max_new_tokens, temperature, top_k, top_p, seed))
+    for problem in skipped:
+        console.print(Text.assemble(("passed over: ", "yellow"), problem))
+    console.print(Text(str(path), "dim"))
     typer.secho(prompt, nl=False, bold=True)
-    for piece in continue_text(model, tokenizer, prompt, Sampling(max_new_tokens, temperature, top_k, top_p, seed)):
+    for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()
 

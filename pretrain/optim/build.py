@@ -64,8 +64,9 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: O
     """The optimizers of `config.kind`, at the peak learning rate until `set_lr` is called.
 
     AdamW is torch's fused kernel, on CPU and CUDA. Muon is torch's, with Nesterov momentum and five Newton-Schulz steps in bf16, for
-    the matrices of the blocks (https://kellerjordan.github.io/posts/muon/). It multiplies the learning rate by sqrt(max(1, rows /
-    columns)), for which `muon_lr` near 0.02 is the known good value at any width; weight decay uses the learning rate before that.
+    the matrices of the blocks (https://kellerjordan.github.io/posts/muon/). Its updates are
+    scaled by 0.2 sqrt(max(rows, columns)), to the size of AdamW's: one learning rate and one weight decay serve both
+    (arXiv:2502.16982, section 2.2).
     A parameter without gradient keeps its value and its state, step counter included.
     """
     groups = group_parameters(named_parameters)
@@ -75,8 +76,8 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: O
     if by_adamw:
         parts.append(AdamW(_torch_groups(by_adamw, config.lr, config.weight_decay), betas=config.betas, eps=config.eps, fused=True))
     if by_muon:
-        torch_groups = _torch_groups(by_muon, config.muon_lr, config.weight_decay)
-        parts.append(Muon(torch_groups, momentum=config.muon_momentum, nesterov=True, adjust_lr_fn="original"))
+        torch_groups = _torch_groups(by_muon, config.lr, config.weight_decay)
+        parts.append(Muon(torch_groups, momentum=config.muon_momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"))
     for optimizer in parts:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -15,6 +15,7 @@ from parallel.engine import Engine, StepResult
 from pretrain.checkpoint import directory, rng, store
 from pretrain.checkpoint.record import Record
 from pretrain.config import RunConfig
+from pretrain.errors import Diverged
 from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
 from pretrain.train.display import Display
 from pretrain.train.feed import microbatches
@@ -32,10 +33,6 @@ class Outcome(enum.Enum):
 
     FINISHED = "finished"
     STOPPED = "stopped"
-
-
-class Diverged(Exception):
-    """A loss or gradient stopped being finite. The weights are those of the step before."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pretrain.config import AUTO, RunConfig, flatten
+from pretrain.config import AUTO, RunConfig, flatten, may_change
 from pretrain.config_loading import validate
 from pretrain.errors import UserError
 from pretrain.model.flops import parameter_count
@@ -47,13 +47,13 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
     Args:
         config: as the user gave it.
         tokenizer_size: tokens of the tokenizer the data was made with.
-        previous: the config of the run that is resumed; its decisions hold.
+        previous: the config of the run that is resumed; its decisions hold. On another device those that change no number are made anew.
 
     Raises:
         UserError: settings that do not go together.
     """
     decisions: list[Decision] = []
-    before = {} if previous is None else flatten(previous)
+    before = {} if previous is None else _held(config, previous)
     rules: dict[str, Callable[[RunConfig], tuple[object, str]]] = {
         "data.tokenizer": lambda c: (str(c.data.path / "tokenizer.json"), "the one the data was made with"),
         "model.vocab_size": lambda c: (
@@ -78,6 +78,13 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
         decisions.append(Decision(key, value, reason))
     _check(config, tokenizer_size)
     return config, decisions
+
+
+def _held(config: RunConfig, previous: RunConfig) -> dict[str, object]:
+    """The settings of the run as it was that a resumed one takes over where it says `auto`."""
+    device = _device(config)[0] if config.train.device == AUTO else config.train.device
+    dropped = may_change() if device != previous.train.device else set()
+    return {key: value for key, value in flatten(previous).items() if key not in dropped}
 
 
 def _device(config: RunConfig) -> tuple[object, str]:

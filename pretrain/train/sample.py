@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from pretrain.config import RunConfig
 from pretrain.config_loading import load as load_config
 from pretrain.errors import UserError
 from pretrain.model.generate import generate
-from pretrain.model.init import initialise
 from pretrain.model.transformer import Transformer
 from pretrain.train.build import DTYPES, build_model
 
@@ -34,24 +33,41 @@ class Sampling:
 
 
 def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
-    """What the model writes after `prompt`, in pieces that join to the whole; stops at the end of the document.
+    """What the model writes after `prompt`, in pieces that join to the whole; stops at the end of the document or of the context.
 
-    An empty prompt starts after an end-of-text token, as a document would.
+    An empty prompt starts after an end-of-text token, as a document would. Raises UserError, at once, for a prompt that `check_prompt`
+    refuses.
     """
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    ids: list[int] = []
-    shown = ""
-    stream = generate(
+    room = check_prompt("the prompt", len(prompt_ids), model.config.max_seq_len)
+    tokens = generate(
         model,
         prompt_ids,
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=min(sampling.max_new_tokens, room),
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         seed=sampling.seed,
         eot_id=tokenizer.eot_id,
     )
-    for token in stream:
+    return _pieces(tokens, tokenizer)
+
+
+def check_prompt(name: str, n_tokens: int, max_seq_len: int) -> int:
+    """How many tokens may follow a prompt of `n_tokens`. UserError, with the name of the prompt, where none may."""
+    if n_tokens >= max_seq_len:
+        raise UserError(
+            f"{name} has {n_tokens} tokens, which leave no room for more in model.max_seq_len={max_seq_len}; "
+            f"shorten it to {max_seq_len - 1} or fewer"
+        )
+    return max_seq_len - n_tokens
+
+
+def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of the tokens, piece by piece; a character that is spelt by several tokens comes with the last of them."""
+    ids: list[int] = []
+    shown = ""
+    for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
         if not text.endswith(UNFINISHED):
@@ -61,8 +77,12 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, samplin
         yield tokenizer.decode(ids)[len(shown) :]
 
 
-def open_trained(run_dir: Path, device: torch.device) -> tuple[Transformer, Tokenizer, RunConfig, Path]:
+def open_trained(
+    run_dir: Path, device: torch.device, on_problem: Callable[[Path, list[str]], None]
+) -> tuple[Transformer, Tokenizer, RunConfig, Path]:
     """The model of a run's newest whole checkpoint on `device`, its tokenizer and config, and the checkpoint.
+
+    `on_problem` hears of each newer checkpoint that is passed over, as in `checkpoint.directory.newest`.
 
     Raises:
         UserError: no run there, no checkpoint yet, or none that is whole.
@@ -71,11 +91,10 @@ def open_trained(run_dir: Path, device: torch.device) -> tuple[Transformer, Toke
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run directory: it has no config.yaml; `pretrain train` makes one")
     config = load_config(config_file).config
-    path = directory.newest(run_dir / "checkpoints", on_problem=lambda _path, _problems: None)
+    path = directory.newest(run_dir / "checkpoints", on_problem)
     if path is None:
         raise UserError(f"{run_dir} has no checkpoint yet; the first comes after checkpoint.every={config.checkpoint.every} steps")
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = build_model(config.model, "sdpa", device)
-    initialise(model, config.run.seed)  # for what is no parameter: the frequencies of RoPE
     store.load(path, {"model": dict(model.named_parameters())})
     return model.to(DTYPES[config.train.precision]).eval(), tokenizer, config, path

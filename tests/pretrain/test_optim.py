@@ -6,7 +6,6 @@ from torch.nn import Parameter
 
 from pretrain.config import OptimConfig
 from pretrain.optim.build import build_optimizer
-from pretrain.optim.clip import clip_gradients
 from pretrain.optim.groups import group_parameters
 
 SHAPES = {
@@ -59,15 +58,14 @@ def test_an_unknown_matrix_is_refused():
 def test_decay_shrinks_the_matrices_by_lr_times_decay_and_leaves_the_rest_bitwise(kind):
     weights = parameters()
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    optimizer = build_optimizer(weights.items(), OptimConfig(kind=kind, lr=0.01, muon_lr=0.05, weight_decay=0.5))
+    optimizer = build_optimizer(weights.items(), OptimConfig(kind=kind, lr=0.01, weight_decay=0.5))
     for weight in weights.values():
         weight.grad = torch.zeros_like(weight)  # so that decay is all that moves a weight
     optimizer.set_lr(0.5)
     optimizer.step()
     for name, weight in weights.items():
         if name in MATRICES or name == "lm_head.weight":
-            lr = 0.05 if kind == "muon" and name in MATRICES else 0.01
-            torch.testing.assert_close(weight.detach(), before[name] * (1 - 0.5 * lr * 0.5), rtol=1e-6, atol=0)
+            torch.testing.assert_close(weight.detach(), before[name] * (1 - 0.5 * 0.01 * 0.5), rtol=1e-6, atol=0)
             assert not torch.equal(weight, before[name])
         else:
             assert torch.equal(weight, before[name])
@@ -129,7 +127,7 @@ def distance(a, b):
 
 
 def test_muon_steps_by_a_nearly_orthogonal_matrix_times_the_shape_adjusted_lr():
-    config = OptimConfig(kind="muon", muon_lr=0.02, muon_momentum=0.9, weight_decay=0.0)
+    config = OptimConfig(kind="muon", lr=0.02, muon_momentum=0.9, weight_decay=0.0)
     weights = parameters()
     optimizer = build_optimizer(weights.items(), config)
     gradients = {name: [] for name in MATRICES}
@@ -141,7 +139,7 @@ def test_muon_steps_by_a_nearly_orthogonal_matrix_times_the_shape_adjusted_lr():
             gradients[name].append(weights[name].grad.clone())
     for name in ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"):
         rows, columns = SHAPES[name]
-        update = (before[name] - weights[name].detach()).double() / (0.02 * math.sqrt(max(1, rows / columns)))
+        update = (before[name] - weights[name].detach()).double() / (0.02 * 0.2 * math.sqrt(max(rows, columns)))
         gradient = gradients[name][-1].double()
         assert torch.linalg.svdvals(update).min() > 0.6
         assert torch.linalg.svdvals(update).max() < 1.3
@@ -224,28 +222,3 @@ def test_a_parameter_without_gradient_keeps_value_and_state():
     assert optimizer.state()["model.norm.weight"]["step"].item() == 0
     optimizer.zero_grad()
     assert all(weight.grad is None for weight in weights.values())
-
-
-def global_norm(weights):
-    return math.sqrt(sum(weight.grad.double().square().sum().item() for weight in weights.values()))
-
-
-@pytest.mark.parametrize(("max_norm", "expected"), [(1.0, 1.0), (0.25, 0.25), (1e6, None), (None, None)])
-def test_clipping_brings_the_global_norm_to_the_limit_and_returns_the_norm_before(max_norm, expected):
-    weights = parameters()
-    set_gradients(weights, 1)
-    before = {name: weight.grad.clone() for name, weight in weights.items()}
-    norm = global_norm(weights)
-    assert clip_gradients(weights.values(), max_norm).item() == pytest.approx(norm, rel=1e-6)
-    if expected is None:
-        assert all(torch.equal(weight.grad, before[name]) for name, weight in weights.items())
-    else:
-        assert norm > 30  # negative control: there was something to clip
-        assert global_norm(weights) == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_gradient_that_is_not_finite_shows_in_the_norm():
-    weights = parameters()
-    set_gradients(weights, 1)
-    weights["model.norm.weight"].grad[3] = float("inf")
-    assert clip_gradients(weights.values(), 1.0).isinf()

@@ -1,0 +1,1 @@
+"""What the performance claims rest on: `python -m benchmarks.NAME [--json FILE]` from the root of the repository."""

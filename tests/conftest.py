@@ -1,0 +1,116 @@
+"""What the tests of the whole program share: a tiny prepared data set, words for a tiny run on it, and both ways to start one."""
+
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from rich.console import Console
+
+from data_pipeline.settings import SourceConfig
+from data_pipeline.tokenize import prepare
+from pretrain.cli import main
+from pretrain.config_loading import load
+from pretrain.train.loggers import Logger
+from pretrain.train.loop import Outcome
+from pretrain.train.run import train
+
+WHO = ("the model", "a reader", "the loop", "every rank", "one shard", "the old engine")
+DOES = ("reads", "writes", "skips", "remembers", "shuffles", "follows")
+WHAT = ("a token", "its batch", "the gradient", "two documents", "the next step", "no data")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Sums have one order, and the tests leave the other cores to others."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 300 documents of 2 to 8 simple sentences, the same on every machine."""
+    folder, random = tmp_path_factory.mktemp("text"), Random(0)
+    for number in range(300):
+        sentences = (f"{random.choice(WHO)} {random.choice(DOES)} {random.choice(WHAT)}.\n" for _ in range(random.randint(2, 8)))
+        (folder / f"{number:03d}.txt").write_text("".join(sentences))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same text, prepared with a vocabulary of 300 tokens. Nobody writes here."""
+    path = tmp_path_factory.mktemp("prepared") / "data"
+    source = SourceConfig(kind="text", paths=(str(tiny_text),))
+    prepare(
+        path=path,
+        sources=[source],
+        tokenizer=None,
+        vocab_size=300,
+        tokenizer_sample_mb=1,
+        validation_fraction=0.1,
+        shard_tokens=4000,
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_words(tiny_data: Path) -> Callable[..., list[str]]:
+    """`tiny_words(run_dir, "train.steps=40", ...)`: words for `pretrain train` of a model of 2 layers; later words win."""
+
+    def words(run_dir: Path, *more: str) -> list[str]:
+        return [
+            f"run.dir={run_dir}",
+            f"data.path={tiny_data}",
+            "data.seq_len=32",
+            *("model.n_layers=2", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64", "model.max_seq_len=64"),
+            *("optim.lr=0.01", "optim.warmup=4"),
+            *("train.steps=40", "train.batch_size=4", "train.device=cpu", "train.precision=fp32", "train.compile=false"),
+            *("eval.every=10", "eval.batches=2", "checkpoint.every=20"),
+            *more,
+        ]
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def run_tiny(tiny_words: Callable[..., list[str]]) -> Callable[..., Outcome]:
+    """`run_tiny(run_dir, "train.steps=40", ..., observers=[...])`: such a run, started without the command line."""
+
+    def run(run_dir: Path, *more: str, observers: Sequence[Logger] = (), console: Console | None = None) -> Outcome:
+        return train(load(None, tiny_words(run_dir, *more)).config, console or Console(file=io.StringIO()), observers)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command line did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def pretrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """`pretrain("train", "train.steps=1")`: the real entry point, in this process. Nothing is wrapped, so a line stays a line."""
+
+    def run(*words: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "400")
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        else:
+            code = 0
+        assert isinstance(code, int)
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return run
