@@ -89,7 +89,7 @@ def their_step(config: RunConfig, ids: torch.Tensor) -> Callable[[], float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return step
 

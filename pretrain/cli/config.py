@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from pretrain.cli.settings_help import CONFIG_HELP, SettingsCommand
 
@@ -24,7 +25,7 @@ def show(words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [ke
     for key, value in flatten(loaded.config).items():
         origin = loaded.origin.get(key)
         style = "dim" if origin is None else "bold"
-        console.print(f"[{style}]{key}: {json.dumps(value)}[/]  [dim]# {origin or 'default'}[/]", highlight=False)
+        console.print(Text.assemble((f"{key}: {json.dumps(value)}", style), (f"  # {origin or 'default'}", "dim")))
 
 
 @app.command()

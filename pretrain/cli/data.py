@@ -41,7 +41,7 @@ def tokenizer(words: Words) -> None:
             validation_fraction=data.validation_fraction,
             progress=progress,
         )
-    console.print(f"{file}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}", highlight=False, soft_wrap=True)
+    console.print(f"{file}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(cls=DataCommand, no_args_is_help=True)
@@ -99,7 +99,7 @@ def prepare_data(data: DataConfig, console: Console) -> Prepared:
 def tell_prepared(prepared: Prepared, console: Console) -> None:
     """One line a split."""
     if prepared.already:
-        console.print(f"{prepared.path} is prepared already, with these very settings", highlight=False, soft_wrap=True)
+        console.print(f"{prepared.path} is prepared already, with these very settings", highlight=False, markup=False, soft_wrap=True)
     for name, manifest in prepared.splits.items():
         drops = "".join(f", {count:,} dropped ({reason})" for reason, count in manifest.dropped.items())
         repairs = "".join(f", {count:,} repaired ({reason})" for reason, count in manifest.repaired.items())
@@ -145,8 +145,13 @@ def show_progress(console: Console) -> Iterator[OnProgress]:
 
 def draw(description: Description, console: Console) -> None:
     """A data set on the terminal."""
+    from rich.text import Text
+
     tokenizer = description.tokenizer
-    console.print(f"[bold]{description.path}[/]  tokenizer of {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint}", highlight=False)
+    console.print(
+        Text.assemble((str(description.path), "bold"), f"  tokenizer of {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint}"),
+        soft_wrap=True,
+    )
     for split in description.splits:
         _draw_split(split, console)
 

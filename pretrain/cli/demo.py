@@ -60,8 +60,8 @@ def demo(directory: Path, console: Console) -> None:
     _chapter(console, "Result", "")
     _tell_result(config, console)
     console.print(f"\nThe whole demo took {duration(time.monotonic() - began)}. Try:", highlight=False)
-    console.print(f"  pretrain generate {config.run.dir} 'def main():'", highlight=False, soft_wrap=True)
-    console.print(f"  pretrain data inspect {config.data.path}", highlight=False, soft_wrap=True)
+    console.print(Text(f"  pretrain generate {config.run.dir} 'def main():'"), soft_wrap=True)
+    console.print(Text(f"  pretrain data inspect {config.data.path}"), soft_wrap=True)
 
 
 def demo_config(directory: Path) -> RunConfig:
@@ -92,11 +92,11 @@ def _tell_result(config: RunConfig, console: Console) -> None:
             console.print(Rule(style="dim"))
             console.print(Text.assemble((event.prompt, "bold"), event.text), soft_wrap=True)
     console.print(Rule(style="dim"))
-    console.print(f"report: [bold]{config.run.dir / 'report.html'}[/]", highlight=False, soft_wrap=True)
+    console.print(Text.assemble("report: ", (str(config.run.dir / "report.html"), "bold")), soft_wrap=True)
 
 
 def _chapter(console: Console, title: str, subtitle: str) -> None:
     console.print()
     console.print(Rule(f"[bold]{title}[/]", align="left"))
     if subtitle:
-        console.print(f"[dim]{subtitle}[/]", highlight=False, soft_wrap=True)
+        console.print(Text(subtitle, "dim"), soft_wrap=True)

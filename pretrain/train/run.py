@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from data_pipeline.loader import Loader
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
@@ -23,6 +24,7 @@ from pretrain.model.flops import flops_per_token, parameter_count
 from pretrain.model.transformer import Transformer
 from pretrain.optim.schedule import samples_before
 from pretrain.report.page import write_report
+from pretrain.report.records import read_events
 from pretrain.report.words import amount, duration
 from pretrain.train.build import build_engine
 from pretrain.train.display import Display
@@ -31,8 +33,11 @@ from pretrain.train.loop import RANK, Books, Loop, Outcome
 from pretrain.train.metrics import Meter, RecordFile, mfu_statement, truncate_after
 from pretrain.train.resolve import resolve
 from pretrain.train.rundir import RunDirectory
-from pretrain.train.sample import Sampling, continue_text
+from pretrain.train.sample import Sampling, check_prompt, continue_text
 from pretrain.train.stop import stop_on_signals
+
+BEFORE_ANY_STEP = -1
+"""The validation before the first step is a record of step 0."""
 
 
 def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ()) -> Outcome:
@@ -51,13 +56,18 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     tokenizer = open_tokenizer(config)
     config, decisions = resolve(config, tokenizer_size=tokenizer.vocab_size, previous=_previous(config.run.dir))
     train_data, validation = open_data(config)
+    _check_tokenizer(config, tokenizer, train_data)
     for decision in decisions:
-        console.print(f"[dim]{decision.key} =[/] {decision.value} [dim]({decision.reason})[/]", highlight=False)
+        console.print(Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")), soft_wrap=True)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         run_dir = stack.enter_context(RunDirectory.open(config))
         engine = build_engine(config)
         step, skipped = restore(run_dir, engine, train_data)
+        if step == config.train.steps and _is_finished(run_dir):
+            text = f"run.dir={run_dir.path} is finished, all {step} steps of it: nothing to do; to train anew, set another run.dir"
+            console.print(Text(text), soft_wrap=True)
+            return Outcome.FINISHED
         meter, statement = _meter(config, step)
         loggers = [*open_loggers(config, run_dir.path, step), *observers]
         for logger in loggers:
@@ -73,7 +83,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             books.event("skip_checkpoint", f"{path.name}: {problem}", directory.step_of(path))
         _tell_start(books, config, step, train_data, statement)
         outcome = Loop(config, engine, train_data, validation, run_dir, books, meter, stop).run(step)
-        if outcome is Outcome.FINISHED and step < config.train.steps:
+        if outcome is Outcome.FINISHED:
             _tell_end(books, config, engine, tokenizer, time.monotonic() - began)
     write_report(config.run.dir)
     return outcome
@@ -97,8 +107,19 @@ def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
     return train_data, validation
 
 
+def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
+    """UserError where the data was made with another tokenizer, or a prompt of `log.samples` is too long to be continued."""
+    if tokenizer.fingerprint != data.shards.manifest.tokenizer:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer} ({tokenizer.fingerprint}) is not the tokenizer that made data.path={config.data.path} "
+            f"({data.shards.manifest.tokenizer}); set data.tokenizer=auto, or prepare the data with it in another data.path"
+        )
+    for prompt in config.log.samples:
+        check_prompt(f"log.samples: {prompt!r}", len(tokenizer.encode(prompt)), config.model.max_seq_len)
+
+
 def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader) -> tuple[int, list[tuple[Path, str]]]:
-    """Load the newest whole checkpoint, and cut the records of later steps.
+    """Load the newest whole checkpoint. What came after it is undone: later records are cut, later (damaged) checkpoints set aside.
 
     Returns:
         The steps done, 0 without a checkpoint; and each newer checkpoint that was passed over, with its first problem.
@@ -109,7 +130,7 @@ def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader) -> tuple[i
     skipped: list[tuple[Path, str]] = []
     path = directory.newest(run_dir.checkpoints, on_problem=lambda path, problems: skipped.append((path, problems[0])))
     if path is None:
-        truncate_after(run_dir.metrics, 0)
+        truncate_after(run_dir.metrics, BEFORE_ANY_STEP)
         return 0, skipped
     manifest = read_manifest(path)
     if manifest.dataset != data.fingerprint:
@@ -121,7 +142,14 @@ def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader) -> tuple[i
     engine.loaded()
     rng.restore(manifest.rng[RANK])
     truncate_after(run_dir.metrics, manifest.step)
+    for damaged, _ in skipped:  # among the newest ones, `directory.retain` would keep them and delete those that are saved from now on
+        damaged.rename(directory.partial_path(run_dir.checkpoints, directory.step_of(damaged), f"damaged-{run_dir.attempt}"))
     return manifest.step, skipped
+
+
+def _is_finished(run_dir: RunDirectory) -> bool:
+    """Whether the run has told its end; one that was killed between its last checkpoint and that has not."""
+    return any(event.kind == "finish" for event in read_events(run_dir.events))
 
 
 def _previous(run_dir: Path) -> RunConfig | None:
