@@ -189,11 +189,11 @@ def _key(location: tuple[int | str, ...]) -> str:
 def _did_you_mean(key: str) -> str:
     source = re.match(r"data\.sources\.\d+\.", key)
     keys = [source[0] + name for name in SourceConfig.model_fields] if source else [known for known, _ in walk()]
-    near = difflib.get_close_matches(key, [*keys, *_SECTIONS], n=1, cutoff=0.6)
-    if not near:  # the right name in the wrong section
-        near = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    names = [*keys, *sorted(_SECTIONS)]
+    elsewhere = [known for known in names if known.rpartition(".")[2] == key.rpartition(".")[2]]  # right, in the wrong section
+    near = elsewhere or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     if near:
-        return f"did you mean {near[0]}?"
+        return f"did you mean {' or '.join(near)}?"
     section = key.rpartition(".")[0]
     siblings = sorted({known.split(".")[0] for known in keys} if not section else {k for k in keys if k.startswith(f"{section}.")})
     return f"known are {', '.join(siblings)}" if siblings else "`pretrain config show` lists all"

@@ -5,6 +5,7 @@ Every part is the real one: the stop in the middle is a signal to this process, 
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import sysconfig
@@ -32,17 +33,19 @@ class StopAt:
 
     def __init__(self, step: int) -> None:
         self.step = step
+        self.done = False
 
     def log(self, record: StepRecord | ValidationRecord) -> None:
         """Stop at the step."""
         if isinstance(record, StepRecord) and record.step == self.step:
+            self.done = True
             signal.raise_signal(signal.SIGINT)
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-def demo(directory: Path, console: Console) -> None:
+def demo(directory: Path, console: Console) -> Outcome:
     """Text, tokenizer, shards, training, a stop, a resumption, validation, generated text, a report; each under its heading."""
     began = time.monotonic()
     config = demo_config(directory)
@@ -53,21 +56,26 @@ def demo(directory: Path, console: Console) -> None:
 
     half = config.train.steps // 2
     _chapter(console, "Train", f"this run will be stopped by Ctrl-C's signal after step {half}, to show what happens then")
-    if train(config, console, [StopAt(half)]) is Outcome.STOPPED:
+    stop = StopAt(half)
+    outcome = train(config, console, [stop])
+    if outcome is Outcome.STOPPED and stop.done:
         _chapter(console, "Resume", "the same command again: it finds the checkpoint and goes on")
-        train(config, console)
+        outcome = train(config, console)
+    if outcome is Outcome.STOPPED:  # by somebody else
+        return outcome
 
     _chapter(console, "Result", "")
     _tell_result(config, console)
     console.print(f"\nThe whole demo took {duration(time.monotonic() - began)}. Try:", highlight=False)
     console.print(Text(f"  pretrain generate {config.run.dir} 'def main():'"), soft_wrap=True)
     console.print(Text(f"  pretrain data inspect {config.data.path}"), soft_wrap=True)
+    return outcome
 
 
 def demo_config(directory: Path) -> RunConfig:
     """`configs/demo.yaml` on this machine's standard library, in the first run directory below `directory` that is not finished."""
-    source = f"{{kind: text, paths: ['{sysconfig.get_paths()['stdlib']}'], pattern: '*.py', exclude: [{', '.join(NOT_SOURCES)}]}}"
-    words = [f"data.sources=[{source}]", f"data.path={directory / 'data'}", f"run.dir={_next_run(directory)}"]
+    source = {"kind": "text", "paths": [sysconfig.get_paths()["stdlib"]], "pattern": "*.py", "exclude": NOT_SOURCES}
+    words = [f"data.sources={json.dumps([source])}", f"data.path={directory / 'data'}", f"run.dir={_next_run(directory)}"]
     return load("demo", words).config
 
 

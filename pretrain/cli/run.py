@@ -75,8 +75,10 @@ def demo(
 ) -> None:
     """Raw text to trained model in minutes, on any machine: Python's own standard library is the text."""
     from pretrain.cli.demo import demo as tell
+    from pretrain.train.loop import Outcome
 
-    tell(directory, Console())
+    if tell(directory, Console()) is Outcome.STOPPED:
+        raise typer.Exit(EXIT_STOPPED)
 
 
 def add_to(app: typer.Typer) -> None:

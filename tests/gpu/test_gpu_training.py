@@ -40,7 +40,7 @@ def fresh_compiler() -> Iterator[None]:
 def config_of(*words: str) -> RunConfig:
     """2 layers of 4 query and 2 key/value heads of width 64; what is not said is resolved for this machine."""
     model = ("model.n_layers=2", "model.d_model=256", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=512", "model.qk_norm=true")
-    run = (f"data.seq_len={SEQ_LEN}", f"train.batch_size={ROWS}", "train.micro_batch_size=2", "optim.lr=0.01", "train.z_loss=1e-4")
+    run = (f"data.seq_len={SEQ_LEN}", f"train.batch_size={ROWS}", "train.micro_batch_size=2", "optim.lr=1e-3", "train.z_loss=1e-4")
     return resolve(load(None, [*model, *run, *words]).config, tokenizer_size=VOCABULARY, previous=None)[0]
 
 
