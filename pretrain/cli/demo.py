@@ -24,8 +24,8 @@ from pretrain.report.words import duration
 from pretrain.train.loop import Outcome
 from pretrain.train.run import train
 
-NOT_SOURCES = ("site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__")
-"""Folders of the standard library's directory that are not the library: installed packages, and tests full of odd encodings."""
+NOT_SOURCES = ("site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data")
+"""Folders of the standard library's directory that teach nothing of Python: installed packages, odd encodings, tables, generated text."""
 
 
 class StopAt:

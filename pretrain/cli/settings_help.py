@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-CONFIG_HELP = "A YAML file or the name of a preset, then settings that win over it, such as `train.steps=100 model.preset=125m`."
+CONFIG_HELP = "A YAML file or the name of a preset, then settings that win over it, such as `train.steps=5000 model.preset=125m`."
 
 
 class SettingsCommand(TyperCommand):

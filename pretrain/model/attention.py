@@ -35,7 +35,7 @@ class DocumentMask(NamedTuple):
     """Each token sees the last this many tokens of its document, itself included; none means all."""
 
     document_BS: Tensor | None = None
-    """`blocked`: number of each token's document, never decreasing along a row; none is one document a row."""
+    """`blocked`: number of each token's document, never decreasing along a row; none under `model.document_mask=False`."""
 
     allowed_B1ST: Tensor | None = None
     """`sdpa`: True where a query sees a key; none is plain causal attention."""
@@ -48,8 +48,14 @@ class DocumentMask(NamedTuple):
 
     def to(self, device: torch.device | str) -> DocumentMask:
         """The same mask on another device. Built on the CPU and then moved, it costs the GPU no synchronisation."""
-        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        device = torch.device(device)
+        moved: dict[str, Any] = {name: _moved(x, device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         return self._replace(**moved)
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    # From pageable memory the copy may wait for all that the GPU has queued; from pinned memory it never does.
+    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
 
 
 def document_mask(document_ids_BS: Tensor, positions_BS: Tensor, kernel: str, config: ModelConfig) -> DocumentMask:
@@ -71,10 +77,9 @@ def document_mask(document_ids_BS: Tensor, positions_BS: Tensor, kernel: str, co
     if kernel in VARIABLE_LENGTH:
         longest = 1 << (int((ends_N - starts_N).max()) - 1).bit_length()
         return mask._replace(document_ends_N=F.pad(ends_N, (1, 0)).int(), longest=longest)
-    one_document_a_row = len(starts_N) == B
-    if kernel == "blocked":
-        return mask if one_document_a_row else mask._replace(document_BS=document_BS)
-    if one_document_a_row and (config.sliding_window is None or config.sliding_window >= S):
+    if kernel == "blocked":  # not by what this batch holds: the compiler would make a second graph for batches without packed rows
+        return mask._replace(document_BS=document_BS) if config.document_mask else mask
+    if len(starts_N) == B and (config.sliding_window is None or config.sliding_window >= S):
         return mask
     same_BST = document_BS[:, :, None] == document_BS[:, None, :]
     return mask._replace(allowed_B1ST=(same_BST & _causal_window(0, S, config.sliding_window, same_BST.device))[:, None])
@@ -114,8 +119,8 @@ def attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: DocumentMask
 
 def _sdpa(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, allowed_B1ST: Tensor | None) -> Tensor:
     grouped = q_BSHK.shape[2] != k_BTGK.shape[2]
-    if grouped and allowed_B1ST is not None and q_BSHK.is_cuda:
-        # Of the CUDA kernels, those that take a mask take no groups: without this SDPA would fall back to a full [S, T] softmax.
+    if grouped and q_BSHK.is_cuda and (allowed_B1ST is not None or q_BSHK.dtype == torch.float32):
+        # Of the CUDA kernels, those that take a mask or fp32 take no groups: without this SDPA would fall back to a full [S, T] softmax.
         k_BTGK, v_BTGK = (x.repeat_interleave(q_BSHK.shape[2] // x.shape[2], dim=2) for x in (k_BTGK, v_BTGK))
         grouped = False
     out_BHSK = F.scaled_dot_product_attention(

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
@@ -57,11 +56,12 @@ def softmax_gradient_(logits_CV: Tensor, labels_C: Tensor, z_loss: float) -> tup
 def _softmax_gradient_block_(logits_CV: Tensor, labels_C: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     valid_C = (labels_C != IGNORE).float()
     target_C1 = labels_C.clamp(min=0)[:, None]
-    log_p_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
-    log_p_C = log_p_CV.gather(1, target_C1).squeeze(1)
-    log_z_C = logits_CV.gather(1, target_C1).squeeze(1).float() - log_p_C
+    logits_fp32_CV = logits_CV.float()
+    log_z_C = logits_fp32_CV.logsumexp(-1)
+    log_p_C = logits_CV.gather(1, target_C1).squeeze(1).float() - log_z_C
     scale_C = valid_C * (1 + 2 * z_loss * log_z_C)
-    logits_CV.copy_(log_p_CV.exp_().mul_(scale_C[:, None]))
+    # No gathered logit may enter this line: the compiler would read it in the same kernel, and so write to a second [C, V].
+    logits_CV.copy_(logits_fp32_CV.sub_(log_z_C[:, None]).exp_().mul_(scale_C[:, None]))
     column_C = log_p_C.exp() * scale_C - valid_C
     return -log_p_C * valid_C, z_loss * log_z_C.square() * valid_C, column_C
 

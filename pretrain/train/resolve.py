@@ -15,7 +15,7 @@ from pretrain.config import AUTO, RunConfig, flatten, may_change
 from pretrain.config_loading import validate
 from pretrain.errors import UserError
 from pretrain.model.flops import parameter_count
-from pretrain.model.kernels import choose_backend
+from pretrain.model.kernels import VARIABLE_LENGTH, available_backends, choose_backend
 from pretrain.optim import schedule
 from pretrain.report.words import amount
 
@@ -140,9 +140,11 @@ def _check(config: RunConfig, tokenizer_size: int) -> None:
         )
     if train.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto")
-    if train.attention in ("varlen", "flash_attn") and (train.device, train.precision) != ("cuda", "bf16"):
-        raise UserError(
-            f"train.attention={train.attention} needs train.device=cuda and train.precision=bf16, not {train.device} and "
-            f"{train.precision}; use auto"
-        )
+    if train.attention in VARIABLE_LENGTH:
+        runs = available_backends(train.device, precision=train.precision, compiled=train.compile, head_dim=model.head_dim)
+        if train.attention not in runs:
+            raise UserError(
+                f"train.attention={train.attention} does not run here with train.device={train.device}, train.precision={train.precision} "
+                f"and model.head_dim={model.head_dim}; use {', '.join(runs)} or auto"
+            )
     schedule.check(config.optim, config.train)

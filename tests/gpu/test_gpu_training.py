@@ -1,6 +1,7 @@
 """Training on a CUDA GPU: the same steps as the CPU's, without waiting or compiling where it should not, and the whole command."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -79,9 +80,9 @@ def on_the_cpu() -> list[tuple[float, float]]:
     ("words", "loss_error", "norm_error"),
     [
         (("train.precision=fp32", "train.compile=false"), 1e-4, 1e-3),
-        (("train.precision=bf16", "train.compile=false"), 5e-3, 2e-2),
-        (("train.precision=bf16", "train.compile=false", "train.attention=sdpa"), 5e-3, 2e-2),
-        (("train.precision=bf16", "train.compile=true"), 5e-3, 2e-2),
+        (("train.precision=bf16", "train.compile=false"), 2e-3, 1e-2),
+        (("train.precision=bf16", "train.compile=false", "train.attention=sdpa"), 2e-3, 1e-2),
+        (("train.precision=bf16", "train.compile=true"), 2e-3, 1e-2),
     ],
     ids=["fp32", "bf16", "bf16 sdpa", "bf16 compiled"],
 )
@@ -101,7 +102,7 @@ def test_evaluation_on_the_gpu_is_that_of_the_cpu() -> None:
         config = config_of(*words)
         total, targets = build_engine(config).eval_step(fed(config, batch_of(0))[0])
         totals.append(total / targets)
-    assert totals[1] == pytest.approx(totals[0], rel=5e-3)
+    assert totals[1] == pytest.approx(totals[0], rel=2e-3)
 
 
 def operators(step: Callable[[], object]) -> set[str]:
@@ -180,14 +181,18 @@ def test_pretrain_train_ends_on_the_gpu_and_resumes(
     pretrain: Callable[..., object], tiny_words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     words = tiny_words(tmp_path, "model.d_model=64", "train.device=auto", "train.precision=auto", "train.compile=auto")
-    answer = pretrain("train", *words)
-    assert getattr(answer, "code", None) == 0, answer
-    metrics = read_metrics(tmp_path / "metrics.jsonl")
-    assert [record.step for record in metrics.steps] == list(range(1, 41))
-    assert metrics.validations[-1].val_loss < 0.8 * metrics.validations[0].val_loss
+    for kind in ("start", "resume"):
+        answer = pretrain("train", *words)
+        assert getattr(answer, "code", None) == 0, answer
+        metrics = read_metrics(tmp_path / "metrics.jsonl")
+        assert [record.step for record in metrics.steps] == list(range(1, 41))
+        assert metrics.validations[-1].val_loss < 0.8 * metrics.validations[0].val_loss
+        events = {event.kind: event for event in read_events(tmp_path / "events.jsonl")}
+        assert events[kind].device == torch.cuda.get_device_name()
+        if kind == "start":  # the same command then goes on from the checkpoint before
+            shutil.rmtree(tmp_path / "checkpoints" / "step-00000040")
+    assert {record.attempt for record in metrics.steps} == {1, 2}
     known = find_accelerator(torch.cuda.get_device_name()) is not None and torch.cuda.is_bf16_supported(including_emulation=False)
     assert all((record.mfu is not None) == known for record in metrics.steps)
     assert all(0 < record.mfu < 1 for record in metrics.steps if record.mfu is not None)
-    started = next(event for event in read_events(tmp_path / "events.jsonl") if event.kind == "start")
-    assert started.device == torch.cuda.get_device_name()
     assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -117,7 +117,7 @@ SETTINGS = {
     "sequence longer than the model's": (["data.seq_len=128"], "data.seq_len=128 is longer than model.max_seq_len=64; lower the first"),
     "warm-up longer than the run": (["optim.warmup=40"], "optim.warmup=40 is not below train.steps=40: .* try optim.warmup=4"),
     "microbatch larger than the batch": (["train.micro_batch_size=9"], "train.micro_batch_size=9 is larger than train.batch_size=4"),
-    "kernels of a GPU": (["train.attention=varlen"], "train.attention=varlen needs train.device=cuda .* use auto"),
+    "kernels of a GPU": (["train.attention=varlen"], "train.attention=varlen does not run here with train.device=cpu, .* use sdpa or auto"),
     "no data": (["data.path=nowhere"], "data.path=nowhere holds no prepared data; run `pretrain data prepare`"),
     "no tokenizer": (["data.tokenizer=nowhere.json"], "data.tokenizer: cannot read nowhere.json: No such file .* name a tokenizer.json"),
     "a prompt that fills the context": (

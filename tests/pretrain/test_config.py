@@ -50,7 +50,7 @@ def test_a_preset_named_by_a_word_wins_over_the_one_in_the_file(tmp_path: Path) 
 
 def test_later_words_win_and_the_first_word_may_be_a_config() -> None:
     assert load_words(["train.steps=1", "train.steps=2"]).config.train.steps == 2
-    assert load_words(["demo", "train.steps=2"]).config.data.vocab_size == 8192
+    assert load_words(["demo", "train.steps=2"]).config.data.vocab_size == 4096
     assert load_words([]).config == RunConfig()
 
 

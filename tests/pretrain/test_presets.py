@@ -48,7 +48,7 @@ def test_another_width_is_another_count() -> None:
     ("name", "vocab_size", "expected"),
     [
         ("tiny", 256, 90_432),
-        ("demo", 8192, 6.8e6),
+        ("demo", 4096, 3.8e6),
         ("125m", 50_304, 124e6),
         ("350m", 50_304, 360e6),
         ("1b", 128_256, 1_235_814_400),

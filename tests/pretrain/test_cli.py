@@ -1,0 +1,182 @@
+"""The command line: every command answers, says what it decided, and together they do the whole job."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import RunConfig, flatten, walk
+from pretrain.report.records import StepRecord, ValidationRecord
+
+Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
+
+COMMANDS = {
+    "demo": "Raw text to trained model in minutes",
+    "train": "Train a model. The same command with the same run directory goes on",
+    "generate": "Continue a text with a trained model",
+    "report": "one self-contained page",
+    "data": "Turn raw text into token shards",
+    "data tokenizer": "Train a byte-level BPE on `data.sources`",
+    "data prepare": "Turn `data.sources` into shards of tokens",
+    "data inspect": "Show what a prepared data set holds",
+    "data verify": "hold it against its checksums",
+    "config": "Show a config, or the schema",
+    "config show": "Print every setting with its value and where the value comes from",
+    "config schema": "Print the JSON schema of a config file",
+}
+
+
+def words_of(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_help_lists_every_command(pretrain: Pretrain) -> None:
+    answer = pretrain("--help")
+    assert (answer.code, answer.err) == (0, "")
+    assert all(command in answer.out for command in ("demo", "train", "generate", "report", "data", "config"))
+    assert answer.out == pretrain("-h").out
+
+
+@pytest.mark.parametrize(("command", "sentence"), COMMANDS.items(), ids=COMMANDS)
+def test_each_command_explains_itself(pretrain: Pretrain, command: str, sentence: str) -> None:
+    answer = pretrain(*command.split(), "--help")
+    assert (answer.code, answer.err) == (0, "")
+    assert sentence.replace("`", "") in words_of(answer.out).replace("`", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "sections"), [("train", None), ("config show", None), ("data prepare", "data."), ("data tokenizer", "data.")]
+)
+def test_help_holds_the_sentence_and_default_of_every_setting(pretrain: Pretrain, command: str, sections: str | None) -> None:
+    told = words_of(pretrain(*command.split(), "--help").out)
+    defaults = flatten(RunConfig())
+    for key, field in walk():
+        row = words_of(f"{key} {defaults[key]} {field.description}")
+        assert (row in told) == (sections is None or key.startswith(sections)), row
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, pretrain.cli; print(*sorted(sys.modules))"
+    modules = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert "pretrain.cli.run" in modules
+    assert not modules & {"torch", "datasets", "numpy", "pyarrow", "pydantic", "tokenizers", "transformers", "plotly", "wandb", "yaml"}
+
+
+def test_config_show_tells_where_each_value_comes_from(pretrain: Pretrain, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("model: {preset: tiny}\ntrain: {steps: 7}\n")
+    answer = pretrain("config", "show", tmp_path / "my.yaml", "optim.lr=1e-3", "log.samples=['[bold]']")
+    lines = answer.out.splitlines()
+    assert answer.code == 0
+    assert len(lines) == len(flatten(RunConfig()))
+    assert f"train.steps: 7  # {tmp_path / 'my.yaml'}" in lines
+    assert "model.d_model: 64  # preset tiny" in lines
+    assert "optim.lr: 0.001  # command line" in lines
+    assert 'log.samples: ["[bold]"]  # command line' in lines
+    assert "train.batch_size: 32  # default" in lines
+    assert "optim.betas: [0.9, 0.95]  # default" in lines
+
+
+def test_config_schema_is_the_schema(pretrain: Pretrain) -> None:
+    assert json.loads(pretrain("config", "schema").out) == RunConfig.model_json_schema()
+
+
+def test_text_to_report_with_the_commands_alone(
+    pretrain: Pretrain, tmp_path: Path, tiny_text: Path, tiny_words: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
+    data, run = tmp_path / "data", tmp_path / "run"
+    prepare = ("data", "prepare", source, f"data.path={data}", "data.vocab_size=300", "data.validation_fraction=0.1")
+    tokenizer = pretrain("data", "tokenizer", *prepare[2:])
+    assert tokenizer.code == 0
+    assert f"{data / 'tokenizer.json'}: 300 tokens, fingerprint " in tokenizer.out
+    prepared = pretrain(*prepare)
+    assert prepared.code == 0
+    assert "train: 2" in prepared.out
+    assert "documents, " in prepared.out
+    assert " bytes a token" in prepared.out
+    assert "is prepared already" in pretrain(*prepare).out
+
+    inspected = pretrain("data", "inspect", data, "--samples", "1")
+    assert inspected.code == 0
+    assert "tokenizer of 300 tokens" in inspected.out
+    assert "<|endoftext|>" in inspected.out
+    verified = pretrain("data", "verify", data)
+    assert verified.code == 0
+    assert f"{data}: 2 shards, 0.1 MB, all as their manifests say" in verified.out
+
+    words = tiny_words(run, f"data.path={data}", "train.steps=12", "checkpoint.every=6", "train.compile=auto", "log.samples=[the loop]")
+    stop_at(monkeypatch, 4)
+    stopped = pretrain("train", *words)
+    assert stopped.code == 75
+    assert "SIGTERM received; the same command goes on from here" in stopped.out
+    assert "train.compile = False (" in stopped.out
+    stop_at(monkeypatch, None)
+    trained = pretrain("train", *words)
+    assert trained.code == 0
+    assert "step 4 of 12, from the newest checkpoint" in trained.out
+    assert f"report: {run / 'report.html'}" in trained.out
+    assert stopped.err == trained.err == ""
+    assert "is finished, all 12 steps of it: nothing to do" in pretrain("train", *words).out
+
+    again = [pretrain("generate", run, "the loop", "--max-new-tokens", "9", "--seed", "3") for _ in range(2)]
+    assert again[0].code == 0
+    assert again[0].out.splitlines()[0] == str(run / "checkpoints" / "step-00000012")
+    assert again[0].out.splitlines()[1].startswith("the loop")
+    assert again[0] == again[1]
+
+    (run / "report.html").unlink()
+    assert words_of(pretrain("report", run).out) == str(run / "report.html")
+    html = (run / "report.html").read_text()
+    assert html.lstrip().lower().startswith("<!doctype html>")
+    assert "the loop" in html
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
+    """Let the process that trains be sent SIGTERM after a step."""
+
+    class Stop:
+        def log(self, record: StepRecord | ValidationRecord) -> None:
+            if isinstance(record, StepRecord) and record.step == step:
+                signal.raise_signal(signal.SIGTERM)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("pretrain.train.run.open_loggers", lambda *_: [Stop()])
+
+
+def test_generate_tells_what_it_passed_over(
+    pretrain: Pretrain, tmp_path: Path, run_tiny: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.train.run.write_report", lambda _: None)
+    run_tiny(tmp_path / "run", "train.steps=6", "checkpoint.every=3")
+    shard = tmp_path / "run" / "checkpoints" / "step-00000006" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    answer = pretrain("generate", tmp_path / "run", "the")
+    assert answer.code == 0
+    assert answer.out.startswith(f"passed over: {shard} has ")
+    assert "step-00000003\n" in answer.out
+
+
+def test_a_misspelt_command_is_exit_code_2(pretrain: Pretrain) -> None:
+    answer = pretrain("trian")
+    assert answer.code == 2
+    assert "No such command 'trian'" in answer.err
+
+
+def test_a_bug_keeps_its_traceback(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.config_loading.load_words", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain("config", "show")
+
+
+def test_an_error_is_one_line_whatever_its_message_holds(pretrain: Pretrain) -> None:
+    answer = pretrain("train", "a\nb [/red] :smile: [bold].yaml")
+    assert answer.code == 2
+    assert answer.err.startswith("error: a b [/red] :smile: [bold].yaml: no such file")
+    assert answer.err.count("\n") == 1

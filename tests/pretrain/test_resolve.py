@@ -1,0 +1,140 @@
+"""Every `auto` becomes a value once, by its rule and with a reason; a resumed run keeps the values it began with."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.config import AUTO, RunConfig, flatten
+from pretrain.config_loading import load
+from pretrain.errors import UserError
+from pretrain.train.resolve import resolve
+
+TINY = ("model.preset=tiny", "data.seq_len=128", "train.steps=200", "train.batch_size=32")
+BF16 = {"avx512_bf16": True}
+
+
+@pytest.fixture(autouse=True)
+def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without bf16, a compiler, no GPU."""
+    machine(monkeypatch)
+
+
+def machine(patch: pytest.MonkeyPatch, *, gpu: bool = False, cpu: dict[str, bool] | None = None, compiler: str | None = "g++") -> None:
+    patch.setattr(torch.cuda, "is_available", lambda: gpu)
+    patch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu)
+    patch.setattr(torch.cpu, "get_capabilities", lambda: cpu or {})
+    patch.setattr("shutil.which", lambda name: name if name == compiler else None)
+    patch.setattr("pretrain.model.kernels.flash_attn_version", lambda *_: None)
+
+
+def resolved(*words: str, size: int = 300, previous: RunConfig | None = None) -> dict[str, Any]:
+    return flatten(resolve(load(None, [*TINY, *words]).config, tokenizer_size=size, previous=previous)[0])
+
+
+def test_on_a_plain_cpu_these_are_the_decisions_and_reasons() -> None:
+    config, decisions = resolve(load(None, TINY).config, tokenizer_size=300, previous=None)
+    assert {decision.key: (decision.value, decision.reason) for decision in decisions} == {
+        "data.tokenizer": ("data/default/tokenizer.json", "the one the data was made with"),
+        "model.vocab_size": (320, "the tokenizer's 300, rounded up"),
+        "optim.decay": (1.0, "the usual for cosine"),
+        "train.device": ("cpu", "no GPU is visible"),
+        "train.precision": ("fp32", "the CPU has no native bf16"),
+        "train.micro_batch_size": (32, "at most 16,384 tokens a pass, and no more than the batch"),
+        "train.compile": (False, "465B FLOPs are too few to repay compiling"),
+        "train.attention": ("sdpa", "PyTorch's scaled_dot_product_attention runs everywhere"),
+    }
+    assert AUTO not in flatten(config).values()
+    assert resolve(config, tokenizer_size=300, previous=None) == (config, [])
+    assert str(decisions[1]) == "model.vocab_size=320 (the tokenizer's 300, rounded up)"
+
+
+def test_what_is_set_is_not_decided() -> None:
+    words = ("model.vocab_size=512", "train.micro_batch_size=3", "train.precision=bf16", "train.compile=false", "optim.decay=0.5")
+    config, decisions = resolve(load(None, [*TINY, *words]).config, tokenizer_size=300, previous=None)
+    assert [decision.key for decision in decisions] == ["data.tokenizer", "train.device", "train.attention"]
+    assert (config.model.vocab_size, config.train.micro_batch_size, config.train.precision, config.optim.decay) == (512, 3, "bf16", 0.5)
+
+
+@pytest.mark.parametrize(("size", "rows"), [(257, 320), (320, 320), (321, 384), (50_257, 50_304), (128_256, 128_256)])
+def test_the_vocabulary_is_rounded_up_to_a_multiple_of_64(size: int, rows: int) -> None:
+    assert resolved(size=size)["model.vocab_size"] == rows
+
+
+@pytest.mark.parametrize(("seq_len", "batch", "micro"), [(128, 1000, 128), (512, 1000, 32), (512, 8, 8), (500, 1000, 32), (16_385, 9, 1)])
+def test_a_microbatch_holds_at_most_16384_tokens(seq_len: int, batch: int, micro: int) -> None:
+    found = resolved(f"data.seq_len={seq_len}", f"train.batch_size={batch}", "model.max_seq_len=100000")
+    assert found["train.micro_batch_size"] == micro
+
+
+def test_the_final_decay_of_wsd_is_a_fifth() -> None:
+    assert resolved("optim.schedule=wsd")["optim.decay"] == 0.2
+
+
+def test_a_cpu_with_bf16_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, precision in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
+        machine(monkeypatch, cpu={name: True})
+        assert resolved()["train.precision"] == precision
+
+
+def test_a_long_run_on_a_cpu_is_compiled_if_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "train.steps=20000"
+    assert (resolved(long)["train.compile"], resolved(long)["train.attention"]) == (True, "blocked")
+    machine(monkeypatch, compiler="clang++")
+    assert resolved(long)["train.compile"] is True
+    machine(monkeypatch, compiler=None)
+    assert (resolved(long)["train.compile"], resolved(long)["train.attention"]) == (False, "sdpa")
+
+
+def test_a_gpu_is_used_with_all_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, gpu=True)
+    found = resolved()
+    assert [found[f"train.{name}"] for name in ("device", "precision", "compile", "attention")] == ["cuda", "bf16", True, "varlen"]
+
+
+def test_a_resumed_run_keeps_its_decisions_whatever_the_rules_say_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = resolve(load(None, [*TINY, "train.micro_batch_size=7"]).config, tokenizer_size=300, previous=None)[0]
+    machine(monkeypatch, cpu=BF16)
+    config, decisions = resolve(load(None, TINY).config, tokenizer_size=300, previous=began)
+    assert config == began
+    assert {decision.reason for decision in decisions} == {"as the run began"}
+    assert resolved()["train.precision"] == "bf16"  # what it would have been without the run that is there
+
+
+def test_a_run_goes_on_another_device_in_the_same_precision_and_with_the_kernels_of_that_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, gpu=True)
+    on_gpu = resolve(load(None, TINY).config, tokenizer_size=300, previous=None)[0]
+    machine(monkeypatch)
+    moved = resolved(previous=on_gpu)
+    assert [moved[f"train.{name}"] for name in ("device", "precision", "compile", "attention")] == ["cpu", "bf16", False, "sdpa"]
+    machine(monkeypatch, gpu=True)
+    assert [resolved("train.device=cpu", previous=on_gpu)[f"train.{name}"] for name in ("device", "attention")] == ["cpu", "sdpa"]
+
+
+def test_a_gpu_that_is_not_there_is_told() -> None:
+    with pytest.raises(UserError, match=r"train\.device=cuda, but PyTorch sees no GPU here; use train\.device=cpu or auto"):
+        resolved("train.device=cuda")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train.attention=flash_attn",), "train.attention=flash_attn does not run here .* use varlen, sdpa or auto"),
+        (("train.attention=varlen", "train.precision=fp32"), "train.attention=varlen does not run here .*fp32 .* use sdpa or auto"),
+        (("train.attention=varlen", "model.head_dim=12"), "model.head_dim=12; use sdpa or auto"),
+    ],
+)
+def test_kernels_that_do_not_run_are_refused_before_anything_begins(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    machine(monkeypatch, gpu=True)
+    with pytest.raises(UserError, match=message):
+        resolved(*words)
+
+
+def test_a_vocabulary_as_large_as_the_tokenizers_is_enough() -> None:
+    assert resolved("model.vocab_size=300")["model.vocab_size"] == 300
+    with pytest.raises(UserError, match=r"model\.vocab_size=299 is smaller than the tokenizer's vocabulary of 300"):
+        resolved("model.vocab_size=299")

@@ -1,0 +1,105 @@
+"""Text from a trained run: whole characters, the same text for the same seed, and the newest checkpoint that is whole."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from pretrain.checkpoint import store
+from pretrain.errors import UserError
+from pretrain.model.transformer import Transformer
+from pretrain.train.loop import Outcome
+from pretrain.train.sample import Sampling, _pieces, continue_text, open_trained
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run_dir(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sample") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.train.run.write_report", lambda _: None)
+        run_tiny(path, "train.steps=60", "optim.lr=0.02", "checkpoint.every=30", "train.precision=bf16")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(run_dir: Path) -> tuple[Transformer, Tokenizer]:
+    return open_trained(run_dir, CPU, unexpected)[:2]
+
+
+def unexpected(path: Path, problems: list[str]) -> None:
+    raise AssertionError(f"{path}: {problems}")
+
+
+def test_the_weights_are_the_checkpoints_rounded_to_the_precision_of_the_run(run_dir: Path) -> None:
+    model, tokenizer, config, path = open_trained(run_dir, CPU, unexpected)
+    assert path.name == "step-00000060"
+    assert tokenizer.vocab_size == 300
+    assert config.train.steps == 60
+    assert not model.training
+    saved = {name: torch.empty(weight.shape) for name, weight in model.named_parameters()}
+    store.load(path, {"model": saved})
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, saved[name].bfloat16()), name
+
+
+def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Transformer, Tokenizer]) -> None:
+    text = "".join(continue_text(*trained, "one shard reads a token.\nthe loop", Sampling(temperature=0)))
+    verbs = {"reads", "writes", "skips", "remembers", "shuffles", "follows"}
+    assert text.split()[0] in verbs
+
+
+def test_the_same_seed_gives_the_same_text_and_another_one_another(trained: tuple[Transformer, Tokenizer]) -> None:
+    texts = ["".join(continue_text(*trained, "the", Sampling(max_new_tokens=30, temperature=1.0, seed=seed))) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_empty_prompt_starts_after_an_end_of_text_token(trained: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[list[int]] = []
+    monkeypatch.setattr("pretrain.train.sample.generate", lambda _, prompt, **__: prompts.append(prompt) or iter(()))
+    assert list(continue_text(*trained, "", Sampling())) == []
+    assert prompts == [[trained[1].eot_id]]
+
+
+def test_the_context_ends_the_text(trained: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = trained
+    asked: list[int] = []
+    monkeypatch.setattr("pretrain.train.sample.generate", lambda *_, max_new_tokens, **__: asked.append(max_new_tokens) or iter(()))
+    prompt = "the loop reads a token."
+    n = len(tokenizer.encode(prompt))
+    for wanted in (5, 64 - n, 1000):
+        list(continue_text(model, tokenizer, prompt, Sampling(max_new_tokens=wanted)))
+    assert asked == [5, 64 - n, 64 - n]
+
+
+def test_a_prompt_that_fills_the_context_is_refused_before_any_text(trained: tuple[Transformer, Tokenizer]) -> None:
+    with pytest.raises(UserError, match=r"the prompt has 64 tokens, which leave no room for more in model\.max_seq_len=64"):
+        continue_text(*trained, "\x00" * 64, Sampling())
+    assert len("".join(continue_text(*trained, "\x00" * 63, Sampling()))) <= 10
+
+
+def test_pieces_join_to_the_whole_and_cut_no_character(tiny_data: Path) -> None:
+    tokenizer, text = load_tokenizer(tiny_data), "naïve Ω 漢字 🙂 end"
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text)  # the vocabulary is made of English: another letter is several bytes, each a token
+    pieces = list(_pieces(iter(ids), tokenizer))
+    assert "".join(pieces) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    assert "🙂" in pieces
+    cut = "".join(_pieces(iter(ids[: len(tokenizer.encode("naïve Ω 漢字")) - 1]), tokenizer))  # the model may stop inside a character
+    assert cut == "naïve Ω 漢\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_told(run_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    shard = copy / "checkpoints" / "step-00000060" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    told: list[str] = []
+    *_, path = open_trained(copy, CPU, lambda damaged, problems: told.extend([damaged.name, *problems]))
+    assert path.name == "step-00000030"
+    assert told[0] == "step-00000060"
+    assert "bytes instead of" in told[1]
