@@ -55,7 +55,8 @@ class DocumentMask(NamedTuple):
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
     # From pageable memory the copy may wait for all that the GPU has queued; from pinned memory it never does.
-    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
+    pinned = x.contiguous().pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+    return pinned.to(device, non_blocking=True)
 
 
 def document_mask(document_ids_BS: Tensor, positions_BS: Tensor, kernel: str, config: ModelConfig) -> DocumentMask:

@@ -138,6 +138,20 @@ def test_the_forward_pass_never_waits_for_the_gpu() -> None:
     assert all(math.isfinite(total.item()) for total in totals)
 
 
+def test_whole_rows_are_one_document_without_a_document_mask() -> None:
+    config = config_of("train.device=cuda", "train.compile=false", "model.document_mask=false")
+    engine = build_engine(config)
+    packed, plain = (
+        engine.eval_step(fed(config, batch)[0])[0] for batch in (relabelled(batch_of(0)), relabelled(batch_of(0, documents=1)))
+    )
+    assert packed == plain
+
+
+def relabelled(batch: Batch) -> Batch:
+    """The same batch with a label for every token, so that its loss depends on nothing but the mask."""
+    return Batch(batch.input_ids, np.roll(batch.input_ids, -1, axis=1), batch.positions, batch.document_ids)
+
+
 def test_other_documents_are_not_another_compilation() -> None:
     config = config_of("train.device=cuda", "train.compile=true")
     engine = build_engine(config)
