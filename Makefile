@@ -24,8 +24,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-gpu-check: $(VENV)/.installed-dev  ## the checks and measurements that need a CUDA GPU; says so where there is none
-	$(BIN)/python -m benchmarks.gpu
+gpu-check:  ## the checks and measurements that need a CUDA GPU (JSON=FILE keeps the rows); says so where there is none
+	@if $(PYTHON) -c 'import pytest, pretrain.cli, pretrain.train.run, data_pipeline.tokenize' 2>/dev/null; \
+	then python=$(PYTHON); else $(MAKE) $(VENV)/.installed-dev && python=$(BIN)/python; fi && set -x && \
+	$$python -m pytest -o addopts='-ra --strict-markers' tests/gpu && $$python -m benchmarks.gpu $(if $(JSON),--json $(JSON))
 
 benchmark: $(VENV)/.installed-dev  ## our training step beside that of transformers
 	$(BIN)/python -m benchmarks.step

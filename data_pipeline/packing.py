@@ -23,7 +23,8 @@ class Batch:
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
-    """The next token of the same document; NO_LABEL at a document's last token and on padding."""
+    """The next token of the stream: the end-of-text token, the last of its document, predicts how the next one begins, so that every
+    token but the split's first is predicted once an epoch. NO_LABEL at the split's last token and on padding."""
     positions: NDArray[np.int32]
     """0, 1, 2, ... from the first token of the document in this row: always below seq_len, also where the row cuts a document."""
     document_ids: NDArray[np.int32]
@@ -58,13 +59,10 @@ def _fill_row(batch: Batch, row: int, shards: ShardSet, start: int) -> None:
     stop = min(start + seq_len, shards.n_tokens)
     length = stop - start
     tokens = shards.tokens(start, min(stop + 1, shards.n_tokens))  # one more: the label of the last
-    n_labels = len(tokens) - 1
     batch.input_ids[row, :length] = tokens[:length]
-    batch.labels[row, :n_labels] = tokens[1:]
-    # Where a document begins after the row's first token; the end of the split counts, so that padding is a document too.
-    cuts = shards.document_starts(start + 1, min(stop + 1, shards.n_tokens)) - start
-    batch.labels[row, cuts - 1] = NO_LABEL
-    first = np.concatenate([[0], cuts[cuts < seq_len], [length] if length < seq_len else []]).astype(np.int64)
+    batch.labels[row, : len(tokens) - 1] = tokens[1:]
+    cuts = shards.document_starts(start + 1, stop) - start  # where a document begins after the row's first token
+    first = np.concatenate([[0], cuts, [length] if length < seq_len else []]).astype(np.int64)  # padding is a document too
     lengths = np.diff(first, append=seq_len)
     batch.document_ids[row] = np.repeat(np.arange(len(first), dtype=np.int32), lengths)
     batch.positions[row] = np.arange(seq_len) - np.repeat(first, lengths)

@@ -149,7 +149,7 @@ def _train(file: Path, corpus: Corpus, vocab_size: int, sample_mb: float, valida
     def training_documents() -> Iterator[Document]:
         total, n_documents = _total_bytes(corpus), 0
         for batch in _batches(_read_all(corpus)):
-            yield from (document for document in batch if document.text and not _held_out(document, validation_fraction))
+            yield from (document for document in batch if document.text.strip() and not _held_out(document, validation_fraction))
             n_documents += len(batch)
             progress(Progress("reading a sample", n_documents, read=batch[-1].read, total=total))
 

@@ -146,27 +146,30 @@ class ModelConfig(Settings):
 
 
 class DataConfig(Settings):
-    """Where the text comes from, how it becomes tokens, and how tokens become sequences."""
+    """Where the text comes from, how it becomes tokens, and how tokens become sequences.
 
-    path: Path = Path("data/default")
+    What prepares the data may change when a run is resumed: a checkpoint knows its data by the fingerprint of the shards.
+    """
+
+    path: Annotated[Path, MayChange()] = Path("data/default")
     """Prepared data set: train/ and validation/ shards with their manifests, and the tokenizer."""
 
-    sources: tuple[SourceConfig, ...] = ()
+    sources: Annotated[tuple[SourceConfig, ...], MayChange()] = ()
     """Raw text for `pretrain data prepare`; not read in training."""
 
-    tokenizer: OrAuto[Path] = AUTO
+    tokenizer: Annotated[OrAuto[Path], MayChange()] = AUTO
     """A `tokenizer.json`, or a folder that holds one. `auto` is the one in `data.path`, trained on the sources if it is not there yet."""
 
-    vocab_size: int = Field(default=32_768, gt=256)
+    vocab_size: Annotated[int, MayChange()] = Field(default=32_768, gt=256)
     """Vocabulary to train when there is no tokenizer yet, special tokens included."""
 
-    tokenizer_sample_mb: float = Field(default=200, gt=0)
+    tokenizer_sample_mb: Annotated[float, MayChange()] = Field(default=200, gt=0)
     """Megabytes of text (evenly over the documents) that a new tokenizer is trained on."""
 
-    validation_fraction: float = Field(default=0.005, ge=0, lt=1)
+    validation_fraction: Annotated[float, MayChange()] = Field(default=0.005, ge=0, lt=1)
     """Share of the documents held out for validation, chosen by the hash of their id."""
 
-    shard_tokens: int = Field(default=128_000_000, gt=0)
+    shard_tokens: Annotated[int, MayChange()] = Field(default=128_000_000, gt=0)
     """Tokens a shard holds at most (256 MB of 16-bit tokens)."""
 
     seq_len: int = Field(default=2048, gt=0)
@@ -200,8 +203,8 @@ class OptimConfig(Settings):
     schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after the warm-up."""
 
-    warmup: int = Field(default=100, ge=0)
-    """Steps of linear warm-up."""
+    warmup: OrAuto[Annotated[int, Field(ge=0)]] = AUTO
+    """Steps of linear warm-up. `auto` is a tenth of the run, at most 2,000."""
 
     decay: OrAuto[float] = AUTO
     """`wsd`: length of the final decay, as a fraction of the run. `auto` is 0.2 (arXiv:2405.18392). Other schedules decay throughout."""
@@ -229,8 +232,8 @@ class TrainConfig(Settings):
     """Sequences in the first global batch of a ramp."""
 
     micro_batch_size: Annotated[OrAuto[int], MayChange()] = AUTO
-    """Sequences in one forward and backward pass; gradients accumulate over the global batch. `auto` takes as many as hold 16,384
-    tokens."""
+    """Sequences in one forward and backward pass; gradients accumulate over the global batch. `auto` is the largest divisor of
+    `batch_size` that holds at most 16,384 tokens."""
 
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of log(Z)^2 in the loss (arXiv:2204.02311, section 5); it keeps the logits from drifting."""

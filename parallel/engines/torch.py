@@ -71,9 +71,9 @@ class TorchEngine:
 
 def _split_masters(model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """Turn the module's parameters into copies of `dtype`; return the fp32 ones, which collect the gradients."""
-    masters = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    masters = {name: nn.Parameter(parameter.detach()) for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(dtype)  # new memory: what it had is the master's alone from here on
         parameter.register_post_accumulate_grad_hook(_collect_into(masters[name]))  # type: ignore[no-untyped-call]  # untyped in torch
     return masters
 

@@ -95,7 +95,7 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, cross-entropy, z-loss); fills the gradients of `total` that are given."""
     T, V = len(hidden_TD), len(weight_VD)
-    size = max(math.ceil(T / _CHUNKS), _SMALLEST_CHUNK.get(hidden_TD.device.type, 2**25) // V, 1)
+    size = math.ceil(T / _chunks(T * V, hidden_TD.device))
     weight_VD = weight_VD.to(hidden_TD.dtype)
     buffer_CV = hidden_TD.new_empty(min(size, T), V)  # one for all chunks: two would live while the second is computed
     cross_entropy = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
@@ -113,6 +113,14 @@ def _chunked(
         if grad_weight_VD is not None:
             _add_product(grad_weight_VD, gradient_CV, hidden_CD, first=start == 0)
     return cross_entropy + z, cross_entropy, z
+
+
+def _chunks(logits: int, device: torch.device) -> int:
+    """A power of two, so that chunks are of one size and compiled once."""
+    chunks = 1
+    while chunks < _CHUNKS and logits // chunks > _SMALLEST_CHUNK.get(device.type, 2**25):
+        chunks *= 2
+    return chunks
 
 
 def _add_product(grad_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor, first: bool) -> None:

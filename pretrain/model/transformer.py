@@ -73,9 +73,10 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def compile_parts(self) -> None:
-        """torch.compile what repeats or is made of many small operations: every block, and the softmax of the loss."""
+        """torch.compile what repeats or is made of many small operations: every block, the final norm, the softmax of the loss."""
         for layer in self.layers:
             layer.compile()
+        self.model.norm.compile()
         self.softmax_gradient_ = torch.compile(softmax_gradient_)
 
     def document_mask(self, document_ids_BS: Tensor, positions_BS: Tensor) -> DocumentMask:

@@ -135,13 +135,15 @@ class Loop:
         if self.validation is None:
             return
         config = self.config
-        n_sequences = min(config.eval.batches * config.train.batch_size, self.validation.n_sequences)
+        size, n_sequences = config.train.micro_batch_size, min(config.eval.batches * config.train.batch_size, self.validation.n_sequences)
         device = torch.device(config.train.device)
         total, targets = 0.0, 0
         with self.meter.paused():
-            for microbatch in microbatches(self.validation.sequential(0, n_sequences), config.train.micro_batch_size, device):
-                loss, n_targets = self.engine.eval_step(microbatch)
-                total, targets = total + loss, targets + n_targets
+            for first in range(0, n_sequences, size):
+                rows = self.validation.sequential(first, min(size, n_sequences - first))
+                for microbatch in microbatches(rows, size, device):
+                    loss, n_targets = self.engine.eval_step(microbatch)
+                    total, targets = total + loss, targets + n_targets
             record = ValidationRecord(step=step, val_loss=total / targets, val_tokens=targets, time=time.time())
             self.books.log(record)
             self.books.display.validation(record)

@@ -22,6 +22,10 @@ from pretrain.report.words import amount
 VOCAB_MULTIPLE = 64
 """Vocabulary sizes are rounded up to this: matrix units want it, and it leaves room for tensor parallelism."""
 
+WARMUP_SHARE = 10
+LONGEST_WARMUP = 2000
+"""`auto` warm-up: one step in ten, as far as the longest that published runs of any size commonly take."""
+
 MICRO_BATCH_TOKENS = 16_384
 """Tokens in one forward and backward pass that keep a GPU busy and a laptop's memory free."""
 
@@ -47,18 +51,23 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
     Args:
         config: as the user gave it.
         tokenizer_size: tokens of the tokenizer the data was made with.
-        previous: the config of the run that is resumed; its decisions hold. On another device those that change no number are made anew.
+        previous: the config of the run that is resumed; its decisions hold. Those that change no number are made anew: it may be
+            another machine.
 
     Raises:
         UserError: settings that do not go together.
     """
     decisions: list[Decision] = []
-    before = {} if previous is None else _held(config, previous)
+    before = {} if previous is None else _held(previous)
     rules: dict[str, Callable[[RunConfig], tuple[object, str]]] = {
         "data.tokenizer": lambda c: (str(c.data.path / "tokenizer.json"), "the one the data was made with"),
         "model.vocab_size": lambda c: (
             -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
             f"the tokenizer's {tokenizer_size}, rounded up",
+        ),
+        "optim.warmup": lambda c: (
+            min(c.train.steps // WARMUP_SHARE, LONGEST_WARMUP),
+            f"a tenth of the run, {LONGEST_WARMUP:,} steps at most",
         ),
         "optim.decay": lambda c: (schedule.WSD_DECAY if c.optim.schedule == "wsd" else 1.0, f"the usual for {c.optim.schedule}"),
         "train.device": _device,
@@ -80,11 +89,9 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
     return config, decisions
 
 
-def _held(config: RunConfig, previous: RunConfig) -> dict[str, object]:
-    """The settings of the run as it was that a resumed one takes over where it says `auto`."""
-    device = _device(config)[0] if config.train.device == AUTO else config.train.device
-    dropped = may_change() if device != previous.train.device else set()
-    return {key: value for key, value in flatten(previous).items() if key not in dropped}
+def _held(previous: RunConfig) -> dict[str, object]:
+    """The settings that a resumed run takes over where it says `auto`: those that its numbers depend on."""
+    return {key: value for key, value in flatten(previous).items() if key not in may_change()}
 
 
 def _device(config: RunConfig) -> tuple[object, str]:
@@ -103,8 +110,9 @@ def _precision(config: RunConfig) -> tuple[object, str]:
 
 
 def _micro_batch(config: RunConfig) -> tuple[object, str]:
-    fits = max(1, MICRO_BATCH_TOKENS // config.data.seq_len)
-    return min(fits, config.train.batch_size), f"at most {MICRO_BATCH_TOKENS:,} tokens a pass, and no more than the batch"
+    batch, fits = config.train.batch_size, max(1, MICRO_BATCH_TOKENS // config.data.seq_len)
+    size = max(n for n in range(1, min(fits, batch) + 1) if batch % n == 0)
+    return size, f"divides the batch of {batch}, at most {MICRO_BATCH_TOKENS:,} tokens a pass"
 
 
 def _compile(config: RunConfig) -> tuple[object, str]:

@@ -29,7 +29,7 @@ def test_packing_by_hand(write_split: WriteSplit) -> None:
     batch = loader.sequential(0, 9)
     no = NO_LABEL
     assert batch.input_ids.tolist() == [[1, 2, 0, 3], [4, 5, 6, 0], [7, 0, 0, 0]]
-    assert batch.labels.tolist() == [[2, 0, no, 4], [5, 6, 0, no], [0, no, no, no]]
+    assert batch.labels.tolist() == [[2, 0, 3, 4], [5, 6, 0, 7], [0, no, no, no]]
     assert batch.positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 1]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]]
     assert [getattr(batch, name).dtype for name in FIELDS] == [np.int64, np.int64, np.int32, np.int32]
@@ -45,8 +45,7 @@ def test_packing_equals_a_plain_reading_of_the_documents(write_split: WriteSplit
     n_rows = -(-len(stream) // seq_len)
     assert batch.input_ids.shape == (n_rows, seq_len)
     assert batch.input_ids.ravel()[: len(stream)].tolist() == stream
-    labels = [stream[t + 1] if t + 1 < len(stream) and owner[t] == owner[t + 1] else NO_LABEL for t in range(len(stream))]
-    assert batch.labels.ravel().tolist() == labels + [NO_LABEL] * (n_rows * seq_len - len(stream))
+    assert batch.labels.ravel().tolist() == stream[1:] + [NO_LABEL] * (n_rows * seq_len - len(stream) + 1)
     owner += [len(documents)] * (n_rows * seq_len - len(stream))
     for row in range(n_rows):
         owners = owner[row * seq_len : (row + 1) * seq_len]
