@@ -20,7 +20,7 @@ IGNORE = -100
 
 _CHUNKS = 16  # logits alive: 1/16 of all. More chunks read the weight more often and round its gradient more often
 _SMALLEST_CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits; a chunk of 8 MB in bf16 stays in a CPU's cache, a GPU wants large products
-_BLOCK = 2**21  # fp32 numbers that the eager softmax works on at a time
+_BLOCK = 2**20  # fp32 numbers that the eager softmax works on at a time
 
 
 class LossSum(NamedTuple):
@@ -45,23 +45,25 @@ def softmax_gradient_(logits_CV: Tensor, labels_C: Tensor, z_loss: float) -> tup
     Returns, fp32 [C] each: the negative log-likelihood, the weighted z-loss (both 0 where ignored), and what belongs into
     the label's column. Writing that column is left to the caller because a scatter would keep the rest from being fused.
     """
-    # Uncompiled, every operation writes a temporary: a few rows at a time keep those small and in the cache.
+    # Uncompiled, every operation writes a temporary: a few rows at a time, in one piece of memory, keep that small and in the cache.
     rows = len(logits_CV) if torch.compiler.is_compiling() else max(1, _BLOCK // logits_CV.shape[1])
+    scratch_RV = torch.empty(min(rows, len(logits_CV)), logits_CV.shape[1], dtype=torch.float32, device=logits_CV.device)
     blocks = zip(torch.split(logits_CV, rows), torch.split(labels_C, rows), strict=True)
-    parts = [_softmax_gradient_block_(logits, labels, z_loss) for logits, labels in blocks]
+    parts = [_softmax_gradient_block_(logits, labels, z_loss, scratch_RV[: len(logits)]) for logits, labels in blocks]
     nll_C, z_C, column_C = (torch.cat(part) for part in zip(*parts, strict=True))
     return nll_C, z_C, column_C
 
 
-def _softmax_gradient_block_(logits_CV: Tensor, labels_C: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax_gradient_block_(logits_CV: Tensor, labels_C: Tensor, z_loss: float, scratch_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     valid_C = (labels_C != IGNORE).float()
-    target_C1 = labels_C.clamp(min=0)[:, None]
-    logits_fp32_CV = logits_CV.float()
-    log_z_C = logits_fp32_CV.logsumexp(-1)
-    log_p_C = logits_CV.gather(1, target_C1).squeeze(1).float() - log_z_C
+    weights_CV = scratch_CV.copy_(logits_CV)
+    top_C = weights_CV.amax(-1)
+    total_C = weights_CV.sub_(top_C[:, None]).exp_().sum(-1)
+    log_z_C = top_C + total_C.log()
+    log_p_C = logits_CV.gather(1, labels_C.clamp(min=0)[:, None]).squeeze(1).float() - log_z_C
     scale_C = valid_C * (1 + 2 * z_loss * log_z_C)
     # No gathered logit may enter this line: the compiler would read it in the same kernel, and so write to a second [C, V].
-    logits_CV.copy_(logits_fp32_CV.sub_(log_z_C[:, None]).exp_().mul_(scale_C[:, None]))
+    logits_CV.copy_(weights_CV.mul_((scale_C / total_C)[:, None]))
     column_C = log_p_C.exp() * scale_C - valid_C
     return -log_p_C * valid_C, z_loss * log_z_C.square() * valid_C, column_C
 
@@ -107,7 +109,8 @@ def _chunked(
         nll_C, z_C, column_C = softmax(logits_CV, labels_C, z_loss)
         cross_entropy += nll_C.sum()
         z += z_C.sum()
-        gradient_CV = logits_CV.scatter_(1, labels_C.clamp(min=0)[:, None], column_C[:, None].to(logits_CV.dtype))
+        row_C = torch.arange(len(logits_CV), device=logits_CV.device)
+        gradient_CV = logits_CV.index_put_((row_C, labels_C.clamp(min=0)), column_C.to(logits_CV.dtype))  # scatter_ copies all on a CPU
         if grad_hidden_TD is not None:
             torch.mm(gradient_CV, weight_VD, out=grad_hidden_TD[chunk])
         if grad_weight_VD is not None:

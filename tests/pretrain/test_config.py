@@ -133,6 +133,7 @@ def test_auto_is_a_value_of_the_fields_that_say_so_and_of_no_other() -> None:
     assert autos == {
         "model.vocab_size",
         "data.tokenizer",
+        "optim.warmup",
         "optim.decay",
         *(f"train.{name}" for name in ("micro_batch_size", "device", "precision", "compile", "attention")),
     }
@@ -162,6 +163,8 @@ def test_a_config_written_to_the_disk_reads_back_equal(tmp_path: Path) -> None:
 def test_these_settings_may_change_on_resume_and_no_others() -> None:
     assert may_change() == {
         "run.dir",
+        *(f"data.{name}" for name in ("path", "sources", "tokenizer", "vocab_size", "tokenizer_sample_mb")),
+        *("data.validation_fraction", "data.shard_tokens"),
         *(f"train.{name}" for name in ("micro_batch_size", "device", "compile", "attention")),
         *("checkpoint.every", "checkpoint.keep"),
         *(f"log.{name}" for name in ("tensorboard", "wandb", "wandb_project", "samples")),

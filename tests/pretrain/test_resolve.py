@@ -39,10 +39,11 @@ def test_on_a_plain_cpu_these_are_the_decisions_and_reasons() -> None:
     assert {decision.key: (decision.value, decision.reason) for decision in decisions} == {
         "data.tokenizer": ("data/default/tokenizer.json", "the one the data was made with"),
         "model.vocab_size": (320, "the tokenizer's 300, rounded up"),
+        "optim.warmup": (20, "a tenth of the run, 2,000 steps at most"),
         "optim.decay": (1.0, "the usual for cosine"),
         "train.device": ("cpu", "no GPU is visible"),
         "train.precision": ("fp32", "the CPU has no native bf16"),
-        "train.micro_batch_size": (32, "at most 16,384 tokens a pass, and no more than the batch"),
+        "train.micro_batch_size": (32, "divides the batch of 32, at most 16,384 tokens a pass"),
         "train.compile": (False, "465B FLOPs are too few to repay compiling"),
         "train.attention": ("sdpa", "PyTorch's scaled_dot_product_attention runs everywhere"),
     }
@@ -54,7 +55,7 @@ def test_on_a_plain_cpu_these_are_the_decisions_and_reasons() -> None:
 def test_what_is_set_is_not_decided() -> None:
     words = ("model.vocab_size=512", "train.micro_batch_size=3", "train.precision=bf16", "train.compile=false", "optim.decay=0.5")
     config, decisions = resolve(load(None, [*TINY, *words]).config, tokenizer_size=300, previous=None)
-    assert [decision.key for decision in decisions] == ["data.tokenizer", "train.device", "train.attention"]
+    assert [decision.key for decision in decisions] == ["data.tokenizer", "optim.warmup", "train.device", "train.attention"]
     assert (config.model.vocab_size, config.train.micro_batch_size, config.train.precision, config.optim.decay) == (512, 3, "bf16", 0.5)
 
 
@@ -63,8 +64,10 @@ def test_the_vocabulary_is_rounded_up_to_a_multiple_of_64(size: int, rows: int) 
     assert resolved(size=size)["model.vocab_size"] == rows
 
 
-@pytest.mark.parametrize(("seq_len", "batch", "micro"), [(128, 1000, 128), (512, 1000, 32), (512, 8, 8), (500, 1000, 32), (16_385, 9, 1)])
-def test_a_microbatch_holds_at_most_16384_tokens(seq_len: int, batch: int, micro: int) -> None:
+@pytest.mark.parametrize(
+    ("seq_len", "batch", "micro"), [(128, 1000, 125), (512, 1000, 25), (512, 8, 8), (512, 7, 7), (512, 37, 1), (16_385, 9, 1)]
+)
+def test_a_microbatch_divides_the_batch_and_holds_at_most_16384_tokens(seq_len: int, batch: int, micro: int) -> None:
     found = resolved(f"data.seq_len={seq_len}", f"train.batch_size={batch}", "model.max_seq_len=100000")
     assert found["train.micro_batch_size"] == micro
 
@@ -94,13 +97,14 @@ def test_a_gpu_is_used_with_all_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found[f"train.{name}"] for name in ("device", "precision", "compile", "attention")] == ["cuda", "bf16", True, "varlen"]
 
 
-def test_a_resumed_run_keeps_its_decisions_whatever_the_rules_say_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    began = resolve(load(None, [*TINY, "train.micro_batch_size=7"]).config, tokenizer_size=300, previous=None)[0]
+def test_a_resumed_run_keeps_the_decisions_its_numbers_depend_on_whatever_the_rules_say_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = resolve(load(None, [*TINY, "optim.warmup=7"]).config, tokenizer_size=300, previous=None)[0]
     machine(monkeypatch, cpu=BF16)
     config, decisions = resolve(load(None, TINY).config, tokenizer_size=300, previous=began)
     assert config == began
-    assert {decision.reason for decision in decisions} == {"as the run began"}
-    assert resolved()["train.precision"] == "bf16"  # what it would have been without the run that is there
+    kept = {decision.key for decision in decisions if decision.reason == "as the run began"}
+    assert kept == {"model.vocab_size", "optim.warmup", "optim.decay", "train.precision"}
+    assert (resolved()["train.precision"], resolved()["optim.warmup"]) == ("bf16", 20)  # what they would have been without it
 
 
 def test_a_run_goes_on_another_device_in_the_same_precision_and_with_the_kernels_of_that_device(monkeypatch: pytest.MonkeyPatch) -> None:
