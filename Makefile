@@ -18,7 +18,7 @@ demo: $(VENV)/.installed  ## raw text to trained model to report, in minutes
 test: check  ## lint, types, import contracts, tests
 	$(BIN)/pytest
 
-check: $(VENV)/.installed-dev
+check: $(VENV)/.installed-dev  ## lint, types and import contracts alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,14 +32,15 @@ gpu-check:  ## the checks and measurements that need a CUDA GPU (JSON=FILE keeps
 benchmark: $(VENV)/.installed-dev  ## our training step beside that of transformers
 	$(BIN)/python -m benchmarks.step
 
-clean:  ## remove the virtual environment, caches, runs and data
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache runs data
+clean:  ## remove the virtual environment, the caches and the demo
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info runs/demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing into $(VENV); PyTorch is large, this takes a few minutes"
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 

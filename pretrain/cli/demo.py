@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import shutil
 import signal
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -55,7 +58,8 @@ def demo(directory: Path, console: Console) -> Outcome:
     tell_prepared(prepare_data(config.data, console), console)
 
     half = config.train.steps // 2
-    _chapter(console, "Train", f"this run will be stopped by Ctrl-C's signal after step {half}, to show what happens then")
+    done = any(record.step >= half for record in read_metrics(config.run.dir / "metrics.jsonl").steps)
+    _chapter(console, "Train", "" if done else f"this run will be stopped by Ctrl-C's signal after step {half}, to show what happens then")
     stop = StopAt(half)
     outcome = train(config, console, [stop])
     if outcome is Outcome.STOPPED and stop.done:
@@ -67,15 +71,17 @@ def demo(directory: Path, console: Console) -> Outcome:
     _chapter(console, "Result", "")
     _tell_result(config, console)
     console.print(f"\nThe whole demo took {duration(time.monotonic() - began)}. Try:", highlight=False)
-    console.print(Text(f"  pretrain generate {config.run.dir} 'def main():'"), soft_wrap=True)
-    console.print(Text(f"  pretrain data inspect {config.data.path}"), soft_wrap=True)
+    program = "pretrain" if shutil.which("pretrain") else sys.argv[0]
+    console.print(Text(f"  {program} generate {config.run.dir} 'def main():'"), soft_wrap=True)
+    console.print(Text(f"  {program} data inspect {config.data.path}"), soft_wrap=True)
     return outcome
 
 
 def demo_config(directory: Path) -> RunConfig:
     """`configs/demo.yaml` on this machine's standard library, in the first run directory below `directory` that is not finished."""
     source = {"kind": "text", "paths": [sysconfig.get_paths()["stdlib"]], "pattern": "*.py", "exclude": NOT_SOURCES}
-    words = [f"data.sources={json.dumps([source])}", f"data.path={directory / 'data'}", f"run.dir={_next_run(directory)}"]
+    data = f"data-python-{platform.python_version()}"  # another Python is another text
+    words = [f"data.sources={json.dumps([source])}", f"data.path={directory / data}", f"run.dir={_next_run(directory)}"]
     return load("demo", words).config
 
 
@@ -95,10 +101,10 @@ def _tell_result(config: RunConfig, console: Console) -> None:
         f"perplexity {math.exp(first.val_loss):,.0f} -> [bold]{math.exp(last.val_loss):,.1f}[/]",
         highlight=False,
     )
-    for event in read_events(config.run.dir / "events.jsonl"):
-        if event.kind == "sample" and event.prompt is not None:
-            console.print(Rule(style="dim"))
-            console.print(Text.assemble((event.prompt, "bold"), event.text), soft_wrap=True)
+    samples = {event.prompt: event.text for event in read_events(config.run.dir / "events.jsonl") if event.kind == "sample"}
+    for prompt, text in samples.items():
+        console.print(Rule(style="dim"))
+        console.print(Text.assemble((prompt or "", "bold"), text), soft_wrap=True)
     console.print(Rule(style="dim"))
     console.print(Text.assemble("report: ", (str(config.run.dir / "report.html"), "bold")), soft_wrap=True)
 

@@ -162,7 +162,7 @@ def _chart(name: str, title: str) -> str:
 
 
 def _samples(events: Sequence[Event]) -> str:
-    samples = [event for event in events if event.kind == "sample"]
+    samples = {event.prompt: event for event in events if event.kind == "sample"}.values()  # the last attempt's
     if not samples:
         return ""
     figures = "".join(f'<pre class="sample"><b>{_text(s.prompt or "")}</b>{_text(s.text)}</pre>' for s in samples)

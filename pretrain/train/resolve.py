@@ -5,9 +5,13 @@ Knows the machine (which device, which instructions) and the size of the vocabul
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -118,8 +122,11 @@ def _micro_batch(config: RunConfig) -> tuple[object, str]:
 def _compile(config: RunConfig) -> tuple[object, str]:
     if config.train.device == "cuda":
         return True, "on for GPUs"
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        return False, "there is no C++ compiler"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # those that torch.compile itself would take
+    if shutil.which(compiler) is None:
+        return False, f"there is no C++ compiler ({compiler})"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return False, "Python's headers are not installed (package python3-dev)"
     flops = 6.0 * parameter_count(config.model) * schedule.samples_before(config.train.steps + 1, config.train) * config.data.seq_len
     if flops < COMPILE_WORTH_FLOPS:
         return False, f"{amount(flops)} FLOPs are too few to repay compiling"

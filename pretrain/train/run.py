@@ -33,7 +33,7 @@ from pretrain.train.loop import RANK, Books, Loop, Outcome
 from pretrain.train.metrics import Meter, RecordFile, mfu_statement, truncate_after
 from pretrain.train.resolve import resolve
 from pretrain.train.rundir import RunDirectory
-from pretrain.train.sample import Sampling, check_prompt, continue_text
+from pretrain.train.sample import Sampling, check_prompt, continue_text, keep_tokenizer
 from pretrain.train.stop import stop_on_signals
 
 BEFORE_ANY_STEP = -1
@@ -64,14 +64,17 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         run_dir = stack.enter_context(RunDirectory.open(config))
         engine = build_engine(config)
         step, skipped = restore(run_dir, engine, train_data)
+        run_dir.settle(config)
+        keep_tokenizer(config.data.tokenizer, run_dir.path)
+        stack.callback(write_report, run_dir.path)  # whatever becomes of the attempt
         if step == config.train.steps and _is_finished(run_dir):
             text = f"run.dir={run_dir.path} is finished, all {step} steps of it: nothing to do; to train anew, set another run.dir"
             console.print(Text(text), soft_wrap=True)
             return Outcome.FINISHED
-        meter, statement = _meter(config, step)
         loggers = [*open_loggers(config, run_dir.path, step), *observers]
         for logger in loggers:
             stack.callback(logger.close)
+        meter, statement = _meter(config, step)
         books = Books(
             stack.enter_context(RecordFile(run_dir.metrics)),
             stack.enter_context(RecordFile(run_dir.events)),
@@ -85,7 +88,6 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         outcome = Loop(config, engine, train_data, validation, run_dir, books, meter, stop).run(step)
         if outcome is Outcome.FINISHED:
             _tell_end(books, config, engine, tokenizer, time.monotonic() - began)
-    write_report(config.run.dir)
     return outcome
 
 
@@ -103,7 +105,8 @@ def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
     """The training data, and the held-out documents if some were held out."""
     path, seq_len, seed = config.data.path, config.data.seq_len, config.run.seed
     train_data = Loader(path / "train", seq_len, seed)
-    validation = Loader(path / "validation", seq_len, seed) if (path / "validation").is_dir() else None
+    held_out = train_data.shards.manifest.recipe.validation_fraction > 0
+    validation = Loader(path / "validation", seq_len, seed) if held_out else None
     return train_data, validation
 
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import yaml
-
 from pretrain.config import RunConfig, flatten, may_change
+from pretrain.config_loading import dump
 from pretrain.errors import UserError
 from pretrain.report.records import Event, read_config, read_events, write_whole
 from pretrain.train.metrics import RecordFile
@@ -24,6 +23,7 @@ from pretrain.train.metrics import RecordFile
 SHOWN_DIFFERENCES = 5
 SHOWN_CHARACTERS = 80
 LOCK_FILE = ".lock"
+CONFIG_FILE = "config.yaml"
 ABSENT = object()
 
 
@@ -36,18 +36,20 @@ class RunDirectory:
     """1 for the first start, one more with each start or resume that `events.jsonl` tells of."""
     lock: int
     """File descriptor that holds the lock."""
+    changes: tuple[str, ...]
+    """Settings that differ from those on disk, one sentence each; all of them may."""
 
     @classmethod
     def open(cls, config: RunConfig) -> RunDirectory:
         """Create `config.run.dir`, or open it again with the same settings.
 
-        config: complete, with every `auto` resolved; it is what `config.yaml` holds afterwards.
+        config: complete, with every `auto` resolved. It is compared only: `settle` writes it, once nothing can be refused any more.
         UserError: the directory cannot be made, is in use, or belongs to a run of other settings. Nothing in it is changed then.
         """
         path = config.run.dir
         lock = _lock(path)
         try:
-            _settle_config(path, config)
+            changes = _changes(path, config)
             starts = sum(event.kind in {"start", "resume"} for event in read_events(path / "events.jsonl"))
         except OSError as error:
             os.close(lock)
@@ -55,12 +57,16 @@ class RunDirectory:
         except UserError:
             os.close(lock)
             raise
-        return cls(path, starts + 1, lock)
+        return cls(path, starts + 1, lock, changes)
 
-    @property
-    def config(self) -> Path:
-        """All settings of the run: the file that reproduces it."""
-        return self.path / "config.yaml"
+    def settle(self, config: RunConfig) -> None:
+        """Write the settings of a new run, or the changed ones of an existing one with an event that tells them."""
+        file = self.path / CONFIG_FILE
+        if self.changes:
+            with RecordFile(self.events) as events:
+                events.append(Event(time=time.time(), kind="settings", text="; ".join(self.changes)))
+        if self.changes or not file.exists():
+            write_whole(file, dump(config))
 
     @property
     def metrics(self) -> Path:
@@ -97,12 +103,15 @@ def _lock(path: Path) -> int:
         raise _unusable(path, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError:
         holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
         raise UserError(f"run.dir={path} is in use by process {holder}; wait for it or stop it, or choose another run.dir") from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:  # a file system without locks, a full disk
+        os.close(lock)
+        raise _unusable(path, error) from error
     return lock
 
 
@@ -110,15 +119,14 @@ def _unusable(path: Path, error: OSError) -> UserError:
     return UserError(f"run.dir={path}: {error.strerror}; choose a directory that can be written")
 
 
-def _settle_config(path: Path, config: RunConfig) -> None:
-    """Write the settings of a new run; hold those of an existing one against them."""
-    file = path / "config.yaml"
+def _changes(path: Path, config: RunConfig) -> tuple[str, ...]:
+    """How the settings differ from those of the run that is there. UserError where they must not."""
+    file = path / CONFIG_FILE
     if not file.exists():
         left_over = [name for name in ("metrics.jsonl", "checkpoints") if (path / name).exists()]
         if left_over:
             raise UserError(f"run.dir={path} holds {left_over[0]} but no config.yaml, so nobody knows its settings; choose another run.dir")
-        write_whole(file, _as_yaml(config))
-        return
+        return ()
     before, now = flatten(read_config(file)), flatten(config)
     changed = [key for key in before | now if before.get(key, ABSENT) != now.get(key, ABSENT)]
     lines = {key: f"{key}: {_show(before, key)} in the run, {_show(now, key)} now" for key in changed}
@@ -126,11 +134,7 @@ def _settle_config(path: Path, config: RunConfig) -> None:
     refused = [lines[key] for key in changed if key not in allowed]
     if refused:
         raise UserError(_other_run(path, refused, schedule="train.steps" in changed))
-    if changed:
-        event = Event(time=time.time(), kind="settings", text="; ".join(lines.values()))
-        with RecordFile(path / "events.jsonl") as events:
-            events.append(event)
-        write_whole(file, _as_yaml(config))
+    return tuple(lines.values())
 
 
 def _other_run(path: Path, differences: list[str], *, schedule: bool) -> str:
@@ -143,7 +147,3 @@ def _other_run(path: Path, differences: list[str], *, schedule: bool) -> str:
 def _show(flat: dict[str, object], key: str) -> str:
     value = flat.get(key, ABSENT)
     return "not set" if value is ABSENT else textwrap.shorten(str(value), SHOWN_CHARACTERS, placeholder=" ...")
-
-
-def _as_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

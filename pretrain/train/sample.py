@@ -15,6 +15,7 @@ from pretrain.config_loading import load as load_config
 from pretrain.errors import UserError
 from pretrain.model.generate import generate
 from pretrain.model.transformer import Transformer
+from pretrain.report.records import write_whole
 from pretrain.train.build import DTYPES, build_model
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -77,6 +78,14 @@ def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
         yield tokenizer.decode(ids)[len(shown) :]
 
 
+def keep_tokenizer(source: Path, run_dir: Path) -> None:
+    """Copy the run's tokenizer into its directory, once: text can be generated wherever the run is taken."""
+    target = run_dir / "tokenizer.json"
+    if not target.exists():
+        file = source / "tokenizer.json" if source.is_dir() else source
+        write_whole(target, file.read_text(encoding="utf-8"))
+
+
 def open_trained(
     run_dir: Path, device: torch.device, on_problem: Callable[[Path, list[str]], None]
 ) -> tuple[Transformer, Tokenizer, RunConfig, Path]:
@@ -94,7 +103,7 @@ def open_trained(
     path = directory.newest(run_dir / "checkpoints", on_problem)
     if path is None:
         raise UserError(f"{run_dir} has no checkpoint yet; the first comes after checkpoint.every={config.checkpoint.every} steps")
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(run_dir)
     model = build_model(config.model, "sdpa", device)
     store.load(path, {"model": dict(model.named_parameters())})
     return model.to(DTYPES[config.train.precision]).eval(), tokenizer, config, path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once, without saving\n")  # print() is not safe in a handler
 
     @property
     def name(self) -> str:
