@@ -73,6 +73,9 @@ def main() -> None:
     arguments.add_argument("--only", choices=tuple(LOSSES), help="measure one of the two in this process")
     options = arguments.parse_args()
     V, S, D = options.vocabulary, options.sequence, options.width
+    if not torch.cuda.is_available() and not STATUS.exists():
+        print(f"No measurement: there is neither CUDA nor {STATUS}, and nothing else here tells the peak of the memory.")
+        return
     if options.only:
         print(*measure(options.only, V, S, D))
         return
@@ -81,7 +84,7 @@ def main() -> None:
     for kind in LOSSES:
         sizes = [f"--{name}={value}" for name, value in (("vocabulary", V), ("sequence", S), ("width", D))]
         command = [sys.executable, "-m", "benchmarks.loss", f"--only={kind}", *sizes]
-        size, seconds = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        size, seconds = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
         gradients = 2 * (V + S) * D
         rows.append(
             {

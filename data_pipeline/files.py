@@ -30,8 +30,6 @@ class SourceFile:
     path: str
     name: str
     """Path below the folder given; the file's own name where a file was given."""
-    source: str
-    """The entry of `paths` that it was found under."""
     size: int
     """Bytes, compressed if the file is."""
     start: int
@@ -54,7 +52,7 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
         fs, sizes = _find(given, source)
         for name in sorted(sizes):
             path, size = sizes[name]
-            files.append(SourceFile(fs, path, name, given, size, start))
+            files.append(SourceFile(fs, path, name, size, start))
             start += size
     return files
 

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
+from data_pipeline.durable import sync_folder, write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import MANIFEST, Manifest, Recipe, load_manifest
 from data_pipeline.shards import ShardSet
@@ -105,10 +107,8 @@ def working_folder(path: Path) -> Iterator[Path]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with (path / _LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"data.path={path} is being prepared by another process; wait for it, or set another data.path") from None
+            if not _locked(lock, path / _LOCK):
+                raise DataError(f"data.path={path} is being prepared by another process; wait for it, or set another data.path")
             try:
                 _clear_leftovers(path, work)
                 work.mkdir()
@@ -122,8 +122,19 @@ def working_folder(path: Path) -> Iterator[Path]:
         raise DataError(f"data.path={path} cannot be written to: {error}") from error
 
 
+def _locked(lock: TextIO, file: Path) -> bool:
+    """Take the lock. False if another process has it, or had it until now: the file it deleted then locks nobody else out."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock.fileno()), file.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
 def _clear_leftovers(path: Path, work: Path) -> None:
     """Delete what a killed preparation left; refuse to touch anything else."""
+    if (path / "train" / MANIFEST).is_file():  # it was not there before the lock was taken
+        raise DataError(f"data.path={path} was prepared by another process meanwhile; run the command again")
     if work.exists():
         with suppress(DataError):  # killed earlier, before both manifests were there
             killed_in_commit = load_manifest(work / "train").recipe.trained_tokenizer and not (work / "tokenizer.json").exists()
@@ -147,7 +158,7 @@ def bring_tokenizer(path: Path, given: Path, work: Path) -> Tokenizer:
     tokenizer = load_tokenizer(given)
     own = path / "tokenizer.json"
     if not own.is_file():
-        shutil.copyfile(given / "tokenizer.json" if given.is_dir() else given, work / "tokenizer.json")
+        write_synced(work / "tokenizer.json", (given / "tokenizer.json" if given.is_dir() else given).read_bytes())
     elif load_tokenizer(own).fingerprint != tokenizer.fingerprint:
         raise DataError(f"data.tokenizer={given} is not the tokenizer in data.path={path}; delete {own}, or set another data.path")
     return tokenizer
@@ -159,15 +170,6 @@ def commit(work: Path, path: Path) -> None:
         (work / "tokenizer.json").replace(path / "tokenizer.json")
     for name in SPLITS:
         if (work / name).exists():
-            _sync_folder(work / name)
+            sync_folder(work / name)
             (work / name).rename(path / name)
-            _sync_folder(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_folder(path)

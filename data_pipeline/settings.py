@@ -29,7 +29,7 @@ class SourceConfig(BaseModel):
     """Column or JSON key that holds the text."""
 
     id_field: str | None = None
-    """Column or JSON key that names a document; none numbers them by file and position."""
+    """Column or JSON key that names a document; none, or a null in the data, numbers by file and position."""
 
     split: str = "train"
     """`hf`: which split."""

@@ -30,14 +30,12 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document and where it came from."""
+    """One document."""
 
     id: str
-    """The value of `id_field`; else for `text` the file's path below the folder given, `jsonl` path:line, `parquet` path:row,
-    `hf` split:row."""
+    """The value of `id_field`; where there is none, for `text` the file's path below the folder given, `jsonl` path:line,
+    `parquet` path:row, `hf` split:row."""
     text: str
-    source: str
-    """The entry of `paths` that it was found under."""
     n_bytes: int
     """UTF-8 bytes of the text."""
     repaired: bool
@@ -69,7 +67,7 @@ def _read_text(file: SourceFile, source: SourceConfig) -> Iterator[Document]:
     with _reading(file.path), file.fs.open(file.path, "rb") as stream:
         raw = stream.read()
     text, repaired = _decode(raw.removeprefix(b"\xef\xbb\xbf"))
-    yield _document(file.name, text, repaired, file.source, file.start + file.size)
+    yield _document(file.name, text, repaired, file.start + file.size)
 
 
 def _read_jsonl(file: SourceFile, source: SourceConfig) -> Iterator[Document]:
@@ -86,7 +84,7 @@ def _read_jsonl(file: SourceFile, source: SourceConfig) -> Iterator[Document]:
             if not isinstance(row, dict):
                 raise DataError(f"{where}: every line must be a JSON object, this one is a {type(row).__name__}")
             name, content = _fields(row, where, source)
-            yield _document(name or f"{file.name}:{number}", content, repaired, file.source, file.start + stream.tell())
+            yield _document(name or f"{file.name}:{number}", content, repaired, file.start + stream.tell())
 
 
 def _read_parquet(file: SourceFile, source: SourceConfig) -> Iterator[Document]:
@@ -106,9 +104,9 @@ def _read_parquet(file: SourceFile, source: SourceConfig) -> Iterator[Document]:
             names = batch.column(source.id_field) if source.id_field else None
             for i, raw in enumerate(texts):
                 text, repaired = _decode(raw.as_py() or b"")
-                name = f"{file.name}:{row}" if names is None else str(names[i].as_py())
+                name = _name(None if names is None else names[i].as_py()) or f"{file.name}:{row}"
                 row += 1
-                yield _document(name, text, repaired, file.source, file.start + file.size * row // n_rows)
+                yield _document(name, text, repaired, file.start + file.size * row // n_rows)
 
 
 def _read_hf(name: str, source: SourceConfig) -> Iterator[Document]:
@@ -119,7 +117,7 @@ def _read_hf(name: str, source: SourceConfig) -> Iterator[Document]:
     with _reading(f"{name} (split {source.split})"):
         for number, row in enumerate(rows):
             identity, text = _fields(row, f"{name}, row {number} of split {source.split}", source)
-            yield _document(identity or f"{source.split}:{number}", text, False, name, 0)
+            yield _document(identity or f"{source.split}:{number}", text, False, 0)
 
 
 def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
@@ -201,7 +199,12 @@ def _fields(row: Mapping[str, Any], where: str, source: SourceConfig) -> tuple[s
     text = row[source.text_field]
     if not isinstance(text, str | None):
         raise DataError(f"{where}: {source.text_field} is a {type(text).__name__}, not text; set text_field")
-    return (str(row[source.id_field]) if source.id_field else None), text or ""
+    return _name(row[source.id_field] if source.id_field else None), text or ""
+
+
+def _name(value: object) -> str | None:
+    """A document's id as a text; None where it is null, so that no two documents are called `None`."""
+    return None if value is None else str(value)
 
 
 def _decode(raw: bytes) -> tuple[str, bool]:
@@ -212,10 +215,10 @@ def _decode(raw: bytes) -> tuple[str, bool]:
         return raw.decode(errors="replace"), True
 
 
-def _document(name: str, text: str, repaired: bool, source: str, read: int) -> Document:
+def _document(name: str, text: str, repaired: bool, read: int) -> Document:
     try:
         n_bytes = len(text.encode())
     except UnicodeEncodeError:  # JSON may spell half a surrogate pair, which no tokenizer takes
         text = _SURROGATES.sub("\ufffd", text)
         n_bytes, repaired = len(text.encode()), True
-    return Document(name, text, source, n_bytes, repaired, read)
+    return Document(name, text, n_bytes, repaired, read)

@@ -6,7 +6,6 @@ The same settings and files give the same bytes.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from data_pipeline.durable import write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.files import SourceFile, describe_files, list_files
 from data_pipeline.manifest import DTYPES, MANIFEST, Manifest, Recipe, Shard, TrainedTokenizer
@@ -95,9 +95,7 @@ def prepare(
         DataError: a source cannot be read or holds no text, `path` holds other data, or another process is preparing it.
             Nothing is left behind then.
     """
-    if not sources:
-        raise DataError("data.sources is empty; name the text to prepare, e.g. `sources: [{kind: text, paths: [my/folder]}]`")
-    corpus = [(source, list_files(source)) for source in sources]
+    corpus = _list(sources)
     recipe = Recipe(
         sources=tuple(sources),
         listings=tuple(None if source.kind == "hf" else describe_files(files) for source, files in corpus),
@@ -139,8 +137,13 @@ def build_tokenizer(
     """
     if file.exists():
         raise DataError(f"{file} is there already; delete it to train another (shards made with it are useless then)")
-    corpus = [(source, list_files(source)) for source in sources]
-    return _train(file, corpus, vocab_size, tokenizer_sample_mb, validation_fraction, progress)
+    return _train(file, _list(sources), vocab_size, tokenizer_sample_mb, validation_fraction, progress)
+
+
+def _list(sources: Sequence[SourceConfig]) -> Corpus:
+    if not sources:
+        raise DataError("data.sources is empty; name the text to prepare, e.g. `sources: [{kind: text, paths: [my/folder]}]`")
+    return [(source, list_files(source)) for source in sources]
 
 
 def _train(file: Path, corpus: Corpus, vocab_size: int, sample_mb: float, validation_fraction: float, progress: OnProgress) -> Tokenizer:
@@ -230,10 +233,7 @@ def _write_manifest(folder: Path, split: _Split, tokenizer: Tokenizer, recipe: R
         recipe=recipe,
         shards=split.shards,
     )
-    with (folder / MANIFEST).open("xb") as file:
-        file.write(manifest.to_bytes())
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(folder / MANIFEST, manifest.to_bytes())
 
 
 def _place(document: Document) -> float:

@@ -12,6 +12,7 @@ import tokenizers
 import xxhash
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from data_pipeline.durable import write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.sources import Document
 
@@ -33,7 +34,6 @@ class Tokenizer:
     """Highest id + 1."""
     eot_id: int
     """Id of the end-of-text token, which follows every document."""
-    eot_token: str
     fingerprint: str
     """xxh3-128 of the file's canonical JSON."""
 
@@ -78,7 +78,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"add one of {', '.join(KNOWN_END_TOKENS)} to its added_tokens"
         )
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    return Tokenizer(backend, vocab_size, special[end], end, xxhash.xxh3_128_hexdigest(canonical))
+    return Tokenizer(backend, vocab_size, special[end], xxhash.xxh3_128_hexdigest(canonical))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, file: Path) -> Tokenizer:
@@ -100,7 +100,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, file: Path) -> Tokeni
     backend.train_from_iterator(texts, trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(backend.to_str(pretty=True) + "\n", encoding="utf-8")
+    write_synced(temporary, (backend.to_str(pretty=True) + "\n").encode())
     temporary.replace(file)
     return load_tokenizer(file)
 

@@ -26,11 +26,6 @@ class VerifyReport:
     problems: tuple[str, ...]
     """One line for each thing that is wrong; empty if all is well."""
 
-    @property
-    def ok(self) -> bool:
-        """Nothing is wrong."""
-        return not self.problems
-
 
 def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> VerifyReport:
     """Check a prepared data set (or one split of it) byte by byte: sizes, checksums, counts, document ends, the tokenizer.

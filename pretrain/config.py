@@ -63,17 +63,25 @@ class RopeConfig(Settings):
     original_max_seq_len: int = Field(default=8192, gt=0)
     """Context length of the model before the extension, in tokens (`dynamic_ntk`, `yarn`, `llama3`)."""
 
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = Field(default=1.0, gt=0)
     """`llama3`: wavelengths longer than original_max_seq_len / low_freq_factor are divided by `factor`."""
 
-    high_freq_factor: float = 4.0
+    high_freq_factor: float = Field(default=4.0, gt=0)
     """`llama3`: wavelengths shorter than original_max_seq_len / high_freq_factor are kept."""
 
-    beta_fast: float = 32.0
+    beta_fast: float = Field(default=32.0, gt=0)
     """`yarn`: dimensions that turn more often than this over the original context are kept."""
 
-    beta_slow: float = 1.0
+    beta_slow: float = Field(default=1.0, gt=0)
     """`yarn`: dimensions that turn less often than this over the original context are interpolated."""
+
+    @model_validator(mode="after")
+    def _ramps_rise(self) -> RopeConfig:
+        for high, low in (("high_freq_factor", "low_freq_factor"), ("beta_fast", "beta_slow")):
+            above, below = getattr(self, high), getattr(self, low)
+            if above <= below:
+                raise ValueError(f"model.rope.{high}={above} must be greater than model.rope.{low}={below}; swap them or change one")
+        return self
 
 
 class ModelConfig(Settings):
@@ -142,6 +150,8 @@ class ModelConfig(Settings):
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} is odd; RoPE rotates pairs, use an even width")
+        if self.head_dim == 2 and self.rope.kind in ("ntk", "dynamic_ntk"):
+            raise ValueError(f"model.head_dim=2 is a single pair, which model.rope.kind={self.rope.kind} cannot stretch; use at least 4")
         return self
 
 
@@ -167,7 +177,7 @@ class DataConfig(Settings):
     """Megabytes of text (evenly over the documents) that a new tokenizer is trained on."""
 
     validation_fraction: Annotated[float, MayChange()] = Field(default=0.005, ge=0, lt=1)
-    """Share of the documents held out for validation, chosen by the hash of their id."""
+    """Share of the documents held out for validation, chosen by the hash of their id; one document at least, unless it is 0."""
 
     shard_tokens: Annotated[int, MayChange()] = Field(default=128_000_000, gt=0)
     """Tokens a shard holds at most (256 MB of 16-bit tokens)."""

@@ -1,6 +1,7 @@
 """What DESIGN.md says of the house and import-linter cannot check."""
 
 import ast
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def test_the_room_is_there_and_not_empty(room: str) -> None:
     path = HOUSE / room
     assert path.stat().st_size > 0
     assert path.is_file() or any(file.is_file() for file in path.rglob("*"))
+
+
+def test_the_configs_that_are_loaded_are_ours() -> None:
+    found = files("configs") / "demo.yaml"
+    assert found.is_file(), f"another package named `configs` hides ours: {files('configs')}"
+    assert found.read_bytes() == (HOUSE / "configs" / "demo.yaml").read_bytes(), f"not our demo.yaml: {found}"
 
 
 def test_a_file_is_read_in_one_sitting() -> None:

@@ -49,6 +49,7 @@ class DocumentMask(NamedTuple):
     def to(self, device: torch.device | str) -> DocumentMask:
         """The same mask on another device. Built on the CPU and then moved, it costs the GPU no synchronisation."""
         device = torch.device(device)
+        # Any: a type checker holds what ** may bring against every field, and some are no tensors.
         moved: dict[str, Any] = {name: _moved(x, device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         return self._replace(**moved)
 

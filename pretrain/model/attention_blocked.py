@@ -1,7 +1,7 @@
 """Causal attention in blocks of queries, on plain matrix products: the fast path on CPUs under torch.compile.
 
 PyTorch's CPU kernel spends most of its time outside the matrix units: on a 2-core machine with AVX512-BF16 its forward and backward
-pass takes 2.4 times as long as this file (benchmarks/step.py). The algorithm is FlashAttention's (arXiv:2205.14135,
+pass takes 2.4 times as long as this file (docs/LOG.md). The algorithm is FlashAttention's (arXiv:2205.14135,
 algorithms 1 and 4) with one difference: a block of queries meets all its keys at once, so that each product is large, and the softmax needs
 no running maximum. Memory is O(S * block), since the backward pass computes the probabilities again from their log-sum-exp.
 
@@ -71,7 +71,7 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # torch gives its context no type
+        ctx: Any,  # torch gives its context no type that takes attributes
         q_NRSK: Tensor,
         k_NSK: Tensor,
         v_NSK: Tensor,
@@ -96,7 +96,7 @@ class _BlockedAttention(torch.autograd.Function):
         return out_NRSK
 
     @staticmethod
-    def backward(ctx: Any, grad_NRSK: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_NRSK: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # Any: as above
         q_NRSK, k_NSK, v_NSK, out_NRSK, lse_NRS1, document_ids_BS = ctx.saved_tensors
         N, R, S, K = q_NRSK.shape
         dtype = q_NRSK.dtype

@@ -22,24 +22,22 @@ ROWS = 1024
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 
 
-def initialise(model: Transformer, seed: int, device: torch.device | str | None = None) -> None:
-    """Draw all weights in place. A model on the meta device gets memory first, on `device` (the CPU if none is given).
+def initialise(model: Transformer, seed: int) -> None:
+    """Draw all weights in place.
 
     Matrices are normal with `init_std`, those that write to the residual stream divided by sqrt(2 * n_layers) (GPT-2);
     norms are 1, biases 0.
     """
-    if model.output_weight.is_meta:
-        model.to_empty(device=device or "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for start, rows in initial_rows(name, parameter.shape, model.config, seed):
                 parameter[start : start + len(rows)] = rows.to(parameter.device, parameter.dtype)
 
 
-def initial_rows(name: str, shape: torch.Size, config: ModelConfig, seed: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-    """(first row, fp32 rows) of every block of the parameter from the one that holds row `start` on."""
+def initial_rows(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, fp32 rows) of every block of the parameter."""
     std = config.init_std / math.sqrt(2 * config.n_layers) if name.endswith(_INTO_RESIDUAL) else config.init_std
-    for first in range(start // ROWS * ROWS, shape[0], ROWS):
+    for first in range(0, shape[0], ROWS):
         size = (min(ROWS, shape[0] - first), *shape[1:])
         if len(shape) > 1:
             yield first, torch.empty(size).normal_(0.0, std, generator=_generator(seed, name, first // ROWS))

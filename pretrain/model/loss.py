@@ -2,7 +2,7 @@
 
 The tokens go through in chunks. For each chunk the logits are computed, turned into their own gradient in place, and
 multiplied into the gradients of the hidden states and of the weight, all in the forward pass; backward only scales them.
-So 3 matrix products are done, as without chunks, and 1/16 of the logits live at a time.
+So 3 matrix products are done, as without chunks, and at best 1/16 of the logits live at a time.
 Shape suffixes: T tokens, C tokens of a chunk, D model width, V vocabulary.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Label of a token without a target."""
+"""Label of a token without a target; `data_pipeline.packing.NO_LABEL`, which this package may not import."""
 
 _CHUNKS = 16  # logits alive: 1/16 of all. More chunks read the weight more often and round its gradient more often
 _SMALLEST_CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits; a chunk of 8 MB in bf16 stays in a CPU's cache, a GPU wants large products
@@ -79,7 +79,8 @@ def linear_cross_entropy(
 
     Products are computed in the type of `hidden_TD`, the softmax in fp32, and the weight's gradient is summed over the
     chunks in the weight's own type: a bf16 weight's is rounded once a chunk. Pass `softmax_gradient_` compiled to have it
-    so. Labels of -100 are ignored. Without gradients (no_grad, or nothing that requires them) only the loss is computed.
+    so. Labels of -100 are ignored. Without gradients (no_grad, or nothing that requires them) the two
+    products that make them are left out; the softmax is overwritten with its gradient all the same.
     """
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
         return LossSum(*_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, softmax))  # type: ignore[no-untyped-call]  # in torch
@@ -141,7 +142,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients in forward, for a loss gradient of 1, and scales them in place in backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float, softmax: SoftmaxGradient) -> Any:
+    def forward(
+        ctx: Any,  # torch gives its context no type that takes attributes
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        z_loss: float,
+        softmax: SoftmaxGradient,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         grad_hidden_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
         total, cross_entropy, z = _chunked(hidden_TD, weight_VD, labels_T, z_loss, softmax, grad_hidden_TD, grad_weight_VD)
@@ -150,8 +158,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total, cross_entropy, z
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # Any: as above
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass; call it again for another")
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second [V, D] would cost what chunks have saved
-        return *(None if g is None else g.mul_(grad_total) for g in gradients), None, None, None
+        grad_hidden_TD, grad_weight_VD = (None if gradient is None else gradient.mul_(grad_total) for gradient in gradients)
+        return grad_hidden_TD, grad_weight_VD, None, None, None

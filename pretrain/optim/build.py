@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,6 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from pretrain.config import OptimConfig
 from pretrain.optim.groups import Group, group_parameters
-
-OptimizerState = Mapping[str, Mapping[str, Tensor]]
-"""Parameter name -> slot (`step`, `exp_avg`, `exp_avg_sq`; `momentum_buffer`) -> tensor."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +37,11 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The live state: the very tensors that the next step reads and writes, in fp32. Writing into them loads it."""
-        return {name: dict(optimizer.state[parameter]) for optimizer, name, parameter in self._named()}
+        """Parameter name -> slot (`step`, `exp_avg`, `exp_avg_sq`; `momentum_buffer`) -> tensor, in fp32.
 
-    def load_state(self, state: OptimizerState) -> None:
-        """Copy `state` into the live one. Raises ValueError where names, slots, shapes or dtypes differ, before anything is copied."""
-        ours = _flat(self.state())
-        theirs = _flat(state)
-        differing = sorted(key for key in ours.keys() | theirs.keys() if _kind(ours.get(key)) != _kind(theirs.get(key)))
-        if differing:
-            raise ValueError(f"the optimizer state does not fit: {len(differing)} of {len(ours)} tensors differ, such as {differing[0]}")
-        for key, tensor in ours.items():
-            tensor.copy_(theirs[key])
+        The very tensors that the next step reads and writes: writing into them loads a state.
+        """
+        return {name: dict(optimizer.state[parameter]) for optimizer, name, parameter in self._named()}
 
     def _named(self) -> Iterator[tuple[Optimizer, str, Tensor]]:
         for optimizer in self.parts:
@@ -106,11 +96,3 @@ def _fresh_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
         "exp_avg": torch.zeros_like(parameter),
         "exp_avg_sq": torch.zeros_like(parameter),
     }
-
-
-def _flat(state: OptimizerState) -> dict[str, Tensor]:
-    return {f"{name}.{slot}": tensor for name, slots in state.items() for slot, tensor in slots.items()}
-
-
-def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
-    return None if tensor is None else (tensor.shape, tensor.dtype)

@@ -9,11 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.packing import Batch
+from data_pipeline.packing import NO_LABEL, Batch
 from parallel.engine import Microbatch
-
-IGNORED = -100
-"""The label of a token that is no target."""
 
 
 def microbatches(batch: Batch, size: int, device: torch.device) -> Iterator[Microbatch]:
@@ -26,7 +23,7 @@ def microbatches(batch: Batch, size: int, device: torch.device) -> Iterator[Micr
             labels=_to(device, labels),
             positions=torch.from_numpy(batch.positions[rows]),
             document_ids=torch.from_numpy(batch.document_ids[rows]),
-            n_targets=int(np.count_nonzero(labels != IGNORED)),
+            n_targets=int(np.count_nonzero(labels != NO_LABEL)),
         )
 
 

@@ -17,10 +17,11 @@ from pretrain.checkpoint.record import Record
 from pretrain.config import RunConfig
 from pretrain.errors import Diverged
 from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
+from pretrain.report.records import Event, StepRecord, ValidationRecord
 from pretrain.train.display import Display
 from pretrain.train.feed import microbatches
 from pretrain.train.loggers import Logger
-from pretrain.train.metrics import Event, Meter, RecordFile, StepRecord, ValidationRecord
+from pretrain.train.metrics import Meter, RecordFile
 from pretrain.train.rundir import RunDirectory
 from pretrain.train.stop import StopRequest
 

@@ -12,9 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pretrain.hardware import Accelerator
-from pretrain.report.records import Event, Record, StepRecord, ValidationRecord, step_of_line, whole_lines, write_whole
-
-__all__ = ["Event", "Meter", "Pace", "RecordFile", "Speed", "StepRecord", "ValidationRecord", "mfu_statement", "truncate_after"]
+from pretrain.report.records import Record, step_of_line, whole_lines, write_whole
 
 
 class RecordFile:
@@ -142,12 +140,12 @@ class Meter:
         return None if self._peak_flops is None else tokens_per_s * self._flops_per_token / self._peak_flops
 
 
-def mfu_statement(flops_per_token: float, device_name: str, accelerator: Accelerator | None, devices: int = 1) -> str:
+def mfu_statement(flops_per_token: float, device_name: str, accelerator: Accelerator | None) -> str:
     """One sentence: what MFU counts and what it divides by, or why there is none."""
     if accelerator is None:
         return f"No MFU: the peak of {device_name} at this precision is not known for certain"
     peak = f"{accelerator.bf16_flops / 1e12:,.0f} TFLOP/s ({accelerator.label}, dense bf16)"
     return (
         f"MFU counts {flops_per_token / 1e9:.3g} GFLOP a token (6 N_matmul + causal attention, forward and backward, no recomputation) "
-        f"against {f'{devices} × ' if devices > 1 else ''}{peak}"
+        f"against {peak}"
     )

@@ -62,11 +62,14 @@ class RunDirectory:
     def settle(self, config: RunConfig) -> None:
         """Write the settings of a new run, or the changed ones of an existing one with an event that tells them."""
         file = self.path / CONFIG_FILE
-        if self.changes:
-            with RecordFile(self.events) as events:
-                events.append(Event(time=time.time(), kind="settings", text="; ".join(self.changes)))
-        if self.changes or not file.exists():
-            write_whole(file, dump(config))
+        try:
+            if self.changes:
+                with RecordFile(self.events) as events:
+                    events.append(Event(time=time.time(), kind="settings", text="; ".join(self.changes)))
+            if self.changes or not file.exists():
+                write_whole(file, dump(config))
+        except OSError as error:
+            raise _unusable(self.path, error) from error
 
     @property
     def metrics(self) -> Path:

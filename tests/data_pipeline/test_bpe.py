@@ -11,7 +11,7 @@ TEXTS = [f"def step_{i}(loss, rate):\n    return loss * {i} - rate\n" for i in r
 
 
 def document(name: str, text: str) -> Document:
-    return Document(name, text, "", len(text.encode()), False, 0)
+    return Document(name, text, len(text.encode()), False, 0)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_end_token_of_other_families_is_found(tokenizer: Tokenizer, tmp_path
     raw = (tmp_path / "tokenizer.json").read_text(encoding="utf-8").replace(END_OF_TEXT, name)
     (tmp_path / "other.json").write_text(raw, encoding="utf-8")
     other = load_tokenizer(tmp_path / "other.json")
-    assert (other.eot_token, other.eot_id) == (name, 0)
+    assert (other.decode([other.eot_id]), other.eot_id) == (name, 0)
 
 
 def test_truncation_and_padding_of_a_foreign_file_are_off(tokenizer: Tokenizer, tmp_path: Path) -> None:

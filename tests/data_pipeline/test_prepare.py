@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,7 +46,7 @@ def test_every_document_is_in_one_split_word_for_word(tmp_path: Path, corpus: Pa
     assert 1 <= len(validation) <= 15
     assert prepared.splits["train"].text_bytes == sum(len(text.encode()) for text in train)
     assert len(prepared.splits["train"].shards) > 1
-    assert verify(tmp_path / "data").ok
+    assert verify(tmp_path / "data").problems == ()
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
@@ -188,7 +188,7 @@ def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 
 where = sys.argv[3]
 if where == "before the first rename": tokenize.commit = die
-if where == "between the renames": prepared._sync_folder = lambda folder: die() if folder.name == "data" else None
+if where == "between the renames": prepared.sync_folder = lambda folder: die() if folder.name == "data" else None
 progress = die if where == "while reading" else lambda _: None
 tokenize.prepare(path=Path(sys.argv[1]), sources=[SourceConfig(kind="text", paths=(sys.argv[2],))], tokenizer=None, vocab_size=300,
                  tokenizer_sample_mb=1.0, validation_fraction=0.1, shard_tokens=1000, progress=progress)
@@ -209,7 +209,7 @@ def test_a_killed_preparation_looks_like_none_and_the_next_one_is_whole(
     prepare_at(tmp_path / "fresh", corpus)
     assert contents(data) == contents(tmp_path / "fresh")
     assert sorted(file.name for file in data.iterdir()) == ["tokenizer.json", "train", "validation"]
-    assert verify(data).ok
+    assert verify(data).problems == ()
 
 
 def test_two_preparations_of_one_path_do_not_mix(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
@@ -219,6 +219,71 @@ def test_two_preparations_of_one_path_do_not_mix(tmp_path: Path, corpus: Path, p
         with pytest.raises(DataError, match="is being prepared by another process"):
             prepare_at(tmp_path / "data", corpus)
     assert not prepare_at(tmp_path / "data", corpus).already
+
+
+def test_what_another_process_committed_before_the_lock_was_taken_is_kept(
+    tmp_path: Path, corpus: Path, prepare_at: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, flock = tmp_path / "data", fcntl.flock
+
+    def late(lock: TextIO, how: int) -> None:  # the other one does all its work after we looked for a manifest, and before our lock
+        monkeypatch.setattr(fcntl, "flock", flock)
+        lock_file = data / ".prepare.lock"
+        kept = lock_file.rename(data / "ours")
+        prepare_at(data, corpus)
+        kept.rename(lock_file)
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(DataError, match="was prepared by another process meanwhile; run the command again"):
+        prepare_at(data, corpus)
+    assert verify(data).problems == ()
+    assert prepare_at(data, corpus).already
+
+
+def test_a_lock_file_that_its_owner_deleted_locks_nothing(
+    tmp_path: Path, corpus: Path, prepare_at: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock_file, flock = tmp_path / "data" / ".prepare.lock", fcntl.flock
+
+    def late(lock: TextIO, how: int) -> None:  # between our open and our lock the owner deletes the file and ends
+        lock_file.unlink()
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(DataError, match="is being prepared by another process"):
+        prepare_at(tmp_path / "data", corpus)
+    monkeypatch.undo()
+    assert not prepare_at(tmp_path / "data", corpus).already
+
+
+def test_a_tokenizer_is_on_the_disk_before_it_is_renamed(
+    tmp_path: Path, corpus: Path, prepare_at: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    renamed: list[bool] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def spy_fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def spy_replace(file: Path, target: Path) -> Path:
+        renamed.append(file.stat().st_ino in synced)
+        return replace(file, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(Path, "replace", spy_replace)
+    trained = prepare_at(tmp_path / "trained", corpus).path  # renamed when trained and when committed
+    prepare_at(tmp_path / "given", corpus, tokenizer=trained)  # copied, then committed
+    assert renamed == [True] * 3
+
+
+def test_no_sources_are_told_by_both_commands(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+    with pytest.raises(DataError, match=r"data\.sources is empty; name the text"):
+        prepare_at(tmp_path / "data", corpus, sources=[])
+    with pytest.raises(DataError, match=r"data\.sources is empty; name the text"):
+        build_tokenizer(tmp_path / "tokenizer.json", sources=[], vocab_size=300, tokenizer_sample_mb=1.0)
 
 
 def test_what_is_not_ours_is_not_deleted(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
@@ -247,7 +312,7 @@ def flip(file: Path, byte: int) -> None:
 def test_verify_reports_everything_that_is_wrong(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
     data = prepare_at(tmp_path / "data", corpus).path
     report = verify(data)
-    assert report.ok
+    assert report.problems == ()
     assert report.bytes_read == sum(file.stat().st_size for file in data.rglob("shard-*"))
     assert report.shards == len(list(data.rglob("*.bin")))
     flip(data / "train" / "shard-00000.bin", 5)

@@ -106,6 +106,16 @@ def test_id_field_names_the_documents(tmp_path: Path) -> None:
         assert [document.id for document in read(kind, tmp_path, id_field="key")] == ["7", "8"]
 
 
+def test_a_document_whose_id_is_null_is_numbered_by_file_and_position(tmp_path: Path) -> None:
+    rows = [{"text": "x", "key": "a"}, {"text": "y", "key": None}, {"text": "z", "key": None}]
+    (tmp_path / "x.jsonl").write_bytes(jsonl(rows))
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub" / "x.parquet")
+    assert [document.id for document in read("jsonl", tmp_path, id_field="key")] == ["a", "x.jsonl:2", "x.jsonl:3"]
+    assert [document.id for document in read("parquet", tmp_path, id_field="key")] == ["a", "hub/x.parquet:1", "hub/x.parquet:2"]
+    assert [document.id for document in read("hf", tmp_path / "hub", id_field="key")] == ["a", "train:1", "train:2"]
+
+
 def test_bytes_that_are_not_unicode_are_replaced_and_marked(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfok\r\n")

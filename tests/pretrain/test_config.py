@@ -119,6 +119,17 @@ def test_unknown_keys_are_answered_with_the_nearest_known_one(word: str, answer:
             "model.d_model=100 is not divisible by model.n_heads=12; set model.head_dim",
         ),
         (["model.head_dim=7"], "model.head_dim=7 is odd; RoPE rotates pairs, use an even width"),
+        (
+            ["model.head_dim=2", "model.rope.kind=ntk"],
+            "model.head_dim=2 is a single pair, which model.rope.kind=ntk cannot stretch; use at",
+        ),
+        (["model.head_dim=2", "model.rope.kind=dynamic_ntk"], "model.head_dim=2 is a single pair, which model.rope.kind=dynamic_ntk"),
+        (["model.rope.low_freq_factor=0"], "model.rope.low_freq_factor=0: input should be greater than 0"),
+        (
+            ["model.rope.high_freq_factor=1"],
+            "model.rope.high_freq_factor=1.0 must be greater than model.rope.low_freq_factor=1.0; swap them or change one",
+        ),
+        (["model.rope.beta_slow=40"], "model.rope.beta_fast=32.0 must be greater than model.rope.beta_slow=40.0; swap"),
     ],
 )
 def test_wrong_values_are_told_with_key_and_value(words: list[str], answer: str) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data_pipeline.packing import NO_LABEL
 from pretrain.model import loss as loss_module
-from pretrain.model.loss import linear_cross_entropy, softmax_gradient_
+from pretrain.model.loss import IGNORE, linear_cross_entropy, softmax_gradient_
 
 T, D, V = 50, 24, 77
 
@@ -40,6 +41,10 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     monkeypatch.setattr(loss_module, "_SMALLEST_CHUNK", {"cpu": 1})
     monkeypatch.setattr(loss_module, "_BLOCK", 3 * V)
     return int(request.param)
+
+
+def test_the_loss_ignores_the_label_that_packing_writes() -> None:
+    assert IGNORE == NO_LABEL
 
 
 def relative(x: Tensor, wanted: Tensor) -> float:

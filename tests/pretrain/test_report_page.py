@@ -27,6 +27,7 @@ def write_run(path: Path, steps: int, *, finished: bool = True, nan_at: tuple[in
     config = RunConfig.model_validate({"run": {"dir": str(path)}, "model": {"n_layers": 3, "vocab_size": 512}, "train": {"steps": steps}})
     half = steps // 2
     with RunDirectory.open(config) as run, RecordFile(run.metrics) as metrics, RecordFile(run.events) as events:
+        run.settle(config)
         events.append(Event(time=1000, step=0, kind="start", text="new run", parameters=12_588_032, device="CPU", mfu_statement="No MFU"))
         metrics.append(ValidationRecord(step=0, val_loss=9.125, val_tokens=512, time=1000))
         for step in range(1, steps + 1):

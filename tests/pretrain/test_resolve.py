@@ -86,7 +86,14 @@ def test_a_long_run_on_a_cpu_is_compiled_if_there_is_a_compiler(monkeypatch: pyt
     long = "train.steps=20000"
     assert (resolved(long)["train.compile"], resolved(long)["train.attention"]) == (True, "blocked")
     machine(monkeypatch, compiler="clang++")
+    assert resolved(long)["train.compile"] is False  # torch.compile takes another than g++ only where CXX names it
+    monkeypatch.setenv("CXX", "clang++")
     assert resolved(long)["train.compile"] is True
+    monkeypatch.delenv("CXX")
+    machine(monkeypatch)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: "/nowhere")
+    assert resolved(long)["train.compile"] is False  # no Python.h
+    monkeypatch.undo()
     machine(monkeypatch, compiler=None)
     assert (resolved(long)["train.compile"], resolved(long)["train.attention"]) == (False, "sdpa")
 
