@@ -101,11 +101,6 @@ def _tell_result(config: RunConfig, console: Console) -> None:
         f"perplexity {math.exp(first.val_loss):,.0f} -> [bold]{math.exp(last.val_loss):,.1f}[/]",
         highlight=False,
     )
-    samples = {event.prompt: event.text for event in read_events(config.run.dir / "events.jsonl") if event.kind == "sample"}
-    for prompt, text in samples.items():
-        console.print(Rule(style="dim"))
-        console.print(Text.assemble((prompt or "", "bold"), text), soft_wrap=True)
-    console.print(Rule(style="dim"))
     console.print(Text.assemble("report: ", (str(config.run.dir / "report.html"), "bold")), soft_wrap=True)
 
 
