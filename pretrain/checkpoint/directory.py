@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import uuid
@@ -23,15 +22,6 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 def partial_path(directory: Path, step: int, attempt: str) -> Path:
     """Where a checkpoint of `step` lies before it is committed, or on its way out."""
     return directory / f"step-{step:08d}.tmp-{attempt}"
-
-
-def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk: what was created or renamed in it survives a power cut from here on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def newest(directory: Path, on_problem: Callable[[Path, list[str]], None]) -> Path | None:

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from pretrain.checkpoint.directory import checkpoint_path, partial_path, sync_folder
+from data_pipeline.durable import sync_folder
+from pretrain.checkpoint.directory import checkpoint_path, partial_path
 from pretrain.checkpoint.files import HashingFileSystem
 from pretrain.checkpoint.record import FileSum, Manifest, Record, check_file, verify, write_manifest
 from pretrain.errors import UserError
