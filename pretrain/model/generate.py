@@ -42,8 +42,11 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     eot_id: int | None = None,
+    n_ids: int | None = None,
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` token ids that continue the prompt, one at a time; stops before yielding `eot_id`.
+
+    Only ids below `n_ids` are drawn: rows that round the vocabulary up belong to no token.
 
     `temperature=0` is greedy. `top_k` keeps the k likeliest tokens, `top_p` the likeliest that together reach that
     probability (arXiv:1904.09751). Sampling has its own generator: the same seed gives the same text, on every device
@@ -62,7 +65,7 @@ def generate(
     generator = torch.Generator("cpu").manual_seed(seed)
     pending = list(prompt_ids)
     for _ in range(max_new_tokens):
-        logits_V = next_token_logits(model, pending, cache)
+        logits_V = next_token_logits(model, pending, cache)[:n_ids]
         token = sample(logits_V, temperature, top_k, top_p, generator)
         if token == eot_id:
             return

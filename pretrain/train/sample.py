@@ -50,6 +50,7 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, samplin
         top_p=sampling.top_p,
         seed=sampling.seed,
         eot_id=tokenizer.eot_id,
+        n_ids=tokenizer.vocab_size,
     )
     return _pieces(tokens, tokenizer)
 

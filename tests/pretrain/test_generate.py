@@ -129,3 +129,11 @@ def test_compiled_blocks_generate_without_being_compiled_again() -> None:
         layer.compile(backend=count)
     assert list(generate(model, PROMPT, 6, seed=1)) == expected
     assert compiled == 0
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
+    free = list(generate(model_of(), PROMPT, max_new_tokens=30))
+    bounded = list(generate(model_of(), PROMPT, max_new_tokens=30, n_ids=10))
+    assert max(free) >= 10  # negative control: without the bound they are
+    assert len(bounded) == 30
+    assert max(bounded) < 10
