@@ -17,14 +17,13 @@ from parallel.engines.torch import TorchEngine
 from pretrain.checkpoint import directory, rng, store
 from pretrain.checkpoint.record import read_manifest
 from pretrain.config import AUTO, RunConfig
-from pretrain.config_loading import load as load_config
 from pretrain.errors import UserError
 from pretrain.hardware import find_accelerator
 from pretrain.model.flops import flops_per_token, parameter_count
 from pretrain.model.transformer import Transformer
 from pretrain.optim.schedule import samples_before
 from pretrain.report.page import write_report
-from pretrain.report.records import read_events
+from pretrain.report.records import read_config, read_events
 from pretrain.report.words import amount, duration
 from pretrain.train.build import build_engine
 from pretrain.train.display import Display
@@ -158,7 +157,7 @@ def _is_finished(run_dir: RunDirectory) -> bool:
 def _previous(run_dir: Path) -> RunConfig | None:
     """The config of the run that is there already; its decisions hold on resume."""
     file = run_dir / "config.yaml"
-    return load_config(file).config if file.is_file() else None
+    return read_config(file) if file.is_file() else None
 
 
 def _meter(config: RunConfig, step: int) -> tuple[Meter, str]:

@@ -11,11 +11,10 @@ import torch
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint import directory, store
 from pretrain.config import RunConfig
-from pretrain.config_loading import load as load_config
 from pretrain.errors import UserError
 from pretrain.model.generate import generate
 from pretrain.model.transformer import Transformer
-from pretrain.report.records import write_whole
+from pretrain.report.records import read_config, write_whole
 from pretrain.train.build import DTYPES, build_model
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -100,7 +99,7 @@ def open_trained(
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run directory: it has no config.yaml; `pretrain train` makes one")
-    config = load_config(config_file).config
+    config = read_config(config_file)
     path = directory.newest(run_dir / "checkpoints", on_problem)
     if path is None:
         raise UserError(f"{run_dir} has no checkpoint yet; the first comes after checkpoint.every={config.checkpoint.every} steps")
