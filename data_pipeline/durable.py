@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def write_synced(file: Path, content: bytes) -> None:
+def write_synced(file: Path, content: bytes | memoryview) -> None:
     """Write a file and wait until its bytes are on the disk."""
     with file.open("wb") as stream:
         stream.write(content)

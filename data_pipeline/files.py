@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 FileInfo = dict[str, Any]  # Any: every file system adds entries of its own; `name`, `type` and `size` are always there
 
-FOLDER_PATTERNS = {"text": ("*.txt", "*.md"), "jsonl": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"), "parquet": ("*.parquet",)}
+FOLDER_PATTERNS = {
+    "text": ("*.txt", "*.md"),
+    "jsonl": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"),
+    "parquet": ("*.parquet",),
+    "arrow": ("*.arrow", "*.arrows"),
+}
 """Which files of a folder are read where `pattern` is not set."""
 
 
@@ -31,9 +36,22 @@ class SourceFile:
     name: str
     """Path below the folder given; the file's own name where a file was given."""
     size: int
-    """Bytes, compressed if the file is."""
-    start: int
-    """Bytes of the source's files before it."""
+    """Bytes, compressed if the file is; 0 where the file system does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of one file's documents. A line belongs to the part in which its first byte lies."""
+
+    file: SourceFile
+    start: int | None
+    """First byte of plain jsonl, row group of parquet, record batch of arrow; None and None stand for the whole file."""
+    stop: int | None
+    """The one after the last."""
+    row: int
+    """Parquet and arrow: rows of the file before it."""
+    bytes: int
+    """Its share of the file's bytes; the shares of a file's parts add up to the file's size."""
 
 
 def list_files(source: SourceConfig) -> list[SourceFile]:
@@ -47,13 +65,9 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
     files: list[SourceFile] = []
     if source.kind == "hf":
         return files
-    start = 0
     for given in source.paths:
-        fs, sizes = _find(given, source)
-        for name in sorted(sizes):
-            path, size = sizes[name]
-            files.append(SourceFile(fs, path, name, size, start))
-            start += size
+        fs, found = _find(given, source)
+        files += [SourceFile(fs, found[name][0], name, found[name][1]) for name in sorted(found)]
     return files
 
 

@@ -1,86 +1,204 @@
-"""Batches as a pure function of (split, seed, sample number): the whole state of a run's data is one integer, the samples consumed.
+"""Batches as a pure function of (split, settings, sample number): the whole state of a run's data is one integer, the samples consumed.
 
-The global batch that starts at sample g is the slice [g, g + B). A data rank reads its part by asking for that part of the
-slice; nothing here knows how many ranks there are.
+A sample is `seq_len` tokens. The global batch that starts at sample g is the slice [g, g + B). A data rank reads its part by asking
+for that part of the slice; nothing here knows how many ranks there are.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
+from typing import Literal, TypeVar
 
-import numpy as np
+import xxhash
 
+from data_pipeline.best_fit import BestFit, read_best_fit
 from data_pipeline.errors import DataError
-from data_pipeline.order import order_key, permute
-from data_pipeline.packing import Batch, count_sequences, pack
-from data_pipeline.shards import ShardSet
+from data_pipeline.mixture import Mixture, in_turn, mix
+from data_pipeline.packing import Batch, count_sequences, read_concatenated
+from data_pipeline.settings import MixtureConfig
+from data_pipeline.shards import open_split
 
 PREFETCH = 2
 """Batches read ahead."""
 
+_BLOCKS_KEPT = 4
+
+T = TypeVar("T")
+
 
 class Loader:
-    """Sequences of one prepared split."""
+    """Sequences of one prepared split.
 
-    def __init__(self, folder: Path, seq_len: int, seed: int) -> None:
-        """Open the split in `folder`; reads its manifest and no token.
+    With `longest` above `seq_len` the order is one of windows of `longest` tokens, whose parts of `seq_len` tokens are samples in a row.
+    So a run may begin with short sequences and go on with longer ones: it reads the same windows in the same order.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        seq_len: int,
+        seed: int,
+        mixture: MixtureConfig = MixtureConfig(),  # noqa: B008 - frozen
+        packing: Literal["concatenate", "best_fit"] = "concatenate",
+        longest: int | None = None,
+        total_samples: int | None = None,
+        on_damage: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        """Open the split in `folder`; reads its manifest and no token. With `best_fit` it also makes the plan where there is none.
+
+        Args:
+            folder: of the split.
+            seq_len: tokens in a sample.
+            seed: of the order.
+            mixture: of the sources.
+            packing: how documents become sequences.
+            longest: the longest sequence that the run ever asks for, a multiple of `seq_len`; None is `seq_len`.
+            total_samples: what the run reads, for the stages and the limit of the mixture; None is not known.
+            on_damage: whether damaged tokens are an error or a row without labels.
 
         Raises:
-            DataError: it is not there or incomplete, or the training split holds less than one sequence. A held-out split may:
-                it is one padded sequence then.
+            DataError: the split is not there or incomplete, or the training split holds less than one sequence (a held-out split
+                may: it is one padded sequence then), or the settings do not fit it or each other.
         """
-        self.shards = ShardSet.open(folder)
-        self.seq_len, self.seed = seq_len, seed
-        self.n_tokens = self.shards.n_tokens
-        self.n_sequences = count_sequences(self.n_tokens, seq_len)
-        """Sequences in an epoch."""
-        if self.n_tokens < seq_len and self.shards.manifest.split == "train":
+        self.seq_len, self.longest, self.seed, self.packing = seq_len, longest or seq_len, seed, packing
+        if self.longest % seq_len:
+            raise DataError(f"the longest sequence, {longest}, is not a multiple of data.seq_len={seq_len}; change one")
+        if packing == "best_fit" and self.longest > seq_len:
             raise DataError(
-                f"data.seq_len={seq_len} is longer than the data: {folder} holds {self.n_tokens} tokens; "
+                f"data.packing=best_fit packs for one length, and the run asks for {seq_len} to {self.longest} tokens; use concatenate"
+            )
+        split = open_split(folder)
+        self.manifest, self.sources = split.manifest, split.sources
+        self.n_tokens = self.manifest.tokens
+        if self.n_tokens < (self.longest if self.manifest.split == "train" else 1):
+            raise DataError(
+                f"data.seq_len={self.longest} is longer than the data: {folder} holds {self.n_tokens} tokens; "
                 f"lower data.seq_len or prepare more text"
             )
+        self._skip = on_damage == "skip"
+        self._parts = self.longest // seq_len
+        """Samples in a window."""
+        self._plans = [BestFit(shards, seq_len) for shards in self.sources] if packing == "best_fit" else []
+        sizes = (
+            {plan.shards.source.name: plan.n_sequences for plan in self._plans}
+            if self._plans
+            else {shards.source.name: count_sequences(shards.n_tokens, self.longest) for shards in self.sources}
+        )
+        self.n_sequences = sum(sizes.values()) * self._parts
+        """Samples in which everything is read once."""
+        self._shuffled = _Order(mix(mixture, sizes, seed, total_samples, self._parts))
+        self._in_turn = _Order(in_turn(sizes))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the split's manifest: equal fingerprints are equal data."""
-        return self.shards.manifest.fingerprint()
+        return self.manifest.fingerprint()
 
-    def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples [first_sample, first_sample + count) of the endless shuffled stream: each epoch is all sequences in a new order.
+    @property
+    def fill(self) -> float:
+        """Share of the positions that hold tokens and not padding."""
+        return self.n_tokens / (self.n_sequences * self.seq_len)
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often the first `samples` samples read each source."""
+        return self._shuffled.mixture.epochs(samples // self._parts)
+
+    def past(self, samples: int) -> str:
+        """Hash of all that decides the first `samples` samples: loaders of equal pasts give the same ones."""
+        mixture = self._shuffled.mixture.past(-(-samples // self._parts))
+        return xxhash.xxh3_128_hexdigest(repr((self.fingerprint, self.seq_len, self.longest, self.packing, mixture)).encode())
+
+    def batch(self, first: int, count: int, seq_len: int | None = None) -> Batch:
+        """Samples [first, first + count) of the endless shuffled stream.
+
+        Args:
+            first: sample.
+            count: samples.
+            seq_len: tokens in a row, a multiple of the sample's that divides `longest`: a row is that many samples in a row, so
+                there are fewer rows. `first` and `count` are multiples of as many. None is the sample's.
 
         Raises:
-            DataError: a block of a shard does not match its checksum.
+            DataError: a block of a shard does not match its checksum, unless damage is skipped.
+            ValueError: `seq_len`, `first` or `count` does not fit.
         """
-        samples = np.arange(first_sample, first_sample + count, dtype=np.int64)
-        epochs, places = np.divmod(samples, self.n_sequences)
-        sequences = np.empty(count, np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            sequences[here] = permute(places[here], self.n_sequences, order_key(self.seed, epoch))
-        return pack(self.shards, sequences, self.seq_len)
+        together, rest = divmod(seq_len or self.seq_len, self.seq_len)
+        if rest or not together or self._parts % together or first % together or count % together:
+            raise ValueError(f"samples {first} to {first + count} of {self.seq_len} tokens are not rows of {seq_len}, up to {self.longest}")
+        return self._read(self._shuffled, first, count, together)
 
     def sequential(self, first: int, count: int) -> Batch:
-        """Sequences [first, first + count) in the order of the shards, for validation; fewer rows where the split ends.
+        """Samples [first, first + count) in the order of the shards, for validation; fewer rows where the split ends.
+
+        The sources take turns, in proportion to their sizes, so that any part of the split holds something of each.
 
         Raises:
-            DataError: a block of a shard does not match its checksum.
+            DataError: a block of a shard does not match its checksum, unless damage is skipped.
         """
-        return pack(self.shards, np.arange(first, min(first + count, self.n_sequences), dtype=np.int64), self.seq_len)
+        return self._read(self._in_turn, first, max(0, min(count, self.n_sequences - first)), 1)
+
+    def _read(self, order: _Order, first: int, count: int, together: int) -> Batch:
+        """Rows of `together` samples each."""
+        parts, seq_len = self._parts, together * self.seq_len
+        window = first // parts
+        sources, sequences = order.windows(window, -(-(first + count) // parts))
+        if self._plans:
+            rows = list(zip(sources, sequences, strict=True))
+            return read_best_fit(self._plans, rows, seq_len, self.manifest.eot_id, self._skip)
+        rows = [
+            (sources[at := sample // parts - window], sequences[at] * self.longest + sample % parts * self.seq_len)
+            for sample in range(first, first + count, together)
+        ]
+        return read_concatenated(self.sources, rows, seq_len, self.manifest.eot_id, self._skip)
 
 
-def prefetch(loader: Loader, slices: Iterable[tuple[int, int]]) -> Iterator[Batch]:
-    """`loader.batch(first_sample, count)` for each of `slices`, read ahead by one thread.
+class _Order:
+    """The windows of a mixture, computed a block at a time; the last few blocks are kept."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+        self._kept: deque[tuple[int, list[int], list[int]]] = deque(maxlen=_BLOCKS_KEPT)
+
+    def windows(self, start: int, stop: int) -> tuple[list[int], list[int]]:
+        """(number of the source, number of the source's sequence) of windows [start, stop)."""
+        sources: list[int] = []
+        sequences: list[int] = []
+        while start < stop:
+            first, block_sources, block_sequences = self._block(start)
+            low, high = start - first, min(stop - first, len(block_sources))
+            sources += block_sources[low:high]
+            sequences += block_sequences[low:high]
+            start = first + high
+        return sources, sequences
+
+    def _block(self, window: int) -> tuple[int, list[int], list[int]]:
+        for kept in tuple(self._kept):  # a copy: prefetching may be adding one
+            if kept[0] <= window < kept[0] + len(kept[1]):
+                return kept
+        block = self.mixture.block(window)
+        self._kept.append(new := (block.first, block.sources.tolist(), block.sequences.tolist()))
+        return new
+
+
+def prefetch(read: Callable[..., Batch], requests: Iterable[tuple[int, ...]], transform: Callable[[Batch], T]) -> Iterator[T]:
+    """`transform(read(*request))` for each of `requests`, done ahead by one thread.
 
     An error in the thread is raised here, at its batch. Closing the generator ends the thread.
+
+    Args:
+        read: `Loader.batch` or `Loader.sequential`.
+        requests: their arguments.
+        transform: what else the thread does to a batch, such as moving it to pinned memory.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    waiting: deque[Future[Batch]] = deque()
+    waiting: deque[Future[T]] = deque()
     try:
-        for first_sample, count in slices:
-            waiting.append(pool.submit(loader.batch, first_sample, count))
+        for request in requests:
+            waiting.append(pool.submit(lambda request: transform(read(*request)), request))
             if len(waiting) > PREFETCH:
                 yield waiting.popleft().result()
         while waiting:

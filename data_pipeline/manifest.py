@@ -15,22 +15,27 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.errors import DataError
-from data_pipeline.settings import SourceConfig
+from data_pipeline.settings import PrepareConfig
 
 BLOCK_BYTES = 1 << 20
 """Bytes under one block checksum."""
 
 MANIFEST = "manifest.json"
+SPLITS = ("validation", "train")
+"""In the order in which they are committed."""
+
 TokenDtype = Literal["uint16", "int32"]
 DTYPES: dict[TokenDtype, np.dtype[np.integer]] = {"uint16": np.dtype("<u2"), "int32": np.dtype("<i4")}
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What is written for others to read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class Shard(_Record):
-    """One `.bin` / `.idx` pair."""
+class Shard(Record):
+    """One `.bin` / `.idx` pair. The `.idx` is always ours, beside the manifest; the `.bin` may be a file of another tool."""
 
     name: str
     """File name without its ending."""
@@ -41,55 +46,81 @@ class Shard(_Record):
     bin_xxh3_128: str
     idx_xxh3_128: str
     bin_blocks_xxh3_64: str
-    """16 hex digits for each MiB of the `.bin`, in a row."""
+    """16 hex digits for each MiB of the tokens, in a row."""
+    external_bin: str | None = None
+    """Absolute path of the tokens where they are read in place; none is `<name>.bin`."""
+    bin_start: int = 0
+    """Byte of the file at which the tokens begin."""
 
     def blocks(self) -> NDArray[np.uint64]:
-        """The checksum of each MiB block of the `.bin`."""
+        """The checksum of each MiB block of the tokens."""
         return np.frombuffer(bytes.fromhex(self.bin_blocks_xxh3_64), ">u8").astype(np.uint64)
 
 
-class TrainedTokenizer(_Record):
-    """The settings of a tokenizer that was trained on the way."""
+class SourceManifest(Record):
+    """One source's part of a split. Documents read = `documents` + all `dropped`."""
 
-    vocab_size: int
-    sample_mb: float
-
-
-class Recipe(_Record):
-    """How a split was made: the same recipe gives the same bytes."""
-
-    sources: tuple[SourceConfig, ...]
-    listings: tuple[str | None, ...]
-    """Count, bytes and a hash of the names and sizes of each source's files; none for `hf`."""
-    trained_tokenizer: TrainedTokenizer | None
-    """None where the tokenizer was there before."""
-    validation_fraction: float
-    shard_tokens: int
-    made_with: dict[str, str]
-    """Versions of what decides the bytes."""
-
-
-class Manifest(_Record):
-    """`manifest.json`."""
-
-    format: Literal["pretrain-shards-1"] = "pretrain-shards-1"
-    split: str
+    name: str
     documents: int
     tokens: int
     """With the end-of-text token after each document."""
-    text_bytes: int
-    """UTF-8 bytes of the documents' text."""
+    text_bytes: int | None
+    """UTF-8 bytes of the documents' text; none where other tools made the tokens."""
     dtype: TokenDtype
-    vocab_size: int
-    eot_id: int
-    tokenizer: str
-    """Fingerprint of the tokenizer."""
+    ends_with_eot: bool
+    """Every document ends with the end-of-text token; tokens that other tools made may not."""
     dropped: dict[str, int]
     """Documents left out, by reason."""
     repaired: dict[str, int]
     """Documents changed and kept, by reason."""
-    recipe: Recipe
+    marked: dict[str, int]
+    """Documents kept as they are, by what was noticed."""
     shards: tuple[Shard, ...]
+
+    @property
+    def read(self) -> int:
+        """Documents read: written or dropped."""
+        return self.documents + sum(self.dropped.values())
+
+
+class Recipe(Record):
+    """How a split was made: the same recipe gives the same bytes."""
+
+    settings: PrepareConfig
+    """Without `workers`, which decide nothing; `tokenizer` is `auto` and stands for `Manifest.tokenizer`."""
+    trained_tokenizer: bool
+    """The tokenizer was trained on the way; otherwise it was there before."""
+    listings: tuple[str | None, ...]
+    """Count, bytes and a hash of the names and sizes of each source's files; none for `hf`."""
+    lists: str
+    """Hash of the files that filters and decontamination read."""
+    made_with: dict[str, str]
+    """Versions of what decides the bytes."""
+
+
+class Manifest(Record):
+    """`manifest.json`."""
+
+    format: Literal["pretrain-shards-2"] = "pretrain-shards-2"
+    split: str
+    splits: tuple[str, ...]
+    """All splits that were made together."""
+    vocab_size: int
+    eot_id: int
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    recipe: Recipe
+    sources: tuple[SourceManifest, ...]
+
+    @property
+    def documents(self) -> int:
+        """Documents of all sources."""
+        return sum(source.documents for source in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sources."""
+        return sum(source.tokens for source in self.sources)
 
     def to_bytes(self) -> bytes:
         """The file's contents; the same manifest gives the same bytes."""

@@ -1,7 +1,7 @@
 """A prepared data set as a whole: `train/`, `validation/` and `tokenizer.json` appear together or not at all.
 
 They are written to `<path>/.prepare.tmp` and renamed one after the other, `train/` last: where there is a `train/`, all of it
-is there. What a killed preparation left is deleted by the next one.
+is there. The next preparation goes on from what a killed one left.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import TextIO
 
 from data_pipeline.durable import sync_folder, write_synced
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import MANIFEST, Manifest, Recipe, load_manifest
-from data_pipeline.shards import ShardSet
+from data_pipeline.manifest import MANIFEST, SPLITS, Manifest, Recipe, load_manifest
+from data_pipeline.shards import open_split
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
-SPLITS = ("validation", "train")
-"""In the order in which they are committed."""
+JUDGED, DONE = "judged", "done"
+"""Folders of the working folder that hold a file for every chunk that was cleaned, and tokenized."""
 
 _TEMPORARY = ".prepare.tmp"
 _LOCK = ".prepare.lock"
@@ -36,28 +36,28 @@ class Prepared:
     tokenizer: Tokenizer
     splits: dict[str, Manifest]
     """`train`, and `validation` unless validation_fraction is 0."""
-    already: bool
-    """It was there before, made with these very settings; nothing was done."""
+    notes: tuple[str, ...] = ()
+    """What whoever prepared it should know, a line each."""
 
 
-def open_prepared(path: Path, already: bool = True) -> Prepared:
+def open_prepared(path: Path, notes: tuple[str, ...] = ()) -> Prepared:
     """Open a prepared data set: manifests, file sizes and the tokenizer are checked, no token is read.
 
     Raises:
         DataError: part of it is missing, cut off, or does not belong to the rest.
     """
-    train = ShardSet.open(path / "train").manifest
+    train = open_split(path / "train").manifest
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != train.tokenizer:
         raise DataError(
             f"{path / 'tokenizer.json'} is not the tokenizer that made {path / 'train'}; restore it, or delete {path} and prepare again"
         )
     splits = {"train": train}
-    if train.recipe.validation_fraction > 0:
-        splits["validation"] = ShardSet.open(path / "validation").manifest
+    if "validation" in train.splits:
+        splits["validation"] = open_split(path / "validation").manifest
         if splits["validation"].recipe != train.recipe:
             raise DataError(f"{path}: train/ and validation/ were not made together; delete {path} and prepare again")
-    return Prepared(path, tokenizer, splits, already)
+    return Prepared(path, tokenizer, splits, notes)
 
 
 def check_same_settings(path: Path, recipe: Recipe, tokenizer: Path | None) -> None:
@@ -70,8 +70,8 @@ def check_same_settings(path: Path, recipe: Recipe, tokenizer: Path | None) -> N
     there, now = _settings(manifest.recipe), _settings(recipe)
     if tokenizer is not None:
         there["data.tokenizer"], now["data.tokenizer"] = manifest.tokenizer, load_tokenizer(tokenizer).fingerprint
-    if tokenizer is not None or manifest.recipe.trained_tokenizer is None:  # then these two decide nothing
-        for name in ("data.vocab_size", "data.tokenizer_sample_mb"):
+    if tokenizer is not None or not manifest.recipe.trained_tokenizer:  # then these decide nothing
+        for name in ("data.vocab_size", "data.tokenizer_sample_mb", "data.tokenizer_kind"):
             there.pop(name, None)
             now.pop(name, None)
     differences = [
@@ -85,20 +85,31 @@ def check_same_settings(path: Path, recipe: Recipe, tokenizer: Path | None) -> N
 
 
 def _settings(recipe: Recipe) -> dict[str, object]:
-    """The settings in a recipe, by their dotted names."""
-    named: dict[str, object] = {"data.validation_fraction": recipe.validation_fraction, "data.shard_tokens": recipe.shard_tokens}
-    if recipe.trained_tokenizer:
-        named["data.vocab_size"] = recipe.trained_tokenizer.vocab_size
-        named["data.tokenizer_sample_mb"] = recipe.trained_tokenizer.sample_mb
-    for i, (source, listing) in enumerate(zip(recipe.sources, recipe.listings, strict=True)):
-        named |= {f"data.sources.{i}.{name}": value for name, value in source.model_dump().items()}
-        named[f"what data.sources.{i} holds"] = listing
+    """The settings in a recipe, by their dotted names, and what they pointed to."""
+    named: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}", inner)
+        else:
+            named[prefix] = value
+
+    tree = recipe.settings.model_dump(mode="json")
+    for i, source in enumerate(tree.pop("sources")):
+        walk(f"data.sources.{i}", source)
+    walk("data", tree)
+    named |= {f"what data.sources.{i} holds": listing for i, listing in enumerate(recipe.listings)}
+    named["what the files of data.filters and data.decontaminate hold"] = recipe.lists
     return named
 
 
 @contextmanager
 def working_folder(path: Path) -> Iterator[Path]:
-    """An empty folder inside `path` to write to, which is gone at the end, with `path` itself if nothing was put there.
+    """The folder inside `path` to write to, with what earlier attempts left in it: whoever uses it checks each piece by its key.
+
+    It is gone after a success. After a failure or an interruption it stays if it holds finished pieces, for the next attempt to go
+    on from; otherwise nothing is left, not even `path` if it was made for this.
 
     Raises:
         DataError: `path` cannot be written to, something else is in the way, or another process is preparing it.
@@ -110,16 +121,19 @@ def working_folder(path: Path) -> Iterator[Path]:
             if not _locked(lock, path / _LOCK):
                 raise DataError(f"data.path={path} is being prepared by another process; wait for it, or set another data.path")
             try:
-                _clear_leftovers(path, work)
-                work.mkdir()
+                _take_back(path, work)
+                for folder in (JUDGED, DONE, *SPLITS):
+                    (work / folder).mkdir(parents=True, exist_ok=True)
                 yield work
+                shutil.rmtree(work)
             finally:
-                shutil.rmtree(work, ignore_errors=True)
+                if not any(file for folder in (JUDGED, DONE) for file in (work / folder).glob("*")):
+                    shutil.rmtree(work, ignore_errors=True)
                 (path / _LOCK).unlink(missing_ok=True)
                 with suppress(OSError):  # not empty: the data is there
                     path.rmdir()
     except OSError as error:
-        raise DataError(f"data.path={path} cannot be written to: {error}") from error
+        raise DataError(f"data.path={path} cannot be written to: {error}; mend it, and run the command again") from error
 
 
 def _locked(lock: TextIO, file: Path) -> bool:
@@ -131,26 +145,26 @@ def _locked(lock: TextIO, file: Path) -> bool:
         return False
 
 
-def _clear_leftovers(path: Path, work: Path) -> None:
-    """Delete what a killed preparation left; refuse to touch anything else."""
+def _take_back(path: Path, work: Path) -> None:
+    """Undo what a commit did that was killed half way; refuse to touch anything else."""
     if (path / "train" / MANIFEST).is_file():  # it was not there before the lock was taken
         raise DataError(f"data.path={path} was prepared by another process meanwhile; run the command again")
-    if work.exists():
-        with suppress(DataError):  # killed earlier, before both manifests were there
-            killed_in_commit = load_manifest(work / "train").recipe.trained_tokenizer and not (work / "tokenizer.json").exists()
-            if killed_in_commit:  # its tokenizer is out already, and would pass for one that the user put there
-                (path / "tokenizer.json").unlink(missing_ok=True)
-        shutil.rmtree(work)
+    if (work / "train" / MANIFEST).is_file():  # killed after the manifests were written: what is missing in `work` is out already
+        trained = load_manifest(work / "train").recipe.trained_tokenizer
+        if trained and not (work / "tokenizer.json").exists() and (path / "tokenizer.json").exists():
+            (path / "tokenizer.json").rename(work / "tokenizer.json")
     for name in SPLITS:
         folder = path / name
-        if (folder / MANIFEST).is_file():  # committed before its `train/` could be
-            shutil.rmtree(folder)
+        if (folder / MANIFEST).is_file():
+            shutil.rmtree(work / name, ignore_errors=True)
+            work.mkdir(exist_ok=True)
+            folder.rename(work / name)
         elif folder.exists():
             raise DataError(f"{folder} is in the way and was not made by `pretrain data prepare`; move it, or set another data.path")
 
 
 def bring_tokenizer(path: Path, given: Path, work: Path) -> Tokenizer:
-    """Load the tokenizer at `given`, and copy it to `work` if `path` does not hold it yet.
+    """Load the tokenizer at `given`, and write it to `work` as a `tokenizer.json` if `path` does not hold it yet.
 
     Raises:
         DataError: it cannot be used, or `path` holds another one.
@@ -158,18 +172,25 @@ def bring_tokenizer(path: Path, given: Path, work: Path) -> Tokenizer:
     tokenizer = load_tokenizer(given)
     own = path / "tokenizer.json"
     if not own.is_file():
-        write_synced(work / "tokenizer.json", (given / "tokenizer.json" if given.is_dir() else given).read_bytes())
+        write_synced(work / "tokenizer.json", tokenizer.to_json().encode())
     elif load_tokenizer(own).fingerprint != tokenizer.fingerprint:
         raise DataError(f"data.tokenizer={given} is not the tokenizer in data.path={path}; delete {own}, or set another data.path")
     return tokenizer
 
 
-def commit(work: Path, path: Path) -> None:
-    """Rename what is in `work` into `path`, `train/` last."""
-    if (work / "tokenizer.json").exists():
-        (work / "tokenizer.json").replace(path / "tokenizer.json")
-    for name in SPLITS:
+def commit(work: Path, path: Path, manifests: Sequence[Manifest]) -> None:
+    """Write the manifests, delete what they do not list, and rename all into `path`, `train/` last."""
+    for manifest in manifests:
+        folder = work / manifest.split
+        listed = {f"{shard.name}{ending}" for source in manifest.sources for shard in source.shards for ending in (".bin", ".idx")}
+        for file in folder.iterdir():
+            if file.name not in listed:
+                file.unlink()
+        write_synced(folder / MANIFEST, manifest.to_bytes())
+        sync_folder(folder)
+    for name in ("tokenizer.json", "rejects", *(split for split in SPLITS if split in {manifest.split for manifest in manifests})):
         if (work / name).exists():
-            sync_folder(work / name)
-            (work / name).rename(path / name)
+            if name == "rejects":
+                shutil.rmtree(path / name, ignore_errors=True)
+            (work / name).replace(path / name)
             sync_folder(path)

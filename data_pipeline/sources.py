@@ -1,7 +1,7 @@
-"""Raw text in: files, folders and data sets become one ordered stream of documents.
+"""Raw text in: what a document is, and how text files, jsonl and data sets become documents. `columnar.py` reads parquet and arrow.
 
-The order and every document's id depend on the settings and the files alone, never on the machine.
-Knows files; knows no tokens. The heavy readers (pyarrow, datasets, zstandard) are imported where they are used.
+A document's id, text and metadata depend on the settings and the files alone, never on where a file was cut into parts.
+Knows files; knows no tokens. The heavy readers (datasets, zstandard) are imported where they are used.
 """
 
 from __future__ import annotations
@@ -9,22 +9,25 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import SourceFile, list_files
 
 if TYPE_CHECKING:
     import datasets
 
+    from data_pipeline.files import Part
     from data_pipeline.settings import SourceConfig
 
-_CHUNK = 1 << 20
+_BLOCK = 1 << 20
+_PACKED_BLOCK = 1 << 17  # it may unpack to many times its size
+_BOM = b"\xef\xbb\xbf"
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -33,91 +36,70 @@ class Document:
     """One document."""
 
     id: str
-    """The value of `id_field`; where there is none, for `text` the file's path below the folder given, `jsonl` path:line,
-    `parquet` path:row, `hf` split:row."""
+    """The value of `id_field`; where there is none, for `text` the file's path below the folder given, `jsonl` path@byte (where the
+    line begins in the unpacked file), `parquet` and `arrow` path:row, `hf` split:row."""
     text: str
+    source: str
+    """The source's name."""
+    metadata: Mapping[str, object]
+    """The values of `metadata_fields`; None for what the document does not have."""
     n_bytes: int
     """UTF-8 bytes of the text."""
     repaired: bool
     """The raw text was not valid Unicode: what could not be decoded became U+FFFD."""
     read: int
-    """Bytes of the source's files read so far, compressed size; 0 for `hf`. For a progress display."""
+    """Bytes of the chunk's files read so far, compressed size; 0 for `hf`. For a progress display."""
 
 
-def read_documents(source: SourceConfig, files: Sequence[SourceFile] | None = None) -> Iterator[Document]:
-    """Yield every document of `source`, in an order that is the same on every machine.
+def read_text(part: Part, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
+    """Yield the one document of a text file. Arguments and errors of all readers are those of `chunks.read_chunk`.
 
-    Bytes that are not UTF-8 are replaced by U+FFFD and the document is marked `repaired`: one bad byte neither stops a long
-    preparation nor passes unnoticed. A null or empty text is yielded as well; whoever drops it counts it. `files` is what
-    `list_files(source)` gave, if it was called before.
-
-    Raises:
-        DataError: a file is missing, unreadable or corrupt, or a document lacks the text field.
+    Args:
+        part: what to read.
+        source: its settings.
+        origin: the source's name.
+        before: bytes of the chunk's parts before this one.
     """
-    readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    for file in list_files(source) if files is None else files:
-        yield from readers[source.kind](file, source)
-    if source.kind == "hf":
-        for name in source.paths:
-            yield from _read_hf(name, source)
-
-
-def _read_text(file: SourceFile, source: SourceConfig) -> Iterator[Document]:
     del source  # a text file has no fields
-    with _reading(file.path), file.fs.open(file.path, "rb") as stream:
+    file = part.file
+    with reading(file.path), file.fs.open(file.path, "rb") as stream:
         raw = stream.read()
-    text, repaired = _decode(raw.removeprefix(b"\xef\xbb\xbf"))
-    yield _document(file.name, text, repaired, file.start + file.size)
+    text, repaired = decode(raw.removeprefix(_BOM))
+    yield document(file.name, text, origin, {}, repaired, before + part.bytes)
 
 
-def _read_jsonl(file: SourceFile, source: SourceConfig) -> Iterator[Document]:
-    with _reading(file.path), file.fs.open(file.path, "rb") as stream:
-        for number, line in enumerate(_lines(_decompressed(stream, file.name)), start=1):
-            if not line.strip():
+def read_jsonl(part: Part, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
+    """Yield a document for each line that begins in this part and is not empty."""
+    file, start, number, offset = part.file, part.start or 0, 0, 0
+
+    def where() -> str:
+        return f"{file.path}, byte {offset}" if start else f"{file.path}:{number}"
+
+    with reading(file.path), file.fs.open(file.path, "rb") as stream:
+        for offset, line, read in _lines(stream, file.name, start, part.stop):
+            number += 1
+            line = line.removeprefix(_BOM)
+            if not line or line.isspace():
                 continue
-            where = f"{file.path}:{number}"
-            text, repaired = _decode(line.removeprefix(b"\xef\xbb\xbf"))
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: every line must be a JSON object, this one is a {type(row).__name__}")
-            name, content = _fields(row, where, source)
-            yield _document(name or f"{file.name}:{number}", content, repaired, file.start + stream.tell())
+            raw, repaired = decode(line)
+            row = _parse(raw, where)
+            name, text, metadata = _fields(row, where, source)
+            yield document(name or f"{file.name}@{offset}", text, origin, metadata, repaired, before + read - start)
 
 
-def _read_parquet(file: SourceFile, source: SourceConfig) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with _reading(file.path, pyarrow.ArrowException), file.fs.open(file.path, "rb") as stream:
-        table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-        columns = _columns(table.schema_arrow.names, file.path, source)
-        kind = table.schema_arrow.field(source.text_field).type
-        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
-            raise DataError(f"{file.path}: column {source.text_field} holds {kind}, not text; set text_field to a column of strings")
-        row, n_rows = 0, table.metadata.num_rows
-        for batch in table.iter_batches(batch_size=1024, columns=columns):
-            # As bytes: Arrow does not check that its strings are UTF-8, and as_py() raises on the first that is not.
-            texts = batch.column(source.text_field).cast(pyarrow.large_binary())
-            names = batch.column(source.id_field) if source.id_field else None
-            for i, raw in enumerate(texts):
-                text, repaired = _decode(raw.as_py() or b"")
-                name = _name(None if names is None else names[i].as_py()) or f"{file.name}:{row}"
-                row += 1
-                yield _document(name, text, repaired, file.start + file.size * row // n_rows)
-
-
-def _read_hf(name: str, source: SourceConfig) -> Iterator[Document]:
-    rows = _open_hf(name, source)
+def read_hf(name: str, source: SourceConfig, origin: str) -> Iterator[Document]:
+    """Yield the documents of one split of a Hugging Face data set."""
+    rows, number = _open_hf(name, source), 0
     if rows.column_names is not None:  # a stream may not know its columns; then each row tells
-        rows = rows.select_columns(_columns(rows.column_names, name, source))
-    number = 0
-    with _reading(f"{name} (split {source.split})"):
+        rows = rows.select_columns(wanted_columns(rows.column_names, name, source))
+
+    def where() -> str:
+        return f"{name}, row {number} of split {source.split}"
+
+    with reading(f"{name} (split {source.split})"):
         for number, row in enumerate(rows):
-            identity, text = _fields(row, f"{name}, row {number} of split {source.split}", source)
-            yield _document(identity or f"{source.split}:{number}", text, False, 0)
+            identity, text, metadata = _fields(row, where, source)
+            yield document(identity or f"{source.split}:{number}", text, origin, metadata, False, 0)
 
 
 def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
@@ -135,7 +117,7 @@ def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.Ite
 
 
 @contextmanager
-def _reading(what: str, *more: type[Exception]) -> Iterator[None]:
+def reading(what: str, *more: type[Exception]) -> Iterator[None]:
     """Turn whatever a reader raises on a missing, unreadable or corrupt file into one line that names it."""
     kinds: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, zlib.error, *more)
     try:
@@ -147,24 +129,74 @@ def _reading(what: str, *more: type[Exception]) -> Iterator[None]:
         raise DataError(f"{what}: cannot be read, it may be corrupt ({detail}); restore it, or leave it out with `exclude`") from error
 
 
-def _decompressed(stream: BinaryIO, name: str) -> Iterator[bytes]:
+def is_packed(name: str) -> bool:
+    """Whether a file of this name is compressed as a whole, so that it can be read from its beginning only."""
+    return name.endswith((".gz", ".zst"))
+
+
+def _lines(stream: BinaryIO, name: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes, int]]:
+    """Yield (offset, line, bytes of the file read so far) of each line that begins at a byte in [start, stop) of the unpacked file.
+
+    The work is linear in the bytes, however long a line is: its pieces are joined once.
+    """
+    end = sys.maxsize if stop is None else stop
+    offset = 0
+    if start:
+        offset = _first_line(stream, start, end)
+        if offset >= end:
+            return
+        stream.seek(offset)
+    pieces: list[bytes] = []
+    for at, block in _blocks(stream, name):
+        piece, *lines = block.split(b"\n")
+        pieces.append(piece)
+        if not lines:
+            continue
+        read, rest = min(at, end), lines.pop()
+        for line in (b"".join(pieces), *lines):
+            if offset >= end:
+                return
+            yield offset, line, read
+            offset += len(line) + 1
+        pieces = [rest]
+    if offset < end:
+        yield offset, b"".join(pieces), min(stream.tell(), end)
+
+
+def _first_line(stream: BinaryIO, start: int, stop: int) -> int:
+    """Where the first line begins that begins at `start` or later; `stop` if that is not before `stop`."""
+    position = start - 1  # a line feed there ends the previous line
+    stream.seek(position)
+    while position < stop and (block := stream.read(_BLOCK)):
+        if (found := block.find(b"\n")) >= 0:
+            return min(position + found + 1, stop)
+        position += len(block)
+    return stop
+
+
+def _blocks(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
+    """Yield (bytes of the file read so far, some unpacked bytes) to the end of the file."""
     if name.endswith(".gz"):
         with gzip.GzipFile(fileobj=stream) as unzipped:
-            yield from iter(lambda: unzipped.read(_CHUNK), b"")
+            while block := unzipped.read(_BLOCK):
+                yield stream.tell(), block
     elif name.endswith(".zst"):
-        yield from _zstd_chunks(stream)
+        for block in _zstd_blocks(stream):
+            yield stream.tell(), block
     else:
-        yield from iter(lambda: stream.read(_CHUNK), b"")
+        while block := stream.read(_BLOCK):
+            yield stream.tell(), block
 
 
-def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
+def _zstd_blocks(stream: BinaryIO) -> Iterator[bytes]:
     """Decompress frame after frame: zstandard's own reader ends after the first, and takes a truncated file for a short one."""
     import zstandard
 
     frame = None
-    for raw in iter(lambda: stream.read(_CHUNK), b""):
+    while raw := stream.read(_PACKED_BLOCK):
         while raw:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            # The window is as large as `zstd --long=31` makes it; without a word zstandard refuses more than 128 MiB.
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             try:
                 yield frame.decompress(raw)
             except zstandard.ZstdError as error:
@@ -175,50 +207,63 @@ def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
         raise EOFError("the last zstd frame is cut off")
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    yield rest
+def _parse(line: str, where: Callable[[], str]) -> dict[str, Any]:  # Any: JSON holds anything
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where()}: broken JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise DataError(f"{where()}: broken JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where()}: every line must be a JSON object, this one is a {type(row).__name__}")
+    return row
 
 
-def _columns(there: Iterable[str], where: str, source: SourceConfig) -> list[str]:
-    """The columns to read; DataError if the data does not have them."""
+def wanted_columns(there: Iterable[str], where: str, source: SourceConfig) -> list[str]:
+    """The columns to read, of those that are there; metadata may be absent.
+
+    Raises:
+        DataError: the text or the id is not there.
+    """
     there = list(there)
-    wanted = {"text_field": source.text_field} | ({"id_field": source.id_field} if source.id_field else {})
-    for setting, column in wanted.items():
+    needed = {"text_field": source.text_field} | ({"id_field": source.id_field} if source.id_field else {})
+    for setting, column in needed.items():
         if column not in there:
             raise DataError(f"{where}: {setting}={column} is not there; it has: {', '.join(there) or 'nothing'}. Set {setting}")
-    return list(wanted.values())
+    return list(dict.fromkeys([*needed.values(), *(column for column in source.metadata_fields if column in there)]))
 
 
-def _fields(row: Mapping[str, Any], where: str, source: SourceConfig) -> tuple[str | None, str]:  # Any: JSON holds anything
-    """(id or None, text) of a row of named values."""
-    _columns(row, where, source)
-    text = row[source.text_field]
+def _fields(
+    row: Mapping[str, Any], where: Callable[[], str], source: SourceConfig
+) -> tuple[str | None, str, dict[str, object]]:  # Any: JSON holds anything
+    """(id or None, text, metadata) of a row of named values."""
+    try:
+        text = row[source.text_field]
+        identity = row[source.id_field] if source.id_field else None
+    except KeyError:
+        wanted_columns(row, where(), source)
+        raise
     if not isinstance(text, str | None):
-        raise DataError(f"{where}: {source.text_field} is a {type(text).__name__}, not text; set text_field")
-    return _name(row[source.id_field] if source.id_field else None), text or ""
+        raise DataError(f"{where()}: {source.text_field} is a {type(text).__name__}, not text; set text_field")
+    metadata = {field: row.get(field) for field in source.metadata_fields}
+    return None if identity is None else str(identity), text or "", metadata
 
 
-def _name(value: object) -> str | None:
-    """A document's id as a text; None where it is null, so that no two documents are called `None`."""
-    return None if value is None else str(value)
-
-
-def _decode(raw: bytes) -> tuple[str, bool]:
-    """(text, repaired)."""
+def decode(raw: bytes) -> tuple[str, bool]:
+    """(text, whether bytes that are not UTF-8 were replaced by U+FFFD)."""
     try:
         return raw.decode(), False
     except UnicodeDecodeError:
         return raw.decode(errors="replace"), True
 
 
-def _document(name: str, text: str, repaired: bool, read: int) -> Document:
+def document(name: str, text: str, origin: str, metadata: Mapping[str, object], repaired: bool, read: int) -> Document:
+    """The document, its bytes counted, and valid Unicode: JSON may spell half a surrogate pair, which no tokenizer takes."""
+    if text.isascii():
+        return Document(name, text, origin, metadata, len(text), repaired, read)
     try:
         n_bytes = len(text.encode())
-    except UnicodeEncodeError:  # JSON may spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError:
         text = _SURROGATES.sub("\ufffd", text)
         n_bytes, repaired = len(text.encode()), True
-    return Document(name, text, n_bytes, repaired, read)
+    return Document(name, text, origin, metadata, n_bytes, repaired, read)

@@ -1,278 +1,297 @@
-"""Text to shards: `prepare` reads the sources, trains the tokenizer if there is none, and writes both splits.
+"""One chunk of text -> one shard of each split: the work of `prepare` that takes the time.
 
-The same settings and files give the same bytes.
+The same chunk, verdicts and tokenizer give the same bytes, whoever does it.
 """
 
 from __future__ import annotations
 
-import math
-import shutil
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data_pipeline.durable import write_synced
+from data_pipeline.chunks import Chunk, read_batches
+from data_pipeline.clean import CONTAMINATED, EMPTY, edited
+from data_pipeline.encoder import Encoder, fastest_encoder
 from data_pipeline.errors import DataError
-from data_pipeline.files import SourceFile, describe_files, list_files
-from data_pipeline.manifest import DTYPES, MANIFEST, Manifest, Recipe, Shard, TrainedTokenizer
-from data_pipeline.prepared import SPLITS, Prepared, bring_tokenizer, check_same_settings, commit, open_prepared, working_folder
-from data_pipeline.settings import SourceConfig
-from data_pipeline.shards import ShardWriter, Tokens, token_dtype
-from data_pipeline.sources import Document, read_documents
-from data_pipeline.tokenizer import Tokenizer, document_hash, sample_texts, train_tokenizer
+from data_pipeline.manifest import DTYPES, SPLITS, Record, Shard, TokenDtype
+from data_pipeline.order import order_key, permute
+from data_pipeline.rejects import RejectWriter
+from data_pipeline.settings import PrepareConfig, SourceConfig
+from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards import token_dtype
+from data_pipeline.sources import Document
+from data_pipeline.tokenizer import Tokenizer, document_hash, load_tokenizer
+from data_pipeline.verdicts import Verdicts, read_verdicts
+from data_pipeline.workers import Done, Tell
 
-Corpus = Sequence[tuple[SourceConfig, Sequence[SourceFile]]]
-"""The sources, each with its files: listed once, because a folder of a million files takes its time."""
+_SAMPLE_CHARACTERS = 64 << 10
+_GATHER_TOKENS = 4 << 20
 
-_BATCH_BYTES = 4 << 20
-_BATCH_DOCUMENTS = 4096
+
+class SplitResult(Record):
+    """What a chunk gave to one split."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    dropped: dict[str, int]
+    repaired: dict[str, int]
+    marked: dict[str, int]
+    shards: tuple[Shard, ...]
+
+
+class ChunkResult(Record):
+    """What became of a chunk; the record that it is done."""
+
+    chunk: str
+    key: str
+    """Hash of all that decided it; a result of another key is no result."""
+    read: int
+    """Documents."""
+    encoder: str
+    """The back end that encoded it; empty where nothing was kept."""
+    why: str
+    """Why that one."""
+    lowest: float
+    """Lowest place of a kept document, see `place`; 2 where none is kept."""
+    splits: dict[str, SplitResult]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written."""
+        return sum(split.tokens for split in self.splits.values())
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a preparation is."""
+class TokenizeJob:
+    """A chunk, and all that decides what becomes of it."""
 
-    stage: Literal["reading a sample", "training the tokenizer", "tokenizing"]
-    documents: int = 0
-    tokens: int = 0
-    read: int = 0
-    """Bytes of the sources' files read in this stage, compressed size."""
-    total: int | None = None
-    """Bytes of the sources' files; None where a source (`hf`) cannot tell."""
+    chunk: Chunk
+    source: SourceConfig
+    config: PrepareConfig
+    work: Path
+    tokenizer: Path
+    fraction: float
+    """Documents whose place is below it are held out."""
+    verdicts: Path | None
+    """None where every document that is not empty is kept."""
+    keep_rejects: bool
+    key: str
+
+    @property
+    def name(self) -> str:
+        """The chunk's name."""
+        return self.chunk.name
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that it fills."""
+        return SPLITS if self.fraction > 0 else ("train",)
 
 
-OnProgress = Callable[[Progress], None]
+def place(document: Document) -> float:
+    """A document's place in [0, 1], by the hash of its name: independent of order, settings and everything else."""
+    return document_hash(f"{document.source}\0{document.id}", salt=0) / 2**64
+
+
+def tokenize_chunk(job: TokenizeJob, tell: Tell) -> ChunkResult:
+    """Read the chunk, encode what is kept, write its shards to `<work>/train` and `<work>/validation`.
+
+    Raises:
+        DataError: a document cannot be read or encoded; it is named.
+    """
+    tokenizer = _tokenizer(job.tokenizer)
+    splits = {name: _SplitWriter(job.work / name, job.chunk.name, tokenizer, job.config.shard_tokens) for name in job.splits}
+    verdicts = read_verdicts(job.verdicts) if job.verdicts else None
+    encoder: Encoder | None = None
+    why, lowest, read, seen = "", 2.0, 0, 0
+    with RejectWriter(job.work / "rejects" / f"{job.chunk.name}.jsonl.zst" if job.keep_rejects else None) as rejects:
+        for batch in read_batches(job.chunk, job.source):
+            kept: list[tuple[_SplitWriter, Document]] = []
+            for number, document in enumerate(batch, start=seen):
+                here = place(document)
+                split = splits["validation" if here < job.fraction else "train"]
+                reason = _reason(document, verdicts, number, job)
+                if reason is not None:
+                    split.dropped[reason] += 1
+                    rejects.write(document, reason)
+                    continue
+                document, repairs = edited(document, job.source, job.config)
+                split.note(document, repairs, marked=verdicts is not None and bool(verdicts.marks[number]))
+                lowest = min(lowest, here)
+                kept.append((split, document))
+            if encoder is None and kept:
+                encoder, why = _encoder(job.tokenizer, tuple(_sample(document for _, document in kept)))
+            n_tokens = _encode(encoder, kept, tokenizer.eot_id) if encoder else 0
+            seen += len(batch)
+            tell(Done(len(batch), batch[-1].read - read, n_tokens))
+            read = batch[-1].read
+    tell(Done(0, (job.chunk.bytes or read) - read))
+    _check_same_documents(job, verdicts, seen)
+    return ChunkResult(
+        chunk=job.chunk.name,
+        key=job.key,
+        read=seen,
+        encoder=encoder.name if encoder else "",
+        why=why,
+        lowest=lowest,
+        splits={name: split.finish() for name, split in splits.items()},
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(file: Path) -> Tokenizer:
+    """Loaded once a process."""
+    return load_tokenizer(file)
+
+
+def _encoder(file: Path, sample: tuple[str, ...]) -> tuple[Encoder, str]:
+    return fastest_encoder(_tokenizer(file), sample)
+
+
+def _sample(documents: Iterable[Document]) -> Iterator[str]:
+    """The beginning of the documents, on which the fast encoder must equal the reference."""
+    left = _SAMPLE_CHARACTERS
+    for document in documents:
+        yield document.text[:left]
+        left -= len(document.text)
+        if left <= 0:
+            return
+
+
+def _reason(document: Document, verdicts: Verdicts | None, number: int, job: TokenizeJob) -> str | None:
+    if verdicts is None:
+        return None if document.text.strip() else EMPTY
+    if number >= len(verdicts.codes):
+        _check_same_documents(job, verdicts, number + 1)
+    return verdicts.reason(number)
+
+
+def _check_same_documents(job: TokenizeJob, verdicts: Verdicts | None, seen: int) -> None:
+    if verdicts is not None and seen != len(verdicts.codes):
+        files = ", ".join(part.file.path for part in job.chunk.parts) or ", ".join(job.source.paths)
+        raise DataError(
+            f"{files} changed while it was prepared: {len(verdicts.codes)} documents when it was cleaned, {seen} or more now; "
+            f"run the command again"
+        )
+
+
+def _encode(encoder: Encoder, kept: Sequence[tuple[_SplitWriter, Document]], eot_id: int) -> int:
+    """Encode a batch and hand each document with its end-of-text token to its split; the number of tokens."""
+    try:
+        ids, offsets = encoder.encode([document.text for _, document in kept])
+    except Exception as error:  # a back end may raise anything; find out on which document
+        raise _name_the_document(encoder, [document for _, document in kept], error) from error
+    lengths = np.diff(offsets) + 1
+    stops = np.cumsum(lengths)
+    tokens = np.empty(int(stops[-1]) if len(stops) else 0, ids.dtype)
+    is_end = np.zeros(len(tokens), np.bool_)
+    is_end[stops - 1] = True
+    tokens[~is_end], tokens[is_end] = ids, eot_id
+    for writer in {id(split): split for split, _ in kept}.values():
+        mine = np.array([split is writer for split, _ in kept])
+        writer.add(tokens if mine.all() else tokens[np.repeat(mine, lengths)], lengths[mine].astype(np.int32))
+    return len(tokens)
+
+
+def _name_the_document(encoder: Encoder, documents: Sequence[Document], error: Exception) -> DataError:
+    """Encode one by one until one raises again."""
+    for document in documents:
+        try:
+            encoder.encode([document.text])
+        except Exception as again:  # the same as above
+            return DataError(f"{document.source}: document {document.id} cannot be encoded ({type(again).__name__}: {again})")
+    return DataError(f"{documents[0].source}: documents {documents[0].id} to {documents[-1].id} cannot be encoded together ({error})")
 
 
 @dataclass
-class _Split:
-    """A split being written."""
+class _SplitWriter:
+    """The documents of one chunk that belong to one split: held until a shard is full, then permuted and written."""
 
-    writer: ShardWriter
+    folder: Path
+    chunk: str
+    tokenizer: Tokenizer
+    shard_tokens: int
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
-    shards: tuple[Shard, ...] = ()
+    marked: Counter[str] = field(default_factory=Counter)
+    shards: list[Shard] = field(default_factory=list)
+    _held: list[NDArray[np.integer]] = field(default_factory=list)
+    _lengths: list[NDArray[np.int32]] = field(default_factory=list)
+    _n_held: int = 0
 
-    def add(self, ids: Tokens, text_bytes: int) -> None:
-        self.writer.add(ids)
+    @property
+    def dtype(self) -> TokenDtype:
+        return token_dtype(self.tokenizer.vocab_size)
+
+    def note(self, document: Document, repairs: Sequence[str], *, marked: bool) -> None:
+        """Count a document that will be added."""
         self.documents += 1
-        self.tokens += len(ids)
-        self.text_bytes += text_bytes
+        self.text_bytes += document.n_bytes
+        self.repaired.update(repairs)
+        if document.repaired:
+            self.repaired["invalid Unicode"] += 1
+        if marked:
+            self.marked[CONTAMINATED] += 1
 
+    def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> None:
+        """Append documents, and write a shard whenever the next one would take it over `shard_tokens`."""
+        self.tokens += len(tokens)
+        while len(lengths):
+            stops = np.cumsum(lengths, dtype=np.int64)
+            fit = int(np.searchsorted(stops, self.shard_tokens - self._n_held, side="right"))
+            if fit == 0 and self._n_held == 0:  # longer than a shard: it gets one of its own
+                fit = 1
+            taken = int(stops[fit - 1]) if fit else 0
+            if fit:
+                self._held.append(tokens[:taken].astype(DTYPES[self.dtype]))
+                self._lengths.append(lengths[:fit])
+                self._n_held += taken
+            tokens, lengths = tokens[taken:], lengths[fit:]
+            if len(lengths):
+                self._write()
 
-def prepare(
-    *,
-    path: Path,
-    sources: Sequence[SourceConfig],
-    tokenizer: Path | None,
-    vocab_size: int,
-    tokenizer_sample_mb: float,
-    validation_fraction: float,
-    shard_tokens: int,
-    progress: OnProgress = lambda _: None,
-) -> Prepared:
-    """Turn the sources into `<path>/train/`, `<path>/validation/` and `<path>/tokenizer.json`.
-
-    Args:
-        path: `data.path`.
-        sources: raw text, read in order.
-        tokenizer: a `tokenizer.json` or its folder; None uses the one in `path`, or trains it there.
-        vocab_size: vocabulary of a newly trained tokenizer.
-        tokenizer_sample_mb: megabytes of the training documents that it is trained on.
-        validation_fraction: share of the documents held out, chosen by the hash of their id; one document at least, unless it is 0.
-        shard_tokens: tokens in a shard at most; a longer document has a shard of its own.
-        progress: called after every few megabytes of text.
-
-    Raises:
-        DataError: a source cannot be read or holds no text, `path` holds other data, or another process is preparing it.
-            Nothing is left behind then.
-    """
-    corpus = _list(sources)
-    recipe = Recipe(
-        sources=tuple(sources),
-        listings=tuple(None if source.kind == "hf" else describe_files(files) for source, files in corpus),
-        trained_tokenizer=TrainedTokenizer(vocab_size=vocab_size, sample_mb=tokenizer_sample_mb),
-        validation_fraction=validation_fraction,
-        shard_tokens=shard_tokens,
-        made_with={"tokenizers": version("tokenizers")},
-    )
-    if (path / "train" / MANIFEST).is_file():
-        check_same_settings(path, recipe, tokenizer)
-        return open_prepared(path, already=True)
-    with working_folder(path) as work:
-        if tokenizer is None and not (path / "tokenizer.json").is_file():
-            file = work / "tokenizer.json"
-            made = _train(file, corpus, vocab_size, tokenizer_sample_mb, validation_fraction, progress)
-        else:
-            made = bring_tokenizer(path, tokenizer or path, work)
-            recipe = recipe.model_copy(update={"trained_tokenizer": None})
-        _write_splits(work, made, recipe, corpus, progress)
-        commit(work, path)
-    return open_prepared(path, already=False)
-
-
-def build_tokenizer(
-    file: Path,
-    *,
-    sources: Sequence[SourceConfig],
-    vocab_size: int,
-    tokenizer_sample_mb: float,
-    validation_fraction: float = 0.0,
-    progress: OnProgress = lambda _: None,
-) -> Tokenizer:
-    """Train a byte-level BPE on an even sample of the sources and write it to `file`. Reads all sources once.
-
-    The documents that `validation_fraction` holds out are not sampled; the same settings give the tokenizer that `prepare` trains.
-
-    Raises:
-        DataError: `file` is there already, or the sources cannot be read or hold no text.
-    """
-    if file.exists():
-        raise DataError(f"{file} is there already; delete it to train another (shards made with it are useless then)")
-    return _train(file, _list(sources), vocab_size, tokenizer_sample_mb, validation_fraction, progress)
-
-
-def _list(sources: Sequence[SourceConfig]) -> Corpus:
-    if not sources:
-        raise DataError("data.sources is empty; name the text to prepare, e.g. `sources: [{kind: text, paths: [my/folder]}]`")
-    return [(source, list_files(source)) for source in sources]
-
-
-def _train(file: Path, corpus: Corpus, vocab_size: int, sample_mb: float, validation_fraction: float, progress: OnProgress) -> Tokenizer:
-    """Train a tokenizer on the training documents and write it to `file`."""
-
-    def training_documents() -> Iterator[Document]:
-        total, n_documents = _total_bytes(corpus), 0
-        for batch in _batches(_read_all(corpus)):
-            yield from (document for document in batch if document.text.strip() and not _held_out(document, validation_fraction))
-            n_documents += len(batch)
-            progress(Progress("reading a sample", n_documents, read=batch[-1].read, total=total))
-
-    texts = sample_texts(training_documents(), sample_mb * 1e6)
-    if not texts:
-        held_out = f" once data.validation_fraction={validation_fraction} of the documents is held out" if validation_fraction else ""
-        raise DataError(f"data.sources hold no text to train a tokenizer on{held_out}: {_described(corpus)}")
-    progress(Progress("training the tokenizer", len(texts)))
-    return train_tokenizer(texts, vocab_size, file)
-
-
-def _write_splits(work: Path, tokenizer: Tokenizer, recipe: Recipe, corpus: Corpus, progress: OnProgress) -> None:
-    """Write both splits with their manifests to `work`. DataError if one of them would be empty."""
-    fraction = recipe.validation_fraction
-    splits, lowest = _tokenize(work, tokenizer, recipe.shard_tokens, corpus, fraction, progress)
-    if fraction > 0 and not splits["validation"].documents and splits["train"].documents > 1:
-        # A small corpus, of which the hash holds out nothing: once more, so that it holds out the document of lowest hash.
-        for name in SPLITS:
-            shutil.rmtree(work / name)
-        splits, _ = _tokenize(work, tokenizer, recipe.shard_tokens, corpus, lowest, progress)
-    n_documents = sum(split.documents for split in splits.values())
-    dropped = sum((split.dropped for split in splits.values()), Counter[str]())
-    if not n_documents:
-        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none at all"
-        raise DataError(f"data.sources hold no text (documents read: {counts}): {_described(corpus)}")
-    if fraction > 0 and n_documents == 1:
-        raise DataError(
-            "data.sources hold a single document, so none can be held out; set data.validation_fraction=0, or split it (for example "
-            "into a jsonl file with a document on every line)"
+    def finish(self) -> SplitResult:
+        """Write what is held."""
+        if self._n_held:
+            self._write()
+        return SplitResult(
+            documents=self.documents,
+            tokens=self.tokens,
+            text_bytes=self.text_bytes,
+            dropped=dict(+self.dropped),
+            repaired=dict(+self.repaired),
+            marked=dict(+self.marked),
+            shards=tuple(self.shards),
         )
-    if not splits["train"].documents:
-        raise DataError(f"data.validation_fraction={fraction} holds out all {n_documents} documents; lower it")
-    for name, split in splits.items():
-        _write_manifest(work / name, split, tokenizer, recipe)
+
+    def _write(self) -> None:
+        tokens, lengths = _permuted(np.concatenate(self._held), np.concatenate(self._lengths))
+        self._held, self._lengths, self._n_held = [], [], 0
+        name = f"{self.chunk}-{len(self.shards)}" if self.shards else self.chunk
+        self.shards.append(write_shard(self.folder, name, tokens, lengths, self.dtype))
 
 
-def _tokenize(
-    work: Path, tokenizer: Tokenizer, shard_tokens: int, corpus: Corpus, fraction: float, progress: OnProgress
-) -> tuple[dict[str, _Split], float]:
-    """Write the shards of both splits; also returns the fraction that would hold out just one document."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    names = SPLITS if fraction > 0 else ("train",)
-    splits = {name: _Split(ShardWriter(work / name, dtype, shard_tokens)) for name in names}
-    total, lowest, n_documents, n_tokens = _total_bytes(corpus), 1.0, 0, 0
-    for batch in _batches(_read_all(corpus)):
-        kept: list[tuple[_Split, Document]] = []
-        for document in batch:
-            split = splits["validation" if _held_out(document, fraction) else "train"]
-            if not document.text.strip():
-                split.dropped["empty"] += 1
-                continue
-            split.repaired["invalid Unicode"] += document.repaired
-            lowest = min(lowest, _place(document))
-            kept.append((split, document))
-        encoded = tokenizer.encode_batch([document.text for _, document in kept])
-        for (split, document), ids in zip(kept, encoded, strict=True):
-            split.add(np.array([*ids, tokenizer.eot_id], DTYPES[dtype]), document.n_bytes)
-            n_tokens += len(ids) + 1
-        n_documents += len(batch)
-        progress(Progress("tokenizing", n_documents, n_tokens, batch[-1].read, total))
-    for split in splits.values():
-        split.shards = split.writer.finish()
-    return splits, math.nextafter(lowest, 2.0)
-
-
-def _write_manifest(folder: Path, split: _Split, tokenizer: Tokenizer, recipe: Recipe) -> None:
-    manifest = Manifest(
-        split=folder.name,
-        documents=split.documents,
-        tokens=split.tokens,
-        text_bytes=split.text_bytes,
-        dtype=token_dtype(tokenizer.vocab_size),
-        vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id,
-        tokenizer=tokenizer.fingerprint,
-        dropped=dict(+split.dropped),
-        repaired=dict(+split.repaired),
-        recipe=recipe,
-        shards=split.shards,
-    )
-    write_synced(folder / MANIFEST, manifest.to_bytes())
-
-
-def _place(document: Document) -> float:
-    """A document's place in [0, 1], by the hash of its id: independent of order, source and everything else."""
-    return document_hash(document.id, salt=0) / 2**64
-
-
-def _held_out(document: Document, fraction: float) -> bool:
-    return _place(document) < fraction
-
-
-def _read_all(corpus: Corpus) -> Iterator[Document]:
-    """The documents of all sources in order; `read` counts over all of them."""
-    before = 0
-    for source, files in corpus:
-        for document in read_documents(source, files):
-            yield replace(document, read=before + document.read) if before else document
-        before += sum(file.size for file in files)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents into a few megabytes of text: enough to keep every core busy."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.n_bytes
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _total_bytes(corpus: Corpus) -> int | None:
-    if any(source.kind == "hf" for source, _ in corpus):
-        return None
-    return sum(file.size for _, files in corpus for file in files)
-
-
-def _described(corpus: Corpus) -> str:
-    return "; ".join(f"{source.kind} {', '.join(source.paths)}" for source, _ in corpus)
+def _permuted(tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> tuple[NDArray[np.integer], NDArray[np.int32]]:
+    """The documents in a random order that depends on their number alone, so that neighbours in a file are not neighbours in training."""
+    order = permute(np.arange(len(lengths)), len(lengths), order_key(0, 0))
+    starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[order]
+    lengths = lengths[order]
+    out = np.empty_like(tokens)
+    stops = np.cumsum(lengths, dtype=np.int64)
+    first = written = 0
+    while first < len(lengths):  # some millions of tokens at a time: the indices of all would take four times the tokens
+        last = max(first + 1, int(np.searchsorted(stops, written + _GATHER_TOKENS, side="right")))
+        here, span = lengths[first:last], slice(written, int(stops[last - 1]))
+        shift = starts[first:last] - (stops[first:last] - here - written)
+        out[span] = tokens[np.arange(span.stop - written) + np.repeat(shift, here)]
+        first, written = last, span.stop
+    return out, lengths

@@ -11,7 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import BLOCK_BYTES, DTYPES, MANIFEST, Manifest, Shard, load_manifest
+from data_pipeline.manifest import BLOCK_BYTES, DTYPES, MANIFEST, SPLITS, Manifest, Shard, SourceManifest, load_manifest
 from data_pipeline.shards import index_bytes, index_lengths
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -30,41 +30,69 @@ class VerifyReport:
 def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> VerifyReport:
     """Check a prepared data set (or one split of it) byte by byte: sizes, checksums, counts, document ends, the tokenizer.
 
+    Tokens that are read in place are read as well, where they are.
+
     Args:
         path: `data.path`, or one split's folder.
-        progress: is given the bytes read after every shard.
+        progress: is given the bytes read so far, after every MiB and every `.idx`.
 
     Raises:
         DataError: there is nothing prepared at `path`.
     """
     is_split = (path / MANIFEST).is_file()
-    folders = [path] if is_split else [path / name for name in ("train", "validation") if (path / name).is_dir()]
+    folders = [path] if is_split else [path / name for name in reversed(SPLITS) if (path / name).is_dir()]
     if not folders:
         raise DataError(f"{path} holds no prepared data; run `pretrain data prepare`, or set data.path")
     problems: list[str] = []
     n_shards = n_bytes = 0
+
+    def count(read: int) -> None:
+        nonlocal n_bytes
+        n_bytes += read
+        progress(n_bytes)
+
     for folder in folders:
         try:
             manifest = load_manifest(folder)
         except DataError as error:
             problems.append(str(error))
             continue
-        problems += _check_totals(folder, manifest)
         if not is_split:
             problems += _check_tokenizer(path, manifest)
-        for shard in manifest.shards:
-            problems += _check_shard(folder, shard, manifest)
-            n_shards, n_bytes = n_shards + 1, n_bytes + shard.bin_bytes + shard.idx_bytes
-            progress(n_bytes)
+            missing = [path / name for name in manifest.splits if path / name not in folders]
+            problems += [f"{other} is missing; it was made together with {folder}" for other in missing]
+        for source in manifest.sources:
+            problems += _check_totals(folder, source)
+            for shard in source.shards:
+                problems += _check_shard(folder, shard, source, manifest, count)
+                n_shards += 1
     return VerifyReport(tuple(folder.name for folder in folders), n_shards, n_bytes, tuple(problems))
 
 
-def _check_totals(folder: Path, manifest: Manifest) -> list[str]:
+def largest_id(tokens: NDArray[np.integer]) -> int:
+    """The largest of some tokens; a negative one, which no vocabulary has, counts as more than 2^31. None at all is -1."""
+    return int(tokens.view(f"u{tokens.itemsize}").max()) if tokens.size else -1
+
+
+def unended(tokens: NDArray[np.integer], start: int, ends: NDArray[np.int64], eot_id: int) -> int:
+    """How many documents end within these tokens, but not with the end-of-text token.
+
+    Args:
+        tokens: a piece of a stream.
+        start: where in the stream it begins.
+        ends: where each document of the stream ends, ascending.
+        eot_id: the end-of-text token.
+    """
+    first, last = np.searchsorted(ends, [start, start + len(tokens)], side="right")
+    return int(np.count_nonzero(tokens[ends[first:last] - 1 - start] != eot_id))
+
+
+def _check_totals(folder: Path, source: SourceManifest) -> list[str]:
     problems = []
     for what in ("tokens", "documents"):
-        total, parts = getattr(manifest, what), sum(getattr(shard, what) for shard in manifest.shards)
+        total, parts = getattr(source, what), sum(getattr(shard, what) for shard in source.shards)
         if total != parts:
-            problems.append(f"{folder / MANIFEST}: {total} {what} in all, but its shards list {parts}")
+            problems.append(f"{folder / MANIFEST}: {source.name} has {total} {what} in all, but its shards list {parts}")
     return problems
 
 
@@ -78,43 +106,62 @@ def _check_tokenizer(path: Path, manifest: Manifest) -> list[str]:
     return []
 
 
-def _check_shard(folder: Path, shard: Shard, manifest: Manifest) -> list[str]:
-    """Problems of one pair of files; reads a MiB at a time."""
+def _check_shard(folder: Path, shard: Shard, source: SourceManifest, manifest: Manifest, count: Callable[[int], None]) -> list[str]:
+    """Problems of one pair of files."""
+    file = folder / f"{shard.name}.idx"
     try:
-        index = (folder / f"{shard.name}.idx").read_bytes()
-        bin_problems, ends = _check_bin(folder / f"{shard.name}.bin", shard, manifest)
+        index = file.read_bytes()
+        count(len(index))
+        if xxhash.xxh3_128_hexdigest(index) != shard.idx_xxh3_128:
+            problems, ends = [f"{file}: does not match its checksum"], None
+        else:
+            problems, ends = _check_index(file, index, shard, source)
+        return problems + _check_bin(folder, shard, source, manifest, ends, count)
     except OSError as error:
         return [f"{error.filename}: cannot be read: {error.strerror}"]
-    name = folder / f"{shard.name}.idx"
-    if xxhash.xxh3_128_hexdigest(index) != shard.idx_xxh3_128:
-        return [*bin_problems, f"{name}: does not match its checksum"]
+
+
+def _check_index(file: Path, index: bytes, shard: Shard, source: SourceManifest) -> tuple[list[str], NDArray[np.int64] | None]:
+    """(problems, where each document ends unless there are some)."""
     lengths = index_lengths(index)
-    if index != index_bytes(lengths, manifest.dtype) or len(lengths) != shard.documents or int(lengths.sum()) != shard.tokens:
-        return [*bin_problems, f"{name}: does not describe {shard.documents} documents of {shard.tokens} tokens in all"]
-    if not bin_problems and not np.isin(np.cumsum(lengths) - 1, ends, assume_unique=True).all():
-        return [f"{name}: a document does not end with the end-of-text token {manifest.eot_id}"]
-    return bin_problems
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if (
+        index != index_bytes(lengths, source.dtype)
+        or len(lengths) != shard.documents
+        or not lengths.all()
+        or ends[-1:].sum() != shard.tokens
+    ):
+        return [f"{file}: does not describe {shard.documents} documents of {shard.tokens} tokens in all"], None
+    return [], ends
 
 
-def _check_bin(file: Path, shard: Shard, manifest: Manifest) -> tuple[list[str], NDArray[np.int64]]:
-    """(problems, where the end-of-text tokens are)."""
+def _check_bin(
+    folder: Path, shard: Shard, source: SourceManifest, manifest: Manifest, ends: NDArray[np.int64] | None, count: Callable[[int], None]
+) -> list[str]:
+    """Problems of the tokens, read a MiB at a time. Document ends are looked at if they are known and ought to be end-of-text."""
+    file = Path(shard.external_bin or folder / f"{shard.name}.bin")
     problems: list[str] = []
-    ends: list[NDArray[np.int64]] = []
-    whole, size = xxhash.xxh3_128(), 0
+    dtype, whole, size, without_end = DTYPES[source.dtype], xxhash.xxh3_128(), 0, 0
     expected = shard.blocks()
     with file.open("rb") as stream:
-        for number, block in enumerate(iter(lambda: stream.read(BLOCK_BYTES), b"")):
+        stream.seek(shard.bin_start)
+        for number, wanted in enumerate(expected):
+            block = stream.read(min(BLOCK_BYTES, shard.bin_bytes - size))
             whole.update(block)
-            if number >= len(expected) or xxhash.xxh3_64_intdigest(block) != expected[number]:
+            if xxhash.xxh3_64_intdigest(block) != wanted:
                 problems.append(f"{file}: block {number} of {len(expected)} does not match its checksum")
-            dtype = DTYPES[manifest.dtype]
             tokens = np.frombuffer(block, dtype, len(block) // dtype.itemsize)
-            if tokens.size and int(tokens.max()) >= manifest.vocab_size:
-                problems.append(f"{file}: block {number} holds token {tokens.max()}, the vocabulary has {manifest.vocab_size}")
-            ends.append(np.flatnonzero(tokens == manifest.eot_id) + size // dtype.itemsize)
+            if largest_id(tokens) >= manifest.vocab_size:
+                problems.append(f"{file}: block {number} holds token {largest_id(tokens)}, the vocabulary has {manifest.vocab_size}")
+            if ends is not None and source.ends_with_eot:
+                without_end += unended(tokens, size // dtype.itemsize, ends, manifest.eot_id)
             size += len(block)
-    if size != shard.bin_bytes:
-        problems.append(f"{file}: {size} bytes where the manifest says {shard.bin_bytes}")
+            count(len(block))
+        there = stream.seek(0, 2) - shard.bin_start
+    if there < shard.bin_bytes or (there > shard.bin_bytes and shard.external_bin is None):
+        problems.append(f"{file}: {there} bytes of tokens where the manifest says {shard.bin_bytes}")
     elif not problems and whole.hexdigest() != shard.bin_xxh3_128:
         problems.append(f"{file}: does not match its checksum")
-    return problems, np.concatenate([np.empty(0, np.int64), *ends])
+    elif without_end:
+        problems.append(f"{folder / shard.name}.idx: {without_end} documents do not end with the end-of-text token {manifest.eot_id}")
+    return problems

@@ -9,32 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
-from data_pipeline.settings import SourceConfig
-
-T = TypeVar("T")
-AUTO: Any = "auto"  # Any: it stands in for a value of every type until it is resolved
-
-
-if TYPE_CHECKING:
-    OrAuto = Annotated[T, "auto"]
-else:
-    OrAuto = Literal["auto"] | T
-"""A field that may say `auto`. Type checkers see T: only `resolve` meets the word, and leaves none behind."""
+from data_pipeline.settings import AUTO as AUTO
+from data_pipeline.settings import MixtureConfig, OrAuto, PrepareConfig, Settings
 
 
 class MayChange:
     """Marks a setting that may differ when a run is resumed: it changes no number of the run but by rounding."""
-
-
-class Settings(BaseModel):
-    """Unknown keys are errors, values are checked, a loaded tree does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RunSettings(Settings):
@@ -155,7 +140,17 @@ class ModelConfig(Settings):
         return self
 
 
-class DataConfig(Settings):
+class GrowthStage(Settings):
+    """Longer sequences from some point of the run on."""
+
+    start: str | int = Field(alias="from")
+    """Where it begins: a share of the run such as `80%`, or a number of sequences of data.seq_len tokens; rounded up to a step."""
+
+    seq_len: int = Field(gt=0)
+    """Tokens in a sequence: a multiple of the stage before. A batch holds the same tokens, so fewer sequences."""
+
+
+class DataConfig(PrepareConfig):
     """Where the text comes from, how it becomes tokens, and how tokens become sequences.
 
     What prepares the data may change when a run is resumed: a checkpoint knows its data by the fingerprint of the shards.
@@ -164,26 +159,24 @@ class DataConfig(Settings):
     path: Annotated[Path, MayChange()] = Path("data/default")
     """Prepared data set: train/ and validation/ shards with their manifests, and the tokenizer."""
 
-    sources: Annotated[tuple[SourceConfig, ...], MayChange()] = ()
-    """Raw text for `pretrain data prepare`; not read in training."""
-
-    tokenizer: Annotated[OrAuto[Path], MayChange()] = AUTO
-    """A `tokenizer.json`, or a folder that holds one. `auto` is the one in `data.path`, trained on the sources if it is not there yet."""
-
-    vocab_size: Annotated[int, MayChange()] = Field(default=32_768, gt=256)
-    """Vocabulary to train when there is no tokenizer yet, special tokens included."""
-
-    tokenizer_sample_mb: Annotated[float, MayChange()] = Field(default=200, gt=0)
-    """Megabytes of text (evenly over the documents) that a new tokenizer is trained on."""
-
-    validation_fraction: Annotated[float, MayChange()] = Field(default=0.005, ge=0, lt=1)
-    """Share of the documents held out for validation, chosen by the hash of their id; one document at least, unless it is 0."""
-
-    shard_tokens: Annotated[int, MayChange()] = Field(default=128_000_000, gt=0)
-    """Tokens a shard holds at most (256 MB of 16-bit tokens)."""
-
     seq_len: int = Field(default=2048, gt=0)
     """Tokens in a training sequence."""
+
+    growth: Annotated[tuple[GrowthStage, ...], MayChange()] = ()
+    """Longer sequences later in the run, over the same windows of text: the order of the tokens does not change with them."""
+
+    window: OrAuto[int] = AUTO
+    """Tokens in a window, the unit in which text is shuffled: a multiple of the longest sequence. `auto` is the longest of seq_len and
+    growth; set it where growth may be decided on later."""
+
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents fill sequences: one after the other, cut where a sequence ends, or so that no document is cut that fits into one
+    (arXiv:2404.10830), at the price of some padding."""
+
+    mixture: Annotated[MixtureConfig, MayChange()] = MixtureConfig()
+
+    on_damage: Annotated[Literal["stop", "skip"], MayChange()] = "stop"
+    """When a part of a shard does not match its checksum: stop, or train on without the sequences that it touches and log each."""
 
 
 class OptimConfig(Settings):
@@ -324,8 +317,19 @@ def walk(model: type[Settings] = RunConfig, prefix: str = "") -> Iterator[tuple[
 
 
 def may_change() -> set[str]:
-    """Dotted keys of the settings that may differ when a run is resumed."""
-    return {key for key, field in walk() if any(isinstance(mark, MayChange) for mark in field.metadata)}
+    """Dotted keys of the settings that may differ when a run is resumed: those marked, all in a section that is, and what prepares data."""
+
+    def marked(model: type[Settings], prefix: str, inherited: bool) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            key = f"{prefix}{name}"
+            may = inherited or any(isinstance(mark, MayChange) for mark in field.metadata)
+            may = may or (model is DataConfig and name in PrepareConfig.model_fields)
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+                yield from marked(field.annotation, f"{key}.", may)
+            elif may:
+                yield key
+
+    return set(marked(RunConfig, "", inherited=False))
 
 
 def flatten(settings: Settings) -> dict[str, object]:

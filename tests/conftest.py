@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from data_pipeline.settings import SourceConfig
-from data_pipeline.tokenize import prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.settings import PrepareConfig, SourceConfig
 from pretrain.cli import main
 from pretrain.config_loading import load
 from pretrain.train.loggers import Logger
@@ -45,15 +45,7 @@ def tiny_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The same text, prepared with a vocabulary of 300 tokens. Nobody writes here."""
     path = tmp_path_factory.mktemp("prepared") / "data"
     source = SourceConfig(kind="text", paths=(str(tiny_text),))
-    prepare(
-        path=path,
-        sources=[source],
-        tokenizer=None,
-        vocab_size=300,
-        tokenizer_sample_mb=1,
-        validation_fraction=0.1,
-        shard_tokens=4000,
-    )
+    prepare(path, PrepareConfig(sources=(source,), vocab_size=300, tokenizer_sample_mb=1, validation_fraction=0.1, shard_tokens=4000, workers=1))
     return path
 
 

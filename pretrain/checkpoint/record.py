@@ -33,6 +33,9 @@ class Record(BaseModel):
     dataset: str
     """Hash of the data set's manifest."""
 
+    order: str
+    """Hash of all that decided which samples were consumed: a run may only go on if it would consume the same ones again."""
+
     layout: dict[str, int]
     """Ranks of each kind of parallelism, such as {"data": 1}. A checkpoint loads on any layout."""
 

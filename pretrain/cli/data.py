@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from pretrain.cli.run import EXIT_STOPPED
 from pretrain.cli.settings_help import CONFIG_HELP, DataCommand
 
 if TYPE_CHECKING:
     from data_pipeline.inspect import Description, SplitDescription
+    from data_pipeline.prepare import OnProgress
     from data_pipeline.prepared import Prepared
-    from data_pipeline.tokenize import OnProgress
     from pretrain.config import DataConfig
 
 app = typer.Typer(help="Turn raw text into token shards, and look at them.", no_args_is_help=True)
@@ -27,31 +28,32 @@ BAR_WIDTH = 40
 
 @app.command(cls=DataCommand, no_args_is_help=True)
 def tokenizer(words: Words) -> None:
-    """Train a byte-level BPE on `data.sources` and write it to `data.path`."""
-    from data_pipeline.tokenize import build_tokenizer
+    """Train a tokenizer on `data.sources` and write it to `data.path`."""
+    from data_pipeline.prepare import build_tokenizer
 
     data, console = _data_config(words), Console()
     file = data.path / "tokenizer.json"
     with show_progress(console) as progress:
-        made = build_tokenizer(
-            file,
-            sources=data.sources,
-            vocab_size=data.vocab_size,
-            tokenizer_sample_mb=data.tokenizer_sample_mb,
-            validation_fraction=data.validation_fraction,
-            progress=progress,
-        )
+        made = build_tokenizer(file, data, progress=progress)
     console.print(f"{file}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(cls=DataCommand, no_args_is_help=True)
-def prepare(words: Words) -> None:
-    """Turn `data.sources` into shards of tokens in `data.path`, with a tokenizer trained on them if there is none yet.
+def prepare(
+    words: Words,
+    keep_rejects: Annotated[bool, typer.Option(help="Write dropped documents with their reasons to `rejects/` in `data.path`.")] = False,
+) -> None:
+    """Turn `data.sources` into shards of tokens in `data.path`: filtered, deduplicated, with a tokenizer trained on them if there is none.
 
-    The same command again does nothing. A killed one leaves nothing that looks whole: run it again.
+    The same command again does nothing. One that was stopped or killed goes on from the chunks that were finished; until the end
+    there is nothing that looks like prepared data.
     """
     data, console = _data_config(words), Console()
-    tell_prepared(prepare_data(data, console), console)
+    try:
+        tell_prepared(prepare_data(data, console, keep_rejects), console)
+    except KeyboardInterrupt:
+        console.print("stopped; what is finished is kept, and the same command goes on from there", highlight=False)
+        raise typer.Exit(EXIT_STOPPED) from None
 
 
 @app.command()
@@ -78,37 +80,35 @@ def verify(path: DataPath) -> None:
     typer.echo(f"{path}: {report.shards} shards, {report.bytes_read / 1e6:.1f} MB, all as their manifests say")
 
 
-def prepare_data(data: DataConfig, console: Console) -> Prepared:
-    """`data_pipeline.prepare` with the settings of `data` and a progress bar."""
-    from data_pipeline.tokenize import prepare as run
-    from pretrain.config import AUTO
+def prepare_data(data: DataConfig, console: Console, keep_rejects: bool = False) -> Prepared:
+    """`data_pipeline.prepare` with a progress bar."""
+    from data_pipeline.prepare import prepare as run
 
     with show_progress(console) as progress:
-        return run(
-            path=data.path,
-            sources=data.sources,
-            tokenizer=None if data.tokenizer == AUTO else data.tokenizer,
-            vocab_size=data.vocab_size,
-            tokenizer_sample_mb=data.tokenizer_sample_mb,
-            validation_fraction=data.validation_fraction,
-            shard_tokens=data.shard_tokens,
-            progress=progress,
-        )
+        return run(data.path, data, keep_rejects=keep_rejects, progress=progress)
 
 
 def tell_prepared(prepared: Prepared, console: Console) -> None:
-    """One line a split."""
-    if prepared.already:
-        console.print(f"{prepared.path} is prepared already, with these very settings", highlight=False, markup=False, soft_wrap=True)
-    for name, manifest in prepared.splits.items():
-        drops = "".join(f", {count:,} dropped ({reason})" for reason, count in manifest.dropped.items())
-        repairs = "".join(f", {count:,} repaired ({reason})" for reason, count in manifest.repaired.items())
-        console.print(
-            f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
-            f"{manifest.text_bytes / manifest.tokens:.2f} bytes a token{drops}{repairs}",
-            highlight=False,
-            soft_wrap=True,
+    """What was read, dropped and written: one table a split, a line a source."""
+    from rich.table import Table
+
+    for note in prepared.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    for name, manifest in reversed(prepared.splits.items()):
+        table = Table(
+            name, "documents read", "dropped", "written", "tokens", "bytes/token", box=None, padding=(0, 2, 0, 0), header_style="dim"
         )
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for source in manifest.sources:
+            fertility = f"{source.text_bytes / source.tokens:.2f}" if source.text_bytes and source.tokens else ""
+            dropped = sum(source.dropped.values())
+            table.add_row(source.name, f"{source.read:,}", f"{dropped:,}", f"{source.documents:,}", f"{source.tokens:,}", fertility)
+        console.print(table)
+        for source in manifest.sources:
+            for what, counts in (("dropped", source.dropped), ("repaired", source.repaired), ("marked", source.marked)):
+                for reason, count in counts.items():
+                    console.print(f"  {source.name}: {count:,} {what} ({reason})", highlight=False, markup=False)
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def show_progress(console: Console) -> Iterator[OnProgress]:
     """A bar for each stage, with MB/s, tokens and time left. Without a terminal each stage is one line."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from data_pipeline.tokenize import Progress as Report
+    from data_pipeline.prepare import Progress as Report
 
     columns = (
         SpinnerColumn(),

@@ -50,6 +50,7 @@ EVENT_SYMBOLS = {
     "save": "circle",
     "stop": "square",
     "skip_checkpoint": "x",
+    "skip_data": "x",
     "finish": "diamond",
 }
 TURNING_POINTS = {"start", "resume", "stop", "skip_checkpoint"}

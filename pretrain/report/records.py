@@ -84,7 +84,7 @@ class ValidationRecord(Record):
 
 
 class Event(Record):
-    """Something that happened, in `events.jsonl`: start, resume, settings, save, skip_checkpoint, stop, finish, sample."""
+    """Something that happened, in `events.jsonl`: start, resume, settings, save, skip_checkpoint, skip_data, stop, finish, sample."""
 
     time: float
     """Unix time."""

@@ -1,8 +1,9 @@
-"""Batches of numpy arrays -> microbatches of tensors on the device."""
+"""Batches of numpy arrays -> tensors in host memory -> microbatches on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,20 +14,50 @@ from data_pipeline.packing import NO_LABEL, Batch
 from parallel.engine import Microbatch
 
 
-def microbatches(batch: Batch, size: int, device: torch.device) -> Iterator[Microbatch]:
+@dataclass(frozen=True)
+class HostBatch:
+    """A global batch in host memory, pinned where it goes to a GPU; each tensor [sequences, seq_len], int32."""
+
+    input_ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    document_ids: Tensor
+    n_targets: NDArray[np.int64]
+    """Tokens with a label in each sequence."""
+    damaged: tuple[str, ...]
+    """A message for each sequence that could not be read and is left out."""
+
+
+def to_host(batch: Batch, device: torch.device) -> HostBatch:
+    """What the prefetching thread does to a batch: the copies to pinned memory, and the counting, are off the training thread."""
+    pin = device.type == "cuda"
+
+    def tensor(array: NDArray[np.int32]) -> Tensor:
+        own = torch.from_numpy(np.ascontiguousarray(array))
+        return own.pin_memory() if pin else own
+
+    return HostBatch(
+        tensor(batch.input_ids),
+        tensor(batch.labels),
+        torch.from_numpy(batch.positions),
+        torch.from_numpy(batch.document_ids),
+        np.count_nonzero(batch.labels != NO_LABEL, axis=1),
+        batch.damaged,
+    )
+
+
+def microbatches(batch: HostBatch, size: int, device: torch.device) -> Iterator[Microbatch]:
     """Cut a batch into microbatches of `size` sequences; the last one may be smaller. On CUDA the copies do not wait for each other."""
     for start in range(0, len(batch.input_ids), size):
         rows = slice(start, start + size)
-        labels = batch.labels[rows]
         yield Microbatch(
             input_ids=_to(device, batch.input_ids[rows]),
-            labels=_to(device, labels),
-            positions=torch.from_numpy(batch.positions[rows]),
-            document_ids=torch.from_numpy(batch.document_ids[rows]),
-            n_targets=int(np.count_nonzero(labels != NO_LABEL)),
+            labels=_to(device, batch.labels[rows]),
+            positions=batch.positions[rows],
+            document_ids=batch.document_ids[rows],
+            n_targets=int(batch.n_targets[rows].sum()),
         )
 
 
-def _to(device: torch.device, array: NDArray[np.integer]) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def _to(device: torch.device, tensor: Tensor) -> Tensor:
+    return tensor.to(device, non_blocking=True).long()

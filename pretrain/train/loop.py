@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 import torch
 
 from data_pipeline.loader import Loader, prefetch
-from data_pipeline.packing import Batch
 from parallel.engine import Engine, StepResult
 from pretrain.checkpoint import directory, rng, store
 from pretrain.checkpoint.record import Record
 from pretrain.config import RunConfig
-from pretrain.errors import Diverged
+from pretrain.errors import Diverged, UserError
+from pretrain.model.flops import flops_per_token
 from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
 from pretrain.report.records import Event, StepRecord, ValidationRecord
 from pretrain.train.display import Display
-from pretrain.train.feed import microbatches
+from pretrain.train.feed import HostBatch, microbatches, to_host
+from pretrain.train.growth import seq_len_at
 from pretrain.train.loggers import Logger
 from pretrain.train.metrics import Meter, RecordFile
 from pretrain.train.rundir import RunDirectory
@@ -72,6 +73,11 @@ class Loop:
     meter: Meter
     stop: StopRequest
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self.config.train.device)
+
     def run(self, step: int) -> Outcome:
         """Train from `step` steps done to `train.steps`, or until somebody asks to stop."""
         steps = self.config.train.steps
@@ -90,19 +96,22 @@ class Loop:
                 return Outcome.STOPPED
         return Outcome.FINISHED
 
-    def _batches(self, step: int) -> Iterator[Batch]:
+    def _batches(self, step: int) -> Iterator[HostBatch]:
         """The global batches after `step`, each read while the one before is trained on."""
         train = self.config.train
-        slices = ((samples_before(s, train), batch_size_at(s, train)) for s in range(step + 1, train.steps + 1))
-        return prefetch(self.train, slices)
+        requests = ((samples_before(s, train), batch_size_at(s, train), seq_len_at(s, self.config)) for s in range(step + 1, train.steps + 1))
+        return prefetch(self.train.batch, requests, lambda batch: to_host(batch, self.device))
 
-    def _train(self, step: int, batch: Batch) -> None:
-        config = self.config
+    def _train(self, step: int, batch: HostBatch) -> None:
+        config, seq_len = self.config, batch.input_ids.shape[1]
+        for message in batch.damaged:
+            self.books.event("skip_data", message, step)
+        if not batch.n_targets.any():
+            raise UserError(f"every sequence of the batch of step {step} is damaged, so data.on_damage=skip has nothing left to train on")
         scale = lr_scale(step, config.train.steps, config.optim)
-        device = torch.device(config.train.device)
-        result = self.engine.train_step(list(microbatches(batch, config.train.micro_batch_size, device)), scale)
+        result = self.engine.train_step(list(microbatches(batch, self._micro_batch(seq_len), self.device)), scale)
         samples = samples_before(step + 1, config.train)
-        speed = self.meter.step(batch.input_ids.size)
+        speed = self.meter.step(batch.input_ids.numel(), flops_per_token(config.model, seq_len))
         record = StepRecord(
             step=step,
             samples=samples,
@@ -122,6 +131,10 @@ class Loop:
         if not result.is_finite:
             self._diverged(step, result)
 
+    def _micro_batch(self, seq_len: int) -> int:
+        """Sequences in a microbatch: `train.micro_batch_size` of `data.seq_len` tokens, or as many tokens in longer ones, at least one."""
+        return max(1, self.config.train.micro_batch_size * self.config.data.seq_len // seq_len)
+
     def _diverged(self, step: int, result: StepResult) -> None:
         text = f"loss {result.loss} and gradient norm {result.grad_norm} at step {step}"
         self.books.event("stop", text, step)
@@ -137,12 +150,11 @@ class Loop:
             return
         config = self.config
         size, n_sequences = config.train.micro_batch_size, min(config.eval.batches * config.train.batch_size, self.validation.n_sequences)
-        device = torch.device(config.train.device)
         total, targets = 0.0, 0
         with self.meter.paused():
             for first in range(0, n_sequences, size):
                 rows = self.validation.sequential(first, min(size, n_sequences - first))
-                for microbatch in microbatches(rows, size, device):
+                for microbatch in microbatches(to_host(rows, self.device), size, self.device):
                     loss, n_targets = self.engine.eval_step(microbatch)
                     total, targets = total + loss, targets + n_targets
             record = ValidationRecord(step=step, val_loss=total / targets, val_tokens=targets, time=time.time())
@@ -158,6 +170,7 @@ class Loop:
                 samples=samples_before(step + 1, config.train),
                 config=config.model_dump(mode="json"),
                 dataset=self.train.fingerprint,
+                order=self.train.past(samples_before(step + 1, config.train)),
                 layout={"data": 1},
                 rng={RANK: rng.capture()},
             )

@@ -90,34 +90,35 @@ class Meter:
         *,
         total_tokens: int,
         tokens_done: int = 0,
-        flops_per_token: float,
         peak_flops: float | None,
         window: int = 50,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Start timing the first step now.
 
-        total_tokens: of the whole run. tokens_done: before this attempt. flops_per_token: forward and backward, by the convention in
-        `mfu_statement`. peak_flops: of all devices together, FLOP/s; None shows no MFU. window: steps the pace looks back on.
+        total_tokens: of the whole run. tokens_done: before this attempt. peak_flops: of all devices together, FLOP/s; None shows no
+        MFU. window: steps the pace looks back on.
         """
         self._tokens_left = total_tokens - tokens_done
-        self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._clock = clock
-        self._recent: deque[tuple[int, float]] = deque(maxlen=window)
+        self._recent: deque[tuple[int, float, float]] = deque(maxlen=window)
         self._warm = False
         self._step_began = clock()
 
-    def step(self, tokens: int) -> Speed:
-        """End a step that consumed `tokens`, and begin the next."""
+    def step(self, tokens: int, flops_per_token: float) -> Speed:
+        """End a step, and begin the next.
+
+        tokens: that it consumed. flops_per_token: forward and backward, at its sequence length, by the convention in `mfu_statement`.
+        """
         now = self._clock()
         seconds, self._step_began = now - self._step_began, now
         self._tokens_left -= tokens
         if self._warm:
-            self._recent.append((tokens, seconds))
+            self._recent.append((tokens, tokens * flops_per_token, seconds))
         self._warm = True
         rate = tokens / seconds
-        return Speed(seconds, rate, self._mfu(rate))
+        return Speed(seconds, rate, self._mfu(rate * flops_per_token))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -132,12 +133,12 @@ class Meter:
         """Mean over the last steps; None until a second step has ended."""
         if not self._recent:
             return None
-        tokens, seconds = (sum(column) for column in zip(*self._recent, strict=True))
+        tokens, flops, seconds = (sum(column) for column in zip(*self._recent, strict=True))
         rate = tokens / seconds
-        return Pace(rate, self._mfu(rate), max(0, self._tokens_left) / rate)
+        return Pace(rate, self._mfu(flops / seconds), max(0, self._tokens_left) / rate)
 
-    def _mfu(self, tokens_per_s: float) -> float | None:
-        return None if self._peak_flops is None else tokens_per_s * self._flops_per_token / self._peak_flops
+    def _mfu(self, flops_per_s: float) -> float | None:
+        return None if self._peak_flops is None else flops_per_s / self._peak_flops
 
 
 def mfu_statement(flops_per_token: float, device_name: str, accelerator: Accelerator | None) -> str:

@@ -22,6 +22,7 @@ from pretrain.model.flops import parameter_count
 from pretrain.model.kernels import VARIABLE_LENGTH, available_backends, choose_backend
 from pretrain.optim import schedule
 from pretrain.report.words import amount
+from pretrain.train.growth import check_growth, longest_seq_len
 
 VOCAB_MULTIPLE = 64
 """Vocabulary sizes are rounded up to this: matrix units want it, and it leaves room for tensor parallelism."""
@@ -65,6 +66,7 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
     before = {} if previous is None else _held(previous)
     rules: dict[str, Callable[[RunConfig], tuple[object, str]]] = {
         "data.tokenizer": lambda c: (str(c.data.path / "tokenizer.json"), "the one the data was made with"),
+        "data.window": lambda c: (longest_seq_len(c), "the longest sequence of the run"),
         "model.vocab_size": lambda c: (
             -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
             f"the tokenizer's {tokenizer_size}, rounded up",
@@ -145,9 +147,10 @@ def _check(config: RunConfig, tokenizer_size: int) -> None:
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer_size} ({data.tokenizer}); "
             f"set model.vocab_size={-(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE} or auto"
         )
-    if data.seq_len > model.max_seq_len:
+    check_growth(config)
+    if longest_seq_len(config) > model.max_seq_len:
         raise UserError(
-            f"data.seq_len={data.seq_len} is longer than model.max_seq_len={model.max_seq_len}; lower the first or raise the second"
+            f"data.seq_len={longest_seq_len(config)} is longer than model.max_seq_len={model.max_seq_len}; lower the first or raise the second"
         )
     if train.micro_batch_size > train.batch_size:
         raise UserError(

@@ -102,19 +102,28 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
 
 def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
     """The training data, and the held-out documents if some were held out."""
-    path, seq_len, seed = config.data.path, config.data.seq_len, config.run.seed
-    train_data = Loader(path / "train", seq_len, seed)
-    held_out = train_data.shards.manifest.recipe.validation_fraction > 0
-    validation = Loader(path / "validation", seq_len, seed) if held_out else None
-    return train_data, validation
+    data, seed = config.data, config.run.seed
+    train_data = Loader(
+        data.path / "train",
+        seq_len=data.seq_len,
+        seed=seed,
+        mixture=data.mixture,
+        packing=data.packing,
+        longest=data.window,
+        total_samples=samples_before(config.train.steps + 1, config.train),
+        on_damage=data.on_damage,
+    )
+    if "validation" not in train_data.manifest.splits:
+        return train_data, None
+    return train_data, Loader(data.path / "validation", seq_len=data.seq_len, seed=seed)
 
 
 def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
     """UserError where the data was made with another tokenizer, or a prompt of `log.samples` is too long to be continued."""
-    if tokenizer.fingerprint != data.shards.manifest.tokenizer:
+    if tokenizer.fingerprint != data.manifest.tokenizer:
         raise UserError(
             f"data.tokenizer={config.data.tokenizer} ({tokenizer.fingerprint}) is not the tokenizer that made data.path={config.data.path} "
-            f"({data.shards.manifest.tokenizer}); set data.tokenizer=auto, or prepare the data with it in another data.path"
+            f"({data.manifest.tokenizer}); set data.tokenizer=auto, or prepare the data with it in another data.path"
         )
     for prompt in config.log.samples:
         check_prompt(f"log.samples: {prompt!r}", len(tokenizer.encode(prompt)), config.model.max_seq_len)
@@ -139,6 +148,11 @@ def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader) -> tuple[i
         raise UserError(
             f"{path} was trained on other data (manifest {manifest.dataset}) than data.path holds now ({data.fingerprint}); "
             f"put the data back, or start in another run.dir"
+        )
+    if manifest.order != data.past(manifest.samples):
+        raise UserError(
+            f"{path} read its first {manifest.samples} sequences in another order than run.seed, data.mixture, data.growth and data.window "
+            f"give now; put them back (a stage may be appended from there on), or start in another run.dir"
         )
     store.load(path, engine.state())
     engine.loaded()
@@ -168,7 +182,6 @@ def _meter(config: RunConfig, step: int) -> tuple[Meter, str]:
     meter = Meter(
         total_tokens=samples_before(config.train.steps + 1, config.train) * config.data.seq_len,
         tokens_done=samples_before(step + 1, config.train) * config.data.seq_len,
-        flops_per_token=flops,
         peak_flops=None if accelerator is None else accelerator.bf16_flops,
     )
     return meter, mfu_statement(flops, name, accelerator)

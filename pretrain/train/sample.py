@@ -82,8 +82,7 @@ def keep_tokenizer(source: Path, run_dir: Path) -> None:
     """Copy the run's tokenizer into its directory, once: text can be generated wherever the run is taken."""
     target = run_dir / "tokenizer.json"
     if not target.exists():
-        file = source / "tokenizer.json" if source.is_dir() else source
-        write_whole(target, file.read_text(encoding="utf-8"))
+        write_whole(target, load_tokenizer(source).to_json())
 
 
 def open_trained(

@@ -1,14 +1,17 @@
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from data_pipeline.manifest import MANIFEST, Manifest, Recipe
-from data_pipeline.settings import SourceConfig
-from data_pipeline.shards import ShardSet, ShardWriter, token_dtype
-from data_pipeline.tokenize import Prepared, prepare
+from data_pipeline.manifest import MANIFEST, Manifest, Recipe, SourceManifest, TokenDtype
+from data_pipeline.prepare import OnProgress, prepare
+from data_pipeline.prepared import Prepared
+from data_pipeline.settings import PrepareConfig, SourceConfig
+from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards import Split, open_split, token_dtype
 
 WORDS = ["the", "a", "of", "model", "token", "shard", "loss", "data", "rank", "step", "mesh", "batch", "while", "return", "def"]
 
@@ -37,49 +40,60 @@ def corpus(tmp_path: Path) -> Path:
 def prepare_at() -> Callable[..., Prepared]:
     """`prepare` with small settings; keywords override them."""
 
-    def run(path: Path, folder: Path, **settings: Any) -> Prepared:
+    def run(path: Path, folder: Path, *, keep_rejects: bool = False, progress: OnProgress = lambda _: None, **settings: Any) -> Prepared:
         defaults: dict[str, Any] = {
             "sources": [SourceConfig(kind="text", paths=(str(folder),))],
-            "tokenizer": None,
             "vocab_size": 300,
             "tokenizer_sample_mb": 1.0,
             "validation_fraction": 0.1,
             "shard_tokens": 1000,
+            "workers": 1,
         }
-        return prepare(path=path, **(defaults | settings))
+        return prepare(path, PrepareConfig(**(defaults | settings)), keep_rejects=keep_rejects, progress=progress)
 
     return run
 
 
 @pytest.fixture
-def write_split(tmp_path: Path) -> Callable[..., ShardSet]:
-    """A split of documents given as token lists."""
+def write_split(tmp_path: Path) -> Callable[..., Split]:
+    """A split of documents given as token lists by source."""
 
-    def write(documents: list[list[int]], vocab_size: int = 1000, shard_tokens: int = 50, eot_id: int = 0, name: str = "train") -> ShardSet:
+    def write(
+        documents: dict[str, list[list[int]]], vocab_size: int = 1000, shard_tokens: int = 50, eot_id: int = 0, name: str = "train"
+    ) -> Split:
         folder = tmp_path / "split" / name
-        dtype = token_dtype(vocab_size)
-        writer = ShardWriter(folder, dtype, shard_tokens)
-        for ids in documents:
-            writer.add(np.array(ids, dtype))
-        recipe = Recipe(sources=(), listings=(), trained_tokenizer=None, validation_fraction=0, shard_tokens=shard_tokens, made_with={})
-        manifest = Manifest(
-            split=name,
-            documents=len(documents),
-            tokens=sum(map(len, documents)),
-            text_bytes=0,
-            dtype=dtype,
-            vocab_size=vocab_size,
-            eot_id=eot_id,
-            tokenizer="",
-            dropped={},
-            repaired={},
-            recipe=recipe,
-            shards=writer.finish(),
-        )
+        folder.mkdir(parents=True)
+        recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=False, listings=(), lists="", made_with={})
+        sources = tuple(_write_source(folder, source, lists, token_dtype(vocab_size), shard_tokens) for source, lists in documents.items())
+        manifest = Manifest(split=name, splits=(name,), vocab_size=vocab_size, eot_id=eot_id, tokenizer="", recipe=recipe, sources=sources)
         (folder / MANIFEST).write_bytes(manifest.to_bytes())
-        return ShardSet.open(folder)
+        return open_split(folder)
 
     return write
+
+
+def _write_source(folder: Path, name: str, documents: list[list[int]], dtype: TokenDtype, shard_tokens: int) -> SourceManifest:
+    """Shards `<name>-00000`, ... of at most `shard_tokens` tokens, or of one longer document."""
+    shards: list[list[list[int]]] = []
+    for ids in documents:
+        if not shards or sum(map(len, shards[-1])) + len(ids) > shard_tokens:
+            shards.append([])
+        shards[-1].append(ids)
+    return SourceManifest(
+        name=name,
+        documents=len(documents),
+        tokens=sum(map(len, documents)),
+        text_bytes=0,
+        dtype=dtype,
+        ends_with_eot=True,
+        dropped={},
+        repaired={},
+        marked={},
+        shards=tuple(
+            write_shard(folder, f"{name}-{k:05d}", np.array(list(chain(*lists))), np.array(list(map(len, lists)), np.int32), dtype)
+            for k, lists in enumerate(shards)
+        ),
+    )
 
 
 @pytest.fixture

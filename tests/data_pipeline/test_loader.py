@@ -1,6 +1,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader, prefetch
 from data_pipeline.manifest import BLOCK_BYTES
+from data_pipeline.mixture import BLOCK
 from data_pipeline.packing import NO_LABEL, Batch
-from data_pipeline.shards import ShardSet
+from data_pipeline.settings import MixtureConfig, MixtureStage
+from data_pipeline.shards import Split
 
-WriteSplit = Callable[..., ShardSet]
+WriteSplit = Callable[..., Split]
 Draw = Callable[..., list[list[int]]]
 FIELDS = ("input_ids", "labels", "positions", "document_ids")
 
@@ -21,65 +24,56 @@ def same(one: Batch, two: Batch) -> bool:
 
 
 def rows(*batches: Batch) -> Batch:
-    return Batch(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in FIELDS))
+    return Batch(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in ("input_ids", "labels", "document_ids")))
 
 
-def test_packing_by_hand(write_split: WriteSplit) -> None:
-    loader = Loader(write_split([[1, 2, 0], [3, 4, 5, 6, 0], [7, 0]]).folder, seq_len=4, seed=0)
-    batch = loader.sequential(0, 9)
-    no = NO_LABEL
-    assert batch.input_ids.tolist() == [[1, 2, 0, 3], [4, 5, 6, 0], [7, 0, 0, 0]]
-    assert batch.labels.tolist() == [[2, 0, 3, 4], [5, 6, 0, 7], [0, no, no, no]]
-    assert batch.positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 1]]
-    assert batch.document_ids.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]]
-    assert [getattr(batch, name).dtype for name in FIELDS] == [np.int64, np.int64, np.int32, np.int32]
+def flip(file: Path, byte: int) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[byte] ^= 4
+    file.write_bytes(raw)
 
 
-@pytest.mark.parametrize("seq_len", [1, 2, 7, 16, 33, 200])
-def test_packing_equals_a_plain_reading_of_the_documents(write_split: WriteSplit, random_documents: Draw, seq_len: int) -> None:
-    documents = random_documents(120, 40)
-    loader = Loader(write_split(documents, shard_tokens=300).folder, seq_len, seed=0)
-    batch = loader.sequential(0, loader.n_sequences)
-    owner = [i for i, ids in enumerate(documents) for _ in ids]
-    stream = list(itertools.chain(*documents))
-    n_rows = -(-len(stream) // seq_len)
-    assert batch.input_ids.shape == (n_rows, seq_len)
-    assert batch.input_ids.ravel()[: len(stream)].tolist() == stream
-    assert batch.labels.ravel().tolist() == stream[1:] + [NO_LABEL] * (n_rows * seq_len - len(stream) + 1)
-    owner += [len(documents)] * (n_rows * seq_len - len(stream))
-    for row in range(n_rows):
-        owners = owner[row * seq_len : (row + 1) * seq_len]
-        assert batch.document_ids[row].tolist() == [owner - owners[0] for owner in owners]
-        assert batch.positions[row].tolist() == [place - owners.index(owner) for place, owner in enumerate(owners)]
+@pytest.fixture
+def three(write_split: WriteSplit, random_documents: Draw) -> Path:
+    """A split of three sources of about 6,000, 3,000 and 600 tokens."""
+    sizes = {"web": 200, "code": 100, "books": 20}
+    return write_split({name: random_documents(n, 60, seed=n) for name, n in sizes.items()}, shard_tokens=500).folder
 
 
-def test_an_epoch_is_every_token_exactly_once(write_split: WriteSplit) -> None:
-    rng = np.random.default_rng(0)
-    numbers = iter(rng.permutation(5000).tolist())
+def test_an_epoch_is_every_token_of_every_source_exactly_once(write_split: WriteSplit) -> None:
+    numbers = iter(np.random.default_rng(0).permutation(5000).tolist())
     documents = [list(itertools.islice(numbers, size)) for size in [7] * 100 + [100] * 43]
-    shards = write_split(documents, vocab_size=70_000, shard_tokens=777)
-    loader = Loader(shards.folder, seq_len=32, seed=3)
-    batch = loader.batch(0, loader.n_sequences)
-    padding = loader.n_sequences * 32 - 5000
-    assert padding > 0
-    counts = Counter(batch.input_ids.ravel().tolist())
-    counts[0] -= padding
-    assert set(counts.values()) == {1}
-    assert len(counts) == 5000
+    sources = {"web": documents[:90], "code": documents[90:140], "books": documents[140:]}
+    loader = Loader(write_split(sources, vocab_size=70_000, shard_tokens=777).folder, seq_len=32, seed=3)
+    for epoch in range(3):
+        batch = loader.batch(epoch * loader.n_sequences, loader.n_sequences)
+        padding = loader.n_sequences * 32 - 5000
+        assert 0 < padding < 3 * 32
+        counts = Counter(batch.input_ids.ravel().tolist())
+        counts[0] -= padding
+        assert set(counts.values()) == {1}
+        assert len(counts) == 5000
+    assert loader.fill == 5000 / (loader.n_sequences * 32)
+    assert loader.epochs(2 * loader.n_sequences) == {"web": 2, "code": 2, "books": 2}
 
 
-def test_a_batch_is_the_slices_of_its_ranks_whatever_their_number(write_split: WriteSplit, random_documents: Draw) -> None:
-    folder = write_split(random_documents(300, 60), shard_tokens=500).folder
-    whole = Loader(folder, 16, seed=5).batch(40, 24)
-    for ranks in (2, 3, 8):
-        share = 24 // ranks
-        assert same(rows(*(Loader(folder, 16, seed=5).batch(40 + rank * share, share) for rank in range(ranks))), whole)
-    assert not same(Loader(folder, 16, seed=6).batch(40, 24), whole)
-    assert not same(Loader(folder, 16, seed=5).batch(41, 24), whole)
+def test_the_stream_is_the_same_on_one_then_three_then_two_ranks_with_other_accumulation(three: Path) -> None:
+    whole = Loader(three, seq_len=16, seed=5).batch(0, 6 * 24)
+    read, g = [], 0
+    for ranks, accumulation, steps in ((1, 4, 2), (3, 2, 2), (2, 12, 2)):
+        loaders = [Loader(three, seq_len=16, seed=5) for _ in range(ranks)]  # new processes know g and nothing else
+        micro = 24 // (ranks * accumulation)
+        for _ in range(steps):
+            for rank, part in itertools.product(range(ranks), range(accumulation)):
+                read.append(loaders[rank].batch(g + (rank * accumulation + part) * micro, micro))
+            g += 24
+    assert same(rows(*read), whole)
+    assert not same(Loader(three, seq_len=16, seed=6).batch(0, 6 * 24), whole)
+    assert not same(Loader(three, seq_len=16, seed=5).batch(1, 6 * 24), whole)
 
 
-def test_epochs_hold_the_same_rows_in_another_order_and_a_batch_may_span_two(write_split: WriteSplit, random_documents: Draw) -> None:
-    loader = Loader(write_split(random_documents(100, 60)).folder, 16, seed=5)
+def test_epochs_hold_the_same_rows_in_another_order_and_a_batch_may_span_two(three: Path) -> None:
+    loader = Loader(three, seq_len=16, seed=5)
     n = loader.n_sequences
     first, second = loader.batch(0, n), loader.batch(n, n)
     assert not same(first, second)
@@ -88,35 +82,126 @@ def test_epochs_hold_the_same_rows_in_another_order_and_a_batch_may_span_two(wri
     assert loader.batch(0, 3 * n + 1).input_ids.shape == (3 * n + 1, 16)
 
 
-def test_sequential_is_unshuffled_and_ends_with_the_split(write_split: WriteSplit, random_documents: Draw) -> None:
-    loader = Loader(write_split(random_documents(50, 60)).folder, 16, seed=5)
+def test_longer_sequences_hold_the_tokens_that_the_shorter_ones_would_have_held(three: Path) -> None:
+    loader = Loader(three, seq_len=8, seed=5, longest=32)
+    assert loader.n_sequences % 4 == 0
+    n = 2 * loader.n_sequences
+    short = loader.batch(0, n)
+    for together in (2, 4):
+        long = loader.batch(0, n, seq_len=8 * together)
+        assert long.input_ids.shape == (n // together, 8 * together)
+        assert long.input_ids.ravel().tolist() == short.input_ids.ravel().tolist()
+        assert long.labels.ravel().tolist() == short.labels.ravel().tolist()
+        assert same(loader.batch(20, 8, seq_len=8 * together), loader_rows(long, 20 // together, 8 // together))
+    assert same(loader.batch(0, n, seq_len=32), Loader(three, seq_len=32, seed=5).batch(0, n // 4))
+    for first, count, seq_len in ((1, 4, 16), (0, 3, 16), (0, 6, 24), (0, 8, 64), (0, 8, 12)):
+        with pytest.raises(ValueError, match="are not rows of"):
+            loader.batch(first, count, seq_len)
+
+
+def loader_rows(batch: Batch, first: int, count: int) -> Batch:
+    return Batch(*(getattr(batch, name)[first : first + count] for name in ("input_ids", "labels", "document_ids")))
+
+
+def test_sequential_is_every_sequence_once_the_sources_taking_turns(write_split: WriteSplit) -> None:
+    sources = {"web": [[1] * 40] * 4, "code": [[2] * 40] * 2, "books": [[3] * 24, [4] * 16], "none": []}
+    loader = Loader(write_split(sources, name="validation").folder, seq_len=8, seed=5)
     n = loader.n_sequences
-    assert same(rows(loader.sequential(0, 5), loader.sequential(5, n)), loader.sequential(0, n))
-    assert loader.sequential(n, 4).input_ids.shape == (0, 16)
+    assert n == 35
+    whole = loader.sequential(0, n)
+    assert whole.input_ids[:, 0].tolist()[-7:].count(2) == 2
+    assert Counter(whole.input_ids[:7, 0].tolist()) == {1: 4, 2: 2, 3: 1}
+    assert [id for id in whole.input_ids[:, 0].tolist() if id > 2] == [3, 3, 3, 4, 4]
+    assert same(rows(loader.sequential(0, 5), loader.sequential(5, n)), whole)
+    assert loader.sequential(n, 4).input_ids.shape == (0, 8)
+    assert same(Loader(loader.sources[0].folder, seq_len=8, seed=6, longest=16).sequential(0, n), whole) is False
 
 
-def test_prefetch_yields_what_batch_does_and_raises_in_the_caller(write_split: WriteSplit) -> None:
-    shards = write_split([[i % 999] * 4095 + [0] for i in range(300)], shard_tokens=10**9)
-    loader = Loader(shards.folder, 1024, seed=1)
-    slices = [(first, 4) for first in range(0, 60, 4)]
-    for (first, count), batch in zip(slices, prefetch(loader, iter(slices)), strict=True):
+def test_prefetch_yields_what_batch_does_transformed_and_raises_in_the_caller(write_split: WriteSplit) -> None:
+    split = write_split({"a": [[i % 999] * 4095 + [0] for i in range(300)]}, shard_tokens=10**9)
+    loader = Loader(split.folder, seq_len=1024, seed=1)
+    requests = [(first, 4) for first in range(0, 60, 4)]
+    ahead = prefetch(loader.batch, iter(requests), lambda batch: (len(batch.input_ids), batch))
+    for (first, count), (n, batch) in zip(requests, ahead, strict=True):
+        assert n == count
         assert same(batch, loader.batch(first, count))
-    endless = prefetch(loader, ((first, 2) for first in itertools.count(0, 2)))
+    endless = prefetch(loader.batch, ((first, 2) for first in itertools.count(0, 2)), lambda batch: batch)
     assert same(next(endless), loader.batch(0, 2))
     endless.close()
-    file = shards.folder / "shard-00000.bin"
-    raw = bytearray(file.read_bytes())
-    raw[2 * BLOCK_BYTES] ^= 4
-    file.write_bytes(raw)
-    loader = Loader(shards.folder, 1024, seed=1)
-    with pytest.raises(DataError, match="block 2"):
-        list(prefetch(loader, [(0, loader.n_sequences)]))
+    flip(split.folder / "a-00000.bin", 2 * BLOCK_BYTES)
+    loader = Loader(split.folder, seq_len=1024, seed=1)
+    ahead = prefetch(loader.sequential, [(0, 8), (1024, 8), (8, 8)], lambda batch: batch)
+    assert same(next(ahead), loader.sequential(0, 8))
+    with pytest.raises(DataError, match="block 2 of 3"):
+        next(ahead)
 
 
-def test_training_on_less_than_one_sequence_is_refused_and_validating_is_padded(write_split: WriteSplit) -> None:
-    documents = [[1, 2, 0], [3, 0]]
+def test_damage_stops_or_empties_the_rows_that_it_touches(write_split: WriteSplit) -> None:
+    sources = {"a": [[i % 999 + 1] * 4095 + [0] for i in range(300)], "b": [[7] * 4095 + [0]] * 300}
+    folder = write_split(sources, shard_tokens=10**9).folder
+    good = Loader(folder, seq_len=1024, seed=1)
+    n = good.n_sequences
+    whole = good.batch(0, n)
+    flip(folder / "a-00000.bin", BLOCK_BYTES + 99)
+    with pytest.raises(DataError, match=r"train/a-00000\.bin is damaged: block 1 of 3"):
+        Loader(folder, seq_len=1024, seed=1).batch(0, n)
+    batch = Loader(folder, seq_len=1024, seed=1, on_damage="skip").batch(0, n)
+    lost = (batch.labels == NO_LABEL).all(axis=1)
+    per_block = BLOCK_BYTES // 2 // 1024
+    assert int(lost.sum()) == len(batch.damaged) == per_block + 1  # one more ends with a label from the block
+    assert all("a-00000.bin is damaged: block 1 of 3" in message for message in batch.damaged)
+    assert not batch.input_ids[lost].any()
+    assert not batch.document_ids[lost].any()
+    for name in FIELDS:
+        assert np.array_equal(getattr(batch, name)[~lost], getattr(whole, name)[~lost])
+    flip(folder / "a-00000.idx", 60)
+    batch = Loader(folder, seq_len=1024, seed=1, on_damage="skip").batch(0, n)
+    assert len(batch.damaged) == n // 2
+    assert any("a-00000.idx is damaged" in message for message in batch.damaged)
+    assert good.batch(0, n).damaged == ()
+
+
+def test_training_on_less_than_one_window_is_refused_and_validating_is_padded(write_split: WriteSplit) -> None:
+    documents = {"a": [[1, 2, 0]], "b": [[3, 0]]}
+    folder = write_split(documents).folder
     with pytest.raises(DataError, match=r"data\.seq_len=6 is longer than the data: .*train holds 5 tokens; lower data\.seq_len"):
-        Loader(write_split(documents).folder, seq_len=6, seed=0)
+        Loader(folder, seq_len=6, seed=0)
+    with pytest.raises(DataError, match=r"data\.seq_len=8 is longer"):
+        Loader(folder, seq_len=4, seed=0, longest=8)
+    with pytest.raises(DataError, match=r"6, is not a multiple of data\.seq_len=4"):
+        Loader(folder, seq_len=4, seed=0, longest=6)
     held_out = Loader(write_split(documents, name="validation").folder, seq_len=8, seed=0)
-    assert held_out.sequential(0, 1).document_ids.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]]
-    assert held_out.fingerprint == held_out.shards.manifest.fingerprint()
+    assert held_out.sequential(0, 9).document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]]
+    assert held_out.fingerprint == held_out.manifest.fingerprint()
+
+
+def test_a_mixture_is_read_in_its_proportions_exactly_at_its_blocks(write_split: WriteSplit) -> None:
+    documents = {"web": [[1] * 64] * 5, "code": [[2] * 64] * 3, "books": [[3] * 64]}
+    config = MixtureConfig(by="tokens", weights={"web": 1, "books": 3}, stages=(MixtureStage(start="50%", weights={"code": 1}),))
+    loader = Loader(write_split(documents).folder, seq_len=16, seed=5, mixture=config, total_samples=2 * BLOCK)
+    assert loader.epochs(BLOCK) == {"web": BLOCK / 4 / 20, "code": 0, "books": BLOCK * 3 / 4 / 4}
+    assert Counter(loader.batch(0, BLOCK).input_ids[:, 0].tolist()) == {1: BLOCK // 4, 3: BLOCK * 3 // 4}
+    assert set(loader.batch(BLOCK, BLOCK).input_ids.ravel().tolist()) == {2}
+    assert loader.epochs(2 * BLOCK)["code"] == BLOCK / 12
+
+
+def test_equal_pasts_are_equal_samples_and_a_later_stage_is_no_part_of_it(three: Path) -> None:
+    def past(samples: int, **settings: object) -> str:
+        return Loader(three, **({"seq_len": 8, "seed": 5} | settings)).past(samples)  # type: ignore[arg-type]  # keywords by name
+
+    later = MixtureConfig(stages=(MixtureStage(start=100, weights={"web": 1}),))
+    assert past(100) == past(100) == past(100, mixture=later)
+    assert past(101) != past(101, mixture=later)
+    changed = [{"seed": 6}, {"seq_len": 16}, {"longest": 16}, {"packing": "best_fit"}, {"mixture": MixtureConfig(weights={"web": 1})}]
+    assert len({past(100), *(past(100, **settings) for settings in changed)}) == 1 + len(changed)
+
+
+def test_opening_maps_no_file_of_tokens(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("a file is mapped")
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    loader = Loader(three, seq_len=16, seed=5)
+    assert loader.past(10**9)
+    with pytest.raises(DataError, match="a file is mapped"):
+        loader.batch(0, 1)

@@ -1,4 +1,5 @@
 import itertools
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import BLOCK_BYTES, MANIFEST, load_manifest
-from data_pipeline.shards import ShardSet, ShardWriter, token_dtype
+from data_pipeline.manifest import BLOCK_BYTES, MANIFEST, Shard, SourceManifest, load_manifest
+from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards import ShardSet, Split, open_split, token_dtype
 
-WriteSplit = Callable[..., ShardSet]
+WriteSplit = Callable[..., Split]
 Draw = Callable[..., list[list[int]]]
 
 
@@ -20,93 +22,160 @@ def flip(file: Path, byte: int) -> None:
     file.write_bytes(raw)
 
 
-def test_the_pair_is_megatrons_byte_for_byte(write_split: WriteSplit) -> None:
-    shards = write_split([[5, 6, 0], [7, 0]], vocab_size=65_499)
-    stem = shards.folder / "shard-00000"
-    assert stem.with_suffix(".bin").read_bytes() == struct.pack("<5H", 5, 6, 0, 7, 0)
-    assert stem.with_suffix(".idx").read_bytes() == b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack(
+def test_the_pair_is_laid_out_as_told(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path, "x-00000", np.array([5, 6, 0, 7, 0]), np.array([3, 2], np.int32), "uint16")
+    assert (tmp_path / "x-00000.bin").read_bytes() == struct.pack("<5H", 5, 6, 0, 7, 0)
+    assert (tmp_path / "x-00000.idx").read_bytes() == b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack(
         "<2i", 3, 2
     ) + struct.pack("<2q", 0, 6) + struct.pack("<3q", 0, 1, 2)
+    assert (shard.tokens, shard.documents, shard.bin_bytes, shard.idx_bytes) == (5, 2, 10, 82)
+    assert (shard.external_bin, shard.bin_start) == (None, 0)
 
 
 def test_a_large_vocabulary_takes_four_bytes(write_split: WriteSplit) -> None:
     assert (token_dtype(65_499), token_dtype(65_500)) == ("uint16", "int32")
-    shards = write_split([[70_000, 0]], vocab_size=128_256)
-    assert (shards.folder / "shard-00000.bin").read_bytes() == struct.pack("<2i", 70_000, 0)
-    assert (shards.folder / "shard-00000.idx").read_bytes()[17] == 4
-    assert shards.tokens(0, 2).tolist() == [70_000, 0]
+    split = write_split({"web": [[70_000, 0]]}, vocab_size=128_256)
+    assert (split.folder / "web-00000.bin").read_bytes() == struct.pack("<2i", 70_000, 0)
+    assert (split.folder / "web-00000.idx").read_bytes()[17] == 4
+    assert split.sources[0].tokens(0, 2).tolist() == [70_000, 0]
 
 
-def test_the_stream_reads_back_across_shards(write_split: WriteSplit, random_documents: Draw) -> None:
-    documents = random_documents(200, 40)
-    shards = write_split(documents, shard_tokens=300)
-    stream = list(itertools.chain(*documents))
-    starts = [0, *itertools.accumulate(map(len, documents))]
-    assert len(shards.manifest.shards) > 5
-    assert all(shard.tokens <= 300 for shard in shards.manifest.shards)
-    assert shards.tokens(0, shards.n_tokens).tolist() == stream
-    rng = np.random.default_rng(0)
-    for low, high in np.sort(rng.integers(0, len(stream) + 1, (300, 2)), axis=1).tolist():
-        assert shards.tokens(low, high).tolist() == stream[low:high]
-        assert shards.document_starts(low, high).tolist() == [s for s in starts[:-1] if low <= s < high]
-    assert [shards.document_span(i) for i in range(200)] == list(itertools.pairwise(starts))
-    assert np.concatenate(list(shards.document_lengths())).tolist() == [len(ids) for ids in documents]
+def test_each_source_is_one_stream_across_its_shards(write_split: WriteSplit, random_documents: Draw) -> None:
+    given = {"web": random_documents(200, 40), "code": random_documents(50, 100, seed=1)}
+    split = write_split(given, shard_tokens=300)
+    assert [source.source.name for source in split.sources] == ["web", "code"]
+    assert split.manifest.documents == 250
+    for shards, documents in zip(split.sources, given.values(), strict=True):
+        stream = list(itertools.chain(*documents))
+        starts = [0, *itertools.accumulate(map(len, documents))]
+        assert len(shards.source.shards) > 5
+        assert (shards.n_tokens, shards.n_documents) == (len(stream), len(documents))
+        assert shards.tokens(0, shards.n_tokens).tolist() == stream
+        rng = np.random.default_rng(0)
+        for low, high in np.sort(rng.integers(0, len(stream) + 1, (300, 2)), axis=1).tolist():
+            assert shards.tokens(low, high).tolist() == stream[low:high]
+            assert shards.document_starts(low, high).tolist() == [s for s in starts[:-1] if low <= s < high]
+        assert [shards.document_span(i) for i in range(len(documents))] == list(itertools.pairwise(starts))
+        assert np.concatenate(list(shards.document_lengths())).tolist() == [len(ids) for ids in documents]
 
 
-def test_a_document_longer_than_a_shard_is_kept_whole_in_its_own(write_split: WriteSplit) -> None:
-    shards = write_split([[1, 0], [2] * 99 + [0], [3, 0]], shard_tokens=50)
-    assert [shard.tokens for shard in shards.manifest.shards] == [2, 100, 2]
+def test_what_lies_outside_the_stream_is_an_error(write_split: WriteSplit) -> None:
+    (shards,) = write_split({"web": [[1, 2, 0], [3, 0]]}).sources
+    assert shards.tokens(5, 5).tolist() == []
+    for low, high in ((-1, 2), (0, 6), (3, 2)):
+        with pytest.raises(IndexError, match=f"tokens {low} to {high} of 5"):
+            shards.tokens(low, high)
+    with pytest.raises(IndexError, match="document 2 of 2"):
+        shards.document_span(2)
 
 
-def test_one_flipped_bit_is_found_when_its_block_is_first_read_and_named(write_split: WriteSplit) -> None:
+@pytest.mark.parametrize("at", [0, BLOCK_BYTES - 1, BLOCK_BYTES, 3 * BLOCK_BYTES, 3 * BLOCK_BYTES + 9_999])
+def test_one_flipped_bit_is_found_when_its_block_is_first_read_and_named(write_split: WriteSplit, at: int) -> None:
     documents = [[i % 1000] * 4095 + [0] for i in range(400)]  # 3.1 MiB
-    shards = write_split(documents, shard_tokens=10**9)
-    flip(shards.folder / "shard-00000.bin", BLOCK_BYTES + 12_345)
-    shards = ShardSet.open(shards.folder)
+    split = write_split({"web": documents}, shard_tokens=10**9)
+    flip(split.folder / "web-00000.bin", at)
+    (shards,) = open_split(split.folder).sources
     half = BLOCK_BYTES // 2  # tokens in a block
-    assert shards.tokens(0, half).size == half
-    assert shards.tokens(2 * half, shards.n_tokens).size == shards.n_tokens - 2 * half
-    for low, high in ((half, half + 1), (half - 1, half + 1), (0, shards.n_tokens)):
-        with pytest.raises(DataError, match=r"train/shard-00000\.bin is damaged: block 1 of 4"):
+    damaged = at // BLOCK_BYTES
+    for block in range(4):
+        low, high = block * half, min((block + 1) * half, shards.n_tokens)
+        if block != damaged:
+            assert shards.tokens(low, high).size == high - low
+    first, last = damaged * half, min((damaged + 1) * half, shards.n_tokens)
+    for low, high in ((first, first + 1), (last - 1, last), (0, shards.n_tokens), (first, first + 1)):
+        with pytest.raises(DataError, match=rf"train/web-00000\.bin is damaged: block {damaged} of 4"):
             shards.tokens(low, high)
 
 
 def test_a_block_is_hashed_once(write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = write_split([[1] * 10 + [0]] * 20)
+    (shards,) = write_split({"web": [[1] * 10 + [0]] * 20}).sources
     shards.tokens(0, shards.n_tokens)
     monkeypatch.setattr("data_pipeline.shards.xxhash", None)
     assert shards.tokens(0, shards.n_tokens).size == 220
 
 
-def test_a_damaged_index_a_cut_or_missing_file_and_a_broken_manifest_are_named(write_split: WriteSplit) -> None:
-    folder = write_split([[1, 2, 0], [3, 0]]).folder
-    flip(folder / "shard-00000.idx", 40)
-    with pytest.raises(DataError, match=r"shard-00000\.idx is damaged"):
-        ShardSet.open(folder).document_starts(0, 5)
-    whole = (folder / "shard-00000.bin").read_bytes()
-    (folder / "shard-00000.bin").write_bytes(whole[:-1])
-    with pytest.raises(DataError, match=r"shard-00000\.bin has 9 bytes where the manifest says 10"):
-        ShardSet.open(folder)
-    (folder / "shard-00000.bin").unlink()
-    with pytest.raises(DataError, match=r"shard-00000\.bin is missing"):
-        ShardSet.open(folder)
-    (folder / MANIFEST).write_text('{"format": "pretrain-shards-1"')
+@pytest.mark.parametrize("byte", [3, 17, 34, 40, -1])
+def test_a_changed_index_is_found_when_it_is_first_read(write_split: WriteSplit, byte: int) -> None:
+    folder = write_split({"web": [[1, 2, 0], [3, 0]]}).folder
+    flip(folder / "web-00000.idx", byte)
+    (shards,) = open_split(folder).sources
+    assert shards.tokens(0, 5).tolist() == [1, 2, 0, 3, 0]
+    with pytest.raises(DataError, match=r"web-00000\.idx is damaged: it does not match its checksum"):
+        shards.document_starts(0, 5)
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+def test_a_cut_a_longer_and_a_missing_file_are_named_before_anything_is_read(write_split: WriteSplit, ending: str) -> None:
+    folder = write_split({"web": [[1, 2, 0], [3, 0]]}).folder
+    file = folder / f"web-00000.{ending}"
+    whole = file.read_bytes()
+    for there in (whole[:-1], whole + b"\x00"):
+        file.write_bytes(there)
+        with pytest.raises(DataError, match=rf"web-00000\.{ending} has {len(there)} bytes where the manifest says {len(whole)}"):
+            open_split(folder)
+    file.unlink()
+    with pytest.raises(DataError, match=rf"web-00000\.{ending} is missing"):
+        open_split(folder)
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_named(write_split: WriteSplit) -> None:
+    split = write_split({"web": [[1, 2, 0], [3, 0]]})
+    (split.folder / "web-00000.bin").write_bytes(b"\x01\x00")
+    with pytest.raises(DataError, match=r"web-00000\.bin cannot be read"):
+        split.sources[0].tokens(0, 5)
+
+
+def test_tokens_in_another_file_are_read_from_where_they_begin(tmp_path: Path) -> None:
+    ids = np.array([900, 901, 5, 6, 0, 7, 0, 902], "<u2")
+    ids.tofile(tmp_path / "theirs.ds")
+    own = write_shard(tmp_path, "x-00000", ids[2:7], np.array([3, 2], np.int32), "uint16")
+    (tmp_path / "x-00000.bin").unlink()
+    shard = own.model_copy(update={"external_bin": str(tmp_path / "theirs.ds"), "bin_start": 4})
+    shards = ShardSet(tmp_path, source_of(shard))
+    assert shards.tokens(0, 5).tolist() == [5, 6, 0, 7, 0]
+    assert shards.document_starts(0, 5).tolist() == [0, 3]
+    with pytest.raises(DataError, match=r"theirs\.ds is damaged: block 0 of 1 \(1 MiB from byte 6\)"):
+        ShardSet(tmp_path, source_of(shard.model_copy(update={"bin_start": 6}))).tokens(0, 1)
+    with pytest.raises(DataError, match=r"theirs\.ds has 16 bytes where the manifest says 18"):
+        ShardSet(tmp_path, source_of(shard.model_copy(update={"bin_start": 8})))
+
+
+def source_of(shard: Shard) -> SourceManifest:
+    return SourceManifest(
+        name="x",
+        documents=shard.documents,
+        tokens=shard.tokens,
+        text_bytes=None,
+        dtype="uint16",
+        ends_with_eot=True,
+        dropped={},
+        repaired={},
+        marked={},
+        shards=(shard,),
+    )
+
+
+def test_shards_without_a_manifest_are_nothing_and_a_broken_one_is_named(write_split: WriteSplit) -> None:
+    folder = write_split({"web": [[1, 0]]}).folder
+    (folder / MANIFEST).write_text('{"format": "pretrain-shards-1"}')
+    with pytest.raises(DataError, match=r"manifest\.json is damaged or of another version \(format: "):
+        open_split(folder)
+    (folder / MANIFEST).write_text('{"format": "pretrain-shards-2"')
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
-        ShardSet.open(folder)
-
-
-def test_shards_without_a_manifest_are_nothing(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "train", "uint16", 100)
-    writer.add(np.array([1, 0], np.uint16))
-    writer.finish()
+        open_split(folder)
+    (folder / MANIFEST).unlink()
     with pytest.raises(DataError, match=r"holds no prepared data.*pretrain data prepare"):
-        ShardSet.open(tmp_path / "train")
+        open_split(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match=r"holds no prepared data"):
+        open_split(folder)
 
 
 def test_the_manifest_reads_back_as_it_was_written(write_split: WriteSplit) -> None:
-    shards = write_split([[1, 2, 0], [3, 0]])
-    again = load_manifest(shards.folder)
-    assert again == shards.manifest
-    assert again.fingerprint() == shards.manifest.fingerprint()
-    assert again.to_bytes() == (shards.folder / MANIFEST).read_bytes()
-    assert again.model_copy(update={"tokens": 6}).fingerprint() != again.fingerprint()
+    split = write_split({"web": [[1, 2, 0], [3, 0]], "code": [[4, 0]]})
+    again = load_manifest(split.folder)
+    assert again == split.manifest
+    assert (again.documents, again.tokens) == (3, 7)
+    assert again.fingerprint() == split.manifest.fingerprint()
+    assert again.to_bytes() == (split.folder / MANIFEST).read_bytes()
+    assert again.model_copy(update={"eot_id": 1}).fingerprint() != again.fingerprint()

@@ -2,38 +2,61 @@ import gzip
 import json
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from data_pipeline import sources
+from data_pipeline.chunks import cut, read_chunk
 from data_pipeline.errors import DataError
 from data_pipeline.files import list_files
 from data_pipeline.settings import SourceConfig
-from data_pipeline.sources import Document, read_documents
+from data_pipeline.sources import Document
 
 ROWS = [{"text": "one"}, {"text": "zwei ü"}, {"text": "three\nlines"}]
+MISPLACED = b'{"text": "a"}\n{"text": \n'
 
 
 def read(kind: str, *paths: object, **settings: object) -> list[Document]:
-    return list(read_documents(SourceConfig.model_validate({"kind": kind, "paths": [str(path) for path in paths], **settings})))
+    source = SourceConfig.model_validate({"kind": kind, "paths": [str(path) for path in paths], **settings})
+    return [document for chunk in cut(0, "here", source, list_files(source), 1 << 30) for document in read_chunk(chunk, source)]
+
+
+def texts(kind: str, *paths: object, **settings: object) -> list[str]:
+    return [document.text for document in read(kind, *paths, **settings)]
+
+
+def ids(kind: str, *paths: object, **settings: object) -> list[str]:
+    return [document.id for document in read(kind, *paths, **settings)]
 
 
 def jsonl(rows: list[dict[str, object]]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
+def arrow(table: pa.Table, ending: str, max_rows: int | None = None) -> bytes:
+    """`arrow` is the file format, `arrows` the stream."""
+    sink = pa.BufferOutputStream()
+    with (pa.ipc.new_file if ending == "arrow" else pa.ipc.new_stream)(sink, table.schema) as writer:
+        writer.write_table(table, max_rows)
+    return sink.getvalue().to_pybytes()
+
+
 def test_a_folder_of_text_is_read_in_sorted_order_whatever_the_order_of_creation(tmp_path: Path) -> None:
     for name in ("z.txt", "a.md", "sub/m.txt", "sub.txt", "skipped.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert [document.id for document in read("text", tmp_path)] == ["a.md", "sub.txt", "sub/m.txt", "z.txt"]
-    assert [document.id for document in read("text", tmp_path, pattern="*.py")] == ["skipped.py"]
-    assert [document.id for document in read("text", tmp_path / "z.txt", tmp_path / "a.md")] == ["z.txt", "a.md"]
-    assert [document.id for document in read("text", tmp_path / "**" / "*.txt")] == ["sub.txt", "sub/m.txt", "z.txt"]
+    assert ids("text", tmp_path) == ["a.md", "sub.txt", "sub/m.txt", "z.txt"]
+    assert ids("text", tmp_path, pattern="*.py") == ["skipped.py"]
+    assert ids("text", tmp_path / "z.txt", tmp_path / "a.md") == ["z.txt", "a.md"]
+    assert ids("text", tmp_path / "**" / "*.txt") == ["sub.txt", "sub/m.txt", "z.txt"]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +72,7 @@ def test_exclude_leaves_out_files_and_folders_by_name_or_path(tmp_path: Path, ex
     for name in ("a.txt", "lib/x.txt", "lib/site-packages/b.txt", "lib/tests/bad.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert [document.id for document in read("text", tmp_path, exclude=exclude)] == left
+    assert ids("text", tmp_path, exclude=exclude) == left
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
@@ -59,92 +82,186 @@ def test_jsonl_reads_the_same_plain_and_compressed(tmp_path: Path, ending: str) 
     (tmp_path / f"x.{ending}").write_bytes(packed)
     documents = read("jsonl", tmp_path)
     assert [document.text for document in documents] == ["one", "zwei ü", "three\nlines"]
-    assert [document.id for document in documents] == [f"x.{ending}:{line}" for line in (1, 2, 3)]
+    assert [document.id for document in documents] == [f"x.{ending}@{byte}" for byte in (0, 16, 40)]
+    assert [raw[byte : byte + 9] for byte in (0, 16, 40)] == [b'{"text": '] * 3
     assert [document.n_bytes for document in documents] == [3, 7, 11]
+    assert {document.source for document in documents} == {"here"}
 
 
-def test_all_frames_of_a_zst_file_are_read_and_a_cut_one_is_an_error(tmp_path: Path) -> None:
-    whole = zstandard.compress(jsonl(ROWS)) + zstandard.compress(jsonl(ROWS[:2]))
-    file = tmp_path / "x.jsonl.zst"
+@pytest.mark.parametrize(
+    ("ending", "compress", "message"), [("gz", gzip.compress, "corrupt"), ("zst", zstandard.compress, "the last zstd frame is cut off")]
+)
+def test_all_members_of_a_compressed_file_are_read_and_a_cut_one_is_an_error(
+    tmp_path: Path, ending: str, compress: Callable[[bytes], bytes], message: str
+) -> None:
+    whole = compress(jsonl(ROWS)) + compress(jsonl(ROWS[:2]))
+    file = tmp_path / f"x.jsonl.{ending}"
     file.write_bytes(whole)
     assert len(read("jsonl", file)) == 5
     file.write_bytes(whole[:-9])
-    with pytest.raises(DataError, match=r"x\.jsonl\.zst.*cut off"):
+    with pytest.raises(DataError, match=rf"x\.jsonl\.{ending}: cannot be read.*{message}"):
         read("jsonl", file)
 
 
-def test_a_cut_gz_file_is_an_error_that_names_it(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS))[:-12])
-    with pytest.raises(DataError, match=r"x\.jsonl\.gz.*corrupt"):
-        read("jsonl", tmp_path)
+def test_a_zst_file_with_a_long_window_is_read(tmp_path: Path) -> None:
+    small = {"hash_log": 6, "chain_log": 6, "search_log": 1, "strategy": zstandard.STRATEGY_FAST}
+    packer = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28, **small)).compressobj()
+    raw = packer.compress(jsonl(ROWS)) + packer.flush()
+    assert zstandard.get_frame_parameters(raw).window_size > 1 << 27  # which zstandard refuses unless told
+    (tmp_path / "x.jsonl.zst").write_bytes(raw)
+    assert len(texts("jsonl", tmp_path)) == 3
 
 
 def test_long_lines_cross_the_read_buffer_intact(tmp_path: Path) -> None:
     rows = [{"text": "x" * (1 << 20)}, {"text": "y" * 3_000_000}, {"text": "z"}]
     (tmp_path / "x.jsonl").write_bytes(jsonl(rows).rstrip())
-    assert [document.text for document in read("jsonl", tmp_path)] == [row["text"] for row in rows]
+    assert texts("jsonl", tmp_path) == [row["text"] for row in rows]
 
 
-def test_parquet_and_a_local_data_set_give_the_same_documents_as_jsonl(tmp_path: Path) -> None:
+@pytest.mark.timeout(20)  # joining the line again at each of its 16,384 blocks would copy 512 GB: minutes; joining it once takes a moment
+def test_the_work_for_a_line_of_64_mb_is_linear_in_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_BLOCK", 4096)
+    size = 64 << 20
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "' + b"x" * size + b'"}\n{"text": "y"}')
+    tracemalloc.start()
+    lengths = [document.n_bytes for document in read("jsonl", tmp_path)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lengths == [size, 1]
+    assert peak < 5 * size  # its blocks, the line, its characters, the text
+
+
+def test_all_kinds_give_the_same_documents(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
     (tmp_path / "x.jsonl").write_bytes(jsonl(ROWS))
     (tmp_path / "hub").mkdir()
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "hub" / "x.parquet", row_group_size=2)
+    pq.write_table(table, tmp_path / "hub" / "x.parquet", row_group_size=2)
+    for ending in ("arrow", "arrows"):
+        (tmp_path / f"x.{ending}").write_bytes(arrow(table, ending, max_rows=2))
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    texts = [document.text for document in read("jsonl", tmp_path / "x.jsonl")]
-    assert [document.text for document in read("parquet", tmp_path / "hub")] == texts
-    assert [document.text for document in read("hf", tmp_path / "hub")] == texts
-    assert [document.text for document in read("hf", tmp_path / "saved")] == texts
-    assert [document.id for document in read("parquet", tmp_path / "hub")] == ["x.parquet:0", "x.parquet:1", "x.parquet:2"]
-    assert [document.id for document in read("hf", tmp_path / "hub")] == ["train:0", "train:1", "train:2"]
+    expected = [row["text"] for row in ROWS]
+    assert texts("jsonl", tmp_path / "x.jsonl") == expected
+    assert texts("parquet", tmp_path / "hub") == expected
+    assert texts("arrow", tmp_path / "x.arrow") == expected
+    assert texts("arrow", tmp_path / "x.arrows") == expected
+    assert texts("arrow", tmp_path / "saved") == expected  # the files of datasets' own cache look like these
+    for streaming in (True, False):
+        assert texts("hf", tmp_path / "hub", streaming=streaming) == expected
+    assert texts("hf", tmp_path / "saved") == expected
+    assert ids("parquet", tmp_path / "hub") == ["x.parquet:0", "x.parquet:1", "x.parquet:2"]
+    assert ids("arrow", tmp_path / "x.arrow", tmp_path / "x.arrows") == [f"x.{end}:{i}" for end in ("arrow", "arrows") for i in range(3)]
+    assert ids("hf", tmp_path / "hub") == ["train:0", "train:1", "train:2"]
 
 
-def test_id_field_names_the_documents(tmp_path: Path) -> None:
-    rows = [{"text": "x", "key": 7}, {"text": "y", "key": 8}]
-    (tmp_path / "x.jsonl").write_bytes(jsonl(rows))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    for kind in ("jsonl", "parquet"):
-        assert [document.id for document in read(kind, tmp_path, id_field="key")] == ["7", "8"]
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+def test_every_arrow_type_of_texts_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+    plain = pa.array(["ü", None, "b" * 20, "ü"])
+    column = plain.dictionary_encode() if pa.types.is_dictionary(kind) else plain.cast(kind)
+    (tmp_path / "x.arrow").write_bytes(arrow(pa.table({"text": column, "key": column}), "arrow"))
+    documents = read("arrow", tmp_path, id_field="key", metadata_fields=["key"])
+    assert [document.text for document in documents] == ["ü", "", "b" * 20, "ü"]
+    assert [document.id for document in documents] == ["ü", "x.arrow:1", "b" * 20, "ü"]
+    assert [document.metadata["key"] for document in documents] == plain.to_pylist()
 
 
-def test_a_document_whose_id_is_null_is_numbered_by_file_and_position(tmp_path: Path) -> None:
-    rows = [{"text": "x", "key": "a"}, {"text": "y", "key": None}, {"text": "z", "key": None}]
-    (tmp_path / "x.jsonl").write_bytes(jsonl(rows))
-    (tmp_path / "hub").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub" / "x.parquet")
-    assert [document.id for document in read("jsonl", tmp_path, id_field="key")] == ["a", "x.jsonl:2", "x.jsonl:3"]
-    assert [document.id for document in read("parquet", tmp_path, id_field="key")] == ["a", "hub/x.parquet:1", "hub/x.parquet:2"]
-    assert [document.id for document in read("hf", tmp_path / "hub", id_field="key")] == ["a", "train:1", "train:2"]
+ROWS_WITH_KEYS = [{"text": "x", "key": "a"}, {"text": "y", "key": None}, {"text": "z", "key": "7"}]
+
+
+def written(folder: Path, rows: list[dict[str, object]]) -> dict[str, Path]:
+    """The rows as a file of each kind of rows: {kind: path}. For `hf` a folder of parquet."""
+    table = pa.Table.from_pylist(rows)
+    (folder / "hub").mkdir()
+    (folder / "x.jsonl").write_bytes(jsonl(rows))
+    (folder / "x.arrow").write_bytes(arrow(table, "arrow"))
+    pq.write_table(table, folder / "hub" / "x.parquet")
+    return {"jsonl": folder / "x.jsonl", "arrow": folder / "x.arrow", "parquet": folder / "hub" / "x.parquet", "hf": folder / "hub"}
+
+
+def test_id_field_names_the_documents_and_a_null_id_is_told_by_file_and_position(tmp_path: Path) -> None:
+    unnamed = {"jsonl": "x.jsonl@26", "arrow": "x.arrow:1", "parquet": "x.parquet:1", "hf": "train:1"}
+    for kind, path in written(tmp_path, ROWS_WITH_KEYS).items():
+        assert ids(kind, path, id_field="key") == ["a", unnamed[kind], "7"]
+
+
+def test_metadata_goes_along_and_what_is_absent_is_none(tmp_path: Path) -> None:
+    rows = [{"text": "x", "url": "http://a", "n": 1, "more": {"k": [2]}}, {"text": "y", "url": None, "n": 2, "more": None}]
+    expected = [{"url": row["url"], "n": row["n"], "more": row["more"], "nowhere": None} for row in rows]
+    for kind, path in written(tmp_path, rows).items():
+        for streaming in (True, False):
+            documents = read(kind, path, metadata_fields=["url", "n", "more", "nowhere"], streaming=streaming)
+            assert [document.metadata for document in documents] == expected, kind
+        assert [document.metadata for document in read(kind, path)] == [{}, {}], kind
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "hf"])
+def test_a_metadata_field_may_be_the_text_or_the_id(tmp_path: Path, kind: str) -> None:
+    path = written(tmp_path, ROWS_WITH_KEYS)[kind]
+    documents = read(kind, path, id_field="key", metadata_fields=["key", "text"])
+    assert [document.metadata for document in documents] == [{"key": row["key"], "text": row["text"]} for row in ROWS_WITH_KEYS]
+
+
+def test_only_the_columns_asked_for_are_read_from_parquet(tmp_path: Path) -> None:
+    table = pa.table({"text": ["t"] * 2000, "url": ["u"] * 2000, "other": ["o" * 500] * 2000})
+    pq.write_table(table, tmp_path / "x.parquet", compression="none", use_dictionary=False)
+    place = pq.read_metadata(tmp_path / "x.parquet").row_group(0).column(2)
+    raw = bytearray((tmp_path / "x.parquet").read_bytes())
+    raw[place.data_page_offset : place.data_page_offset + place.total_compressed_size] = bytes(place.total_compressed_size)
+    (tmp_path / "x.parquet").write_bytes(raw)
+    assert [document.metadata for document in read("parquet", tmp_path, metadata_fields=["url"])] == [{"url": "u"}] * 2000
+    with pytest.raises(DataError, match="cannot be read"):  # so its column is damaged indeed
+        read("parquet", tmp_path, metadata_fields=["other"])
 
 
 def test_bytes_that_are_not_unicode_are_replaced_and_marked(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfok\r\n")
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "half a pair: \\ud800"}\n{"text": "a replacement: \\ufffd"}\n')
-    pq.write_table(pa.table({"text": pa.array([b"caf\xe9", None]).cast(pa.binary())}), tmp_path / "x.parquet")
-    found = {document.id: (document.text, document.repaired) for kind in ("text", "jsonl", "parquet") for document in read(kind, tmp_path)}
-    assert found == {
+    damaged = pa.table({"text": pa.array([b"caf\xe9", None]).cast(pa.binary()), "url": pa.array([b"\xff", None])})
+    pq.write_table(damaged, tmp_path / "x.parquet")
+    unchecked = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9"))
+    (tmp_path / "x.arrow").write_bytes(arrow(pa.table({"text": unchecked}), "arrow"))
+    documents = [document for kind in ("text", "jsonl", "parquet", "arrow") for document in read(kind, tmp_path, metadata_fields=["url"])]
+    assert {document.id: (document.text, document.repaired) for document in documents} == {
         "latin.txt": ("caf\ufffd", True),
         "bom.txt": ("ok\r\n", False),
-        "x.jsonl:1": ("half a pair: \ufffd", True),
-        "x.jsonl:2": ("a replacement: \ufffd", False),
+        "x.jsonl@0": ("half a pair: \ufffd", True),
+        "x.jsonl@32": ("a replacement: \ufffd", False),
         "x.parquet:0": ("caf\ufffd", True),
         "x.parquet:1": ("", False),
+        "x.arrow:0": ("caf\ufffd", True),
     }
+    assert [document.metadata["url"] for document in read("parquet", tmp_path, metadata_fields=["url"])] == ["\ufffd", None]
 
 
-def test_any_fsspec_address_is_read() -> None:
-    import fsspec
-
-    fsspec.filesystem("memory").pipe({"/books/b.txt": b"second", "/books/a.txt": b"first"})
-    assert [document.text for document in read("text", "memory://books")] == ["first", "second"]
-
-
-def test_read_counts_the_bytes_of_the_files_up_to_their_sum(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("12345")
-    (tmp_path / "b.txt").write_text("123")
-    source = SourceConfig(kind="text", paths=(str(tmp_path),))
-    assert [document.read for document in read_documents(source)] == [5, 8]
-    assert sum(file.size for file in list_files(source)) == 8
+def test_any_fsspec_address_is_read_and_globs_are_sorted() -> None:
+    table = pa.Table.from_pylist(ROWS)
+    parquet = pa.BufferOutputStream()
+    pq.write_table(table, parquet)
+    files = {
+        "/books/b.txt": b"second",
+        "/books/a.txt": b"first",
+        "/rows/b/x.jsonl.zst": zstandard.compress(jsonl(ROWS)),
+        "/rows/a/x.jsonl.gz": gzip.compress(jsonl(ROWS[:1])),
+        "/rows/x.jsonl": jsonl(ROWS[1:]),
+        "/rows/x.parquet": parquet.getvalue().to_pybytes(),
+        "/rows/x.arrow": arrow(table, "arrow"),
+        "/rows/x.arrows": arrow(table, "arrows"),
+    }
+    fsspec.filesystem("memory").pipe(files)
+    expected = [row["text"] for row in ROWS]
+    assert texts("text", "memory://books") == ["first", "second"]
+    assert texts("text", "memory://books/*.txt") == ["first", "second"]
+    assert texts("jsonl", "memory://rows/*/*.jsonl.*") == expected[:1] + expected
+    assert ids("jsonl", "memory://rows") == [
+        "a/x.jsonl.gz@0",
+        "b/x.jsonl.zst@0",
+        "b/x.jsonl.zst@16",
+        "b/x.jsonl.zst@40",
+        "x.jsonl@0",
+        "x.jsonl@24",
+    ]
+    assert texts("parquet", "memory://rows") == expected
+    assert texts("arrow", "memory://rows") == expected * 2
 
 
 def corrupt_parquet(folder: Path) -> None:
@@ -158,11 +275,19 @@ def corrupt_parquet(folder: Path) -> None:
     ("kind", "content", "message"),
     [
         ("text", {}, r"no file below .* matches \*\.txt, \*\.md"),
-        ("jsonl", {"x.jsonl": b'{"text": "a"}\n{"text": \n'}, r"x\.jsonl:2: broken JSON"),
+        ("arrow", {}, r"no file below .* matches \*\.arrow, \*\.arrows"),
+        ("jsonl", {"x.jsonl": MISPLACED}, r"x\.jsonl:2: broken JSON \(Expecting value at column \d+\)"),
+        ("jsonl", {"x.jsonl.gz": gzip.compress(b"\n\n" + MISPLACED)}, r"x\.jsonl\.gz:4: broken JSON"),
+        ("jsonl", {"x.jsonl": b'{"text": "a", "n": ' + b"[" * 100_000}, r"x\.jsonl:1: broken JSON \(.*recursion"),
+        ("jsonl", {"x.jsonl": b'{"text": "a", "n": ' + b"1" * 5_000 + b"}"}, r"x\.jsonl:1: broken JSON \(.*digits"),
         ("jsonl", {"x.jsonl": b'{"content": "a", "url": "b"}\n'}, r"x\.jsonl:1: text_field=text is not there; it has: content, url"),
         ("jsonl", {"x.jsonl": b'["a"]\n'}, r"x\.jsonl:1: every line must be a JSON object, this one is a list"),
         ("jsonl", {"x.jsonl": b'{"text": 3}\n'}, r"x\.jsonl:1: text is a int, not text"),
         ("parquet", {"x.parquet": b"PAR1 not really"}, r"x\.parquet: cannot be read, it may be corrupt"),
+        ("arrow", {"x.arrow": b"ARROW1 not really"}, r"x\.arrow: cannot be read, it may be corrupt"),
+        ("arrow", {"x.arrow": b"not at all"}, r"x\.arrow: cannot be read, it may be corrupt"),
+        ("arrow", {"x.arrow": b""}, r"x\.arrow: cannot be read, it may be corrupt"),
+        ("arrow", {"x.arrows": arrow(pa.table({"text": ["a" * 1000]}), "arrows")[:-200]}, r"x\.arrows: cannot be read, it may be corrupt"),
     ],
 )
 def test_bad_input_is_one_line_that_names_file_and_values(tmp_path: Path, kind: str, content: dict[str, bytes], message: str) -> None:
@@ -179,17 +304,32 @@ def test_a_parquet_file_with_damaged_pages_is_named(tmp_path: Path) -> None:
         read("parquet", tmp_path)
 
 
+def test_an_arrow_file_whose_offsets_point_outside_its_bytes_is_named(tmp_path: Path) -> None:
+    raw = arrow(pa.table({"text": ["ab", "cd"]}), "arrow")
+    offsets = b"\0\0\0\0\2\0\0\0\4\0\0\0"
+    assert raw.count(offsets) == 1
+    (tmp_path / "x.arrow").write_bytes(raw.replace(offsets, b"\0\0\0\0\xff\xff\xff\x7f\4\0\0\0"))
+    with pytest.raises(DataError, match=r"x\.arrow: cannot be read"):
+        read("arrow", tmp_path)
+
+
 def test_a_missing_column_is_told_with_those_that_are_there(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"content": ["a"], "n": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"x\.parquet: text_field=text is not there; it has: content, n"):
-        read("parquet", tmp_path)
+    table = pa.table({"content": ["a"], "n": [1]})
+    (tmp_path / "hub").mkdir()
+    pq.write_table(table, tmp_path / "hub" / "x.parquet")
+    (tmp_path / "x.arrow").write_bytes(arrow(table, "arrow"))
+    for kind in ("parquet", "arrow"):
+        with pytest.raises(DataError, match=rf"x\.{kind}: text_field=text is not there; it has: content, n"):
+            read(kind, tmp_path)
+        with pytest.raises(DataError, match=rf"x\.{kind}: id_field=key is not there; it has: content, n"):
+            read(kind, tmp_path, text_field="content", id_field="key")
+        with pytest.raises(DataError, match=r"column n holds int64, not text"):
+            read(kind, tmp_path, text_field="n")
     with pytest.raises(DataError, match=r"text_field=text is not there; it has: content, n"):
-        read("hf", tmp_path)
-    with pytest.raises(DataError, match=r"column n holds int64, not text"):
-        read("parquet", tmp_path, text_field="n")
+        read("hf", tmp_path / "hub")
 
 
-@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "arrow"])
 def test_a_missing_path_is_named(tmp_path: Path, kind: str) -> None:
     with pytest.raises(DataError, match=r"data\.sources: .*/nowhere does not exist"):
         read(kind, tmp_path / "nowhere")
@@ -207,8 +347,8 @@ def test_an_unknown_protocol_or_split_and_empty_paths_are_named(tmp_path: Path) 
         read("hf", tmp_path, split="test")
 
 
-def test_the_pipeline_imports_neither_torch_nor_the_heavy_readers() -> None:
-    code = "import data_pipeline.tokenize, data_pipeline.loader, data_pipeline.inspect, data_pipeline.verify, sys; print(*sys.modules)"
+def test_reading_imports_neither_torch_nor_the_heavy_readers() -> None:
+    code = "import data_pipeline.chunks, sys; print(*sys.modules)"
     modules = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not modules & {"torch", "pyarrow", "datasets"}
-    assert "tokenizers" in modules  # the list is a real one
+    assert "data_pipeline.columnar" in modules  # the list is a real one

@@ -147,19 +147,19 @@ def test_a_crash_while_cutting_leaves_the_file_as_it_was(tmp_path: Path, monkeyp
 
 def test_tokens_per_second_and_mfu_are_those_of_the_step() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=100_000, flops_per_token=6e9, peak_flops=100e12, clock=clock)
+    meter = Meter(total_tokens=100_000, peak_flops=100e12, clock=clock)
     clock.now += 2.0
-    speed = meter.step(10_000)
+    speed = meter.step(10_000, 6e9)
     assert (speed.step_s, speed.tokens_per_s) == (2.0, 5000.0)
     assert speed.mfu == pytest.approx(5000 * 6e9 / 100e12)
 
 
 def test_an_unknown_peak_shows_no_mfu() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=100, flops_per_token=6e9, peak_flops=None, clock=clock)
+    meter = Meter(total_tokens=100, peak_flops=None, clock=clock)
     for _ in range(2):
         clock.now += 1.0
-        assert meter.step(10).mfu is None
+        assert meter.step(10, 6e9).mfu is None
     pace = meter.pace()
     assert pace is not None
     assert pace.mfu is None
@@ -167,25 +167,25 @@ def test_an_unknown_peak_shows_no_mfu() -> None:
 
 def test_evaluation_and_saving_belong_to_no_step() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=1000, flops_per_token=1.0, peak_flops=None, clock=clock)
+    meter = Meter(total_tokens=1000, peak_flops=None, clock=clock)
     clock.now += 1.0
-    meter.step(100)
+    meter.step(100, 1.0)
     with meter.paused():
         clock.now += 500.0
     clock.now += 1.0
-    assert meter.step(100).step_s == 1.0
+    assert meter.step(100, 1.0).step_s == 1.0
 
 
 def test_the_time_left_ignores_the_first_step_and_follows_the_tokens() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=1000, flops_per_token=1.0, peak_flops=None, clock=clock)
+    meter = Meter(total_tokens=1000, peak_flops=None, clock=clock)
     clock.now += 300.0  # compiling
-    meter.step(100)
+    meter.step(100, 1.0)
     assert meter.pace() is None
     clock.now += 2.0
-    meter.step(100)
+    meter.step(100, 1.0)
     clock.now += 2.0
-    meter.step(200)  # a growing batch: what counts is the tokens that are left, not the steps
+    meter.step(200, 1.0)  # a growing batch: what counts is the tokens that are left, not the steps
     pace = meter.pace()
     assert pace is not None
     assert pace.tokens_per_s == 75.0
@@ -194,10 +194,10 @@ def test_the_time_left_ignores_the_first_step_and_follows_the_tokens() -> None:
 
 def test_a_resumed_run_has_only_the_rest_before_it() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=1000, tokens_done=700, flops_per_token=1.0, peak_flops=None, clock=clock)
+    meter = Meter(total_tokens=1000, tokens_done=700, peak_flops=None, clock=clock)
     for _ in range(2):
         clock.now += 1.0
-        meter.step(100)
+        meter.step(100, 1.0)
     pace = meter.pace()
     assert pace is not None
     assert pace.seconds_left == 1.0
@@ -205,10 +205,10 @@ def test_a_resumed_run_has_only_the_rest_before_it() -> None:
 
 def test_the_pace_forgets_steps_outside_its_window() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=10_000, flops_per_token=1.0, peak_flops=None, window=2, clock=clock)
+    meter = Meter(total_tokens=10_000, peak_flops=None, window=2, clock=clock)
     for seconds in (1.0, 50.0, 1.0, 1.0):
         clock.now += seconds
-        meter.step(100)
+        meter.step(100, 1.0)
     pace = meter.pace()
     assert pace is not None
     assert pace.tokens_per_s == 100.0

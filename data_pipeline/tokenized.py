@@ -1,0 +1,212 @@
+"""Tokens that are there already are adopted where they are: no token is copied, only read once, and a `.idx` of ours written.
+
+Which documents a file holds is told by `token_files.py`. Knows local files only: training maps the tokens into memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_pipeline.durable import write_synced
+from data_pipeline.errors import DataError
+from data_pipeline.files import describe_files
+from data_pipeline.manifest import MANIFEST, SPLITS, Shard, SourceManifest, TokenDtype, load_manifest
+from data_pipeline.settings import SourceConfig
+from data_pipeline.shard_writer import describe_shard
+from data_pipeline.shards import index_bytes, open_split
+from data_pipeline.token_files import TokenFile, list_token_files, open_token_file
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.verify import largest_id, unended
+from data_pipeline.workers import Done, Tell
+
+
+def adopt(
+    source: SourceConfig, name: str, tokenizer: Tokenizer, work: Path, validation_fraction: float, progress: Tell = lambda _: None
+) -> dict[str, SourceManifest]:
+    """The parts that a tokenized source has in each split; the `.idx` files are written to `work/<split>/`.
+
+    Every token is read once, for the checksums, to see that the tokenizer has it, and to see whether documents end with the
+    end-of-text token. Documents without a token are counted as dropped. Held out are the last whole documents of the source's last
+    file or files, up to `validation_fraction` of its tokens: one at least, unless that is 0 or there is only one.
+
+    A `prepared` source keeps its own validation split and its counts, whatever `validation_fraction` is, and its checksums are
+    taken over unread; its several sources become one. Where one split's folder is named, its documents are all for training.
+
+    Args:
+        source: of kind `prepared`, `megatron`, `datatrove` or `olmo`.
+        name: of the source; its shards are called `<name>-<number>`.
+        tokenizer: what the tokens must have been made with.
+        work: the folder that becomes the prepared data.
+        validation_fraction: share of the tokens to hold out.
+        progress: is told what was read, a MiB at a time.
+
+    Raises:
+        DataError: a file is missing, damaged or not of this kind, or its tokens were made with another tokenizer.
+    """
+    parts = {split: _Part(name, work / split) for split in SPLITS}
+    if source.kind == "prepared":
+        for split, folder in _prepared_splits(source):
+            _adopt_split(parts[split], folder, tokenizer)
+    else:
+        files = [open_token_file(source, Path(file.path), tokenizer.eot_id) for file in list_token_files(source)]
+        _adopt_files(parts, files, tokenizer, validation_fraction, progress)
+    if not parts["train"].shards:
+        raise DataError(f"data.sources: {name} ({', '.join(source.paths)}) holds no tokens; leave it out")
+    return {split: part.manifest() for split, part in parts.items() if part.shards}
+
+
+def describe_tokens(source: SourceConfig) -> str:
+    """What a tokenized source holds now, for the recipe: the manifests' fingerprints, or count, bytes and a hash of names and sizes."""
+    if source.kind != "prepared":
+        return describe_files(list_token_files(source))
+    return "prepared data " + ", ".join(open_split(folder).manifest.fingerprint() for _, folder in _prepared_splits(source))
+
+
+@dataclass
+class _Part:
+    """One split's part of the source, as it grows."""
+
+    name: str
+    folder: Path
+    shards: list[Shard] = field(default_factory=list)
+    dtypes: dict[TokenDtype, Path] = field(default_factory=dict)
+    """The first file of each."""
+    ends_with_eot: bool = True
+    text_bytes: list[int | None] = field(default_factory=list)
+    """Of each prepared source."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
+    marked: Counter[str] = field(default_factory=Counter)
+
+    def write_index(self, number: int, index: bytes) -> str:
+        """Name of the shard whose `.idx` this is."""
+        name = f"{self.name}-{number:05d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_synced(self.folder / f"{name}.idx", index)
+        return name
+
+    def manifest(self) -> SourceManifest:
+        """DataError if its files differ in dtype."""
+        if len(self.dtypes) > 1:
+            files = " and ".join(f"{dtype} in {file}" for dtype, file in self.dtypes.items())
+            raise DataError(f"data.sources: the tokens of {self.name} are {files}; give each type a source of its own")
+        known = [size for size in self.text_bytes if size is not None]
+        return SourceManifest(
+            name=self.name,
+            documents=sum(shard.documents for shard in self.shards),
+            tokens=sum(shard.tokens for shard in self.shards),
+            text_bytes=sum(known) if known and len(known) == len(self.text_bytes) else None,
+            dtype=next(iter(self.dtypes)),
+            ends_with_eot=self.ends_with_eot,
+            dropped=dict(self.dropped),
+            repaired=dict(self.repaired),
+            marked=dict(self.marked),
+            shards=tuple(self.shards),
+        )
+
+
+def _prepared_splits(source: SourceConfig) -> list[tuple[str, Path]]:
+    """(our split, folder of a split of theirs)."""
+    found: list[tuple[str, Path]] = []
+    for given in source.paths:
+        path = Path(given).expanduser().absolute()
+        if (path / MANIFEST).is_file():
+            found.append(("train", path))
+        else:
+            found += [(split, path / split) for split in load_manifest(path / "train").splits]
+    return found
+
+
+def _adopt_split(part: _Part, folder: Path, tokenizer: Tokenizer) -> None:
+    """Take over all sources of a prepared split."""
+    manifest = open_split(folder).manifest
+    if manifest.tokenizer != tokenizer.fingerprint:
+        raise DataError(
+            f"{folder / MANIFEST}: a manifest of another tokenizer: {manifest.tokenizer}, where data.tokenizer is "
+            f"{tokenizer.fingerprint}; set data.tokenizer to {folder.parent / 'tokenizer.json'}, or prepare that text again"
+        )
+    for source in manifest.sources:
+        part.dtypes.setdefault(source.dtype, folder)
+        part.ends_with_eot &= source.ends_with_eot
+        part.text_bytes.append(source.text_bytes)
+        part.dropped.update(source.dropped)
+        part.repaired.update(source.repaired)
+        part.marked.update(source.marked)
+        for shard in source.shards:
+            index = (folder / f"{shard.name}.idx").read_bytes()
+            if xxhash.xxh3_128_hexdigest(index) != shard.idx_xxh3_128:
+                raise DataError(f"{folder / shard.name}.idx is damaged: it does not match its checksum; restore it, or prepare it again")
+            name = part.write_index(len(part.shards), index)
+            tokens = shard.external_bin or str(folder / f"{shard.name}.bin")
+            part.shards.append(shard.model_copy(update={"name": name, "external_bin": tokens}))
+
+
+def _adopt_files(
+    parts: dict[str, _Part], files: Sequence[TokenFile], tokenizer: Tokenizer, validation_fraction: float, progress: Tell
+) -> None:
+    """Adopt files of other tools, the last one first: it is the one to hold out from, so one file's documents are in memory at a time."""
+    held_out = parts["validation"].shards
+    quota = int(validation_fraction * sum(file.n_tokens for file in files))
+    for number, file in reversed(list(enumerate(files))):
+        all_ends = file.read_ends()
+        ends = all_ends[np.diff(all_ends, prepend=0) > 0]
+        parts["train"].dropped += Counter(empty=len(all_ends) - len(ends))
+        if not len(ends):
+            continue
+        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        kept = int(np.searchsorted(starts, file.n_tokens - quota)) if quota else len(ends)
+        is_only_document = len(ends) == 1 and all(other is file or not other.n_tokens for other in files)
+        if kept == len(ends) and validation_fraction and not held_out and not is_only_document:
+            kept -= 1
+        quota = max(0, quota - file.n_tokens)
+        for split, low, high in (("train", 0, kept), ("validation", kept, len(ends))):
+            if low < high:
+                _adopt_documents(parts[split], number, file, ends[low:high], int(starts[low]), tokenizer, progress)
+    for part in parts.values():
+        part.shards.reverse()
+
+
+def _adopt_documents(
+    part: _Part, number: int, file: TokenFile, ends: NDArray[np.int64], start: int, tokenizer: Tokenizer, progress: Tell
+) -> None:
+    """Make consecutive documents of a file, the tokens from `start` to the last of `ends`, a shard."""
+    itemsize = file.stored.itemsize
+    lengths = np.diff(ends, prepend=start)
+    if lengths.max() > np.iinfo(np.int32).max:
+        raise DataError(f"{file.path}: a document of {lengths.max()} tokens is more than a .idx can hold; is it really one?")
+    bin_start = file.start + start * itemsize
+    ids = np.memmap(file.path, file.stored, "r", bin_start, (int(ends[-1]) - start,))
+    at, without_end = 0, 0
+
+    def look(read: int) -> None:
+        """At the block that was hashed just now and is still in the cache; `read` bytes are hashed in all."""
+        nonlocal at, without_end
+        block = ids[at : read // itemsize]
+        if largest_id(block) >= tokenizer.vocab_size:
+            wrong = block[(block < 0) | (block >= tokenizer.vocab_size)][0]
+            raise DataError(
+                f"{file.path}: token {wrong} is not in the vocabulary of {tokenizer.vocab_size} of data.tokenizer; "
+                f"these tokens were made with another one, or are not {file.stored.name}"
+            )
+        without_end += unended(block, start + at, ends, tokenizer.eot_id)
+        progress(Done(read=block.nbytes, tokens=len(block)))
+        at += len(block)
+
+    dtype: TokenDtype = "uint16" if itemsize == 2 else "int32"
+    index = index_bytes(lengths.astype(np.int32), dtype)
+    name = part.write_index(number, index)
+    raw = ids.view(np.uint8).data
+    shard = describe_shard(
+        name, raw, index, tokens=len(ids), documents=len(ends), external_bin=file.path, bin_start=bin_start, progress=look
+    )
+    progress(Done(documents=len(ends)))
+    part.shards.append(shard)
+    part.dtypes.setdefault(dtype, file.path)
+    part.ends_with_eot &= without_end == 0

@@ -1,0 +1,56 @@
+"""Sequences that grow during a run: how long they are at a step. A pure function of the config, like the schedules."""
+
+from __future__ import annotations
+
+from data_pipeline.mixture import sample_at
+from pretrain.config import RunConfig
+from pretrain.errors import UserError
+from pretrain.optim.schedule import batch_size_at, samples_before
+
+
+def longest_seq_len(config: RunConfig) -> int:
+    """The longest sequence that the run ever trains on."""
+    return max([config.data.seq_len, *(stage.seq_len for stage in config.data.growth)])
+
+
+def seq_len_at(step: int, config: RunConfig) -> int:
+    """Tokens in a sequence of that step. A batch of `train.batch_size` times `data.seq_len` tokens holds fewer of the longer ones."""
+    return [seq_len for start, seq_len in _stages(config) if samples_before(step, config.train) >= start][-1]
+
+
+def check_growth(config: RunConfig) -> None:
+    """UserError where the stages do not rise, do not fit into each other, the window, the batch or the model."""
+    data, before = config.data, (0, config.data.seq_len)
+    for i, (start, seq_len) in enumerate(_stages(config)[1:]):
+        setting = f"data.growth.{i}"
+        if start < before[0]:
+            raise UserError(f"{setting}.from={data.growth[i].start} lies before the stage in front of it; put the stages in order")
+        if seq_len % before[1]:
+            raise UserError(f"{setting}.seq_len={seq_len} is not a multiple of the {before[1]} before it; use {before[1] * 2}, for example")
+        _check_batches(config, setting, start, seq_len // data.seq_len)
+        before = start, seq_len
+    if data.window % before[1]:
+        raise UserError(f"data.window={data.window} is not a multiple of the longest sequence, {before[1]}; use {before[1]} or auto")
+
+
+def _check_batches(config: RunConfig, setting: str, start: int, factor: int) -> None:
+    """From `start` on every batch, and where it begins, must be whole sequences of `factor` samples."""
+    train = config.train
+    first = next((step for step in range(1, train.steps + 1) if samples_before(step, train) >= start), None)
+    if first is None:  # the stage begins after the run
+        return
+    if first <= train.batch_ramp_steps:
+        raise UserError(f"{setting}.from={start} lies in the batch ramp of {train.batch_ramp_steps} steps; let sequences grow after it")
+    if train.batch_size % factor or samples_before(first, train) % factor:
+        raise UserError(
+            f"{setting}: a batch of train.batch_size={train.batch_size} sequences of data.seq_len={config.data.seq_len}, after "
+            f"{samples_before(first, train)} of them, cannot be cut into sequences {factor} times as long; use multiples of {factor}"
+        )
+    assert batch_size_at(first, train) == train.batch_size
+
+
+def _stages(config: RunConfig) -> list[tuple[int, int]]:
+    """(first sample, seq_len) of each stage."""
+    total = samples_before(config.train.steps + 1, config.train)
+    later = [(sample_at(stage.start, total, f"data.growth.{i}"), stage.seq_len) for i, stage in enumerate(config.data.growth)]
+    return [(0, config.data.seq_len), *later]
