@@ -6,8 +6,8 @@ its kind therefore stays, however the documents were cut into files. One before 
 A signature file is a `.npy` of 64-bit numbers, [1 + bands, documents]: the text hashes, then each band, each in one piece, so that one
 column of all files can be read without the others. 0 takes no part: a document that a filter dropped, a text without words.
 
-Memory is bounded whatever the number of documents: columns are compared one by one, and each in parts, by ranges of its values, which
-are as many as it takes. Only one byte a document stays all along (two if there are more than 127 sources).
+Memory is bounded whatever the number of documents: columns are compared one by one, each in as many ranges of its values as that
+takes; every range reads the column again. Only one byte a document stays all along (two if there are more than 127 sources).
 """
 
 from __future__ import annotations

@@ -109,8 +109,7 @@ class GigaEncoder:
             self.failures += 1
             return self._reference.encode(texts)
         # Where the system does not tell (no /proc), 9 bytes for each of text: what a text of words never seen before takes.
-        grown = _resident_bytes() - before if before else 9 * sum(map(len, texts))
-        self._grown += max(0, grown - ids.nbytes)
+        self._grown += max(0, _resident_bytes() - before - ids.nbytes) if before else 9 * sum(map(len, texts))
         if self._grown > _CACHE_BYTES:
             self._backend, self._grown = self._load(), 0
         return ids, offsets

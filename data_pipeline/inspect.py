@@ -1,27 +1,44 @@
-"""What a prepared data set holds, as data; drawing it is the caller's part."""
+"""What a prepared data set holds, as data: counts, drops, lengths, samples, and how it was made. Drawing it is the caller's part.
+
+Reads the manifests, every index (one shard's at a time) and the few tokens of the samples; of a data set of any size no more.
+"""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import Manifest, SourceManifest
+from data_pipeline.packing import read_concatenated
 from data_pipeline.prepared import open_prepared
-from data_pipeline.shards import ShardSet
+from data_pipeline.settings import PrepareConfig, Settings, source_names
+from data_pipeline.shards import ShardFile, ShardSet
 from data_pipeline.tokenizer import Tokenizer
+
+PACKED_TOKENS = 64
+"""Tokens in the sequence that shows how documents are packed."""
 
 _HEAD_TOKENS = 64
 _TAIL_TOKENS = 16
 
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+"""Control characters of a text become their pictures: nothing that a terminal would obey."""
+
+Decoded = tuple[str | None, ...]
+"""Text for people, in pieces; None stands for an end-of-text token."""
+
 
 @dataclass(frozen=True)
 class LengthBin:
-    """Documents of `low` to `high` - 1 tokens, the end-of-text token included."""
+    """Documents of `low` to 2 * `low` - 1 tokens, the end-of-text token included."""
 
     low: int
-    high: int
     documents: int
     tokens: int
 
@@ -30,30 +47,127 @@ class LengthBin:
 class SampleDocument:
     """One document, read back from the shards."""
 
-    index: int
-    """Its number in the split."""
+    split: str
+    number: int
+    """Its number in its source's part of the split."""
     start: int
-    """Its first token's place in the split's stream."""
+    """Its first token's place in the stream of that part."""
     stop: int
-    """One past its end-of-text token."""
-    head: str
-    """Its first tokens, decoded; all of it where `tail` is empty."""
-    tail: str
-    """Its last tokens, decoded, down to the end-of-text token."""
+    """One past its last token."""
+    head: Decoded
+    """Its first tokens; all of it where `tail` is empty."""
+    tail: Decoded
+    """Its last tokens."""
 
 
 @dataclass(frozen=True)
-class SplitDescription:
-    """One split."""
+class PackedPiece:
+    """A run of tokens of one document in a packed sequence."""
+
+    number: int
+    """Of the document, as in SampleDocument."""
+    first: int
+    """Which token of its document the first one is, from 0."""
+    count: int
+    length: int
+    """Tokens of the whole document."""
+    text: Decoded
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """A sequence of PACKED_TOKENS as concatenation cuts it from the stream, chosen such that documents meet in it, if any do."""
+
+    start: int
+    """Its first token's place in the stream."""
+    pieces: tuple[PackedPiece, ...]
+    padding: int
+    """End-of-text tokens that fill it up."""
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Documents of `source` that were dropped because `kept_in` holds them too."""
+
+    source: str
+    kept_in: str
+    exact: int
+    near: int
+
+
+@dataclass(frozen=True)
+class SourceDescription:
+    """One source in all splits."""
 
     name: str
-    manifest: Manifest
-    bytes_per_token: float
-    """UTF-8 bytes of text by token, end-of-text tokens included: loss / ln 2 / this is bits per byte."""
+    splits: Mapping[str, SourceManifest]
     lengths: tuple[LengthBin, ...]
-    """Powers of two, from the shortest to the longest document."""
+    """Powers of two, from the shortest to the longest document, of all splits."""
     samples: tuple[SampleDocument, ...]
-    """Evenly spaced over the split."""
+    """Evenly spaced over the training split, or over another where that holds nothing of the source."""
+    packed: PackedSequence | None
+    """None if no samples are wanted, or there is no document."""
+
+    @property
+    def read(self) -> int:
+        """Documents read: written or dropped."""
+        return sum(part.read for part in self.splits.values())
+
+    @property
+    def documents(self) -> int:
+        """Documents written."""
+        return sum(part.documents for part in self.splits.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written."""
+        return sum(part.tokens for part in self.splits.values())
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """Documents dropped by reason, the most frequent first; duplicates of whatever source are one reason."""
+        return _most_first((_KINDS.get(reason.partition(": ")[0], reason), count) for reason, count in self._counts("dropped"))
+
+    @property
+    def changes(self) -> dict[str, int]:
+        """Documents that are kept with a remark: repaired or marked, by reason."""
+        return _most_first(
+            (f"{what}: {reason}", count) for what in ("repaired", "marked") for reason, count in self._counts(what)
+        )
+
+    @property
+    def duplicates(self) -> tuple[Duplicates, ...]:
+        """Where the documents are that it repeated."""
+        counts = Counter(dict[tuple[str, str], int]())
+        for reason, count in self._counts("dropped"):
+            kind, _, kept_in = reason.partition(": ")
+            if kind in _KINDS:
+                counts[kind, kept_in] += count
+        sources = dict.fromkeys(kept_in for _, kept_in in counts)
+        return tuple(Duplicates(self.name, to, counts["exact_duplicate", to], counts["near_duplicate", to]) for to in sources)
+
+    @property
+    def in_place(self) -> tuple[int, str] | None:
+        """(shards whose tokens are files of others, the folder or file that holds them all); None if all are our own."""
+        files = [shard.external_bin for part in self.splits.values() for shard in part.shards if shard.external_bin is not None]
+        return (len(files), os.path.commonpath(files)) if files else None
+
+    def _counts(self, what: str) -> list[tuple[str, int]]:
+        return [item for part in self.splits.values() for item in getattr(part, what).items()]
+
+
+_KINDS = {"exact_duplicate": "exact duplicate", "near_duplicate": "near duplicate"}
+"""Reasons that name the source of the document that is kept."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the recipe."""
+
+    name: str
+    value: str
+    changed: bool = False
+    """It differs from the default."""
 
 
 @dataclass(frozen=True)
@@ -62,45 +176,168 @@ class Description:
 
     path: Path
     tokenizer: Tokenizer
-    splits: tuple[SplitDescription, ...]
+    end_of_text: str
+    """How the tokenizer spells its end-of-text token."""
+    splits: Mapping[str, Manifest]
+    """In the order train, validation."""
+    sources: tuple[SourceDescription, ...]
+    recipe: Mapping[str, tuple[Entry, ...]]
+    """How it was made: sections of lines. Switched-off parts are told in one line."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all splits."""
+        return sum(manifest.tokens for manifest in self.splits.values())
+
+    @property
+    def documents(self) -> int:
+        """Documents of all splits."""
+        return sum(manifest.documents for manifest in self.splits.values())
 
 
 def describe(path: Path, samples: int = 3) -> Description:
-    """Describe a prepared data set, with `samples` documents of each split.
+    """Describe a prepared data set, with `samples` documents of each source.
 
     Raises:
         DataError: there is none at `path`, or it is damaged.
     """
     prepared = open_prepared(path)
+    names = dict.fromkeys(source.name for manifest in prepared.splits.values() for source in manifest.sources)
     return Description(
-        path, prepared.tokenizer, tuple(_describe_split(path / name, prepared.tokenizer, samples) for name in prepared.splits)
+        path=path,
+        tokenizer=prepared.tokenizer,
+        end_of_text=prepared.tokenizer.decode([prepared.tokenizer.eot_id]),
+        splits=prepared.splits,
+        sources=tuple(_describe_source(path, name, prepared.splits, prepared.tokenizer, samples) for name in names),
+        recipe=_recipe(prepared.splits["train"], prepared.tokenizer),
     )
 
 
-def _describe_split(folder: Path, tokenizer: Tokenizer, samples: int) -> SplitDescription:
-    shards = ShardSet.open(folder)
-    count = min(samples, shards.n_documents)
-    return SplitDescription(
-        name=folder.name,
-        manifest=shards.manifest,
-        bytes_per_token=shards.manifest.text_bytes / shards.n_tokens,
-        lengths=_length_bins(shards),
-        samples=tuple(_sample(shards, tokenizer, i * shards.n_documents // count) for i in range(count)),
-    )
+def fertility(parts: Iterable[SourceManifest]) -> float | None:
+    """UTF-8 bytes of text by token, end-of-text tokens included: loss / ln 2 / this is bits per byte. None where it is not known."""
+    known = [(part.text_bytes, part.tokens) for part in parts if part.text_bytes and part.tokens]
+    return sum(size for size, _ in known) / sum(tokens for _, tokens in known) if known else None
 
 
-def _length_bins(shards: ShardSet) -> tuple[LengthBin, ...]:
+def _most_first(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
+    total = Counter(dict[str, int]())
+    for reason, count in counts:
+        total[reason] += count
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _describe_source(path: Path, name: str, splits: Mapping[str, Manifest], tokenizer: Tokenizer, samples: int) -> SourceDescription:
+    parts = {split: source for split, manifest in splits.items() for source in manifest.sources if source.name == name}
+    shown = next((split for split, part in parts.items() if part.documents and samples), None)
+    documents: tuple[SampleDocument, ...] = ()
+    packed = None
+    if shown is not None:
+        shards = ShardSet(path / shown, parts[shown])
+        count = min(samples, shards.n_documents)
+        documents = tuple(_sample(shards, shown, tokenizer, i * shards.n_documents // count) for i in range(count))
+        packed = _packed(shards, tokenizer)
+    return SourceDescription(name, parts, _length_bins(path, parts), documents, packed)
+
+
+def _length_bins(path: Path, parts: Mapping[str, SourceManifest]) -> tuple[LengthBin, ...]:
     documents, tokens = np.zeros(32, np.int64), np.zeros(32, np.int64)
-    for lengths in shards.document_lengths():
-        power = np.frexp(lengths)[1] - 1  # floor(log2), exact for 31-bit numbers
-        documents += np.bincount(power, minlength=32)
-        tokens += np.bincount(power, lengths, minlength=32).astype(np.int64)
-    used = np.flatnonzero(documents)
-    return tuple(LengthBin(1 << k, 2 << k, int(documents[k]), int(tokens[k])) for k in range(used[0], used[-1] + 1))
+    for split, part in parts.items():
+        for shard in part.shards:
+            lengths = ShardFile(path / split, shard, part.dtype).lengths  # mapped, and let go of before the next
+            power = np.frexp(lengths)[1] - 1  # floor(log2), exact for 31-bit numbers
+            documents += np.bincount(power, minlength=32)
+            tokens += np.bincount(power, lengths, minlength=32).astype(np.int64)
+    used = np.flatnonzero(documents).tolist()
+    return tuple(LengthBin(1 << k, int(documents[k]), int(tokens[k])) for k in range(used[0], used[-1] + 1)) if used else ()
 
 
-def _sample(shards: ShardSet, tokenizer: Tokenizer, index: int) -> SampleDocument:
-    start, stop = shards.document_span(index)
+def _sample(shards: ShardSet, split: str, tokenizer: Tokenizer, number: int) -> SampleDocument:
+    start, stop = shards.document_span(number)
     middle = stop if stop - start <= _HEAD_TOKENS + _TAIL_TOKENS else start + _HEAD_TOKENS
-    tail = shards.tokens(stop - _TAIL_TOKENS, stop).tolist() if middle < stop else []
-    return SampleDocument(index, start, stop, tokenizer.decode(shards.tokens(start, middle).tolist()), tokenizer.decode(tail))
+    head = _decode(shards.tokens(start, middle), tokenizer)
+    tail = _decode(shards.tokens(stop - _TAIL_TOKENS, stop), tokenizer) if middle < stop else ()
+    return SampleDocument(split, number, start, stop, head, tail)
+
+
+def _packed(shards: ShardSet, tokenizer: Tokenizer) -> PackedSequence:
+    """The sequence in which a document in the middle of the stream starts, preferably not with its first token."""
+    near = range(shards.n_documents // 2, min(shards.n_documents, shards.n_documents // 2 + 8))
+    known = next((number for number in near if shards.document_span(number)[0] % PACKED_TOKENS), near[0])
+    known_start = shards.document_span(known)[0]
+    start = known_start // PACKED_TOKENS * PACKED_TOKENS
+    stop = min(start + PACKED_TOKENS, shards.n_tokens)
+    batch = read_concatenated([shards], [(0, start)], PACKED_TOKENS, tokenizer.eot_id, skip=False)
+    ids, documents = batch.input_ids[0, : stop - start], batch.document_ids[0, : stop - start]
+    pieces = []
+    for piece in range(int(documents[-1]) + 1):
+        number = known + piece - int(documents[known_start - start])
+        low, high = np.searchsorted(documents, [piece, piece + 1]).tolist()
+        first, last = shards.document_span(number)
+        pieces.append(PackedPiece(number, start + low - first, high - low, last - first, _decode(ids[low:high], tokenizer)))
+    return PackedSequence(start, tuple(pieces), start + PACKED_TOKENS - stop)
+
+
+def _decode(ids: NDArray[np.integer], tokenizer: Tokenizer) -> Decoded:
+    pieces: list[str | None] = []
+    start = 0
+    for end in [*np.flatnonzero(ids == tokenizer.eot_id).tolist(), len(ids)]:
+        if start < end:
+            pieces.append(tokenizer.decode(ids[start:end].tolist()).translate(_VISIBLE))
+        if end < len(ids):
+            pieces.append(None)
+        start = end + 1
+    return tuple(pieces)
+
+
+def _recipe(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry, ...]]:
+    """The settings that decided something, by sections, and what was found there when it was prepared."""
+    recipe, settings = manifest.recipe, manifest.recipe.settings
+    filters, dedup, clean = settings.filters, settings.dedup, settings.decontaminate
+    sections: dict[str, tuple[Entry, ...]] = {"sources": _recipe_sources(manifest)}
+    own = {name for source in settings.sources for name in source.filters or ()}
+    used = [*filters.apply, *(name for name in type(filters).model_fields if name in own - set(filters.apply))]
+    sections["filters"] = (Entry("apply", ", ".join(filters.apply) or "none", bool(filters.apply)),)
+    if used:
+        sections["filters"] += _entries(filters, "language_of_rules")
+    for name in used:
+        sections[f"filters.{name}"] = _entries(getattr(filters, name))
+    sections["dedup"] = _entries(dedup, "exact", "minhash", *(("ngram", "bands", "rows") if dedup.minhash else ()))
+    if dedup.minhash:
+        half = (1 / dedup.bands) ** (1 / dedup.rows)
+        sections["dedup"] += (Entry("found", f"about half of the pairs of Jaccard similarity {half:.2f}, more of closer ones"),)
+    sections["decontaminate"] = _entries(clean, "paths", *(("ngram", "action") if clean.paths else ()))
+    sections["tokenizer"] = (
+        Entry("fingerprint", tokenizer.fingerprint),
+        Entry("vocabulary", f"{tokenizer.vocab_size:,} ids"),
+        Entry("made", "trained on these sources" if recipe.trained_tokenizer else "there before"),
+        *(_entries(settings, "tokenizer_kind", "vocab_size", "tokenizer_sample_mb") if recipe.trained_tokenizer else ()),
+    )
+    sections["shards"] = _entries(settings, "validation_fraction", "shard_tokens")
+    sections["made with"] = tuple(Entry(name, version) for name, version in recipe.made_with.items())
+    return {name: entries for name, entries in sections.items() if entries}
+
+
+def _recipe_sources(manifest: Manifest) -> tuple[Entry, ...]:
+    settings: PrepareConfig = manifest.recipe.settings
+    entries = []
+    for name, source, listing in zip(source_names(settings.sources), settings.sources, manifest.recipe.listings, strict=True):
+        own = "" if source.filters is None else f"; filters: {', '.join(source.filters) or 'none'}"
+        entries.append(Entry(name, f"{source.kind} {', '.join(source.paths)}{f' ({listing})' if listing else ''}{own}"))
+    return tuple(entries)
+
+
+def _entries(settings: Settings, *names: str) -> tuple[Entry, ...]:
+    """Some fields, or all."""
+    fields = type(settings).model_fields
+    return tuple(
+        Entry(name, _word(value := getattr(settings, name)), value != fields[name].get_default(call_default_factory=True))
+        for name in names or fields
+    )
+
+
+def _word(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(" ".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)

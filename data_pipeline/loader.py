@@ -81,8 +81,7 @@ class Loader:
                 f"lower data.seq_len or prepare more text"
             )
         self._skip = on_damage == "skip"
-        self._parts = self.longest // seq_len
-        """Samples in a window."""
+        self._parts = self.longest // seq_len  # samples in a window
         self._plans = [BestFit(shards, seq_len) for shards in self.sources] if packing == "best_fit" else []
         sizes = (
             {plan.shards.source.name: plan.n_sequences for plan in self._plans}
@@ -91,7 +90,9 @@ class Loader:
         )
         self.n_sequences = sum(sizes.values()) * self._parts
         """Samples in which everything is read once."""
-        self._shuffled = _Order(mix(mixture, sizes, seed, total_samples, self._parts))
+        self.mixture = mix(mixture, sizes, seed, total_samples, self._parts)
+        """Of windows of `longest` tokens."""
+        self._shuffled = _Order(self.mixture)
         self._in_turn = _Order(in_turn(sizes))
 
     @cached_property
@@ -106,11 +107,11 @@ class Loader:
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often the first `samples` samples read each source."""
-        return self._shuffled.mixture.epochs(samples // self._parts)
+        return self.mixture.epochs(samples // self._parts)
 
     def past(self, samples: int) -> str:
         """Hash of all that decides the first `samples` samples: loaders of equal pasts give the same ones."""
-        mixture = self._shuffled.mixture.past(-(-samples // self._parts))
+        mixture = self.mixture.past(-(-samples // self._parts))
         return xxhash.xxh3_128_hexdigest(repr((self.fingerprint, self.seq_len, self.longest, self.packing, mixture)).encode())
 
     def batch(self, first: int, count: int, seq_len: int | None = None) -> Batch:

@@ -25,6 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
+from data_pipeline.hashing import splitmix64
 from data_pipeline.order import order_key, permute
 from data_pipeline.settings import MixtureConfig
 
@@ -133,10 +134,8 @@ class Mixture:
         epochs, places = np.divmod(numbers, size)
         if self.seed is None:
             return places
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = slice(*np.searchsorted(epochs, (epoch, epoch + 1)))
-            places[here] = permute(places[here], size, order_key(self.seed, self.names[source], epoch))
-        return places
+        keys = splitmix64(np.uint64(order_key(self.seed, self.names[source])) ^ epochs.astype(np.uint64))
+        return permute(places, size, keys)
 
 
 def counts(weights: tuple[int, ...], n: int) -> list[int]:

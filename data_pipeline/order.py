@@ -34,8 +34,13 @@ def order_key(seed: int, *parts: int | str) -> int:
     return int(key[0])
 
 
-def permute(index: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
+def permute(index: NDArray[np.int64], n: int, key: int | NDArray[np.uint64]) -> NDArray[np.int64]:
     """Where the keyed permutation of [0, n) sends each of `index`, an array of any length of numbers in [0, n), n up to 2^62.
+
+    Args:
+        index: what to permute.
+        n: how many there are.
+        key: of the permutation; or as many keys as `index` is long, of the permutation that each goes by.
 
     Raises:
         ValueError: a number lies outside [0, n).
@@ -45,21 +50,22 @@ def permute(index: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
         raise ValueError(f"indices must lie in [0, {n}), got {index.min()} to {index.max()}")
     a = max(_LEAST_BASE, isqrt(n - 1) + 1)
     b = max(_LEAST_BASE, -(-n // a))
-    round_keys = splitmix64(np.array([(key + r * GOLDEN) & _MASK64 for r in range(1, ROUNDS + 1)], np.uint64))
-    out = _feistel(index.astype(np.uint64), a, b, round_keys)
+    keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape)
+    out = _feistel(index.astype(np.uint64), a, b, keys)
     outside = np.flatnonzero(out >= n)
     while outside.size:
-        out[outside] = _feistel(out[outside], a, b, round_keys)
+        out[outside] = _feistel(out[outside], a, b, keys[outside])
         outside = outside[out[outside] >= n]
     return out.astype(np.int64)
 
 
-def _feistel(x: NDArray[np.uint64], a: int, b: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _feistel(x: NDArray[np.uint64], a: int, b: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """One pass over numbers below a * b."""
     digit, other = np.divmod(x, np.uint64(b))
     base, other_base = np.uint64(a), np.uint64(b)
-    for round_key in round_keys:
-        change = ((splitmix64(other ^ round_key) >> np.uint64(32)) * base) >> np.uint64(32)  # from 0 to base - 1
+    for turn in range(1, ROUNDS + 1):
+        hashed = splitmix64((keys + np.uint64(turn * GOLDEN & _MASK64)) ^ other)
+        change = ((hashed >> np.uint64(32)) * base) >> np.uint64(32)  # from 0 to base - 1
         change += digit
         np.minimum(change, change - base, out=change)  # modulo base: below it, the difference wraps around to a huge number
         digit, other, base, other_base = other, change, other_base, base

@@ -116,8 +116,10 @@ def _cuts(starts: list[NDArray[np.int64]], places: list[tuple[int, int, int, int
     """The document starts near some places as `number_documents` wants them; what lies outside of a row is moved to its edge."""
     each = np.array(places)
     itemsize, shift, low = each.repeat(each[:, 0], axis=0).T[1:]
-    cuts = np.concatenate(starts) // itemsize + shift
-    return np.minimum(np.maximum(cuts, low), low + seq_len)
+    cuts: NDArray[np.int64] = np.concatenate(starts) // itemsize + shift
+    np.maximum(cuts, low, out=cuts)
+    np.minimum(cuts, low + seq_len, out=cuts)
+    return cuts
 
 
 def _pad(tokens: NDArray[np.int32], lengths: list[int], eot_id: int) -> NDArray[np.int32]:

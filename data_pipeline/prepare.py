@@ -162,7 +162,7 @@ def _listing(source: SourceConfig, files: Sequence[SourceFile]) -> str | None:
 def _recipe(corpus: _Corpus, trained_tokenizer: bool) -> Recipe:
     settings = {name: getattr(corpus.config, name) for name in PrepareConfig.model_fields}
     return Recipe(
-        settings=PrepareConfig(**(settings | {"workers": AUTO, "tokenizer": AUTO})),
+        settings=PrepareConfig(**(settings | {"workers": None, "tokenizer": AUTO})),
         trained_tokenizer=trained_tokenizer,
         listings=corpus.listings,
         lists=corpus.lists,
@@ -361,7 +361,7 @@ class _Count:
 
 
 def _workers(config: PrepareConfig) -> int:
-    return cores() if config.workers == AUTO else config.workers
+    return config.workers or cores()
 
 
 def _documents(results: dict[str, ChunkResult], split: str) -> int:

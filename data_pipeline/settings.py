@@ -392,5 +392,5 @@ class PrepareConfig(Settings):
     shard_tokens: int = Field(default=128_000_000, gt=0)
     """Tokens a shard holds at most (256 MB of 16-bit tokens); a longer document has a shard of its own. A worker holds one in memory."""
 
-    workers: OrAuto[Annotated[int, Field(gt=0)]] = AUTO
-    """Processes that prepare. `auto` is one a core. The result does not depend on it."""
+    workers: int | None = Field(default=None, gt=0)
+    """Processes that prepare; none is one a core. The result does not depend on it."""

@@ -80,7 +80,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def _backend_of(config: Mapping[str, Any], file: Path) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(config, ensure_ascii=False))
+        backend = tokenizers.Tokenizer.from_buffer(json.dumps(config, ensure_ascii=False).encode())
     except ValueError as error:
         raise DataError(f"data.tokenizer: {file} is not a tokenizer.json: {error}") from error
     # Files from the hub may cut texts at some length; what is cut off would be lost without a word.
@@ -99,7 +99,7 @@ def _within_reach(config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> s
     model = config["model"]
     vocab = model["vocab"] if isinstance(model["vocab"], dict) else {name for name, _ in model["vocab"]}
     special = {token["content"] for token in config.get("added_tokens", ()) if token["special"] and token["content"] in vocab}
-    if model.get("type", "BPE") == "BPE" and not model.get("ignore_merges"):
+    if "merges" in model and not model.get("ignore_merges"):
         special &= {merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]}
     cut = backend.pre_tokenizer
     return {name for name in special if cut is None or any(name in piece for piece, _ in cut.pre_tokenize_str(name))}

@@ -48,9 +48,7 @@ def url_judge(settings: UrlFilter) -> Judge:
 def line_judge(settings: LineFilter) -> Judge:
     """Reason: `listed lines`. Empty lines do not count, neither as lines nor as listed."""
     if not settings.files:
-        raise DataError(
-            "data.filters.lines has no files of lines to look for; set data.filters.lines.files, or take lines out of the filters"
-        )
+        raise DataError("data.filters.lines.files names no file of lines; set it, or take lines out of the filters")
     listed = _read_list(settings.files, "lines.files", str.strip)
 
     def judge(document: Document) -> Verdict:

@@ -14,13 +14,14 @@ from pretrain.cli.run import EXIT_STOPPED
 from pretrain.cli.settings_help import CONFIG_HELP, DataCommand
 
 if TYPE_CHECKING:
-    from data_pipeline.inspect import Description, SplitDescription
+    from data_pipeline.forecast import Forecast
     from data_pipeline.prepare import OnProgress
     from data_pipeline.prepared import Prepared
     from pretrain.config import DataConfig
 
 app = typer.Typer(help="Turn raw text into token shards, and look at them.", no_args_is_help=True)
 Words = Annotated[list[str], typer.Argument(metavar="[CONFIG] [key=value]...", help=CONFIG_HELP)]
+RUN_HELP = "A run's config and settings, as for `pretrain train`: shows what that run would read of DATA, whatever its data.path says."
 DataPath = Annotated[Path, typer.Argument(metavar="DATA", help="A prepared data set: the `data.path` of its config.")]
 
 BAR_WIDTH = 40
@@ -59,12 +60,44 @@ def prepare(
 @app.command()
 def inspect(
     path: DataPath,
-    samples: Annotated[int, typer.Option(min=0, help="Documents of each split to show.")] = 3,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value]...", help=RUN_HELP)] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Documents of each source to show.")] = 3,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that needs no network instead.")] = None,
 ) -> None:
-    """Show what a prepared data set holds: documents, tokens, lengths, drops, samples."""
+    """Show what a prepared data set holds: documents, tokens, drops, lengths, samples; and what a run would read of it.
+
+    `pretrain data inspect data/my my.yaml train.steps=5000` adds what that run reads: tokens, epochs and repeats by source.
+    """
     from data_pipeline.inspect import describe
 
-    draw(describe(path, samples), Console())
+    description = describe(path, samples)
+    forecast = _forecast(path, words) if words else None
+    if html is None:
+        from pretrain.cli.data_view import draw
+
+        draw(description, forecast, Console())
+    else:
+        from pretrain.report.data_page import write_data_page
+
+        write_data_page(html, description, forecast)
+        typer.echo(html)
+
+
+def _forecast(path: Path, words: list[str]) -> Forecast:
+    """What a run with these settings reads of the data in `path`."""
+    from data_pipeline.forecast import forecast
+    from pretrain.config import AUTO
+    from pretrain.config_loading import load_words
+    from pretrain.optim.schedule import samples_before
+    from pretrain.train.growth import check_growth, longest_seq_len
+    from pretrain.train.run import open_data
+
+    config = load_words(words).config
+    window = longest_seq_len(config) if config.data.window == AUTO else config.data.window
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path, "window": window})})
+    check_growth(config)
+    train, _ = open_data(config)
+    return forecast(train, samples_before(config.train.steps + 1, config.train))
 
 
 @app.command()
@@ -141,44 +174,6 @@ def show_progress(console: Console) -> Iterator[OnProgress]:
             bars.update(tasks[report.stage], completed=report.read, done=done)  # type: ignore[arg-type]  # rich's TaskID
 
         yield show
-
-
-def draw(description: Description, console: Console) -> None:
-    """A data set on the terminal."""
-    from rich.text import Text
-
-    tokenizer = description.tokenizer
-    console.print(
-        Text.assemble((str(description.path), "bold"), f"  tokenizer of {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint}"),
-        soft_wrap=True,
-    )
-    for split in description.splits:
-        _draw_split(split, console)
-
-
-def _draw_split(split: SplitDescription, console: Console) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    manifest = split.manifest
-    console.print(
-        f"\n[bold]{split.name}[/]  {manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} shards, "
-        f"{split.bytes_per_token:.2f} bytes a token",
-        highlight=False,
-    )
-    for what, counts in (("dropped", manifest.dropped), ("repaired", manifest.repaired)):
-        for reason, count in counts.items():
-            console.print(f"  {what}: {count:,} {reason}", highlight=False)
-    lengths = Table("tokens in a document", "documents", "", "tokens", box=None, padding=(0, 2), header_style="dim")
-    most = max(entry.documents for entry in split.lengths)
-    for entry in split.lengths:
-        bar = "█" * max(1, round(BAR_WIDTH * entry.documents / most))
-        lengths.add_row(f"{entry.low:,} to {entry.high - 1:,}", f"{entry.documents:,}", Text(bar, "cyan"), f"{entry.tokens:,}")
-    console.print(lengths)
-    for sample in split.samples:
-        console.print(f"\n[dim]document {sample.index}, tokens {sample.start:,} to {sample.stop - 1:,}[/]", highlight=False)
-        gap = Text("\n[...]\n", "dim") if sample.tail else Text()
-        console.print(Text.assemble(sample.head, gap, sample.tail), soft_wrap=True)
 
 
 def _data_config(words: list[str]) -> DataConfig:

@@ -1,29 +1,19 @@
-"""The report of a run: one HTML file that needs nothing else, neither network nor fonts.
-
-About 2 MB: Plotly's own script is 4.8 MB, and travels compressed; the browser unpacks it (DecompressionStream, in all since 2023).
-"""
+"""The report of a run: what it is, its curves, its events, what it writes and its settings."""
 
 from __future__ import annotations
 
-import base64
-import gzip
-import html
 import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from string import Template
-
-from plotly.io.json import to_json_plotly
-from plotly.offline import get_plotlyjs
 
 from pretrain.config import RunConfig, flatten
+from pretrain.report import frame
 from pretrain.report.charts import MAX_POINTS, charts, themes
+from pretrain.report.frame import text
 from pretrain.report.records import Event, Metrics, read_config, read_events, read_metrics, write_whole
 from pretrain.report.words import amount, decimal, duration
 
@@ -63,25 +53,19 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _page(run: Run) -> str:
-    assets = files("pretrain.report")
-    figures = {name: figure.to_plotly_json() for name, figure in charts(run.metrics, run.events).items()}
-    return Template(assets.joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        css=assets.joinpath("page.css").read_text(encoding="utf-8"),
-        js=assets.joinpath("page.js").read_text(encoding="utf-8"),
-        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
-        figures=_script_json({"charts": figures, "themes": themes()}),
-        title=_text(run.name),
-        state=_text(_state(run.events)),
-        subtitle=_text(_subtitle(run)),
-        tiles="".join(_tile(*tile) for tile in _tiles(run)),
-        notices="".join(f'<p class="notice">{_text(notice)}</p>' for notice in _notices(run)),
-        charts="".join(_chart(name, title) for name, title in SECTIONS.items()),
-        remarks=_text(_remarks(run)),
-        samples=_samples(run.events),
-        events=_events(run.events),
-        config=_config(run.config),
-        written=_when(datetime.now(tz=UTC).timestamp()),
-    )
+    sections = "".join(frame.card(name, title, frame.chart(name, f"{title} over the steps")) for name, title in SECTIONS.items())
+    body = [
+        frame.tiles(_tiles(run)),
+        frame.notices(_notices(run)),
+        f'<div class="charts">{sections}</div>',
+        f'<p class="note">{text(_remarks(run))}</p>',
+        _samples(run.events),
+        _events(run.events),
+        _config(run.config),
+    ]
+    source = "metrics.jsonl and events.jsonl"
+    figures = charts(run.metrics, run.events)
+    return frame.page(run.name, _state(run.events), _subtitle(run), "\n".join(body), source, figures, themes())
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -156,17 +140,12 @@ def _remarks(run: Run) -> str:
     return " ".join([*remarks, f"{statement}."] if statement else remarks)
 
 
-def _chart(name: str, title: str) -> str:
-    plot = f'<div class="chart" id="chart-{name}" role="img" aria-label="{title} over the steps"></div>'
-    return f'<section class="card" id="{name}"><h2>{title}</h2>{plot}</section>'
-
-
 def _samples(events: Sequence[Event]) -> str:
     samples = {event.prompt: event for event in events if event.kind == "sample"}.values()  # the last attempt's
     if not samples:
         return ""
-    figures = "".join(f'<pre class="sample"><b>{_text(s.prompt or "")}</b>{_text(s.text)}</pre>' for s in samples)
-    return f'<section class="card" id="samples"><h2>What it writes</h2><p class="note">The prompt is bold.</p>{figures}</section>'
+    figures = "".join(f'<pre class="sample"><b>{text(s.prompt or "")}</b>{text(s.text)}</pre>' for s in samples)
+    return frame.card("samples", "What it writes", figures, "The prompt is bold.")
 
 
 def _events(events: Sequence[Event]) -> str:
@@ -175,47 +154,22 @@ def _events(events: Sequence[Event]) -> str:
         return ""
     began = told[0].time
     rows = "".join(
-        f'<tr><td class="number">{"" if e.step is None else f"{e.step:,}"}</td><td><span class="kind {_text(e.kind)}">'
-        f'{_text(e.kind.replace("_", " "))}</span></td><td>{_text(e.text)}</td><td class="number" title="{_when(e.time)}">'
+        f'<tr><td class="number">{"" if e.step is None else f"{e.step:,}"}</td><td><span class="kind {text(e.kind)}">'
+        f'{text(e.kind.replace("_", " "))}</span></td><td>{text(e.text)}</td><td class="number" title="{frame.when(e.time)}">'
         f"{duration(e.time - began)}</td></tr>"
         for e in told
     )
     head = '<tr><th class="number">Step</th><th>Event</th><th></th><th class="number">After</th></tr>'
-    return (
-        f'<section class="card" id="events"><h2>Events</h2><p class="note">Since {_when(began)}.</p>'
-        f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div></section>'
-    )
+    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    return frame.card("events", "Events", table, f"Since {frame.when(began)}.")
 
 
 def _config(config: RunConfig) -> str:
     """Sections that open and close; what differs from the defaults is bold."""
     defaults = flatten(RunConfig())
-    sections: dict[str, list[str]] = {}
+    sections: dict[str, list[tuple[str, str, bool]]] = {}
     for key, value in flatten(config).items():
         section, _, name = key.partition(".")
-        changed = ' class="changed"' if value != defaults[key] else ""
         word = json.dumps(value, ensure_ascii=False) if isinstance(value, list | bool) or value is None else str(value)
-        sections.setdefault(section, []).append(f"<dt{changed}>{_text(name)}</dt><dd{changed}>{_text(word)}</dd>")
-    trees = "".join(f"<details><summary>{name}</summary><dl>{''.join(rows)}</dl></details>" for name, rows in sections.items())
-    return (
-        f'<section class="card" id="config"><h2>Settings</h2><p class="note">What differs from the defaults is bold.</p>{trees}</section>'
-    )
-
-
-def _tile(name: str, value: str, remark: str) -> str:
-    rows = (("name", name), ("value", value), ("remark", remark))
-    lines = "".join(f'<div class="{kind}">{_text(text)}</div>' for kind, text in rows)
-    return f'<div class="tile">{lines}</div>'
-
-
-def _when(unix: float) -> str:
-    return datetime.fromtimestamp(unix, tz=UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _text(text: str) -> str:
-    return html.escape(text)
-
-
-def _script_json(data: object) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return str(to_json_plotly(data)).replace("<", "\\u003c")
+        sections.setdefault(section, []).append((name, word, value != defaults[key]))
+    return frame.card("config", "Settings", frame.settings(sections), "What differs from the defaults is bold.")

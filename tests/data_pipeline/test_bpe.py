@@ -1,7 +1,11 @@
 import json
+import random
+import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
 from data_pipeline.sources import Document
@@ -11,12 +15,55 @@ TEXTS = [f"def step_{i}(loss, rate):\n    return loss * {i} - rate\n" for i in r
 
 
 def document(name: str, text: str) -> Document:
-    return Document(name, text, len(text.encode()), False, 0)
+    return Document(name, text, "web", {}, len(text.encode()), False, 0)
 
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Tokenizer:
     return train_tokenizer(TEXTS, 400, tmp_path / "tokenizer.json")
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One of each kind."""
+    return train_tokenizer(TEXTS, 400, tmp_path_factory.mktemp(request.param) / "tokenizer.json", request.param)
+
+
+WRITTEN_OUT = st.sampled_from([END_OF_TEXT, "<|", "|>", "endoftext", "<0x41>", "<unk>", " ", "\n"])
+MIXED = st.lists(WRITTEN_OUT | st.text(), max_size=8).map("".join)
+
+
+@settings(deadline=None)
+@given(text=MIXED)
+def test_any_text_comes_back_and_never_holds_the_end_token(trained: Tokenizer, text: str) -> None:
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.eot_id not in ids
+
+
+def test_unigram_is_the_same_at_every_training_whatever_the_order(tmp_path: Path) -> None:
+    one = train_tokenizer(TEXTS, 300, tmp_path / "one.json", "unigram")
+    two = train_tokenizer(random.Random(0).sample(TEXTS, len(TEXTS)), 300, tmp_path / "two.json", "unigram")
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    assert one.fingerprint == two.fingerprint
+    assert train_tokenizer(TEXTS[:150], 300, tmp_path / "three.json", "unigram").fingerprint != one.fingerprint
+    model = json.loads(one.to_json())["model"]
+    assert (model["type"], len(model["vocab"]), one.vocab_size, one.eot_id) == ("Unigram", 300, 300, 0)
+    assert {name for name, _ in model["vocab"]} > set(json.loads(train_tokenizer([], 257, tmp_path / "b.json").to_json())["model"]["vocab"])
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_vocabulary_of_nothing_but_the_bytes_can_be_trained(tmp_path: Path, kind: str) -> None:
+    tokenizer = train_tokenizer(TEXTS, 257, tmp_path / "bytes.json", kind)
+    assert (tokenizer.vocab_size, len(tokenizer.encode("ü漢"))) == (257, 5)
+    assert train_tokenizer(["ab"], 5000, tmp_path / "small.json", kind).vocab_size < 270
+
+
+def test_unigram_tells_the_package_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(DataError, match=r"tokenizer_kind=unigram: pip install 'pretrain\[tokenizers\]'"):
+        train_tokenizer(TEXTS, 400, tmp_path / "tokenizer.json", "unigram")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("text", ["plain", "ünï¢ödé 漢字 🎉", "\x00\x01 tabs\t\r\n  mixed \n\n", " ", "1234567890", END_OF_TEXT])
@@ -44,6 +91,13 @@ def test_a_file_and_its_folder_load_the_same(tokenizer: Tokenizer, tmp_path: Pat
     assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(tmp_path / "tokenizer.json").fingerprint == tokenizer.fingerprint
 
 
+def test_the_json_of_a_tokenizer_loads_as_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "again.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    again = load_tokenizer(tmp_path / "again.json")
+    assert (again.fingerprint, again.to_json()) == (tokenizer.fingerprint, tokenizer.to_json())
+    assert again.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+
+
 def edited(path: Path, **changes: object) -> Path:
     """A copy of the tokenizer in `path` with other top-level entries."""
     (path / "edited.json").write_text(json.dumps(json.loads((path / "tokenizer.json").read_text()) | changes))
@@ -66,11 +120,12 @@ def test_truncation_and_padding_of_a_foreign_file_are_off(tokenizer: Tokenizer, 
 
 
 def test_what_is_no_tokenizer_is_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no end-of-text token among its special tokens \(none\); add one of <\|endoftext\|>"):
+    with pytest.raises(DataError, match=r"no end-of-text token among its special tokens \(none\); it must be one of <\|endoftext\|>"):
         load_tokenizer(edited(tmp_path, added_tokens=[]))
-    (tmp_path / "broken.json").write_text('{"model": 3}')
-    with pytest.raises(DataError, match=r"broken\.json is not a tokenizer\.json"):
-        load_tokenizer(tmp_path / "broken.json")
+    for broken in ('{"model": 3}', "[]", "{", '{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}', "\xff"):
+        (tmp_path / "broken.json").write_text(broken, encoding="latin-1")
+        with pytest.raises(DataError, match=r"broken\.json is not a tokenizer\.json"):
+            load_tokenizer(tmp_path / "broken.json")
     with pytest.raises(DataError, match=r"cannot read .*nowhere"):
         load_tokenizer(tmp_path / "nowhere")
 

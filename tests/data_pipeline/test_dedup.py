@@ -58,7 +58,9 @@ def random_columns(documents: int, bands: int, seed: int = 0, common: float = 0.
 
 
 def test_many_parts_few_parts_and_a_dictionary_agree(tmp_path: Path) -> None:
-    columns, cuts = random_columns(40_000, bands=3), [0, 13_000, 13_001, 30_000]
+    columns, cuts, parts = random_columns(40_000, bands=3), [0, 13_000, 13_001, 30_000], 7
+    edges = [max(1, min(2**64 - 1, (part << 64) // parts + off)) for part in range(parts + 1) for off in (-1, 0, 1)]
+    columns[[*range(len(edges)), *range(-len(edges), 0)], 1] = np.array(edges * 2, np.uint64)
     sources = ["empty", "web", "web", "code", "code"]
     files = write(tmp_path, columns, cuts)
     names = np.repeat(sources, np.diff([0, *cuts, 40_000])).tolist()
@@ -69,9 +71,10 @@ def test_many_parts_few_parts_and_a_dictionary_agree(tmp_path: Path) -> None:
         assert [len(codes) for codes in found.codes] == [0, 13_000, 1, 16_999, 10_000]
         assert reasons_of(found) == expected
     assert len(set(expected)) == 5
+    assert all(expected[-len(edges) :])
     assert shares.count(1.0) == 2
-    assert len(shares) == 4 * 7 + 4
-    assert shares[: 4 * 7] == sorted(shares[: 4 * 7])
+    assert len(shares) == 4 * parts + 4
+    assert shares[: 4 * parts] == sorted(shares[: 4 * parts])
 
 
 def test_half_of_all_documents_may_be_the_same(tmp_path: Path) -> None:

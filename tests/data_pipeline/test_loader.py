@@ -2,6 +2,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,10 @@ def same(one: Batch, two: Batch) -> bool:
 
 def rows(*batches: Batch) -> Batch:
     return Batch(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in ("input_ids", "labels", "document_ids")))
+
+
+def part(batch: Batch, first: int, count: int) -> Batch:
+    return Batch(*(getattr(batch, name)[first : first + count] for name in ("input_ids", "labels", "document_ids")))
 
 
 def flip(file: Path, byte: int) -> None:
@@ -92,15 +97,11 @@ def test_longer_sequences_hold_the_tokens_that_the_shorter_ones_would_have_held(
         assert long.input_ids.shape == (n // together, 8 * together)
         assert long.input_ids.ravel().tolist() == short.input_ids.ravel().tolist()
         assert long.labels.ravel().tolist() == short.labels.ravel().tolist()
-        assert same(loader.batch(20, 8, seq_len=8 * together), loader_rows(long, 20 // together, 8 // together))
+        assert same(loader.batch(20, 8, seq_len=8 * together), part(long, 20 // together, 8 // together))
     assert same(loader.batch(0, n, seq_len=32), Loader(three, seq_len=32, seed=5).batch(0, n // 4))
     for first, count, seq_len in ((1, 4, 16), (0, 3, 16), (0, 6, 24), (0, 8, 64), (0, 8, 12)):
         with pytest.raises(ValueError, match="are not rows of"):
             loader.batch(first, count, seq_len)
-
-
-def loader_rows(batch: Batch, first: int, count: int) -> Batch:
-    return Batch(*(getattr(batch, name)[first : first + count] for name in ("input_ids", "labels", "document_ids")))
 
 
 def test_sequential_is_every_sequence_once_the_sources_taking_turns(write_split: WriteSplit) -> None:
@@ -186,8 +187,8 @@ def test_a_mixture_is_read_in_its_proportions_exactly_at_its_blocks(write_split:
 
 
 def test_equal_pasts_are_equal_samples_and_a_later_stage_is_no_part_of_it(three: Path) -> None:
-    def past(samples: int, **settings: object) -> str:
-        return Loader(three, **({"seq_len": 8, "seed": 5} | settings)).past(samples)  # type: ignore[arg-type]  # keywords by name
+    def past(samples: int, **settings: Any) -> str:
+        return Loader(three, **({"seq_len": 8, "seed": 5} | settings)).past(samples)
 
     later = MixtureConfig(stages=(MixtureStage(start=100, weights={"web": 1}),))
     assert past(100) == past(100) == past(100, mixture=later)

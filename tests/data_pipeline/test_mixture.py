@@ -61,18 +61,18 @@ def mixtures(draw: st.DrawFn) -> tuple[Mixture, int]:
     """A mixture of 1 to 3 small sources with stages, and a number of samples past the last stage."""
     names = NAMES[: draw(st.integers(1, 3))]
     weight = st.sampled_from([0, 0.25, 0.5, 1, 1.7, 3])
-    table = st.fixed_dictionaries({name: weight for name in names}).filter(lambda weights: any(weights.values()))
+    table = st.fixed_dictionaries(dict.fromkeys(names, weight)).filter(lambda weights: any(weights.values()))
     starts = sorted(draw(st.lists(st.integers(0, 12_000), max_size=2)))
     config = MixtureConfig(
         by=draw(st.sampled_from(["epochs", "tokens"])),
         weights=draw(st.one_of(st.just({}), table)),
         stages=tuple(MixtureStage(start=start, weights=draw(table)) for start in starts),
     )
-    sizes = {name: draw(st.integers(1, 3000)) for name in names}
+    sizes = {name: draw(st.integers(20, 3000)) for name in names}
     return mix(config, sizes, draw(st.integers(0, 2**64 - 1)), None), max([0, *starts]) + draw(st.integers(1, 6000))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(drawn=mixtures())
 def test_every_round_through_a_source_visits_each_of_its_sequences_once_across_blocks_and_stages(drawn: tuple[Mixture, int]) -> None:
     mixture, samples = drawn
@@ -100,6 +100,15 @@ def test_after_a_cycle_each_source_was_read_exactly_its_weight_times(weights: tu
     assert mixture.epochs(cycle) == sized(weights)
     everything = mix(MixtureConfig(), dict(zip(NAMES, sizes, strict=True)), seed, None)
     assert everything.epochs(sum(sizes)) == sized((1, 1, 1))
+
+
+def test_sources_of_a_sequence_or_two_are_read_round_and_round() -> None:
+    read = stream(mix(MixtureConfig(by="tokens", weights=sized((1, 1, 0))), {"web": 1, "code": 2, "books": 5}, 0, None), 2 * BLOCK)
+    web, code = ([sequence for s, sequence in read if s == source] for source in (0, 1))
+    assert web == [0] * BLOCK
+    pairs = Counter(zip(code[::2], code[1::2], strict=True))
+    assert set(pairs) == {(0, 1), (1, 0)}
+    assert abs(pairs[0, 1] - BLOCK / 4) < 5 * (BLOCK / 8) ** 0.5  # each round has an order of its own
 
 
 def test_counts_are_exact_at_every_block_and_random_inside() -> None:
@@ -154,7 +163,7 @@ def test_weights_mean_what_they_say() -> None:
     assert cycle(by="tokens", weights={"web": 3, "code": 1}) == (750_000, 250_000, 0)
     assert cycle(by="tokens", weights={"web": 0.1, "code": 0.2, "books": 0.7}) == (100_000, 200_000, 700_000)
     assert cycle(by="temperature") == (798_403, 199_601, 1996)
-    assert cycle(by="temperature", temperature=2) == (645_182, 322_591, 32_259 - 32)
+    assert cycle(by="temperature", temperature=2) == (645_161, 322_581, 32_258)  # 20 : 10 : 1
     assert max(cycle(by="temperature", temperature=1e9)) - min(cycle(by="temperature", temperature=1e9)) <= 1
 
 
@@ -174,7 +183,10 @@ def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_units() -> 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"weights": {"wiki": 1}}, r"data\.mixture\.weights names wiki, which the data does not hold; its sources are web, code, books, none"),
+        (
+            {"weights": {"wiki": 1}},
+            r"data\.mixture\.weights names wiki, which the data does not hold; its sources are web, code, books, none",
+        ),
         ({"weights": {"web": 0}}, r"data\.mixture\.weights gives every source 0; give one of"),
         ({"weights": {"web": float("inf")}}, r"data\.mixture\.weights\.web=inf is not a weight"),
         ({"weights": {"none": 2}}, r"data\.mixture\.weights\.none=2, but none holds no tokens"),
@@ -216,9 +228,9 @@ def test_equal_pasts_are_equal_samples_and_other_pasts_are_not() -> None:
     assert plain.past(300) == later.past(300)
     assert stream(plain, 300) == stream(later, 300)
     assert plain.past(301) != later.past(301)
-    assert stream(plain, 301) != stream(later, 301) or stream(plain, 400) != stream(later, 400)
+    assert stream(plain, 400) != stream(later, 400)
     assert plain.past(300) == make(weights=dict.fromkeys(NAMES, 1)).past(300)  # the same, said otherwise
-    others = [make(1), make(sizes=dict.fromkeys(NAMES, 501)), make(weights={"web": 1}), make(by="tokens", weights=dict.fromkeys(NAMES, 1))]
+    others = [make(1), make(sizes=dict.fromkeys(NAMES, 600)), make(weights={"web": 1}), make(by="tokens", weights=dict.fromkeys(NAMES, 1))]
     assert len({plain.past(300), *(other.past(300) for other in others)}) == 5
     for other in others:
         assert stream(other, 300) != stream(plain, 300)

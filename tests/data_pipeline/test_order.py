@@ -36,6 +36,14 @@ def test_one_sample_alone_goes_where_it_goes_in_a_crowd() -> None:
         assert permute(np.array([index]), n, key)[0] == together[index]
 
 
+def test_a_key_for_each_sample_is_the_permutation_of_that_key() -> None:
+    n, index = 1000, np.arange(500, 600)
+    keys = np.array([order_key(7, "web", epoch) for epoch in range(100)], np.uint64)
+    alone = [int(permute(index[i : i + 1], n, int(key))[0]) for i, key in enumerate(keys)]
+    assert permute(index, n, keys).tolist() == alone
+    assert len({order_key(7, *parts) for parts in ((), (0,), (0, 0), ("web",), ("web", 0), ("code", 0), ("web", 1))}) == 7
+
+
 def test_a_trillion_samples_need_no_memory() -> None:
     n = 10**12 + 39
     out = permute(np.arange(n - 1000, n), n, order_key(0, 0))
@@ -46,7 +54,8 @@ def test_a_trillion_samples_need_no_memory() -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 5, 9])
 def test_small_orders_are_uniform_over_seeds(n: int) -> None:
-    draws = np.array([whole(n, order_key(seed, 0)) for seed in range(1500)])
+    keys = np.array([order_key(seed, 0) for seed in range(1500)], np.uint64)
+    draws = permute(np.tile(np.arange(n), 1500), n, np.repeat(keys, n)).reshape(1500, n)
     for place in (0, n - 1):
         assert abs(chi_square(np.bincount(draws[:, place], minlength=n))) < 5
     pairs = draws[:, 0] * n + draws[:, 1]
@@ -71,7 +80,7 @@ def test_the_statistics_notice_too_few_rounds(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_order_is_the_one_it_has_always_been() -> None:
-    assert whole(10, order_key(1234, 0)).tolist() == []
+    assert whole(10, order_key(1234, 0)).tolist() == [4, 8, 6, 9, 7, 5, 0, 3, 1, 2]
 
 
 def test_an_index_outside_is_refused() -> None:

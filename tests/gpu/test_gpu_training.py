@@ -21,7 +21,7 @@ from pretrain.hardware import find_accelerator
 from pretrain.model.transformer import Transformer
 from pretrain.report.records import read_events, read_metrics
 from pretrain.train.build import build_engine, compute_loss
-from pretrain.train.feed import microbatches
+from pretrain.train.feed import microbatches, to_host
 from pretrain.train.resolve import resolve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none here")]
@@ -54,13 +54,13 @@ def batch_of(seed: int, documents: int = 5, rows: int = ROWS) -> Batch:
         row[random.choice(np.arange(1, SEQ_LEN), documents - 1, replace=False)] = 1
     document_ids = document_ids.cumsum(1, dtype=np.int32)
     starts = np.diff(document_ids, axis=1, prepend=-1) > 0
-    columns = np.arange(SEQ_LEN, dtype=np.int32)
     labels = np.where(np.roll(starts, -1, axis=1), -100, ids[:, 1:])
-    return Batch(ids[:, :-1].copy(), labels, columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1), document_ids)
+    return Batch(ids[:, :-1].astype(np.int32), labels.astype(np.int32), document_ids)
 
 
 def fed(config: RunConfig, batch: Batch) -> list[Microbatch]:
-    return list(microbatches(batch, config.train.micro_batch_size, torch.device(config.train.device)))
+    device = torch.device(config.train.device)
+    return list(microbatches(to_host(batch, device), config.train.micro_batch_size, device))
 
 
 def train(engine: TorchEngine, config: RunConfig, seeds: Sequence[int]) -> list[tuple[float, float]]:
@@ -166,7 +166,7 @@ def test_resume_on_the_gpu_restores_every_bit_and_goes_on_as_before(tmp_path: Pa
     config = config_of("train.device=cuda", "train.compile=false")
     engine = build_engine(config)
     train(engine, config, range(2))
-    record = Record(step=2, samples=2 * ROWS, config={}, dataset="none", layout={"data": 1}, rng={})
+    record = Record(step=2, samples=2 * ROWS, config={}, dataset="none", order="none", layout={"data": 1}, rng={})
     path = store.save(tmp_path, engine.state(), record)
     saved = {name: tensor.clone() for name, tensor in flat(engine).items()}
     uninterrupted = train(engine, config, range(2, 5))

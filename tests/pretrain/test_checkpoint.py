@@ -43,6 +43,7 @@ def make_record(step=1, **changes):
         "samples": 32 * step,
         "config": {"model": {"n_layers": 2}, "optim": {"lr": 3e-4, "betas": [0.9, 0.95], "clip": None}},
         "dataset": "0123456789abcdef",
+        "order": "fedcba9876543210",
         "layout": {"data": 1},
         "rng": {"data=0": rng.capture()},
     }

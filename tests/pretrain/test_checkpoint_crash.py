@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # a fork does not take OpenMP's threads along: a child
 root, elements = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 
 def record(step):
-    return Record(step=step, samples=step, config={}, dataset="", layout={"data": 1}, rng={})
+    return Record(step=step, samples=step, config={}, dataset="", order="", layout={"data": 1}, rng={})
 
 def state(step, size):
     return {"model": {"weight": torch.full((size,), float(step))}}
@@ -107,7 +107,7 @@ def test_after_a_crash_the_same_step_is_saved_again_and_the_remains_go(killed):
     directory = next(directory for directory in sorted(killed.glob("operation-*"), reverse=True) if list(directory.glob("*.tmp-*")))
     remains = next(directory.glob("*.tmp-*"))
     assert verify(remains) == []  # the last moment before the commit: all was written
-    record = Record(step=2, samples=2, config={}, dataset="", layout={"data": 1}, rng={})
+    record = Record(step=2, samples=2, config={}, dataset="", order="", layout={"data": 1}, rng={})
     path = save(directory, {"model": {"weight": torch.full((1000,), 2.0)}}, record)
     retain(directory, keep=2)
     assert sorted(entry.name for entry in directory.iterdir()) == ["step-00000001", path.name]

@@ -232,7 +232,7 @@ def test_the_comparison_notices_data_that_is_off_by_one_sample(
 ) -> None:
     run_tiny(tmp_path, observers=[SignalAfter(20)])
     batch = Loader.batch
-    monkeypatch.setattr(Loader, "batch", lambda self, first, count: batch(self, first + 1, count))
+    monkeypatch.setattr(Loader, "batch", lambda self, first, count, seq_len: batch(self, first + 1, count, seq_len))
     run_tiny(tmp_path)
     ours, theirs = curve(tmp_path), curve(whole())
     same = [a == b for a, b in zip(ours, theirs, strict=True) if a[1] > 20]

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters  # there is no public count of what was
 
 from data_pipeline.loader import Loader
 from data_pipeline.packing import Batch
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards import open_split
 from data_pipeline.tokenizer import load_tokenizer
 from parallel.engines.torch import TorchEngine
 from pretrain.config import RunConfig
@@ -22,7 +22,7 @@ from pretrain.errors import Diverged
 from pretrain.model.flops import parameter_count
 from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
 from pretrain.report.records import Metrics, StepRecord, ValidationRecord, read_events, read_metrics
-from pretrain.train.feed import microbatches
+from pretrain.train.feed import microbatches, to_host
 from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]
@@ -50,7 +50,7 @@ def test_a_run_of_150_steps_learns_all_there_is_to_learn(tmp_path: Path, run_tin
     validations = told(tmp_path)[0].validations
     assert [record.step for record in validations] == [0, 50, 100, 150]
     assert validations[0].val_loss == pytest.approx(math.log(320), abs=0.1)  # an even guess
-    shards = ShardSet.open(tiny_data / "validation")
+    shards = open_split(tiny_data / "validation").sources[0]
     sentences = load_tokenizer(tiny_data).decode(shards.tokens(0, shards.n_tokens).tolist()).count(".")
     free = 3 * sentences - shards.n_documents  # the first token of a document is nobody's target
     least = free * math.log(6) / validations[-1].val_tokens
@@ -121,8 +121,8 @@ def test_each_step_trains_on_its_slice_of_the_one_order(tmp_path: Path, run_tiny
     config = told(tmp_path)[1]
     assert [len(ids) for ids in seen] == [batch_size_at(step, config.train) for step in range(1, 21)]
     total = samples_before(21, config.train)
-    whole = Loader(config.data.path / "train", 32, config.run.seed).batch(0, total)
-    assert torch.equal(torch.cat(seen), torch.from_numpy(whole.input_ids))
+    whole = Loader(config.data.path / "train", seq_len=32, seed=config.run.seed).batch(0, total)
+    assert torch.equal(torch.cat(seen), torch.from_numpy(whole.input_ids).long())
 
 
 def test_validation_reads_the_same_held_out_sequences_each_time(
@@ -138,8 +138,8 @@ def test_validation_reads_the_same_held_out_sequences_each_time(
     monkeypatch.setattr(TorchEngine, "eval_step", spy)
     run_tiny(tmp_path, "train.steps=10", "eval.every=5", "eval.batches=2", "train.micro_batch_size=3")
     rows = torch.cat([ids for _, ids in seen]).view(3, 8, 32)
-    held_out = Loader(tiny_data / "validation", 32, 0).sequential(0, 8)
-    assert all(torch.equal(each, torch.from_numpy(held_out.input_ids)) for each in rows)
+    held_out = Loader(tiny_data / "validation", seq_len=32, seed=0).sequential(0, 8)
+    assert all(torch.equal(each, torch.from_numpy(held_out.input_ids).long()) for each in rows)
     assert {record.val_tokens for record in told(tmp_path)[0].validations} == {int((held_out.labels != -100).sum())}
 
 
@@ -206,10 +206,10 @@ def test_a_run_without_held_out_documents_trains_without_validation(
 
 
 def test_feed_cuts_a_batch_and_counts_the_targets(tiny_data: Path) -> None:
-    batch = Loader(tiny_data / "train", 32, 0).batch(0, 7)
-    parts = list(microbatches(batch, 3, torch.device("cpu")))
+    batch, cpu = Loader(tiny_data / "train", seq_len=32, seed=0).batch(0, 7), torch.device("cpu")
+    parts = list(microbatches(to_host(batch, cpu), 3, cpu))
     assert [len(part.input_ids) for part in parts] == [3, 3, 1]
-    assert torch.equal(torch.cat([part.labels for part in parts]), torch.from_numpy(batch.labels))
+    assert torch.equal(torch.cat([part.labels for part in parts]), torch.from_numpy(batch.labels).long())
     assert [part.n_targets for part in parts] == [int((part.labels != -100).sum()) for part in parts]
 
 

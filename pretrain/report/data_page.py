@@ -1,0 +1,217 @@
+"""The page of a prepared data set: counts, drops, lengths, samples, how it was made, and what a run reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from data_pipeline.forecast import Forecast, Stretch, often
+from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, PackedSequence, SampleDocument, SourceDescription, fertility
+from data_pipeline.manifest import Manifest, SourceManifest
+from pretrain.errors import UserError
+from pretrain.report import frame
+from pretrain.report.charts import themes
+from pretrain.report.frame import text
+from pretrain.report.records import write_whole
+from pretrain.report.words import amount
+
+_PANEL = 130
+"""Height of a source's lengths in pixels."""
+
+_ROW = 32
+"""Height of a reason and its bar."""
+
+
+def write_data_page(file: Path, description: Description, forecast: Forecast | None) -> None:
+    """Write the page. UserError where `file` cannot be written."""
+    try:
+        write_whole(file, data_page(description, forecast))
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}; give --html another file") from None
+
+
+def data_page(description: Description, forecast: Forecast | None) -> str:
+    """The page as HTML."""
+    sources = description.sources
+    dropping = [source for source in sources if source.drops]
+    figures = {"lengths": _lengths([source for source in sources if source.lengths])}
+    if dropping:
+        figures["drops"] = _drops(dropping)
+    body = [
+        frame.tiles(_tiles(description)),
+        frame.notices(often(source) for source in forecast.read_often) if forecast else "",
+        _splits(description),
+        _forecast(forecast) if forecast else "",
+        frame.card("lengths", "Document lengths", frame.chart("lengths", "documents and tokens by length"), "In tokens."),
+        _dropped(dropping, any(source.changes for source in sources)) if dropping else "",
+        _kept(sources),
+        _samples(description),
+        _recipe(description),
+    ]
+    subtitle = f"{description.path} · tokenizer of {description.tokenizer.vocab_size:,} tokens, {description.tokenizer.fingerprint}"
+    state = " + ".join(description.splits)
+    return frame.page(description.path.resolve().name, state, subtitle, "\n".join(body), "the manifests and shards", figures, themes())
+
+
+def _tiles(description: Description) -> list[tuple[str, str, str]]:
+    sources = description.sources
+    read, dropped = sum(source.read for source in sources), sum(sum(source.drops.values()) for source in sources)
+    parts = [part for source in sources for part in source.splits.values()]
+    known = fertility(parts)
+    return [
+        ("Tokens", amount(description.tokens), ", ".join(f"{amount(m.tokens)} {name}" for name, m in description.splits.items())),
+        ("Documents", amount(description.documents), f"{description.documents:,} of {read:,} read"),
+        ("Dropped", f"{dropped / max(1, read):.1%}", f"{dropped:,} documents"),
+        ("Fertility", f"{known:.2f}" if known else "not known", "bytes of text by token"),
+        ("Sources", f"{len(sources)}", f"{sum(len(part.shards) for part in parts):,} shards"),
+    ]
+
+
+def _splits(description: Description) -> str:
+    tables = "".join(f'<h3>{text(name)}</h3><div class="scroll">{_split(m)}</div>' for name, m in description.splits.items())
+    places = [(source.name, *source.in_place) for source in description.sources if source.in_place]
+    lines = "".join(
+        f'<p class="note">{text(name)}: the tokens of {files:,} shard{"s" * (files > 1)} are read in place, from {text(where)}</p>'
+        for name, files, where in places
+    )
+    return frame.card("splits", "What it holds", tables + lines)
+
+
+def _split(manifest: Manifest) -> str:
+    head = ("Source", "Documents read", "Dropped", "Written", "Tokens", "Share", "Bytes/token", "Shards", "Type")
+    rows = [(source.name, *_counts([source], manifest.tokens)) for source in manifest.sources]
+    return _table(head, rows, ("all", *_counts(manifest.sources, manifest.tokens)) if len(rows) > 1 else None)
+
+
+def _counts(sources: Sequence[SourceManifest], all_tokens: int) -> tuple[str, ...]:
+    tokens, known = sum(source.tokens for source in sources), fertility(sources)
+    return (
+        f"{sum(source.read for source in sources):,}",
+        f"{sum(sum(source.dropped.values()) for source in sources):,}",
+        f"{sum(source.documents for source in sources):,}",
+        f"{tokens:,}",
+        f"{tokens / max(1, all_tokens):.1%}",
+        f"{known:.2f}" if known else "-",
+        f"{sum(len(source.shards) for source in sources):,}",
+        ", ".join(sorted({source.dtype for source in sources})),
+    )
+
+
+def _forecast(forecast: Forecast) -> str:
+    whole = forecast.whole
+    body = f'<h3>The whole run</h3><div class="scroll">{_stretch(whole)}</div>'
+    for stage in forecast.stages if len(forecast.stages) > 1 else ():
+        body += f'<h3>{text(forecast.title(stage))}</h3><div class="scroll">{_stretch(stage)}</div>'
+    note = (
+        f"{whole.stop:,} sequences of {forecast.seq_len:,} tokens; {forecast.padding:.2%} of the positions are padding "
+        f"(data.packing={forecast.packing})."
+    )
+    return frame.card("forecast", "What a run with these settings reads", body, note)
+
+
+def _stretch(stretch: Stretch) -> str:
+    rows = [
+        (s.name, f"{s.sequences:,}", f"{s.tokens:,}", f"{s.tokens / max(1, stretch.tokens):.1%}", f"{s.epochs:.2f}", f"{s.repeats:,}")
+        for s in stretch.sources
+    ]
+    total = ("all", f"{stretch.stop - stretch.start:,}", f"{stretch.tokens:,}", "100.0%", "", f"{stretch.repeats:,}")
+    return _table(("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), rows, total if len(rows) > 1 else None)
+
+
+def _dropped(sources: Sequence[SourceDescription]) -> str:
+    chart = frame.chart("drops", "dropped documents by reason")
+    duplicates = [entry for source in sources for entry in source.duplicates]
+    if duplicates:
+        rows = [(entry.source, entry.kept_in, f"{entry.exact:,}", f"{entry.near:,}") for entry in duplicates]
+        table = _table(("Dropped from", "Kept in", "Exact", "Near"), rows, words=2)
+        chart += f'<h3>Duplicates, and where the document is that was kept</h3><div class="scroll">{table}</div>'
+    return frame.card("drops", "Dropped documents", chart, "Shares of the documents that were read of the source.")
+
+
+def _kept(sources: Iterable[SourceDescription]) -> str:
+    rows = [(source.name, reason, f"{count:,}") for source in sources for reason, count in source.changes.items()]
+    if not rows:
+        return ""
+    return frame.card("changes", "Kept with a remark", _table(("Source", "Remark", "Documents"), rows, words=2))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] | None = None, words: int = 1) -> str:
+    """Columns of words, then columns of numbers."""
+
+    def row(cells: Sequence[str], kind: str, mark: str = "") -> str:
+        places = (f'<{kind}{" class=number" * (i >= words)}>{text(cell)}</{kind}>' for i, cell in enumerate(cells))
+        return f"<tr{mark}>{''.join(places)}</tr>"
+
+    body = "".join(row(cells, "td") for cells in rows) + (row(total, "td", " class=total") if total else "")
+    return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def _samples(description: Description) -> str:
+    shown = [source for source in description.sources if source.samples]
+    if not shown:
+        return ""
+    end = f'<span class="end">{text(description.end_of_text)}</span>'
+    parts = []
+    for number, source in enumerate(shown):
+        documents = "".join(_sample(sample, end) for sample in source.samples)
+        packed = _packed(source.packed, end) if source.packed else ""
+        parts.append(f"<details{' open' * (number == 0)}><summary>{text(source.name)}</summary>{documents}{packed}</details>")
+    return frame.card("samples", "Samples", "".join(parts), "Decoded; the end-of-text token is marked.")
+
+
+def _sample(sample: SampleDocument, end: str) -> str:
+    gap = '\n<span class="gap">[...]</span>\n' if sample.tail else ""
+    note = f"Document {sample.number:,} of {sample.split}, tokens {sample.start:,} to {sample.stop - 1:,}"
+    return f'<p class="note">{note}</p><pre class="sample">{_decoded(sample.head, end)}{gap}{_decoded(sample.tail, end)}</pre>'
+
+
+def _packed(packed: PackedSequence, end: str) -> str:
+    """One box for the sequence, a part of it for each document."""
+    parts = "".join(
+        f'<div class="piece"><span class="gap">document {piece.number:,}, its tokens {piece.first:,} to '
+        f"{piece.first + piece.count - 1:,} of {piece.length:,}</span>\n{_decoded(piece.text, end)}</div>"
+        for piece in packed.pieces
+    )
+    padding = f'<div class="piece"><span class="gap">{packed.padding} tokens of padding</span></div>' if packed.padding else ""
+    span = f"{packed.start:,} to {packed.start + PACKED_TOKENS - 1:,}"
+    return f'<p class="note">How documents meet in a sequence of {PACKED_TOKENS} tokens, here {span}</p><pre class="sample">{parts}{padding}</pre>'
+
+
+def _decoded(pieces: Decoded, end: str) -> str:
+    return "".join(end if piece is None else text(piece) for piece in pieces)
+
+
+def _recipe(description: Description) -> str:
+    sections = {name: [(e.name, e.value, e.changed) for e in entries] for name, entries in description.recipe.items()}
+    return frame.card("config", "How it was made", frame.settings(sections), "What differs from the defaults is bold.")
+
+
+def _lengths(sources: Sequence[SourceDescription]) -> go.Figure:
+    """A panel for each source, all with the same axes: shares of its documents, and of its tokens."""
+    names = [source.name for source in sources]
+    figure = make_subplots(rows=max(1, len(names)), shared_xaxes=True, subplot_titles=names, vertical_spacing=_spacing(len(names), _PANEL))
+    for row, source in enumerate(sources, start=1):
+        tokens = max(1, source.tokens)
+        for what, role, shares in (
+            ("documents", "smooth", [entry.documents / source.documents for entry in source.lengths]),
+            ("tokens", "other", [entry.tokens / tokens for entry in source.lengths]),
+        ):
+            figure.add_bar(
+                x=[entry.low for entry in source.lengths],
+                y=shares,
+                name=f"share of the {what}",
+                meta=role,
+                customdata=[
+                    f"{entry.low:,} to {2 * entry.low - 1:,} tokens: {entry.documents:,} documents, {entry.tokens:,} tokens"
+                    for entry in source.lengths
+                ],
+                hovertemplate="%{y:.1%}<br>%{customdata}",
+                showlegend=row == 1,
+                legendgroup=what,
+                row=row,
+                col=1,
+            )
+    return figure

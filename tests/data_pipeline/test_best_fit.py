@@ -1,0 +1,205 @@
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from data_pipeline import best_fit
+from data_pipeline.best_fit import BestFit, fit, plan
+from data_pipeline.errors import DataError
+from data_pipeline.loader import Loader
+from data_pipeline.manifest import BLOCK_BYTES
+from data_pipeline.packing import NO_LABEL
+from data_pipeline.shards import Split, open_split
+
+WriteSplit = Callable[..., Split]
+Draw = Callable[..., list[list[int]]]
+
+
+def one_by_one(lengths: list[int], capacity: int) -> list[int]:
+    """Rooms left by best-fit decreasing as the textbook has it."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, room in enumerate(rooms) if room >= length]
+        best = min(fitting, key=lambda i: rooms[i], default=None)
+        if best is None:
+            rooms.append(capacity - length)
+        else:
+            rooms[best] -= length
+    return sorted(rooms)
+
+
+def realistic(n: int) -> NDArray[np.int32]:
+    """Lengths of documents as the web has them: a median of some 600 tokens and a long tail."""
+    return (np.random.default_rng(0).lognormal(np.log(600), 1.0, n)).astype(np.int32) + 2
+
+
+def test_packing_by_hand(write_split: WriteSplit) -> None:
+    documents = [[1, 2, 0], [3, 4, 5, 0], [6, 0], [7, 8, 9, 10, 11, 12, 13, 0], [14, 0], [15, 16, 0]]
+    loader = Loader(write_split({"a": documents}).folder, seq_len=5, seed=0, packing="best_fit")
+    batch = loader.sequential(0, 9)
+    no = NO_LABEL
+    assert batch.input_ids.tolist() == [[1, 2, 0, 6, 0], [3, 4, 5, 0, 0], [7, 8, 9, 10, 11], [12, 13, 0, 14, 0], [15, 16, 0, 0, 0]]
+    assert batch.labels.tolist() == [[2, 0, 6, 0, no], [4, 5, 0, no, no], [8, 9, 10, 11, 12], [13, 0, 14, 0, no], [16, 0, no, no, no]]
+    assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0] * 5, [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0], [0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
+    assert loader.fill == 22 / 25
+
+
+def test_the_end_of_a_document_predicts_no_middle_of_another(write_split: WriteSplit) -> None:
+    folder = write_split({"a": [[1, 0], [2, 3, 4, 5, 6, 0]]}).folder
+    batch = Loader(folder, seq_len=4, seed=0, packing="best_fit").sequential(0, 9)
+    assert batch.input_ids.tolist() == [[1, 0, 6, 0], [2, 3, 4, 5]]
+    assert batch.labels.tolist() == [[0, NO_LABEL, 0, NO_LABEL], [3, 4, 5, 6]]
+    plain = Loader(folder, seq_len=8, seed=0).sequential(0, 1)
+    assert plain.labels[0, 1] == 2  # where the document begins there, it does
+
+
+@settings(max_examples=150, deadline=None)
+@given(capacity=st.integers(1, 40), data=st.data())
+def test_it_is_best_fit_decreasing(capacity: int, data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
+    bins = fit(np.array(lengths, np.int32), capacity)
+    used = np.bincount(bins, lengths).astype(int)
+    assert sorted((capacity - used).tolist()) == one_by_one(lengths, capacity)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seq_len=st.integers(1, 30), lengths=st.lists(st.integers(0, 100), max_size=50))
+def test_a_plan_holds_every_token_once_and_cuts_no_document_that_fits(seq_len: int, lengths: list[int]) -> None:
+    starts, pieces = plan(np.array(lengths, np.int32), seq_len)
+    assert starts[-1] == len(pieces)
+    tokens = [token for start, length, *_ in pieces.tolist() for token in range(start, start + length)]
+    assert sorted(tokens) == list(range(sum(lengths)))
+    begin = 0
+    cuts = {start: (length, begins, ends) for start, length, begins, ends, _ in pieces.tolist()}
+    for length in lengths:
+        whole, rest = divmod(length, seq_len)
+        parts = [seq_len] * whole + [rest] * (rest > 0)
+        for i, part in enumerate(parts):
+            assert cuts.pop(begin + i * seq_len) == (part, i == 0, i == len(parts) - 1)
+        begin += length
+    assert not cuts
+    for low, high in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        assert 0 < pieces["length"][low:high].sum() <= seq_len
+        assert (np.diff(pieces["start"][low:high]) > 0).all()
+    firsts = pieces["start"][starts[:-1]]
+    assert (np.diff(firsts) > 0).all()
+
+
+@pytest.mark.parametrize("seq_len", [1024, 2048, 8192])
+def test_sequences_are_filled_to_99_per_cent_which_packing_in_order_is_not(seq_len: int) -> None:
+    lengths = realistic(50_000)
+    starts, pieces = plan(lengths, seq_len)
+    fill = lengths.sum() / ((len(starts) - 1) * seq_len)
+    assert fill > 0.999
+    rows, room = 1, seq_len
+    for length in pieces["length"][np.argsort(pieces["start"])].tolist():
+        rows, room = (rows, room - length) if length <= room else (rows + 1, seq_len - length)
+    assert lengths.sum() / (rows * seq_len) < 0.95
+
+
+def test_an_epoch_is_every_token_once_with_labels_from_its_own_document(write_split: WriteSplit) -> None:
+    numbers = iter(range(1, 10**6))
+    lengths = np.random.default_rng(1).integers(1, 60, 300).tolist()
+    documents = [[next(numbers) for _ in range(length)] for length in lengths]  # every token is its own place in the stream
+    sources = {"a": documents[:200], "b": documents[200:]}
+    loader = Loader(write_split(sources, vocab_size=70_000, shard_tokens=100).folder, seq_len=32, seed=2, packing="best_fit")
+    batch = loader.batch(0, loader.n_sequences)
+    ids = batch.input_ids[batch.input_ids > 0]
+    assert sorted(ids.tolist()) == list(range(1, sum(lengths) + 1))
+    first = {document[0] for document in documents}
+    last = {document[-1] for document in documents}
+    for row, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+        for place, (token, label) in enumerate(zip(row, labels, strict=True)):
+            after = row[place + 1] if place + 1 < len(row) else 0
+            if token == 0 or (token in last and after not in first):
+                assert label == NO_LABEL
+            else:
+                assert label == (after if token in last else token + 1)
+    assert loader.epochs(2 * loader.n_sequences) == {"a": 2, "b": 2}
+
+
+def test_a_plan_is_kept_and_made_again_where_it_is_damaged_or_of_other_data(
+    write_split: WriteSplit, random_documents: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = write_split({"a": random_documents(2500, 20)}, shard_tokens=10**9)
+    shards = split.sources[0]
+    made: list[int] = []
+
+    def counted(lengths: NDArray[np.int32], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.void]]:
+        made.append(seq_len)
+        return plan(lengths, seq_len)
+
+    monkeypatch.setattr(best_fit, "plan", counted)
+    first = BestFit(shards, 64)
+    n, sequences = first.n_sequences, [first.pieces(i) for i in range(first.n_sequences)]
+    assert made == [64]
+    whole = first.file.read_bytes()
+    assert len(whole) > 40_000
+    assert first.file.parent == split.folder
+    assert [BestFit(shards, 64).pieces(i) for i in range(n)] == sequences
+    assert made == [64]
+    for damaged in (whole[:-1], b"", whole[:10], b"x" + whole[1:], whole[:26] + b"\xff" + whole[27:], whole[:9] + b"\xff" + whole[10:]):
+        made.clear()
+        first.file.write_bytes(damaged)
+        assert [BestFit(shards, 64).pieces(i) for i in range(n)] == sequences
+        assert made == [64]
+        assert first.file.read_bytes() == whole
+    body = bytearray(whole)
+    body[-5] ^= 1
+    first.file.write_bytes(body)
+    opened = BestFit(shards, 64)
+    assert made == [64]  # the body is not read when it is opened
+    assert [opened.pieces(i) for i in range(n)] == sequences
+    assert made == [64, 64]
+    assert BestFit(shards, 32).file != first.file
+    assert [file.suffix for file in split.folder.iterdir() if "best_fit" in file.name] == [".plan", ".plan"]
+
+
+def test_a_plan_for_other_documents_has_another_name(write_split: WriteSplit) -> None:
+    one = write_split({"a": [[1, 0], [2, 2, 0]]}, name="train").sources[0]
+    two = write_split({"a": [[1, 1, 0], [2, 0]]}, name="validation").sources[0]
+    assert BestFit(one, 8).file.name != BestFit(two, 8).file.name
+
+
+def test_a_disk_that_is_full_is_named_and_leaves_nothing(write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_split({"a": [[1, 0], [2, 2, 0]]}).folder
+    before = sorted(folder.iterdir())
+
+    def full(file: Path, content: bytes) -> None:
+        file.write_bytes(content[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(best_fit, "write_synced", full)
+    with pytest.raises(DataError, match=r"a-best_fit-4-.*\.plan cannot be written \(No space left.*data\.packing=concatenate"):
+        Loader(folder, seq_len=4, seed=0, packing="best_fit")
+    assert sorted(folder.iterdir()) == before
+
+
+def test_damaged_tokens_empty_their_rows_where_damage_is_skipped(write_split: WriteSplit) -> None:
+    documents = [[i % 999 + 1] * 4095 + [0] for i in range(300)]
+    folder = write_split({"a": documents}, shard_tokens=10**9).folder
+    whole = Loader(folder, seq_len=4096, seed=0, packing="best_fit").batch(0, 300)
+    raw = bytearray((folder / "a-00000.bin").read_bytes())
+    raw[BLOCK_BYTES] ^= 1
+    (folder / "a-00000.bin").write_bytes(raw)
+    with pytest.raises(DataError, match=r"a-00000\.bin is damaged: block 1 of 3"):
+        Loader(folder, seq_len=4096, seed=0, packing="best_fit").batch(0, 300)
+    batch = Loader(folder, seq_len=4096, seed=0, packing="best_fit", on_damage="skip").batch(0, 300)
+    lost = (batch.labels == NO_LABEL).all(axis=1)
+    assert int(lost.sum()) == len(batch.damaged) == BLOCK_BYTES // 2 // 4096
+    assert np.array_equal(batch.input_ids[~lost], whole.input_ids[~lost])
+    assert not batch.input_ids[lost].any()
+    assert not batch.document_ids[lost].any()
+
+
+def test_it_packs_for_one_length_only(write_split: WriteSplit) -> None:
+    folder = write_split({"a": [[1, 0]] * 40}).folder
+    with pytest.raises(DataError, match=r"data\.packing=best_fit packs for one length, and the run asks for 8 to 16 tokens"):
+        Loader(folder, seq_len=8, seed=0, longest=16, packing="best_fit")
+    assert open_split(folder).manifest.tokens == 80

@@ -1,0 +1,169 @@
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gigatoken
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import encoder
+from data_pipeline.encoder import HARD_STRINGS, GigaEncoder, ReferenceEncoder, fastest_encoder, hard_strings_of
+from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
+
+TEXTS = [f"def step_{i}(loss, rate):\n    return loss * {i} - rate\n" for i in range(300)]
+WRITTEN_OUT = st.sampled_from([END_OF_TEXT, "<|", "|>", "endoftext", "<tool>", " ", "\n"])
+MIXED = st.lists(WRITTEN_OUT | st.text(), max_size=8).map("".join)
+
+
+class PanicException(BaseException):
+    """What a panic in Rust code is in Python: no Exception."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(TEXTS, 400, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
+
+
+def with_tokens(path: Path, tokenizer: Tokenizer, *tokens: tuple[str, bool]) -> Tokenizer:
+    """The tokenizer with more added tokens, (content, special), which are not in the vocabulary of its model."""
+    config = json.loads(tokenizer.to_json())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    config["added_tokens"] += [{"id": 400 + i, "content": name, "special": special, **flags} for i, (name, special) in enumerate(tokens)]
+    (path / "more.json").write_text(json.dumps(config))
+    return load_tokenizer(path / "more.json")
+
+
+def rows(encoded: tuple[Any, Any]) -> list[list[int]]:
+    ids, offsets = encoded
+    assert (ids.dtype, offsets.dtype, offsets[0], offsets[-1]) == (np.uint32, np.int64, 0, len(ids))
+    return [ids[start:stop].tolist() for start, stop in pairwise(offsets)]
+
+
+@settings(deadline=None)
+@given(texts=st.lists(MIXED, max_size=5))
+def test_both_back_ends_give_the_ids_of_the_tokenizer_and_never_a_special_one(tokenizer: Tokenizer, texts: list[str]) -> None:
+    expected = [tokenizer.encode(text) for text in texts]
+    assert rows(ReferenceEncoder(tokenizer).encode(texts)) == expected
+    assert rows(GigaEncoder(tokenizer).try_encode(texts)) == expected
+    assert all(tokenizer.eot_id not in ids for ids in expected)
+
+
+def test_gigatoken_is_chosen_where_its_ids_are_the_same(tokenizer: Tokenizer) -> None:
+    chosen, why = fastest_encoder(tokenizer, TEXTS)
+    assert chosen.name == "gigatoken"
+    assert why == f"gigatoken: its ids are those of tokenizers on {len(TEXTS) + len(HARD_STRINGS) + 6:,} texts"
+    assert rows(chosen.encode([])) == []
+    assert rows(chosen.encode(["", "a", ""]))[::2] == [[], []]
+
+
+def test_special_and_other_added_tokens_are_text_and_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    more = with_tokens(tmp_path, tokenizer, ("<|im_start|>", True), ("<tool>", False), ("<|im_start|>system", True))
+    chosen, _ = fastest_encoder(more, TEXTS)
+    assert chosen.name == "gigatoken"
+    texts = ["a<|im_start|>b", "<tool>x<|im_start|>system<tool>", "<|im_start|<tool>", END_OF_TEXT * 2]
+    ids = rows(chosen.encode(texts))
+    assert ids == [more.encode(text) for text in texts]
+    assert [400 in row or 402 in row or more.eot_id in row for row in ids] == [False] * 4
+    assert [row.count(401) for row in ids] == [0, 2, 1, 0]
+
+
+@pytest.mark.parametrize("ordinary", ["|>x", "im_start", "x<|"])
+def test_a_token_that_overlaps_a_special_one_gives_the_ids_of_the_reference(tokenizer: Tokenizer, tmp_path: Path, ordinary: str) -> None:
+    more = with_tokens(tmp_path, tokenizer, ("<|im_start|>", True), (ordinary, False))
+    chosen, _ = fastest_encoder(more, [])
+    texts = ["<|im_start|>x", "x<|im_start|>", "a|>x<|im_start|>im_start"]
+    expected = [more.encode(text) for text in texts]
+    assert rows(chosen.encode(texts)) == expected
+    if chosen.name == "tokenizers":  # the control: the other one is wrong on some of these
+        assert rows(GigaEncoder(more).try_encode(texts)) != expected
+
+
+def test_hard_strings_hold_the_overlaps_of_special_tokens_with_others() -> None:
+    added = [{"content": "<|a|>", "special": True}, {"content": "|>x", "special": False}, {"content": "y<", "special": False}]
+    texts = hard_strings_of({"added_tokens": added})
+    assert {"<|a|>", "<|a|>x", "y<|a|>", "<|a|><|a|>"} <= set(texts)
+    assert hard_strings_of({"added_tokens": []}) == []
+
+
+def test_another_id_falls_back_and_names_the_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_encode = GigaEncoder.try_encode
+
+    def off_by_one(self: GigaEncoder, texts: list[str]) -> tuple[Any, Any]:
+        ids, offsets = true_encode(self, texts)
+        ids = ids.copy()
+        ids[offsets[7]] += 1
+        return ids, offsets
+
+    monkeypatch.setattr(GigaEncoder, "try_encode", off_by_one)
+    chosen, why = fastest_encoder(tokenizer, TEXTS)
+    assert chosen.name == "tokenizers"
+    assert why.startswith("tokenizers: gigatoken gives other ids, first for 'def step_7(loss")
+
+
+def test_a_tokenizer_that_gigatoken_does_not_know_falls_back(tmp_path: Path) -> None:
+    unigram = train_tokenizer(TEXTS, 400, tmp_path / "tokenizer.json", "unigram")
+    chosen, why = fastest_encoder(unigram, TEXTS)
+    assert (chosen.name, why.split(" (")[0]) == ("tokenizers", "tokenizers: gigatoken cannot load this tokenizer")
+    assert rows(chosen.encode(TEXTS)) == unigram.encode_batch(TEXTS)
+
+
+def test_a_missing_gigatoken_falls_back(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    chosen, why = fastest_encoder(tokenizer, TEXTS)
+    assert chosen.name == "tokenizers"
+    assert why.startswith("tokenizers: gigatoken is not installed")
+
+
+@pytest.mark.parametrize("error", [PanicException("index out of bounds\nat src"), RuntimeError("no"), TypeError()])
+def test_a_panic_falls_back_at_any_time(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    giga = GigaEncoder(tokenizer)
+
+    def panic(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", panic)
+    chosen, why = fastest_encoder(tokenizer, TEXTS)
+    assert chosen.name == "tokenizers"
+    assert why == f"tokenizers: gigatoken broke on a text ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    assert rows(giga.encode(TEXTS)) == tokenizer.encode_batch(TEXTS)
+    assert giga.failures == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
+def test_an_interrupt_is_no_failure_of_gigatoken(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", stop)
+    with pytest.raises(type(error)):
+        fastest_encoder(tokenizer, TEXTS)
+
+
+def test_it_starts_afresh_when_its_memory_has_grown(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    giga = GigaEncoder(tokenizer)
+    monkeypatch.setattr(encoder, "_CACHE_BYTES", 8 << 20)
+    rng, loaded, backends = np.random.default_rng(0), giga._backend, set[int]()
+    for _ in range(12):  # random words: 9 bytes of memory for each byte of text
+        words = rng.integers(97, 123, (40_000, 9), dtype=np.uint8)
+        words[:, 0] = 32
+        text = words.tobytes().decode()
+        assert rows(giga.encode([text[:500]])) == [tokenizer.encode(text[:500])]
+        giga.encode([text])
+        backends.add(id(giga._backend))
+    assert giga._backend is not loaded
+    assert len(backends) > 1
+
+
+def test_without_proc_the_text_is_counted(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "_resident_bytes", lambda: 0)
+    monkeypatch.setattr(encoder, "_CACHE_BYTES", 9 * 10_000)
+    giga = GigaEncoder(tokenizer)
+    loaded = giga._backend
+    giga.encode(["a b " * 1500])
+    assert giga._backend is loaded
+    giga.encode(["a b " * 1500, "c d " * 1500])
+    assert giga._backend is not loaded
