@@ -6,20 +6,23 @@ One pass over the chunks applies the filters and signs what they keep; the signa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from data_pipeline.chunks import Chunk, read_batches
 from data_pipeline.decontaminate import Contamination
 from data_pipeline.dedup import find_duplicates, write_signatures
+from data_pipeline.errors import DataError
 from data_pipeline.filters import EDITS, Judge, Verdict, build_judge
 from data_pipeline.minhash import Signer, text_hash
-from data_pipeline.settings import DecontaminateConfig, FilterConfig, FilterName, PrepareConfig, SourceConfig
+from data_pipeline.settings import FilterName, PrepareConfig, SourceConfig
 from data_pipeline.sources import Document
-from data_pipeline.verdicts import KEPT, Verdicts, read_verdicts, write_verdicts
+from data_pipeline.verdicts import KEPT, TextsHash, Verdicts, encode_reasons, read_verdicts, write_verdicts
 from data_pipeline.workers import Done, Tell, run_jobs
 
 CONTAMINATED = "shares text with evaluation sets"
@@ -28,47 +31,43 @@ EMPTY = "empty"
 
 @dataclass(frozen=True)
 class CleanJob:
-    """A chunk, and all that decides what is kept of it."""
+    """A chunk to clean."""
 
     chunk: Chunk
-    source: SourceConfig
-    config: PrepareConfig
-    folder: Path
     key: str
+    """Hash of all that decides the verdicts."""
 
     @property
     def name(self) -> str:
         """The chunk's name."""
         return self.chunk.name
 
-    @property
-    def verdicts(self) -> Path:
-        """Where the verdicts go."""
-        return self.folder / f"{self.name}.npz"
 
-    @property
-    def signatures(self) -> Path:
-        """Where the signatures go."""
-        return self.folder / f"{self.name}.signatures"
+class Judged(NamedTuple):
+    """A document with its verdict."""
+
+    document: Document
+    """As it was read."""
+    reason: str | None
+    """Why it is dropped."""
+    marked: bool
+    """It shares text with evaluation sets and is kept all the same."""
 
 
 def needs_cleaning(config: PrepareConfig) -> bool:
     """Whether anything but emptiness can drop a document."""
-    return bool(
-        config.filters.apply
-        or any(source.filters for source in config.sources)
-        or config.dedup.exact
-        or config.dedup.minhash
-        or config.decontaminate.paths
-    )
+    return bool(config.filters.apply or any(source.filters for source in config.sources) or _signs(config) or config.decontaminate.paths)
 
 
-def clean(jobs: Sequence[CleanJob], config: PrepareConfig, workers: int, tell: Tell, comparing: Callable[[float], None]) -> dict[str, Path]:
+def clean(
+    jobs: Sequence[CleanJob], config: PrepareConfig, folder: Path, workers: int, tell: Tell, comparing: Callable[[float], None]
+) -> dict[str, Path]:
     """Judge every chunk, then compare all that is kept.
 
     Args:
         jobs: the chunks in order; what an earlier attempt finished with the same key is not done again.
         config: what to drop.
+        folder: for the verdicts and signatures.
         workers: processes.
         tell: is told what was read.
         comparing: is told the share of the comparison that is done.
@@ -76,36 +75,69 @@ def clean(jobs: Sequence[CleanJob], config: PrepareConfig, workers: int, tell: T
     Returns:
         For each chunk's name the file of its verdicts.
     """
-    missing = []
-    for job in jobs:
-        there = read_verdicts(job.verdicts, job.key)
-        if there is None or (_signs(config) and not job.signatures.is_file()):
-            missing.append(job)
-        else:
-            tell(Done(len(there.codes), job.chunk.bytes or 0))
-    for _ in run_jobs(judge_chunk, missing, workers, tell):
+    for _ in run_jobs(functools.partial(_begin, config, folder), jobs, workers, tell):
         pass
+    judged = {job.name: _verdicts_file(folder, job.name) for job in jobs}
     if not _signs(config):
-        return {job.name: job.verdicts for job in jobs}
-    found = find_duplicates([job.signatures for job in jobs], [job.chunk.source for job in jobs], config.dedup, comparing)
-    files: dict[str, Path] = {}
+        return judged
+    signatures = [_signatures_file(folder, job.name) for job in jobs]
+    found = find_duplicates(signatures, [job.chunk.source for job in jobs], config.dedup, comparing)
+    compared = {}
     for job, codes in zip(jobs, found.codes, strict=True):
-        judged = read_verdicts(job.verdicts, job.key)
-        assert judged is not None
-        files[job.name] = job.folder / f"{job.name}.compared.npz"
-        write_verdicts(files[job.name], judged.with_reasons([found.reasons[code] for code in codes.tolist()]))
-    return files
+        compared[job.name] = folder / f"{job.name}.compared"
+        write_verdicts(compared[job.name], _need_verdicts(judged[job.name]).with_reasons(codes, found.reasons))
+    return compared
 
 
-def judge_chunk(job: CleanJob, tell: Tell) -> None:
-    """Read a chunk, apply the filters, sign what they keep; write both files."""
-    config = job.config
-    judge = _judge(config.filters, filters_of(job.source, config))
-    contamination = _contamination(config.decontaminate)
+def _verdicts_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.verdicts"
+
+
+def _signatures_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.signatures"
+
+
+class _Tools(NamedTuple):
+    """What looks at texts."""
+
+    judge: Judge
+    contamination: Contamination | None
+    signer: Signer | None
+
+
+def _begin(config: PrepareConfig, folder: Path) -> Callable[[CleanJob, Tell], None]:
+    """What does the jobs of one process: word lists, models and evaluation texts are read once, when they are needed."""
+    judge_by = functools.cache(functools.partial(build_judge, config.filters))
+    contamination = functools.cache(functools.partial(Contamination.load, config.decontaminate))
     signer = Signer(config.dedup.ngram, config.dedup.bands, config.dedup.rows) if config.dedup.minhash else None
+
+    def do(job: CleanJob, tell: Tell) -> None:
+        there = _finished(job, folder)
+        if there is not None:
+            tell(Done(len(there.codes), job.chunk.bytes or 0))
+            return
+        source = config.sources[job.chunk.index]
+        _judge_chunk(job, source, config, folder, _Tools(judge_by(filters_of(source, config)), contamination(), signer), tell)
+
+    return do
+
+
+def _finished(job: CleanJob, folder: Path) -> Verdicts | None:
+    """What an earlier attempt found, if it is whole and was decided by the same."""
+    there = read_verdicts(_verdicts_file(folder, job.name))
+    if there is None or there.key != job.key:
+        return None
+    file = _signatures_file(folder, job.name)
+    return there if not there.signatures or (file.is_file() and _hash(file) == there.signatures) else None
+
+
+def _judge_chunk(job: CleanJob, source: SourceConfig, config: PrepareConfig, folder: Path, tools: _Tools, tell: Tell) -> None:
+    """Read a chunk, apply the filters, sign what they keep; write the signatures and then the verdicts."""
+    judge, contamination, signer = tools
     reasons: list[str | None] = []
-    marks, hashes, bands, read = [], [], [], 0
-    for batch in read_batches(job.chunk, job.source):
+    marks, hashes, bands = [np.zeros(0, np.bool_)], [np.zeros(0, np.uint64)], [np.zeros((0, signer.bands if signer else 0), np.uint64)]
+    seen, read = TextsHash(), 0
+    for batch in read_batches(job.chunk, source):
         judged = [judge(document) if document.text.strip() else Verdict(document.text, EMPTY) for document in batch]
         verdicts, texts = [verdict.reason for verdict in judged], [verdict.text for verdict in judged]
         hits = contamination.hits(texts) if contamination else np.zeros(len(batch), np.bool_)
@@ -115,18 +147,56 @@ def judge_chunk(job: CleanJob, tell: Tell) -> None:
         marks.append(hits & (config.decontaminate.action == "mark"))
         hashes.append(np.array([text_hash(text) if config.dedup.exact else 0 for text in texts], np.uint64))
         bands.append(signer.sign(texts) if signer else np.zeros((len(batch), 0), np.uint64))
+        for document in batch:
+            seen.add(document.text)
         tell(Done(len(batch), batch[-1].read - read))
         read = batch[-1].read
-    verdict = Verdicts.of(reasons, np.concatenate([np.zeros(0, np.bool_), *marks]), job.key)
+    tell(Done(0, (job.chunk.bytes or read) - read))
+    codes, table = encode_reasons(reasons)
+    file = _signatures_file(folder, job.name)
     if _signs(config):
-        n_bands = config.dedup.bands if signer else 0
-        write_signatures(
-            job.signatures,
-            np.concatenate([np.zeros(0, np.uint64), *hashes]),
-            np.concatenate([np.zeros((0, n_bands), np.uint64), *bands]),
-            verdict.codes == KEPT,
-        )
-    write_verdicts(job.verdicts, verdict)
+        write_signatures(file, np.concatenate(hashes), np.concatenate(bands), codes == KEPT)
+    signed = _hash(file) if _signs(config) else ""
+    write_verdicts(_verdicts_file(folder, job.name), Verdicts(codes, table, np.concatenate(marks), seen.hexdigest(), signed, job.key))
+
+
+def read_judged(chunk: Chunk, source: SourceConfig, file: Path | None, tell: Tell) -> Iterator[list[Judged]]:
+    """The documents of a chunk again, with their verdicts, a few megabytes at a time.
+
+    Args:
+        chunk: what to read.
+        source: its settings.
+        file: of its verdicts; None drops what is empty.
+        tell: is told what was read of a batch when the next one is asked for.
+
+    Raises:
+        DataError: as `read_chunk`; or the documents are not those that were judged.
+    """
+    verdicts = None if file is None else _need_verdicts(file)
+    first, seen, read = 0, TextsHash(), 0
+    for batch in read_batches(chunk, source):
+        if verdicts is None:
+            yield [Judged(document, None if document.text.strip() else EMPTY, False) for document in batch]
+        elif first + len(batch) > len(verdicts.codes):
+            raise _changed(chunk, source, file)
+        else:
+            for document in batch:
+                seen.add(document.text)
+            yield [Judged(document, verdicts.reason(i), bool(verdicts.marks[i])) for i, document in enumerate(batch, first)]
+        tell(Done(len(batch), batch[-1].read - read))
+        first, read = first + len(batch), batch[-1].read
+    tell(Done(0, (chunk.bytes or read) - read))
+    if verdicts is not None and seen.hexdigest() != verdicts.texts:
+        raise _changed(chunk, source, file)
+
+
+def digest_of(file: Path | None) -> str:
+    """Hash of what a file of verdicts says; empty where there is none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    return "" if file is None else _need_verdicts(file).digest()
 
 
 def filters_of(source: SourceConfig, config: PrepareConfig) -> tuple[FilterName, ...]:
@@ -134,26 +204,46 @@ def filters_of(source: SourceConfig, config: PrepareConfig) -> tuple[FilterName,
     return config.filters.apply if source.filters is None else source.filters
 
 
-def edited(document: Document, source: SourceConfig, config: PrepareConfig) -> tuple[Document, tuple[str, ...]]:
-    """A kept document as the filters that change texts leave it, and what they changed."""
+def build_editor(source: SourceConfig, config: PrepareConfig) -> Callable[[Document], tuple[Document, tuple[str, ...]]]:
+    """What makes of a kept document what the filters that change texts leave of it, and tells what they changed."""
     names = tuple(name for name in filters_of(source, config) if name in EDITS)
     if not names:
-        return document, ()
-    verdict = _judge(config.filters, names)(document)
-    return replace(document, text=verdict.text, n_bytes=len(verdict.text.encode())), verdict.repairs
+        return lambda document: (document, ())
+    judge = build_judge(config.filters, names)
+
+    def edit(document: Document) -> tuple[Document, tuple[str, ...]]:
+        verdict = judge(document)
+        return replace(document, text=verdict.text, n_bytes=len(verdict.text.encode())), verdict.repairs
+
+    return edit
 
 
 def _signs(config: PrepareConfig) -> bool:
     return config.dedup.exact or config.dedup.minhash
 
 
-@functools.lru_cache(maxsize=16)
-def _judge(config: FilterConfig, names: tuple[FilterName, ...]) -> Judge:
-    """Built once a process: word lists and language models take their time."""
-    return build_judge(config, names)
+def _hash(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=1)
-def _contamination(config: DecontaminateConfig) -> Contamination | None:
-    """Read once a process."""
-    return Contamination.load(config)
+def _need_verdicts(file: Path) -> Verdicts:
+    verdicts = read_verdicts(file)
+    if verdicts is None:
+        raise DataError(f"{file} is damaged or was deleted while it was needed; run the command again")
+    return verdicts
+
+
+def _changed(chunk: Chunk, source: SourceConfig, file: Path | None) -> DataError:
+    """The verdicts are deleted, so that the next attempt judges anew."""
+    if file is not None:
+        _verdicts_file(file.parent, chunk.name).unlink(missing_ok=True)
+    files = [part.file.path for part in chunk.parts] or [source.paths[chunk.number]]
+    more = f" and {len(files) - 2} more" if len(files) > 2 else ""
+    return DataError(
+        f"data.sources: {', '.join(files[:2])}{more} changed while it was prepared (it was cleaned and then read again, and the texts "
+        f"are others now); run the command again"
+    )

@@ -60,18 +60,31 @@ class Forecast:
         """Share of the run's positions that hold no token."""
         return 1 - self.whole.tokens / (self.whole.stop * self.seq_len)
 
+    def title(self, stage: Stretch) -> str:
+        """Which part of the run a stage is."""
+        low, high = (f"{100 * sample / self.whole.stop:.4g}%" for sample in (stage.start, stage.stop))
+        return f"{low} to {high} of the run"
+
     @property
     def read_often(self) -> tuple[SourceReading, ...]:
         """The sources that are read more than MANY_EPOCHS times."""
-        return tuple(source for source in self.whole.sources if source.epochs > MANY_EPOCHS)
+        return tuple(source for source in self.whole.sources if source.epochs >= MANY_EPOCHS)
 
 
 def forecast(loader: Loader, samples: int) -> Forecast:
     """What the first `samples` samples, at least one, read."""
-    mixture, parts = loader._shuffled.mixture, loader.longest // loader.seq_len
+    mixture, parts = loader.mixture, loader.longest // loader.seq_len
     starts = [start for stage in mixture.stages if (start := stage.start * parts) < samples]
     stages = tuple(_stretch(loader, mixture, start, stop) for start, stop in zip(starts, [*starts[1:], samples], strict=True))
     return Forecast(loader.seq_len, loader.packing, _stretch(loader, mixture, 0, samples), stages)
+
+
+def warning(source: SourceReading) -> str:
+    """What to say of a source that is read often."""
+    return (
+        f"{source.name} is read {source.epochs:,.1f} times: beyond {MANY_EPOCHS} epochs, repeated text teaches less and less "
+        f"(arXiv:2305.16264); lower its weight, shorten the run, or add text"
+    )
 
 
 def _stretch(loader: Loader, mixture: Mixture, start: int, stop: int) -> Stretch:

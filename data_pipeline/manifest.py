@@ -87,7 +87,7 @@ class Recipe(Record):
     """How a split was made: the same recipe gives the same bytes."""
 
     settings: PrepareConfig
-    """Without `workers`, which decide nothing; `tokenizer` is `auto` and stands for `Manifest.tokenizer`."""
+    """Without `workers` and `dedup.memory_mb`, which decide nothing; `tokenizer` is `auto` and stands for `Manifest.tokenizer`."""
     trained_tokenizer: bool
     """The tokenizer was trained on the way; otherwise it was there before."""
     listings: tuple[str | None, ...]

@@ -9,15 +9,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from data_pipeline.durable import sync_folder, write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import MANIFEST, SPLITS, Manifest, Recipe, load_manifest
+from data_pipeline.records import read_record, write_record
+from data_pipeline.rejects import REJECTS
 from data_pipeline.shards import open_split
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
@@ -26,6 +27,8 @@ JUDGED, DONE = "judged", "done"
 
 _TEMPORARY = ".prepare.tmp"
 _LOCK = ".prepare.lock"
+_COMMIT = "commit"
+"""A record in the working folder: what is being renamed out of it."""
 
 
 @dataclass(frozen=True)
@@ -116,51 +119,64 @@ def working_folder(path: Path) -> Iterator[Path]:
     """
     work = path / _TEMPORARY
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with (path / _LOCK).open("w") as lock:
-            if not _locked(lock, path / _LOCK):
+        with _locked(path) as ours:
+            if not ours:
                 raise DataError(f"data.path={path} is being prepared by another process; wait for it, or set another data.path")
+            _take_back(path, work)
             try:
-                _take_back(path, work)
                 for folder in (JUDGED, DONE, *SPLITS):
                     (work / folder).mkdir(parents=True, exist_ok=True)
                 yield work
                 shutil.rmtree(work)
             finally:
-                if not any(file for folder in (JUDGED, DONE) for file in (work / folder).glob("*")):
+                if not any(file for folder in (JUDGED, *SPLITS) for file in (work / folder).glob("*")):
                     shutil.rmtree(work, ignore_errors=True)
-                (path / _LOCK).unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"data.path={path} cannot be prepared: {error}; mend it and run the command again, it goes on from what is finished"
+        ) from error
+
+
+def tidy(path: Path) -> None:
+    """Delete what a preparation left behind that was killed after its last rename."""
+    if (path / _TEMPORARY).exists():
+        with suppress(OSError), _locked(path) as ours:
+            if ours:
+                shutil.rmtree(path / _TEMPORARY)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether this process has `path` to itself inside the block. It is made if it is not there, and deleted if nothing came of it."""
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / _LOCK
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have had it until now, and deleted the file, which then locks nobody else out.
+            ours = os.path.samestat(os.fstat(lock.fileno()), file.stat())
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        try:
+            yield ours
+        finally:
+            if ours:
+                file.unlink(missing_ok=True)
                 with suppress(OSError):  # not empty: the data is there
                     path.rmdir()
-    except OSError as error:
-        raise DataError(f"data.path={path} cannot be written to: {error}; mend it, and run the command again") from error
-
-
-def _locked(lock: TextIO, file: Path) -> bool:
-    """Take the lock. False if another process has it, or had it until now: the file it deleted then locks nobody else out."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(lock.fileno()), file.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
 
 
 def _take_back(path: Path, work: Path) -> None:
     """Undo what a commit did that was killed half way; refuse to touch anything else."""
     if (path / "train" / MANIFEST).is_file():  # it was not there before the lock was taken
         raise DataError(f"data.path={path} was prepared by another process meanwhile; run the command again")
-    if (work / "train" / MANIFEST).is_file():  # killed after the manifests were written: what is missing in `work` is out already
-        trained = load_manifest(work / "train").recipe.trained_tokenizer
-        if trained and not (work / "tokenizer.json").exists() and (path / "tokenizer.json").exists():
-            (path / "tokenizer.json").rename(work / "tokenizer.json")
-    for name in SPLITS:
-        folder = path / name
-        if (folder / MANIFEST).is_file():
-            shutil.rmtree(work / name, ignore_errors=True)
-            work.mkdir(exist_ok=True)
-            folder.rename(work / name)
-        elif folder.exists():
-            raise DataError(f"{folder} is in the way and was not made by `pretrain data prepare`; move it, or set another data.path")
+    for name in (read_record(work / _COMMIT) or b"").decode().split():
+        if (path / name).exists() and not (work / name).exists():
+            (path / name).rename(work / name)
+    (work / _COMMIT).unlink(missing_ok=True)
+    for folder in (path / name for name in (*SPLITS, REJECTS)):
+        if folder.exists():
+            raise DataError(f"{folder} is in the way; move it, or set another data.path")
 
 
 def bring_tokenizer(path: Path, given: Path, work: Path) -> Tokenizer:
@@ -173,24 +189,41 @@ def bring_tokenizer(path: Path, given: Path, work: Path) -> Tokenizer:
     own = path / "tokenizer.json"
     if not own.is_file():
         write_synced(work / "tokenizer.json", tokenizer.to_json().encode())
-    elif load_tokenizer(own).fingerprint != tokenizer.fingerprint:
+        return tokenizer
+    if load_tokenizer(own).fingerprint != tokenizer.fingerprint:
         raise DataError(f"data.tokenizer={given} is not the tokenizer in data.path={path}; delete {own}, or set another data.path")
+    (work / "tokenizer.json").unlink(missing_ok=True)  # an earlier attempt may have trained one
     return tokenizer
 
 
-def commit(work: Path, path: Path, manifests: Sequence[Manifest]) -> None:
-    """Write the manifests, delete what they do not list, and rename all into `path`, `train/` last."""
+def commit(work: Path, path: Path, manifests: Sequence[Manifest], rejects: Collection[str]) -> None:
+    """Write the manifests, delete what belongs to none of them, and rename all into `path`, `train/` last.
+
+    Args:
+        work: the working folder.
+        path: where the data goes.
+        manifests: of the splits.
+        rejects: names of the files of rejects.
+    """
     for manifest in manifests:
         folder = work / manifest.split
-        listed = {f"{shard.name}{ending}" for source in manifest.sources for shard in source.shards for ending in (".bin", ".idx")}
-        for file in folder.iterdir():
-            if file.name not in listed:
-                file.unlink()
+        shards = (shard.name for source in manifest.sources for shard in source.shards)
+        _keep_only(folder, {f"{name}{ending}" for name in shards for ending in (".bin", ".idx")})
         write_synced(folder / MANIFEST, manifest.to_bytes())
         sync_folder(folder)
-    for name in ("tokenizer.json", "rejects", *(split for split in SPLITS if split in {manifest.split for manifest in manifests})):
-        if (work / name).exists():
-            if name == "rejects":
-                shutil.rmtree(path / name, ignore_errors=True)
-            (work / name).replace(path / name)
-            sync_folder(path)
+    if rejects:
+        _keep_only(work / REJECTS, rejects)
+        sync_folder(work / REJECTS)
+    splits = [split for split in SPLITS if split in {manifest.split for manifest in manifests}]
+    names = [name for name in ("tokenizer.json", *((REJECTS,) if rejects else ()), *splits) if (work / name).exists()]
+    write_record(work / _COMMIT, " ".join(names).encode())
+    sync_folder(work)
+    for name in names:
+        (work / name).replace(path / name)
+        sync_folder(path)
+
+
+def _keep_only(folder: Path, names: Collection[str]) -> None:
+    for file in folder.iterdir():
+        if file.name not in names:
+            file.unlink()

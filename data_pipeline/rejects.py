@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from data_pipeline.sources import Document
 
 if TYPE_CHECKING:
     import zstandard
 
+REJECTS = "rejects"
+
 
 class RejectWriter:
     """Writes `{"id", "source", "reason", "text", "metadata"}` lines. No file: does nothing; no line: makes no file."""
 
     def __init__(self, file: Path | None) -> None:
-        self.file = file
+        """Deletes what an earlier attempt wrote."""
+        self.file, self.written = file, 0
+        self._raw: BinaryIO | None = None
         self._stream: zstandard.ZstdCompressionWriter | None = None
+        if file is not None:
+            file.unlink(missing_ok=True)
 
     def __enter__(self) -> RejectWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._stream is not None:
-            self._stream.close()
+        if self._stream is not None and self._raw is not None:
+            with self._raw:
+                self._stream.close()  # type: ignore[no-untyped-call]  # of zstandard
+                os.fsync(self._raw.fileno())
 
     def write(self, document: Document, reason: str) -> None:
         """Append one document."""
         if self.file is None:
             return
-        if self._stream is None:
-            import zstandard
-
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = zstandard.ZstdCompressor().stream_writer(self.file.open("wb"))
         row = {
             "id": document.id,
             "source": document.source,
@@ -43,4 +47,15 @@ class RejectWriter:
             "text": document.text,
             "metadata": dict(document.metadata),
         }
-        self._stream.write((json.dumps(row, ensure_ascii=False, default=str) + "\n").encode())
+        line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+        self._open(self.file).write(line.encode(errors="backslashreplace"))  # a file's name, and so an id, may be no Unicode
+        self.written += 1
+
+    def _open(self, file: Path) -> zstandard.ZstdCompressionWriter:
+        if self._stream is None:
+            import zstandard
+
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._raw = file.open("wb")
+            self._stream = zstandard.ZstdCompressor().stream_writer(self._raw, closefd=False)
+        return self._stream

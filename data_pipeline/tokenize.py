@@ -1,4 +1,4 @@
-"""One chunk of text -> one shard of each split: the work of `prepare` that takes the time.
+"""One chunk of text -> its shards of each split: the work of `prepare` that takes the time.
 
 The same chunk, verdicts and tokenizer give the same bytes, whoever does it.
 """
@@ -6,43 +6,30 @@ The same chunk, verdicts and tokenizer give the same bytes, whoever does it.
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from data_pipeline.chunks import Chunk, read_batches
-from data_pipeline.clean import CONTAMINATED, EMPTY, edited
+from data_pipeline.chunks import Chunk
+from data_pipeline.clean import build_editor, digest_of, read_judged
 from data_pipeline.encoder import Encoder, fastest_encoder
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import DTYPES, SPLITS, Record, Shard, TokenDtype
-from data_pipeline.order import order_key, permute
-from data_pipeline.rejects import RejectWriter
-from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.shard_writer import write_shard
-from data_pipeline.shards import token_dtype
+from data_pipeline.manifest import SPLITS, Record
+from data_pipeline.records import read_record, write_record
+from data_pipeline.rejects import REJECTS, RejectWriter
+from data_pipeline.settings import PrepareConfig
+from data_pipeline.shard_writer import is_whole
 from data_pipeline.sources import Document
+from data_pipeline.split_writer import SplitResult, SplitWriter
 from data_pipeline.tokenizer import Tokenizer, document_hash, load_tokenizer
-from data_pipeline.verdicts import Verdicts, read_verdicts
 from data_pipeline.workers import Done, Tell
 
 _SAMPLE_CHARACTERS = 64 << 10
-_GATHER_TOKENS = 4 << 20
-
-
-class SplitResult(Record):
-    """What a chunk gave to one split."""
-
-    documents: int
-    tokens: int
-    text_bytes: int
-    dropped: dict[str, int]
-    repaired: dict[str, int]
-    marked: dict[str, int]
-    shards: tuple[Shard, ...]
 
 
 class ChunkResult(Record):
@@ -53,6 +40,8 @@ class ChunkResult(Record):
     """Hash of all that decided it; a result of another key is no result."""
     read: int
     """Documents."""
+    rejects: int
+    """Documents in the file of rejects."""
     encoder: str
     """The back end that encoded it; empty where nothing was kept."""
     why: str
@@ -68,30 +57,36 @@ class ChunkResult(Record):
 
 
 @dataclass(frozen=True)
-class TokenizeJob:
-    """A chunk, and all that decides what becomes of it."""
+class Tokenizing:
+    """What is the same for all chunks."""
 
-    chunk: Chunk
-    source: SourceConfig
     config: PrepareConfig
     work: Path
+    """Folder with a folder for each split."""
+    done: Path
+    """Folder of the results."""
     tokenizer: Path
+    fingerprint: str
+    """Of the tokenizer."""
+    keep_rejects: bool
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """A chunk to tokenize."""
+
+    chunk: Chunk
     fraction: float
     """Documents whose place is below it are held out."""
     verdicts: Path | None
     """None where every document that is not empty is kept."""
-    keep_rejects: bool
     key: str
+    """Hash of all that decides what becomes of it, but for the verdicts."""
 
     @property
     def name(self) -> str:
         """The chunk's name."""
         return self.chunk.name
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that it fills."""
-        return SPLITS if self.fraction > 0 else ("train",)
 
 
 def place(document: Document) -> float:
@@ -99,44 +94,90 @@ def place(document: Document) -> float:
     return document_hash(f"{document.source}\0{document.id}", salt=0) / 2**64
 
 
-def tokenize_chunk(job: TokenizeJob, tell: Tell) -> ChunkResult:
-    """Read the chunk, encode what is kept, write its shards to `<work>/train` and `<work>/validation`.
+def begin_tokenizing(setup: Tokenizing) -> Callable[[TokenizeJob, Tell], ChunkResult]:
+    """What does the jobs of one process. The tokenizer is loaded once.
+
+    The function that is returned reads a chunk, encodes what is kept, and writes its shards to `<work>/train` and `<work>/validation`,
+    unless an earlier attempt did: then every byte of them is checked.
 
     Raises:
-        DataError: a document cannot be read or encoded; it is named.
+        DataError: the tokenizer is not the expected one; of a job: a document cannot be read or encoded; it is named.
     """
-    tokenizer = _tokenizer(job.tokenizer)
-    splits = {name: _SplitWriter(job.work / name, job.chunk.name, tokenizer, job.config.shard_tokens) for name in job.splits}
-    verdicts = read_verdicts(job.verdicts) if job.verdicts else None
+    tokenizer = load_tokenizer(setup.tokenizer)
+    if tokenizer.fingerprint != setup.fingerprint:
+        raise DataError(f"{setup.tokenizer} changed while it was used; run the command again")
+    editors = functools.cache(lambda index: build_editor(setup.config.sources[index], setup.config))
+
+    def do(job: TokenizeJob, tell: Tell) -> ChunkResult:
+        key = xxhash.xxh3_128_hexdigest(f"{job.key} {digest_of(job.verdicts)}".encode())
+        there = _finished(setup, job.name, key)
+        if there is not None:
+            tell(Done(there.read, job.chunk.bytes or 0, there.tokens))
+            return there
+        result = _tokenize_chunk(setup, job, key, tokenizer, editors(job.chunk.index), tell)
+        write_record(_result_file(setup, job.name), result.model_dump_json().encode())
+        return result
+
+    return do
+
+
+def _result_file(setup: Tokenizing, name: str) -> Path:
+    return setup.done / f"{name}.result"
+
+
+def _rejects_file(setup: Tokenizing, name: str) -> Path:
+    return setup.work / REJECTS / f"{name}.jsonl.zst"
+
+
+def _finished(setup: Tokenizing, name: str, key: str) -> ChunkResult | None:
+    """The result of an earlier attempt if it was decided by the same, and its files are whole."""
+    try:
+        result = ChunkResult.model_validate_json(read_record(_result_file(setup, name)) or b"")
+    except ValidationError:  # there is none, or it is damaged or of another version
+        return None
+    if result.key != key or (result.rejects and not _rejects_file(setup, name).is_file()):
+        return None
+    whole = all(is_whole(setup.work / split, shard) for split, part in result.splits.items() for shard in part.shards)
+    return result if whole else None
+
+
+def _tokenize_chunk(
+    setup: Tokenizing,
+    job: TokenizeJob,
+    key: str,
+    tokenizer: Tokenizer,
+    edit: Callable[[Document], tuple[Document, tuple[str, ...]]],
+    tell: Tell,
+) -> ChunkResult:
+    config, chunk = setup.config, job.chunk
+    names = SPLITS if job.fraction > 0 else ("train",)
+    splits = {name: SplitWriter(setup.work / name, chunk.name, tokenizer, config.shard_tokens) for name in names}
     encoder: Encoder | None = None
-    why, lowest, read, seen = "", 2.0, 0, 0
-    with RejectWriter(job.work / "rejects" / f"{job.chunk.name}.jsonl.zst" if job.keep_rejects else None) as rejects:
-        for batch in read_batches(job.chunk, job.source):
-            kept: list[tuple[_SplitWriter, Document]] = []
-            for number, document in enumerate(batch, start=seen):
+    why, lowest, read = "", 2.0, 0
+    with RejectWriter(_rejects_file(setup, chunk.name) if setup.keep_rejects else None) as rejects:
+        for batch in read_judged(chunk, config.sources[chunk.index], job.verdicts, tell):
+            kept: list[tuple[SplitWriter, Document]] = []
+            for document, reason, marked in batch:
                 here = place(document)
                 split = splits["validation" if here < job.fraction else "train"]
-                reason = _reason(document, verdicts, number, job)
                 if reason is not None:
-                    split.dropped[reason] += 1
+                    split.drop(reason)
                     rejects.write(document, reason)
                     continue
-                document, repairs = edited(document, job.source, job.config)
-                split.note(document, repairs, marked=verdicts is not None and bool(verdicts.marks[number]))
+                document, repairs = edit(document)
+                split.note(document, repairs, marked=marked)
                 lowest = min(lowest, here)
                 kept.append((split, document))
-            if encoder is None and kept:
-                encoder, why = _encoder(job.tokenizer, tuple(_sample(document for _, document in kept)))
-            n_tokens = _encode(encoder, kept, tokenizer.eot_id) if encoder else 0
-            seen += len(batch)
-            tell(Done(len(batch), batch[-1].read - read, n_tokens))
-            read = batch[-1].read
-    tell(Done(0, (job.chunk.bytes or read) - read))
-    _check_same_documents(job, verdicts, seen)
+            if kept:
+                if encoder is None:
+                    encoder, why = fastest_encoder(tokenizer, tuple(_sample(document for _, document in kept)))
+                tell(Done(tokens=_encode(encoder, kept, tokenizer.eot_id)))
+            read += len(batch)
     return ChunkResult(
-        chunk=job.chunk.name,
-        key=job.key,
-        read=seen,
+        chunk=chunk.name,
+        key=key,
+        read=read,
+        rejects=rejects.written,
         encoder=encoder.name if encoder else "",
         why=why,
         lowest=lowest,
@@ -144,17 +185,7 @@ def tokenize_chunk(job: TokenizeJob, tell: Tell) -> ChunkResult:
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(file: Path) -> Tokenizer:
-    """Loaded once a process."""
-    return load_tokenizer(file)
-
-
-def _encoder(file: Path, sample: tuple[str, ...]) -> tuple[Encoder, str]:
-    return fastest_encoder(_tokenizer(file), sample)
-
-
-def _sample(documents: Iterable[Document]) -> Iterator[str]:
+def _sample(documents: Iterator[Document]) -> Iterator[str]:
     """The beginning of the documents, on which the fast encoder must equal the reference."""
     left = _SAMPLE_CHARACTERS
     for document in documents:
@@ -164,32 +195,12 @@ def _sample(documents: Iterable[Document]) -> Iterator[str]:
             return
 
 
-def _reason(document: Document, verdicts: Verdicts | None, number: int, job: TokenizeJob) -> str | None:
-    if verdicts is None:
-        return None if document.text.strip() else EMPTY
-    if number >= len(verdicts.codes):
-        _check_same_documents(job, verdicts, number + 1)
-    return verdicts.reason(number)
-
-
-def _check_same_documents(job: TokenizeJob, verdicts: Verdicts | None, seen: int) -> None:
-    if verdicts is not None and seen != len(verdicts.codes):
-        files = ", ".join(part.file.path for part in job.chunk.parts) or ", ".join(job.source.paths)
-        raise DataError(
-            f"{files} changed while it was prepared: {len(verdicts.codes)} documents when it was cleaned, {seen} or more now; "
-            f"run the command again"
-        )
-
-
-def _encode(encoder: Encoder, kept: Sequence[tuple[_SplitWriter, Document]], eot_id: int) -> int:
+def _encode(encoder: Encoder, kept: Sequence[tuple[SplitWriter, Document]], eot_id: int) -> int:
     """Encode a batch and hand each document with its end-of-text token to its split; the number of tokens."""
-    try:
-        ids, offsets = encoder.encode([document.text for _, document in kept])
-    except Exception as error:  # a back end may raise anything; find out on which document
-        raise _name_the_document(encoder, [document for _, document in kept], error) from error
+    ids, offsets = _ids(encoder, [document for _, document in kept])
     lengths = np.diff(offsets) + 1
     stops = np.cumsum(lengths)
-    tokens = np.empty(int(stops[-1]) if len(stops) else 0, ids.dtype)
+    tokens = np.empty(int(stops[-1]), ids.dtype)
     is_end = np.zeros(len(tokens), np.bool_)
     is_end[stops - 1] = True
     tokens[~is_end], tokens[is_end] = ids, eot_id
@@ -199,99 +210,19 @@ def _encode(encoder: Encoder, kept: Sequence[tuple[_SplitWriter, Document]], eot
     return len(tokens)
 
 
-def _name_the_document(encoder: Encoder, documents: Sequence[Document], error: Exception) -> DataError:
-    """Encode one by one until one raises again."""
+def _ids(encoder: Encoder, documents: Sequence[Document]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """What `encoder` makes of the texts. Where it fails, each is tried alone, to name the document."""
+    try:
+        return encoder.encode([document.text for document in documents])
+    except BaseException as error:  # `tokenizers` raises bare Exceptions, and panics of its Rust code that are not even that
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
+            raise
+        first = documents[0]
+        if len(documents) == 1:
+            detail = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"document {first.id} of source {first.source} cannot be encoded ({detail}); leave it out, or use another data.tokenizer"
+            ) from error
     for document in documents:
-        try:
-            encoder.encode([document.text])
-        except Exception as again:  # the same as above
-            return DataError(f"{document.source}: document {document.id} cannot be encoded ({type(again).__name__}: {again})")
-    return DataError(f"{documents[0].source}: documents {documents[0].id} to {documents[-1].id} cannot be encoded together ({error})")
-
-
-@dataclass
-class _SplitWriter:
-    """The documents of one chunk that belong to one split: held until a shard is full, then permuted and written."""
-
-    folder: Path
-    chunk: str
-    tokenizer: Tokenizer
-    shard_tokens: int
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    repaired: Counter[str] = field(default_factory=Counter)
-    marked: Counter[str] = field(default_factory=Counter)
-    shards: list[Shard] = field(default_factory=list)
-    _held: list[NDArray[np.integer]] = field(default_factory=list)
-    _lengths: list[NDArray[np.int32]] = field(default_factory=list)
-    _n_held: int = 0
-
-    @property
-    def dtype(self) -> TokenDtype:
-        return token_dtype(self.tokenizer.vocab_size)
-
-    def note(self, document: Document, repairs: Sequence[str], *, marked: bool) -> None:
-        """Count a document that will be added."""
-        self.documents += 1
-        self.text_bytes += document.n_bytes
-        self.repaired.update(repairs)
-        if document.repaired:
-            self.repaired["invalid Unicode"] += 1
-        if marked:
-            self.marked[CONTAMINATED] += 1
-
-    def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> None:
-        """Append documents, and write a shard whenever the next one would take it over `shard_tokens`."""
-        self.tokens += len(tokens)
-        while len(lengths):
-            stops = np.cumsum(lengths, dtype=np.int64)
-            fit = int(np.searchsorted(stops, self.shard_tokens - self._n_held, side="right"))
-            if fit == 0 and self._n_held == 0:  # longer than a shard: it gets one of its own
-                fit = 1
-            taken = int(stops[fit - 1]) if fit else 0
-            if fit:
-                self._held.append(tokens[:taken].astype(DTYPES[self.dtype]))
-                self._lengths.append(lengths[:fit])
-                self._n_held += taken
-            tokens, lengths = tokens[taken:], lengths[fit:]
-            if len(lengths):
-                self._write()
-
-    def finish(self) -> SplitResult:
-        """Write what is held."""
-        if self._n_held:
-            self._write()
-        return SplitResult(
-            documents=self.documents,
-            tokens=self.tokens,
-            text_bytes=self.text_bytes,
-            dropped=dict(+self.dropped),
-            repaired=dict(+self.repaired),
-            marked=dict(+self.marked),
-            shards=tuple(self.shards),
-        )
-
-    def _write(self) -> None:
-        tokens, lengths = _permuted(np.concatenate(self._held), np.concatenate(self._lengths))
-        self._held, self._lengths, self._n_held = [], [], 0
-        name = f"{self.chunk}-{len(self.shards)}" if self.shards else self.chunk
-        self.shards.append(write_shard(self.folder, name, tokens, lengths, self.dtype))
-
-
-def _permuted(tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> tuple[NDArray[np.integer], NDArray[np.int32]]:
-    """The documents in a random order that depends on their number alone, so that neighbours in a file are not neighbours in training."""
-    order = permute(np.arange(len(lengths)), len(lengths), order_key(0, 0))
-    starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[order]
-    lengths = lengths[order]
-    out = np.empty_like(tokens)
-    stops = np.cumsum(lengths, dtype=np.int64)
-    first = written = 0
-    while first < len(lengths):  # some millions of tokens at a time: the indices of all would take four times the tokens
-        last = max(first + 1, int(np.searchsorted(stops, written + _GATHER_TOKENS, side="right")))
-        here, span = lengths[first:last], slice(written, int(stops[last - 1]))
-        shift = starts[first:last] - (stops[first:last] - here - written)
-        out[span] = tokens[np.arange(span.stop - written) + np.repeat(shift, here)]
-        first, written = last, span.stop
-    return out, lengths
+        _ids(encoder, [document])
+    raise DataError(f"{len(documents)} documents of source {first.source}, from {first.id} on, cannot be encoded together")

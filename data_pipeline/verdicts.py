@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import zipfile
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
+
+from data_pipeline.records import read_record, write_record
 
 KEPT = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verdicts:
     """Verdicts on the documents of one chunk, in reading order."""
 
@@ -22,41 +25,75 @@ class Verdicts:
     reasons: tuple[str, ...]
     marks: NDArray[np.bool_]
     """Documents that share n-grams with evaluation sets and are kept all the same."""
+    texts: str
+    """Hash of the texts that were judged, see `TextsHash`."""
+    signatures: str
+    """Hash of the file of signatures that was written with them; empty where there is none."""
     key: str
     """Hash of all that decided them."""
-
-    @classmethod
-    def of(cls, reasons: Sequence[str | None], marks: NDArray[np.bool_], key: str) -> Verdicts:
-        """From a reason, or None, for each document."""
-        table = tuple(dict.fromkeys(reason for reason in reasons if reason is not None))
-        place = {reason: i for i, reason in enumerate(table, start=1)}
-        return cls(np.array([place.get(reason, KEPT) if reason else KEPT for reason in reasons], np.uint16), table, marks, key)
 
     def reason(self, document: int) -> str | None:
         """Why a document is dropped; None where it is kept."""
         code = int(self.codes[document])
         return None if code == KEPT else self.reasons[code - 1]
 
-    def with_reasons(self, more: Sequence[str | None]) -> Verdicts:
-        """With a reason for documents that were kept so far; one that is dropped already keeps its first reason."""
-        return Verdicts.of([self.reason(i) or reason for i, reason in enumerate(more)], self.marks, self.key)
+    def with_reasons(self, codes: NDArray[np.uint8 | np.uint16], reasons: Sequence[str | None]) -> Verdicts:
+        """With reasons for documents that were kept so far; one that is dropped already keeps its first reason.
+
+        Args:
+            codes: for each document an index of `reasons`.
+            reasons: the first is None, for a document that stays.
+        """
+        found, places = np.unique(codes, return_inverse=True)
+        more = [reason for reason in (reasons[code] for code in found.tolist()) if reason is not None]
+        shift = len(self.reasons) + (0 if codes.size and found[0] == 0 else 1)
+        late = (self.codes == KEPT) & (codes > 0)
+        return replace(self, codes=np.where(late, places + shift, self.codes).astype(np.uint16), reasons=(*self.reasons, *more))
+
+    def digest(self) -> str:
+        """Hash of what they say."""
+        whole = xxhash.xxh3_128(repr((self.reasons, self.texts)).encode())
+        whole.update(self.codes.tobytes())
+        whole.update(self.marks.tobytes())
+        return whole.hexdigest()
+
+
+class TextsHash:
+    """Hash of texts, one after the other: by it a file that changed between two passes is noticed."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, text: str) -> None:
+        """The next one."""
+        self._hash.update(text.encode())
+        self._hash.update(b"\xff")  # a byte that no text holds
+
+    def hexdigest(self) -> str:
+        """Of those so far."""
+        return self._hash.hexdigest()
+
+
+def encode_reasons(reasons: Sequence[str | None]) -> tuple[NDArray[np.uint16], tuple[str, ...]]:
+    """(codes, table) of a reason, or None, for each document."""
+    table = tuple(dict.fromkeys(reason for reason in reasons if reason is not None))
+    codes: dict[str | None, int] = {None: KEPT} | {reason: i for i, reason in enumerate(table, start=1)}
+    return np.fromiter((codes[reason] for reason in reasons), np.uint16, len(reasons)), table
 
 
 def write_verdicts(file: Path, verdicts: Verdicts) -> None:
-    """Write aside and rename: a file of that name is whole."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as stream:
-        np.savez_compressed(
-            stream, codes=verdicts.codes, reasons=np.array(verdicts.reasons, np.str_), marks=verdicts.marks, key=np.array(verdicts.key)
-        )
-    temporary.replace(file)
+    """Write them; a file of that name is whole."""
+    content = io.BytesIO()
+    strings = np.array([verdicts.texts, verdicts.signatures, verdicts.key, *verdicts.reasons], np.str_)
+    np.savez_compressed(content, codes=verdicts.codes, marks=verdicts.marks, strings=strings)
+    write_record(file, content.getvalue())
 
 
-def read_verdicts(file: Path, key: str | None = None) -> Verdicts | None:
-    """None where there are none, they are damaged (the file carries checksums), or were decided by something else than `key`."""
-    try:
-        with np.load(file) as arrays:
-            verdicts = Verdicts(arrays["codes"], tuple(arrays["reasons"].tolist()), arrays["marks"], str(arrays["key"]))
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError):
+def read_verdicts(file: Path) -> Verdicts | None:
+    """None where there are none, or they are damaged."""
+    content = read_record(file)
+    if content is None:
         return None
-    return verdicts if key in (None, verdicts.key) else None
+    with np.load(io.BytesIO(content)) as arrays:
+        texts, signatures, key, *reasons = arrays["strings"].tolist()
+        return Verdicts(arrays["codes"], tuple(reasons), arrays["marks"], texts, signatures, key)

@@ -1,31 +1,37 @@
-"""Many chunks, some processes: results as they come, progress from inside a chunk, and an end to all when one fails.
+"""Many jobs, some processes: results as they come, progress from inside a job, and an end to all when one fails.
 
-Processes are spawned, not forked: a fork of a process whose threads hold locks can hang. They end with the process that started
-them, however that one ends.
+Processes are spawned, not forked: a fork of a process whose threads hold locks can hang. They end at once when the process that
+started them gives them up or ends, however it ends.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.sharedctypes
-import multiprocessing.synchronize
 import os
 import signal
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for
-from typing import Protocol, TypeVar
+from functools import cached_property, partial
+from itertools import islice
+from multiprocessing.connection import Connection
+from typing import Any, Protocol, TypeVar, cast
 
 from data_pipeline.errors import DataError
 
 _POLL_SECONDS = 0.2
+_AHEAD = 2
+"""Jobs that are handed over at a time, by worker: one to do and one to go on with."""
+
+_MESSAGE = struct.Struct("<qqq")
 
 
 class Job(Protocol):
-    """One chunk's work; crosses to the worker by pickle."""
+    """One piece of work; crosses to the worker by pickle, so it is small."""
 
     @property
     def name(self) -> str:
@@ -54,20 +60,16 @@ Tell = Callable[[Done], None]
 """Called inside a job after every batch with what the batch did."""
 
 
-class _Abandoned(Exception):
-    """This job is no longer wanted."""
-
-
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_jobs(work: Callable[[J, Tell], R], jobs: Sequence[J], workers: int, progress: Tell) -> Iterator[R]:
+def run_jobs(begin: Callable[[], Callable[[J, Tell], R]], jobs: Sequence[J], workers: int, progress: Tell) -> Iterator[R]:
     """Yield the result of each job, in the order in which they finish.
 
     Args:
-        work: a function of a module; does one job, and calls its second argument after every batch.
+        begin: called once in each process that works; gives what does a job there. Crosses to the worker by pickle, once.
         jobs: what to do.
         workers: processes; one, or a single job, works in this process.
         progress: is given what was done since its last call, a few times a second.
@@ -76,65 +78,86 @@ def run_jobs(work: Callable[[J, Tell], R], jobs: Sequence[J], workers: int, prog
         DataError: from a job, or because a worker was killed. The other jobs are given up.
     """
     if workers == 1 or len(jobs) <= 1:
+        work = begin()
         for job in jobs:
             yield work(job, progress)
         return
     context = multiprocessing.get_context("spawn")
-    counts, stop = context.Array("q", 3), context.Event()
-
-    def tell() -> None:
-        with counts.get_lock():
-            done = Done(*counts[:])
-            counts[:] = [0, 0, 0]
-        progress(done)
-
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, (counts, stop))
+    told, tell = context.Pipe(duplex=False)
+    alive, our_end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, partial(_set_up, begin, tell, alive))
+    waiting, running = iter(jobs), dict[Future[R], J]()
     try:
-        waiting: dict[Future[R], J] = {pool.submit(_work, work, job): job for job in jobs}
-        while waiting:
-            finished, _ = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-            tell()
+        while True:
+            with _no_interrupt():
+                for job in islice(waiting, _AHEAD * workers - len(running)):
+                    running[cast("Future[R]", pool.submit(_run, job))] = job
+            if not running:
+                return
+            finished, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            while told.poll():
+                progress(Done(*_MESSAGE.unpack(told.recv_bytes())))
             for future in finished:
-                job = waiting.pop(future)
-                try:
-                    yield future.result()
-                except BrokenProcessPool as error:
-                    raise DataError(
-                        f"a worker process died while {job.name} or a chunk beside it was prepared, perhaps for want of memory; "
-                        f"lower data.workers or data.shard_tokens, and run the command again: it goes on from the chunks that are done"
-                    ) from error
+                running.pop(future)
+                yield future.result()
+    except BaseException as error:
+        our_end.close()  # the workers notice
+        if isinstance(error, BrokenProcessPool):
+            beside = ", ".join(job.name for job in running.values())
+            raise DataError(
+                f"a worker process died while {beside or 'its work'} was prepared, perhaps for want of memory; lower data.workers or "
+                f"data.shard_tokens, and run the command again: it goes on from what is finished"
+            ) from error
+        raise
     finally:
-        stop.set()
         pool.shutdown(cancel_futures=True)
+        for end in (told, tell, alive, our_end):
+            end.close()
 
 
-_counts: multiprocessing.sharedctypes.SynchronizedArray[int]
-_stop: multiprocessing.synchronize.Event
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Hold SIGINT back, from this thread and for good from the processes it starts: Ctrl-C reaches all processes of a terminal, and
+    the parent decides what becomes of the others."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(counts: multiprocessing.sharedctypes.SynchronizedArray[int], stop: multiprocessing.synchronize.Event) -> None:
-    """Set up a worker. What it shares with its parent can only be handed over here, so it stays in two globals of the worker."""
-    global _counts, _stop
-    _counts, _stop = counts, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal: the parent decides
+@dataclass
+class _Worker:
+    """What a worker process has been given."""
+
+    begin: Callable[[], Callable[[Any, Tell], object]]
+    pipe: Connection
+    """Shared by all workers. A message is written in one piece, so it needs no lock that a worker could die with."""
+
+    @cached_property
+    def work(self) -> Callable[[Any, Tell], object]:  # Any: only who calls `run_jobs` knows his jobs
+        return self.begin()
+
+    def tell(self, done: Done) -> None:
+        self.pipe.send_bytes(_MESSAGE.pack(done.documents, done.read, done.tokens))
+
+
+_worker: _Worker
+
+
+def _set_up(begin: Callable[[], Callable[[J, Tell], object]], tell: Connection, alive: Connection) -> None:
+    """Set up a worker. What a pool hands to its workers can only be kept in a global of theirs."""
+    global _worker
+    _worker = _Worker(begin, tell)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    wait_for([parent.sentinel])
+def _end_with_parent(alive: Connection) -> None:
+    """Nothing is ever sent: the pipe becomes readable when the parent's end is closed."""
+    alive.poll(None)
     os._exit(1)
 
 
-def _work(work: Callable[[J, Tell], R], job: J) -> R:
-    return work(job, _tell)
-
-
-def _tell(done: Done) -> None:
-    if _stop.is_set():
-        raise _Abandoned
-    with _counts.get_lock():
-        for i, count in enumerate((done.documents, done.read, done.tokens)):
-            _counts[i] += count
+def _run(job: Job) -> object:
+    return _worker.work(job, _worker.tell)

@@ -165,8 +165,8 @@ class DataConfig(PrepareConfig):
     growth: Annotated[tuple[GrowthStage, ...], MayChange()] = ()
     """Longer sequences later in the run, over the same windows of text: the order of the tokens does not change with them."""
 
-    window: OrAuto[int] = AUTO
-    """Tokens in a window, the unit in which text is shuffled: a multiple of the longest sequence. `auto` is the longest of seq_len and
+    window: int | None = Field(default=None, gt=0)
+    """Tokens in a window, the unit in which text is shuffled: a multiple of the longest sequence. None is the longest of seq_len and
     growth; set it where growth may be decided on later."""
 
     packing: Literal["concatenate", "best_fit"] = "concatenate"
@@ -316,14 +316,19 @@ def walk(model: type[Settings] = RunConfig, prefix: str = "") -> Iterator[tuple[
             yield key, field
 
 
+def prepares(key: str) -> bool:
+    """Whether a setting is read when data is prepared, and in training only to find its tokenizer."""
+    section, _, name = key.partition(".")
+    return section == "data" and name.split(".")[0] in PrepareConfig.model_fields
+
+
 def may_change() -> set[str]:
     """Dotted keys of the settings that may differ when a run is resumed: those marked, all in a section that is, and what prepares data."""
 
     def marked(model: type[Settings], prefix: str, inherited: bool) -> Iterator[str]:
         for name, field in model.model_fields.items():
             key = f"{prefix}{name}"
-            may = inherited or any(isinstance(mark, MayChange) for mark in field.metadata)
-            may = may or (model is DataConfig and name in PrepareConfig.model_fields)
+            may = inherited or prepares(key) or any(isinstance(mark, MayChange) for mark in field.metadata)
             if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
                 yield from marked(field.annotation, f"{key}.", may)
             elif may:

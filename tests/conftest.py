@@ -45,7 +45,9 @@ def tiny_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The same text, prepared with a vocabulary of 300 tokens. Nobody writes here."""
     path = tmp_path_factory.mktemp("prepared") / "data"
     source = SourceConfig(kind="text", paths=(str(tiny_text),))
-    prepare(path, PrepareConfig(sources=(source,), vocab_size=300, tokenizer_sample_mb=1, validation_fraction=0.1, shard_tokens=4000, workers=1))
+    prepare(
+        path, PrepareConfig(sources=(source,), vocab_size=300, tokenizer_sample_mb=1, validation_fraction=0.1, shard_tokens=4000, workers=1)
+    )
     return path
 
 

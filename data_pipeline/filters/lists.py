@@ -24,6 +24,11 @@ from data_pipeline.sources import Document
 _HOST = re.compile(r"\s*(?:(?:[a-z][a-z0-9+.-]*:)?//)?(?:[^/?#@]*@)?([^/?#:]*)", re.IGNORECASE)
 """The host of an address, with or without a scheme in front. Whatever is not an address has a host as well, on no list."""
 
+_LONGEST_HOST = 253
+"""Characters (RFC 1035); what is longer is none, and only its end is looked up."""
+
+_PLAIN_DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
+
 
 def url_judge(settings: UrlFilter) -> Judge:
     """Reasons: `listed domain`, `listed word`. A document without an address is kept."""
@@ -78,7 +83,9 @@ def _read_list(files: Sequence[Path], setting: str, normal: Callable[[str], str]
             hashes.append(np.fromiter((_hash(entry) for entry in entries if entry), np.uint64))
         if not len(hashes[-1]):
             raise DataError(f"data.filters.{setting}: {file} is empty; take it out")
-    return np.unique(np.concatenate(hashes))
+    listed = np.concatenate(hashes)
+    listed.sort()
+    return listed
 
 
 def _on_list(listed: NDArray[np.uint64], entries: Sequence[str]) -> NDArray[np.bool_]:
@@ -95,16 +102,19 @@ def _hash(entry: str) -> int:
 
 def _domain(line: str) -> str:
     """`# a comment` -> ``; ` Example.COM. ` -> `example.com`; `*.example.com` -> `example.com`; `bücher.de` -> `xn--bcher-kva.de`."""
+    line = line.strip()
+    if _PLAIN_DOMAIN.fullmatch(line):  # quick: lists have millions
+        return line
     name = line.partition("#")[0].strip().removeprefix("*")
     if re.search(r"[\s/]", name):
-        raise DataError(f"data.filters.url.domains: {line.strip()!r} is not a domain; give one a line, such as example.com")
+        raise DataError(f"data.filters.url.domains: {line!r} is not a domain; give one a line, such as example.com")
     return _ascii(name)
 
 
 def _domains(address: str) -> list[str]:
     """The host of an address and all domains that it is in: `a.b.org`, `b.org`, `org`."""
     match = _HOST.match(address)
-    labels = _ascii(match[1].strip() if match else "").split(".")
+    labels = _ascii(match[1].strip()[-_LONGEST_HOST:] if match else "").split(".")
     return [".".join(labels[i:]) for i in range(len(labels))]
 
 

@@ -62,7 +62,7 @@ def inspect(
     path: DataPath,
     words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value]...", help=RUN_HELP)] = None,
     samples: Annotated[int, typer.Option(min=0, help="Documents of each source to show.")] = 3,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that needs no network instead.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it to a page instead, which needs no network.")] = None,
 ) -> None:
     """Show what a prepared data set holds: documents, tokens, drops, lengths, samples; and what a run would read of it.
 
@@ -86,15 +86,13 @@ def inspect(
 def _forecast(path: Path, words: list[str]) -> Forecast:
     """What a run with these settings reads of the data in `path`."""
     from data_pipeline.forecast import forecast
-    from pretrain.config import AUTO
     from pretrain.config_loading import load_words
     from pretrain.optim.schedule import samples_before
-    from pretrain.train.growth import check_growth, longest_seq_len
+    from pretrain.train.growth import check_growth
     from pretrain.train.run import open_data
 
     config = load_words(words).config
-    window = longest_seq_len(config) if config.data.window == AUTO else config.data.window
-    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path, "window": window})})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     check_growth(config)
     train, _ = open_data(config)
     return forecast(train, samples_before(config.train.steps + 1, config.train))

@@ -9,9 +9,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from data_pipeline.forecast import MANY_EPOCHS, Forecast, Stretch
-from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, PackedSequence, SampleDocument, SourceDescription, fertility
-from data_pipeline.manifest import Manifest, SourceManifest
+from data_pipeline.forecast import Forecast, Stretch, warning
+from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, PackedSequence, SampleDocument, SourceDescription
+from data_pipeline.manifest import Manifest
+from pretrain.report.data_rows import places, split_rows, stretch_rows
 
 BAR = 24
 """Characters of the longest bar."""
@@ -22,13 +23,11 @@ def draw(description: Description, forecast: Forecast | None, console: Console) 
     tokenizer = description.tokenizer
     head = Text.assemble((str(description.path), "bold"), f"  tokenizer of {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint}")
     console.print(head, soft_wrap=True)
+    _line(console, "documents read, dropped and written; tokens with the end-of-text token of each document", "dim")
     for manifest in description.splits.values():
-        console.print()
         console.print(_split_table(manifest))
-    for source in description.sources:
-        if source.in_place is not None:
-            files, where = source.in_place
-            _line(console, f"{source.name}: the tokens of {files:,} shard{'s' * (files > 1)} are read in place, from {where}")
+    for sentence in places(description.sources):
+        _line(console, sentence)
     if forecast is not None:
         _draw_forecast(forecast, console)
     _draw_drops(description.sources, console)
@@ -56,28 +55,13 @@ def _table(first: str, *numbers: str) -> Table:
 
 
 def _split_table(manifest: Manifest) -> Table:
-    table = _table(manifest.split, "documents\nread", "\ndropped", "\nwritten", "\ntokens", "\nshare", "bytes/\ntoken", "\nshards")
-    table.columns[0].header = f"\n{manifest.split}"
+    table = _table(f"\n{manifest.split}", "\nread", "\ndropped", "\nwritten", "\ntokens", "\nshare", "bytes/\ntoken", "\nshards")
     table.columns[0].header_style = "bold"
-    for source in manifest.sources:
-        table.add_row(source.name, *_counts([source], manifest.tokens))
-    if len(manifest.sources) > 1:
-        table.add_row("all", *_counts(manifest.sources, manifest.tokens), style="bold")
+    *rows, last = split_rows(manifest)
+    for row in rows:
+        table.add_row(*row)
+    table.add_row(*last, style="bold" if rows else "")
     return table
-
-
-def _counts(sources: Sequence[SourceManifest], all_tokens: int) -> list[str]:
-    documents, tokens = sum(source.documents for source in sources), sum(source.tokens for source in sources)
-    known = fertility(sources)
-    return [
-        f"{sum(source.read for source in sources):,}",
-        f"{sum(sum(source.dropped.values()) for source in sources):,}",
-        f"{documents:,}",
-        f"{tokens:,}",
-        f"{tokens / max(1, all_tokens):.1%}",
-        f"{known:.2f}" if known else "-",
-        f"{sum(len(source.shards) for source in sources):,} {'/'.join(sorted({source.dtype for source in sources}))}",
-    ]
 
 
 def _draw_forecast(forecast: Forecast, console: Console) -> None:
@@ -86,31 +70,17 @@ def _draw_forecast(forecast: Forecast, console: Console) -> None:
     table = _table("", "sequences", "tokens", "share", "epochs", "repeated tokens")
     _add_stretch(table, "the whole run", whole)
     for stage in forecast.stages if len(forecast.stages) > 1 else ():
-        percent = f"{stage.start / whole.stop:.0%} to {stage.stop / whole.stop:.0%}"
-        table.add_section()
-        _add_stretch(table, f"from sequence {stage.start:,}: {percent} of the run", stage)
+        _add_stretch(table, forecast.title(stage), stage)
     console.print(table)
     _line(console, f"{forecast.padding:.2%} of the positions are padding (data.packing={forecast.packing})", "dim")
     for source in forecast.read_often:
-        _line(console, often(source.name, source.epochs), "yellow")
-
-
-def often(name: str, epochs: float) -> str:
-    """The warning about a source that is read very often."""
-    return (
-        f"{name} is read {epochs:,.1f} times: beyond {MANY_EPOCHS} epochs, repeated text teaches less and less (arXiv:2305.16264); "
-        f"lower its weight, shorten the run, or add text"
-    )
+        _line(console, warning(source), "yellow")
 
 
 def _add_stretch(table: Table, title: str, stretch: Stretch) -> None:
     table.add_row(Text(title, "dim"))
-    rows = [(source.name, source.sequences, source.tokens, f"{source.epochs:.2f}", source.repeats) for source in stretch.sources]
-    if len(rows) > 1:
-        rows.append(("all", stretch.stop - stretch.start, stretch.tokens, "", stretch.repeats))
-    for name, sequences, tokens, epochs, repeats in rows:
-        share = f"{tokens / max(1, stretch.tokens):.1%}"
-        table.add_row(f"  {name}", f"{sequences:,}", f"{tokens:,}", share, epochs, f"{repeats:,}")
+    for name, *cells in stretch_rows(stretch):
+        table.add_row(f"  {name}", *cells)
 
 
 def _draw_drops(sources: Iterable[SourceDescription], console: Console) -> None:
@@ -122,12 +92,14 @@ def _draw_drops(sources: Iterable[SourceDescription], console: Console) -> None:
     longest = max((count / source.read for source in shown for count in source.drops.values()), default=1.0)
     table = _table("", "documents", "share", "")
     table.columns[3].justify = "left"
+    reasons = [*(reason for source in shown for reason in source.drops), *(f"kept, {r}" for source in shown for r in source.changes)]
+    room = min(BAR, max(8, console.width - max(map(len, reasons)) - 24))
     for source in shown:
         table.add_row(Text(source.name, "dim"))
         for reason, count in source.drops.items():
-            table.add_row(f"  {reason}", f"{count:,}", f"{count / source.read:.2%}", _bar(count / source.read / longest))
+            table.add_row(Text(f"  {reason}"), f"{count:,}", f"{count / source.read:.2%}", _bar(count / source.read / longest, room))
         for reason, count in source.changes.items():
-            table.add_row(f"  kept, {reason}", f"{count:,}", f"{count / source.read:.2%}", "")
+            table.add_row(Text(f"  kept, {reason}"), f"{count:,}", f"{count / source.read:.2%}", "")
     console.print(table)
     duplicates = [entry for source in shown for entry in source.duplicates]
     if duplicates:
@@ -139,9 +111,9 @@ def _draw_drops(sources: Iterable[SourceDescription], console: Console) -> None:
         console.print(table)
 
 
-def _bar(share: float) -> Text:
-    """A bar in eighths of a character."""
-    eighths = max(1, round(8 * BAR * share)) if share else 0
+def _bar(share: float, room: int) -> Text:
+    """A bar in eighths of a character; `room` characters are all."""
+    eighths = max(1, round(8 * room * share)) if share else 0
     return Text("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), "cyan")
 
 
@@ -155,13 +127,14 @@ def _draw_lengths(sources: Sequence[SourceDescription], console: Console) -> Non
     rows = [1 << k for k in range(lows[0].bit_length() - 1, lows[-1].bit_length())]
     longest = max(entry.documents / source.documents for source in sources for entry in source.lengths)
     first = len(f"{rows[-1]:,} to {2 * rows[-1] - 1:,}") + 2
-    together = max(1, (console.width - first) // (BAR + 17))
+    together = max(1, min(len(sources), (console.width - first) // (BAR // 2 + 18)))
+    room = max(BAR // 2, min(BAR, (console.width - first) // together - 18))
     for start in range(0, len(sources), together):
         table = _table("")
         table.columns[0].justify, table.columns[0].no_wrap = "right", True
         columns = []
         for source in sources[start : start + together]:
-            table.add_column(source.name, min_width=BAR, overflow="fold")
+            table.add_column(source.name, min_width=room, overflow="fold")
             table.add_column("", justify="right", no_wrap=True)
             table.add_column("", justify="right", no_wrap=True)
             columns.append((source, {entry.low: entry for entry in source.lengths}))
@@ -169,11 +142,11 @@ def _draw_lengths(sources: Sequence[SourceDescription], console: Console) -> Non
             cells: list[Text | str] = [f"{low:,} to {2 * low - 1:,}" if low > 1 else "1"]
             for source, entries in columns:
                 entry = entries.get(low)
-                if entry is None:
+                if entry is None or not entry.documents:
                     cells += ["", "", ""]
                     continue
                 share = entry.documents / source.documents
-                cells += [_bar(share / longest), f"{share:.1%}", f"{entry.tokens / source.tokens:.1%}"]
+                cells += [_bar(share / longest, room), f"{share:.1%}", f"{entry.tokens / source.tokens:.1%}"]
             table.add_row(*cells)
         console.print(table)
 
@@ -192,7 +165,7 @@ def _draw_sample(name: str, sample: SampleDocument, end: str, console: Console) 
     text = _decoded(sample.head, end)
     if sample.tail:
         text = Text.assemble(text, ("\n[...]\n", "dim"), _decoded(sample.tail, end))
-    console.print(Padding(text, (0, 0, 0, 2)))
+    console.print(Padding(text, (0, 0, 0, 2), expand=False))
 
 
 def _draw_packed(name: str, packed: PackedSequence, end: str, console: Console) -> None:
@@ -201,7 +174,7 @@ def _draw_packed(name: str, packed: PackedSequence, end: str, console: Console) 
     for piece in packed.pieces:
         last = piece.first + piece.count - 1
         _line(console, f"  document {piece.number:,}, its tokens {piece.first:,} to {last:,} of {piece.length:,}", "dim")
-        console.print(Padding(_decoded(piece.text, end), (0, 0, 0, 4)))
+        console.print(Padding(_decoded(piece.text, end), (0, 0, 0, 4), expand=False))
     if packed.padding:
         _line(console, f"  {packed.padding} tokens of padding", "dim")
 
@@ -217,6 +190,6 @@ def _draw_recipe(description: Description, console: Console) -> None:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for section, entries in description.recipe.items():
-        words = [Text(f"{entry.name} {entry.value}", "bold" if entry.changed else "") for entry in entries]
-        table.add_row(section, Text("\n" if section == "sources" else ", ").join(words))
+        words = [Text(f"{entry.name}: {entry.value}", "bold" if entry.changed else "") for entry in entries]
+        table.add_row(section, Text("\n" if section == "sources" else "; ").join(words))
     console.print(table)

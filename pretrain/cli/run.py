@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pretrain.cli.settings_help import CONFIG_HELP, SettingsCommand
+from pretrain.cli.settings_help import CONFIG_HELP, TrainCommand
 
 EXIT_STOPPED = 75
 """EX_TEMPFAIL: stopped early, and the same command goes on."""
@@ -84,6 +84,6 @@ def demo(
 def add_to(app: typer.Typer) -> None:
     """Hang the four commands into `pretrain`."""
     app.command()(demo)
-    app.command(cls=SettingsCommand, no_args_is_help=True)(train)
+    app.command(cls=TrainCommand, no_args_is_help=True)(train)
     app.command()(generate)
     app.command()(report)

@@ -19,10 +19,13 @@ class SettingsCommand(TyperCommand):
     sections: tuple[str, ...] | None = None
     """Sections to list; None lists all."""
 
+    preparing: bool = True
+    """Whether to list what only `pretrain data prepare` reads."""
+
     def format_help(self, ctx: Any, formatter: Any) -> None:  # typer carries a private click: its types have no public name
         """Typer's help, then the settings."""
         super().format_help(ctx, formatter)
-        Console().print(settings_table(self.sections))
+        Console().print(settings_table(self.sections, preparing=self.preparing))
 
 
 class DataCommand(SettingsCommand):
@@ -31,18 +34,27 @@ class DataCommand(SettingsCommand):
     sections = ("data",)
 
 
-def settings_table(sections: tuple[str, ...] | None) -> Table:
+class TrainCommand(SettingsCommand):
+    """A command that trains: it reads prepared data."""
+
+    preparing = False
+
+
+def settings_table(sections: tuple[str, ...] | None, *, preparing: bool = True) -> Table:
     """Key, default and sentence of every setting of those sections."""
-    from pretrain.config import RunConfig, flatten, walk
+    from pretrain.config import RunConfig, flatten, prepares, walk
 
     defaults = flatten(RunConfig())
     table = Table(
         title="Settings, given as key=value", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
-    for heading, width in (("key", None), ("default", 16), ("", None)):
+    for heading, width in (("key", None), ("default", 34), ("", None)):
         table.add_column(heading, header_style="dim", overflow="fold", max_width=width)
     for key, field in walk():
-        if sections is None or key.split(".")[0] in sections:
+        if (sections is None or key.split(".")[0] in sections) and (preparing or not prepares(key)):
             sentence = " ".join((field.description or "").split())
             table.add_row(f"[cyan]{key}[/]", escape(str(defaults[key])), Text(sentence))
+    if not preparing:
+        table.caption = "What prepares data: `pretrain data prepare --help`"
+        table.caption_justify = "left"
     return table

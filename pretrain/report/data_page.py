@@ -5,48 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
-
-from data_pipeline.forecast import Forecast, Stretch, often
+from data_pipeline.forecast import Forecast, Stretch, warning
 from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, PackedSequence, SampleDocument, SourceDescription, fertility
-from data_pipeline.manifest import Manifest, SourceManifest
+from data_pipeline.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.report import frame
 from pretrain.report.charts import themes
+from pretrain.report.data_charts import drops, lengths
+from pretrain.report.data_rows import Row, places, split_rows, stretch_rows
 from pretrain.report.frame import text
 from pretrain.report.records import write_whole
 from pretrain.report.words import amount
 
-_PANEL = 130
-"""Height of a source's lengths in pixels."""
-
-_ROW = 32
-"""Height of a reason and its bar."""
-
 
 def write_data_page(file: Path, description: Description, forecast: Forecast | None) -> None:
     """Write the page. UserError where `file` cannot be written."""
+    if file.is_dir():
+        raise UserError(f"--html: {file} is a folder; name a file")
     try:
         write_whole(file, data_page(description, forecast))
     except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}; give --html another file") from None
+        raise UserError(f"--html: {file} cannot be written: {error.strerror}; name another file") from None
 
 
 def data_page(description: Description, forecast: Forecast | None) -> str:
     """The page as HTML."""
     sources = description.sources
     dropping = [source for source in sources if source.drops]
-    figures = {"lengths": _lengths([source for source in sources if source.lengths])}
+    figures = {"lengths": lengths([source for source in sources if source.lengths])}
     if dropping:
-        figures["drops"] = _drops(dropping)
+        figures["drops"] = drops(dropping)
     body = [
         frame.tiles(_tiles(description)),
-        frame.notices(often(source) for source in forecast.read_often) if forecast else "",
+        frame.notices(warning(source) for source in forecast.read_often) if forecast else "",
         _splits(description),
         _forecast(forecast) if forecast else "",
-        frame.card("lengths", "Document lengths", frame.chart("lengths", "documents and tokens by length"), "In tokens."),
-        _dropped(dropping, any(source.changes for source in sources)) if dropping else "",
+        frame.card("lengths", "Document lengths", frame.chart("lengths", "documents and tokens by length")),
+        _dropped(dropping) if dropping else "",
         _kept(sources),
         _samples(description),
         _recipe(description),
@@ -72,32 +67,13 @@ def _tiles(description: Description) -> list[tuple[str, str, str]]:
 
 def _splits(description: Description) -> str:
     tables = "".join(f'<h3>{text(name)}</h3><div class="scroll">{_split(m)}</div>' for name, m in description.splits.items())
-    places = [(source.name, *source.in_place) for source in description.sources if source.in_place]
-    lines = "".join(
-        f'<p class="note">{text(name)}: the tokens of {files:,} shard{"s" * (files > 1)} are read in place, from {text(where)}</p>'
-        for name, files, where in places
-    )
+    lines = "".join(f'<p class="note">{text(sentence)}</p>' for sentence in places(description.sources))
     return frame.card("splits", "What it holds", tables + lines)
 
 
 def _split(manifest: Manifest) -> str:
-    head = ("Source", "Documents read", "Dropped", "Written", "Tokens", "Share", "Bytes/token", "Shards", "Type")
-    rows = [(source.name, *_counts([source], manifest.tokens)) for source in manifest.sources]
-    return _table(head, rows, ("all", *_counts(manifest.sources, manifest.tokens)) if len(rows) > 1 else None)
-
-
-def _counts(sources: Sequence[SourceManifest], all_tokens: int) -> tuple[str, ...]:
-    tokens, known = sum(source.tokens for source in sources), fertility(sources)
-    return (
-        f"{sum(source.read for source in sources):,}",
-        f"{sum(sum(source.dropped.values()) for source in sources):,}",
-        f"{sum(source.documents for source in sources):,}",
-        f"{tokens:,}",
-        f"{tokens / max(1, all_tokens):.1%}",
-        f"{known:.2f}" if known else "-",
-        f"{sum(len(source.shards) for source in sources):,}",
-        ", ".join(sorted({source.dtype for source in sources})),
-    )
+    head = ("Source", "Documents read", "Dropped", "Written", "Tokens", "Share", "Bytes/token", "Shards")
+    return _table(head, split_rows(manifest), total=True)
 
 
 def _forecast(forecast: Forecast) -> str:
@@ -113,12 +89,7 @@ def _forecast(forecast: Forecast) -> str:
 
 
 def _stretch(stretch: Stretch) -> str:
-    rows = [
-        (s.name, f"{s.sequences:,}", f"{s.tokens:,}", f"{s.tokens / max(1, stretch.tokens):.1%}", f"{s.epochs:.2f}", f"{s.repeats:,}")
-        for s in stretch.sources
-    ]
-    total = ("all", f"{stretch.stop - stretch.start:,}", f"{stretch.tokens:,}", "100.0%", "", f"{stretch.repeats:,}")
-    return _table(("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), rows, total if len(rows) > 1 else None)
+    return _table(("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), stretch_rows(stretch), total=True)
 
 
 def _dropped(sources: Sequence[SourceDescription]) -> str:
@@ -138,14 +109,14 @@ def _kept(sources: Iterable[SourceDescription]) -> str:
     return frame.card("changes", "Kept with a remark", _table(("Source", "Remark", "Documents"), rows, words=2))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] | None = None, words: int = 1) -> str:
-    """Columns of words, then columns of numbers."""
+def _table(head: Row, rows: Sequence[Row], words: int = 1, *, total: bool = False) -> str:
+    """Columns of words, then columns of numbers; with `total` the last of several rows is their sum."""
 
-    def row(cells: Sequence[str], kind: str, mark: str = "") -> str:
-        places = (f'<{kind}{" class=number" * (i >= words)}>{text(cell)}</{kind}>' for i, cell in enumerate(cells))
-        return f"<tr{mark}>{''.join(places)}</tr>"
+    def row(cells: Row, kind: str, mark: str = "") -> str:
+        marked = (f"<{kind}{' class=number' * (i >= words)}>{text(cell)}</{kind}>" for i, cell in enumerate(cells))
+        return f"<tr{mark}>{''.join(marked)}</tr>"
 
-    body = "".join(row(cells, "td") for cells in rows) + (row(total, "td", " class=total") if total else "")
+    body = "".join(row(cells, "td", " class=total" * (total and i == len(rows) - 1 > 0)) for i, cells in enumerate(rows))
     return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
@@ -176,8 +147,8 @@ def _packed(packed: PackedSequence, end: str) -> str:
         for piece in packed.pieces
     )
     padding = f'<div class="piece"><span class="gap">{packed.padding} tokens of padding</span></div>' if packed.padding else ""
-    span = f"{packed.start:,} to {packed.start + PACKED_TOKENS - 1:,}"
-    return f'<p class="note">How documents meet in a sequence of {PACKED_TOKENS} tokens, here {span}</p><pre class="sample">{parts}{padding}</pre>'
+    note = f"How documents meet in a sequence of {PACKED_TOKENS} tokens, here {packed.start:,} to {packed.start + PACKED_TOKENS - 1:,}"
+    return f'<p class="note">{note}</p><pre class="sample">{parts}{padding}</pre>'
 
 
 def _decoded(pieces: Decoded, end: str) -> str:
@@ -187,31 +158,3 @@ def _decoded(pieces: Decoded, end: str) -> str:
 def _recipe(description: Description) -> str:
     sections = {name: [(e.name, e.value, e.changed) for e in entries] for name, entries in description.recipe.items()}
     return frame.card("config", "How it was made", frame.settings(sections), "What differs from the defaults is bold.")
-
-
-def _lengths(sources: Sequence[SourceDescription]) -> go.Figure:
-    """A panel for each source, all with the same axes: shares of its documents, and of its tokens."""
-    names = [source.name for source in sources]
-    figure = make_subplots(rows=max(1, len(names)), shared_xaxes=True, subplot_titles=names, vertical_spacing=_spacing(len(names), _PANEL))
-    for row, source in enumerate(sources, start=1):
-        tokens = max(1, source.tokens)
-        for what, role, shares in (
-            ("documents", "smooth", [entry.documents / source.documents for entry in source.lengths]),
-            ("tokens", "other", [entry.tokens / tokens for entry in source.lengths]),
-        ):
-            figure.add_bar(
-                x=[entry.low for entry in source.lengths],
-                y=shares,
-                name=f"share of the {what}",
-                meta=role,
-                customdata=[
-                    f"{entry.low:,} to {2 * entry.low - 1:,} tokens: {entry.documents:,} documents, {entry.tokens:,} tokens"
-                    for entry in source.lengths
-                ],
-                hovertemplate="%{y:.1%}<br>%{customdata}",
-                showlegend=row == 1,
-                legendgroup=what,
-                row=row,
-                col=1,
-            )
-    return figure

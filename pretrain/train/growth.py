@@ -29,8 +29,8 @@ def check_growth(config: RunConfig) -> None:
             raise UserError(f"{setting}.seq_len={seq_len} is not a multiple of the {before[1]} before it; use {before[1] * 2}, for example")
         _check_batches(config, setting, start, seq_len // data.seq_len)
         before = start, seq_len
-    if data.window % before[1]:
-        raise UserError(f"data.window={data.window} is not a multiple of the longest sequence, {before[1]}; use {before[1]} or auto")
+    if data.window is not None and data.window % before[1]:
+        raise UserError(f"data.window={data.window} is not a multiple of the longest sequence, {before[1]}; use {before[1]}, for example")
 
 
 def _check_batches(config: RunConfig, setting: str, start: int, factor: int) -> None:

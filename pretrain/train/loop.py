@@ -99,7 +99,8 @@ class Loop:
     def _batches(self, step: int) -> Iterator[HostBatch]:
         """The global batches after `step`, each read while the one before is trained on."""
         train = self.config.train
-        requests = ((samples_before(s, train), batch_size_at(s, train), seq_len_at(s, self.config)) for s in range(step + 1, train.steps + 1))
+        steps = range(step + 1, train.steps + 1)
+        requests = ((samples_before(s, train), batch_size_at(s, train), seq_len_at(s, self.config)) for s in steps)
         return prefetch(self.train.batch, requests, lambda batch: to_host(batch, self.device))
 
     def _train(self, step: int, batch: HostBatch) -> None:

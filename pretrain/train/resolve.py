@@ -66,7 +66,6 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
     before = {} if previous is None else _held(previous)
     rules: dict[str, Callable[[RunConfig], tuple[object, str]]] = {
         "data.tokenizer": lambda c: (str(c.data.path / "tokenizer.json"), "the one the data was made with"),
-        "data.window": lambda c: (longest_seq_len(c), "the longest sequence of the run"),
         "model.vocab_size": lambda c: (
             -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
             f"the tokenizer's {tokenizer_size}, rounded up",
@@ -148,10 +147,10 @@ def _check(config: RunConfig, tokenizer_size: int) -> None:
             f"set model.vocab_size={-(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE} or auto"
         )
     check_growth(config)
-    if longest_seq_len(config) > model.max_seq_len:
-        raise UserError(
-            f"data.seq_len={longest_seq_len(config)} is longer than model.max_seq_len={model.max_seq_len}; lower the first or raise the second"
-        )
+    longest = longest_seq_len(config)
+    if longest > model.max_seq_len:
+        setting = "data.seq_len" if longest == data.seq_len else "data.growth: seq_len"
+        raise UserError(f"{setting}={longest} is longer than model.max_seq_len={model.max_seq_len}; lower the first or raise the second")
     if train.micro_batch_size > train.batch_size:
         raise UserError(
             f"train.micro_batch_size={train.micro_batch_size} is larger than train.batch_size={train.batch_size}; use at most that"

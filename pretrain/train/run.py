@@ -27,6 +27,7 @@ from pretrain.report.records import read_config, read_events
 from pretrain.report.words import amount, duration
 from pretrain.train.build import build_engine
 from pretrain.train.display import Display
+from pretrain.train.growth import longest_seq_len
 from pretrain.train.loggers import Logger, open_loggers
 from pretrain.train.loop import RANK, Books, Loop, Outcome
 from pretrain.train.metrics import Meter, RecordFile, mfu_statement, truncate_after
@@ -109,7 +110,7 @@ def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
         seed=seed,
         mixture=data.mixture,
         packing=data.packing,
-        longest=data.window,
+        longest=data.window or longest_seq_len(config),
         total_samples=samples_before(config.train.steps + 1, config.train),
         on_damage=data.on_damage,
     )
@@ -189,14 +190,20 @@ def _meter(config: RunConfig, step: int) -> tuple[Meter, str]:
 
 def _tell_start(books: Books, config: RunConfig, step: int, data: Loader, statement: str) -> None:
     parameters = parameter_count(config.model)
-    tokens = samples_before(config.train.steps + 1, config.train) * config.data.seq_len
-    text = (
-        f"step {step} of {config.train.steps}, from the newest checkpoint"
-        if step
-        else f"{amount(parameters)} parameters on {amount(tokens)} tokens, {tokens / data.n_tokens:.2g} epochs of {config.data.path}"
-    )
+    samples = samples_before(config.train.steps + 1, config.train)
+    begin = f"{amount(parameters)} parameters on {amount(samples * config.data.seq_len)} tokens of {config.data.path}"
+    text = f"step {step} of {config.train.steps}, from the newest checkpoint" if step else f"{begin}: {_epochs(data, samples)}"
     device = torch.cuda.get_device_name() if config.train.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     books.event("resume" if step else "start", text, step, parameters=parameters, device=device, mfu_statement=statement)
+
+
+def _epochs(data: Loader, samples: int) -> str:
+    """How often the run reads each source, and what that repeats."""
+    told = []
+    for name, epochs in data.epochs(samples).items():
+        repeated = f", {1 - 1 / epochs:.0%} of it seen before" if epochs > 1 else ""
+        told.append(f"{name} {epochs:.2g} epochs{repeated}")
+    return "; ".join(told)
 
 
 def _tell_end(books: Books, config: RunConfig, engine: TorchEngine, tokenizer: Tokenizer, seconds: float) -> None:

@@ -23,6 +23,12 @@ class PanicException(BaseException):
     """What a panic in Rust code is in Python: no Exception."""
 
 
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """Each test loads gigatoken anew."""
+    encoder._checked_giga.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer(TEXTS, 400, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
@@ -55,7 +61,8 @@ def test_both_back_ends_give_the_ids_of_the_tokenizer_and_never_a_special_one(to
 def test_gigatoken_is_chosen_where_its_ids_are_the_same(tokenizer: Tokenizer) -> None:
     chosen, why = fastest_encoder(tokenizer, TEXTS)
     assert chosen.name == "gigatoken"
-    assert why == f"gigatoken: its ids are those of tokenizers on {len(TEXTS) + len(HARD_STRINGS) + 6:,} texts"
+    assert why == f"gigatoken: its ids are those of tokenizers on 300 texts of the data and {len(HARD_STRINGS) + 6} hard ones"
+    assert fastest_encoder(tokenizer, TEXTS[:2])[0] is chosen  # loaded once
     assert rows(chosen.encode([])) == []
     assert rows(chosen.encode(["", "a", ""]))[::2] == [[], []]
 
@@ -89,19 +96,22 @@ def test_hard_strings_hold_the_overlaps_of_special_tokens_with_others() -> None:
     assert hard_strings_of({"added_tokens": []}) == []
 
 
-def test_another_id_falls_back_and_names_the_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("wrong", "told"), [(TEXTS, "'def step_7(loss"), (HARD_STRINGS, "'0 12 123 1234567890")])
+def test_another_id_in_the_data_or_in_a_hard_string_falls_back_and_names_the_text(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, wrong: list[str], told: str
+) -> None:
     true_encode = GigaEncoder.try_encode
 
     def off_by_one(self: GigaEncoder, texts: list[str]) -> tuple[Any, Any]:
         ids, offsets = true_encode(self, texts)
         ids = ids.copy()
-        ids[offsets[7]] += 1
+        ids[offsets[7]] += texts[7] == wrong[7]
         return ids, offsets
 
     monkeypatch.setattr(GigaEncoder, "try_encode", off_by_one)
     chosen, why = fastest_encoder(tokenizer, TEXTS)
     assert chosen.name == "tokenizers"
-    assert why.startswith("tokenizers: gigatoken gives other ids, first for 'def step_7(loss")
+    assert why.startswith("tokenizers: gigatoken gives other ids, first for " + told)
 
 
 def test_a_tokenizer_that_gigatoken_does_not_know_falls_back(tmp_path: Path) -> None:

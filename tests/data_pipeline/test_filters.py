@@ -251,6 +251,15 @@ def test_lines_count_by_share_and_white_space_around_them_does_not(tmp_path: Pat
         assert build_judge(config, ["lines"])(doc("\n\n")).reason is None
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=60) | st.sampled_from(["a." * 100_000, "http://[", "@" * 9, "//ß..\u0130", "\ud800://\udfff"]))
+def test_no_address_and_no_lines_make_a_filter_fail(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    (file := tmp_path_factory.getbasetemp() / "listed").write_text("listed.example\n")
+    config = config_of(url={"domains": [file], "words": ["pills"]}, lines={"files": [file]})
+    assert build_judge(config, ["url"])(doc(GOOD, url=text)).reason is None
+    assert build_judge(config, ["lines"])(doc(text.encode(errors="replace").decode())).reason is None
+
+
 def test_the_hash_of_the_lists_is_of_their_contents_not_of_their_names(tmp_path: Path) -> None:
     for name, content in (("a", "bad.com\n"), ("b", "bad.com\n"), ("c", "bad.org\n")):
         (tmp_path / name).write_text(content)
@@ -350,6 +359,21 @@ def test_no_text_makes_a_filter_fail(text: str) -> None:
         assert name in EDITS or verdict.text == text
 
 
+def test_ordinary_texts_get_the_verdicts_of_datatrove_itself() -> None:
+    from datatrove.data import Document as TheirDocument
+    from datatrove.pipeline import filters
+
+    texts = [file.read_text(encoding="utf-8")[:6000] for file in sorted(Path(inspect.__file__).parent.glob("[c-d]*.py"))[:12]]
+    kinds = (filters.GopherQualityFilter, filters.GopherRepetitionFilter, filters.C4QualityFilter, filters.FineWebQualityFilter)
+    for name, kind in zip(THEIRS, kinds, strict=True):
+        theirs, ours = kind(), build_judge(FilterConfig(), [name])
+        for text in [GOOD, *texts]:
+            document, verdict = TheirDocument(text=text, id=""), ours(doc(text))
+            result = theirs.filter(document)
+            assert verdict.reason == (None if result is True else f"{name}: {result[1]}")
+            assert verdict.reason is not None or verdict.text == document.text
+
+
 def test_what_a_text_is_told_does_not_depend_on_the_texts_before_it() -> None:
     judge = build_judge(config_of(gopher_quality={"min_doc_words": 2, "min_stop_words": 0}), ["gopher_quality"])
     assert [judge(doc(f"{text} IS_ALPHA")).reason for text in ("one", "two", "one")] == [None] * 3
@@ -385,6 +409,8 @@ def test_a_text_that_would_take_gigabytes_is_dropped_unread() -> None:
 
 
 def test_the_rules_of_datatrove_split_a_text_into_words_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datatrove.utils.text import split_into_parts
+
     from data_pipeline.filters.datatrove_rules import _Words
 
     split, count = _Words.word_tokenize, []
@@ -393,6 +419,19 @@ def test_the_rules_of_datatrove_split_a_text_into_words_once(monkeypatch: pytest
     texts = [GOOD + str(i) + "." for i in range(3)]
     assert [judge(doc(text)).reason for text in texts] == [None] * 3
     assert count == texts
+    assert split_into_parts.cache_info().currsize == 1  # the words of one text take memory, not those of five
+
+
+def test_the_log_of_datatrove_is_off_and_no_other() -> None:
+    from loguru import logger
+
+    build_judge(FilterConfig(), ["c4"])
+    heard: list[str] = []
+    sink = logger.add(heard.append, format="{message}")
+    for module in ("datatrove.pipeline.filters", "elsewhere"):
+        exec("logger.warning('hello from ' + __name__)", {"__name__": module, "logger": logger})
+    logger.remove(sink)
+    assert heard == ["hello from elsewhere\n"]
 
 
 # ---- packages

@@ -95,7 +95,7 @@ def test_words_mean_what_they_say(word: str, key: str, value: object) -> None:
         ("rope.kind=yarn", "rope is not a setting; did you mean model.rope?"),
         ("optimizer.lr=1", "optimizer is not a setting; did you mean optim?"),
         ("model.rop.theta=1", "model.rop is not a setting; did you mean model.rope?"),
-        ("data.sources=[{kind: text, file: x}]", "data.sources.0.file is not a setting; did you mean data.sources.0.id_field?"),
+        ("data.sources=[{kind: text, file: x}]", "data.sources.0.file is not a setting; did you mean data.sources.0.filters?"),
         ("eval.qqqqqq=1", "eval.qqqqqq is not a setting; known are eval.batches, eval.every"),
         ("qqqqqq=1", "qqqqqq is not a setting; known are checkpoint, data, eval, log, model, optim, run, train"),
     ],
@@ -174,8 +174,10 @@ def test_a_config_written_to_the_disk_reads_back_equal(tmp_path: Path) -> None:
 def test_these_settings_may_change_on_resume_and_no_others() -> None:
     assert may_change() == {
         "run.dir",
-        *(f"data.{name}" for name in ("path", "sources", "tokenizer", "vocab_size", "tokenizer_sample_mb")),
-        *("data.validation_fraction", "data.shard_tokens"),
+        *("data.path", "data.growth", "data.on_damage"),
+        *(key for key, _ in walk() if key.startswith(("data.filters.", "data.dedup.", "data.decontaminate.", "data.mixture."))),
+        *(f"data.{name}" for name in ("sources", "tokenizer", "tokenizer_kind", "vocab_size", "tokenizer_sample_mb")),
+        *(f"data.{name}" for name in ("validation_fraction", "shard_tokens", "workers")),
         *(f"train.{name}" for name in ("micro_batch_size", "device", "compile", "attention")),
         *("checkpoint.every", "checkpoint.keep"),
         *(f"log.{name}" for name in ("tensorboard", "wandb", "wandb_project", "samples")),

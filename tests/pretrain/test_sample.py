@@ -15,6 +15,8 @@ from pretrain.train.loop import Outcome
 from pretrain.train.sample import Sampling, _pieces, continue_text, open_trained
 
 CPU = torch.device("cpu")
+WHO = ("the model", "a reader", "the loop", "every rank", "one shard", "the old engine")
+VERBS = {"reads", "writes", "skips", "remembers", "shuffles", "follows"}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,8 @@ def test_the_weights_are_the_checkpoints_rounded_to_the_precision_of_the_run(run
 
 
 def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Transformer, Tokenizer]) -> None:
-    text = "".join(continue_text(*trained, "one shard reads a token.\nthe loop", Sampling(temperature=0)))
-    verbs = {"reads", "writes", "skips", "remembers", "shuffles", "follows"}
-    assert text.split()[0] in verbs
+    texts = {who: "".join(continue_text(*trained, f"one shard reads a token.\n{who}", Sampling(temperature=0))) for who in WHO}
+    assert sum(text.split()[0] in VERBS for text in texts.values()) >= 5, texts
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(trained: tuple[Transformer, Tokenizer]) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,7 @@ def test_tokens_see_only_their_document_unless_told_otherwise(
 
     def garbled(self: Loader, first: int, count: int) -> Batch:
         batch = sequential(self, first, count)
+        batch = replace(batch, input_ids=batch.input_ids.copy(), labels=batch.labels.copy())
         earlier = batch.document_ids < batch.document_ids.max(axis=1, keepdims=True)
         batch.labels[earlier] = -100
         if garble:

@@ -1,0 +1,150 @@
+"""What there is to prepare: the sources' files as they were found, cut into chunks, and the keys by which finished work is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+
+import xxhash
+from pydantic import BaseModel
+
+from data_pipeline.chunks import Chunk, cut
+from data_pipeline.decontaminate import evaluation_hash
+from data_pipeline.errors import DataError
+from data_pipeline.files import SourceFile, describe_files, list_files
+from data_pipeline.filters import check_filters, filter_versions, lists_hash
+from data_pipeline.manifest import Recipe
+from data_pipeline.settings import AUTO, DedupConfig, PrepareConfig, SourceConfig, source_names
+from data_pipeline.tokenized import describe_tokens
+from data_pipeline.tokenizer import document_hash
+
+_CHUNK_BYTES_PER_TOKEN = 3
+"""A chunk is this many bytes of text for each token of a shard, so that it rarely fills more than one: most text has 3 to 5."""
+
+_SAMPLE_EXCESS = 8
+"""The tokenizer's sample is drawn from whole chunks with this many times its size of text, or from all."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The sources as they were found: listed once, because a folder of a million files takes its time."""
+
+    config: PrepareConfig
+    names: tuple[str, ...]
+    files: tuple[tuple[SourceFile, ...], ...]
+    """Of each source; empty for `hf` and for tokens that other tools made."""
+    listings: tuple[str | None, ...]
+    """What each source holds, in words; None for `hf`."""
+    lists: str
+    """Hash of the files that filters and decontamination read."""
+    made_with: dict[str, str]
+    """Versions of the packages that decide the result."""
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All text in the order of the sources. Looks into large parquet and Arrow files."""
+        text_bytes = _CHUNK_BYTES_PER_TOKEN * self.config.shard_tokens
+        sources = zip(self.names, self.config.sources, self.files, strict=True)
+        return tuple(
+            chunk
+            for index, (name, source, files) in enumerate(sources)
+            if source.is_text
+            for chunk in cut(index, name, source, files, text_bytes)
+        )
+
+    def source(self, chunk: Chunk) -> SourceConfig:
+        """The settings of its source."""
+        return self.config.sources[chunk.index]
+
+    def recipe(self, *, trained_tokenizer: bool) -> Recipe:
+        """What is to be done, for the manifests."""
+        config = self.config
+        settings = {name: getattr(config, name) for name in PrepareConfig.model_fields}
+        dedup = config.dedup.model_copy(update={"memory_mb": DedupConfig().memory_mb})
+        return Recipe(
+            settings=PrepareConfig(**(settings | {"workers": None, "tokenizer": AUTO, "dedup": dedup})),
+            trained_tokenizer=trained_tokenizer,
+            listings=self.listings,
+            lists=self.lists,
+            made_with=self.made_with,
+        )
+
+    def key(self, chunk: Chunk, decides: str) -> str:
+        """Hash of where a chunk's documents are and of all that decides what is read there and kept, and of `decides`."""
+        where = [(part.file.path, part.file.size, part.start, part.stop) for part in chunk.parts]
+        found = where or self.source(chunk).paths[chunk.number]
+        return digest(chunk.name, found, self._settings[chunk.index], decides)
+
+    @cached_property
+    def _settings(self) -> list[str]:
+        """For each source the hash of its settings, but for those that only say which files it has."""
+        shared = digest(self.config.filters.model_dump(mode="json"), self.lists, self.made_with)
+        return [
+            digest(shared, source.model_dump(mode="json", exclude={"name", "paths", "pattern", "exclude"}))
+            for source in self.config.sources
+        ]
+
+    def sampled(self) -> list[Chunk]:
+        """The chunks to draw a tokenizer's sample from: all, or the same share of those of each source, chosen by hash."""
+        wanted = _SAMPLE_EXCESS * self.config.tokenizer_sample_mb * 1e6
+        share = min(1.0, wanted / max(1, sum(chunk.bytes or 0 for chunk in self.chunks)))
+        of_source: dict[int, list[str]] = {}
+        for chunk in self.chunks:
+            of_source.setdefault(chunk.index, []).append(chunk.name)
+        chosen = {
+            name
+            for names in of_source.values()
+            for name in sorted(names, key=lambda name: document_hash(name, salt=2))[: math.ceil(share * len(names))]
+        }
+        return [chunk for chunk in self.chunks if chunk.name in chosen]
+
+    def __str__(self) -> str:
+        """The sources, a few words each."""
+        return "; ".join(f"{source.kind} {_few(source.paths)}" for source in self.config.sources)
+
+
+def find(config: PrepareConfig) -> Corpus:
+    """List the sources, and check what can be checked before any text is read.
+
+    Raises:
+        DataError: there are none, one does not exist, or a filter cannot do its work.
+    """
+    if not config.sources:
+        raise DataError("data.sources is empty; name the text to prepare, e.g. `sources: [{kind: text, paths: [my/folder]}]`")
+    names = source_names(config.sources)
+    check_filters(config)
+    files = tuple(tuple(list_files(source)) if source.is_text else () for source in config.sources)
+    return Corpus(
+        config=config,
+        names=names,
+        files=files,
+        listings=tuple(_listing(source, found) for source, found in zip(config.sources, files, strict=True)),
+        lists=f"{lists_hash(config.filters)} {evaluation_hash(config.decontaminate)}",
+        made_with={"tokenizers": version("tokenizers")} | filter_versions(config),
+    )
+
+
+def total_bytes(chunks: Iterable[Chunk]) -> int | None:
+    """Bytes of files to read; None where a source cannot tell."""
+    sizes = [chunk.bytes for chunk in chunks]
+    return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+def digest(*things: object) -> str:
+    """Hash of settings and other things that JSON can spell."""
+    plain = [thing.model_dump(mode="json") if isinstance(thing, BaseModel) else thing for thing in things]
+    return xxhash.xxh3_128_hexdigest(json.dumps(plain).encode())
+
+
+def _listing(source: SourceConfig, files: tuple[SourceFile, ...]) -> str | None:
+    if not source.is_text:
+        return describe_tokens(source)
+    return None if source.kind == "hf" else describe_files(files)
+
+
+def _few(paths: tuple[str, ...]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -1,0 +1,73 @@
+"""How a prepared data set was made, for people: the settings that decided something, and what was found where they pointed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data_pipeline.manifest import Manifest
+from data_pipeline.settings import PrepareConfig, Settings, source_names
+from data_pipeline.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the recipe."""
+
+    name: str
+    value: str
+    changed: bool = False
+    """It differs from the default."""
+
+
+def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry, ...]]:
+    """The settings that decided something, by sections, and what was found there when it was prepared."""
+    recipe, settings = manifest.recipe, manifest.recipe.settings
+    filters, dedup, clean = settings.filters, settings.dedup, settings.decontaminate
+    sections: dict[str, tuple[Entry, ...]] = {"sources": _recipe_sources(manifest)}
+    own = {name for source in settings.sources for name in source.filters or ()}
+    used = [*filters.apply, *(name for name in type(filters).model_fields if name in own - set(filters.apply))]
+    sections["filters"] = (Entry("apply", ", ".join(filters.apply) or "none", bool(filters.apply)),)
+    if used:
+        sections["filters"] += _entries(filters, "language_of_rules")
+    for name in used:
+        sections[f"filters.{name}"] = _entries(getattr(filters, name))
+    sections["dedup"] = _entries(dedup, "exact", "minhash", *(("ngram", "bands", "rows") if dedup.minhash else ()))
+    if dedup.minhash:
+        half = (1 - 0.5 ** (1 / dedup.bands)) ** (1 / dedup.rows)  # where 1 - (1 - J^rows)^bands is a half
+        sections["dedup"] += (Entry("found", f"half of the pairs of Jaccard similarity {half:.2f}, more of closer ones"),)
+    sections["decontaminate"] = _entries(clean, "paths", *(("ngram", "action") if clean.paths else ()))
+    sections["tokenizer"] = (
+        Entry("fingerprint", tokenizer.fingerprint),
+        Entry("vocabulary", f"{tokenizer.vocab_size:,} ids"),
+        Entry("made", "trained on these sources" if recipe.trained_tokenizer else "there before"),
+        *(_entries(settings, "tokenizer_kind", "vocab_size", "tokenizer_sample_mb") if recipe.trained_tokenizer else ()),
+    )
+    sections["shards"] = _entries(settings, "validation_fraction", "shard_tokens")
+    sections["made with"] = tuple(Entry(name, version) for name, version in recipe.made_with.items())
+    return {name: entries for name, entries in sections.items() if entries}
+
+
+def _recipe_sources(manifest: Manifest) -> tuple[Entry, ...]:
+    settings: PrepareConfig = manifest.recipe.settings
+    entries = []
+    for name, source, listing in zip(source_names(settings.sources), settings.sources, manifest.recipe.listings, strict=True):
+        own = "" if source.filters is None else f"; filters: {', '.join(source.filters) or 'none'}"
+        entries.append(Entry(name, f"{source.kind} {', '.join(source.paths)}{f' ({listing})' if listing else ''}{own}"))
+    return tuple(entries)
+
+
+def _entries(settings: Settings, *names: str) -> tuple[Entry, ...]:
+    """Some fields, or all."""
+    fields = type(settings).model_fields
+    return tuple(
+        Entry(name, _word(value := getattr(settings, name)), value != fields[name].get_default(call_default_factory=True))
+        for name in names or fields
+    )
+
+
+def _word(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(":".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)

@@ -1,0 +1,128 @@
+"""From a chunk's documents to the shards of one split, and what is counted on the way.
+
+The documents of a shard stand in a random order, so that neighbours in a file are not neighbours in training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.clean import CONTAMINATED
+from data_pipeline.manifest import DTYPES, Record, Shard
+from data_pipeline.order import order_key, permute
+from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards import token_dtype
+from data_pipeline.sources import Document
+from data_pipeline.tokenizer import Tokenizer
+
+_GATHER_TOKENS = 4 << 20
+
+
+class SplitResult(Record):
+    """What a chunk gave to one split."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    dropped: dict[str, int]
+    repaired: dict[str, int]
+    marked: dict[str, int]
+    shards: tuple[Shard, ...]
+
+
+@dataclass
+class SplitWriter:
+    """The documents of one chunk that belong to one split: held until a shard is full, then permuted and written."""
+
+    folder: Path
+    chunk: str
+    tokenizer: Tokenizer
+    shard_tokens: int
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
+    marked: Counter[str] = field(default_factory=Counter)
+    shards: list[Shard] = field(default_factory=list)
+    _held: list[NDArray[np.integer]] = field(default_factory=list)
+    _lengths: list[NDArray[np.int32]] = field(default_factory=list)
+    _n_held: int = 0
+
+    def drop(self, reason: str) -> None:
+        """Count a document that is left out."""
+        self.dropped[reason] += 1
+
+    def note(self, document: Document, repairs: Sequence[str], *, marked: bool) -> None:
+        """Count a document that will be added."""
+        self.documents += 1
+        self.text_bytes += document.n_bytes
+        self.repaired.update(repairs)
+        if document.repaired:
+            self.repaired["invalid Unicode"] += 1
+        if marked:
+            self.marked[CONTAMINATED] += 1
+
+    def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> None:
+        """Append documents, and write a shard whenever the next one would take it over `shard_tokens`."""
+        self.tokens += len(tokens)
+        while len(lengths):
+            stops = np.cumsum(lengths, dtype=np.int64)
+            fit = int(np.searchsorted(stops, self.shard_tokens - self._n_held, side="right"))
+            if fit == 0 and self._n_held == 0:  # longer than a shard: it gets one of its own
+                fit = 1
+            taken = int(stops[fit - 1]) if fit else 0
+            if fit:
+                self._held.append(tokens[:taken].astype(DTYPES[token_dtype(self.tokenizer.vocab_size)]))
+                self._lengths.append(lengths[:fit])
+                self._n_held += taken
+            tokens, lengths = tokens[taken:], lengths[fit:]
+            if len(lengths):
+                self._write()
+
+    def finish(self) -> SplitResult:
+        """Write what is held."""
+        if self._n_held:
+            self._write()
+        return SplitResult(
+            documents=self.documents,
+            tokens=self.tokens,
+            text_bytes=self.text_bytes,
+            dropped=dict(+self.dropped),
+            repaired=dict(+self.repaired),
+            marked=dict(+self.marked),
+            shards=tuple(self.shards),
+        )
+
+    def _write(self) -> None:
+        tokens, lengths = np.concatenate(self._held), np.concatenate(self._lengths)
+        self._held, self._lengths, self._n_held = [], [], 0  # before they are permuted: never more than two copies
+        tokens, lengths = _permuted(tokens, lengths)
+        name = f"{self.chunk}-{len(self.shards)}" if self.shards else self.chunk
+        self.shards.append(write_shard(self.folder, name, tokens, lengths, token_dtype(self.tokenizer.vocab_size)))
+
+
+def _permuted(tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> tuple[NDArray[np.integer], NDArray[np.int32]]:
+    """The documents in a random order that depends on their number alone."""
+    order = permute(np.arange(len(lengths)), len(lengths), order_key(0, 0))
+    starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[order]
+    lengths = lengths[order]
+    out = np.empty_like(tokens)
+    stops = np.cumsum(lengths, dtype=np.int64)
+    first = written = 0
+    while first < len(lengths):  # some millions of tokens at a time: the indices of all would take four times the tokens
+        last = max(first + 1, int(np.searchsorted(stops, written + _GATHER_TOKENS, side="right")))
+        here, stop = lengths[first:last], int(stops[last - 1])
+        if len(here) == 1:  # perhaps a very long one
+            out[written:stop] = tokens[starts[first] : starts[first] + here[0]]
+        else:
+            shifts = starts[first:last] - (stops[first:last] - here - written)
+            out[written:stop] = tokens[np.arange(stop - written) + np.repeat(shifts, here)]
+        first, written = last, stop
+    return out, lengths

@@ -1,0 +1,47 @@
+"""What the tables of a data set say, cell by cell, the same on the terminal and on its page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data_pipeline.forecast import Stretch
+from data_pipeline.inspect import SourceDescription, fertility
+from data_pipeline.manifest import Manifest, SourceManifest
+
+Row = tuple[str, ...]
+
+
+def split_rows(manifest: Manifest) -> list[Row]:
+    """Source, documents read, dropped, written, tokens, share of the tokens, bytes/token, shards; of several sources the sum as well."""
+    rows = [(source.name, *_counts([source], manifest.tokens)) for source in manifest.sources]
+    return [*rows, ("all", *_counts(manifest.sources, manifest.tokens))] if len(rows) > 1 else rows
+
+
+def stretch_rows(stretch: Stretch) -> list[Row]:
+    """Source, sequences, tokens, share of the tokens, epochs, repeated tokens; of several sources the sum as well."""
+    rows = [(source.name, source.sequences, source.tokens, f"{source.epochs:.2f}", source.repeats) for source in stretch.sources]
+    if len(rows) > 1:
+        rows.append(("all", stretch.stop - stretch.start, stretch.tokens, "", stretch.repeats))
+    return [
+        (name, f"{sequences:,}", f"{tokens:,}", f"{tokens / max(1, stretch.tokens):.1%}", epochs, f"{repeats:,}")
+        for name, sequences, tokens, epochs, repeats in rows
+    ]
+
+
+def places(sources: Sequence[SourceDescription]) -> list[str]:
+    """A sentence for each source whose tokens are read where another tool put them."""
+    found = [(source.name, *source.in_place) for source in sources if source.in_place is not None]
+    return [f"{name}: the tokens of {n:,} shard{'s' * (n > 1)} are read in place, from {where}" for name, n, where in found]
+
+
+def _counts(sources: Sequence[SourceManifest], all_tokens: int) -> Row:
+    tokens, known = sum(source.tokens for source in sources), fertility(sources)
+    return (
+        f"{sum(source.read for source in sources):,}",
+        f"{sum(sum(source.dropped.values()) for source in sources):,}",
+        f"{sum(source.documents for source in sources):,}",
+        f"{tokens:,}",
+        f"{tokens / max(1, all_tokens):.1%}",
+        f"{known:.2f}" if known else "-",
+        f"{sum(len(source.shards) for source in sources):,} {'/'.join(sorted({source.dtype for source in sources}))}",
+    )

@@ -1,0 +1,111 @@
+"""What a run will read, held against the samples of the loader."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.forecast import MANY_EPOCHS, Forecast, forecast, warning
+from data_pipeline.loader import Loader
+from data_pipeline.settings import MixtureConfig, MixtureStage
+from data_pipeline.shards import Split
+
+WriteSplit = Callable[..., Split]
+Draw = Callable[..., list[list[int]]]
+
+
+@pytest.fixture
+def three(write_split: WriteSplit, random_documents: Draw) -> Path:
+    """A split of three sources of about 6,000, 3,000 and 600 tokens."""
+    sizes = {"web": 200, "code": 100, "books": 20}
+    return write_split({name: random_documents(n, 60, seed=n) for name, n in sizes.items()}, shard_tokens=500).folder
+
+
+def stages(*weights: tuple[str | int, dict[str, float]]) -> MixtureConfig:
+    return MixtureConfig(stages=tuple(MixtureStage(start=start, weights=of) for start, of in weights))
+
+
+def columns(found: Forecast, name: str) -> list[list[float]]:
+    """A column of the whole run, and of each stage."""
+    return [[getattr(source, name) for source in stretch.sources] for stretch in (found.whole, *found.stages)]
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_one_epoch_of_everything_is_every_token_once(three: Path, packing: str) -> None:
+    loader = Loader(three, seq_len=16, seed=1, packing=packing)  # type: ignore[arg-type]
+    found = forecast(loader, loader.n_sequences)
+    assert columns(found, "tokens")[0] == [shards.n_tokens for shards in loader.sources]
+    assert columns(found, "sequences")[0] == list(loader.mixture.sizes)
+    assert columns(found, "epochs")[0] == [1, 1, 1]
+    assert found.whole.repeats == 0
+    assert found.whole.tokens == loader.n_tokens
+    assert found.padding == pytest.approx(1 - loader.fill)
+    assert found.padding > 0
+    assert found.packing == packing
+
+
+@pytest.mark.parametrize("longest", [16, 64])
+@pytest.mark.parametrize("samples", [1, 777, 1500, 2003])
+def test_sequences_are_those_that_the_loader_reads(three: Path, longest: int, samples: int) -> None:
+    mixture = stages(("40%", {"web": 1, "books": 9}), ("80%", {"code": 1}))
+    loader = Loader(three, seq_len=16, seed=1, mixture=mixture, longest=longest, total_samples=2003)
+    parts = longest // 16
+    read: list[int] = []
+    while len(read) * parts < samples:
+        block = loader.mixture.block(len(read))
+        assert block.first <= len(read)
+        read += block.sources[len(read) - block.first :].tolist()
+    found = forecast(loader, samples)
+    for stretch in (found.whole, *found.stages):
+        counted = Counter(read[sample // parts] for sample in range(stretch.start, stretch.stop))
+        assert [source.sequences for source in stretch.sources] == [counted[i] for i in range(3)]
+    assert len(found.stages) == (1 if samples < 802 else 2 if samples < 1603 else 3)
+    assert [stage.start for stage in found.stages[1:]] == [found.stages[i].stop for i in range(len(found.stages) - 1)]
+
+
+def test_stages_add_up_to_the_whole_run(three: Path) -> None:
+    mixture = stages(("30%", {"web": 1, "books": 9}), ("60%", {"code": 1}), ("90%", {"books": 1, "code": 1}))
+    found = forecast(Loader(three, seq_len=16, seed=1, mixture=mixture, total_samples=5000), 5000)
+    for name in ("sequences", "tokens", "repeats"):
+        whole, *parts = columns(found, name)
+        assert whole == [sum(part) for part in zip(*parts, strict=True)]
+    assert columns(found, "epochs")[0] == pytest.approx([sum(part) for part in zip(*columns(found, "epochs")[1:], strict=True)])
+    assert [found.title(stage) for stage in found.stages] == [
+        "0% to 30% of the run",
+        "30% to 60% of the run",
+        "60% to 90% of the run",
+        "90% to 100% of the run",
+    ]
+
+
+def test_repeats_are_what_was_read_before_whichever_stage_read_it(three: Path) -> None:
+    loader = Loader(three, seq_len=16, seed=1, mixture=stages(("50%", {"books": 1})), total_samples=1000)
+    found = forecast(loader, 1000)
+    web, code, books = loader.sources
+    first, second = (stage.sources[2] for stage in found.stages)
+    assert 0 < first.epochs < 1
+    assert first.repeats == 0
+    assert first.tokens + second.tokens - books.n_tokens == second.repeats > 0
+    assert [source.repeats for source in found.stages[1].sources[:2]] == [0, 0]
+    assert found.whole.sources[0].tokens < web.n_tokens
+    assert found.whole.sources[1].tokens < code.n_tokens
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [(4, []), (4.2, ["books"])])
+def test_what_is_read_more_than_four_times_is_warned_of(three: Path, epochs: float, warned: list[str]) -> None:
+    assert MANY_EPOCHS == 4
+    loader = Loader(three, seq_len=16, seed=1, mixture=MixtureConfig(weights={"web": 1, "code": 0, "books": epochs}))
+    cycle = sum(loader.mixture.stages[0].weights)
+    found = forecast(loader, cycle)
+    assert [source.name for source in found.read_often] == warned
+    assert found.whole.sources[1].epochs == 0
+    if warned:
+        assert warning(found.read_often[0]).startswith("books is read 4.2 times: beyond 4 epochs, ")
+
+
+def test_no_token_is_read(three: Path) -> None:
+    loader = Loader(three, seq_len=16, seed=1)
+    for file in [*three.glob("*.bin"), *three.glob("*.idx")]:
+        file.unlink()
+    assert forecast(loader, 10).whole.tokens > 0
