@@ -68,7 +68,7 @@ class Forecast:
     @property
     def read_often(self) -> tuple[SourceReading, ...]:
         """The sources that are read more than MANY_EPOCHS times."""
-        return tuple(source for source in self.whole.sources if source.epochs >= MANY_EPOCHS)
+        return tuple(source for source in self.whole.sources if source.epochs > MANY_EPOCHS)
 
 
 def forecast(loader: Loader, samples: int) -> Forecast:
