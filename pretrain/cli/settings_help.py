@@ -10,6 +10,9 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+DEFAULT_WIDTH = 34
+"""Characters of a default in the column for it; longer ones follow the sentence."""
+
 CONFIG_HELP = "A YAML file or the name of a preset, then settings that win over it, such as `train.steps=5000 model.preset=125m`."
 
 
@@ -48,12 +51,14 @@ def settings_table(sections: tuple[str, ...] | None, *, preparing: bool = True) 
     table = Table(
         title="Settings, given as key=value", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
-    for heading, width in (("key", None), ("default", 34), ("", None)):
+    for heading, width in (("key", None), ("default", DEFAULT_WIDTH), ("", None)):
         table.add_column(heading, header_style="dim", overflow="fold", max_width=width)
     for key, field in walk():
         if (sections is None or key.split(".")[0] in sections) and (preparing or not prepares(key)):
-            sentence = " ".join((field.description or "").split())
-            table.add_row(f"[cyan]{key}[/]", escape(str(defaults[key])), Text(sentence))
+            sentence, default = " ".join((field.description or "").split()), str(defaults[key])
+            if len(default) > DEFAULT_WIDTH:
+                sentence, default = f"{sentence} Default: {default}", ""
+            table.add_row(f"[cyan]{key}[/]", escape(default), Text(sentence))
     if not preparing:
         table.caption = "What prepares data: `pretrain data prepare --help`"
         table.caption_justify = "left"

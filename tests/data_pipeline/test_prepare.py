@@ -15,7 +15,7 @@ import pytest
 from data_pipeline.corpus import find
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
-from data_pipeline.prepare import Progress, build_tokenizer
+from data_pipeline.prepare import build_tokenizer
 from data_pipeline.prepared import Prepared
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.shards import ShardSet, open_split
@@ -305,5 +305,3 @@ def test_what_is_not_ours_is_not_deleted(tmp_path: Path, corpus: Path, prepare_a
     with pytest.raises(DataError, match="train is in the way"):
         prepare_at(tmp_path / "data", corpus)
     assert contents(tmp_path / "data") == {"train/thesis.txt": b"three years"}
-
-

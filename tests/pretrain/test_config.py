@@ -1,6 +1,7 @@
 """The tree of settings: layers, where each value comes from, what is understood and refused, and the round trip to the disk."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def schema() -> dict[str, Any]:
 TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float), "null": type(None)}
 UNDERSTOOD = {"$ref", "$defs", "anyOf", "const", "enum", "type", "properties", "additionalProperties", "items", "prefixItems"}
 UNDERSTOOD |= {"required", "minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
-UNDERSTOOD |= {"title", "description", "default", "format"}
+UNDERSTOOD |= {"title", "description", "default", "format", "pattern"}
 
 
 def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
@@ -224,6 +225,8 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         return False
     if "type" in schema and (not isinstance(value, TYPES[schema["type"]]) or (isinstance(value, bool) and schema["type"] != "boolean")):
+        return False
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
         return False
     if isinstance(value, dict) and "properties" in schema:
         known = schema["properties"]
@@ -276,7 +279,7 @@ def test_the_schema_tells_each_sentence(schema: dict[str, Any]) -> None:
 
 
 def test_every_preset_loads() -> None:
-    assert presets() == ["demo"]
+    assert presets() == ["demo", "mixture"]
     assert load("demo").config.model.preset == "demo"
     for name in presets("configs.models"):
         loaded = load(None, [f"model.preset={name}"])

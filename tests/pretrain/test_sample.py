@@ -16,7 +16,8 @@ from pretrain.train.sample import Sampling, _pieces, continue_text, open_trained
 
 CPU = torch.device("cpu")
 WHO = ("the model", "a reader", "the loop", "every rank", "one shard", "the old engine")
-VERBS = {"reads", "writes", "skips", "remembers", "shuffles", "follows"}
+LANGUAGE = {*" ".join(WHO).split(), "reads", "writes", "skips", "remembers", "shuffles", "follows"}
+LANGUAGE |= {"a", "token", "its", "batch", "the", "gradient", "two", "documents", "next", "step", "no", "data"}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,14 @@ def test_the_weights_are_the_checkpoints_rounded_to_the_precision_of_the_run(run
 
 
 def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Transformer, Tokenizer]) -> None:
-    texts = {who: "".join(continue_text(*trained, f"one shard reads a token.\n{who}", Sampling(temperature=0))) for who in WHO}
-    assert sum(text.split()[0] in VERBS for text in texts.values()) >= 5, texts
+    """Half of its words at least, after 60 steps; an untrained model of the same shape writes none of them."""
+    model, tokenizer = trained
+    shares = []
+    for candidate in (model, Transformer(model.config).bfloat16()):
+        text = " ".join("".join(continue_text(candidate, tokenizer, who, Sampling(temperature=0))) for who in WHO)
+        words = text.replace(".", "").split()
+        shares.append(sum(word in LANGUAGE for word in words) / len(words))
+    assert shares[0] > 0.5 > 0.1 > shares[1]
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(trained: tuple[Transformer, Tokenizer]) -> None:
