@@ -18,6 +18,7 @@ from typing import Literal
 from data_pipeline.chunks import Chunk
 from data_pipeline.clean import CleanJob, build_editor, clean, needs_cleaning, read_judged
 from data_pipeline.corpus import Corpus, digest, find, total_bytes
+from data_pipeline.decontaminate import Contamination
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import MANIFEST, SPLITS, Manifest, Recipe, SourceManifest
 from data_pipeline.prepared import DONE, JUDGED, Prepared, bring_tokenizer, check_same_settings, commit, open_prepared, tidy, working_folder
@@ -31,7 +32,7 @@ from data_pipeline.tokenized import adopt
 from data_pipeline.tokenizer import Tokenizer, sample_texts, train_tokenizer
 from data_pipeline.workers import Done, Tell, cores, run_jobs
 
-Stage = Literal["cleaning", "comparing documents", "reading a sample", "training the tokenizer", "tokenizing", "checking tokens"]
+Stage = Literal["cleaning", "comparing documents", "reading a sample", "training the tokenizer", "checking tokens", "tokenizing"]
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,23 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
     """
     corpus = find(config)
     tokenizer = None if config.tokenizer == AUTO else config.tokenizer
-    recipe = corpus.recipe(trained_tokenizer=tokenizer is None)
     if (path / "train" / MANIFEST).is_file():
-        check_same_settings(path, recipe, tokenizer)
+        check_same_settings(path, corpus.recipe(trained_tokenizer=tokenizer is None), tokenizer)
         tidy(path)
         more = "; rejects are written only while it is prepared" if keep_rejects and not (path / REJECTS).exists() else ""
         return open_prepared(path, (f"{path} is prepared already, with these very settings{more}",))
     with working_folder(path) as work:
+        is_there = tokenizer is not None or (path / "tokenizer.json").is_file()
+        made = bring_tokenizer(path, tokenizer or path, work) if is_there else None  # a wrong one is told before any text is read
         verdicts = _clean(corpus, work, progress)
-        if tokenizer is None and not (path / "tokenizer.json").is_file():
+        if made is None:
             made = _train(work / "tokenizer.json", corpus, verdicts, progress)
-        else:
-            made = bring_tokenizer(path, tokenizer or path, work)
-            recipe = recipe.model_copy(update={"trained_tokenizer": False})
+        adopted = _adopt(corpus, work, made, progress)
         results = _tokenize(corpus, work, made, verdicts, keep_rejects, progress)
         rejects = {f"{result.chunk}.jsonl.zst" for result in results.values() if result.rejects}
-        commit(work, path, _manifests(corpus, work, made, recipe, results, progress), rejects)
-    return open_prepared(path, _notes(results))
+        recipe = corpus.recipe(trained_tokenizer=not is_there)
+        commit(work, path, _manifests(corpus, made, recipe, results, adopted), rejects)
+    return open_prepared(path, _notes(corpus, results))
 
 
 def build_tokenizer(file: Path, config: PrepareConfig, *, progress: OnProgress = lambda _: None) -> Tokenizer:
@@ -138,6 +139,13 @@ def _kept_documents(corpus: Corpus, verdicts: dict[str, Path], progress: OnProgr
                     yield editors[chunk.index](document)[0]
 
 
+def _adopt(corpus: Corpus, work: Path, tokenizer: Tokenizer, progress: OnProgress) -> dict[str, dict[str, SourceManifest]]:
+    """The parts of each source of tokens that are there already. Before the text, because a wrong one is found in no time."""
+    tell, fraction = _counter("checking tokens", None, progress), corpus.config.validation_fraction
+    sources = zip(corpus.names, corpus.config.sources, strict=True)
+    return {name: adopt(source, name, tokenizer, work, fraction, tell) for name, source in sources if not source.is_text}
+
+
 def _tokenize(
     corpus: Corpus, work: Path, tokenizer: Tokenizer, verdicts: dict[str, Path], keep_rejects: bool, progress: OnProgress
 ) -> dict[str, ChunkResult]:
@@ -162,11 +170,15 @@ def _tokenize(
     return results
 
 
-def _notes(results: dict[str, ChunkResult]) -> tuple[str, ...]:
-    """Which back ends encoded the text."""
+def _notes(corpus: Corpus, results: dict[str, ChunkResult]) -> tuple[str, ...]:
+    """Which back ends encoded the text, and what it was compared with."""
     used = Counter(result.encoder for result in results.values() if result.encoder)
     why = {result.encoder: result.why for result in reversed(results.values())}
-    return tuple(f"{count} of {len(results)} chunks encoded by {why[name]}" for name, count in used.items())
+    notes = [f"{count} of {len(results)} chunks encoded by {why[name]}" for name, count in used.items()]
+    evaluation = Contamination.load(corpus.config.decontaminate)
+    if evaluation is not None:
+        notes.append(f"compared with {evaluation.n_texts:,} evaluation texts; {evaluation.n_too_short:,} more are too short for that")
+    return tuple(notes)
 
 
 def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
@@ -188,18 +200,15 @@ def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
 
 
 def _manifests(
-    corpus: Corpus, work: Path, tokenizer: Tokenizer, recipe: Recipe, results: dict[str, ChunkResult], progress: OnProgress
+    corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe, results: dict[str, ChunkResult], adopted: dict[str, dict[str, SourceManifest]]
 ) -> list[Manifest]:
-    """The manifest of each split, with every source in the order of the config; tokens of other tools are checked here."""
-    fraction = corpus.config.validation_fraction
-    tell = _counter("checking tokens", None, progress)
+    """The manifest of each split, with every source in the order of the config."""
     chunks: list[list[ChunkResult]] = [[] for _ in corpus.names]
     for chunk in corpus.chunks:
         chunks[chunk.index].append(results[chunk.name])
     sources: dict[str, list[SourceManifest]] = {split: [] for split in SPLITS}
-    for name, source, found in zip(corpus.names, corpus.config.sources, chunks, strict=True):
-        made = _text_manifests(name, tokenizer, found) if source.is_text else adopt(source, name, tokenizer, work, fraction, tell)
-        for split, manifest in made.items():
+    for name, found in zip(corpus.names, chunks, strict=True):
+        for split, manifest in (adopted.get(name) or _text_manifests(name, tokenizer, found)).items():
             sources[split].append(manifest)
     if not any(source.documents for source in sources["validation"]):
         _join(sources["train"], sources.pop("validation"))

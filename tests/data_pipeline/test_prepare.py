@@ -182,6 +182,17 @@ def test_a_tiny_corpus_still_holds_one_document_out(tmp_path: Path, prepare_at: 
     assert prepare_at(tmp_path / "one", tmp_path / "single", validation_fraction=0.0).splits["train"].documents == 1
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_duplicates_are_never_on_both_sides_of_the_split(tmp_path: Path, corpus: Path, prepare_at: Prepare, exact: bool) -> None:
+    for file in sorted(corpus.rglob("*.txt")):
+        for copy in range(3):
+            (file.parent / f"copy-{copy}-{file.name}").write_text(file.read_text().upper() if copy else file.read_text())
+    prepare_at(tmp_path / "data", corpus, dedup={"exact": exact}, validation_fraction=0.3)
+    train, held_out = ({text.lower() for text in documents_of(tmp_path / "data", split)} for split in ("train", "validation"))
+    assert len(train | held_out) == 60
+    assert bool(train & held_out) is not exact
+
+
 def corrupt_parquet(folder: Path) -> SourceConfig:
     pq.write_table(pa.table({"text": ["some text"] * 100}), folder / "bad.parquet")
     (folder / "bad.parquet").write_bytes((folder / "bad.parquet").read_bytes()[:-20])

@@ -1,0 +1,92 @@
+"""What an earlier attempt left is used if it is whole and was decided by the same, and made again otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attempts import Text, contents, finished, interrupt, looks_prepared, prepare_here, write_text
+
+from data_pipeline.errors import DataError
+from data_pipeline.prepare import Progress, Stage
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    return write_text(tmp_path_factory.mktemp("short"), 100)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "tokenizer": {"vocab_size": 310},
+    "shards": {"shard_tokens": 1500},
+    "hold-out": {"validation_fraction": 0.3},
+    "filter": {"filters": {"apply": ["length"], "length": {"min_characters": 500}}},
+    "filters of the source": {"filters": {"apply": [], "length": {"min_characters": 40}}},
+    "shingles": {"dedup": {"exact": True, "minhash": True, "ngram": 2}},
+    "no comparison": {"dedup": {"exact": False, "minhash": False}},
+    "rejects": {"keep_rejects": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_an_attempt_with_other_settings_left_is_not_used(tmp_path: Path, short: Text, change: str) -> None:
+    """The pieces of three attempts lie in one folder."""
+    interrupt(tmp_path / "data", short.jsonl, "tokenizing")
+    interrupt(tmp_path / "data", short.jsonl, "tokenizing", **CHANGES[change])
+    interrupt(tmp_path / "data", short.jsonl, "cleaning")
+    prepare_here(tmp_path / "data", short.jsonl, **CHANGES[change])
+    prepare_here(tmp_path / "fresh", short.jsonl, **CHANGES[change])
+    assert contents(tmp_path / "data") == contents(tmp_path / "fresh") != short.prepared
+
+
+def test_signatures_of_other_settings_are_not_taken_for_ours(tmp_path: Path, short: Text) -> None:
+    """As a kill leaves them between the signatures of a chunk and its verdicts: the old verdicts stand beside the new signatures."""
+    interrupt(tmp_path / "data", short.jsonl, "tokenizing")
+    interrupt(tmp_path / "other", short.jsonl, "tokenizing", dedup={"exact": True, "minhash": True, "ngram": 2})
+    for folder in ("data", "other"):
+        assert len(finished(tmp_path / folder, "judged")) == short.chunks
+    for file in (tmp_path / "other" / ".prepare.tmp" / "judged").glob("*.signatures"):
+        file.rename(tmp_path / "data" / ".prepare.tmp" / "judged" / file.name)
+    prepare_here(tmp_path / "data", short.jsonl)
+    assert contents(tmp_path / "data") == short.prepared
+
+
+@pytest.mark.parametrize(
+    "pattern", ["judged/*.verdicts", "judged/*.signatures", "judged/*.compared", "done/*.result", "train/*.bin", "train/*.idx"]
+)
+def test_a_damaged_piece_of_an_earlier_attempt_is_made_again(tmp_path: Path, short: Text, pattern: str) -> None:
+    interrupt(tmp_path / "data", short.jsonl, "tokenizing")
+    files = sorted((tmp_path / "data" / ".prepare.tmp").glob(pattern))
+    assert len(files) >= 5
+    for number, file in enumerate(files[:4]):
+        raw = file.read_bytes()
+        middle = len(raw) // 2
+        file.write_bytes([raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :], raw[:-3], b"", raw + b"x"][number])
+    prepare_here(tmp_path / "data", short.jsonl)
+    assert contents(tmp_path / "data") == short.prepared
+
+
+@pytest.mark.parametrize("stage", ["comparing documents", "reading a sample"])
+@pytest.mark.parametrize("change", ["a letter", "a line more", "a line less"])
+def test_a_source_that_changes_after_it_was_cleaned_is_named_and_then_cleaned_again(
+    tmp_path: Path, short: Text, change: str, stage: Stage
+) -> None:
+    file, data = tmp_path / "words.jsonl", tmp_path / "data"
+    lines = short.jsonl.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines))
+
+    def meddle(progress: Progress) -> None:
+        if progress.stage == stage and progress.read == progress.total:
+            middle = len(lines) // 2
+            if change == "a letter":  # of the same size: nothing but the text tells
+                lines[middle] = lines[middle].replace("a", "e", 1)
+            else:  # the bytes after it stay where they are
+                line = lines[middle].removesuffix("\n")
+                lines[middle] = line[:40] + '"}\n{"text": "' + line[53:] + "\n" if change == "a line more" else " " * len(line) + "\n"
+            file.write_text("".join(lines))
+
+    with pytest.raises(DataError, match=r"words\.jsonl changed while it was prepared .* run the command again"):
+        prepare_here(data, file, meddle)
+    assert not looks_prepared(data)
+    prepare_here(data, file)
+    prepare_here(tmp_path / "fresh", file)
+    assert contents(data) == contents(tmp_path / "fresh")
