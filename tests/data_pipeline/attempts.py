@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -84,7 +85,14 @@ def preparing(path: Path, jsonl: Path, **settings: Any) -> Iterator[subprocess.P
     config = path.parent / "prepare.yaml"
     config.write_text(yaml.safe_dump({"data": SETTINGS | {"path": str(path), "sources": sources, "workers": 2} | settings}))
     command = [sys.executable, "-c", "from pretrain.cli import main; main()", "data", "prepare", str(config)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background jobs ignore it
+    ) as process:
         try:
             yield process
         finally:
