@@ -25,7 +25,7 @@ check: $(VENV)/.installed-dev  ## lint, types and import contracts alone
 	$(BIN)/lint-imports --no-cache
 
 gpu-check:  ## the checks and measurements that need a CUDA GPU (JSON=FILE keeps the rows); says so where there is none
-	@if $(PYTHON) -c 'import pytest, pretrain.cli, pretrain.train.run, data_pipeline.tokenize' 2>/dev/null; \
+	@if $(PYTHON) -c 'import pytest, pretrain.cli, pretrain.train.run, data_pipeline.tokenizing.tokenize' 2>/dev/null; \
 	then python=$(PYTHON); else $(MAKE) $(VENV)/.installed-dev && python=$(BIN)/python; fi && set -x && \
 	$$python -m pytest -o addopts='-ra --strict-markers' tests/gpu && $$python -m benchmarks.gpu $(if $(JSON),--json $(JSON))
 

@@ -53,7 +53,7 @@ def timed(work: Callable[[], object]) -> Figures:
 
 def write_corpus(folder: Path, megabytes: float) -> None:
     """Python sources of this machine as `all.jsonl`, a part of them as `part.jsonl`, and a tokenizer of 32k tokens trained on some."""
-    from data_pipeline.tokenizer import train_tokenizer
+    from data_pipeline.tokenizing.tokenizer import train_tokenizer
 
     if (folder / "tokenizer.json").exists():
         return
@@ -121,7 +121,7 @@ def ours(folder: Path, **settings: Any) -> Figures:
     """jsonl to shards, verified."""
     from data_pipeline.prepare import prepare
     from data_pipeline.settings import PrepareConfig, SourceConfig
-    from data_pipeline.verify import verify
+    from data_pipeline.storage.verify import verify
 
     out = folder / "ours"
     shutil.rmtree(out, ignore_errors=True)
@@ -151,8 +151,8 @@ def document_lengths(rng: np.random.Generator, tokens: int) -> np.ndarray:
 
 def write_set(folder: Path, shards: dict[str, int], write: Callable[[Path, str], Any]) -> Path:
     """A training split of so many shards by source, each made by `write`, whose result is the shard's entry in the manifest."""
-    from data_pipeline.manifest import MANIFEST, Manifest, Recipe, SourceManifest
     from data_pipeline.settings import PrepareConfig
+    from data_pipeline.storage.manifest import MANIFEST, Manifest, Recipe, SourceManifest
 
     split = folder / "train"
     if (split / MANIFEST).exists():
@@ -183,9 +183,9 @@ def write_set(folder: Path, shards: dict[str, int], write: Callable[[Path, str],
 
 def gather_and_batches(folder: Path) -> Figures:
     """Tokens by CPU-second of a bare gather and of our loader, in turns; medians."""
-    from data_pipeline.loader import Loader
+    from data_pipeline.reading.loader import Loader
     from data_pipeline.settings import MixtureConfig
-    from data_pipeline.shard_writer import write_shard
+    from data_pipeline.storage.shard_writer import write_shard
 
     rng = np.random.default_rng(0)
 
@@ -222,9 +222,9 @@ def open_large(folder: Path) -> Figures:
     """Opening 10M documents of 10B tokens, and the order of its epochs. The tokens are holes in files; nothing here reads one."""
     import xxhash
 
-    from data_pipeline.loader import Loader, _Order
-    from data_pipeline.manifest import BLOCK_BYTES, Shard
-    from data_pipeline.shards import index_bytes
+    from data_pipeline.reading.loader import Loader, _Order
+    from data_pipeline.storage.manifest import BLOCK_BYTES, Shard
+    from data_pipeline.storage.shards import index_bytes
 
     rng, size = np.random.default_rng(0), 250_000_000
     blocks = [xxhash.xxh3_64_hexdigest(bytes(n)) for n in (BLOCK_BYTES, size % BLOCK_BYTES)]

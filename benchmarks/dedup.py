@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import parser, report
-from data_pipeline.decontaminate import Contamination
-from data_pipeline.dedup import find_duplicates, write_signatures
-from data_pipeline.minhash import Signer, probability_found, text_hash, threshold
+from data_pipeline.cleaning.decontaminate import Contamination
+from data_pipeline.cleaning.dedup import find_duplicates, write_signatures
+from data_pipeline.cleaning.minhash import Signer, probability_found, text_hash, threshold
 from data_pipeline.settings import DecontaminateConfig, DedupConfig
 
 NGRAM = 5

@@ -12,15 +12,15 @@ from importlib.metadata import version
 import xxhash
 from pydantic import BaseModel
 
-from data_pipeline.chunks import Chunk, cut
-from data_pipeline.decontaminate import evaluation_hash
+from data_pipeline.cleaning.decontaminate import evaluation_hash
+from data_pipeline.cleaning.filters import check_filters, filter_versions, lists_hash
 from data_pipeline.errors import DataError
-from data_pipeline.files import SourceFile, describe_files, list_files
-from data_pipeline.filters import check_filters, filter_versions, lists_hash
-from data_pipeline.manifest import Recipe
 from data_pipeline.settings import AUTO, DedupConfig, PrepareConfig, SourceConfig, source_names
-from data_pipeline.tokenized import describe_tokens
-from data_pipeline.tokenizer import document_hash
+from data_pipeline.storage.manifest import Recipe
+from data_pipeline.storage.tokenized import describe_tokens
+from data_pipeline.text.chunks import Chunk, cut
+from data_pipeline.text.files import SourceFile, describe_files, list_files
+from data_pipeline.tokenizing.tokenizer import document_hash
 
 _CHUNK_BYTES_PER_TOKEN = 3
 """A chunk is this many bytes of text for each token of a shard, so that it rarely fills more than one: most text has 3 to 5."""

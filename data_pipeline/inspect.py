@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.manifest import Manifest, SourceManifest
-from data_pipeline.packing import read_concatenated
-from data_pipeline.prepared import open_prepared
+from data_pipeline.reading.packing import read_concatenated
 from data_pipeline.recipe import Entry, recipe_of
-from data_pipeline.shards import ShardFile, ShardSet
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.storage.manifest import Manifest, SourceManifest
+from data_pipeline.storage.prepared import open_prepared
+from data_pipeline.storage.shards import ShardFile, ShardSet
+from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 PACKED_TOKENS = 64
 """Tokens in the sequence that shows how documents are packed."""

@@ -15,21 +15,31 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.chunks import Chunk
-from data_pipeline.clean import CleanJob, build_editor, clean, needs_cleaning, read_judged
+from data_pipeline.cleaning.clean import CleanJob, build_editor, clean, needs_cleaning, read_judged
+from data_pipeline.cleaning.decontaminate import Contamination
+from data_pipeline.cleaning.rejects import REJECTS
 from data_pipeline.corpus import Corpus, digest, find, total_bytes
-from data_pipeline.decontaminate import Contamination
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import MANIFEST, SPLITS, Manifest, Recipe, SourceManifest
-from data_pipeline.prepared import DONE, JUDGED, Prepared, bring_tokenizer, check_same_settings, commit, open_prepared, tidy, working_folder
-from data_pipeline.rejects import REJECTS
 from data_pipeline.settings import AUTO, PrepareConfig
-from data_pipeline.shards import token_dtype
-from data_pipeline.sources import Document
-from data_pipeline.split_writer import SplitResult
-from data_pipeline.tokenize import ChunkResult, TokenizeJob, Tokenizing, begin_tokenizing, place
-from data_pipeline.tokenized import adopt
-from data_pipeline.tokenizer import Tokenizer, sample_texts, train_tokenizer
+from data_pipeline.storage.manifest import MANIFEST, SPLITS, Manifest, Recipe, SourceManifest
+from data_pipeline.storage.prepared import (
+    DONE,
+    JUDGED,
+    Prepared,
+    bring_tokenizer,
+    check_same_settings,
+    commit,
+    open_prepared,
+    tidy,
+    working_folder,
+)
+from data_pipeline.storage.shards import token_dtype
+from data_pipeline.storage.tokenized import adopt
+from data_pipeline.text.chunks import Chunk
+from data_pipeline.text.sources import Document
+from data_pipeline.tokenizing.split_writer import SplitResult
+from data_pipeline.tokenizing.tokenize import ChunkResult, TokenizeJob, Tokenizing, begin_tokenizing, place
+from data_pipeline.tokenizing.tokenizer import Tokenizer, sample_texts, train_tokenizer
 from data_pipeline.workers import Done, Tell, cores, run_jobs
 
 Stage = Literal["cleaning", "comparing documents", "reading a sample", "training the tokenizer", "checking tokens", "tokenizing"]

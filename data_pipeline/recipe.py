@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_pipeline.manifest import Manifest
 from data_pipeline.settings import PrepareConfig, Settings, source_names
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.storage.manifest import Manifest
+from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from pretrain.cli.run import EXIT_STOPPED
 from pretrain.cli.settings_help import CONFIG_HELP, DataCommand
 
 if TYPE_CHECKING:
-    from data_pipeline.forecast import Forecast
     from data_pipeline.prepare import OnProgress
-    from data_pipeline.prepared import Prepared
+    from data_pipeline.reading.forecast import Forecast
+    from data_pipeline.storage.prepared import Prepared
     from pretrain.config import DataConfig
 
 app = typer.Typer(help="Turn raw text into token shards, and look at them.", no_args_is_help=True)
@@ -85,7 +85,7 @@ def inspect(
 
 def _forecast(path: Path, words: list[str]) -> Forecast:
     """What a run with these settings reads of the data in `path`."""
-    from data_pipeline.forecast import forecast
+    from data_pipeline.reading.forecast import forecast
     from pretrain.config_loading import load_words
     from pretrain.optim.schedule import samples_before
     from pretrain.train.growth import check_growth
@@ -101,7 +101,7 @@ def _forecast(path: Path, words: list[str]) -> Forecast:
 @app.command()
 def verify(path: DataPath) -> None:
     """Read every byte of a prepared data set and hold it against its checksums."""
-    from data_pipeline.verify import verify as check
+    from data_pipeline.storage.verify import verify as check
     from pretrain.errors import UserError
 
     report = check(path)

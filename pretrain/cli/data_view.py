@@ -9,9 +9,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from data_pipeline.forecast import Forecast, Stretch, warning
 from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, PackedSequence, SampleDocument, SourceDescription
-from data_pipeline.manifest import Manifest
+from data_pipeline.reading.forecast import Forecast, Stretch, warning
+from data_pipeline.storage.manifest import Manifest
 from pretrain.report.data_rows import places, split_rows, stretch_rows
 
 BAR = 24

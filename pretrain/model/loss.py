@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Label of a token without a target; `data_pipeline.packing.NO_LABEL`, which this package may not import."""
+"""Label of a token without a target; `data_pipeline.reading.packing.NO_LABEL`, which this package may not import."""
 
 _CHUNKS = 16  # logits alive: 1/16 of all. More chunks read the weight more often and round its gradient more often
 _SMALLEST_CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits; a chunk of 8 MB in bf16 stays in a CPU's cache, a GPU wants large products

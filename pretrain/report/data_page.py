@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from data_pipeline.forecast import Forecast, Stretch, warning
 from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, PackedSequence, SampleDocument, SourceDescription, fertility
-from data_pipeline.manifest import Manifest
+from data_pipeline.reading.forecast import Forecast, Stretch, warning
+from data_pipeline.storage.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.report import frame
 from pretrain.report.charts import themes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data_pipeline.forecast import Stretch
 from data_pipeline.inspect import SourceDescription, fertility
-from data_pipeline.manifest import Manifest, SourceManifest
+from data_pipeline.reading.forecast import Stretch
+from data_pipeline.storage.manifest import Manifest, SourceManifest
 
 Row = tuple[str, ...]
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.packing import NO_LABEL, Batch
+from data_pipeline.reading.packing import NO_LABEL, Batch
 from parallel.engine import Microbatch
 
 

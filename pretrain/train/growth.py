@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.mixture import sample_at
+from data_pipeline.reading.mixture import sample_at
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
 from pretrain.optim.schedule import batch_size_at, samples_before

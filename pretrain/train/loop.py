@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from data_pipeline.loader import Loader, prefetch
+from data_pipeline.reading.loader import Loader, prefetch
 from parallel.engine import Engine, StepResult
 from pretrain.checkpoint import directory, rng, store
 from pretrain.checkpoint.record import Record

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from data_pipeline.loader import Loader
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.reading.loader import Loader
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from parallel.engines.torch import TorchEngine
 from pretrain.checkpoint import directory, rng, store
 from pretrain.checkpoint.record import read_manifest

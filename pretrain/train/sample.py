@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint import directory, store
 from pretrain.config import RunConfig
 from pretrain.errors import UserError

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from data_pipeline.prepare import OnProgress, Progress, Stage, prepare
-from data_pipeline.prepared import Prepared
 from data_pipeline.settings import PrepareConfig, SourceConfig
+from data_pipeline.storage.prepared import Prepared
 
 PATIENCE = 60.0
 """Seconds to wait for something that takes one."""

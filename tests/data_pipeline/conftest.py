@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.manifest import MANIFEST, Manifest, Recipe, SourceManifest, TokenDtype
 from data_pipeline.prepare import OnProgress, prepare
-from data_pipeline.prepared import Prepared
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.shard_writer import write_shard
-from data_pipeline.shards import Split, open_split, token_dtype
+from data_pipeline.storage.manifest import MANIFEST, Manifest, Recipe, SourceManifest, TokenDtype
+from data_pipeline.storage.prepared import Prepared
+from data_pipeline.storage.shard_writer import write_shard
+from data_pipeline.storage.shards import Split, open_split, token_dtype
 
 WORDS = ["the", "a", "of", "model", "token", "shard", "loss", "data", "rank", "step", "mesh", "batch", "while", "return", "def"]
 

@@ -18,10 +18,10 @@ import yaml
 import zstandard
 from numpy.typing import NDArray
 
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import DTYPES, SPLITS, Manifest, load_manifest
-from data_pipeline.packing import NO_LABEL
+from data_pipeline.reading.loader import Loader
+from data_pipeline.reading.packing import NO_LABEL
 from data_pipeline.settings import MixtureConfig
+from data_pipeline.storage.manifest import DTYPES, SPLITS, Manifest, load_manifest
 
 SEQ_LEN = 256
 PACKAGES = ("rich", "fsspec", "typer", "yaml")

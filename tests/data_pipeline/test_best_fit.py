@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data_pipeline import best_fit
-from data_pipeline.best_fit import BestFit, fit, plan
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import BLOCK_BYTES
-from data_pipeline.packing import NO_LABEL
-from data_pipeline.shards import Split, open_split
+from data_pipeline.reading import best_fit
+from data_pipeline.reading.best_fit import BestFit, fit, plan
+from data_pipeline.reading.loader import Loader
+from data_pipeline.reading.packing import NO_LABEL
+from data_pipeline.storage.manifest import BLOCK_BYTES
+from data_pipeline.storage.shards import Split, open_split
 
 WriteSplit = Callable[..., Split]
 Draw = Callable[..., list[list[int]]]

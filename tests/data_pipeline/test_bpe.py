@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources import Document
-from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, sample_texts, train_tokenizer
+from data_pipeline.text.sources import Document
+from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, sample_texts, train_tokenizer
 
 TEXTS = [f"def step_{i}(loss, rate):\n    return loss * {i} - rate\n" for i in range(300)]
 

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import sources
-from data_pipeline.chunks import Chunk, cut, read_chunk
 from data_pipeline.errors import DataError
-from data_pipeline.files import list_files
 from data_pipeline.settings import SourceConfig
-from data_pipeline.sources import Document
+from data_pipeline.text import sources
+from data_pipeline.text.chunks import Chunk, cut, read_chunk
+from data_pipeline.text.files import list_files
+from data_pipeline.text.sources import Document
 
 WHOLE = 1 << 40
 

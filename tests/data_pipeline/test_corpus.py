@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.chunks import Chunk
 from data_pipeline.corpus import Corpus, find
 from data_pipeline.prepare import build_tokenizer
 from data_pipeline.settings import PrepareConfig, SourceConfig
+from data_pipeline.text.chunks import Chunk
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import pytest
 from attempts import Text, prepare_here, write_text
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import BLOCK_BYTES, DTYPES
-from data_pipeline.packing import NO_LABEL
-from data_pipeline.prepared import Prepared, open_prepared
+from data_pipeline.reading.loader import Loader
+from data_pipeline.reading.packing import NO_LABEL
 from data_pipeline.settings import SourceConfig
-from data_pipeline.shards import Split, open_split
-from data_pipeline.tokenizer import load_tokenizer
-from data_pipeline.verify import verify
+from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES
+from data_pipeline.storage.prepared import Prepared, open_prepared
+from data_pipeline.storage.shards import Split, open_split
+from data_pipeline.storage.verify import verify
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
 Prepare = Callable[..., Prepared]
 WriteSplit = Callable[..., Split]

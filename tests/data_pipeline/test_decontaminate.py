@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import decontaminate, hashing
-from data_pipeline.decontaminate import Contamination, evaluation_hash
+from data_pipeline import hashing
+from data_pipeline.cleaning import decontaminate
+from data_pipeline.cleaning.decontaminate import Contamination, evaluation_hash
 from data_pipeline.errors import DataError
 from data_pipeline.settings import DecontaminateConfig
 

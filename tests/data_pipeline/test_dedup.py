@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_pipeline.dedup import Duplicates, find_duplicates, write_signatures
+from data_pipeline.cleaning.dedup import Duplicates, find_duplicates, write_signatures
+from data_pipeline.cleaning.minhash import Signer, probability_found, text_hash
 from data_pipeline.errors import DataError
-from data_pipeline.minhash import Signer, probability_found, text_hash
 from data_pipeline.settings import DedupConfig
 
 Hashes = NDArray[np.uint64]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import encoder
-from data_pipeline.encoder import HARD_STRINGS, GigaEncoder, ReferenceEncoder, fastest_encoder, hard_strings_of
-from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
+from data_pipeline.tokenizing import encoder
+from data_pipeline.tokenizing.encoder import HARD_STRINGS, GigaEncoder, ReferenceEncoder, fastest_encoder, hard_strings_of
+from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [f"def step_{i}(loss, rate):\n    return loss * {i} - rate\n" for i in range(300)]
 WRITTEN_OUT = st.sampled_from([END_OF_TEXT, "<|", "|>", "endoftext", "<tool>", " ", "\n"])

@@ -27,12 +27,12 @@ from attempts import (
 )
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader
 from data_pipeline.prepare import Progress, prepare
-from data_pipeline.prepared import open_prepared
+from data_pipeline.reading.loader import Loader
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.tokenizer_formats import config_of
-from data_pipeline.verify import verify
+from data_pipeline.storage.prepared import open_prepared
+from data_pipeline.storage.verify import verify
+from data_pipeline.tokenizing.tokenizer_formats import config_of
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.cleaning.filters import EDITS, Judge, build_judge, check_filters, filter_versions, lists_hash
 from data_pipeline.errors import DataError
-from data_pipeline.filters import EDITS, Judge, build_judge, check_filters, filter_versions, lists_hash
 from data_pipeline.settings import FilterConfig, FilterName, PrepareConfig, SourceConfig
-from data_pipeline.sources import Document
+from data_pipeline.text.sources import Document
 
 THEIRS: tuple[FilterName, ...] = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
 
@@ -392,7 +392,7 @@ def test_a_filter_that_fails_names_the_document(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_long_runs_are_broken_up_in_place_and_text_is_not() -> None:
-    from data_pipeline.filters.datatrove_rules import _tame
+    from data_pipeline.cleaning.filters.datatrove_rules import _tame
 
     for run in ("(" * 100_000, "_" * 100_000, "'s" * 50_000, "a" * 100_000):
         broken = _tame(f"so {run} on")
@@ -411,7 +411,7 @@ def test_a_text_that_would_take_gigabytes_is_dropped_unread() -> None:
 def test_the_rules_of_datatrove_split_a_text_into_words_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from datatrove.utils.text import split_into_parts
 
-    from data_pipeline.filters.datatrove_rules import _Words
+    from data_pipeline.cleaning.filters.datatrove_rules import _Words
 
     split, count = _Words.word_tokenize, []
     monkeypatch.setattr(_Words, "word_tokenize", lambda self, text: count.append(text) or split(self, text))
@@ -438,7 +438,7 @@ def test_the_log_of_datatrove_is_off_and_no_other() -> None:
 
 
 def test_importing_the_filters_loads_no_package_of_theirs() -> None:
-    code = "import sys, data_pipeline.filters; print({'datatrove', 'spacy', 'fasttext', 'loguru', 'torch'} & {*sys.modules})"
+    code = "import sys, data_pipeline.cleaning.filters; print({'datatrove', 'spacy', 'fasttext', 'loguru', 'torch'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
 
@@ -448,7 +448,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.M
         monkeypatch.delitem(sys.modules, known)
     monkeypatch.setitem(sys.modules, package, None)
     for ours in ("datatrove_rules", "language"):
-        monkeypatch.delitem(sys.modules, f"data_pipeline.filters.{ours}", raising=False)
+        monkeypatch.delitem(sys.modules, f"data_pipeline.cleaning.filters.{ours}", raising=False)
     with pytest.raises(DataError, match=rf"the filter {name} needs packages .*{package}.* pip install 'pretrain\[filters\]'"):
         build_judge(FilterConfig(), [name])
 

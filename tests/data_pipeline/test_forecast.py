@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.forecast import MANY_EPOCHS, Forecast, forecast, warning
-from data_pipeline.loader import Loader
+from data_pipeline.reading.forecast import MANY_EPOCHS, Forecast, forecast, warning
+from data_pipeline.reading.loader import Loader
 from data_pipeline.settings import MixtureConfig, MixtureStage
-from data_pipeline.shards import Split
+from data_pipeline.storage.shards import Split
 
 WriteSplit = Callable[..., Split]
 Draw = Callable[..., list[list[int]]]

@@ -13,9 +13,9 @@ import data_pipeline.inspect
 from data_pipeline.errors import DataError
 from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, SourceDescription, describe, fertility
 from data_pipeline.prepare import prepare
-from data_pipeline.prepared import Prepared
 from data_pipeline.settings import DecontaminateConfig, DedupConfig, FilterConfig, LengthFilter, PrepareConfig, SourceConfig
-from data_pipeline.shards import ShardFile, open_split
+from data_pipeline.storage.prepared import Prepared
+from data_pipeline.storage.shards import ShardFile, open_split
 
 WORDS = ["shard", "token", "model", "while", "return", "loss", "data", "rank", "step", "mesh", "batch", "the", "of", "a"]
 END = "<|endoftext|>"

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader, prefetch
-from data_pipeline.manifest import BLOCK_BYTES
-from data_pipeline.mixture import BLOCK
-from data_pipeline.packing import NO_LABEL, Batch
+from data_pipeline.reading.loader import Loader, prefetch
+from data_pipeline.reading.mixture import BLOCK
+from data_pipeline.reading.packing import NO_LABEL, Batch
 from data_pipeline.settings import MixtureConfig, MixtureStage
-from data_pipeline.shards import Split
+from data_pipeline.storage.manifest import BLOCK_BYTES
+from data_pipeline.storage.shards import Split
 
 WriteSplit = Callable[..., Split]
 Draw = Callable[..., list[list[int]]]

@@ -13,10 +13,10 @@ from tokenizers.models import WordLevel
 
 from data_pipeline.errors import DataError
 from data_pipeline.settings import SourceConfig
-from data_pipeline.shard_writer import write_shard
-from data_pipeline.shards import ShardSet, index_bytes, token_dtype
-from data_pipeline.tokenized import adopt
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.storage.shard_writer import write_shard
+from data_pipeline.storage.shards import ShardSet, index_bytes, token_dtype
+from data_pipeline.storage.tokenized import adopt
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures/megatron"
 LENGTHS = (5, 1, 64, 17, 2, 33, 128, 9)

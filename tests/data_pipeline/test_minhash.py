@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from data_pipeline import hashing
+from data_pipeline.cleaning.minhash import NOTHING, Signer, probability_found, text_hash, threshold
 from data_pipeline.hashing import hash_ngrams, splitmix64, word_batches
-from data_pipeline.minhash import NOTHING, Signer, probability_found, text_hash, threshold
 
 TEXT = st.text(
     st.one_of(st.characters(), st.sampled_from("aAbZ019_-. \n\u00e9\u00c9\u03a3\u4e2d\u6587\u0e01\U0001f600\U00020000")), max_size=40

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.mixture import BLOCK, Mixture, counts, in_turn, mix, sources_of
+from data_pipeline.reading.mixture import BLOCK, Mixture, counts, in_turn, mix, sources_of
 from data_pipeline.settings import MixtureConfig, MixtureStage
 
 WEIGHTS = st.lists(st.integers(0, 10**6), min_size=1, max_size=9).map(tuple).filter(any)

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data_pipeline import order
-from data_pipeline.order import order_key, permute
+from data_pipeline.reading import order
+from data_pipeline.reading.order import order_key, permute
 
 
 def whole(n: int, key: int) -> NDArray[np.int64]:

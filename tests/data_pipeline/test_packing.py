@@ -4,9 +4,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from data_pipeline.loader import Loader
-from data_pipeline.packing import NO_LABEL, number_documents, read_concatenated
-from data_pipeline.shards import Split
+from data_pipeline.reading.loader import Loader
+from data_pipeline.reading.packing import NO_LABEL, number_documents, read_concatenated
+from data_pipeline.storage.shards import Split
 
 WriteSplit = Callable[..., Split]
 Draw = Callable[..., list[list[int]]]

@@ -14,13 +14,13 @@ import pytest
 
 from data_pipeline.corpus import find
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import build_tokenizer
-from data_pipeline.prepared import Prepared
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.shards import ShardSet, open_split
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from data_pipeline.verify import verify
+from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.prepared import Prepared
+from data_pipeline.storage.shards import ShardSet, open_split
+from data_pipeline.storage.verify import verify
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
 Prepare = Callable[..., Prepared]
 MakeCorpus = Callable[..., Path]

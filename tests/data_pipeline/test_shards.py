@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import BLOCK_BYTES, MANIFEST, Shard, SourceManifest, load_manifest
-from data_pipeline.shard_writer import write_shard
-from data_pipeline.shards import ShardSet, Split, open_split, token_dtype
+from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Shard, SourceManifest, load_manifest
+from data_pipeline.storage.shard_writer import write_shard
+from data_pipeline.storage.shards import ShardSet, Split, open_split, token_dtype
 
 WriteSplit = Callable[..., Split]
 Draw = Callable[..., list[list[int]]]
@@ -90,7 +90,7 @@ def test_one_flipped_bit_is_found_when_its_block_is_first_read_and_named(write_s
 def test_a_block_is_hashed_once(write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     (shards,) = write_split({"web": [[1] * 10 + [0]] * 20}).sources
     shards.tokens(0, shards.n_tokens)
-    monkeypatch.setattr("data_pipeline.shards.xxhash", None)
+    monkeypatch.setattr("data_pipeline.storage.shards.xxhash", None)
     assert shards.tokens(0, shards.n_tokens).size == 220
 
 

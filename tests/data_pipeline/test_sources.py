@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_pipeline import sources
-from data_pipeline.chunks import cut, read_chunk
 from data_pipeline.errors import DataError
-from data_pipeline.files import list_files
 from data_pipeline.settings import SourceConfig
-from data_pipeline.sources import Document
+from data_pipeline.text import sources
+from data_pipeline.text.chunks import cut, read_chunk
+from data_pipeline.text.files import list_files
+from data_pipeline.text.sources import Document
 
 ROWS = [{"text": "one"}, {"text": "zwei ü"}, {"text": "three\nlines"}]
 MISPLACED = b'{"text": "a"}\n{"text": \n'
@@ -348,7 +348,7 @@ def test_an_unknown_protocol_or_split_and_empty_paths_are_named(tmp_path: Path) 
 
 
 def test_reading_imports_neither_torch_nor_the_heavy_readers() -> None:
-    code = "import data_pipeline.chunks, sys; print(*sys.modules)"
+    code = "import data_pipeline.text.chunks, sys; print(*sys.modules)"
     modules = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not modules & {"torch", "pyarrow", "datasets"}
-    assert "data_pipeline.columnar" in modules  # the list is a real one
+    assert "data_pipeline.text.columnar" in modules  # the list is a real one

@@ -9,12 +9,12 @@ import tokenizers
 from tokenizers.models import WordLevel
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import BLOCK_BYTES, MANIFEST, Manifest, Recipe, SourceManifest
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.shard_writer import write_shard
-from data_pipeline.shards import ShardSet, open_split
-from data_pipeline.tokenized import adopt, describe_tokens
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Manifest, Recipe, SourceManifest
+from data_pipeline.storage.shard_writer import write_shard
+from data_pipeline.storage.shards import ShardSet, open_split
+from data_pipeline.storage.tokenized import adopt, describe_tokens
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from data_pipeline.workers import Done
 
 DATATROVE = Path(__file__).parent / "fixtures/datatrove"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from data_pipeline.errors import DataError
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from data_pipeline.tokenizer_formats import TIKTOKEN, keep_apart
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data_pipeline.tokenizing.tokenizer_formats import TIKTOKEN, keep_apart
 
 LINES = [f"def step_{i}(loss, rate):  return loss * {i}  # It's step {i % 7}, we'LL see: naïve 漢字 {'=' * (i % 5)}" for i in range(400)]
 CODE = ["a", "the ", "def step_1(", "  ", " ", "\n", "\r\n", "\t", "'s", "'LL", "1", "234", "=="]

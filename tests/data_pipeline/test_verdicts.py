@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.verdicts import TextsHash, Verdicts, encode_reasons, read_verdicts, write_verdicts
+from data_pipeline.cleaning.verdicts import TextsHash, Verdicts, encode_reasons, read_verdicts, write_verdicts
 
 
 def verdicts(*reasons: str | None) -> Verdicts:

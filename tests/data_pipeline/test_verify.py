@@ -11,12 +11,12 @@ import tokenizers
 from tokenizers.models import WordLevel
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import BLOCK_BYTES, MANIFEST, Manifest, Recipe, Shard, SourceManifest, load_manifest
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.shard_writer import write_shard
-from data_pipeline.tokenized import adopt
-from data_pipeline.tokenizer import load_tokenizer
-from data_pipeline.verify import largest_id, unended, verify
+from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Manifest, Recipe, Shard, SourceManifest, load_manifest
+from data_pipeline.storage.shard_writer import write_shard
+from data_pipeline.storage.tokenized import adopt
+from data_pipeline.storage.verify import largest_id, unended, verify
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
 VOCABULARY = 1000
 OURS = [[5, 6, 0], [7] * (BLOCK_BYTES // 2) + [0], [8, 0]]  # a little more than a MiB

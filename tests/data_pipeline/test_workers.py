@@ -17,10 +17,10 @@ import pytest
 from data_pipeline.corpus import find
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import Progress
-from data_pipeline.prepared import Prepared
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.tokenize import TokenizeJob, Tokenizing, begin_tokenizing
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.storage.prepared import Prepared
+from data_pipeline.tokenizing.tokenize import TokenizeJob, Tokenizing, begin_tokenizing
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from data_pipeline.workers import Done, Tell, run_jobs
 
 Prepare = Callable[..., Prepared]

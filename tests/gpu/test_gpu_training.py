@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from data_pipeline.packing import Batch
+from data_pipeline.reading.packing import Batch
 from parallel.engine import Microbatch
 from parallel.engines.torch import TorchEngine
 from pretrain.checkpoint import store

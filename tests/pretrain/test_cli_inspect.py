@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from data_pipeline.forecast import Forecast, SourceReading, Stretch
 from data_pipeline.inspect import Description, LengthBin, PackedPiece, PackedSequence, SampleDocument, SourceDescription
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import Manifest, Recipe, SourceManifest
-from data_pipeline.prepared import open_prepared
+from data_pipeline.reading.forecast import Forecast, SourceReading, Stretch
+from data_pipeline.reading.loader import Loader
 from data_pipeline.recipe import Entry
 from data_pipeline.settings import PrepareConfig
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.storage.manifest import Manifest, Recipe, SourceManifest
+from data_pipeline.storage.prepared import open_prepared
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.cli.data_view import draw
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.loader import Loader
 from data_pipeline.prepare import prepare
+from data_pipeline.reading.loader import Loader
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.shards import open_split
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.storage.shards import open_split
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.report.records import read_events, read_metrics
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py

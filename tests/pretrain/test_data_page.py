@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from test_report_page import browse, charts_in, text_of
 
-from data_pipeline.forecast import Forecast, SourceReading, Stretch
 from data_pipeline.inspect import Description, LengthBin, PackedPiece, PackedSequence, SampleDocument, SourceDescription
-from data_pipeline.manifest import Manifest, Recipe, SourceManifest
+from data_pipeline.reading.forecast import Forecast, SourceReading, Stretch
 from data_pipeline.recipe import Entry
 from data_pipeline.settings import PrepareConfig
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.storage.manifest import Manifest, Recipe, SourceManifest
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.report.data_page import data_page
 
 HOSTILE = 'x = "</script><script>console.error(1)</script>" & <b>'

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader
 from data_pipeline.prepare import prepare
+from data_pipeline.reading.loader import Loader
 from data_pipeline.settings import MixtureConfig, PrepareConfig, SourceConfig
 from parallel.engines.torch import TorchEngine
 from pretrain.config_loading import load

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data_pipeline.packing import NO_LABEL
+from data_pipeline.reading.packing import NO_LABEL
 from pretrain.model import loss as loss_module
 from pretrain.model.loss import IGNORE, linear_cross_entropy, softmax_gradient_
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from data_pipeline.loader import Loader
+from data_pipeline.reading.loader import Loader
 from pretrain.checkpoint import store
 from pretrain.checkpoint.directory import checkpoint_path
 from pretrain.checkpoint.record import Record, read_manifest

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint import store
 from pretrain.errors import UserError
 from pretrain.model.transformer import Transformer

@@ -12,10 +12,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters  # there is no public count of what was compiled
 
-from data_pipeline.loader import Loader
-from data_pipeline.packing import Batch
-from data_pipeline.shards import open_split
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.reading.loader import Loader
+from data_pipeline.reading.packing import Batch
+from data_pipeline.storage.shards import open_split
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from parallel.engines.torch import TorchEngine
 from pretrain.config import RunConfig
 from pretrain.config_loading import load

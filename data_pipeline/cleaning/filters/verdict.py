@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data_pipeline.sources import Document
+from data_pipeline.text.sources import Document
 
 
 @dataclass(frozen=True, slots=True)

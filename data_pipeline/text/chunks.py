@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from data_pipeline.columnar import Blocks, read_arrow, read_parquet, record_batches, row_groups
-from data_pipeline.files import Part, SourceFile
-from data_pipeline.sources import Document, is_packed, read_hf, read_jsonl, read_text
+from data_pipeline.text.columnar import Blocks, read_arrow, read_parquet, record_batches, row_groups
+from data_pipeline.text.files import Part, SourceFile
+from data_pipeline.text.sources import Document, is_packed, read_hf, read_jsonl, read_text
 
 if TYPE_CHECKING:
     from data_pipeline.settings import SourceConfig

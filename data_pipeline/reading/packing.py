@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards import ShardSet
+from data_pipeline.storage.shards import ShardSet
 
 NO_LABEL = -100
 """The label of a position that has nothing to predict; what PyTorch's cross-entropy ignores by default."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from data_pipeline.sources import Document
+from data_pipeline.text.sources import Document
 
 if TYPE_CHECKING:
     import zstandard

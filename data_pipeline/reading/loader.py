@@ -15,12 +15,12 @@ from typing import Literal, TypeVar
 
 import xxhash
 
-from data_pipeline.best_fit import BestFit, read_best_fit
 from data_pipeline.errors import DataError
-from data_pipeline.mixture import Mixture, in_turn, mix
-from data_pipeline.packing import Batch, count_sequences, read_concatenated
+from data_pipeline.reading.best_fit import BestFit, read_best_fit
+from data_pipeline.reading.mixture import Mixture, in_turn, mix
+from data_pipeline.reading.packing import Batch, count_sequences, read_concatenated
 from data_pipeline.settings import MixtureConfig
-from data_pipeline.shards import open_split
+from data_pipeline.storage.shards import open_split
 
 PREFETCH = 2
 """Batches read ahead."""

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.hashing import splitmix64
-from data_pipeline.order import order_key, permute
+from data_pipeline.reading.order import order_key, permute
 from data_pipeline.settings import MixtureConfig
 
 BLOCK = 4096

@@ -10,8 +10,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.durable import write_synced
-from data_pipeline.manifest import BLOCK_BYTES, DTYPES, Shard, TokenDtype
-from data_pipeline.shards import index_bytes
+from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES, Shard, TokenDtype
+from data_pipeline.storage.shards import index_bytes
 
 
 def write_shard(folder: Path, name: str, tokens: NDArray[np.integer], lengths: NDArray[np.int32], dtype: TokenDtype) -> Shard:

@@ -22,8 +22,8 @@ from data_pipeline.errors import DataError
 if TYPE_CHECKING:
     import datasets
 
-    from data_pipeline.files import Part
     from data_pipeline.settings import SourceConfig
+    from data_pipeline.text.files import Part
 
 _BLOCK = 1 << 20
 _PACKED_BLOCK = 1 << 17  # it may unpack to many times its size

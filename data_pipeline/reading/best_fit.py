@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.durable import sync_folder, write_synced
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import BLOCK_BYTES
-from data_pipeline.packing import NO_LABEL, Batch, number_documents
-from data_pipeline.shards import CheckedBytes, ShardSet
+from data_pipeline.reading.packing import NO_LABEL, Batch, number_documents
+from data_pipeline.storage.manifest import BLOCK_BYTES
+from data_pipeline.storage.shards import CheckedBytes, ShardSet
 
 _MAGIC = b"BESTFIT1"
 _HEADER = struct.Struct("<8sQQ")

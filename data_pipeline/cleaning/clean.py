@@ -14,15 +14,15 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from data_pipeline.chunks import Chunk, read_batches
-from data_pipeline.decontaminate import Contamination
-from data_pipeline.dedup import find_duplicates, write_signatures
+from data_pipeline.cleaning.decontaminate import Contamination
+from data_pipeline.cleaning.dedup import find_duplicates, write_signatures
+from data_pipeline.cleaning.filters import EDITS, Judge, Verdict, build_judge
+from data_pipeline.cleaning.minhash import Signer, text_hash
+from data_pipeline.cleaning.verdicts import KEPT, TextsHash, Verdicts, encode_reasons, read_verdicts, write_verdicts
 from data_pipeline.errors import DataError
-from data_pipeline.filters import EDITS, Judge, Verdict, build_judge
-from data_pipeline.minhash import Signer, text_hash
 from data_pipeline.settings import FilterName, PrepareConfig, SourceConfig
-from data_pipeline.sources import Document
-from data_pipeline.verdicts import KEPT, TextsHash, Verdicts, encode_reasons, read_verdicts, write_verdicts
+from data_pipeline.text.chunks import Chunk, read_batches
+from data_pipeline.text.sources import Document
 from data_pipeline.workers import Done, Tell, run_jobs
 
 CONTAMINATED = "shares text with evaluation sets"

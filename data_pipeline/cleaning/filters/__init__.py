@@ -16,11 +16,11 @@ from pathlib import Path
 
 import xxhash
 
+from data_pipeline.cleaning.filters.lists import line_judge, reading, url_judge
+from data_pipeline.cleaning.filters.verdict import Judge, Verdict
 from data_pipeline.errors import DataError
-from data_pipeline.filters.lists import line_judge, reading, url_judge
-from data_pipeline.filters.verdict import Judge, Verdict
 from data_pipeline.settings import FilterConfig, FilterName, LengthFilter, PrepareConfig
-from data_pipeline.sources import Document
+from data_pipeline.text.sources import Document
 
 __all__ = ["EDITS", "Judge", "Verdict", "build_judge", "check_filters", "filter_versions", "lists_hash"]
 
@@ -137,13 +137,13 @@ def _length_judge(settings: LengthFilter) -> Judge:
 
 
 def _language_judge(config: FilterConfig) -> Judge:
-    from data_pipeline.filters.language import language_judge
+    from data_pipeline.cleaning.filters.language import language_judge
 
     return language_judge(config.language)
 
 
 def _datatrove_judge(name: FilterName, config: FilterConfig) -> Judge:
-    from data_pipeline.filters.datatrove_rules import datatrove_judge
+    from data_pipeline.cleaning.filters.datatrove_rules import datatrove_judge
 
     return datatrove_judge(name, config)
 

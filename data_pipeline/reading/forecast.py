@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_pipeline.loader import Loader
-from data_pipeline.mixture import Mixture
+from data_pipeline.reading.loader import Loader
+from data_pipeline.reading.mixture import Mixture
 
 MANY_EPOCHS = 4
 """Up to this many, repeated text is almost as good as new text (arXiv:2305.16264)."""

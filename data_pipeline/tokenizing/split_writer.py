@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.clean import CONTAMINATED
-from data_pipeline.manifest import DTYPES, Record, Shard
-from data_pipeline.order import order_key, permute
-from data_pipeline.shard_writer import write_shard
-from data_pipeline.shards import token_dtype
-from data_pipeline.sources import Document
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.cleaning.clean import CONTAMINATED
+from data_pipeline.reading.order import order_key, permute
+from data_pipeline.storage.manifest import DTYPES, Record, Shard
+from data_pipeline.storage.shard_writer import write_shard
+from data_pipeline.storage.shards import token_dtype
+from data_pipeline.text.sources import Document
+from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 _GATHER_TOKENS = 4 << 20
 

@@ -16,10 +16,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_pipeline.cleaning.filters.verdict import Judge, Verdict
 from data_pipeline.errors import DataError
-from data_pipeline.filters.verdict import Judge, Verdict
 from data_pipeline.settings import LineFilter, UrlFilter
-from data_pipeline.sources import Document
+from data_pipeline.text.sources import Document
 
 _HOST = re.compile(r"\s*(?:(?:[a-z][a-z0-9+.-]*:)?//)?(?:[^/?#@]*@)?([^/?#:]*)", re.IGNORECASE)
 """The host of an address, with or without a scheme in front. Whatever is not an address has a host as well, on no list."""

@@ -11,9 +11,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import BLOCK_BYTES, DTYPES, MANIFEST, SPLITS, Manifest, Shard, SourceManifest, load_manifest
-from data_pipeline.shards import index_bytes, index_lengths
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES, MANIFEST, SPLITS, Manifest, Shard, SourceManifest, load_manifest
+from data_pipeline.storage.shards import index_bytes, index_lengths
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import BLOCK_BYTES, DTYPES, Manifest, Shard, SourceManifest, TokenDtype, load_manifest
+from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES, Manifest, Shard, SourceManifest, TokenDtype, load_manifest
 
 Tokens = NDArray[np.integer]
 Span = tuple["ShardFile", int, int]

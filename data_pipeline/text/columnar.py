@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, BinaryIO
 from fsspec.implementations.local import LocalFileSystem
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources import Document, decode, document, reading, wanted_columns
+from data_pipeline.text.sources import Document, decode, document, reading, wanted_columns
 
 if TYPE_CHECKING:
     import pyarrow
 
-    from data_pipeline.files import Part, SourceFile
     from data_pipeline.settings import SourceConfig
+    from data_pipeline.text.files import Part, SourceFile
 
 _ROWS = 256
 """Rows that become Python objects at a time."""

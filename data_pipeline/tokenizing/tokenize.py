@@ -15,18 +15,18 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from data_pipeline.chunks import Chunk
-from data_pipeline.clean import build_editor, digest_of, read_judged
-from data_pipeline.encoder import Encoder, fastest_encoder
+from data_pipeline.cleaning.clean import build_editor, digest_of, read_judged
+from data_pipeline.cleaning.rejects import REJECTS, RejectWriter
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import SPLITS, Record
 from data_pipeline.records import read_record, write_record
-from data_pipeline.rejects import REJECTS, RejectWriter
 from data_pipeline.settings import PrepareConfig
-from data_pipeline.shard_writer import is_whole
-from data_pipeline.sources import Document
-from data_pipeline.split_writer import SplitResult, SplitWriter
-from data_pipeline.tokenizer import Tokenizer, document_hash, load_tokenizer
+from data_pipeline.storage.manifest import SPLITS, Record
+from data_pipeline.storage.shard_writer import is_whole
+from data_pipeline.text.chunks import Chunk
+from data_pipeline.text.sources import Document
+from data_pipeline.tokenizing.encoder import Encoder, fastest_encoder
+from data_pipeline.tokenizing.split_writer import SplitResult, SplitWriter
+from data_pipeline.tokenizing.tokenizer import Tokenizer, document_hash, load_tokenizer
 from data_pipeline.workers import Done, Tell
 
 _SAMPLE_CHARACTERS = 64 << 10

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import SourceFile, list_files
-from data_pipeline.manifest import BLOCK_BYTES
 from data_pipeline.settings import SourceConfig
+from data_pipeline.storage.manifest import BLOCK_BYTES
+from data_pipeline.text.files import SourceFile, list_files
 
 _PATTERNS = {"megatron": "*.bin", "datatrove": "*.ds", "olmo": "*.npy"}
 _MEGATRON_HEADER = struct.Struct("<9sQBQQ")

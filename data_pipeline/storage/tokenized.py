@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.durable import write_synced
 from data_pipeline.errors import DataError
-from data_pipeline.files import describe_files
-from data_pipeline.manifest import MANIFEST, SPLITS, Shard, SourceManifest, TokenDtype, load_manifest
 from data_pipeline.settings import SourceConfig
-from data_pipeline.shard_writer import describe_shard
-from data_pipeline.shards import index_bytes, open_split
-from data_pipeline.token_files import TokenFile, list_token_files, open_token_file
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.verify import largest_id, unended
+from data_pipeline.storage.manifest import MANIFEST, SPLITS, Shard, SourceManifest, TokenDtype, load_manifest
+from data_pipeline.storage.shard_writer import describe_shard
+from data_pipeline.storage.shards import index_bytes, open_split
+from data_pipeline.storage.token_files import TokenFile, list_token_files, open_token_file
+from data_pipeline.storage.verify import largest_id, unended
+from data_pipeline.text.files import describe_files
+from data_pipeline.tokenizing.tokenizer import Tokenizer
 from data_pipeline.workers import Done, Tell
 
 
