@@ -29,8 +29,9 @@ gpu-check:  ## the checks and measurements that need a CUDA GPU (JSON=FILE keeps
 	then python=$(PYTHON); else $(MAKE) $(VENV)/.installed-dev && python=$(BIN)/python; fi && set -x && \
 	$$python -m pytest -o addopts='-ra --strict-markers' tests/gpu && $$python -m benchmarks.gpu $(if $(JSON),--json $(JSON))
 
-benchmark: $(VENV)/.installed-dev  ## our training step beside that of transformers
+benchmark: $(VENV)/.installed-dev  ## our training step beside that of transformers, our data pipeline beside its peers
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.data
 
 clean:  ## remove the virtual environment, the caches and the demo
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info runs/demo

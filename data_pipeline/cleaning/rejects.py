@@ -20,12 +20,9 @@ class RejectWriter:
     """Writes `{"id", "source", "reason", "text", "metadata"}` lines. No file: does nothing; no line: makes no file."""
 
     def __init__(self, file: Path | None) -> None:
-        """Deletes what an earlier attempt wrote."""
         self.file, self.written = file, 0
         self._raw: BinaryIO | None = None
         self._stream: zstandard.ZstdCompressionWriter | None = None
-        if file is not None:
-            file.unlink(missing_ok=True)
 
     def __enter__(self) -> RejectWriter:
         return self

@@ -79,7 +79,7 @@ def demo(directory: Path, console: Console) -> Outcome:
 
 def demo_config(directory: Path) -> RunConfig:
     """`configs/demo.yaml` on this machine's standard library, in the first run directory below `directory` that is not finished."""
-    source = {"kind": "text", "paths": [sysconfig.get_paths()["stdlib"]], "pattern": "*.py", "exclude": NOT_SOURCES}
+    source = {"name": "stdlib", "kind": "text", "paths": [sysconfig.get_paths()["stdlib"]], "pattern": "*.py", "exclude": NOT_SOURCES}
     data = f"data-python-{platform.python_version()}"  # another Python is another text
     words = [f"data.sources={json.dumps([source])}", f"data.path={directory / data}", f"run.dir={_next_run(directory)}"]
     return load("demo", words).config

@@ -41,13 +41,43 @@ def test_what_an_attempt_with_other_settings_left_is_not_used(tmp_path: Path, sh
 def test_signatures_of_other_settings_are_not_taken_for_ours(tmp_path: Path, short: Text) -> None:
     """As a kill leaves them between the signatures of a chunk and its verdicts: the old verdicts stand beside the new signatures."""
     interrupt(tmp_path / "data", short.jsonl, "tokenizing")
-    interrupt(tmp_path / "other", short.jsonl, "tokenizing", dedup={"exact": True, "minhash": True, "ngram": 2})
+    interrupt(tmp_path / "other", short.jsonl, "tokenizing", **CHANGES["filter"])
     for folder in ("data", "other"):
         assert len(finished(tmp_path / folder, "judged")) == short.chunks
     for file in (tmp_path / "other" / ".prepare.tmp" / "judged").glob("*.signatures"):
         file.rename(tmp_path / "data" / ".prepare.tmp" / "judged" / file.name)
     prepare_here(tmp_path / "data", short.jsonl)
     assert contents(tmp_path / "data") == short.prepared
+
+
+def test_a_chunk_is_tokenized_again_where_nothing_but_its_verdicts_differ(tmp_path: Path, short: Text) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(short.prepared["tokenizer.json"])
+    settings = {"tokenizer": tmp_path / "tokenizer.json"}
+    interrupt(tmp_path / "data", short.jsonl, "tokenizing", **settings, **CHANGES["no comparison"])
+    assert len(finished(tmp_path / "data")) > short.chunks / 3
+    prepare_here(tmp_path / "data", short.jsonl, **settings)
+    prepare_here(tmp_path / "fresh", short.jsonl, **settings)
+    assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("change", [{"shard_tokens": 4000}, {"filters": {}, "dedup": {}}, {"keep_rejects": False}], ids=str)
+def test_rejects_of_an_earlier_attempt_are_not_among_ours(tmp_path: Path, short: Text, change: dict[str, Any]) -> None:
+    interrupt(tmp_path / "data", short.jsonl, "tokenizing", keep_rejects=True)
+    assert len(list((tmp_path / "data" / ".prepare.tmp" / "rejects").iterdir())) > short.chunks / 3
+    settings = {"keep_rejects": True} | change
+    prepare_here(tmp_path / "data", short.jsonl, **settings)
+    prepare_here(tmp_path / "fresh", short.jsonl, **settings)
+    assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
+
+
+def test_a_tokenizer_that_was_put_there_meanwhile_is_used_and_not_the_trained_one(tmp_path: Path, short: Text) -> None:
+    interrupt(tmp_path / "data", short.jsonl, "tokenizing", vocab_size=310)
+    (tmp_path / "fresh").mkdir()
+    for folder in ("data", "fresh"):
+        (tmp_path / folder / "tokenizer.json").write_bytes(short.prepared["tokenizer.json"])
+        prepare_here(tmp_path / folder, short.jsonl, vocab_size=310)
+    assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
+    assert contents(tmp_path / "data")["tokenizer.json"] == short.prepared["tokenizer.json"]
 
 
 @pytest.mark.parametrize(

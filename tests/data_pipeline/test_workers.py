@@ -50,6 +50,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[SourceConfig, ...
     folder = tmp_path_factory.mktemp("sources")
     for seed, name in enumerate(("one", "two")):
         write_jsonl(folder / f"{name}.jsonl", 210, seed)
+        with (folder / f"{name}.jsonl").open("a") as file:
+            file.write("\n" * 7000)  # two chunks without a document
     return tuple(SourceConfig(kind="jsonl", paths=(str(folder / f"{name}.jsonl"),)) for name in ("one", "two"))
 
 
@@ -75,7 +77,8 @@ def test_one_two_and_three_workers_write_the_same_bytes(tmp_path: Path, sources:
     prepare_at(tmp_path / "other", tmp_path, sources=sources, workers=1, shard_tokens=1001, **CLEAN)
     other = contents(tmp_path / "other")
     assert other["tokenizer.json"] == files["tokenizer.json"]
-    assert {name for name in files if name.startswith("train/") and other.get(name) == files[name]} != set(files)
+    same = [name for name in files if name.endswith(".bin") and other.get(name) == files[name]]
+    assert len(same) < 10
 
 
 @pytest.mark.parametrize("workers", [1, 2])
