@@ -19,7 +19,8 @@ from data_pipeline.settings import MixtureConfig, OrAuto, PrepareConfig, Setting
 
 
 class MayChange:
-    """Marks a setting that may differ when a run is resumed: it changes no number of the run but by rounding."""
+    """Marks a setting that may differ when a run is resumed: it changes no number of the run but by rounding, or it is one that runs change
+    on purpose, which then goes on from there (a stage of the mixture, the batch size)."""
 
 
 class RunSettings(Settings):
@@ -225,8 +226,8 @@ class TrainConfig(Settings):
     steps: int = Field(default=1000, gt=0)
     """Optimizer steps of the whole run."""
 
-    batch_size: int = Field(default=32, gt=0)
-    """Sequences in a global batch."""
+    batch_size: Annotated[int, MayChange()] = Field(default=32, gt=0)
+    """Sequences in a global batch. When it is another one on resume, the data goes on at the sequence where it stopped."""
 
     batch_ramp_steps: int = Field(default=0, ge=0)
     """Steps over which the batch grows linearly from `batch_ramp_start` to `batch_size`; 0 is no ramp."""

@@ -72,6 +72,9 @@ class Loop:
     books: Books
     meter: Meter
     stop: StopRequest
+    ahead: int = 0
+    """Samples that the run has read more than batches of today's size would have; see `train.batch_size`."""
+    _told: set[str] = field(default_factory=set)
 
     @property
     def device(self) -> torch.device:
@@ -100,18 +103,18 @@ class Loop:
         """The global batches after `step`, each read while the one before is trained on."""
         train = self.config.train
         steps = range(step + 1, train.steps + 1)
-        requests = ((samples_before(s, train), batch_size_at(s, train), seq_len_at(s, self.config)) for s in steps)
+        slices = ((self._samples_before(s), batch_size_at(s, train)) for s in steps)
+        requests = ((first, count, seq_len_at(first, self.config)) for first, count in slices)
         return prefetch(self.train.batch, requests, lambda batch: to_host(batch, self.device))
 
     def _train(self, step: int, batch: HostBatch) -> None:
         config, seq_len = self.config, batch.input_ids.shape[1]
-        for message in batch.damaged:
-            self.books.event("skip_data", message, step)
+        self._tell_damaged(batch, step)
         if not batch.n_targets.any():
             raise UserError(f"every sequence of the batch of step {step} is damaged, so data.on_damage=skip has nothing left to train on")
         scale = lr_scale(step, config.train.steps, config.optim)
         result = self.engine.train_step(list(microbatches(batch, self._micro_batch(seq_len), self.device)), scale)
-        samples = samples_before(step + 1, config.train)
+        samples = self._samples_before(step + 1)
         speed = self.meter.step(batch.input_ids.numel(), flops_per_token(config.model, seq_len))
         record = StepRecord(
             step=step,
@@ -131,6 +134,17 @@ class Loop:
         self.books.display.step(record, self.meter.pace())
         if not result.is_finite:
             self._diverged(step, result)
+
+    def _samples_before(self, step: int) -> int:
+        """Where the data of a step begins."""
+        return samples_before(step, self.config.train) + self.ahead
+
+    def _tell_damaged(self, batch: HostBatch, step: int) -> None:
+        """Each damaged place once: validation meets it every time."""
+        for message in batch.damaged:
+            if message not in self._told:
+                self._told.add(message)
+                self.books.event("skip_data", message, step)
 
     def _micro_batch(self, seq_len: int) -> int:
         """Sequences in a microbatch: `train.micro_batch_size` of `data.seq_len` tokens, or as many tokens in longer ones, at least one."""
@@ -154,10 +168,15 @@ class Loop:
         total, targets = 0.0, 0
         with self.meter.paused():
             for first in range(0, n_sequences, size):
-                rows = self.validation.sequential(first, min(size, n_sequences - first))
-                for microbatch in microbatches(to_host(rows, self.device), size, self.device):
+                rows = to_host(self.validation.sequential(first, min(size, n_sequences - first)), self.device)
+                self._tell_damaged(rows, step)
+                for microbatch in microbatches(rows, size, self.device):
                     loss, n_targets = self.engine.eval_step(microbatch)
                     total, targets = total + loss, targets + n_targets
+            if not targets:
+                raise UserError(
+                    f"{config.data.path / 'validation'} holds no token to predict that is not damaged; prepare more, or restore it"
+                )
             record = ValidationRecord(step=step, val_loss=total / targets, val_tokens=targets, time=time.time())
             self.books.log(record)
             self.books.display.validation(record)
@@ -168,10 +187,10 @@ class Loop:
             began = time.perf_counter()
             record = Record(
                 step=step,
-                samples=samples_before(step + 1, config.train),
+                samples=self._samples_before(step + 1),
                 config=config.model_dump(mode="json"),
                 dataset=self.train.fingerprint,
-                order=self.train.past(samples_before(step + 1, config.train)),
+                order=self.train.past(self._samples_before(step + 1)),
                 layout={"data": 1},
                 rng={RANK: rng.capture()},
             )

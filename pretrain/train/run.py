@@ -27,7 +27,7 @@ from pretrain.report.records import read_config, read_events
 from pretrain.report.words import amount, duration
 from pretrain.train.build import build_engine
 from pretrain.train.display import Display
-from pretrain.train.growth import longest_seq_len
+from pretrain.train.growth import check_growth, window_of
 from pretrain.train.loggers import Logger, open_loggers
 from pretrain.train.loop import RANK, Books, Loop, Outcome
 from pretrain.train.metrics import Meter, RecordFile, mfu_statement, truncate_after
@@ -63,7 +63,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         stop = stack.enter_context(stop_on_signals())
         run_dir = stack.enter_context(RunDirectory.open(config))
         engine = build_engine(config)
-        step, skipped = restore(run_dir, engine, train_data)
+        step, ahead, skipped = restore(run_dir, engine, train_data, config)
         run_dir.settle(config)
         keep_tokenizer(config.data.tokenizer, run_dir.path)
         stack.callback(write_report, run_dir.path)  # whatever becomes of the attempt
@@ -74,7 +74,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         loggers = [*open_loggers(config, run_dir.path, step), *observers]
         for logger in loggers:
             stack.callback(logger.close)
-        meter, statement = _meter(config, step)
+        meter, statement = _meter(config, step, ahead)
         books = Books(
             stack.enter_context(RecordFile(run_dir.metrics)),
             stack.enter_context(RecordFile(run_dir.events)),
@@ -85,7 +85,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         for path, problem in skipped:
             books.event("skip_checkpoint", f"{path.name}: {problem}", directory.step_of(path))
         _tell_start(books, config, step, train_data, statement)
-        outcome = Loop(config, engine, train_data, validation, run_dir, books, meter, stop).run(step)
+        outcome = Loop(config, engine, train_data, validation, run_dir, books, meter, stop, ahead).run(step)
         if outcome is Outcome.FINISHED:
             _tell_end(books, config, engine, tokenizer, time.monotonic() - began)
     return outcome
@@ -110,13 +110,13 @@ def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
         seed=seed,
         mixture=data.mixture,
         packing=data.packing,
-        longest=data.window or longest_seq_len(config),
+        longest=window_of(config),
         total_samples=samples_before(config.train.steps + 1, config.train),
         on_damage=data.on_damage,
     )
     if "validation" not in train_data.manifest.splits:
         return train_data, None
-    return train_data, Loader(data.path / "validation", seq_len=data.seq_len, seed=seed)
+    return train_data, Loader(data.path / "validation", seq_len=data.seq_len, seed=seed, on_damage=data.on_damage)
 
 
 def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
@@ -130,11 +130,12 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> N
         check_prompt(f"log.samples: {prompt!r}", len(tokenizer.encode(prompt)), config.model.max_seq_len)
 
 
-def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader) -> tuple[int, list[tuple[Path, str]]]:
+def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader, config: RunConfig) -> tuple[int, int, list[tuple[Path, str]]]:
     """Load the newest whole checkpoint. What came after it is undone: later records are cut, later (damaged) checkpoints set aside.
 
     Returns:
-        The steps done, 0 without a checkpoint; and each newer checkpoint that was passed over, with its first problem.
+        The steps done, 0 without a checkpoint; the samples that they read more than batches of today's size would have; and each newer
+        checkpoint that was passed over, with its first problem.
 
     Raises:
         UserError: there are checkpoints but none is whole, or the data is not the data of the run.
@@ -143,7 +144,7 @@ def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader) -> tuple[i
     path = directory.newest(run_dir.checkpoints, on_problem=lambda path, problems: skipped.append((path, problems[0])))
     if path is None:
         truncate_after(run_dir.metrics, BEFORE_ANY_STEP)
-        return 0, skipped
+        return 0, 0, skipped
     manifest = read_manifest(path)
     if manifest.dataset != data.fingerprint:
         raise UserError(
@@ -155,13 +156,15 @@ def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader) -> tuple[i
             f"{path} read its first {manifest.samples} sequences in another order than run.seed, data.mixture, data.growth and data.window "
             f"give now; put them back (a stage may be appended from there on), or start in another run.dir"
         )
+    ahead = manifest.samples - samples_before(manifest.step + 1, config.train)
+    check_growth(config, manifest.step, ahead)
     store.load(path, engine.state())
     engine.loaded()
     rng.restore(manifest.rng[RANK])
     truncate_after(run_dir.metrics, manifest.step)
     for damaged, _ in skipped:  # among the newest ones, `directory.retain` would keep them and delete those that are saved from now on
         damaged.rename(directory.partial_path(run_dir.checkpoints, directory.step_of(damaged), f"damaged-{run_dir.attempt}"))
-    return manifest.step, skipped
+    return manifest.step, ahead, skipped
 
 
 def _is_finished(run_dir: RunDirectory) -> bool:
@@ -175,14 +178,14 @@ def _previous(run_dir: Path) -> RunConfig | None:
     return read_config(file) if file.is_file() else None
 
 
-def _meter(config: RunConfig, step: int) -> tuple[Meter, str]:
+def _meter(config: RunConfig, step: int, ahead: int) -> tuple[Meter, str]:
     """The clock of the run, and one sentence on what its MFU means."""
     name = torch.cuda.get_device_name() if config.train.device == "cuda" else "the CPU"
     accelerator = find_accelerator(name) if config.train.precision == "bf16" else None
     flops = flops_per_token(config.model, config.data.seq_len)
     meter = Meter(
-        total_tokens=samples_before(config.train.steps + 1, config.train) * config.data.seq_len,
-        tokens_done=samples_before(step + 1, config.train) * config.data.seq_len,
+        total_tokens=(samples_before(config.train.steps + 1, config.train) + ahead) * config.data.seq_len,
+        tokens_done=(samples_before(step + 1, config.train) + ahead) * config.data.seq_len,
         peak_flops=None if accelerator is None else accelerator.bf16_flops,
     )
     return meter, mfu_statement(flops, name, accelerator)

@@ -179,7 +179,7 @@ def test_these_settings_may_change_on_resume_and_no_others() -> None:
         *(key for key, _ in walk() if key.startswith(("data.filters.", "data.dedup.", "data.decontaminate.", "data.mixture."))),
         *(f"data.{name}" for name in ("sources", "tokenizer", "tokenizer_kind", "vocab_size", "tokenizer_sample_mb")),
         *(f"data.{name}" for name in ("validation_fraction", "shard_tokens", "workers")),
-        *(f"train.{name}" for name in ("micro_batch_size", "device", "compile", "attention")),
+        *(f"train.{name}" for name in ("batch_size", "micro_batch_size", "device", "compile", "attention")),
         *("checkpoint.every", "checkpoint.keep"),
         *(f"log.{name}" for name in ("tensorboard", "wandb", "wandb_project", "samples")),
     }

@@ -29,14 +29,14 @@ def config_of(*words: str):
 def test_the_length_is_a_function_of_the_step() -> None:
     config = config_of("data.growth=[{from: 50%, seq_len: 64}, {from: 72, seq_len: 256}]")
     check_growth(config)
-    assert [seq_len_at(step, config) for step in range(1, 11)] == [32] * 5 + [64] * 4 + [256]
+    assert [seq_len_at(8 * step, config) for step in range(10)] == [32] * 5 + [64] * 4 + [256]
     assert longest_seq_len(config) == 256
     assert longest_seq_len(config_of()) == 32
 
 
 def test_a_stage_begins_with_the_first_whole_step_after_its_start() -> None:
     config = config_of("data.growth=[{from: 41, seq_len: 64}]")  # sample 41 lies in step 6, samples 40 to 48
-    assert [seq_len_at(step, config) for step in (5, 6, 7)] == [32, 32, 64]
+    assert [seq_len_at(8 * step, config) for step in (4, 5, 6)] == [32, 32, 64]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_stage_begins_with_the_first_whole_step_after_its_start() -> None:
         (["data.growth=[{from: 50%, seq_len: 96}]"], "data.growth.0: a batch of train.batch_size=8 sequences of data.seq_len=32"),
         (["data.growth=[{from: 50%, seq_len: 64}]", "data.window=96"], "data.window=96 is not a multiple of the longest sequence, 64"),
         (
-            ["data.growth=[{from: 1, seq_len: 64}]", "train.batch_ramp_steps=5"],
+            ["data.growth=[{from: 1, seq_len: 64}]", "train.batch_ramp_steps=5", "train.batch_ramp_start=2"],
             "data.growth.0.from=1 lies in the batch ramp of 5 steps; let sequences grow after it",
         ),
     ],
@@ -56,6 +56,33 @@ def test_what_does_not_fit_is_refused(words: list[str], answer: str) -> None:
     with pytest.raises(UserError) as refusal:
         check_growth(config_of(*words))
     assert str(refusal.value).startswith(answer)
+
+
+def test_a_batch_may_not_be_less_than_a_window_whose_end_may_be_padding() -> None:
+    check_growth(config_of("data.window=256"))
+    with pytest.raises(UserError, match=r"a batch of 8 sequences of data\.seq_len=32 is less than a window of 288 tokens"):
+        check_growth(config_of("data.window=288"))
+
+
+def test_another_batch_size_goes_on_at_the_sequence_where_the_run_stopped(
+    tmp_path: Path, run_tiny: RunTiny, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    train_step = TorchEngine.train_step
+
+    def spy(self: TorchEngine, microbatches: list, lr_scale: float) -> object:
+        seen.append(torch.cat([microbatch.input_ids for microbatch in microbatches]))
+        return train_step(self, microbatches, lr_scale)
+
+    monkeypatch.setattr(TorchEngine, "train_step", spy)
+    words = ("train.steps=12", "run.seed=5")
+    assert run_tiny(tmp_path, *words, "train.batch_size=4", observers=[StopAfter(5)]) is Outcome.STOPPED
+    assert run_tiny(tmp_path, *words, "train.batch_size=6", observers=[StopAfter(8)]) is Outcome.STOPPED
+    assert run_tiny(tmp_path, *words, "train.batch_size=2") is Outcome.FINISHED
+    assert [len(ids) for ids in seen] == [4] * 5 + [6] * 3 + [2] * 4
+    whole = Loader(tiny_data / "train", seq_len=32, seed=5).batch(0, 46)
+    assert torch.equal(torch.cat(seen), torch.from_numpy(whole.input_ids).long())
+    assert [record.samples for record in read_metrics(tmp_path / "metrics.jsonl").steps] == [4, 8, 12, 16, 20, 26, 32, 38, 40, 42, 44, 46]
 
 
 def test_a_growing_run_reads_the_same_tokens_in_the_same_order(
