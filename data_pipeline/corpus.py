@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import xxhash
 from pydantic import BaseModel
@@ -19,7 +21,7 @@ from data_pipeline.settings import AUTO, DedupConfig, PrepareConfig, SourceConfi
 from data_pipeline.storage.manifest import Recipe
 from data_pipeline.storage.tokenized import describe_tokens
 from data_pipeline.text.chunks import Chunk, cut
-from data_pipeline.text.files import SourceFile, describe_files, list_files
+from data_pipeline.text.files import SourceFile, data_set_names, data_set_version, describe_files, list_files
 from data_pipeline.tokenizing.tokenizer import document_hash
 
 _CHUNK_BYTES_PER_TOKEN = 3
@@ -42,7 +44,7 @@ class Corpus:
     lists: str
     """Hash of the files that filters and decontamination read."""
     made_with: dict[str, str]
-    """Versions of the packages that decide the result."""
+    """Versions of Python and of the packages that decide the result."""
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -74,10 +76,21 @@ class Corpus:
         )
 
     def key(self, chunk: Chunk, decides: str) -> str:
-        """Hash of where a chunk's documents are and of all that decides what is read there and kept, and of `decides`."""
-        where = [(part.file.path, part.file.size, part.start, part.stop) for part in chunk.parts]
-        found = where or self.source(chunk).paths[chunk.number]
+        """Hash of where a chunk's documents are and of all that decides what is read there and kept, and of `decides`.
+
+        It tells a file that was written anew, as far as its file system does; the recipe does not, because equal files give equal bytes.
+        """
+        where = [(part.file.path, part.file.name, part.file.size, part.file.version, part.start, part.stop) for part in chunk.parts]
+        found = where or self._data_sets[chunk.index][chunk.number]
         return digest(chunk.name, found, self._settings[chunk.index], decides)
+
+    @cached_property
+    def _data_sets(self) -> list[list[tuple[str, str, str]]]:
+        """Of each source of kind `hf` (path, name, version) of its data sets. Asks the hub, so not before there is work to do."""
+        of_sources = [source.paths if source.kind == "hf" else () for source in self.config.sources]
+        return [
+            [(path, name, data_set_version(path)) for path, name in zip(paths, data_set_names(paths), strict=True)] for paths in of_sources
+        ]
 
     @cached_property
     def _settings(self) -> list[str]:
@@ -111,11 +124,14 @@ def find(config: PrepareConfig) -> Corpus:
     """List the sources, and check what can be checked before any text is read.
 
     Raises:
-        DataError: there are none, one does not exist, or a filter cannot do its work.
+        DataError: there are none, one has no paths or does not exist, or a filter cannot do its work.
     """
     if not config.sources:
         raise DataError("data.sources is empty; name the text to prepare, e.g. `sources: [{kind: text, paths: [my/folder]}]`")
     names = source_names(config.sources)
+    for name, source in zip(names, config.sources, strict=True):
+        if not source.paths:
+            raise DataError(f"data.sources: {name} of kind {source.kind} has no paths; name its files, folders or globs")
     check_filters(config)
     files = tuple(tuple(list_files(source)) if source.is_text else () for source in config.sources)
     return Corpus(
@@ -124,7 +140,7 @@ def find(config: PrepareConfig) -> Corpus:
         files=files,
         listings=tuple(_listing(source, found) for source, found in zip(config.sources, files, strict=True)),
         lists=f"{lists_hash(config.filters)} {evaluation_hash(config.decontaminate)}",
-        made_with={"tokenizers": version("tokenizers")} | filter_versions(config),
+        made_with=_made_with(config),
     )
 
 
@@ -138,6 +154,19 @@ def digest(*things: object) -> str:
     """Hash of settings and other things that JSON can spell."""
     plain = [thing.model_dump(mode="json") if isinstance(thing, BaseModel) else thing for thing in things]
     return xxhash.xxh3_128_hexdigest(json.dumps(plain).encode())
+
+
+def _made_with(config: PrepareConfig) -> dict[str, str]:
+    """Versions by package, of Python itself the first two numbers. A package that is not installed decides nothing."""
+    kinds = {source.kind for source in config.sources}
+    packages = ["tokenizers", "gigatoken"]
+    packages += ["pyarrow"] if kinds & {"parquet", "arrow"} else []
+    packages += ["datasets"] if "hf" in kinds else []
+    made_with = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            made_with[package] = version(package)
+    return made_with | filter_versions(config)
 
 
 def _listing(source: SourceConfig, files: tuple[SourceFile, ...]) -> str | None:

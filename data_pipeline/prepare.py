@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.cleaning.clean import CleanJob, build_editor, clean, needs_cleaning, read_judged
+from data_pipeline.cleaning.clean import CleanJob, build_editor, clean, digest_of, needs_cleaning, read_judged
 from data_pipeline.cleaning.decontaminate import Contamination
+from data_pipeline.cleaning.minhash import threshold
 from data_pipeline.cleaning.rejects import REJECTS
 from data_pipeline.corpus import Corpus, digest, find, total_bytes
 from data_pipeline.errors import DataError
+from data_pipeline.records import read_record, write_record
 from data_pipeline.settings import AUTO, PrepareConfig
 from data_pipeline.storage.manifest import MANIFEST, SPLITS, Manifest, Recipe, SourceManifest
 from data_pipeline.storage.prepared import (
@@ -39,7 +42,7 @@ from data_pipeline.text.chunks import Chunk
 from data_pipeline.text.sources import Document
 from data_pipeline.tokenizing.split_writer import SplitResult
 from data_pipeline.tokenizing.tokenize import ChunkResult, TokenizeJob, Tokenizing, begin_tokenizing, place
-from data_pipeline.tokenizing.tokenizer import Tokenizer, sample_texts, train_tokenizer
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, sample_texts, train_tokenizer
 from data_pipeline.workers import Done, Tell, cores, run_jobs
 
 Stage = Literal["cleaning", "comparing documents", "reading a sample", "training the tokenizer", "checking tokens", "tokenizing"]
@@ -84,15 +87,16 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
     with working_folder(path) as work:
         is_there = tokenizer is not None or (path / "tokenizer.json").is_file()
         made = bring_tokenizer(path, tokenizer or path, work) if is_there else None  # a wrong one is told before any text is read
+        adopted = None if made is None else _adopt(corpus, work, made, progress)
         verdicts = _clean(corpus, work, progress)
-        if made is None:
+        if made is None or adopted is None:
             made = _train(work / "tokenizer.json", corpus, verdicts, progress)
-        adopted = _adopt(corpus, work, made, progress)
+            adopted = _adopt(corpus, work, made, progress)
         results = _tokenize(corpus, work, made, verdicts, keep_rejects, progress)
         rejects = {f"{result.chunk}.jsonl.zst" for result in results.values() if result.rejects}
-        recipe = corpus.recipe(trained_tokenizer=not is_there)
+        notes, recipe = _notes(corpus, results), corpus.recipe(trained_tokenizer=not is_there)
         commit(work, path, _manifests(corpus, made, recipe, results, adopted), rejects)
-    return open_prepared(path, _notes(corpus, results))
+    return open_prepared(path, notes)
 
 
 def build_tokenizer(file: Path, config: PrepareConfig, *, progress: OnProgress = lambda _: None) -> Tokenizer:
@@ -126,15 +130,24 @@ def _clean(corpus: Corpus, work: Path, progress: OnProgress) -> dict[str, Path]:
 
 
 def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: OnProgress) -> Tokenizer:
-    """Train a tokenizer on an even sample of the kept training documents and write it to `file`."""
-    config = corpus.config
+    """Train a tokenizer on an even sample of the kept training documents and write it to `file`, unless an earlier attempt did."""
+    config, record = corpus.config, file.with_suffix(".key")
+    settings = config.model_dump(include={"tokenizer_kind", "vocab_size", "tokenizer_sample_mb", "validation_fraction"})
+    key = digest(settings, [corpus.key(chunk, digest_of(verdicts.get(chunk.name))) for chunk in corpus.sampled()])
+    if file.is_file():
+        with suppress(DataError):  # it may be damaged, or of an attempt that was killed before it wrote its record
+            tokenizer = load_tokenizer(file)
+            if read_record(record) == f"{key} {tokenizer.fingerprint}".encode():
+                return tokenizer
     texts = sample_texts(_kept_documents(corpus, verdicts, progress), config.tokenizer_sample_mb * 1e6)
     if not texts:
         fraction = config.validation_fraction
         held_out = f" once data.validation_fraction={fraction} of the documents is held out" if fraction else ""
         raise DataError(f"data.sources hold no text to train a tokenizer on{held_out}: {corpus}")
     progress(Progress("training the tokenizer", len(texts)))
-    return train_tokenizer(texts, config.vocab_size, file, config.tokenizer_kind)
+    tokenizer = train_tokenizer(texts, config.vocab_size, file, config.tokenizer_kind)
+    write_record(record, f"{key} {tokenizer.fingerprint}".encode())
+    return tokenizer
 
 
 def _kept_documents(corpus: Corpus, verdicts: dict[str, Path], progress: OnProgress) -> Iterator[Document]:
@@ -150,7 +163,7 @@ def _kept_documents(corpus: Corpus, verdicts: dict[str, Path], progress: OnProgr
 
 
 def _adopt(corpus: Corpus, work: Path, tokenizer: Tokenizer, progress: OnProgress) -> dict[str, dict[str, SourceManifest]]:
-    """The parts of each source of tokens that are there already. Before the text, because a wrong one is found in no time."""
+    """The parts of each source of tokens that are there already. As soon as there is a tokenizer: a wrong one is found in no time."""
     tell, fraction = _counter("checking tokens", None, progress), corpus.config.validation_fraction
     sources = zip(corpus.names, corpus.config.sources, strict=True)
     return {name: adopt(source, name, tokenizer, work, fraction, tell) for name, source in sources if not source.is_text}
@@ -185,6 +198,13 @@ def _notes(corpus: Corpus, results: dict[str, ChunkResult]) -> tuple[str, ...]:
     used = Counter(result.encoder for result in results.values() if result.encoder)
     why = {result.encoder: result.why for result in reversed(results.values())}
     notes = [f"{count} of {len(results)} chunks encoded by {why[name]}" for name, count in used.items()]
+    failures = sum(result.failures for result in results.values())
+    if failures:
+        notes.append(f"{failures} batches encoded by tokenizers, because gigatoken broke on them")
+    dedup = corpus.config.dedup
+    if dedup.minhash:
+        half = threshold(dedup.bands, dedup.rows)
+        notes.append(f"near-duplicates: half of the pairs of Jaccard similarity {half:.2f} are found, and more of closer ones")
     evaluation = Contamination.load(corpus.config.decontaminate)
     if evaluation is not None:
         notes.append(f"compared with {evaluation.n_texts:,} evaluation texts; {evaluation.n_too_short:,} more are too short for that")
@@ -206,7 +226,10 @@ def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
             "example into a jsonl file with a document on every line)"
         )
     if not n_train:
-        raise DataError(f"data.validation_fraction={config.validation_fraction} holds out all {n_held_out} documents; lower it")
+        raise DataError(
+            f"data.validation_fraction={config.validation_fraction} holds out all {n_held_out} documents; lower it, or, if data.sources "
+            f"name an id_field whose values are all the same, name another"
+        )
 
 
 def _manifests(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data_pipeline.cleaning.minhash import threshold
 from data_pipeline.settings import PrepareConfig, Settings, source_names
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.tokenizing.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
         sections[f"filters.{name}"] = _entries(getattr(filters, name))
     sections["dedup"] = _entries(dedup, "exact", "minhash", *(("ngram", "bands", "rows") if dedup.minhash else ()))
     if dedup.minhash:
-        half = (1 - 0.5 ** (1 / dedup.bands)) ** (1 / dedup.rows)  # where 1 - (1 - J^rows)^bands is a half
+        half = threshold(dedup.bands, dedup.rows)
         sections["dedup"] += (Entry("found", f"half of the pairs of Jaccard similarity {half:.2f}, more of closer ones"),)
     sections["decontaminate"] = _entries(clean, "paths", *(("ngram", "action") if clean.paths else ()))
     sections["tokenizer"] = (

@@ -6,7 +6,7 @@ One pass over the chunks applies the filters and signs what they keep; the signa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -80,13 +80,25 @@ def clean(
     judged = {job.name: _verdicts_file(folder, job.name) for job in jobs}
     if not _signs(config):
         return judged
+    compared = {job.name: folder / f"{job.name}.compared" for job in jobs}
+    key = _comparison_key(config, judged)
+    if all((there := read_verdicts(file)) is not None and there.key == key for file in compared.values()):
+        return compared
     signatures = [_signatures_file(folder, job.name) for job in jobs]
     found = find_duplicates(signatures, [job.chunk.source for job in jobs], config.dedup, comparing)
-    compared = {}
     for job, codes in zip(jobs, found.codes, strict=True):
-        compared[job.name] = folder / f"{job.name}.compared"
-        write_verdicts(compared[job.name], _need_verdicts(judged[job.name]).with_reasons(codes, found.reasons))
+        verdicts = _need_verdicts(judged[job.name]).with_reasons(codes, found.reasons)
+        write_verdicts(compared[job.name], replace(verdicts, key=key))
     return compared
+
+
+def _comparison_key(config: PrepareConfig, judged: Mapping[str, Path]) -> str:
+    """Hash of all that decides which documents are duplicates: it is compared again only if one chunk was judged anew."""
+    whole = xxhash.xxh3_128(config.dedup.model_dump_json(exclude={"memory_mb"}).encode())
+    for name, file in judged.items():
+        verdicts = _need_verdicts(file)
+        whole.update(f"{name} {verdicts.digest()} {verdicts.signatures}\n".encode())
+    return whole.hexdigest()
 
 
 def _verdicts_file(folder: Path, name: str) -> Path:

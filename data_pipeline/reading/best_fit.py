@@ -8,15 +8,19 @@ documents stand in the order of the stream, and sequences are numbered by the fi
 
 A plan is a file beside the shards, little-endian: 8 bytes magic, u64 sequences n, u64 pieces m, u64 XXH3 of what is before the body;
 u64[] XXH3 of each MiB of the body; the body: i64[n + 1] first piece of each sequence, m pieces (`_PIECE`). Its name says what it was
-made from. It is opened without reading the body, and made again where it is missing or damaged.
+made from. It is opened without reading the body, and made again where it is missing or damaged. Of processes that want one at once, one
+makes it and the others wait.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import struct
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from uuid import uuid4
@@ -25,11 +29,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.durable import sync_folder, write_synced
+from data_pipeline.durable import sync_folder
 from data_pipeline.errors import DataError
 from data_pipeline.reading.packing import NO_LABEL, Batch, number_documents
 from data_pipeline.storage.manifest import BLOCK_BYTES
-from data_pipeline.storage.shards import CheckedBytes, ShardSet
+from data_pipeline.storage.mapped import CheckedArray, Damage, unreadable
+from data_pipeline.storage.shards import ShardSet
 
 _MAGIC = b"BESTFIT1"
 _HEADER = struct.Struct("<8sQQ")
@@ -43,7 +48,7 @@ class BestFit:
     """The plan of one source."""
 
     def __init__(self, shards: ShardSet, seq_len: int) -> None:
-        """Open the plan; make it, in seconds for ten million documents, where there is none.
+        """Open the plan; make it, in seconds for ten million documents and with some 85 bytes of memory for each, where there is none.
 
         Raises:
             DataError: an index of the shards is damaged, or the plan cannot be written.
@@ -53,27 +58,34 @@ class BestFit:
         made_hash = xxhash.xxh3_64_hexdigest(repr((_MAGIC, seq_len, made_from)).encode())
         self.file = shards.folder / f"{shards.source.name}-best_fit-{seq_len}-{made_hash}.plan"
         if not self._open():
-            self._make()
+            with _one_at_a_time(self.file):
+                if not self._open():
+                    self._make()
 
     def pieces(self, sequence: int) -> list[Piece]:
         """What a sequence is made of.
 
         Raises:
-            DataError: the plan is damaged and cannot be made again.
+            DataError: the plan is damaged and cannot be made again, or cannot be opened.
         """
         try:
             return self._pieces(sequence)
-        except DataError:
-            self._make()
+        except Damage:
+            with _one_at_a_time(self.file):
+                if not (self._open() and self._is_sound(sequence)):
+                    self._make()
             return self._pieces(sequence)
 
     def _pieces(self, sequence: int) -> list[Piece]:
-        self._body.check(8 * sequence, 8 * (sequence + 2))
-        low, high = self._body.bytes[8 * sequence : 8 * (sequence + 2)].view("<i8").tolist()
-        start = 8 * (self.n_sequences + 1)
-        self._body.check(start + low * _PIECE.itemsize, start + high * _PIECE.itemsize)
-        pieces: list[Piece] = self._body.bytes[start + low * _PIECE.itemsize : start + high * _PIECE.itemsize].view(_PIECE).tolist()
+        low, high = self._body.read(8 * sequence, 8 * (sequence + 2)).view("<i8").tolist()
+        first, size = 8 * (self.n_sequences + 1), _PIECE.itemsize
+        pieces: list[Piece] = self._body.read(first + low * size, first + high * size).view(_PIECE).tolist()
         return pieces
+
+    def _is_sound(self, sequence: int) -> bool:
+        with suppress(Damage):
+            return bool(self._pieces(sequence))
+        return False
 
     def _make(self) -> None:
         lengths = np.concatenate([np.empty(0, np.int32), *self.shards.document_lengths()])
@@ -96,11 +108,11 @@ class BestFit:
         except (FileNotFoundError, struct.error):
             return False
         except OSError as error:
-            raise DataError(f"{self.file} cannot be read: {error.strerror}") from error
+            raise unreadable(self.file, error) from error
         if checksum != _checksum(header + checksums):
             return False
         way_out = "delete it: it is made again"
-        self._body = CheckedBytes(self.file, size - body, body, lambda: np.frombuffer(checksums, "<u8"), way_out)
+        self._body = CheckedArray(self.file, size - body, body, np.dtype(np.uint8), lambda: np.frombuffer(checksums, "<u8"), way_out)
         self.n_sequences = n_sequences
         return True
 
@@ -186,10 +198,11 @@ def read_best_fit(plans: Sequence[BestFit], rows: Sequence[tuple[int, int]], seq
         rows: (number of the source, number of its sequence) of each row.
         seq_len: tokens in a row.
         eot_id: what padding is made of.
-        skip: leave a row that cannot be read empty instead of raising.
+        skip: leave a row whose tokens are damaged empty instead of raising.
 
     Raises:
-        DataError: a block of a shard does not match its checksum, or a plan is damaged and cannot be made again.
+        Damage: a block of a shard does not match its checksum.
+        DataError: a plan is damaged and cannot be made again, or a file cannot be opened; that is never skipped.
     """
     input_ids = np.full((len(rows), seq_len), eot_id, np.int32)
     labels = np.full((len(rows), seq_len), NO_LABEL, np.int32)
@@ -199,7 +212,7 @@ def read_best_fit(plans: Sequence[BestFit], rows: Sequence[tuple[int, int]], seq
         pieces = plans[source].pieces(sequence)
         try:
             _fill(input_ids[row], labels[row], plans[source].shards, pieces)
-        except DataError as error:
+        except Damage as error:
             if not skip:
                 raise
             damaged.append(str(error))
@@ -222,19 +235,53 @@ def _fill(inputs: NDArray[np.int32], labels: NDArray[np.int32], shards: ShardSet
         at, previous_ends = at + length, ends
 
 
-def _write_plan(file: Path, starts: NDArray[np.int64], pieces: NDArray[np.void]) -> None:
-    body = starts.astype("<i8").tobytes() + pieces.tobytes()
-    header = _HEADER.pack(_MAGIC, len(starts) - 1, len(pieces))
-    blocks = range(0, len(body), BLOCK_BYTES)
-    checksums = b"".join(xxhash.xxh3_64_intdigest(body[low : low + BLOCK_BYTES]).to_bytes(8, "little") for low in blocks)
-    aside = file.with_name(f"{file.name}.{uuid4().hex}.tmp")  # every rank of a run may be here at once, with the same plan
+@contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """Wait for other processes that make this plan. The lock is let go of when its process ends, however it does."""
+    lock_file = file.with_name(f"{file.name}.lock")
     try:
-        write_synced(aside, b"".join((header, _checksum(header + checksums), checksums, body)))
+        lock = lock_file.open("wb")
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    with lock:
+        with suppress(OSError):  # a file system without locks: each makes it, and they are the same
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock_file.unlink(missing_ok=True)  # who waited for it finds the plan; if that failed, two may make it, which does no harm
+
+
+def _write_plan(file: Path, starts: NDArray[np.int64], pieces: NDArray[np.void]) -> None:
+    body = [array.view(np.uint8) for array in (starts.astype("<i8", copy=False), pieces)]
+    edge = body[0].size
+
+    def blocks() -> Iterator[bytes]:
+        for low in range(0, edge + body[1].size, BLOCK_BYTES):
+            high = low + BLOCK_BYTES
+            yield body[0][low:high].tobytes() + body[1][max(0, low - edge) : max(0, high - edge)].tobytes()
+
+    header = _HEADER.pack(_MAGIC, len(starts) - 1, len(pieces))
+    checksums = b"".join(xxhash.xxh3_64_intdigest(block).to_bytes(8, "little") for block in blocks())
+    aside = file.with_name(f"{file.name}.{uuid4().hex}.tmp")  # where there are no locks, every rank may be here at once
+    try:
+        with aside.open("wb") as stream:
+            stream.write(header + _checksum(header + checksums) + checksums)
+            stream.writelines(blocks())
+            stream.flush()
+            os.fsync(stream.fileno())
         aside.rename(file)
         sync_folder(file.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise DataError(f"{file} cannot be written ({error.strerror}); make room for it, or use data.packing=concatenate") from error
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: Path, error: OSError) -> DataError:
+    way_out = "make room for it"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        way_out = "run once where the folder can be written, after which the plan is only read"
+    return DataError(f"{file} cannot be written ({error.strerror}); {way_out}, or use data.packing=concatenate")
 
 
 def _checksum(content: bytes) -> bytes:

@@ -34,7 +34,8 @@ class Loader:
     """Sequences of one prepared split.
 
     With `longest` above `seq_len` the order is one of windows of `longest` tokens, whose parts of `seq_len` tokens are samples in a row.
-    So a run may begin with short sequences and go on with longer ones: it reads the same windows in the same order.
+    So a run may begin with short sequences and go on with longer ones: it reads the same windows in the same order. The last window of
+    a source is filled up; a sample that lies behind the source's end is all padding, without labels.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Loader:
 
     @property
     def fill(self) -> float:
-        """Share of the positions that hold tokens and not padding."""
+        """Share of the positions that hold tokens and not padding, that of samples which are all padding included."""
         return self.n_tokens / (self.n_sequences * self.seq_len)
 
     def epochs(self, samples: int) -> dict[str, float]:
@@ -124,7 +125,7 @@ class Loader:
                 there are fewer rows. `first` and `count` are multiples of as many. None is the sample's.
 
         Raises:
-            DataError: a block of a shard does not match its checksum, unless damage is skipped.
+            DataError: a block of a shard does not match its checksum, unless damage is skipped; or a file cannot be opened.
             ValueError: `seq_len`, `first` or `count` does not fit.
         """
         together, rest = divmod(seq_len or self.seq_len, self.seq_len)
@@ -138,23 +139,30 @@ class Loader:
         The sources take turns, in proportion to their sizes, so that any part of the split holds something of each.
 
         Raises:
-            DataError: a block of a shard does not match its checksum, unless damage is skipped.
+            DataError: a block of a shard does not match its checksum, unless damage is skipped; or a file cannot be opened.
         """
         return self._read(self._in_turn, first, max(0, min(count, self.n_sequences - first)), 1)
 
+    def order(self, first: int, count: int) -> tuple[list[int], list[int]]:
+        """What `batch` reads for samples [first, first + count): (number of the source, number of the source's sample) of each."""
+        return self._samples(self._shuffled, first, count, 1)
+
+    def _samples(self, order: _Order, first: int, count: int, step: int) -> tuple[list[int], list[int]]:
+        """Every `step`-th one."""
+        parts, window = self._parts, first // self._parts
+        sources, sequences = order.windows(window, -(-(first + count) // parts))
+        if parts == 1:
+            return sources, sequences
+        samples = range(first - window * parts, first - window * parts + count, step)
+        return [sources[at // parts] for at in samples], [sequences[at // parts] * parts + at % parts for at in samples]
+
     def _read(self, order: _Order, first: int, count: int, together: int) -> Batch:
         """Rows of `together` samples each."""
-        parts, seq_len = self._parts, together * self.seq_len
-        window = first // parts
-        sources, sequences = order.windows(window, -(-(first + count) // parts))
+        sources, samples = self._samples(order, first, count, together)
         if self._plans:
-            rows = list(zip(sources, sequences, strict=True))
-            return read_best_fit(self._plans, rows, seq_len, self.manifest.eot_id, self._skip)
-        rows = [
-            (sources[at := sample // parts - window], sequences[at] * self.longest + sample % parts * self.seq_len)
-            for sample in range(first, first + count, together)
-        ]
-        return read_concatenated(self.sources, rows, seq_len, self.manifest.eot_id, self._skip)
+            return read_best_fit(self._plans, list(zip(sources, samples, strict=True)), self.seq_len, self.manifest.eot_id, self._skip)
+        rows = [(source, sample * self.seq_len) for source, sample in zip(sources, samples, strict=True)]
+        return read_concatenated(self.sources, rows, together * self.seq_len, self.manifest.eot_id, self._skip)
 
 
 class _Order:

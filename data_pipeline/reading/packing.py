@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError
+from data_pipeline.storage.mapped import Damage
 from data_pipeline.storage.shards import ShardSet
 
 NO_LABEL = -100
@@ -31,7 +31,8 @@ class Batch:
     document_ids: NDArray[np.int32]
     """0, 1, 2, ... within each row; padding has an id of its own."""
     damaged: tuple[str, ...] = ()
-    """A message for each row that could not be read: it is all padding, of document 0."""
+    """A message for each row whose tokens are damaged: it is all padding, of document 0. A row behind the end of a source is all padding
+    as well, and is not damaged."""
 
     @cached_property
     def positions(self) -> NDArray[np.int32]:
@@ -55,10 +56,11 @@ def read_concatenated(sources: Sequence[ShardSet], rows: Sequence[tuple[int, int
         rows: (number of the source, first token) of each row; the first token may lie behind the stream's end.
         seq_len: tokens in a row.
         eot_id: what padding is made of.
-        skip: leave a row that cannot be read empty instead of raising.
+        skip: leave a row whose tokens are damaged empty instead of raising.
 
     Raises:
-        DataError: a block of a shard, or an index, does not match its checksum.
+        Damage: a block of a shard, or an index, does not match its checksum.
+        DataError: a file cannot be opened; that is never skipped.
     """
     tokens = np.empty((len(rows), seq_len + 1), np.int32)
     lengths: list[int] = []  # of each row, at most seq_len + 1: the label of the last token is there as well
@@ -73,7 +75,7 @@ def read_concatenated(sources: Sequence[ShardSet], rows: Sequence[tuple[int, int
                 starts.append(near := file.starts_near(low, high))
                 places.append((len(near), file.itemsize, row * seq_len + done - low, row * seq_len))
                 done += high - low
-        except DataError as error:
+        except Damage as error:
             if not skip:
                 raise
             damaged.append(str(error))

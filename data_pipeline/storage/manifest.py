@@ -6,13 +6,15 @@ It is written last, so a folder with a manifest is a whole split.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from data_pipeline.errors import DataError
 from data_pipeline.settings import PrepareConfig
@@ -84,7 +86,10 @@ class SourceManifest(Record):
 
 
 class Recipe(Record):
-    """How a split was made: the same recipe gives the same bytes."""
+    """How a split was made: the same recipe gives the same bytes.
+
+    To a reader it is information. So settings that only another version has are ignored, and those that this one adds have their defaults.
+    """
 
     settings: PrepareConfig
     """Without `workers` and `dedup.memory_mb`, which decide nothing; `tokenizer` is `auto` and stands for `Manifest.tokenizer`."""
@@ -96,6 +101,20 @@ class Recipe(Record):
     """Hash of the files that filters and decontamination read."""
     made_with: dict[str, str]
     """Versions of what decides the bytes."""
+
+    @field_validator("settings", mode="wrap")
+    @classmethod
+    def _ignore_other_versions(cls, value: object, validate: ValidatorFunctionWrapHandler) -> PrepareConfig:
+        while True:
+            try:
+                config: PrepareConfig = validate(value)
+            except ValidationError as error:
+                value = deepcopy(value)
+                unknown = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
+                if not any(_remove(value, where) for where in unknown):
+                    raise
+            else:
+                return config
 
 
 class Manifest(Record):
@@ -111,6 +130,8 @@ class Manifest(Record):
     """Fingerprint of the tokenizer."""
     recipe: Recipe
     sources: tuple[SourceManifest, ...]
+    _fingerprint: str | None = PrivateAttr(None)
+    """Of the file that it was read from: what another version would write may differ."""
 
     @property
     def documents(self) -> int:
@@ -127,8 +148,15 @@ class Manifest(Record):
         return (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode()
 
     def fingerprint(self) -> str:
-        """xxh3-128 of the file; a checkpoint stores it to know its data again."""
-        return xxhash.xxh3_128_hexdigest(self.to_bytes())
+        """XXH3-128 of the bytes of the file; a checkpoint stores it to know its data again."""
+        return self._fingerprint or xxhash.xxh3_128_hexdigest(self.to_bytes())
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Manifest:  # Any: as in pydantic
+        """One with other values is another file."""
+        copied = super().model_copy(update=update, deep=deep)
+        if update:
+            copied._fingerprint = None
+        return copied
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -139,7 +167,8 @@ def load_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST
     try:
-        return Manifest.model_validate_json(file.read_bytes())
+        content = file.read_bytes()
+        manifest = Manifest.model_validate_json(content)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder} holds no prepared data (no {MANIFEST}); run `pretrain data prepare`, or set data.path") from None
     except OSError as error:
@@ -148,3 +177,14 @@ def load_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{file} is damaged or of another version ({where or 'JSON'}: {first['msg']}); prepare the data again") from error
+    manifest._fingerprint = xxhash.xxh3_128_hexdigest(content)
+    return manifest
+
+
+def _remove(tree: Any, where: tuple[int | str, ...]) -> bool:  # Any: JSON
+    """Remove the key at a place that pydantic names, if it is there; the branch of a union, which is part of the name, is no key."""
+    *path, key = where
+    for step in path:
+        if step in tree if isinstance(tree, dict) else isinstance(tree, list | tuple):
+            tree = tree[step]
+    return isinstance(tree, dict) and tree.pop(key, _remove) is not _remove

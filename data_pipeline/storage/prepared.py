@@ -111,8 +111,8 @@ def _settings(recipe: Recipe) -> dict[str, object]:
 def working_folder(path: Path) -> Iterator[Path]:
     """The folder inside `path` to write to, with what earlier attempts left in it: whoever uses it checks each piece by its key.
 
-    It is gone after a success. After a failure or an interruption it stays if it holds finished pieces, for the next attempt to go
-    on from; otherwise nothing is left, not even `path` if it was made for this.
+    `commit` deletes it. Until then it stays if it holds finished pieces, for the next attempt to go on from; otherwise nothing is
+    left, not even `path` if it was made for this.
 
     Raises:
         DataError: `path` cannot be written to, something else is in the way, or another process is preparing it.
@@ -127,7 +127,6 @@ def working_folder(path: Path) -> Iterator[Path]:
                 for folder in (JUDGED, DONE, *SPLITS):
                     (work / folder).mkdir(parents=True, exist_ok=True)
                 yield work
-                shutil.rmtree(work)
             finally:
                 if not any(file for folder in (JUDGED, *SPLITS) for file in (work / folder).glob("*")):
                     shutil.rmtree(work, ignore_errors=True)
@@ -148,6 +147,8 @@ def tidy(path: Path) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Whether this process has `path` to itself inside the block. It is made if it is not there, and deleted if nothing came of it."""
+    if path.exists() and not path.is_dir():
+        raise DataError(f"data.path={path} is a file; set data.path to a folder, which is made if it is not there")
     path.mkdir(parents=True, exist_ok=True)
     file = path / _LOCK
     with file.open("w") as lock:
@@ -197,7 +198,7 @@ def bring_tokenizer(path: Path, given: Path, work: Path) -> Tokenizer:
 
 
 def commit(work: Path, path: Path, manifests: Sequence[Manifest], rejects: Collection[str]) -> None:
-    """Write the manifests, delete what belongs to none of them, and rename all into `path`, `train/` last.
+    """Write the manifests, delete what belongs to none of them, rename all into `path`, `train/` last, and delete the working folder.
 
     Args:
         work: the working folder.
@@ -221,6 +222,7 @@ def commit(work: Path, path: Path, manifests: Sequence[Manifest], rejects: Colle
     for name in names:
         (work / name).replace(path / name)
         sync_folder(path)
+    shutil.rmtree(work)
 
 
 def _keep_only(folder: Path, names: Collection[str]) -> None:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import bisect
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,8 +20,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError
-from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES, Manifest, Shard, SourceManifest, TokenDtype, load_manifest
+from data_pipeline.storage.manifest import DTYPES, Manifest, Shard, SourceManifest, TokenDtype, load_manifest
+from data_pipeline.storage.mapped import CheckedArray, Damage, Reopened, map_file, unreadable
 
 Tokens = NDArray[np.integer]
 Span = tuple["ShardFile", int, int]
@@ -32,9 +31,9 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES: dict[TokenDtype, int] = {"uint16": 8, "int32": 4}
 _U16_VOCABULARY = 65_500  # Megatron's own limit: a reader that guesses the dtype from the vocabulary guesses right
-_BLOCK_BITS = BLOCK_BYTES.bit_length() - 1
 _CELL_BITS = 12
 _CELL = 1 << _CELL_BITS
+_SEARCHES = 1000  # what a guide table costs
 
 
 def token_dtype(vocab_size: int) -> TokenDtype:
@@ -52,7 +51,7 @@ def index_bytes(lengths: NDArray[np.int32], dtype: TokenDtype) -> bytes:
     return header + lengths.astype("<i4").tobytes() + offsets.astype("<i8").tobytes() + documents.astype("<i8").tobytes()
 
 
-def index_lengths(index: bytes | NDArray[np.uint8]) -> NDArray[np.int32]:
+def index_lengths(index: bytes | memoryview) -> NDArray[np.int32]:
     """Tokens of each document, from the contents of an `.idx`."""
     n_sequences = _HEADER.unpack(bytes(index[: _HEADER.size]))[3]
     return np.frombuffer(index, "<i4", n_sequences, _HEADER.size)
@@ -85,7 +84,7 @@ class ShardSet:
         """Look at the sizes of the files.
 
         Raises:
-            DataError: a file is missing or has another size than the manifest says.
+            Damage: a file is missing or has another size than the manifest says.
         """
         self.folder, self.source = folder, source
         self.n_tokens, self.n_documents = source.tokens, source.documents
@@ -97,19 +96,18 @@ class ShardSet:
         """Tokens [start, stop) of the stream, read-only.
 
         Raises:
-            DataError: a block of a shard does not match its checksum.
+            Damage: a block of a shard does not match its checksum.
+            DataError: a file cannot be opened.
         """
-        pieces = [file.tokens(low, high) for file, low, high in self.spans(start, stop)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, DTYPES[self.source.dtype]), *pieces])
-
-    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The positions in [start, stop) of the stream at which a document starts, in order."""
-        found, base = [np.empty(0, np.int64)], start
-        for file, low, high in self.spans(start, stop):
-            near = file.starts_near(low, high) // file.itemsize
-            found.append(near[(near >= low) & (near < high)] + (base - low))
-            base += high - low
-        return np.concatenate(found)
+        spans = self.spans(start, stop)
+        if len(spans) == 1:
+            file, low, high = spans[0]
+            return file.tokens(low, high)
+        tokens, done = np.empty(stop - start, DTYPES[self.source.dtype]), 0
+        for file, low, high in spans:
+            tokens[done : done + high - low] = file.tokens(low, high)
+            done += high - low
+        return tokens
 
     def document_span(self, document: int) -> tuple[int, int]:
         """Start and end in the stream of one document, its end-of-text token included."""
@@ -121,9 +119,9 @@ class ShardSet:
         return start, start + int(file.lengths[i])
 
     def document_lengths(self) -> Iterator[NDArray[np.int32]]:
-        """Tokens of every document, one array a shard."""
+        """Tokens of every document, one array a shard: copies, which hold no file open."""
         for file in self.files:
-            yield file.lengths
+            yield file.lengths.copy()
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """The parts of shards that tokens [start, stop) of the stream are."""
@@ -139,125 +137,111 @@ class ShardSet:
 
 
 class ShardFile:
-    """One shard, mapped at the first read."""
+    """One shard, mapped while it is read."""
 
     def __init__(self, folder: Path, shard: Shard, dtype: TokenDtype) -> None:
-        self.folder, self.shard, self.dtype = folder, shard, dtype
-        self.itemsize = DTYPES[dtype].itemsize
-        self._way_out = f"restore it from a copy, or delete {folder.parent} and run `pretrain data prepare` again"
-        self._idx_file, bin_file = folder / f"{shard.name}.idx", folder / f"{shard.name}.bin"
+        self.shard, self.itemsize = shard, DTYPES[dtype].itemsize
+        way_out = f"restore it from a copy, or delete {folder.parent} and run `pretrain data prepare` again"
+        idx_file, bin_file = folder / f"{shard.name}.idx", folder / f"{shard.name}.bin"
         external = shard.external_bin is not None
         if shard.external_bin is not None:
             bin_file = Path(shard.external_bin)
-            self._way_out = f"restore it from a copy, or prepare {folder.parent} again without it"
-        bytes_there = _size(bin_file, self._way_out)
+            way_out = f"restore it from a copy, or prepare {folder.parent} again without it"
+        bytes_there = _size(bin_file, way_out)
         if bytes_there < shard.bin_start + shard.bin_bytes or (not external and bytes_there != shard.bin_bytes):
-            raise DataError(
-                f"{bin_file} has {bytes_there} bytes where the manifest says {shard.bin_start + shard.bin_bytes}; {self._way_out}"
-            )
-        bytes_there = _size(self._idx_file, self._way_out)
+            raise Damage(f"{bin_file} has {bytes_there} bytes where the manifest says {shard.bin_start + shard.bin_bytes}; {way_out}")
+        bytes_there = _size(idx_file, way_out)
         if bytes_there != shard.idx_bytes:
-            raise DataError(f"{self._idx_file} has {bytes_there} bytes where the manifest says {shard.idx_bytes}; {self._way_out}")
-        self._bin = CheckedBytes(bin_file, shard.bin_start, shard.bin_bytes, shard.blocks, self._way_out)
+            raise Damage(f"{idx_file} has {bytes_there} bytes where the manifest says {shard.idx_bytes}; {way_out}")
+        self._bin = CheckedArray(bin_file, shard.bin_start, shard.bin_bytes, DTYPES[dtype], shard.blocks, way_out)
+        self._idx = CheckedIndex(idx_file, shard, dtype, way_out)
 
     def tokens(self, start: int, stop: int) -> Tokens:
-        """Tokens [start, stop) of this shard, read-only.
+        """Tokens [start, stop) of this shard, at least one, read-only.
 
         Raises:
-            DataError: a block does not match its checksum.
+            Damage: a block does not match its checksum.
+            DataError: the file cannot be opened.
         """
-        self._bin.check(start * self.itemsize, stop * self.itemsize)
-        return self._tokens[start:stop]
+        return self._bin.read(start, stop)
 
     def starts_near(self, start: int, stop: int) -> NDArray[np.int64]:
         """Byte offsets of all documents that start in [start, stop), and of some that start less than 4096 tokens away from it.
 
+        They are a copy, which holds no file open.
+
         Raises:
-            DataError: the `.idx` does not match its checksum.
+            Damage: the `.idx` does not match its checksum.
+            DataError: it cannot be opened.
         """
-        guide = self._guide
-        return self.offsets[guide[start >> _CELL_BITS] : guide[(stop + _CELL - 1) >> _CELL_BITS]]
+        index = self._idx.get()
+        if (guide := index.guide) is not None:
+            return index.offsets[guide[start >> _CELL_BITS] : guide[(stop + _CELL - 1) >> _CELL_BITS]].copy()
+        return index.search(start, stop).copy()
 
-    @cached_property
+    @property
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of each document."""
-        return index_lengths(self._idx)
+        """Tokens of each document. Holds the file open; so does `offsets`."""
+        return self._idx.get().lengths
 
-    @cached_property
+    @property
     def offsets(self) -> NDArray[np.int64]:
         """Byte offset of each document in the tokens."""
-        return np.frombuffer(self._idx, "<i8", self.shard.documents, _HEADER.size + 4 * self.shard.documents)
-
-    @cached_property
-    def _guide(self) -> memoryview:
-        """For every 4096 tokens the first document that starts there or later: a look-up instead of a search through the `.idx`.
-
-        A memoryview, because a Python integer comes out of it several times faster than out of an array.
-        """
-        edges = np.arange(0, self.shard.tokens + 2 * _CELL, _CELL, dtype=np.int64) * self.itemsize
-        return np.searchsorted(self.offsets, edges).astype(np.uint32).data
-
-    @cached_property
-    def _tokens(self) -> Tokens:
-        tokens: Tokens = self._bin.bytes.view(DTYPES[self.dtype])
-        return tokens
-
-    @cached_property
-    def _idx(self) -> NDArray[np.uint8]:
-        """The bytes of the `.idx`, checked as a whole: a few per cent of the tokens."""
-        raw = _map(self._idx_file, 0, self.shard.idx_bytes, self._way_out)
-        header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[self.dtype], self.shard.documents, self.shard.documents + 1)
-        if xxhash.xxh3_128_hexdigest(raw.data) != self.shard.idx_xxh3_128 or bytes(raw[: _HEADER.size]) != header:
-            raise DataError(f"{self._idx_file} is damaged: it does not match its checksum; {self._way_out}")
-        return raw
+        return self._idx.get().offsets
 
 
-class CheckedBytes:
-    """Bytes of a file, mapped when first touched, each MiB of them compared with its checksum when that is first touched."""
+class Index:
+    """An `.idx` that is mapped."""
 
-    def __init__(self, file: Path, start: int, size: int, checksums: Callable[[], NDArray[np.uint64]], way_out: str) -> None:
-        self._file, self._start, self._size, self._checksums, self._way_out = file, start, size, checksums, way_out
-        self._checked = bytearray(-(-size // BLOCK_BYTES))
+    def __init__(self, raw: memoryview, shard: Shard, itemsize: int) -> None:
+        self.lengths = index_lengths(raw)
+        """Tokens of each document."""
+        low = _HEADER.size + 4 * shard.documents
+        self.offsets = np.frombuffer(raw, "<i8", shard.documents, low)
+        """Byte offset of each document in the tokens."""
+        self._offsets = raw[low : low + 8 * shard.documents].cast("q")  # for Python integers, which an array gives slowly
+        self._n_tokens, self._itemsize = shard.tokens, itemsize
+        self._searched = 0
+        self.guide: memoryview | None = None
+        """For every 4096 tokens the first document that starts there or later: a look-up instead of a search."""
 
-    @cached_property
-    def bytes(self) -> NDArray[np.uint8]:
-        """All of them; `check` before you look at some.
-
-        Raises:
-            DataError: the file is gone.
-        """
-        return _map(self._file, self._start, self._size, self._way_out)
-
-    def check(self, low: int, high: int) -> None:
-        """Compare the blocks that bytes [low, high), at least one, lie in, if that was not done before.
-
-        Raises:
-            DataError: one does not match its checksum.
-        """
-        if self._checked.find(0, low >> _BLOCK_BITS, ((high - 1) >> _BLOCK_BITS) + 1) >= 0:
-            self._compare(low >> _BLOCK_BITS, (high - 1) >> _BLOCK_BITS)
-
-    def _compare(self, first: int, last: int) -> None:
-        expected = self._checksums()
-        for block in range(first, last + 1):
-            low = block * BLOCK_BYTES
-            if not self._checked[block] and xxhash.xxh3_64_intdigest(self.bytes[low : low + BLOCK_BYTES].data) != expected[block]:
-                raise DataError(
-                    f"{self._file} is damaged: block {block} of {len(expected)} (1 MiB from byte {self._start + low}) does not "
-                    f"match its checksum; {self._way_out}"
-                )
-            self._checked[block] = 1
+    def search(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Byte offsets of the documents that start in [start, stop). After a number of calls it makes the guide table."""
+        self._searched += 1
+        if self._searched == _SEARCHES:  # not at once: of many shards, this one may be closed soon
+            edges = np.arange(0, self._n_tokens + 2 * _CELL, _CELL, dtype=np.int64) * self._itemsize
+            self.guide = np.searchsorted(self.offsets, edges).astype(np.uint32).data
+        low = bisect.bisect_left(self._offsets, start * self._itemsize)
+        return self.offsets[low : bisect.bisect_left(self._offsets, stop * self._itemsize, low)]
 
 
-def _map(file: Path, start: int, size: int, way_out: str) -> NDArray[np.uint8]:
-    try:
-        return np.asarray(np.memmap(file, np.uint8, "r", start, (size,)))
-    except (OSError, ValueError) as error:  # ValueError: it is shorter by now
-        raise DataError(f"{file} cannot be read ({error}); {way_out}") from None
+class CheckedIndex(Reopened[Index]):
+    """The `.idx` of a shard, compared with its checksum as a whole, a few per cent of the tokens, when it is first opened."""
+
+    def __init__(self, file: Path, shard: Shard, dtype: TokenDtype, way_out: str) -> None:
+        super().__init__()
+        self._file, self._shard, self._dtype, self._way_out = file, shard, dtype, way_out
+        self._is_sound = self._is_damaged = False  # not known yet
+
+    def _make(self) -> Index:
+        if not self._is_damaged:
+            raw = map_file(self._file, 0, self._shard.idx_bytes, self._way_out)
+            if self._is_sound or self._compare(raw):
+                return Index(raw, self._shard, DTYPES[self._dtype].itemsize)
+        raise Damage(f"{self._file} is damaged: it does not match its checksum; {self._way_out}")
+
+    def _compare(self, raw: memoryview) -> bool:
+        n_documents = self._shard.documents
+        header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[self._dtype], n_documents, n_documents + 1)
+        self._is_sound = xxhash.xxh3_128_hexdigest(raw) == self._shard.idx_xxh3_128 and bytes(raw[: _HEADER.size]) == header
+        self._is_damaged = not self._is_sound
+        return self._is_sound
 
 
 def _size(file: Path, way_out: str) -> int:
     try:
         return file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Damage(f"{file} is missing ({error.strerror}); {way_out}") from None
     except OSError as error:
-        raise DataError(f"{file} is missing ({error.strerror}); {way_out}") from None
+        raise unreadable(file, error) from error

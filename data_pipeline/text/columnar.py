@@ -31,7 +31,7 @@ def read_parquet(part: Part, source: SourceConfig, origin: str, before: int) -> 
     import pyarrow.parquet
 
     path, done = part.file.path, 0
-    with reading(path, pyarrow.ArrowException), part.file.fs.open(path, "rb") as stream:
+    with reading(path), part.file.fs.open(path, "rb") as stream:
         table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
         columns = _check_columns(table.schema_arrow, path, source)
         groups = range(table.num_row_groups)[part.start : part.stop]
@@ -44,10 +44,9 @@ def read_parquet(part: Part, source: SourceConfig, origin: str, before: int) -> 
 
 def read_arrow(part: Part, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
     """Yield a document for each row of these record batches. Arguments as in `sources.read_text`."""
-    import pyarrow
 
     path, row = part.file.path, part.row
-    with reading(path, pyarrow.ArrowException), _opened(part.file) as stream:
+    with reading(path), _opened(part.file) as stream:
         for number, batch in enumerate(_batches(stream, part.start, part.stop), start=1):
             columns = _check_columns(batch.schema, path, source)
             # Nobody knows how many batches a stream has, but its position tells how much of the file was read.
@@ -63,7 +62,7 @@ def row_groups(file: SourceFile, source: SourceConfig) -> Blocks:
     import pyarrow
     import pyarrow.parquet
 
-    with reading(file.path, pyarrow.ArrowException), file.fs.open(file.path, "rb") as stream:
+    with reading(file.path), file.fs.open(file.path, "rb") as stream:
         metadata = pyarrow.parquet.read_metadata(stream)
         texts = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == source.text_field]
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -72,11 +71,10 @@ def row_groups(file: SourceFile, source: SourceConfig) -> Blocks:
 
 def record_batches(file: SourceFile, source: SourceConfig) -> Blocks:
     """The record batches of a local Arrow file; of one elsewhere all rows are one, since only reading it would tell."""
-    import pyarrow
 
     if not isinstance(file.fs, LocalFileSystem):
         return []
-    with reading(file.path, pyarrow.ArrowException), _opened(file) as stream:
+    with reading(file.path), _opened(file) as stream:
         return [
             (batch.num_rows, batch.column(source.text_field).nbytes if source.text_field in batch.schema.names else 0)
             for batch in _batches(stream, None, None)

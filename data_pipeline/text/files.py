@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from functools import cache
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from data_pipeline.errors import DataError
 
@@ -26,6 +32,17 @@ FOLDER_PATTERNS = {
 }
 """Which files of a folder are read where `pattern` is not set."""
 
+_NOWHERE = "nowhere"
+"""The `type` of a link that leads nowhere."""
+
+_VERSION_KEYS = (
+    *("ETag", "etag", "blob_id", "generation", "md5Hash", "md5", "Content-MD5", "CRC"),
+    *("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created"),
+)
+"""What file systems call what tells a file's contents, the surest first. Every one has a name of its own for it."""
+
+_HUB_SECONDS = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -34,9 +51,11 @@ class SourceFile:
     fs: fsspec.AbstractFileSystem
     path: str
     name: str
-    """Path below the folder given; the file's own name where a file was given."""
+    """Path below the folder given; the file's own name where a file was given. Unique in its source."""
     size: int
     """Bytes, compressed if the file is; 0 where the file system does not know."""
+    version: str
+    """What changes when the file is written anew at the same size: time, ETag or checksum, as the file system has it; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +76,71 @@ class Part:
 def list_files(source: SourceConfig) -> list[SourceFile]:
     """The files of a source in reading order: as `paths` gives them, those of one folder or glob sorted by name. Empty for `hf`.
 
+    Links are followed, to files and to folders, but not back to a folder that they lie in. Where a name below a later entry of `paths`
+    is that of an earlier file, it gets as much of the path in front as makes it another: `x.txt`, then `b/x.txt`. So an entry that is
+    appended to `paths` changes no name of those before it.
+
     Raises:
-        DataError: `paths` is empty, or one of its entries does not exist or matches no file.
+        DataError: an entry of `paths` does not exist or matches no file, two of them mean one file, or a link points nowhere.
     """
-    if not source.paths:
-        raise DataError(f"data.sources: a source of kind {source.kind} has no paths; name its files, folders or globs")
     files: list[SourceFile] = []
     if source.kind == "hf":
+        twice = next((given for i, given in enumerate(source.paths) if given in source.paths[:i]), None)
+        if twice is not None:
+            raise DataError(f"data.sources: the data set {twice} is given twice by `paths`; every one is read once, so name it once")
         return files
-    for given in source.paths:
+    entries: dict[tuple[fsspec.AbstractFileSystem, str, str], int] = {}
+    names: set[str] = set()
+    real = cache(_real)
+    for number, given in enumerate(source.paths):
         fs, found = _find(given, source)
-        files += [SourceFile(fs, found[name][0], name, found[name][1]) for name in sorted(found)]
+        for below, (path, info) in sorted(found.items()):
+            folder, _, last = path.rpartition("/")
+            first = entries.setdefault((fs, real(fs, folder), last), number)
+            if first != number:
+                raise DataError(
+                    f"data.sources: {path} is given twice, by {source.paths[first]} and by {given} of `paths`; "
+                    f"every file is read once, so let them not overlap"
+                )
+            name = _unused(below, path, given, names)
+            names.add(name)
+            files.append(SourceFile(fs, path, name, int(info["size"] or 0), _version(info)))
     return files
+
+
+def data_set_names(paths: Sequence[str]) -> list[str]:
+    """What tells the documents of several data sets apart: nothing for the first, then the shortest end of a name that is no other's."""
+    names: list[str] = []
+    for given in paths:
+        names.append(_unused("", given.rstrip("/"), given, set(names)))
+    return names
+
+
+def data_set_version(name: str) -> str:
+    """What tells whether a Hugging Face data set is still the same: the commit on the hub, or for files a hash of what lies there.
+
+    Empty where nobody can tell: without a connection (what is read then is the copy on this machine), or where there is no such data
+    set, which whoever opens it says. Data that a data set's own files only point to is not looked at.
+    """
+    if Path(name).exists():
+        found = _walk(LocalFileSystem(), str(Path(name).absolute()), ()) if Path(name).is_dir() else {name: LocalFileSystem().info(name)}
+        return xxhash.xxh3_64_hexdigest(repr([(path, info["size"], _version(info)) for path, info in sorted(found.items())]).encode())
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_SECONDS).sha or ""
+    except Exception as error:  # whatever its HTTP client raises
+        if not (isinstance(error, OSError | ValueError) or from_library(error)):
+            raise
+        return ""
+
+
+def from_library(error: Exception) -> bool:
+    """Whether an exception is of a library's own kind, as those of botocore, aiohttp and httpx that fsspec's drivers let through.
+
+    They have nothing in common, so who calls a driver has to catch `Exception`; a KeyError or TypeError would be a mistake of ours.
+    """
+    return type(error).__module__.partition(".")[0] not in ("builtins", "data_pipeline")
 
 
 def describe_files(files: Sequence[SourceFile]) -> str:
@@ -77,8 +149,8 @@ def describe_files(files: Sequence[SourceFile]) -> str:
     return f"{len(files)} files, {sum(file.size for file in files)} bytes, {xxhash.xxh3_64_hexdigest(lines)}"
 
 
-def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, dict[str, tuple[str, int]]]:
-    """What one entry of `paths` stands for: its file system and {name below the folder: (path, bytes)}."""
+def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, dict[str, tuple[str, FileInfo]]]:
+    """What one entry of `paths` stands for: its file system and {name below the folder: (path, what is known of it)}."""
     wanted: tuple[str, ...] = ("*",)
     try:
         fs, path = fsspec.core.url_to_fs(given)
@@ -86,32 +158,116 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
             root, found = path, _walk(fs, path, source.exclude)
             wanted = (source.pattern,) if source.pattern else FOLDER_PATTERNS[source.kind]
         elif any(sign in path for sign in "*?[") and not fs.exists(path):
-            root, found = _fixed_part(path), fs.glob(path, detail=True)
+            root, found = _fixed_part(path), _glob(fs, path, source.exclude)
         else:
             root, found = str(PurePosixPath(path).parent), {path: fs.info(path)}
     except FileNotFoundError:
-        raise DataError(f"data.sources: {given} does not exist") from None
-    except (OSError, ValueError, ImportError) as error:  # no permission or connection, unknown protocol, missing driver
-        raise DataError(f"data.sources: cannot read {given}: {error}") from error
-    sizes = {}
+        raise DataError(f"data.sources: {given} does not exist; correct `paths`") from None
+    except ImportError as error:
+        raise DataError(f"data.sources: cannot read {given}: {error}{_installing(str(error))}") from error
+    except Exception as error:  # a driver raises what its HTTP client does, see from_library
+        if not (isinstance(error, OSError | ValueError) or from_library(error)):
+            raise
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"data.sources: cannot read {given}: {detail}; check `paths`, the connection and who may read it") from error
+    files = {}
     for file, info in found.items():
         name = _below(root, file)
-        if info["type"] == "file" and _matches(name, wanted) and not _excluded(name, source.exclude):
-            sizes[name] = (file, int(info["size"] or 0))
-    if not sizes:
+        if _excluded(name, source.exclude):
+            continue
+        if info["type"] == _NOWHERE:
+            raise DataError(f"data.sources: {file} is a link that leads nowhere; restore what it points to, or leave it out with `exclude`")
+        if info["type"] == "file" and _matches(name, wanted):
+            files[name] = (file, info)
+    if not files:
         what = f"no file below {given} matches {', '.join(wanted)}" if wanted != ("*",) else f"no file matches {given}"
-        raise DataError(f"data.sources: {what}" + (f" (exclude: {', '.join(source.exclude)})" if source.exclude else ""))
-    return fs, sizes
+        excluded = f" (exclude: {', '.join(source.exclude)})" if source.exclude else ""
+        raise DataError(f"data.sources: {what}{excluded}; correct `paths`" + (", or set `pattern`" if wanted != ("*",) else ""))
+    return fs, files
 
 
-def _walk(fs: fsspec.AbstractFileSystem, root: str, exclude: tuple[str, ...]) -> dict[str, FileInfo]:
-    """{path: what the file system knows of it} of all files below `root`, without looking into excluded folders."""
+def _walk(
+    fs: fsspec.AbstractFileSystem, root: str, exclude: tuple[str, ...], leads: Callable[[str], bool] = lambda _: True
+) -> dict[str, FileInfo]:
+    """{path: what the file system knows of it} of all below `root` that is no folder.
+
+    fsspec's own walk neither follows links nor tells of a folder below that it may not read.
+
+    Args:
+        fs: where.
+        root: a folder.
+        exclude: files and folders to pass over.
+        leads: whether to look into a folder.
+    """
     found: dict[str, FileInfo] = {}
-    for _, folders, files in fs.walk(root, detail=True, on_error="raise"):
-        for name in [name for name, info in folders.items() if _excluded(_below(root, info["name"]), exclude)]:
-            del folders[name]  # fsspec goes down only into those that are left
-        found |= {info["name"]: info for info in files.values()}
+    folders: list[tuple[str, tuple[str, ...]]] = [(root, (_real(fs, root),))]
+    while folders:
+        folder, above = folders.pop()
+        for listed in fs.ls(folder, detail=True):
+            path = listed["name"].rstrip("/")
+            if path == folder.rstrip("/") or _excluded(_below(root, path), exclude):
+                continue
+            info = _followed(fs, path, listed)
+            if info["type"] != "directory":
+                found[path] = info
+            elif leads(path) and (real := _real(fs, path)) not in above:  # a link to a folder above would lead round for ever
+                folders.append((path, (*above, real)))
     return found
+
+
+def _glob(fs: fsspec.AbstractFileSystem, glob: str, exclude: tuple[str, ...]) -> dict[str, FileInfo]:
+    """What a glob matches. Its wildcards match linked folders as well, where a file system is local."""
+    if not isinstance(fs, LocalFileSystem):
+        return {path: _followed(fs, path, info) for path, info in fs.glob(glob, detail=True).items()}
+    parts = glob.split("/")
+
+    def leads(folder: str) -> bool:
+        depth = folder.count("/") + 1
+        return "**" in parts[:depth] or (depth < len(parts) and _match("/".join(parts[:depth]), folder))
+
+    return {path: info for path, info in _walk(fs, _fixed_part(glob), exclude, leads).items() if _match(glob, path)}
+
+
+def _match(glob: str, path: str) -> bool:
+    return re.match(glob_translate(glob), path) is not None  # re keeps what it compiled
+
+
+def _followed(fs: fsspec.AbstractFileSystem, path: str, listed: FileInfo) -> FileInfo:
+    """What is known of a listed path; of a link, what it leads to: listings tell only that it is neither file nor folder."""
+    if listed["type"] in ("file", "directory"):
+        return listed
+    try:
+        info: FileInfo = fs.info(path)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP:
+            return {**listed, "type": _NOWHERE}
+        raise
+    return info
+
+
+def _real(fs: fsspec.AbstractFileSystem, folder: str) -> str:
+    """A folder's path without links; only a local file system tells."""
+    return os.path.realpath(folder or "/") if isinstance(fs, LocalFileSystem) else folder
+
+
+def _version(info: FileInfo) -> str:
+    """What changes with a file's contents, as far as the file system tells; empty where it does not."""
+    return next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), "")
+
+
+def _unused(name: str, path: str, given: str, names: set[str]) -> str:
+    """`name`, or the shortest longer end of its path that is not among `names`."""
+    if name not in names:
+        return name
+    parts = path.split("/")
+    tails = ("/".join(parts[-count:]) for count in range(1, len(parts) + 1))
+    return next((tail for tail in tails if len(tail) > len(name) and tail not in names), f"{given}/{name}")
+
+
+def _installing(message: str) -> str:
+    """The way out of fsspec's message on a driver that is not installed."""
+    packages = re.findall(r'"([\w-]+)"', message) or re.findall(r"nstall ([\w-]+) (?:to|for)", message)
+    return f"; pip install {' '.join(packages)}" if packages else ""
 
 
 def _below(root: str, path: str) -> str:

@@ -10,7 +10,6 @@ import gzip
 import json
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data_pipeline.errors import DataError
+from data_pipeline.text.files import data_set_names, from_library
 
 if TYPE_CHECKING:
     import datasets
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 20
 _PACKED_BLOCK = 1 << 17  # it may unpack to many times its size
 _BOM = b"\xef\xbb\xbf"
+_MEND = "mend the line, or leave the file out with `exclude`"
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -37,7 +38,8 @@ class Document:
 
     id: str
     """The value of `id_field`; where there is none, for `text` the file's path below the folder given, `jsonl` path@byte (where the
-    line begins in the unpacked file), `parquet` and `arrow` path:row, `hf` split:row."""
+    line begins in the unpacked file), `parquet` and `arrow` path:row, `hf` split:row, for the second and later
+    of its paths name/split:row."""
     text: str
     source: str
     """The source's name."""
@@ -90,6 +92,8 @@ def read_jsonl(part: Part, source: SourceConfig, origin: str, before: int) -> It
 def read_hf(name: str, source: SourceConfig, origin: str) -> Iterator[Document]:
     """Yield the documents of one split of a Hugging Face data set."""
     rows, number = _open_hf(name, source), 0
+    first, *more = data_set_names(source.paths)
+    prefix = dict(zip(source.paths, (first, *(f"{end}/" for end in more)), strict=True))[name]
     if rows.column_names is not None:  # a stream may not know its columns; then each row tells
         rows = rows.select_columns(wanted_columns(rows.column_names, name, source))
 
@@ -99,7 +103,7 @@ def read_hf(name: str, source: SourceConfig, origin: str) -> Iterator[Document]:
     with reading(f"{name} (split {source.split})"):
         for number, row in enumerate(rows):
             identity, text, metadata = _fields(row, where, source)
-            yield document(identity or f"{source.split}:{number}", text, origin, metadata, False, 0)
+            yield document(identity or f"{prefix}{source.split}:{number}", text, origin, metadata, False, 0)
 
 
 def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
@@ -111,22 +115,27 @@ def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.Ite
             saved = datasets.load_from_disk(name)
             return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(name, name=source.subset, split=source.split, streaming=source.streaming)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        detail = " ".join(str(error).split())
-        raise DataError(f"data.sources: cannot open data set {name} (subset={source.subset}, split={source.split}): {detail}") from error
+    except Exception as error:  # of datasets, and whatever its HTTP client raises
+        if not (isinstance(error, OSError | ValueError | KeyError) or from_library(error)):
+            raise
+        detail = " ".join(str(error).split()) or type(error).__name__
+        what = f"data set {name} (subset={source.subset}, split={source.split})"
+        raise DataError(f"data.sources: cannot open {what}: {detail}; check `paths`, `subset`, `split` and the connection") from error
 
 
 @contextmanager
-def reading(what: str, *more: type[Exception]) -> Iterator[None]:
+def reading(what: str) -> Iterator[None]:
     """Turn whatever a reader raises on a missing, unreadable or corrupt file into one line that names it."""
-    kinds: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, zlib.error, *more)
     try:
         yield
     except FileNotFoundError:
-        raise DataError(f"data.sources: {what} does not exist") from None
-    except kinds as error:
+        raise DataError(f"data.sources: {what} does not exist; restore it, or correct `paths`") from None
+    except Exception as error:  # zlib, pyarrow and every driver of fsspec raise kinds of their own, see from_library
+        if not (isinstance(error, OSError | EOFError | ValueError) or from_library(error)):
+            raise
         detail = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{what}: cannot be read, it may be corrupt ({detail}); restore it, or leave it out with `exclude`") from error
+        way_out = "restore it, or leave it out with `exclude`"
+        raise DataError(f"{what}: cannot be read, it may be corrupt or out of reach ({detail}); {way_out}") from error
 
 
 def is_packed(name: str) -> bool:
@@ -211,11 +220,11 @@ def _parse(line: str, where: Callable[[], str]) -> dict[str, Any]:  # Any: JSON 
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where()}: broken JSON ({error.msg} at column {error.colno})") from None
+        raise DataError(f"{where()}: broken JSON ({error.msg} at column {error.colno}); {_MEND}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise DataError(f"{where()}: broken JSON ({error})") from None
+        raise DataError(f"{where()}: broken JSON ({error}); {_MEND}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where()}: every line must be a JSON object, this one is a {type(row).__name__}")
+        raise DataError(f"{where()}: every line must be a JSON object, this one is a {type(row).__name__}; {_MEND}")
     return row
 
 
@@ -244,7 +253,7 @@ def _fields(
         wanted_columns(row, where(), source)
         raise
     if not isinstance(text, str | None):
-        raise DataError(f"{where()}: {source.text_field} is a {type(text).__name__}, not text; set text_field")
+        raise DataError(f"{where()}: {source.text_field} is a {type(text).__name__}, not text; set text_field to another, or mend it")
     metadata = {field: row.get(field) for field in source.metadata_fields}
     return None if identity is None else str(identity), text or "", metadata
 

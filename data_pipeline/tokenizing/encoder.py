@@ -58,6 +58,10 @@ class Encoder(Protocol):
     def name(self) -> str:
         """The library that does it."""
 
+    @property
+    def failures(self) -> int:
+        """Batches that it broke on, which the reference encoded."""
+
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """(ids of all texts in a row, offsets [n + 1]): the ids of text i are `ids[offsets[i]:offsets[i + 1]]`."""
 
@@ -66,6 +70,7 @@ class ReferenceEncoder:
     """What the ids are by definition: the library `tokenizers`. Set TOKENIZERS_PARALLELISM=false to keep it on one core."""
 
     name = "tokenizers"
+    failures = 0
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._backend = tokenizer.backend

@@ -46,6 +46,8 @@ class ChunkResult(Record):
     """The back end that encoded it; empty where nothing was kept."""
     why: str
     """Why that one."""
+    failures: int
+    """Batches that it broke on, which the reference encoded."""
     lowest: float
     """Lowest place of a kept document, see `place`; 2 where none is kept."""
     splits: dict[str, SplitResult]
@@ -180,6 +182,7 @@ def _tokenize_chunk(
         rejects=rejects.written,
         encoder=encoder.name if encoder else "",
         why=why,
+        failures=encoder.failures if encoder else 0,
         lowest=lowest,
         splits={name: split.finish() for name, split in splits.items()},
     )

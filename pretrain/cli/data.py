@@ -34,7 +34,7 @@ def tokenizer(words: Words) -> None:
 
     data, console = _data_config(words), Console()
     file = data.path / "tokenizer.json"
-    with show_progress(console) as progress:
+    with _resumable(console), show_progress(console) as progress:
         made = build_tokenizer(file, data, progress=progress)
     console.print(f"{file}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}", highlight=False, markup=False, soft_wrap=True)
 
@@ -50,11 +50,8 @@ def prepare(
     there is nothing that looks like prepared data.
     """
     data, console = _data_config(words), Console()
-    try:
+    with _resumable(console):
         tell_prepared(prepare_data(data, console, keep_rejects), console)
-    except KeyboardInterrupt:
-        console.print("stopped; what is finished is kept, and the same command goes on from there", highlight=False)
-        raise typer.Exit(EXIT_STOPPED) from None
 
 
 @app.command()
@@ -101,12 +98,20 @@ def _forecast(path: Path, words: list[str]) -> Forecast:
 @app.command()
 def verify(path: DataPath) -> None:
     """Read every byte of a prepared data set and hold it against its checksums."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TransferSpeedColumn
+
     from data_pipeline.storage.verify import verify as check
     from pretrain.errors import UserError
 
-    report = check(path)
+    console = Console()
+    columns = (BarColumn(BAR_WIDTH), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("verify", total=None)
+        report = check(path, lambda n_bytes: bar.update(task, completed=n_bytes))
     if report.problems:
-        more = f" (and {len(report.problems) - 1} more)" if len(report.problems) > 1 else ""
+        for problem in report.problems[1:]:
+            console.print(problem, highlight=False, markup=False, soft_wrap=True)
+        more = f" (and {len(report.problems) - 1} more, above)" if len(report.problems) > 1 else ""
         raise UserError(f"{report.problems[0]}{more}; prepare the data again, or restore the files")
     typer.echo(f"{path}: {report.shards} shards, {report.bytes_read / 1e6:.1f} MB, all as their manifests say")
 
@@ -117,6 +122,16 @@ def prepare_data(data: DataConfig, console: Console, keep_rejects: bool = False)
 
     with show_progress(console) as progress:
         return run(data.path, data, keep_rejects=keep_rejects, progress=progress)
+
+
+@contextmanager
+def _resumable(console: Console) -> Iterator[None]:
+    """Ctrl-C is no failure."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("stopped; what is finished is kept, and the same command goes on from there", highlight=False)
+        raise typer.Exit(EXIT_STOPPED) from None
 
 
 def tell_prepared(prepared: Prepared, console: Console) -> None:

@@ -1,9 +1,15 @@
 import errno
+import fcntl
+import multiprocessing
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -171,14 +177,82 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(write_split: WriteSplit
     folder = write_split({"a": [[1, 0], [2, 2, 0]]}).folder
     before = sorted(folder.iterdir())
 
-    def full(file: Path, content: bytes) -> None:
-        file.write_bytes(content[:7])
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(best_fit, "write_synced", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match=r"a-best_fit-4-.*\.plan cannot be written \(No space left.*data\.packing=concatenate"):
         Loader(folder, seq_len=4, seed=0, packing="best_fit")
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_written_is_told_to_plan_elsewhere_first_and_a_plan_there_is_read(
+    write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_split({"a": [[1, 0], [2, 2, 0]]}).folder
+    unpatched = Path.open
+
+    def read_only(file: Path, mode: str = "r") -> IO[Any]:
+        if "w" in mode:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return unpatched(file, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", read_only)
+        with pytest.raises(
+            DataError, match=r"\.plan cannot be written \(Read-only file system\); run once where the folder can be written"
+        ):
+            Loader(folder, seq_len=4, seed=0, packing="best_fit")
+    Loader(folder, seq_len=4, seed=0, packing="best_fit")
+    monkeypatch.setattr(Path, "open", read_only)
+    assert Loader(folder, seq_len=4, seed=0, packing="best_fit").sequential(0, 9).input_ids.shape == (2, 4)
+
+
+@pytest.mark.parametrize(("locks", "made"), [(True, 1), (False, 4)])
+def test_of_processes_that_start_at_once_one_makes_the_plan(
+    write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch, locks: bool, made: int
+) -> None:
+    shards = write_split({"a": [[1, 0], [2, 2, 0]] * 20}, shard_tokens=10**9).sources[0]
+    fork = multiprocessing.get_context("fork")
+    begin, making = fork.Barrier(4), fork.Value("i", 0)
+
+    def slow(lengths: NDArray[np.int32], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.void]]:
+        with making.get_lock():
+            making.value += 1
+        time.sleep(0.5)
+        return plan(lengths, seq_len)
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def rank() -> None:
+        begin.wait()
+        assert BestFit(shards, 8).pieces(0)
+
+    monkeypatch.setattr(best_fit, "plan", slow)
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    ranks = [fork.Process(target=rank) for _ in range(4)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0] * 4
+    assert making.value == made
+    assert sorted(file.suffix for file in shards.folder.iterdir()) == [".bin", ".idx", ".json", ".plan"]
+
+
+def test_a_plan_of_many_blocks_reads_back(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for rest in (0, 1, 7):
+        n = BLOCK_BYTES // 8 + rest - 1
+        starts, pieces = np.arange(n + 1, dtype=np.int64), np.zeros(2 * n, best_fit._PIECE)
+        pieces["start"] = rng.integers(0, 1 << 40, len(pieces))
+        best_fit._write_plan(file := tmp_path / "x.plan", starts, pieces)
+        raw, body = file.read_bytes(), starts.tobytes() + pieces.tobytes()
+        checksums = [xxhash.xxh3_64_intdigest(body[low : low + BLOCK_BYTES]) for low in range(0, len(body), BLOCK_BYTES)]
+        assert raw[-len(body) :] == body
+        assert raw[32 : -len(body)] == np.array(checksums, "<u8").tobytes()
 
 
 def test_damaged_tokens_empty_their_rows_where_damage_is_skipped(write_split: WriteSplit) -> None:

@@ -1,15 +1,23 @@
 """The chunks of a corpus: their keys tell what decides them, and a tokenizer's sample is drawn evenly from them."""
 
 import json
+import os
+import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from attempts import contents, finished, interrupt, prepare_here, write_jsonl
 
 from data_pipeline.corpus import Corpus, find
+from data_pipeline.errors import DataError
 from data_pipeline.prepare import build_tokenizer
-from data_pipeline.settings import PrepareConfig, SourceConfig
+from data_pipeline.settings import PrepareConfig, SourceConfig, TextKind, TokenizedKind
+from data_pipeline.text import files as text_files
 from data_pipeline.text.chunks import Chunk
 
 
@@ -80,6 +88,90 @@ def test_files_that_are_added_leave_the_other_chunks_as_they_were(folder: Path) 
     assert len(set(after.values()) - set(before.values())) == 1
     write(folder / "news" / "0.jsonl", 11, "changed")
     assert keys(corpus(folder))["news-00000"] != before["news-00000"]
+
+
+def touched(file: Path, content: bytes | None = None) -> None:
+    """Written anew, a second later."""
+    later = file.stat().st_mtime_ns + 10**9
+    file.write_bytes(file.read_bytes() if content is None else content)
+    os.utime(file, ns=(later, later))
+
+
+def test_a_file_written_anew_at_the_same_size_changes_the_keys_of_its_chunks_and_nothing_in_the_recipe(folder: Path) -> None:
+    before = corpus(folder)
+    assert keys(corpus(folder)) == keys(before)
+    touched(folder / "news" / "2.jsonl")
+    after = corpus(folder)
+    changed = {name for name, key in keys(after).items() if keys(before)[name] != key}
+    assert changed == {chunk.name for chunk in after.chunks if any(part.file.path.endswith("news/2.jsonl") for part in chunk.parts)}
+    assert 1 < len(changed) < len(after.chunks) / 2
+    assert after.recipe(trained_tokenizer=True) == before.recipe(trained_tokenizer=True)
+
+
+def test_a_key_changes_with_the_name_that_documents_get_their_ids_from(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a" / "x.jsonl", 10, "x")
+
+    def key(given: Path) -> str:
+        found = find(PrepareConfig(sources=(SourceConfig(name="s", kind="jsonl", paths=(str(given),)),)))
+        return found.key(found.chunks[0], "")
+
+    assert key(tmp_path / "a") == key(tmp_path / "a" / "x.jsonl")  # x.jsonl
+    assert key(tmp_path) != key(tmp_path / "a")  # a/x.jsonl
+
+
+def test_a_key_changes_with_the_files_of_a_data_set(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "x.jsonl", 10, "x")
+
+    def both() -> dict[str, str]:
+        source = SourceConfig(name="s", kind="hf", paths=(str(tmp_path / "one"), str(tmp_path / "other")))
+        return keys(find(PrepareConfig(sources=(source,))))
+
+    before = both()
+    assert both() == before
+    touched(tmp_path / "other" / "x.jsonl")
+    assert [both()[name] == key for name, key in before.items()] == [True, False]
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["version known", "version hidden"])
+def test_an_edit_of_the_same_size_between_two_attempts_is_redone(tmp_path: Path, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl = tmp_path / "words.jsonl"
+    write_jsonl(jsonl, 100)
+    plain: dict[str, Any] = {"filters": {}, "dedup": {}}
+    prepare_here(tmp_path / "other", jsonl, **plain)
+    settings = plain | {"tokenizer": tmp_path / "other" / "tokenizer.json"}
+    if not told:
+        monkeypatch.setattr(text_files, "_VERSION_KEYS", ())
+    interrupt(tmp_path / "data", jsonl, "tokenizing", **settings)
+    assert len(finished(tmp_path / "data")) > 0
+    touched(jsonl, jsonl.read_bytes().replace(b"ba", b"de"))
+    prepare_here(tmp_path / "data", jsonl, **settings)
+    prepare_here(tmp_path / "fresh", jsonl, **settings)
+    assert (contents(tmp_path / "data") == contents(tmp_path / "fresh")) == told  # without versions, old and new text would be mixed
+
+
+def test_a_result_is_made_with_the_packages_that_its_sources_need(folder: Path) -> None:
+    def made_with(*kinds: TextKind) -> list[str]:
+        pq.write_table(pa.table({"text": ["a"]}), folder / "x.parquet")
+        (folder / "x.txt").write_text("a")
+        sources = tuple(SourceConfig(name=kind, kind=kind, paths=(str(folder),)) for kind in kinds)
+        return list(find(PrepareConfig(sources=sources)).made_with)
+
+    always = ["python", "tokenizers", "gigatoken"]
+    assert made_with("text", "jsonl") == always
+    assert made_with("text", "parquet") == [*always, "pyarrow"]
+    assert made_with("hf", "parquet") == [*always, "pyarrow", "datasets"]
+    found = corpus(folder).made_with
+    assert found["python"] == f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert found["gigatoken"] == version("gigatoken")
+
+
+@pytest.mark.parametrize("kind", [*get_args(TextKind), *get_args(TokenizedKind)])
+def test_a_source_without_paths_is_told_whatever_its_kind(kind: TextKind | TokenizedKind) -> None:
+    with pytest.raises(DataError, match=rf"data\.sources: my of kind {kind} has no paths; name its files"):
+        find(PrepareConfig(sources=(SourceConfig(name="my", kind=kind),)))
 
 
 def names(chunks: list[Chunk]) -> list[str]:

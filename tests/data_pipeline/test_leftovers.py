@@ -70,6 +70,27 @@ def test_rejects_of_an_earlier_attempt_are_not_among_ours(tmp_path: Path, short:
     assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
 
 
+def test_a_chunk_whose_rejects_are_gone_is_made_again(tmp_path: Path, short: Text) -> None:
+    interrupt(tmp_path / "data", short.jsonl, "tokenizing", keep_rejects=True)
+    for file in (tmp_path / "data" / ".prepare.tmp" / "rejects").iterdir():
+        file.unlink()
+    for folder in ("data", "fresh"):
+        prepare_here(tmp_path / folder, short.jsonl, keep_rejects=True)
+    assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("what", ["another", "damaged"])
+def test_a_trained_tokenizer_is_used_again_only_if_it_is_the_one_of_its_record(tmp_path: Path, short: Text, what: str) -> None:
+    """Another: of an attempt with other settings, killed between its tokenizer and the record of it."""
+    interrupt(tmp_path / "data", short.jsonl, "tokenizing")
+    interrupt(tmp_path / "other", short.jsonl, "tokenizing", vocab_size=310)
+    file, other = (tmp_path / name / ".prepare.tmp" / "tokenizer.json" for name in ("data", "other"))
+    assert file.read_bytes() == short.prepared["tokenizer.json"] != other.read_bytes()
+    file.write_bytes(other.read_bytes() if what == "another" else file.read_bytes()[:-100])
+    prepare_here(tmp_path / "data", short.jsonl)
+    assert contents(tmp_path / "data") == short.prepared
+
+
 def test_a_tokenizer_that_was_put_there_meanwhile_is_used_and_not_the_trained_one(tmp_path: Path, short: Text) -> None:
     interrupt(tmp_path / "data", short.jsonl, "tokenizing", vocab_size=310)
     (tmp_path / "fresh").mkdir()

@@ -104,6 +104,30 @@ def test_longer_sequences_hold_the_tokens_that_the_shorter_ones_would_have_held(
             loader.batch(first, count, seq_len)
 
 
+def test_samples_behind_the_end_of_a_source_are_padding_and_no_damage(write_split: WriteSplit) -> None:
+    sources = {"a": [[1] * 41 + [0]], "b": [[2] * 64]}
+    loader = Loader(write_split(sources).folder, seq_len=8, seed=5, longest=32, on_damage="skip")
+    n = loader.n_sequences
+    assert n == 16
+    batch = loader.batch(0, n)
+    empty = (batch.labels == NO_LABEL).all(axis=1)
+    assert int(empty.sum()) == 2
+    assert batch.damaged == ()
+    assert not batch.input_ids[empty].any()
+    assert not batch.document_ids[empty].any()
+    assert loader.fill == 106 / (n * 8)
+
+
+@pytest.mark.parametrize(("longest", "packing"), [(8, "concatenate"), (32, "concatenate"), (8, "best_fit")])
+def test_the_order_is_what_batches_read(write_split: WriteSplit, longest: int, packing: Any) -> None:
+    sources = {name: [[1000 * k + 8 * i + j for j in range(8)] for i in range(40)] for k, name in enumerate(("a", "b", "c"))}
+    folder = write_split(sources, vocab_size=5000).folder
+    loader = Loader(folder, seq_len=8, seed=5, longest=longest, packing=packing)
+    for first, count in ((0, loader.n_sequences), (7, 30), (3 * loader.n_sequences - 5, 9)):
+        read = loader.batch(first, count).input_ids[:, 0].tolist()
+        assert [1000 * source + 8 * sample for source, sample in zip(*loader.order(first, count), strict=True)] == read
+
+
 def test_sequential_is_every_sequence_once_the_sources_taking_turns(write_split: WriteSplit) -> None:
     sources = {"web": [[1] * 40] * 4, "code": [[2] * 40] * 2, "books": [[3] * 24, [4] * 16], "none": []}
     loader = Loader(write_split(sources, name="validation").folder, seq_len=8, seed=5)

@@ -14,8 +14,8 @@ import pytest
 
 from data_pipeline.corpus import find
 from data_pipeline.errors import DataError
-from data_pipeline.prepare import build_tokenizer
-from data_pipeline.settings import PrepareConfig, SourceConfig
+from data_pipeline.prepare import Progress, build_tokenizer
+from data_pipeline.settings import DedupConfig, PrepareConfig, SourceConfig
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.prepared import Prepared
 from data_pipeline.storage.shards import ShardSet, open_split
@@ -316,3 +316,34 @@ def test_what_is_not_ours_is_not_deleted(tmp_path: Path, corpus: Path, prepare_a
     with pytest.raises(DataError, match="train is in the way"):
         prepare_at(tmp_path / "data", corpus)
     assert contents(tmp_path / "data") == {"train/thesis.txt": b"three years"}
+
+
+def test_a_tokenizer_trained_first_leaves_the_cleaning_for_the_preparation(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+    """And the result is that of preparing at once."""
+    source = SourceConfig(kind="text", paths=(str(corpus),))
+    settings = {"dedup": DedupConfig(exact=True)}
+    whole = {
+        "sources": (source,),
+        "vocab_size": 300,
+        "tokenizer_sample_mb": 1.0,
+        "validation_fraction": 0.1,
+        "shard_tokens": 1000,
+        "workers": 1,
+    }
+    build_tokenizer(tmp_path / "two" / "tokenizer.json", PrepareConfig(**(whole | settings)))
+    judged = sorted((tmp_path / "two" / ".prepare.tmp" / "judged").glob("*.verdicts"))
+    times = [file.stat().st_mtime_ns for file in judged]
+    assert len(judged) > 1
+
+    def hear(progress: Progress) -> None:
+        if progress.stage == "tokenizing" and times:
+            assert [file.stat().st_mtime_ns for file in judged] == times
+            times.clear()
+
+    prepare_at(tmp_path / "two", corpus, progress=hear, **settings)
+    assert not times
+    prepare_at(tmp_path / "one", corpus, **settings)
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(one[name] == two[name] for name in one if not name.endswith("manifest.json"))  # which say who trained the tokenizer
+    assert not (tmp_path / "two" / ".prepare.tmp").exists()

@@ -1,14 +1,23 @@
+import errno
 import itertools
+import json
+import os
+import resource
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from data_pipeline.errors import DataError
-from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Shard, SourceManifest, load_manifest
+from data_pipeline.reading.loader import Loader
+from data_pipeline.storage import mapped
+from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Manifest, Shard, SourceManifest, load_manifest
+from data_pipeline.storage.mapped import Damage
 from data_pipeline.storage.shard_writer import write_shard
 from data_pipeline.storage.shards import ShardSet, Split, open_split, token_dtype
 
@@ -20,6 +29,16 @@ def flip(file: Path, byte: int) -> None:
     raw = bytearray(file.read_bytes())
     raw[byte] ^= 1
     file.write_bytes(raw)
+
+
+def starts_in(shards: ShardSet, start: int, stop: int) -> list[int]:
+    """Where documents start in [start, stop) of the stream, from what is told of its parts."""
+    found, base = [], start
+    for file, low, high in shards.spans(start, stop):
+        near = (file.starts_near(low, high) // file.itemsize).tolist()
+        found += [place - low + base for place in near if low <= place < high]
+        base += high - low
+    return found
 
 
 def test_the_pair_is_laid_out_as_told(tmp_path: Path) -> None:
@@ -54,9 +73,22 @@ def test_each_source_is_one_stream_across_its_shards(write_split: WriteSplit, ra
         rng = np.random.default_rng(0)
         for low, high in np.sort(rng.integers(0, len(stream) + 1, (300, 2)), axis=1).tolist():
             assert shards.tokens(low, high).tolist() == stream[low:high]
-            assert shards.document_starts(low, high).tolist() == [s for s in starts[:-1] if low <= s < high]
+            assert starts_in(shards, low, high) == [s for s in starts[:-1] if low <= s < high]
         assert [shards.document_span(i) for i in range(len(documents))] == list(itertools.pairwise(starts))
         assert np.concatenate(list(shards.document_lengths())).tolist() == [len(ids) for ids in documents]
+
+
+def test_starts_are_the_same_searched_for_and_looked_up(
+    write_split: WriteSplit, random_documents: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shards,) = write_split({"web": random_documents(3000, 40)}, shard_tokens=10**9).sources
+    searched = [starts_in(shards, low, low + 100) for low in range(0, 50_000, 100)]
+    assert sum(map(len, searched)) > 2000
+    monkeypatch.setattr("data_pipeline.storage.shards._SEARCHES", 1)
+    (again,) = open_split(shards.folder).sources
+    assert [starts_in(again, low, low + 100) for low in range(0, 50_000, 100)] == searched
+    monkeypatch.setattr("data_pipeline.storage.shards.bisect", None)
+    assert again.files[0].starts_near(0, 4096).size >= len(searched[0])
 
 
 def test_what_lies_outside_the_stream_is_an_error(write_split: WriteSplit) -> None:
@@ -90,8 +122,13 @@ def test_one_flipped_bit_is_found_when_its_block_is_first_read_and_named(write_s
 def test_a_block_is_hashed_once(write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     (shards,) = write_split({"web": [[1] * 10 + [0]] * 20}).sources
     shards.tokens(0, shards.n_tokens)
-    monkeypatch.setattr("data_pipeline.storage.shards.xxhash", None)
-    assert shards.tokens(0, shards.n_tokens).size == 220
+    starts = starts_in(shards, 0, shards.n_tokens)
+    for module in ("mapped", "shards"):
+        monkeypatch.setattr(f"data_pipeline.storage.{module}.xxhash", None)
+    monkeypatch.setattr(mapped, "MOST_OPEN", 1)  # also where the files are closed and opened again
+    for _ in range(3):
+        assert shards.tokens(0, shards.n_tokens).size == 220
+        assert starts_in(shards, 0, shards.n_tokens) == starts
 
 
 @pytest.mark.parametrize("byte", [3, 17, 34, 40, -1])
@@ -101,7 +138,7 @@ def test_a_changed_index_is_found_when_it_is_first_read(write_split: WriteSplit,
     (shards,) = open_split(folder).sources
     assert shards.tokens(0, 5).tolist() == [1, 2, 0, 3, 0]
     with pytest.raises(DataError, match=r"web-00000\.idx is damaged: it does not match its checksum"):
-        shards.document_starts(0, 5)
+        shards.files[0].starts_near(0, 5)
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx"])
@@ -121,7 +158,7 @@ def test_a_cut_a_longer_and_a_missing_file_are_named_before_anything_is_read(wri
 def test_a_file_that_shrinks_after_it_was_opened_is_named(write_split: WriteSplit) -> None:
     split = write_split({"web": [[1, 2, 0], [3, 0]]})
     (split.folder / "web-00000.bin").write_bytes(b"\x01\x00")
-    with pytest.raises(DataError, match=r"web-00000\.bin cannot be read"):
+    with pytest.raises(Damage, match=r"web-00000\.bin cannot be read"):
         split.sources[0].tokens(0, 5)
 
 
@@ -133,11 +170,95 @@ def test_tokens_in_another_file_are_read_from_where_they_begin(tmp_path: Path) -
     shard = own.model_copy(update={"external_bin": str(tmp_path / "theirs.ds"), "bin_start": 4})
     shards = ShardSet(tmp_path, source_of(shard))
     assert shards.tokens(0, 5).tolist() == [5, 6, 0, 7, 0]
-    assert shards.document_starts(0, 5).tolist() == [0, 3]
+    assert starts_in(shards, 0, 5) == [0, 3]
     with pytest.raises(DataError, match=r"theirs\.ds is damaged: block 0 of 1 \(1 MiB from byte 6\)"):
         ShardSet(tmp_path, source_of(shard.model_copy(update={"bin_start": 6}))).tokens(0, 1)
     with pytest.raises(DataError, match=r"theirs\.ds has 16 bytes where the manifest says 18"):
         ShardSet(tmp_path, source_of(shard.model_copy(update={"bin_start": 8})))
+
+
+@contextmanager
+def few_descriptors(spare: int) -> Iterator[None]:
+    """Inside, this process can open only so many more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    there = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (there + spare, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_many_shards_are_read_with_few_descriptors(
+    write_split: WriteSplit, random_documents: Draw, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    folder = write_split({"web": random_documents(400, 40), "code": random_documents(100, 40)}, shard_tokens=30).folder
+    settings = {"seq_len": 64, "seed": 0, "packing": packing}
+    loader = Loader(folder, **settings)
+    assert sum(len(shards.files) for shards in loader.sources) > 250
+    expected = loader.batch(0, loader.n_sequences)
+    del loader
+    monkeypatch.setattr(mapped, "MOST_OPEN", 16)
+    for file in folder.glob("*.plan"):
+        file.unlink()
+    with few_descriptors(spare=32):
+        loader = Loader(folder, **settings, on_damage="skip")
+        for batch in (loader.batch(0, loader.n_sequences), loader.batch(0, loader.n_sequences)):
+            assert batch.damaged == ()
+            for field in ("input_ids", "labels", "document_ids"):
+                assert np.array_equal(getattr(batch, field), getattr(expected, field))
+        assert sum(shards.tokens(0, shards.n_tokens).size for shards in loader.sources) == loader.n_tokens
+        monkeypatch.setattr(mapped, "MOST_OPEN", 128)
+        loader = Loader(folder, **settings, on_damage="skip")
+        with pytest.raises(DataError, match="Too many open files") as raised:
+            loader.batch(0, loader.n_sequences)
+    assert not isinstance(raised.value, Damage)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_file_that_cannot_be_opened_is_no_damage(
+    write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch, number: int, packing: str
+) -> None:
+    folder = write_split({"web": [[1, 2, 0], [3, 0]] * 10}).folder
+    loader = Loader(folder, seq_len=8, seed=0, packing=packing, on_damage="skip")
+    unpatched = np.memmap
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(DataError, match=rf"cannot be opened \({os.strerror(number)}\); nothing is known to be damaged") as raised:
+        loader.batch(0, 2)
+    assert not isinstance(raised.value, Damage)
+    assert "delete" not in str(raised.value)
+    monkeypatch.setattr(np, "memmap", unpatched)
+    assert loader.batch(0, 2).damaged == ()
+    monkeypatch.undo()
+    flip(folder / "web-00000.bin", 0)
+    assert Loader(folder, seq_len=8, seed=0, packing=packing, on_damage="skip").batch(0, loader.n_sequences).damaged
+
+
+def test_a_damaged_index_is_hashed_once(write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_split({"web": [[1, 2, 0], [3, 0]]}).folder
+    flip(folder / "web-00000.idx", 40)
+    (shards,) = open_split(folder).sources
+    with pytest.raises(Damage, match="does not match its checksum"):
+        shards.document_span(0)
+    monkeypatch.setattr("data_pipeline.storage.shards.map_file", None)
+    with pytest.raises(Damage, match="does not match its checksum"):
+        shards.document_span(0)
+
+
+def test_a_split_that_is_let_go_of_closes_its_files(write_split: WriteSplit) -> None:
+    (shards,) = write_split({"web": [[1, 2, 0], [3, 0]] * 40}).sources
+    folder, n_files = shards.folder, len(shards.files)
+    assert starts_in(shards, 0, shards.n_tokens)
+    assert shards.tokens(0, shards.n_tokens).size
+    assert Path("/proc/self/maps").read_text().count(str(folder)) == 2 * n_files > 2
+    del shards
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def source_of(shard: Shard) -> SourceManifest:
@@ -179,3 +300,48 @@ def test_the_manifest_reads_back_as_it_was_written(write_split: WriteSplit) -> N
     assert again.fingerprint() == split.manifest.fingerprint()
     assert again.to_bytes() == (split.folder / MANIFEST).read_bytes()
     assert again.model_copy(update={"eot_id": 1}).fingerprint() != again.fingerprint()
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "unknown below", "both"])
+def test_a_manifest_of_another_version_is_read_and_keeps_the_fingerprint_of_its_bytes(write_split: WriteSplit, change: str) -> None:
+    split = write_split({"web": [[1, 2, 0], [3, 0]]})
+    file = split.folder / MANIFEST
+    tree = json.loads(file.read_bytes())
+    settings = tree["recipe"]["settings"]
+    settings["sources"] = [{"kind": "jsonl", "paths": ["x.jsonl"]}]
+    if change in ("missing", "both"):
+        del settings["shard_tokens"], settings["dedup"]["exact"]
+    if change in ("unknown", "both"):
+        settings["novel"] = {"a": [1]}
+    if change in ("unknown below", "both"):
+        settings["sources"][0]["novel"] = settings["filters"]["length"]["novel"] = settings["dedup"]["novel"] = 1
+    file.write_text(json.dumps(tree))
+    read = load_manifest(split.folder)
+    assert read.fingerprint() == xxhash.xxh3_128_hexdigest(file.read_bytes()) != split.manifest.fingerprint()
+    assert read.recipe.settings.shard_tokens == split.manifest.recipe.settings.shard_tokens
+    assert read.recipe.settings.sources[0].paths == ("x.jsonl",)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [("recipe.settings", "shard_tokens", "many"), ("recipe.settings.dedup", "exact", []), ("recipe", "novel", 1), ("", "novel", 1)],
+)
+def test_a_wrong_value_in_a_recipe_and_an_unknown_key_elsewhere_are_errors(
+    write_split: WriteSplit, where: str, name: str, value: object
+) -> None:
+    file = write_split({"web": [[1, 2, 0], [3, 0]]}).folder / MANIFEST
+    tree = json.loads(file.read_bytes())
+    tree["recipe"]["settings"]["novel"] = 1
+    inner = tree
+    for step in where.split(".") if where else ():
+        inner = inner[step]
+    inner[name] = value
+    file.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=rf"manifest\.json is damaged or of another version \(.*{name}"):
+        load_manifest(file.parent)
+
+
+def test_a_manifest_made_in_memory_has_the_fingerprint_of_what_it_writes(write_split: WriteSplit) -> None:
+    read = write_split({"web": [[1, 2, 0], [3, 0]]}).manifest
+    made = Manifest.model_validate(read.model_dump())
+    assert made.fingerprint() == xxhash.xxh3_128_hexdigest(made.to_bytes()) == read.fingerprint()

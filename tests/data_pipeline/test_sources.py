@@ -337,11 +337,9 @@ def test_a_missing_path_is_named(tmp_path: Path, kind: str) -> None:
         read(kind, tmp_path / "no*where")
 
 
-def test_an_unknown_protocol_or_split_and_empty_paths_are_named(tmp_path: Path) -> None:
+def test_an_unknown_protocol_or_split_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read nope://x"):
         read("text", "nope://x")
-    with pytest.raises(DataError, match="has no paths"):
-        read("text")
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"cannot open data set .*split=test"):
         read("hf", tmp_path, split="test")

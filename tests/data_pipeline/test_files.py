@@ -1,0 +1,271 @@
+"""Which files a source means: links, files of equal names, files given twice, versions, and what drivers raise."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import huggingface_hub
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from data_pipeline.errors import DataError
+from data_pipeline.settings import SourceConfig
+from data_pipeline.text import files
+from data_pipeline.text.chunks import cut, read_chunk
+from data_pipeline.text.files import SourceFile, data_set_version, list_files
+
+
+def listed(*paths: object, **settings: object) -> list[SourceFile]:
+    return list_files(SourceConfig.model_validate({"kind": "text", "paths": [str(path) for path in paths], **settings}))
+
+
+def names(*paths: object, **settings: object) -> list[str]:
+    return [file.name for file in listed(*paths, **settings)]
+
+
+def write(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A folder as huggingface_hub writes it: names that are links to blobs, one of them in a folder that is a link itself."""
+    write(tmp_path / "blobs" / "1a", tmp_path / "blobs" / "2b", tmp_path / "elsewhere" / "plain.txt")
+    (tmp_path / "snapshot" / "data").mkdir(parents=True)
+    (tmp_path / "snapshot" / "data" / "x.txt").symlink_to("../../blobs/1a")
+    (tmp_path / "elsewhere" / "y.txt").symlink_to(tmp_path / "blobs" / "2b")
+    (tmp_path / "snapshot" / "linked").symlink_to("../elsewhere", target_is_directory=True)
+    return tmp_path / "snapshot"
+
+
+def test_links_to_files_and_folders_are_read_as_what_they_lead_to(cache: Path) -> None:
+    found = listed(cache)
+    assert [file.name for file in found] == ["data/x.txt", "linked/plain.txt", "linked/y.txt"]
+    assert [file.size for file in found] == [2, 9, 2]
+    source = SourceConfig(kind="text", paths=(str(cache),))
+    texts = [document.text for chunk in cut(0, "s", source, found, 1000) for document in read_chunk(chunk, source)]
+    assert texts == ["1a", "plain.txt", "2b"]
+    assert names(cache / "data" / "x.txt") == ["x.txt"]
+    assert names(cache / "linked") == ["plain.txt", "y.txt"]
+
+
+@pytest.mark.parametrize(
+    ("glob", "expected"),
+    [
+        ("*/*.txt", ["data/x.txt", "linked/plain.txt", "linked/y.txt"]),
+        ("**/*.txt", ["data/x.txt", "linked/plain.txt", "linked/y.txt"]),
+        ("l*/*.txt", ["linked/plain.txt", "linked/y.txt"]),
+        ("linked/?.txt", ["y.txt"]),
+        ("**/[xy].txt", ["data/x.txt", "linked/y.txt"]),
+    ],
+)
+def test_globs_follow_links_as_folders_do(cache: Path, glob: str, expected: list[str]) -> None:
+    assert names(cache / glob) == expected
+
+
+def test_the_linked_files_are_those_that_fsspec_takes_for_neither_file_nor_folder(cache: Path) -> None:
+    fs = fsspec.filesystem("file")
+    assert [info["type"] for info in fs.ls(cache / "data", detail=True)] == ["other"]
+    assert fs.glob(str(cache / "*" / "plain.txt")) == []
+
+
+def test_a_link_back_to_a_folder_above_ends_and_one_to_a_folder_beside_does_not(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "x.txt", tmp_path / "b" / "y.txt")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "self").symlink_to(".")
+    (tmp_path / "b" / "beside").symlink_to("../a")
+    expected = ["a/x.txt", "b/beside/x.txt", "b/y.txt"]
+    assert names(tmp_path) == names(tmp_path / "**" / "*.txt") == expected
+    assert names(tmp_path / "a") == ["up/b/y.txt", "x.txt"]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "gone.txt"])
+def test_a_link_that_leads_nowhere_is_named_unless_it_is_excluded(tmp_path: Path, target: str) -> None:
+    write(tmp_path / "x.txt")
+    (tmp_path / "gone.txt").symlink_to(target)  # the second leads to itself
+    for given in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(DataError, match=r"gone\.txt is a link that leads nowhere; .*exclude"):
+            listed(given)
+        assert names(given, exclude=["gone.*"]) == ["x.txt"]
+    assert names(tmp_path / "x*.txt") == ["x.txt"]
+
+
+def test_excluded_folders_are_not_looked_into_by_globs_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt", tmp_path / "c" / "deep" / "x.txt")
+    looked: list[str] = []
+    fs = fsspec.filesystem("file")
+    real = type(fs).ls
+
+    def ls(fs: fsspec.AbstractFileSystem, path: str, **more: object) -> object:
+        looked.append(Path(path).name)
+        return real(fs, path, **more)
+
+    monkeypatch.setattr(type(fs), "ls", ls)
+    assert names(tmp_path / "*" / "x.txt", exclude=["b"]) == ["a/x.txt"]
+    assert sorted(looked) == sorted([tmp_path.name, "a", "c"])
+
+
+def test_equal_names_below_two_entries_become_different_and_an_appended_entry_changes_no_name(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name / "data" for name in "abc")
+    write(a / "x.txt", a / "only.txt", b / "x.txt", b / "data" / "x.txt", c / "x.txt", c / "y.txt")
+    assert names(a) == ["only.txt", "x.txt"]
+    assert names(a, b) == ["only.txt", "x.txt", "data/x.txt", "b/data/x.txt"]
+    assert names(a, b, c) == ["only.txt", "x.txt", "data/x.txt", "b/data/x.txt", "c/data/x.txt", "y.txt"]
+    assert names(a / "x.txt", b / "x.txt") == ["x.txt", "data/x.txt"]
+    fsspec.filesystem("memory").pipe("/a.txt", b"")
+    write(tmp_path / "a.txt")
+    assert names("memory://a.txt", tmp_path / "a.txt") == ["a.txt", f"{tmp_path.name}/a.txt"]
+    assert names(tmp_path / "a.txt", "memory://a.txt") == ["a.txt", "/a.txt"]
+
+
+@pytest.mark.parametrize(
+    "entries", [("a", "a"), ("a", "a/x.txt"), ("a/*.txt", "a/x*"), ("a/../a", "./a"), ("a", "link"), ("link/*", "a/x.txt")]
+)
+def test_a_file_given_twice_is_named_with_both_entries(tmp_path: Path, entries: tuple[str, str]) -> None:
+    write(tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt")
+    (tmp_path / "link").symlink_to("a")
+    first, second = (f"{tmp_path}/{entry}" for entry in entries)
+    with pytest.raises(DataError) as error:
+        listed(first, tmp_path / "b", second)
+    assert f"x.txt is given twice, by {first} and by {second} of `paths`" in str(error.value)
+    assert len(listed(first, tmp_path / "b")) == len(listed(second, tmp_path / "b")) == 2
+
+
+def test_a_data_set_given_twice_is_named_and_the_rows_of_two_have_different_ids(tmp_path: Path) -> None:
+    paths = tuple(str(tmp_path / name / "data") for name in "abc")
+    for path in paths:
+        write(Path(path) / "x.jsonl")
+        (Path(path) / "x.jsonl").write_text('{"text": "the same"}\n')
+    source = SourceConfig(kind="hf", paths=paths)
+    ids = [document.id for chunk in cut(0, "s", source, list_files(source), 1) for document in read_chunk(chunk, source)]
+    assert ids == ["train:0", "data/train:0", "c/data/train:0"]
+    with pytest.raises(DataError, match=rf"the data set {paths[0]} is given twice by `paths`"):
+        list_files(SourceConfig(kind="hf", paths=(*paths, paths[0])))
+
+
+def test_the_version_of_a_file_changes_when_it_is_written_anew_and_not_before(tmp_path: Path) -> None:
+    file = tmp_path / "x.txt"
+    write(file)
+    (tmp_path / "link.txt").symlink_to(file)
+    before = listed(tmp_path)
+    assert listed(tmp_path) == before
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1_000_000))
+    after = listed(tmp_path)
+    assert [file.size for file in after] == [file.size for file in before]
+    assert all(new.version != old.version for new, old in zip(after, before, strict=True))
+    assert files.describe_files(after) == files.describe_files(before)  # which goes into the recipe
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/versions/x.txt", b"one")
+    (first,) = listed("memory://versions")
+    assert listed("memory://versions") == [first]
+    memory.pipe("/versions/x.txt", b"two")
+    assert listed("memory://versions")[0].version != first.version
+
+
+@dataclass
+class Far:
+    """What a remote file system does: its listing holds `more` beside name, type and size, and folders called `locked` raise `error`."""
+
+    more: dict[str, object] = field(default_factory=dict)
+    error: Exception = field(default_factory=OSError)
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> Far:
+    """Of the address memory://far."""
+    fsspec.filesystem("memory").pipe({"/far/x.txt": b"x", "/far/locked/y.txt": b"y"})
+    far, real = Far(), MemoryFileSystem.ls
+
+    def ls(fs: MemoryFileSystem, path: str, detail: bool = True, **more: object) -> list[dict[str, object]]:
+        if path.endswith("locked"):
+            raise far.error
+        return [{key: info[key] for key in ("name", "type", "size")} | far.more for info in real(fs, path, detail=True, **more)]
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", ls)
+    return far
+
+
+@pytest.mark.parametrize(
+    ("more", "version"),
+    [
+        ({"ETag": '"1"', "LastModified": 3}, '"1"'),
+        ({"generation": 7}, "7"),
+        ({"md5Hash": "a", "updated": "b"}, "a"),
+        ({"mtime": 2}, "2"),
+        ({}, ""),
+    ],
+)
+def test_the_version_of_a_remote_file_is_the_surest_that_is_known(far: Far, more: dict[str, object], version: str) -> None:
+    far.more = more
+    assert [file.version for file in listed("memory://far", exclude=["locked"])] == [version]
+
+
+class DriverError(Exception):
+    """As those of botocore or aiohttp: no OSError."""
+
+
+@pytest.mark.parametrize("error", [DriverError("no\ncredentials"), PermissionError("no credentials")])
+def test_what_a_driver_raises_on_a_folder_below_is_one_line(far: Far, error: Exception) -> None:
+    far.error = error
+    with pytest.raises(DataError, match=r"^data\.sources: cannot read memory://far: no credentials; check `paths`"):
+        listed("memory://far")
+    assert names("memory://far", exclude=["locked"]) == ["x.txt"]
+
+
+@pytest.mark.parametrize("error", [DriverError("broken\npipe"), OSError("broken pipe")])
+def test_what_a_driver_raises_while_a_file_is_read_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").pipe("/far/x.txt", b"x")
+    source = SourceConfig(kind="text", paths=("memory://far/x.txt",))
+    (chunk,) = cut(0, "s", source, list_files(source), 1000)
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(MemoryFileSystem, "open", fails)
+    with pytest.raises(DataError, match=r"^/far/x\.txt: cannot be read, it may be corrupt or out of reach \(broken pipe\)"):
+        list(read_chunk(chunk, source))
+
+
+def test_a_mistake_in_the_code_is_not_taken_for_bad_input(far: Far) -> None:
+    far.error = TypeError("a mistake")
+    with pytest.raises(TypeError, match="a mistake"):
+        listed("memory://far")
+
+
+def test_a_missing_driver_is_told_with_the_package_to_install() -> None:
+    for given, package in {"s3://bucket/x": "s3fs", "gs://bucket/x": "gcsfs", "sftp://host/x": "paramiko", "abfs://a/x": "adlfs"}.items():
+        with pytest.raises(DataError, match=rf"cannot read {given}: .*; pip install {package}$"):
+            listed(given)
+
+
+def test_the_version_of_a_data_set_follows_its_files_or_its_commit_and_is_empty_offline(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = data_set_version(str(cache))
+    assert data_set_version(str(cache)) == before != ""
+    os.utime(cache / "data" / "x.txt", ns=(0, 10**18))  # of the blob
+    assert data_set_version(str(cache)) != before
+    of_file = data_set_version(str(cache / "data" / "x.txt"))
+    os.utime(cache / "data" / "x.txt", ns=(0, 2 * 10**18))
+    assert data_set_version(str(cache / "data" / "x.txt")) != of_file
+
+    def answers(what: str | Exception) -> None:
+        def dataset_info(self: object, name: str, **_: object) -> SimpleNamespace:
+            if isinstance(what, Exception):
+                raise what
+            return SimpleNamespace(id=name, sha=what)
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+
+    answers("abc")
+    assert data_set_version("someone/something") == "abc"
+    for error in (DriverError("no connection"), huggingface_hub.errors.OfflineModeIsEnabled("offline"), ValueError("no such name")):
+        answers(error)
+        assert data_set_version("someone/something") == ""
+    answers(TypeError("a mistake"))
+    with pytest.raises(TypeError):
+        data_set_version("someone/something")
