@@ -154,7 +154,7 @@ def corrupt_parquet(folder: Path) -> tuple[str, str]:
     pq.write_table(pa.table({"text": ["some text of a document"] * 100}), folder / "bad.parquet")
     content = (folder / "bad.parquet").read_bytes()
     (folder / "bad.parquet").write_bytes(content[: len(content) // 2])
-    return f"{{kind: parquet, paths: [{folder}]}}", r"bad\.parquet: cannot be read, it may be corrupt \(.*\); restore it"
+    return f"{{kind: parquet, paths: [{folder}]}}", r"bad\.parquet: cannot be read, it may be corrupt or out of reach \(.*\); restore it"
 
 
 def no_parquet(folder: Path) -> tuple[str, str]:
