@@ -26,6 +26,20 @@ def config_of(*words: str):
     return load(None, ["data.seq_len=32", "train.steps=10", "train.batch_size=8", *words]).config
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The tokens of each training step."""
+    seen: list[torch.Tensor] = []
+    train_step = TorchEngine.train_step
+
+    def spy(self: TorchEngine, microbatches: list, lr_scale: float) -> object:
+        seen.append(torch.cat([microbatch.input_ids for microbatch in microbatches]))
+        return train_step(self, microbatches, lr_scale)
+
+    monkeypatch.setattr(TorchEngine, "train_step", spy)
+    return seen
+
+
 def test_the_length_is_a_function_of_the_step() -> None:
     config = config_of("data.growth=[{from: 50%, seq_len: 64}, {from: 72, seq_len: 256}]")
     check_growth(config)
@@ -65,16 +79,8 @@ def test_a_batch_may_not_be_less_than_a_window_whose_end_may_be_padding() -> Non
 
 
 def test_another_batch_size_goes_on_at_the_sequence_where_the_run_stopped(
-    tmp_path: Path, run_tiny: RunTiny, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_tiny: RunTiny, tiny_data: Path, seen: list[torch.Tensor]
 ) -> None:
-    seen: list[torch.Tensor] = []
-    train_step = TorchEngine.train_step
-
-    def spy(self: TorchEngine, microbatches: list, lr_scale: float) -> object:
-        seen.append(torch.cat([microbatch.input_ids for microbatch in microbatches]))
-        return train_step(self, microbatches, lr_scale)
-
-    monkeypatch.setattr(TorchEngine, "train_step", spy)
     words = ("train.steps=12", "run.seed=5")
     assert run_tiny(tmp_path, *words, "train.batch_size=4", observers=[StopAfter(5)]) is Outcome.STOPPED
     assert run_tiny(tmp_path, *words, "train.batch_size=6", observers=[StopAfter(8)]) is Outcome.STOPPED
@@ -86,17 +92,9 @@ def test_another_batch_size_goes_on_at_the_sequence_where_the_run_stopped(
 
 
 def test_a_growing_run_reads_the_same_tokens_in_the_same_order(
-    tmp_path: Path, run_tiny: RunTiny, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_tiny: RunTiny, tiny_data: Path, seen: list[torch.Tensor]
 ) -> None:
     """Every window once, short sequences first; the batches hold as many tokens throughout."""
-    seen: list[torch.Tensor] = []
-    train_step = TorchEngine.train_step
-
-    def spy(self: TorchEngine, microbatches: list, lr_scale: float) -> object:
-        seen.append(torch.cat([microbatch.input_ids for microbatch in microbatches]))
-        return train_step(self, microbatches, lr_scale)
-
-    monkeypatch.setattr(TorchEngine, "train_step", spy)
     words = ("train.steps=6", "train.batch_size=8", "train.micro_batch_size=4", "data.growth=[{from: 50%, seq_len: 64}]", "run.seed=3")
     run_tiny(tmp_path, *words)
     assert [tuple(ids.shape) for ids in seen] == [(8, 32)] * 3 + [(4, 64)] * 3
@@ -132,16 +130,8 @@ class StopAfter:
 
 
 def test_a_stage_may_be_appended_when_a_run_goes_on_but_its_past_may_not_change(
-    tmp_path: Path, run_tiny: RunTiny, two_sources: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_tiny: RunTiny, two_sources: Path, seen: list[torch.Tensor]
 ) -> None:
-    seen: list[torch.Tensor] = []
-    train_step = TorchEngine.train_step
-
-    def spy(self: TorchEngine, microbatches: list, lr_scale: float) -> object:
-        seen.append(torch.cat([microbatch.input_ids for microbatch in microbatches]))
-        return train_step(self, microbatches, lr_scale)
-
-    monkeypatch.setattr(TorchEngine, "train_step", spy)
     even, later = '"by": "tokens", "weights": {"a": 1, "b": 1}', '"stages": [{"from": 60, "weights": {"a": 1, "b": 9}}]'
     words = (f"data.path={two_sources}", "train.steps=20", "train.batch_size=4", "run.seed=5")
     assert run_tiny(tmp_path, *words, f"data.mixture={{{even}}}", observers=[StopAfter(10)]) is Outcome.STOPPED
