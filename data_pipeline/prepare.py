@@ -177,18 +177,18 @@ def _tokenize(
     file = file if file.is_file() else work.parent / "tokenizer.json"
     begin = partial(begin_tokenizing, Tokenizing(config, work, work / DONE, file, tokenizer.fingerprint, keep_rejects))
 
-    def job(chunk: Chunk, fraction: float) -> TokenizeJob:
-        key = corpus.key(chunk, digest(tokenizer.fingerprint, fraction, config.shard_tokens, keep_rejects))
-        return TokenizeJob(chunk, fraction, verdicts.get(chunk.name), key)
+    def jobs_of(chunks: Iterable[Chunk], fraction: float) -> list[TokenizeJob]:
+        decides = digest(tokenizer.fingerprint, fraction, config.shard_tokens, keep_rejects)
+        return [TokenizeJob(chunk, fraction, verdicts.get(chunk.name), corpus.key(chunk, decides)) for chunk in chunks]
 
-    jobs = [job(chunk, config.validation_fraction) for chunk in corpus.chunks]
+    jobs = jobs_of(corpus.chunks, config.validation_fraction)
     found = {result.chunk: result for result in run_jobs(begin, jobs, _workers(config), _counter("tokenizing", corpus.chunks, progress))}
     results = {chunk.name: found[chunk.name] for chunk in corpus.chunks}
     if config.validation_fraction > 0 and not _documents(results, "validation") and _documents(results, "train") > 1:
         # A small corpus, of which the hash holds out nothing: hold out the document of lowest hash.
         chunk = min(corpus.chunks, key=lambda chunk: results[chunk.name].lowest)
-        again = job(chunk, math.nextafter(results[chunk.name].lowest, 2.0))
-        results |= {result.chunk: result for result in run_jobs(begin, [again], 1, lambda _: None)}
+        again = jobs_of([chunk], math.nextafter(results[chunk.name].lowest, 2.0))
+        results |= {result.chunk: result for result in run_jobs(begin, again, 1, lambda _: None)}
     _check_not_empty(corpus, results)
     return results
 

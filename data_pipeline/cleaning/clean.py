@@ -6,6 +6,7 @@ One pass over the chunks applies the filters and signs what they keep; the signa
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,11 +236,8 @@ def _signs(config: PrepareConfig) -> bool:
 
 
 def _hash(file: Path) -> str:
-    digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def _need_verdicts(file: Path) -> Verdicts:

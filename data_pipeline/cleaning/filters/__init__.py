@@ -10,6 +10,7 @@ Importing this costs nothing: datatrove, spaCy and the language model are loaded
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -149,8 +150,5 @@ def _datatrove_judge(name: FilterName, config: FilterConfig) -> Judge:
 
 
 def _file_hash(file: Path, setting: str) -> str:
-    digest = xxhash.xxh3_128()
     with reading(file, setting), file.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
