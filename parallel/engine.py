@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 State = dict[str, dict[str, Tensor | dict[str, Tensor]]]
@@ -15,15 +16,28 @@ State = dict[str, dict[str, Tensor | dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Sequences of one forward and backward pass, each tensor [b, S]; labels of -100 are no targets."""
+    """Sequences of one forward and backward pass; labels of -100 are no targets."""
 
     input_ids: Tensor
+    """[b, S], as `labels`; S are the tokens of `held` where there is one."""
     labels: Tensor
     positions: Tensor
-    """Stays on the host, as `document_ids`: the mask that is made of both reads their values, and a GPU would have to wait."""
+    """[b, row], whole rows on the host, as `document_ids`: the mask made of both reads their values, and a GPU would have to wait."""
     document_ids: Tensor
     n_targets: int
-    """Labels that count, known on the host so that nobody waits for the device to count them."""
+    """Labels of the whole rows that count, known on the host so that nobody waits for the device to count them."""
+    held: Held | None = None
+    """Set by the engine under context parallelism."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Under context parallelism: which tokens of each row a rank holds."""
+
+    ranges: tuple[tuple[int, int], ...]
+    """(first, end) in the row, in the order in which the rank holds them."""
+    whole_rows: bool
+    """True if attention sees whole rows of some heads; False if the held queries see all keys of the row."""
 
 
 class LossSum(Protocol):
@@ -72,18 +86,77 @@ class Optimizer(Protocol):
         """Per parameter name, the tensors that a resumed run needs."""
 
 
-ComputeLoss = Callable[[nn.Module, Microbatch], LossSum]
+Compute = Callable[[nn.Module, Tensor | None, Microbatch], "Tensor | LossSum"]
+"""One part of the model over one microbatch: what the part before sent (None: this is the first, which reads `input_ids`) -> what the
+next part needs, or the loss if this is the last."""
+
 BuildOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
+
+
+class Part(Protocol):
+    """Consecutive layers of a model, an `nn.Module`: what they say of themselves, so that they can be split."""
+
+    @property
+    def plan(self) -> Mapping[str, str]:
+        """How tensor parallelism may split each module of the whole model, by patterns of names; `parallel.tensor` knows the words."""
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The blocks that are here, in order: what is recomputed as one."""
+
+    @property
+    def units(self) -> Sequence[nn.Module]:
+        """Modules whose parameters are used at one time, in the order of their use: what is gathered as one."""
+
+    @property
+    def tied(self) -> str | None:
+        """Canonical name of the parameter that the first and the last part share, or None."""
+
+    def compile_parts(self) -> None:
+        """torch.compile what repeats. Before anything is split: compilation itself waits for the first pass."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What an engine makes a model of."""
+
+    n_layers: int
+    width: int
+    """Of what one block hands to the next."""
+    build: Callable[[range], nn.Module]
+    """These layers as a `Part` without values, on the device of the `torch.device` context; `range(n_layers)` is the whole model."""
+    fill: Callable[[str, Tensor, tuple[int, ...], tuple[int, ...]], None]
+    """(canonical name, this rank's tensor, its offset in the whole parameter, the whole parameter's shape): writes its initial values."""
+    compute: Compute
+    build_optimizer: BuildOptimizer
+    first_cost: float = 0.0
+    """What comes before the first layer, and after the last one, in time of a layer: stages of a pipeline are balanced by it."""
+    last_cost: float = 0.0
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How an engine computes."""
+
+    dtype: torch.dtype
+    """Of the forward and backward pass; masters, sums of gradients and optimizer state are fp32."""
+    clip: float | None
+    """Largest global gradient norm."""
+    compile: bool = False
+    recompute: str = "none"
+    """`none`, `full` or `selective`, in every `recompute_every`-th block; see `parallel.recompute`."""
+    recompute_every: int = 1
+    recompute_keep: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
     """A model and its optimizer on their devices."""
 
     def train_step(self, microbatches: Sequence[Microbatch], lr_scale: float) -> StepResult:
-        """One optimizer step over the global batch, given in microbatches."""
+        """One optimizer step over the global batch, of which each data rank gives its own microbatches, all ranks equally many."""
 
-    def eval_step(self, microbatch: Microbatch) -> tuple[float, int]:
-        """(sum of the cross-entropy in nats, number of targets), weights untouched."""
+    def eval_step(self, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
+        """(sum of the cross-entropy in nats, number of targets) over the microbatches of all data ranks, weights untouched."""
 
     def state(self) -> State:
         """Live tensors of everything a checkpoint holds: writing into them is loading, followed by `loaded`."""

@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -10,6 +10,7 @@ from random import Random
 import pytest
 import torch
 from rich.console import Console
+from workers import WorkerPool
 
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
@@ -28,6 +29,13 @@ WHAT = ("a token", "its batch", "the gradient", "two documents", "the next step"
 def one_thread() -> None:
     """Sums have one order, and the tests leave the other cores to others."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[WorkerPool]:
+    """`workers.run(function, 4, ...)`: the function on 4 ranks of a gloo group. The processes start with the first case that needs them."""
+    with WorkerPool() as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -1,47 +1,128 @@
-"""The native engine, in one process: plain PyTorch on one CPU or one GPU.
+"""The native engine: plain PyTorch on one CPU or GPU, or on any grid of them.
 
-Weights are kept in fp32 (the masters: what the optimizer updates and checkpoints hold). Under bf16 the module itself holds bf16 copies
-of them, made once a step; each gradient is added to its master's fp32 gradient and freed as soon as it is complete, so that
-accumulation over microbatches is exact to fp32 and no cast is repeated. Static memory is 2 + 4 + 4 + 8 = 18 bytes a parameter with AdamW.
+Weights are kept in fp32 (the masters: what the optimizer updates and checkpoints hold). Under bf16 the forward and backward pass use
+copies of them, and gradients are added up in fp32. On one process the copies are made once a step, and each gradient is added to its
+master's as soon as it is complete: 2 + 4 + 4 + 8 = 18 bytes a parameter with AdamW (`parallel.masters`). On several processes the masters
+are divided and the copies gathered (`parallel.shard`, which says what that saves).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.engine import BuildOptimizer, ComputeLoss, Microbatch, State, StepResult
+from parallel.engine import Compute, Microbatch, Optimizer, State, StepResult
+from parallel.gradients import clip_, squared_norm
+from parallel.layout import Layout
+from parallel.shard import Sharded
+
+
+class Runner(Protocol):
+    """Carries microbatches through the parts of the model that this rank holds."""
+
+    def train(self, microbatches: Sequence[Microbatch], scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward passes: adds the gradients of `scale` times the summed loss; sums of (cross-entropy, z-loss), fp32.
+
+        The sums are 0 where the last part of the model is not.
+        """
+
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """Forward passes: sum of the cross-entropy, fp32, 0 where the last part of the model is not."""
+
+
+class OnePart:
+    """`Runner` of a rank that holds all layers: microbatches one after the other."""
+
+    def __init__(self, model: nn.Module, compute: Compute, sharded: Sharded | None = None) -> None:
+        self._model = model
+        self._compute = compute
+        self._sharded = sharded
+
+    def train(self, microbatches: Sequence[Microbatch], scale: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Runner`."""
+        cross_entropy, z_loss = torch.zeros_like(scale), torch.zeros_like(scale)
+        for i, microbatch in enumerate(microbatches, 1):
+            if self._sharded is not None:
+                self._sharded.before(last=i == len(microbatches))
+            sums = self._compute(self._model, None, microbatch)
+            assert not isinstance(sums, Tensor)
+            (sums.total * scale).backward()  # type: ignore[no-untyped-call]  # torch does not type backward()
+            cross_entropy += sums.cross_entropy.detach()
+            z_loss += sums.z_loss.detach()
+        return cross_entropy, z_loss
+
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """See `Runner`."""
+        total: Tensor | None = None
+        for microbatch in microbatches:
+            sums = self._compute(self._model, None, microbatch)
+            assert not isinstance(sums, Tensor)
+            total = sums.cross_entropy.float() if total is None else total + sums.cross_entropy
+        assert total is not None, "nothing to evaluate"
+        return total
 
 
 class TorchEngine:
-    """`Engine` over an initialised fp32 module on its device."""
+    """`Engine` over the parameters of this rank: what a step is, wherever parameters and microbatches are."""
 
     def __init__(
-        self, model: nn.Module, compute_loss: ComputeLoss, build_optimizer: BuildOptimizer, *, dtype: torch.dtype, clip: float | None
+        self,
+        parts: Sequence[nn.Module],
+        masters: dict[str, nn.Parameter],
+        optimizer: Optimizer,
+        runner: Runner,
+        *,
+        device: torch.device,
+        clip: float | None,
+        layout: Layout = Layout(),  # noqa: B008  # frozen
+        rank: int = 0,
+        n_copies: Callable[[str], int] = lambda _: 1,
+        cut: Callable[[Microbatch], Microbatch] = lambda microbatch: microbatch,
+        finish_gradients: Callable[[], None] = lambda: None,
+        refresh: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model = model
-        self._compute_loss = compute_loss
+        """An engine of its pieces; `parallel.build` puts them together.
+
+        parts: of the model, on this rank. masters: its fp32 parameters by canonical name. device: of the losses. n_copies: stages that
+        hold a parameter. cut: a microbatch's share of a context rank. finish_gradients: called between the last backward pass and the
+        norm. refresh: called when masters have changed.
+        """
+        self.parts = parts
+        self._masters = masters
+        self._optimizer = optimizer
+        self._runner = runner
+        self._device = device
         self._clip = float("inf") if clip is None else clip
-        self._masters = dict(model.named_parameters()) if dtype == torch.float32 else _split_masters(model, dtype)
-        self._copies: list[Tensor] = [] if dtype == torch.float32 else list(model.parameters())
-        self._optimizer = build_optimizer(self._masters.items())
+        self._layout = layout
+        at = layout.coordinates(rank)
+        self._counts_targets = at["pipeline"] == at["context"] == at["tensor"] == 0  # one rank of all that read the same rows
+        self._n_copies = n_copies
+        self._cut = cut
+        self._finish_gradients = finish_gradients
+        self._refresh = refresh
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, where one rank holds all layers."""
+        (model,) = self.parts
+        return model
 
     def train_step(self, microbatches: Sequence[Microbatch], lr_scale: float) -> StepResult:
-        """One optimizer step; the loss is averaged over the targets of all microbatches together, however they are spread."""
-        n_targets = max(1, sum(microbatch.n_targets for microbatch in microbatches))
-        cross_entropy, z_loss = self._zero(), self._zero()
-        for microbatch in microbatches:
-            sums = self._compute_loss(self.model, microbatch)
-            (sums.total / n_targets).backward()  # type: ignore[no-untyped-call]  # torch does not type backward()
-            cross_entropy += sums.cross_entropy.detach()
-            z_loss += sums.z_loss.detach()
-        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-        nn.utils.clip_grads_with_norm_(self._masters.values(), self._clip, norm, foreach=True)
-        result = StepResult(cross_entropy.item() / n_targets, z_loss.item() / n_targets, norm.item())
+        """One optimizer step; the loss is averaged over the targets of the global batch, however they are spread."""
+        n_targets = self._count_targets(microbatches).clamp(min=1)
+        cross_entropy, z_loss = self._runner.train([self._cut(m) for m in microbatches], n_targets.float().reciprocal())
+        self._finish_gradients()
+        share = squared_norm(self._masters, self._layout, self._n_copies)
+        # Tensor ranks have the same loss; all other ranks have different parts of it, or none.
+        sums = torch.stack([cross_entropy.double() / self._layout.tensor, z_loss.double() / self._layout.tensor, share.to(self._device)])
+        loss, z, squares = (self._sum(sums) / torch.stack([n_targets, n_targets, torch.ones_like(n_targets)])).tolist()
+        result = StepResult(loss, z, squares**0.5)
         if result.is_finite:  # weights that met a NaN are lost; the loop decides what happens next
+            clip_(self._masters.values(), self._clip, result.grad_norm)
             self._optimizer.set_lr(lr_scale)
             self._optimizer.step()
             self.loaded()
@@ -49,44 +130,28 @@ class TorchEngine:
         return result
 
     @torch.no_grad()
-    def eval_step(self, microbatch: Microbatch) -> tuple[float, int]:
-        """(sum of the cross-entropy in nats, number of targets)."""
-        return self._compute_loss(self.model, microbatch).cross_entropy.item(), microbatch.n_targets
+    def eval_step(self, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
+        """(sum of the cross-entropy in nats, number of targets) over all data ranks."""
+        n_targets = self._count_targets(microbatches)
+        total = self._sum(self._runner.evaluate([self._cut(m) for m in microbatches]).double() / self._layout.tensor)
+        return total.item(), int(n_targets)
 
     def state(self) -> State:
-        """Live fp32 masters and optimizer state by canonical name."""
+        """Live fp32 masters and optimizer state by canonical name; DTensors where they are divided."""
         model: dict[str, Tensor | dict[str, Tensor]] = {name: master.detach() for name, master in self._masters.items()}
         return {"model": model, "optimizer": dict(self._optimizer.state())}
 
     @torch.no_grad()
     def loaded(self) -> None:
-        """Bring the compute copies up to the masters."""
-        if self._copies:
-            masters: list[Tensor] = list(self._masters.values())
-            torch._foreach_copy_(self._copies, masters)  # no public name; a loop of copy_() does the same, slower
+        """Let the next pass compute with what the masters are now."""
+        self._refresh()
 
-    def _zero(self) -> Tensor:
-        return torch.zeros((), device=next(iter(self._masters.values())).device)
+    def _count_targets(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """Labels of the global batch, int64, on the device: nobody waits for it."""
+        mine = sum(microbatch.n_targets for microbatch in microbatches) if self._counts_targets else 0
+        return self._sum(torch.tensor(mine, device=self._device))
 
-
-def _split_masters(model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Turn the module's parameters into copies of `dtype`; return the fp32 ones, which collect the gradients."""
-    masters = {name: nn.Parameter(parameter.detach()) for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype)  # new memory: what it had is the master's alone from here on
-        parameter.register_post_accumulate_grad_hook(_collect_into(masters[name]))  # type: ignore[no-untyped-call]  # untyped in torch
-    return masters
-
-
-def _collect_into(master: nn.Parameter) -> Callable[[Tensor], None]:
-    """Hook: add a finished gradient to the master's, and free it."""
-
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        if master.grad is None:
-            master.grad = parameter.grad.float()
-        else:
-            master.grad += parameter.grad
-        parameter.grad = None
-
-    return hook
+    def _sum(self, values: Tensor) -> Tensor:
+        if self._layout.world_size > 1:
+            dist.all_reduce(values)
+        return values

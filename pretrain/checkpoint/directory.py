@@ -1,4 +1,4 @@
-"""The folder `checkpoints/` of a run: the names in it, the newest checkpoint that is whole, and which ones to keep. Needs no torch."""
+"""The folder `checkpoints/` of a run: the names in it, the newest checkpoint that is whole, and which ones to keep."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from pretrain.checkpoint.ranks import gather, on_first
 from pretrain.checkpoint.record import verify
 from pretrain.errors import UserError
 
@@ -24,16 +28,17 @@ def partial_path(directory: Path, step: int, attempt: str) -> Path:
     return directory / f"step-{step:08d}.tmp-{attempt}"
 
 
-def newest(directory: Path, on_problem: Callable[[Path, list[str]], None]) -> Path | None:
+def newest(directory: Path, on_problem: Callable[[Path, list[str]], None], group: ProcessGroup | None = None) -> Path | None:
     """The newest committed checkpoint in `directory` that verifies; None where there is none at all.
 
-    Each one that fails is reported to `on_problem` with the problems that `record.verify` found, and the next older one is tried.
-    Raises UserError where there are checkpoints and none is whole: starting over by itself would throw the run away.
+    The ranks of `group` share the reading and find the same one; None is this process alone. Each one that fails is reported to
+    `on_problem` with the problems that `record.verify` found, and the next older one is tried. Raises UserError where there are checkpoints and none is whole: starting over by itself would throw the run away.
     """
     first_problem = ""
-    candidates = _committed(directory)
+    candidates = on_first(group, lambda: _committed(directory))
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     for path in candidates:
-        problems = verify(path)
+        problems = [problem for found in gather(verify(path, rank, ranks), group) for problem in found]
         if not problems:
             return path
         on_problem(path, problems)

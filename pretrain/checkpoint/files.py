@@ -32,7 +32,10 @@ class HashingFileSystem(FileSystem):
         if mode != "wb":
             raise ValueError(f"{path} is opened with mode {mode!r}; this file system only writes")
         with Path(path).open("xb") as file, _HashingStream(file) as stream:
-            yield stream
+            try:
+                yield stream
+            except RuntimeError as error:
+                raise _disk_error_behind(error) or error from error
             stream.close()
             self.sums[Path(path).name] = FileSum(size=stream.size, xxh3=stream.digest.hexdigest())
 
@@ -69,3 +72,12 @@ class _HashingStream(io.RawIOBase):
             self.file.flush()
             os.fsync(self.file.fileno())
             super().close()
+
+
+def _disk_error_behind(error: BaseException | None) -> OSError | None:
+    """torch.save answers a failed write with an error of its own about file positions; what the disk said is in that one's context."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__context__
+    return None

@@ -37,10 +37,10 @@ class Record(BaseModel):
     """Hash of all that decided which samples were consumed: a run may only go on if it would consume the same ones again."""
 
     layout: dict[str, int]
-    """Ranks of each kind of parallelism, such as {"data": 1}. A checkpoint loads on any layout."""
+    """Ranks of each kind of parallelism, such as {"shard": 8}. A checkpoint loads on any layout."""
 
     rng: dict[str, dict[str, str]]
-    """Random states, see `pretrain.checkpoint.rng`, by the logical position of the rank that had them, such as "data=0"."""
+    """Random states, see `pretrain.checkpoint.rng`, by the logical position of the rank that had them, such as "shard=0 tensor=1"."""
 
 
 class FileSum(BaseModel):
@@ -96,16 +96,19 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{file} is damaged: {error}") from error
 
 
-def verify(path: Path) -> list[str]:
-    """Compare every file of the checkpoint at `path` with its manifest, reading all of them.
+def verify(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """Compare every file of the checkpoint at `path` with its manifest, reading all of them, or one part in `ranks`, that of `rank`.
 
     Returns one line for each problem, and an empty list for a checkpoint that is whole. It runs no code of the checkpoint.
     """
     try:
         manifest = read_manifest(path)
     except UserError as error:
-        return [str(error)]
-    problems = [problem for name, expected in sorted(manifest.files.items()) if (problem := _problem(path / name, expected))]
+        return [str(error)] if rank == 0 else []
+    files = sorted(manifest.files.items())[rank::ranks]
+    problems = [problem for name, expected in files if (problem := _problem(path / name, expected))]
+    if rank > 0:
+        return problems
     present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
     extra = sorted(present - manifest.files.keys() - {MANIFEST})
     return problems + [f"{path / name} does not belong to the checkpoint: its {MANIFEST} does not list it" for name in extra]

@@ -11,20 +11,25 @@ import uuid
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
 from data_pipeline.durable import sync_folder
 from pretrain.checkpoint.directory import checkpoint_path, partial_path
 from pretrain.checkpoint.files import HashingFileSystem
+from pretrain.checkpoint.ranks import gather, is_first, on_first, together
 from pretrain.checkpoint.record import FileSum, Manifest, Record, check_file, verify, write_manifest
 from pretrain.errors import UserError
 
@@ -34,76 +39,93 @@ StateDict: TypeAlias = "Mapping[str, Tensor | StateDict]"
 _METADATA = ".metadata"
 
 
-def save(directory: Path, state: StateDict, record: Record) -> Path:
+def save(directory: Path, state: StateDict, record: Record, group: ProcessGroup | None = None) -> Path:
     """Write `state` and `record` as the checkpoint of `record.step` in `directory`, and return its path.
+
+    Every rank of `group` calls it with what it holds: DTensors, or tensors that are the same on all ranks that have them. `directory` is
+    on a file system that all of them see; the record is that of the first rank. None is this process alone.
 
     The tensors may be on any device and are read in place: they must not change until this returns. A checkpoint of the same step
     that is whole is never replaced (UserError: another process writes there too); one that is damaged makes way. Raises OSError where
-    the disk is full or not writable, and leaves nothing behind then.
+    the disk is full or not writable, and leaves nothing behind then. An error of one rank is raised on all.
     """
     target = checkpoint_path(directory, record.step)
-    generation = uuid.uuid4().hex
+    together(group, lambda: _refuse_shared_memory(_flat(state)))
+    generation = on_first(group, lambda: uuid.uuid4().hex)
     partial = partial_path(directory, record.step, generation[:8])
     try:
-        if target.exists():
-            _make_way(target, partial.with_name(f"{partial.name}-replaced"))
-        partial.mkdir(parents=True)
-        files = _write_tensors(partial, state)
+        on_first(group, lambda: _make_room(target, partial))
+        sums = gather(_write_tensors(partial, state, group), group)
+        files = {name: file_sum for of_rank in sums for name, file_sum in of_rank.items()}
         what = {name: getattr(record, name) for name in Record.model_fields}
-        write_manifest(partial, Manifest(**what, generation=generation, files=files))
-        sync_folder(partial)
-        partial.rename(target)  # fails where `target` is there by now, as it is a folder that is not empty
-        sync_folder(directory)
-        sync_folder(directory.parent)
-    except OSError as error:
-        if target.exists():
-            raise UserError(_two_writers(target)) from error
-        raise
+        on_first(group, lambda: _commit(partial, target, Manifest(**what, generation=generation, files=files)))
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_first(group):
+            shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def load(path: Path, state: StateDict) -> None:
+def load(path: Path, state: StateDict, group: ProcessGroup | None = None) -> None:
     """Fill the tensors of `state`, in place, from the checkpoint at `path`.
 
+    Every rank of `group` calls it with what it holds, on whatever layout; each reads for itself what it needs. None is this process
+    alone.
+
     Top-level sections that `state` does not have ("optimizer", to generate text) stay unread. In those that it has, every name, shape
-    and dtype must be equal on both sides; otherwise a UserError names the differences, and no tensor was touched. Only `.metadata` is
-    hashed here: `record.verify` the checkpoint before, as `directory.newest` does.
+    and dtype must be equal on both sides, where the ranks together are one side; otherwise a UserError on every rank names the
+    differences, and no tensor was touched. Only `.metadata` is hashed here: `record.verify` the checkpoint before, as
+    `directory.newest` does.
     """
-    check_file(path, _METADATA)
-    reader = FileSystemReader(path)
-    saved = {
-        key: (entry.size, entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if key.split(".", 1)[0] in state
-    }
-    differences = _differences(saved, {key: (tensor.shape, tensor.dtype) for key, tensor in _flat(state).items()})
+    saved, here = together(group, lambda: (_saved(path, state), _kinds(state)))
+    differences = _differences(saved, here, group)
     if differences:
         raise UserError(
             f"{path} does not fit this run: {'; '.join(differences)}. "
             "Continue with the config it was saved with, or start in another run.dir"
         )
-    with _plain_errors():
-        dcp_load(dict(state), storage_reader=reader, no_dist=True)
+    together(group, lambda: _read_tensors(path, state))
 
 
-def _write_tensors(folder: Path, state: StateDict) -> dict[str, FileSum]:
-    """One file a rank, by DCP. One thread: DCP loses errors of its other writing threads."""
-    _refuse_shared_memory(_flat(state))
+def _make_room(target: Path, partial: Path) -> None:
+    """Make the folder to write into. A damaged checkpoint of the same step gets a name that is not read and that `retain` deletes."""
+    if target.exists():
+        if not verify(target):
+            raise UserError(_two_writers(target))
+        target.rename(partial.with_name(f"{partial.name}-replaced"))
+    partial.mkdir(parents=True)
+
+
+def _commit(partial: Path, target: Path, manifest: Manifest) -> None:
+    """Turn what was written into a checkpoint."""
+    try:
+        write_manifest(partial, manifest)
+        sync_folder(partial)
+        partial.rename(target)  # fails where `target` is there by now, as it is a folder that is not empty
+        sync_folder(target.parent)
+        sync_folder(target.parent.parent)
+    except OSError as error:
+        if target.exists():
+            raise UserError(_two_writers(target)) from error
+        raise
+
+
+def _write_tensors(folder: Path, state: StateDict, group: ProcessGroup | None) -> dict[str, FileSum]:
+    """One file a rank, by DCP; returns the sums of those that this rank wrote. An error of one rank is raised on all.
+
+    One thread: DCP loses errors of its other writing threads.
+    """
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False, thread_count=1, overwrite=False)
     file_system = HashingFileSystem()
     writer.fs = file_system
     with _plain_errors():
-        dcp_save(dict(state), storage_writer=writer, no_dist=True)
+        dcp_save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)
     return file_system.sums
 
 
-def _make_way(target: Path, aside: Path) -> None:
-    """Move a damaged checkpoint to a name that is not read and that `directory.retain` deletes."""
-    if not verify(target):
-        raise UserError(_two_writers(target))
-    target.rename(aside)
+def _read_tensors(path: Path, state: StateDict) -> None:
+    """Reading needs no plan in common: each rank knows what it holds, and `.metadata` where that lies."""
+    with _plain_errors():
+        dcp_load(dict(state), storage_reader=FileSystemReader(path), no_dist=True)
 
 
 def _two_writers(target: Path) -> str:
@@ -113,8 +135,9 @@ def _two_writers(target: Path) -> str:
 def _refuse_shared_memory(tensors: Mapping[str, Tensor]) -> None:
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
-        pointer = tensor.data_ptr()
-        if pointer and tensor.numel() and names.setdefault(pointer, name) != name:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        pointer = local.data_ptr()
+        if pointer and local.numel() and names.setdefault(pointer, name) != name:
             raise ValueError(f"{names[pointer]} and {name} are one tensor: a tied parameter is saved once, under one name")
 
 
@@ -134,13 +157,37 @@ def _flat(state: StateDict, prefix: str = "") -> dict[str, Tensor]:
 _Kind: TypeAlias = "tuple[torch.Size, torch.dtype] | None"
 
 
-def _differences(saved: Mapping[str, _Kind], here: Mapping[str, _Kind]) -> list[str]:
-    only_saved = sorted(saved.keys() - here.keys())
-    only_here = sorted(here.keys() - saved.keys())
+def _kinds(state: StateDict) -> dict[str, _Kind]:
+    """Global shape and dtype of what is here."""
+    return {key: (tensor.shape, tensor.dtype) for key, tensor in _flat(state).items()}
+
+
+def _saved(path: Path, state: StateDict) -> dict[str, _Kind]:
+    """The same of what the checkpoint has in the sections of `state`. `.metadata` is a pickle: it is hashed before it is read."""
+    check_file(path, _METADATA)
+    return {
+        key: (entry.size, entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
+        for key, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        if key.split(".", 1)[0] in state
+    }
+
+
+def _differences(saved: Mapping[str, _Kind], here: Mapping[str, _Kind], group: ProcessGroup | None) -> list[str]:
+    """How the checkpoint and what all ranks have together differ, in words.
+
+    A rank passes on what differs, which is nothing as a rule, and one bit for each saved tensor that it has: names of thousands of ranks
+    would be many.
+    """
+    names = sorted(saved)
+    bits = sum(1 << number for number, name in enumerate(names) if name in here)
+    other = {key: kind for key, kind in here.items() if key not in saved or saved[key] != kind}
+    reports = gather((bits, other), group)
+    found = reduce(or_, (bits for bits, _ in reports))
+    others = {key: kind for _, other in reports for key, kind in other.items()}
+    only_saved = [name for number, name in enumerate(names) if not found >> number & 1]
+    only_here = sorted(others.keys() - saved.keys())
     changed = [
-        f"{key} is {_kind_text(saved[key])} there and {_kind_text(here[key])} here"
-        for key in sorted(saved.keys() & here.keys())
-        if saved[key] != here[key]
+        f"{key} is {_kind_text(saved[key])} there and {_kind_text(others[key])} here" for key in sorted(others.keys() & saved.keys())
     ]
     parts = (("only in the checkpoint", only_saved), ("only in the run", only_here), ("of another shape or dtype", changed))
     return [
@@ -163,13 +210,4 @@ def _plain_errors() -> Generator[None, None, None]:
             yield
         except CheckpointException as error:
             first, _ = next(iter(error.failures.values()))
-            raise _disk_error_behind(first) or first from error
-
-
-def _disk_error_behind(error: BaseException | None) -> OSError | None:
-    """torch.save answers a failed write with an error of its own about file positions; what the disk said is in that one's context."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__context__
-    return None
+            raise first from error

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from data_pipeline.errors import DataError
+from parallel.errors import LayoutError
+from parallel.world import World, fail_together
 from pretrain.cli import config, data, run
 from pretrain.errors import Diverged, UserError
 
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
+WRONG_INPUT = (UserError, DataError, LayoutError)
 
 app = typer.Typer(
     name="pretrain",
@@ -28,10 +32,21 @@ app.add_typer(config.app, name="config")
 
 
 def main() -> None:
-    """Entry point: a wrong input or a diverged run is one line on stderr; anything else that fails keeps its traceback."""
+    """Entry point: a wrong input or a diverged run is one line on stderr; anything else that fails keeps its traceback. Of several
+    processes that torchrun started, the one that fails first shows its error, and all end with its exit code."""
     try:
-        app()
-    except (UserError, DataError, Diverged) as error:
-        line = " ".join(str(error).splitlines())
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", line), highlight=False)
-        sys.exit(EXIT_FAILED if isinstance(error, Diverged) else EXIT_WRONG_INPUT)
+        with fail_together(World.from_environment(), show):
+            app()
+    except (*WRONG_INPUT, Diverged) as error:
+        sys.exit(show(error))
+
+
+def show(error: BaseException) -> int:
+    """Show an error on stderr, in one line if it is an expected one, and return the exit code."""
+    if not isinstance(error, (*WRONG_INPUT, Diverged)):
+        traceback.print_exception(error)
+        return EXIT_FAILED
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    line = " ".join(f"{error}{where}".splitlines())
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", line), highlight=False)
+    return EXIT_WRONG_INPUT if isinstance(error, WRONG_INPUT) else EXIT_FAILED

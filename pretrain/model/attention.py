@@ -1,22 +1,42 @@
 """Causal grouped-query attention over packed documents: the mask, the kernels behind one function, the layer.
 
 A `DocumentMask` is built once per batch, outside compiled code; what it holds decides which kernel runs.
-Shape suffixes: B batch, S queries, T keys, H query heads, G key/value heads, K head width, D model width, N documents.
+Shape suffixes: B batch, S queries, T keys, X = B*S, Y = B*T, H query heads, G key/value heads, K head width, D model width, N documents.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only  # has no public name
 
 from pretrain.config import ModelConfig
 from pretrain.model.attention_blocked import blocked_attention
-from pretrain.model.kernels import VARIABLE_LENGTH
+from pretrain.model.kernels import VARIABLE_LENGTH, Documents
 from pretrain.model.norm import RMSNorm
 from pretrain.model.rope import Rope
+
+
+class Part(NamedTuple):
+    """Queries of neighbouring tokens: those of [first, end) of each row, which see keys of [first_key, end)."""
+
+    first_key: int
+    first: int
+    end: int
+
+    document_BT: Tensor | None = None
+    """`blocked`: number of each key's document, never decreasing along a row; none under `model.document_mask=False`."""
+
+    allowed_B1ST: Tensor | None = None
+    """`sdpa`: True where a query sees a key; none is plain causal attention."""
+
+    documents: Documents | None = None
+    """Variable-length kernels: where documents end in the flattened batch."""
 
 
 class DocumentMask(NamedTuple):
@@ -25,33 +45,22 @@ class DocumentMask(NamedTuple):
     kernel: str
     """`sdpa`, `blocked`, or a name of `kernels.VARIABLE_LENGTH`."""
 
+    window: int | None
+    """Each token sees the last this many tokens of its document, itself included; none means all."""
+
     positions_BS: Tensor
     """Position of each token, for RoPE."""
 
     lengths_BS: Tensor | None
     """Length of each token's document; only for `rope.kind=dynamic_ntk`."""
 
-    window: int | None
-    """Each token sees the last this many tokens of its document, itself included; none means all."""
-
-    document_BS: Tensor | None = None
-    """`blocked`: number of each token's document, never decreasing along a row; none under `model.document_mask=False`."""
-
-    allowed_B1ST: Tensor | None = None
-    """`sdpa`: True where a query sees a key; none is plain causal attention."""
-
-    document_ends_N: Tensor | None = None
-    """Variable-length kernels: 0, then the end of every document in the flattened batch, int32 [N + 1]."""
-
-    longest: int = 0
-    """Variable-length kernels: an upper bound of the documents' lengths, a power of two so that few graphs are compiled."""
+    parts: tuple[Part, ...]
+    """The queries, one part after the other: whole rows are one part, the tokens of a rank under context parallelism may be several."""
 
     def to(self, device: torch.device | str) -> DocumentMask:
         """The same mask on another device. Built on the CPU and then moved, it costs the GPU no synchronisation."""
-        device = torch.device(device)
-        # Any: a type checker holds what ** may bring against every field, and some are no tensors.
-        moved: dict[str, Any] = {name: _moved(x, device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(**moved)
+        moved: DocumentMask = tree_map_only(Tensor, partial(_moved, device=torch.device(device)), self)
+        return moved
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
@@ -60,31 +69,65 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def document_mask(document_ids_BS: Tensor, positions_BS: Tensor, kernel: str, config: ModelConfig) -> DocumentMask:
-    """The mask of one batch, on the device of its inputs; reads their values, so best called before they go to the GPU.
+def document_mask(
+    document_ids_BT: Tensor,
+    positions_BT: Tensor,
+    kernel: str,
+    config: ModelConfig,
+    ranges: Sequence[tuple[int, int]] | None = None,
+    whole_rows: bool = True,
+) -> DocumentMask:
+    """The mask of one batch of whole rows, on the device of its inputs; reads their values, so best called before they go to the GPU.
 
-    With `model.document_mask=False` every row is one document that starts at position 0.
+    With `model.document_mask=False` every row is one document that starts at position 0. Under context parallelism `ranges` are the
+    tokens (first, end) of each row that are here: positions and lengths are theirs alone, and so are the queries, which attend to the keys
+    of whole rows; but with `whole_rows` attention sees all tokens of the row (and some of the heads).
     """
-    B, S = document_ids_BS.shape
+    B, T = document_ids_BT.shape
+    window = config.sliding_window
     if not config.document_mask:
-        document_ids_BS = torch.zeros_like(document_ids_BS)
-        positions_BS = torch.arange(S, device=positions_BS.device).expand(B, S)
-    starts_BS = torch.ones_like(document_ids_BS, dtype=torch.bool)
-    starts_BS[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
-    starts_N = starts_BS.flatten().nonzero().flatten()
-    ends_N = F.pad(starts_N[1:], (0, 1), value=B * S)
-    document_BS = starts_BS.flatten().cumsum(0).view(B, S) - 1
-    lengths_BS = (ends_N - starts_N)[document_BS] if config.rope.kind == "dynamic_ntk" else None
-    mask = DocumentMask(kernel, positions_BS, lengths_BS, config.sliding_window)
+        document_ids_BT = torch.zeros_like(document_ids_BT)
+        positions_BT = torch.arange(T, device=positions_BT.device).expand(B, T)
+    starts_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    document_BT = starts_BT.flatten().cumsum(0).view(B, T) - 1
+    lengths_BT = document_BT.flatten().bincount()[document_BT] if config.rope.kind == "dynamic_ntk" else None
+    mask = DocumentMask(kernel, window, _held(positions_BT, ranges), None if lengths_BT is None else _held(lengths_BT, ranges), ())
+    if ranges is None or whole_rows:
+        plain = kernel == "sdpa" and int(document_BT[-1, -1]) == B - 1 and (window is None or window >= T)
+        return mask._replace(parts=(Part(0, 0, T) if plain else _part(document_BT, 0, T, kernel, config),))
+    return mask._replace(parts=tuple(_part(document_BT, first, end, kernel, config) for first, end in ranges))
+
+
+def _held(x_BT: Tensor, ranges: Sequence[tuple[int, int]] | None) -> Tensor:
+    return x_BT if ranges is None else torch.cat([x_BT[:, first:end] for first, end in ranges], dim=1)
+
+
+def _part(document_BT: Tensor, first: int, end: int, kernel: str, config: ModelConfig) -> Part:
+    """What the kernel needs for the queries [first, end) of each row; keys before all their windows are left out."""
+    first_key = 0 if config.sliding_window is None else max(0, first - config.sliding_window + 1)
+    part, document_BT, n_before = Part(first_key, first, end), document_BT[:, first_key:end], first - first_key
     if kernel in VARIABLE_LENGTH:
-        longest = 1 << (int((ends_N - starts_N).max()) - 1).bit_length()
-        return mask._replace(document_ends_N=F.pad(ends_N, (1, 0)).int(), longest=longest)
+        return part._replace(documents=_documents(document_BT, n_before))
     if kernel == "blocked":  # not by what this batch holds: the compiler would make a second graph for batches without packed rows
-        return mask._replace(document_BS=document_BS) if config.document_mask else mask
-    if len(starts_N) == B and (config.sliding_window is None or config.sliding_window >= S):
-        return mask
-    same_BST = document_BS[:, :, None] == document_BS[:, None, :]
-    return mask._replace(allowed_B1ST=(same_BST & _causal_window(0, S, config.sliding_window, same_BST.device))[:, None])
+        return part._replace(document_BT=document_BT) if config.document_mask else part
+    same_BST = document_BT[:, n_before:, None] == document_BT[:, None, :]
+    causal_ST = _causal_window(n_before, end - first, config.sliding_window, same_BST.device)
+    return part._replace(allowed_B1ST=(same_BST & causal_ST)[:, None])
+
+
+def _documents(document_BT: Tensor, n_before: int) -> Documents:
+    """Where documents end among the keys, all tokens given, and among the queries, all but the first `n_before` of each row.
+
+    What stands in a row before the first query's document counts as one document, which has no queries.
+    """
+    number_BT = torch.maximum(document_BT, document_BT[:, n_before : n_before + 1] - 1)
+    _, number_BT = torch.unique_consecutive(number_BT, return_inverse=True)
+    keys_N = number_BT.flatten().bincount()
+    queries_N = number_BT[:, n_before:].flatten().bincount(minlength=len(keys_N))
+    query_ends_N, key_ends_N = (F.pad(counts_N.cumsum(0), (1, 0)).int() for counts_N in (queries_N, keys_N))
+    most_queries, most_keys = (1 << (int(counts_N.max()) - 1).bit_length() for counts_N in (queries_N, keys_N))
+    return Documents(query_ends_N, key_ends_N, most_queries, most_keys)
 
 
 def continuation_mask(start: int, count: int, capacity: int, config: ModelConfig, device: torch.device | str) -> DocumentMask:
@@ -92,12 +135,12 @@ def continuation_mask(start: int, count: int, capacity: int, config: ModelConfig
 
     `dynamic_ntk` scales once, for the `capacity` of the cache: keys rotated by different bases do not belong together.
     """
+    window, part = config.sliding_window, Part(0, start, start + count)
     positions_1S = torch.arange(start, start + count, device=device)[None]
     lengths_1S = torch.full_like(positions_1S, capacity) if config.rope.kind == "dynamic_ntk" else None
-    mask = DocumentMask("sdpa", positions_1S, lengths_1S, config.sliding_window)
-    if start == 0 and (config.sliding_window is None or config.sliding_window >= count):
-        return mask
-    return mask._replace(allowed_B1ST=_causal_window(start, count, config.sliding_window, device)[None, None])
+    if start > 0 or (window is not None and window < count):
+        part = part._replace(allowed_B1ST=_causal_window(start, count, window, device)[None, None])
+    return DocumentMask("sdpa", window, positions_1S, lengths_1S, (part,))
 
 
 def _causal_window(start: int, count: int, window: int | None, device: torch.device | str) -> Tensor:
@@ -109,14 +152,29 @@ def _causal_window(start: int, count: int, window: int | None, device: torch.dev
 
 
 def attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: DocumentMask) -> Tensor:
-    """softmax(q k' / sqrt(K)) v over the keys the mask allows, [B, S, H, K]; query head h reads key/value head h // (H/G)."""
-    if mask.document_ends_N is not None:
-        kernel = VARIABLE_LENGTH[mask.kernel]
-        q_XHK, k_XGK, v_XGK = (x.flatten(0, 1) for x in (q_BSHK, k_BTGK, v_BTGK))
-        return kernel(q_XHK, k_XGK, v_XGK, mask.document_ends_N, mask.longest, mask.window).view_as(q_BSHK)
+    """softmax(q k' / sqrt(K)) v over the keys the mask allows, [B, S, H, K]; query head h reads key/value head h // (H/G).
+
+    The queries are those of the mask's parts, the keys and values those of whole rows.
+    """
+    if len(mask.parts) == 1 and mask.parts[0].first_key == 0:
+        return _attention_of_part(q_BSHK, k_BTGK, v_BTGK, mask, mask.parts[0])
+    outs: list[Tensor] = []
+    start = 0
+    for part in mask.parts:
+        queries, keys = slice(start, start + part.end - part.first), slice(part.first_key, part.end)
+        outs.append(_attention_of_part(q_BSHK[:, queries], k_BTGK[:, keys], v_BTGK[:, keys], mask, part))
+        start = queries.stop
+    return torch.cat(outs, dim=1)
+
+
+def _attention_of_part(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: DocumentMask, part: Part) -> Tensor:
+    """The queries of one part, which are the last of the tokens that its keys belong to."""
+    if part.documents is not None:
+        q_XHK, k_YGK, v_YGK = (x.flatten(0, 1) for x in (q_BSHK, k_BTGK, v_BTGK))
+        return VARIABLE_LENGTH[mask.kernel](q_XHK, k_YGK, v_YGK, part.documents, mask.window).view(q_BSHK.shape)
     if mask.kernel == "blocked":
-        return blocked_attention(q_BSHK, k_BTGK, v_BTGK, mask.document_BS, mask.window)
-    return _sdpa(q_BSHK, k_BTGK, v_BTGK, mask.allowed_B1ST)
+        return blocked_attention(q_BSHK, k_BTGK, v_BTGK, part.document_BT, mask.window)
+    return _sdpa(q_BSHK, k_BTGK, v_BTGK, part.allowed_B1ST)
 
 
 def _sdpa(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, allowed_B1ST: Tensor | None) -> Tensor:
@@ -134,6 +192,10 @@ def _sdpa(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, allowed_B1ST: Tensor |
         enable_gqa=grouped,
     )
     return out_BHSK.transpose(1, 2)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, DocumentMask], Tensor]
+"""`attention`, or what context parallelism puts around it."""
 
 
 class LayerCache(NamedTuple):
@@ -164,6 +226,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_width, config.d_model, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.attend: Attend = attention
 
     def forward(self, x_BSD: Tensor, rope: Rope, mask: DocumentMask, cache: LayerCache | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D]; with a cache, the S tokens also attend to the cached ones and are appended to it."""
@@ -175,5 +238,5 @@ class Attention(nn.Module):
         q_BSHK, k_BSGK = rope.rotate(q_BSHK), rope.rotate(k_BSGK)
         if cache is not None:
             k_BSGK, v_BSGK = cache.append(k_BSGK, v_BSGK)
-        out_BSD: Tensor = self.o_proj(attention(q_BSHK, k_BSGK, v_BSGK, mask).flatten(2))
+        out_BSD: Tensor = self.o_proj(self.attend(q_BSHK, k_BSGK, v_BSGK, mask).flatten(2))
         return out_BSD

@@ -1,7 +1,7 @@
 """Variable-length attention kernels for CUDA, and the choice among all kernels. No kernel is imported before it is wanted.
 
-A kernel takes documents laid end to end and returns the same: q [X, H, K], k and v [X, G, K] with X = B*S tokens,
-`ends` int32 [N + 1] (0, then every document's end), an upper bound of their lengths, and the window.
+A kernel takes documents laid end to end and returns the same: q [X, H, K] of X = B*S queries, k and v [Y, G, K] of Y = B*T keys, the
+`Documents` that they make up, and the window. A document's queries are the last of its tokens, so the causal mask ends with both.
 """
 
 from __future__ import annotations
@@ -11,12 +11,28 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
+
+class Documents(NamedTuple):
+    """Where documents end among the queries and among the keys. One without queries is there for its keys, which nobody here sees."""
+
+    query_ends_N: Tensor
+    """0, then the end of every document, int32 [N + 1]."""
+
+    key_ends_N: Tensor
+
+    most_queries: int
+    """An upper bound of a document's queries, a power of two so that few graphs are compiled."""
+
+    most_keys: int
+
+
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Documents, int | None], Tensor]
 
 # torch 2.11 has no such argument: there the flash kernel takes grouped heads as they come. Later versions want to be told.
 _varlen_attn: Callable[..., Tensor | tuple[Tensor, ...]] = (
@@ -24,15 +40,15 @@ _varlen_attn: Callable[..., Tensor | tuple[Tensor, ...]] = (
 )
 
 
-def varlen(q_XHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, ends_N: Tensor, longest: int, window: int | None) -> Tensor:
+def varlen(q_XHK: Tensor, k_YGK: Tensor, v_YGK: Tensor, documents: Documents, window: int | None) -> Tensor:
     """PyTorch's own variable-length flash attention (torch.nn.attention.varlen)."""
     left = -1 if window is None else window - 1  # tokens to the left, without the query itself
-    return _output(_varlen_attn(q_XHK, k_XGK, v_XGK, ends_N, ends_N, longest, longest, window_size=(left, 0)))
+    return _output(_varlen_attn(q_XHK, k_YGK, v_YGK, *documents, window_size=(left, 0)))
 
 
 # Versions 3 and 4 are not all visible to the compiler, and a graph break per block costs microseconds.
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
-def flash_attn(q_XHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, ends_N: Tensor, longest: int, window: int | None) -> Tensor:
+def flash_attn(q_XHK: Tensor, k_YGK: Tensor, v_YGK: Tensor, documents: Documents, window: int | None) -> Tensor:
     """The flash-attn package, in the newest version that runs on this GPU."""
     version = flash_attn_version(q_XHK.device.index or 0)
     if version is None:
@@ -40,12 +56,12 @@ def flash_attn(q_XHK: Tensor, k_XGK: Tensor, v_XGK: Tensor, ends_N: Tensor, long
     unlimited = None if version == 4 else -1
     out = _flash_attn_function(version)(
         q_XHK,
-        k_XGK,
-        v_XGK,
-        cu_seqlens_q=ends_N,
-        cu_seqlens_k=ends_N,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        k_YGK,
+        v_YGK,
+        cu_seqlens_q=documents.query_ends_N,
+        cu_seqlens_k=documents.key_ends_N,
+        max_seqlen_q=documents.most_queries,
+        max_seqlen_k=documents.most_keys,
         causal=True,
         window_size=(unlimited, unlimited) if window is None else (window - 1, 0),
     )

@@ -9,8 +9,7 @@ Shape suffixes: T tokens, C tokens of a chunk, D model width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,55 +35,107 @@ class LossSum(NamedTuple):
     """z_loss weight * log(Z)^2; detached."""
 
 
-SoftmaxGradient = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+class VocabularyPart(Protocol):
+    """Where the logits at hand are those of consecutive rows of a weight whose other rows are with other ranks."""
+
+    @property
+    def first(self) -> int:
+        """Token id of the first row."""
+
+    def all_max(self, x_C: Tensor) -> Tensor:
+        """The largest of all ranks, element by element."""
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, element by element."""
 
 
-def softmax_gradient_(logits_CV: Tensor, labels_C: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Overwrite the logits with the gradient of the loss for them, but for the label's own column.
+class SoftmaxGradient(Protocol):
+    """`softmax_gradient_`, or it compiled."""
+
+    def __call__(
+        self, logits_CV: Tensor, labels_C: Tensor, z_loss: float, vocabulary: VocabularyPart | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [C, V], overwritten, and labels [C] -> three fp32 [C]."""
+
+
+def softmax_gradient_(
+    logits_CV: Tensor, labels_C: Tensor, z_loss: float, vocabulary: VocabularyPart | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrite the logits with the gradient of the loss for them, but for the column at `_columns`.
 
     Returns, fp32 [C] each: the negative log-likelihood, the weighted z-loss (both 0 where ignored), and what belongs into
-    the label's column. Writing that column is left to the caller because a scatter would keep the rest from being fused.
+    that column. Writing it is left to the caller because a scatter would keep the rest from being fused.
     """
     # Uncompiled, every operation writes a temporary: a few rows at a time, in one piece of memory, keep that small and in the cache.
-    rows = len(logits_CV) if torch.compiler.is_compiling() else max(1, _BLOCK // logits_CV.shape[1])
+    # Not where each block would wait for other ranks: there the vocabulary is a part, and so are the temporaries.
+    at_once = torch.compiler.is_compiling() or vocabulary is not None
+    rows = len(logits_CV) if at_once else max(1, _BLOCK // logits_CV.shape[1])
     scratch_RV = torch.empty(min(rows, len(logits_CV)), logits_CV.shape[1], dtype=torch.float32, device=logits_CV.device)
     blocks = zip(torch.split(logits_CV, rows), torch.split(labels_C, rows), strict=True)
-    parts = [_softmax_gradient_block_(logits, labels, z_loss, scratch_RV[: len(logits)]) for logits, labels in blocks]
+    parts = [_softmax_gradient_block_(logits, labels, z_loss, vocabulary, scratch_RV[: len(logits)]) for logits, labels in blocks]
     nll_C, z_C, column_C = (torch.cat(part) for part in zip(*parts, strict=True))
     return nll_C, z_C, column_C
 
 
-def _softmax_gradient_block_(logits_CV: Tensor, labels_C: Tensor, z_loss: float, scratch_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax_gradient_block_(
+    logits_CV: Tensor, labels_C: Tensor, z_loss: float, vocabulary: VocabularyPart | None, scratch_CV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     valid_C = (labels_C != IGNORE).float()
     weights_CV = scratch_CV.copy_(logits_CV)
     top_C = weights_CV.amax(-1)
     total_C = weights_CV.sub_(top_C[:, None]).exp_().sum(-1)
+    own_C, own_total_C = valid_C, total_C
+    column_logit_C = label_logit_C = logits_CV.gather(1, _columns(labels_C, logits_CV.shape[1], vocabulary)[:, None]).squeeze(1).float()
+    if vocabulary is not None:
+        own_C = valid_C * ((labels_C >= vocabulary.first) & (labels_C < vocabulary.first + logits_CV.shape[1])).float()
+        own_top_C, top_C = top_C, vocabulary.all_max(top_C)
+        shift_C = (own_top_C - top_C).exp()
+        total_C, label_logit_C = vocabulary.all_sum(torch.stack((total_C * shift_C, column_logit_C * own_C))).unbind()
+        own_total_C = total_C / shift_C
     log_z_C = top_C + total_C.log()
-    log_p_C = logits_CV.gather(1, labels_C.clamp(min=0)[:, None]).squeeze(1).float() - log_z_C
     scale_C = valid_C * (1 + 2 * z_loss * log_z_C)
     # No gathered logit may enter this line: the compiler would read it in the same kernel, and so write to a second [C, V].
-    logits_CV.copy_(weights_CV.mul_((scale_C / total_C)[:, None]))
-    column_C = log_p_C.exp() * scale_C - valid_C
-    return -log_p_C * valid_C, z_loss * log_z_C.square() * valid_C, column_C
+    logits_CV.copy_(weights_CV.mul_((scale_C / own_total_C)[:, None]))
+    column_C = (column_logit_C - log_z_C).exp() * scale_C - own_C
+    return (log_z_C - label_logit_C) * valid_C, z_loss * log_z_C.square() * valid_C, column_C
+
+
+def _columns(labels_C: Tensor, V: int, vocabulary: VocabularyPart | None) -> Tensor:
+    """The label's column; where another rank has it, or there is none, one that is here all the same."""
+    return (labels_C if vocabulary is None else labels_C - vocabulary.first).clamp(0, V - 1)
+
+
+class LinearLoss(Protocol):
+    """What a model calls for its loss: `linear_cross_entropy`, or what parallelism puts around it."""
+
+    def __call__(
+        self, hidden: Tensor, weight_VD: Tensor, labels: Tensor, z_loss: float, softmax: SoftmaxGradient = softmax_gradient_
+    ) -> LossSum:
+        """Hidden states [..., D] and labels [...] -> the summed loss."""
 
 
 def linear_cross_entropy(
-    hidden_TD: Tensor,
+    hidden: Tensor,
     weight_VD: Tensor,
-    labels_T: Tensor,
+    labels: Tensor,
     z_loss: float = 0.0,
     softmax: SoftmaxGradient = softmax_gradient_,
+    vocabulary: VocabularyPart | None = None,
 ) -> LossSum:
     """Summed cross-entropy of softmax(hidden @ weight') against the labels, plus z_loss * log(Z)^2 (arXiv:2204.02311, section 5).
 
-    Products are computed in the type of `hidden_TD`, the softmax in fp32, and the weight's gradient is summed over the
-    chunks in the weight's own type: a bf16 weight's is rounded once a chunk. Pass `softmax_gradient_` compiled to have it
-    so. Labels of -100 are ignored. Without gradients (no_grad, or nothing that requires them) the two
-    products that make them are left out; the softmax is overwritten with its gradient all the same.
+    Hidden states are [..., D], labels [...]; labels of -100 are ignored. Products are computed in the type of `hidden`, the softmax in
+    fp32, and the weight's gradient is summed over the chunks in the weight's own type: a bf16 weight's is rounded once a chunk. Pass
+    `softmax_gradient_` compiled to have it so. Without gradients (no_grad, or nothing that requires them) the two products that make them
+    are left out; the softmax is overwritten with its gradient all the same.
+
+    With a part of the vocabulary, `weight_VD` has its rows alone. The sums are those of the whole vocabulary, on every rank; the gradient
+    of `hidden` is this part's addend, which the caller sums over the ranks.
     """
+    hidden_TD, labels_T = hidden.flatten(0, -2), labels.flatten()
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
-        return LossSum(*_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, softmax))  # type: ignore[no-untyped-call]  # in torch
-    return LossSum(*_chunked(hidden_TD, weight_VD, labels_T, z_loss, softmax, None, None))
+        return LossSum(*_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, softmax, vocabulary))  # type: ignore[no-untyped-call]  # in torch
+    return LossSum(*_chunked(hidden_TD, weight_VD, labels_T, z_loss, softmax, vocabulary, None, None))
 
 
 def _chunked(
@@ -93,6 +144,7 @@ def _chunked(
     labels_T: Tensor,
     z_loss: float,
     softmax: SoftmaxGradient,
+    vocabulary: VocabularyPart | None,
     grad_hidden_TD: Tensor | None,
     grad_weight_VD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,11 +159,11 @@ def _chunked(
         chunk = slice(start, start + size)
         hidden_CD, labels_C = hidden_TD[chunk], labels_T[chunk]
         logits_CV = torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[: len(hidden_CD)])
-        nll_C, z_C, column_C = softmax(logits_CV, labels_C, z_loss)
+        nll_C, z_C, column_C = softmax(logits_CV, labels_C, z_loss, vocabulary)
         cross_entropy += nll_C.sum()
         z += z_C.sum()
-        row_C = torch.arange(len(logits_CV), device=logits_CV.device)
-        gradient_CV = logits_CV.index_put_((row_C, labels_C.clamp(min=0)), column_C.to(logits_CV.dtype))  # scatter_ copies all on a CPU
+        where = torch.arange(len(logits_CV), device=logits_CV.device), _columns(labels_C, V, vocabulary)
+        gradient_CV = logits_CV.index_put_(where, column_C.to(logits_CV.dtype))  # scatter_ copies all on a CPU
         if grad_hidden_TD is not None:
             torch.mm(gradient_CV, weight_VD, out=grad_hidden_TD[chunk])
         if grad_weight_VD is not None:
@@ -149,18 +201,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_T: Tensor,
         z_loss: float,
         softmax: SoftmaxGradient,
+        vocabulary: VocabularyPart | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_hidden_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
-        total, cross_entropy, z = _chunked(hidden_TD, weight_VD, labels_T, z_loss, softmax, grad_hidden_TD, grad_weight_VD)
+        total, cross_entropy, z = _chunked(hidden_TD, weight_VD, labels_T, z_loss, softmax, vocabulary, grad_hidden_TD, grad_weight_VD)
         ctx.gradients = grad_hidden_TD, grad_weight_VD
         ctx.mark_non_differentiable(cross_entropy, z)
         return total, cross_entropy, z
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # Any: as above
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # Any: as above
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass; call it again for another")
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second [V, D] would cost what chunks have saved
-        grad_hidden_TD, grad_weight_VD = (None if gradient is None else gradient.mul_(grad_total) for gradient in gradients)
-        return grad_hidden_TD, grad_weight_VD, None, None, None
+            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass; give the one before retain_graph=True")
+        gradients = ctx.gradients
+        # Private: save_for_backward() is the public way to hear that a graph is kept, and would not let go of what it saved in time.
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            scaled = [None if gradient is None else gradient * grad_total for gradient in gradients]
+        else:
+            ctx.gradients = None  # scaled in place: a second [V, D] would cost what chunks have saved
+            scaled = [None if gradient is None else gradient.mul_(grad_total) for gradient in gradients]
+        return *scaled, None, None, None, None

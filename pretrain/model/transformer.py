@@ -5,6 +5,9 @@ Shape suffixes: B batch, S sequence, D model width, V vocabulary, T tokens (B*S)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,10 +15,31 @@ from torch import Tensor, nn
 from pretrain.config import AUTO, ModelConfig
 from pretrain.model.attention import Attention, DocumentMask, LayerCache, document_mask
 from pretrain.model.generate import KVCache
-from pretrain.model.loss import LossSum, linear_cross_entropy, softmax_gradient_
+from pretrain.model.loss import LinearLoss, LossSum, linear_cross_entropy, softmax_gradient_
 from pretrain.model.mlp import MLP
 from pretrain.model.norm import RMSNorm
 from pretrain.model.rope import Rope, rope_tables
+
+SPLIT_PLAN = {
+    "model.embed_tokens": "vocabulary_rows",
+    "model.layers.*.input_layernorm": "sequence",
+    "model.layers.*.self_attn": "gather_sequence",
+    "model.layers.*.self_attn.q_proj": "columns",
+    "model.layers.*.self_attn.k_proj": "kv_columns",
+    "model.layers.*.self_attn.v_proj": "kv_columns",
+    "model.layers.*.self_attn.q_norm": "heads",
+    "model.layers.*.self_attn.k_norm": "heads",
+    "model.layers.*.self_attn.o_proj": "rows_then_reduce",
+    "model.layers.*.post_attention_layernorm": "sequence",
+    "model.layers.*.mlp": "gather_sequence",
+    "model.layers.*.mlp.gate_proj": "columns",
+    "model.layers.*.mlp.up_proj": "columns",
+    "model.layers.*.mlp.down_proj": "rows_then_reduce",
+    "model.norm": "sequence",
+    "lm_head": "vocabulary_columns",
+}
+"""How tensor parallelism may split the model: what each module does with its weight and its input. `parallel.tensor` knows the words.
+`model.layers.*` is what pipelines cut between, and what is recomputed, compiled and sharded as one."""
 
 
 class Block(nn.Module):
@@ -36,72 +60,100 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the output projection; the level of the tree that Hugging Face calls `model`."""
+    """Everything but the output projection; the level of the tree that Hugging Face calls `model`.
 
-    def __init__(self, config: ModelConfig):
+    A stage of a pipeline holds some of the layers, under the names that they have in the whole model.
+    """
+
+    def __init__(self, config: ModelConfig, layers: range):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        first, last = layers.start == 0, layers.stop == config.n_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model) if first or (last and config.tie_embeddings) else None
+        self.layers = nn.ModuleDict({str(i): Block(config) for i in layers})
+        self.norm = RMSNorm(config.d_model, config.norm_eps) if last else None
 
 
 class Transformer(nn.Module):
-    """A causal language model. Builds on any device, `meta` included; `init.initialise` gives it weights.
+    """A causal language model, or the consecutive `layers` of one. Builds on any device, `meta` included; `init` gives it weights.
 
-    With tied embeddings there is no `lm_head`: one parameter has one name, as in Hugging Face's saved files.
+    The first layers come with the embedding, the last ones with the final norm and the output projection. With tied embeddings there is
+    no `lm_head`: one parameter has one name, as in Hugging Face's saved files, and the last part of a model holds `embed_tokens` too.
     Raises ValueError for a config that still says `auto`.
     """
 
-    def __init__(self, config: ModelConfig, attention: str = "sdpa"):
+    def __init__(self, config: ModelConfig, attention: str = "sdpa", layers: range | None = None):
         super().__init__()
         if config.vocab_size == AUTO:
             raise ValueError("model.vocab_size=auto has to be resolved to the tokenizer's size before a model is built")
+        layers = range(config.n_layers) if layers is None else layers
         self.config = config
         self.attention = attention
-        self.model = Decoder(config)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.softmax_gradient_ = softmax_gradient_
+        self.is_first, self.is_last = layers.start == 0, layers.stop == config.n_layers
+        self.model = Decoder(config, layers)
+        untied = self.is_last and not config.tie_embeddings
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False) if untied else None
+        self.linear_loss: LinearLoss = linear_cross_entropy
+        self.plan = SPLIT_PLAN
+        self.tied = "model.embed_tokens.weight" if config.tie_embeddings else None
 
     @property
-    def layers(self) -> nn.ModuleList:
-        """The blocks, in order."""
-        return self.model.layers
+    def layers(self) -> list[Block]:
+        """The blocks that are here, in order."""
+        return [layer for layer in self.model.layers.values() if isinstance(layer, Block)]
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """What is used at one time: the embedding, unless it is the output projection too, and each block. The rest is used at the end."""
+        embedding = [] if self.model.embed_tokens is None or self.tied else [self.model.embed_tokens]
+        return [*embedding, *self.layers]
 
     @property
     def output_weight(self) -> Tensor:
-        """The output projection [V, D]."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """The output projection [V, D]; only the last part of a model has it."""
+        projection = self.lm_head or self.model.embed_tokens
+        assert self.is_last
+        assert projection is not None
+        return projection.weight
 
     def compile_parts(self) -> None:
         """torch.compile what repeats or is made of many small operations: every block, the final norm, the softmax of the loss."""
         for layer in self.layers:
             layer.compile()
-        self.model.norm.compile()
-        self.softmax_gradient_ = torch.compile(softmax_gradient_)
+        if self.model.norm is not None:
+            self.model.norm.compile()
+        self.linear_loss = partial(linear_cross_entropy, softmax=torch.compile(softmax_gradient_))
 
-    def document_mask(self, document_ids_BS: Tensor, positions_BS: Tensor) -> DocumentMask:
-        """The mask of one batch for this model's attention kernel; see `attention.document_mask`."""
-        return document_mask(document_ids_BS, positions_BS, self.attention, self.config)
+    def document_mask(
+        self,
+        document_ids_BS: Tensor,
+        positions_BS: Tensor,
+        ranges: Sequence[tuple[int, int]] | None = None,
+        whole_rows: bool = True,
+    ) -> DocumentMask:
+        """The mask of one batch of whole rows for this model's attention kernel; see `attention.document_mask`."""
+        return document_mask(document_ids_BS, positions_BS, self.attention, self.config, ranges, whole_rows)
 
-    def forward(self, input_ids_BS: Tensor, mask: DocumentMask, cache: KVCache | None = None) -> Tensor:
-        """Hidden states after the final norm, [B, S, D]. A cache is extended by the S tokens."""
-        x_BSD: Tensor = self.model.embed_tokens(input_ids_BS)
+    def forward(self, x: Tensor, mask: DocumentMask, cache: KVCache | None = None) -> Tensor:
+        """Token ids [B, S], or what the layers before give [B, S, D] -> [B, S, D], after the final norm where this part has it.
+
+        A cache is extended by the S tokens.
+        """
+        x_BSD: Tensor = x if self.model.embed_tokens is None or not self.is_first else self.model.embed_tokens(x)
         rope = rope_tables(self.config.rope, self.config.head_dim, mask.positions_BS, mask.lengths_BS)
         for i, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD, rope, mask, None if cache is None else cache.layer(i))
         if cache is not None:
-            cache.length += input_ids_BS.shape[1]
-        hidden_BSD: Tensor = self.model.norm(x_BSD)
-        return hidden_BSD
+            cache.length += x.shape[1]
+        return x_BSD if self.model.norm is None else self.model.norm(x_BSD)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the type of the hidden states. For a few positions: training uses `loss`."""
         return F.linear(hidden_BSD, self.output_weight)
 
-    def loss(self, input_ids_BS: Tensor, labels_BS: Tensor, mask: DocumentMask, z_loss: float = 0.0) -> LossSum:
-        """Summed loss of the batch. `labels_BS[b, s]` is the token that follows `input_ids_BS[b, s]`, or -100 for none.
+    def loss(self, x: Tensor, labels_BS: Tensor, mask: DocumentMask, z_loss: float = 0.0) -> LossSum:
+        """Summed loss of the batch, of token ids [B, S] or what the layers before give [B, S, D].
 
-        Divide `total` by the number of labels of the whole global batch, so that micro-batches and ranks weigh by tokens.
+        `labels_BS[b, s]` is the token that follows token s of row b, or -100 for none. Divide `total` by the number of labels of the whole
+        global batch, so that micro-batches and ranks weigh by tokens.
         """
-        hidden_TD = self(input_ids_BS, mask).flatten(0, 1)
-        return linear_cross_entropy(hidden_TD, self.output_weight, labels_BS.flatten(), z_loss, self.softmax_gradient_)
+        return self.linear_loss(self.forward(x, mask), self.output_weight, labels_BS, z_loss)

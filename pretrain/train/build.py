@@ -5,12 +5,15 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from parallel.engine import LossSum, Microbatch
+from parallel.build import build_engine as build
+from parallel.engine import Blueprint, LossSum, Microbatch, Numbers
 from parallel.engines.torch import TorchEngine
+from parallel.layout import Layout
 from pretrain.config import ModelConfig, RunConfig
-from pretrain.model.init import initialise
+from pretrain.model.flops import count_parameters
+from pretrain.model.init import fill
 from pretrain.model.transformer import Transformer
 from pretrain.optim.build import build_optimizer
 
@@ -24,23 +27,50 @@ def build_model(config: ModelConfig, attention: str, device: torch.device) -> Tr
     return model.to_empty(device=device)
 
 
-def build_engine(config: RunConfig) -> TorchEngine:
-    """The model of a resolved config with its initial weights, and its optimizer."""
-    model = build_model(config.model, config.train.attention, torch.device(config.train.device))
-    initialise(model, config.run.seed)
-    if config.train.compile:
-        model.compile_parts()
-    return TorchEngine(
-        model,
-        partial(compute_loss, config=config),
-        partial(build_optimizer, config=config.optim),
-        dtype=DTYPES[config.train.precision],
-        clip=config.optim.clip,
+def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0, device: torch.device | None = None) -> TorchEngine:  # noqa: B008
+    """What `rank` holds of the model of a resolved config, with its initial weights, and its optimizer; `device` is that of the config."""
+    return build(
+        blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=device or torch.device(config.train.device)
     )
 
 
-def compute_loss(model: nn.Module, microbatch: Microbatch, *, config: RunConfig) -> LossSum:
-    """Forward pass and loss over one microbatch."""
+def blueprint_of(config: RunConfig) -> Blueprint:
+    """The model that the config describes."""
+    model, counts = config.model, count_parameters(config.model)
+    return Blueprint(
+        n_layers=model.n_layers,
+        width=model.d_model,
+        build=lambda layers: Transformer(model, config.train.attention, layers),
+        fill=partial(_fill, config=model, seed=config.run.seed),
+        compute=partial(compute, config=config),
+        build_optimizer=partial(build_optimizer, config=config.optim),
+        last_cost=model.n_layers * model.vocab_size * model.d_model / (counts.attention + counts.mlp),  # the output projection, in layers
+    )
+
+
+def numbers_of(config: RunConfig) -> Numbers:
+    """How the config computes."""
+    train = config.train
+    return Numbers(
+        dtype=DTYPES[train.precision],
+        clip=config.optim.clip,
+        compile=train.compile,
+        recompute=train.recompute,
+        recompute_every=train.recompute_every,
+        recompute_keep=train.recompute_keep,
+    )
+
+
+def _fill(name: str, part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], *, config: ModelConfig, seed: int) -> None:
+    fill(name, part, offset, shape, config, seed)
+
+
+def compute(model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, config: RunConfig) -> Tensor | LossSum:
+    """One part of the model over one microbatch: what the next part needs, or the loss if this is the last."""
     assert isinstance(model, Transformer)
-    mask = model.document_mask(microbatch.document_ids, microbatch.positions).to(microbatch.input_ids.device)
-    return model.loss(microbatch.input_ids, microbatch.labels, mask, z_loss=config.train.z_loss)
+    x = microbatch.input_ids if received is None else received
+    held = microbatch.held
+    ranges, whole_rows = (None, True) if held is None else (held.ranges, held.whole_rows)
+    mask = model.document_mask(microbatch.document_ids, microbatch.positions, ranges, whole_rows).to(x.device)
+    return model.loss(x, microbatch.labels, mask, z_loss=config.train.z_loss) if model.is_last else model(x, mask)
+

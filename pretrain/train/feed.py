@@ -1,9 +1,9 @@
-"""Batches of numpy arrays -> tensors in host memory -> microbatches on the device."""
+"""The rows of a data rank -> tensors in host memory -> microbatches on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,8 +15,43 @@ from parallel.engine import Microbatch
 
 
 @dataclass(frozen=True)
+class Share:
+    """The part of every global batch that one of `ranks` data ranks reads: rows that follow each other, as many as the others have or one
+    fewer. All give equally many, of equally large microbatches: what is missing is filled up with rows that have no labels.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    whole_microbatches: bool = False
+    """Whether the last microbatch must be as large as the others: a pipeline knows one size."""
+
+    def rows(self, n_rows: int) -> range:
+        """Those that it reads of a batch of `n_rows`, none perhaps."""
+        return range(n_rows * self.rank // self.ranks, n_rows * (self.rank + 1) // self.ranks)
+
+    def given(self, n_rows: int, micro_batch: int) -> int:
+        """How many rows every rank makes of its share, `micro_batch` of them in a microbatch."""
+        most = -(-n_rows // self.ranks)
+        return -(-most // micro_batch) * micro_batch if self.whole_microbatches else most
+
+
+def fill_up(batch: Batch, n_rows: int) -> Batch:
+    """The batch with rows added that hold one document and no labels, until there are `n_rows`."""
+    missing, seq_len = n_rows - len(batch.input_ids), batch.input_ids.shape[1]
+    if missing == 0:
+        return batch
+    empty = np.zeros((missing, seq_len), np.int32)
+    return replace(
+        batch,
+        input_ids=np.concatenate((batch.input_ids, empty)),
+        labels=np.concatenate((batch.labels, np.full_like(empty, NO_LABEL))),
+        document_ids=np.concatenate((batch.document_ids, empty)),
+    )
+
+
+@dataclass(frozen=True)
 class HostBatch:
-    """A global batch in host memory, pinned where it goes to a GPU; each tensor [sequences, seq_len], int32."""
+    """What a data rank reads of a global batch, in host memory, pinned where it goes to a GPU; each tensor [sequences, seq_len], int32."""
 
     input_ids: Tensor
     labels: Tensor

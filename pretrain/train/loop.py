@@ -1,33 +1,36 @@
-"""The training loop: batch, step, record, validate, save. Knows an engine, not which; a loader, not its files."""
+"""The training loop: batch, step, record, validate, save. Knows an engine, not which; a loader, not its files.
+
+Every process of a run goes through the same loop, and does by itself what needs no other: what is read differs, and who keeps the books.
+"""
 
 from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from data_pipeline.reading.loader import Loader, prefetch
+from data_pipeline.reading.packing import Batch
 from parallel.engine import Engine, StepResult
+from parallel.world import agree
 from pretrain.checkpoint import directory, rng, store
+from pretrain.checkpoint.ranks import gather
 from pretrain.checkpoint.record import Record
 from pretrain.config import RunConfig
 from pretrain.errors import Diverged, UserError
 from pretrain.model.flops import flops_per_token
 from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
-from pretrain.report.records import Event, StepRecord, ValidationRecord
-from pretrain.train.display import Display
-from pretrain.train.feed import HostBatch, microbatches, to_host
+from pretrain.report.records import StepRecord, ValidationRecord
+from pretrain.train.books import Books
+from pretrain.train.feed import HostBatch, fill_up, microbatches, to_host
 from pretrain.train.growth import seq_len_at
-from pretrain.train.loggers import Logger
-from pretrain.train.metrics import Meter, RecordFile
-from pretrain.train.rundir import RunDirectory
+from pretrain.train.metrics import Meter
+from pretrain.train.place import Place
 from pretrain.train.stop import StopRequest
-
-RANK = "data=0"
-"""Logical position of the one process there is, under which its random state is kept."""
 
 
 class Outcome(enum.Enum):
@@ -38,29 +41,6 @@ class Outcome(enum.Enum):
 
 
 @dataclass
-class Books:
-    """Everyone who hears of the run: the two record files, the display, the loggers."""
-
-    metrics: RecordFile
-    events: RecordFile
-    display: Display
-    attempt: int
-    loggers: Sequence[Logger] = field(default=())
-
-    def event(self, kind: str, text: str, step: int | None = None, **more: str | int | None) -> None:
-        """Tell that something happened."""
-        event = Event.model_validate({"time": time.time(), "kind": kind, "text": text, "step": step, **more})
-        self.events.append(event)
-        self.display.event(event)
-
-    def log(self, record: StepRecord | ValidationRecord) -> None:
-        """Pass a record to the file and the loggers; the display is told by the loop, which knows the pace."""
-        self.metrics.append(record)
-        for logger in self.loggers:
-            logger.log(record)
-
-
-@dataclass
 class Loop:
     """One attempt at a run. `run(step)` goes on after that many steps."""
 
@@ -68,10 +48,11 @@ class Loop:
     engine: Engine
     train: Loader
     validation: Loader | None
-    run_dir: RunDirectory
+    checkpoints: Path
     books: Books
     meter: Meter
     stop: StopRequest
+    place: Place
     ahead: int = 0
     """Samples that the run has read more than batches of today's size would have; see `train.batch_size`."""
     _told: set[str] = field(default_factory=set)
@@ -89,7 +70,7 @@ class Loop:
         for batch in self._batches(step):
             step += 1
             self._train(step, batch)
-            stopping = bool(self.stop) and step < steps
+            stopping = agree(self.place.world, bool(self.stop)) and step < steps
             if step % self.config.eval.every == 0 or step == steps:
                 self._validate(step)
             if step % self.config.checkpoint.every == 0 or step == steps or stopping:
@@ -100,22 +81,29 @@ class Loop:
         return Outcome.FINISHED
 
     def _batches(self, step: int) -> Iterator[HostBatch]:
-        """The global batches after `step`, each read while the one before is trained on."""
-        train = self.config.train
-        steps = range(step + 1, train.steps + 1)
-        slices = ((self._samples_before(s), batch_size_at(s, train)) for s in steps)
-        requests = ((first, count, seq_len_at(first, self.config)) for first, count in slices)
-        return prefetch(self.train.batch, requests, lambda batch: to_host(batch, self.device))
+        """What this process reads of the batches after `step`, each while the one before is trained on."""
+        steps = ((s,) for s in range(step + 1, self.config.train.steps + 1))
+        return prefetch(self._read, steps, lambda batch: to_host(batch, self.device))
+
+    def _read(self, step: int) -> Batch:
+        """Its rows of the global batch of a step, filled up to as many as every data rank gives."""
+        first, samples = self._samples_before(step), batch_size_at(step, self.config.train)
+        seq_len = seq_len_at(first, self.config)
+        together = seq_len // self.config.data.seq_len
+        n_rows, share = samples // together, self.place.share
+        mine = share.rows(n_rows)
+        batch = self.train.batch(first + mine.start * together, len(mine) * together, seq_len)
+        return fill_up(batch, share.given(n_rows, self._micro_batch(seq_len)))
 
     def _train(self, step: int, batch: HostBatch) -> None:
         config, seq_len = self.config, batch.input_ids.shape[1]
-        self._tell_damaged(batch, step)
-        if not batch.n_targets.any():
+        if not self._agree_on_damage(batch, step):
             raise UserError(f"every sequence of the batch of step {step} is damaged, so data.on_damage=skip has nothing left to train on")
         scale = lr_scale(step, config.train.steps, config.optim)
         result = self.engine.train_step(list(microbatches(batch, self._micro_batch(seq_len), self.device)), scale)
         samples = self._samples_before(step + 1)
-        speed = self.meter.step(batch.input_ids.numel(), flops_per_token(config.model, seq_len))
+        tokens = (samples - self._samples_before(step)) * config.data.seq_len
+        speed = self.meter.step(tokens, flops_per_token(config.model, seq_len))
         record = StepRecord(
             step=step,
             samples=samples,
@@ -139,12 +127,16 @@ class Loop:
         """Where the data of a step begins."""
         return samples_before(step, self.config.train) + self.ahead
 
-    def _tell_damaged(self, batch: HostBatch, step: int) -> None:
-        """Each damaged place once: validation meets it every time."""
-        for message in batch.damaged:
+    def _agree_on_damage(self, batch: HostBatch, step: int) -> bool:
+        """Tell each damaged place once, as validation meets it every time; whether any process has something left to train on."""
+        if self.config.data.on_damage == "stop":
+            return True
+        reports = gather((batch.damaged, bool(batch.n_targets.any())), self.place.group)
+        for message in (message for damaged, _ in reports for message in damaged):
             if message not in self._told:
                 self._told.add(message)
                 self.books.event("skip_data", message, step)
+        return any(has_targets for _, has_targets in reports)
 
     def _micro_batch(self, seq_len: int) -> int:
         """Sequences in a microbatch: `train.micro_batch_size` of `data.seq_len` tokens, or as many tokens in longer ones, at least one."""
@@ -163,16 +155,19 @@ class Loop:
         """Mean loss over the first batches of the held-out split, the same ones each time."""
         if self.validation is None:
             return
-        config = self.config
-        size, n_sequences = config.train.micro_batch_size, min(config.eval.batches * config.train.batch_size, self.validation.n_sequences)
+        config, share = self.config, self.place.share
+        size, batch_size = config.train.micro_batch_size, config.train.batch_size
+        n_sequences = min(config.eval.batches * batch_size, self.validation.n_sequences)
         total, targets = 0.0, 0
         with self.meter.paused():
-            for first in range(0, n_sequences, size):
-                rows = to_host(self.validation.sequential(first, min(size, n_sequences - first)), self.device)
-                self._tell_damaged(rows, step)
-                for microbatch in microbatches(rows, size, self.device):
-                    loss, n_targets = self.engine.eval_step(microbatch)
-                    total, targets = total + loss, targets + n_targets
+            for first in range(0, n_sequences, batch_size):
+                n_rows = min(batch_size, n_sequences - first)
+                mine = share.rows(n_rows)
+                batch = self.validation.sequential(first + mine.start, len(mine))
+                rows = to_host(fill_up(batch, share.given(n_rows, size)), self.device)
+                self._agree_on_damage(rows, step)
+                loss, n_targets = self.engine.eval_step(list(microbatches(rows, size, self.device)))
+                total, targets = total + loss, targets + n_targets
             if not targets:
                 raise UserError(
                     f"{config.data.path / 'validation'} holds no token to predict that is not damaged; prepare more, or restore it"
@@ -182,19 +177,21 @@ class Loop:
             self.books.display.validation(record)
 
     def _save(self, step: int) -> None:
-        config = self.config
+        config, place = self.config, self.place
         with self.meter.paused():
             began = time.perf_counter()
+            states = gather((place.position, rng.capture()), place.group)
             record = Record(
                 step=step,
                 samples=self._samples_before(step + 1),
                 config=config.model_dump(mode="json"),
                 dataset=self.train.fingerprint,
                 order=self.train.past(self._samples_before(step + 1)),
-                layout={"data": 1},
-                rng={RANK: rng.capture()},
+                layout=place.sizes,
+                rng=dict(states),
             )
-            path = store.save(self.run_dir.checkpoints, self.engine.state(), record)
-            directory.retain(self.run_dir.checkpoints, config.checkpoint.keep)
-            size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
-            self.books.event("save", f"{path.name}, {size:.0f} MB in {time.perf_counter() - began:.1f} s", step)
+            path = store.save(self.checkpoints, self.engine.state(), record, place.group)
+            if place.world.is_main:
+                directory.retain(self.checkpoints, config.checkpoint.keep)
+                size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+                self.books.event("save", f"{path.name}, {size:.0f} MB in {time.perf_counter() - began:.1f} s", step)

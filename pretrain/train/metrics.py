@@ -141,11 +141,12 @@ class Meter:
         return None if self._peak_flops is None else flops_per_s / self._peak_flops
 
 
-def mfu_statement(flops_per_token: float, device_name: str, accelerator: Accelerator | None) -> str:
-    """One sentence: what MFU counts and what it divides by, or why there is none."""
+def mfu_statement(flops_per_token: float, device_name: str, accelerator: Accelerator | None, devices: int = 1) -> str:
+    """One sentence: what MFU counts and what it divides by, or why there is none. `devices`: how many there are."""
     if accelerator is None:
         return f"No MFU: the peak of {device_name} at this precision is not known for certain"
-    peak = f"{accelerator.bf16_flops / 1e12:,.0f} TFLOP/s ({accelerator.label}, dense bf16)"
+    times = f"{devices} x " if devices > 1 else ""
+    peak = f"{times}{accelerator.bf16_flops / 1e12:,.0f} TFLOP/s ({accelerator.label}, dense bf16)"
     return (
         f"MFU counts {flops_per_token / 1e9:.3g} GFLOP a token (6 N_matmul + causal attention, forward and backward, no recomputation) "
         f"against {peak}"

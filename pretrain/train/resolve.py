@@ -9,12 +9,14 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.config import AUTO, RunConfig, flatten, may_change
 from pretrain.config_loading import validate
 from pretrain.errors import UserError
@@ -22,7 +24,9 @@ from pretrain.model.flops import parameter_count
 from pretrain.model.kernels import VARIABLE_LENGTH, available_backends, choose_backend
 from pretrain.optim import schedule
 from pretrain.report.words import amount
+from pretrain.train import layout_rules
 from pretrain.train.growth import check_growth, longest_seq_len
+from pretrain.train.layout import ZERO_BUBBLE
 
 VOCAB_MULTIPLE = 64
 """Vocabulary sizes are rounded up to this: matrix units want it, and it leaves room for tensor parallelism."""
@@ -30,9 +34,6 @@ VOCAB_MULTIPLE = 64
 WARMUP_SHARE = 10
 LONGEST_WARMUP = 2000
 """`auto` warm-up: one step in ten, as far as the longest that published runs of any size commonly take."""
-
-MICRO_BATCH_TOKENS = 16_384
-"""Tokens in one forward and backward pass that keep a GPU busy and a laptop's memory free."""
 
 COMPILE_WORTH_FLOPS = 2e13
 """On a CPU compiling costs about a minute; a run of more FLOPs than this gets it back."""
@@ -50,7 +51,11 @@ class Decision:
         return f"{self.key}={self.value} ({self.reason})"
 
 
-def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | None) -> tuple[RunConfig, list[Decision]]:
+Rule = Callable[[RunConfig], tuple[object, str]]
+"""What a setting becomes, and why."""
+
+
+def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | None, world_size: int = 1) -> tuple[RunConfig, list[Decision]]:
     """A config without `auto`, and the decisions made.
 
     Args:
@@ -58,13 +63,46 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
         tokenizer_size: tokens of the tokenizer the data was made with.
         previous: the config of the run that is resumed; its decisions hold. Those that change no number are made anew: it may be
             another machine.
+        world_size: processes of the run. How a single one divides the work is decided too, and not told: there is nothing to divide.
 
     Raises:
         UserError: settings that do not go together.
     """
-    decisions: list[Decision] = []
     before = {} if previous is None else _held(previous)
-    rules: dict[str, Callable[[RunConfig], tuple[object, str]]] = {
+    config, decisions = _apply(_rules(tokenizer_size, world_size), config, before)
+    _check(config, tokenizer_size)
+    if world_size == 1:
+        decisions = [decision for decision in decisions if not decision.key.startswith("parallel.")]
+    return config, decisions
+
+
+def plan(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Decision]]:
+    """The same for GPUs that are not here, and data that need not be: what to ask of a layout before there is a cluster.
+
+    Raises:
+        UserError: settings that do not go together, or a vocabulary that nobody knows yet.
+    """
+    file, size = config.data.path / "tokenizer.json", config.model.vocab_size
+    if size == AUTO and not file.is_file():
+        raise UserError(
+            f"model.vocab_size=auto is the tokenizer's size, and data.path={config.data.path} holds no prepared data: set model.vocab_size"
+        )
+    if size == AUTO:
+        size = load_tokenizer(file).vocab_size
+    elsewhere: dict[str, Rule] = {
+        "train.device": lambda _: ("cuda", "assumed"),
+        "train.precision": lambda c: ("bf16", "assumed") if c.train.device == "cuda" else _precision(c),
+        "train.compile": lambda c: (c.train.device == "cuda" and not _refuses_compiled(c), "assumed"),
+        "train.attention": lambda c: ("varlen" if c.train.device == "cuda" else "sdpa", "assumed"),
+    }
+    config, decisions = _apply(_rules(size, world_size) | elsewhere, config, {})
+    check_growth(config)
+    return config, decisions
+
+
+def _rules(tokenizer_size: int, world_size: int) -> dict[str, Rule]:
+    """Settings that may say `auto`, in the order in which they are decided: later ones look at those before."""
+    return {
         "data.tokenizer": lambda c: (str(c.data.path / "tokenizer.json"), "the one the data was made with"),
         "model.vocab_size": lambda c: (
             -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
@@ -75,12 +113,22 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
             f"a tenth of the run, {LONGEST_WARMUP:,} steps at most",
         ),
         "optim.decay": lambda c: (schedule.WSD_DECAY if c.optim.schedule == "wsd" else 1.0, f"the usual for {c.optim.schedule}"),
+        "parallel.replicate": partial(layout_rules.replicate_rule, world_size=world_size),
+        "parallel.shard": partial(layout_rules.shard_rule, world_size=world_size),
+        "parallel.zero": layout_rules.zero_rule,
+        "parallel.sequence": layout_rules.sequence_rule,
+        "parallel.stages_per_rank": layout_rules.stages_rule,
         "train.device": _device,
         "train.precision": _precision,
-        "train.micro_batch_size": _micro_batch,
+        "train.micro_batch_size": layout_rules.micro_batch_rule,
         "train.compile": _compile,
         "train.attention": _attention,
     }
+
+
+def _apply(rules: Mapping[str, Rule], config: RunConfig, before: Mapping[str, object]) -> tuple[RunConfig, list[Decision]]:
+    """Decide what says `auto`, by what was decided `before` or else by its rule."""
+    decisions: list[Decision] = []
     for key, rule in rules.items():
         tree = config.model_dump(mode="json")
         section, name = key.split(".")
@@ -90,7 +138,6 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
         tree[section][name] = value
         config = validate(tree)
         decisions.append(Decision(key, value, reason))
-    _check(config, tokenizer_size)
     return config, decisions
 
 
@@ -114,13 +161,9 @@ def _precision(config: RunConfig) -> tuple[object, str]:
     return ("bf16", "the CPU multiplies it natively") if fast else ("fp32", "the CPU has no native bf16")
 
 
-def _micro_batch(config: RunConfig) -> tuple[object, str]:
-    batch, fits = config.train.batch_size, max(1, MICRO_BATCH_TOKENS // config.data.seq_len)
-    size = max(n for n in range(1, min(fits, batch) + 1) if batch % n == 0)
-    return size, f"divides the batch of {batch}, at most {MICRO_BATCH_TOKENS:,} tokens a pass"
-
-
 def _compile(config: RunConfig) -> tuple[object, str]:
+    if _refuses_compiled(config):
+        return False, f"PyTorch cannot compile under parallel.schedule={config.parallel.schedule}"
     if config.train.device == "cuda":
         return True, "on for GPUs"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # those that torch.compile itself would take
@@ -132,6 +175,10 @@ def _compile(config: RunConfig) -> tuple[object, str]:
     if flops < COMPILE_WORTH_FLOPS:
         return False, f"{amount(flops)} FLOPs are too few to repay compiling"
     return True, f"{amount(flops)} FLOPs repay compiling"
+
+
+def _refuses_compiled(config: RunConfig) -> bool:
+    return config.parallel.pipeline > 1 and config.parallel.schedule in ZERO_BUBBLE
 
 
 def _attention(config: RunConfig) -> tuple[object, str]:
@@ -151,10 +198,6 @@ def _check(config: RunConfig, tokenizer_size: int) -> None:
     if longest > model.max_seq_len:
         setting = "data.seq_len" if longest == data.seq_len else "data.growth: seq_len"
         raise UserError(f"{setting}={longest} is longer than model.max_seq_len={model.max_seq_len}; lower the first or raise the second")
-    if train.micro_batch_size > train.batch_size:
-        raise UserError(
-            f"train.micro_batch_size={train.micro_batch_size} is larger than train.batch_size={train.batch_size}; use at most that"
-        )
     if train.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto")
     if train.attention in VARIABLE_LENGTH:

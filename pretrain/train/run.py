@@ -13,35 +13,36 @@ from rich.text import Text
 
 from data_pipeline.reading.loader import Loader
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
-from parallel.engines.torch import TorchEngine
-from pretrain.checkpoint import directory, rng, store
-from pretrain.checkpoint.record import read_manifest
+from parallel.world import World, start
+from pretrain.checkpoint import directory
+from pretrain.checkpoint.ranks import on_first
 from pretrain.config import AUTO, RunConfig
 from pretrain.errors import UserError
 from pretrain.hardware import find_accelerator
 from pretrain.model.flops import flops_per_token, parameter_count
-from pretrain.model.transformer import Transformer
 from pretrain.optim.schedule import samples_before
 from pretrain.report.page import write_report
-from pretrain.report.records import read_config, read_events
+from pretrain.report.records import read_config
 from pretrain.report.words import amount, duration
+from pretrain.train.books import QUIET, Books, open_books
 from pretrain.train.build import build_engine
 from pretrain.train.display import Display
-from pretrain.train.growth import check_growth, window_of
+from pretrain.train.growth import window_of
+from pretrain.train.layout import layout_of
 from pretrain.train.loggers import Logger, open_loggers
-from pretrain.train.loop import RANK, Books, Loop, Outcome
-from pretrain.train.metrics import Meter, RecordFile, mfu_statement, truncate_after
+from pretrain.train.loop import Loop, Outcome
+from pretrain.train.memory import check_memory, device_bytes
+from pretrain.train.metrics import Meter, mfu_statement
+from pretrain.train.place import Place
 from pretrain.train.resolve import resolve
+from pretrain.train.restore import Beginning, is_finished, restore
 from pretrain.train.rundir import RunDirectory
-from pretrain.train.sample import Sampling, check_prompt, continue_text, keep_tokenizer
+from pretrain.train.sample import Sampling, check_prompt, continue_text, keep_tokenizer, trained_model
 from pretrain.train.stop import stop_on_signals
-
-BEFORE_ANY_STEP = -1
-"""The validation before the first step is a record of step 0."""
 
 
 def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ()) -> Outcome:
-    """Train `config` in its run directory, from its newest whole checkpoint if there is one.
+    """Train `config` in its run directory, from its newest whole checkpoint if there is one. Every process of the run calls it.
 
     Args:
         config: as loaded; `auto` is resolved here.
@@ -53,41 +54,40 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         Diverged: a loss stopped being finite.
     """
     began = time.monotonic()
+    world = World.from_environment()
+    console = console if world.is_main else QUIET
     tokenizer = open_tokenizer(config)
-    config, decisions = resolve(config, tokenizer_size=tokenizer.vocab_size, previous=_previous(config.run.dir))
+    config, decisions = resolve(config, tokenizer_size=tokenizer.vocab_size, previous=_previous(config.run.dir), world_size=world.size)
+    place = Place(world, layout_of(config, world.size))
+    check_memory(config, place.layout, device_bytes(config))
     train_data, validation = open_data(config)
     _check_tokenizer(config, tokenizer, train_data)
     for decision in decisions:
         console.print(Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")), soft_wrap=True)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stop_on_signals())
-        run_dir = stack.enter_context(RunDirectory.open(config))
-        engine = build_engine(config)
-        step, ahead, skipped = restore(run_dir, engine, train_data, config)
-        run_dir.settle(config)
-        keep_tokenizer(config.data.tokenizer, run_dir.path)
-        stack.callback(write_report, run_dir.path)  # whatever becomes of the attempt
-        if step == config.train.steps and _is_finished(run_dir):
-            text = f"run.dir={run_dir.path} is finished, all {step} steps of it: nothing to do; to train anew, set another run.dir"
-            console.print(Text(text), soft_wrap=True)
-            return Outcome.FINISHED
-        loggers = [*open_loggers(config, run_dir.path, step), *observers]
-        for logger in loggers:
-            stack.callback(logger.close)
-        meter, statement = _meter(config, step, ahead)
-        books = Books(
-            stack.enter_context(RecordFile(run_dir.metrics)),
-            stack.enter_context(RecordFile(run_dir.events)),
-            stack.enter_context(Display(config.train.steps, console=console, mfu_statement=statement)),
-            run_dir.attempt,
-            loggers,
-        )
-        for path, problem in skipped:
-            books.event("skip_checkpoint", f"{path.name}: {problem}", directory.step_of(path))
-        _tell_start(books, config, step, train_data, statement)
-        outcome = Loop(config, engine, train_data, validation, run_dir, books, meter, stop, ahead).run(step)
-        if outcome is Outcome.FINISHED:
-            _tell_end(books, config, engine, tokenizer, time.monotonic() - began)
+        stop = stack.enter_context(stop_on_signals(aloud=world.is_main))
+        run_dir = stack.enter_context(RunDirectory.open(config) if world.is_main else RunDirectory.beside_main(config))
+        with start(world, config.train.device):
+            engine = build_engine(config, place.layout, world.rank)
+            beginning = restore(run_dir, engine, train_data, config, place)
+            if world.is_main:
+                run_dir.settle(config)
+                keep_tokenizer(config.data.tokenizer, run_dir.path)
+                stack.callback(write_report, run_dir.path)  # whatever becomes of the attempt
+            if on_first(place.group, lambda: beginning.step == config.train.steps and is_finished(run_dir)):
+                text = f"is finished, all {beginning.step} steps of it: nothing to do; to train anew, set another run.dir"
+                console.print(Text(f"run.dir={run_dir.path} {text}"), soft_wrap=True)
+                return Outcome.FINISHED
+            meter, statement = _meter(config, beginning, world.size)
+            display = Display(config.train.steps, console=console, mfu_statement=statement)
+            loggers = [*open_loggers(config, run_dir.path, beginning.step), *observers] if world.is_main else []
+            books = stack.enter_context(open_books(run_dir, display, loggers))
+            _tell_start(books, config, beginning, train_data, statement, place)
+            loop = Loop(config, engine, train_data, validation, run_dir.checkpoints, books, meter, stop, place, beginning.ahead)
+            outcome = loop.run(beginning.step)
+            del loop, engine  # the samples need their memory
+        if outcome is Outcome.FINISHED and world.is_main:
+            _tell_end(books, config, run_dir, tokenizer, time.monotonic() - began)
     return outcome
 
 
@@ -130,73 +130,36 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> N
         check_prompt(f"log.samples: {prompt!r}", len(tokenizer.encode(prompt)), config.model.max_seq_len)
 
 
-def restore(run_dir: RunDirectory, engine: TorchEngine, data: Loader, config: RunConfig) -> tuple[int, int, list[tuple[Path, str]]]:
-    """Load the newest whole checkpoint. What came after it is undone: later records are cut, later (damaged) checkpoints set aside.
-
-    Returns:
-        The steps done, 0 without a checkpoint; the samples that they read more than batches of today's size would have; and each newer
-        checkpoint that was passed over, with its first problem.
-
-    Raises:
-        UserError: there are checkpoints but none is whole, or the data is not the data of the run.
-    """
-    skipped: list[tuple[Path, str]] = []
-    path = directory.newest(run_dir.checkpoints, on_problem=lambda path, problems: skipped.append((path, problems[0])))
-    if path is None:
-        truncate_after(run_dir.metrics, BEFORE_ANY_STEP)
-        return 0, 0, skipped
-    manifest = read_manifest(path)
-    if manifest.dataset != data.fingerprint:
-        raise UserError(
-            f"{path} was trained on other data (manifest {manifest.dataset}) than data.path holds now ({data.fingerprint}); "
-            f"put the data back, or start in another run.dir"
-        )
-    if manifest.order != data.past(manifest.samples):
-        raise UserError(
-            f"{path} read its first {manifest.samples} sequences in another order than run.seed, data.mixture, data.growth and data.window "
-            f"give now; put them back (a stage may be appended from there on), or start in another run.dir"
-        )
-    ahead = manifest.samples - samples_before(manifest.step + 1, config.train)
-    check_growth(config, manifest.step, ahead)
-    store.load(path, engine.state())
-    engine.loaded()
-    rng.restore(manifest.rng[RANK])
-    truncate_after(run_dir.metrics, manifest.step)
-    for damaged, _ in skipped:  # among the newest ones, `directory.retain` would keep them and delete those that are saved from now on
-        damaged.rename(directory.partial_path(run_dir.checkpoints, directory.step_of(damaged), f"damaged-{run_dir.attempt}"))
-    return manifest.step, ahead, skipped
-
-
-def _is_finished(run_dir: RunDirectory) -> bool:
-    """Whether the run has told its end; one that was killed between its last checkpoint and that has not."""
-    return any(event.kind == "finish" for event in read_events(run_dir.events))
-
-
 def _previous(run_dir: Path) -> RunConfig | None:
     """The config of the run that is there already; its decisions hold on resume."""
     file = run_dir / "config.yaml"
     return read_config(file) if file.is_file() else None
 
 
-def _meter(config: RunConfig, step: int, ahead: int) -> tuple[Meter, str]:
+def _meter(config: RunConfig, beginning: Beginning, devices: int) -> tuple[Meter, str]:
     """The clock of the run, and one sentence on what its MFU means."""
     name = torch.cuda.get_device_name() if config.train.device == "cuda" else "the CPU"
     accelerator = find_accelerator(name) if config.train.precision == "bf16" else None
     flops = flops_per_token(config.model, config.data.seq_len)
     meter = Meter(
-        total_tokens=(samples_before(config.train.steps + 1, config.train) + ahead) * config.data.seq_len,
-        tokens_done=(samples_before(step + 1, config.train) + ahead) * config.data.seq_len,
-        peak_flops=None if accelerator is None else accelerator.bf16_flops,
+        total_tokens=(samples_before(config.train.steps + 1, config.train) + beginning.ahead) * config.data.seq_len,
+        tokens_done=(samples_before(beginning.step + 1, config.train) + beginning.ahead) * config.data.seq_len,
+        peak_flops=None if accelerator is None else accelerator.bf16_flops * devices,
     )
-    return meter, mfu_statement(flops, name, accelerator)
+    return meter, mfu_statement(flops, name, accelerator, devices)
 
 
-def _tell_start(books: Books, config: RunConfig, step: int, data: Loader, statement: str) -> None:
-    parameters = parameter_count(config.model)
+def _tell_start(books: Books, config: RunConfig, beginning: Beginning, data: Loader, statement: str, place: Place) -> None:
+    """What was passed over, what is trained on what, and on which machines."""
+    for path, problem in beginning.skipped:
+        books.event("skip_checkpoint", f"{path.name}: {problem}", directory.step_of(path))
+    parameters, step = parameter_count(config.model), beginning.step
     samples = samples_before(config.train.steps + 1, config.train)
     begin = f"{amount(parameters)} parameters on {amount(samples * config.data.seq_len)} tokens of {config.data.path}"
     text = f"step {step} of {config.train.steps}, from the newest checkpoint" if step else f"{begin}: {_epochs(data, samples)}"
     device = torch.cuda.get_device_name() if config.train.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if place.world.size > 1:
+        device = f"{place.world.size} processes ({place.layout}), each on {device}"
     books.event("resume" if step else "start", text, step, parameters=parameters, device=device, mfu_statement=statement)
 
 
@@ -209,10 +172,12 @@ def _epochs(data: Loader, samples: int) -> str:
     return "; ".join(told)
 
 
-def _tell_end(books: Books, config: RunConfig, engine: TorchEngine, tokenizer: Tokenizer, seconds: float) -> None:
-    """Continue the sample prompts with the trained weights, and close the run."""
-    assert isinstance(engine.model, Transformer)
-    for prompt in config.log.samples:
-        text = "".join(continue_text(engine.model, tokenizer, prompt, Sampling(seed=config.run.seed)))
-        books.event("sample", text, config.train.steps, prompt=prompt)
+def _tell_end(books: Books, config: RunConfig, run_dir: RunDirectory, tokenizer: Tokenizer, seconds: float) -> None:
+    """Continue the sample prompts with the weights of the last checkpoint, which has them whole, and close the run."""
+    if config.log.samples:
+        path = directory.checkpoint_path(run_dir.checkpoints, config.train.steps)
+        model = trained_model(path, config, torch.device(config.train.device))
+        for prompt in config.log.samples:
+            text = "".join(continue_text(model, tokenizer, prompt, Sampling(seed=config.run.seed)))
+            books.event("sample", text, config.train.steps, prompt=prompt)
     books.event("finish", f"{config.train.steps} steps; this attempt took {duration(seconds)}", config.train.steps)

@@ -29,13 +29,13 @@ ABSENT = object()
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """An opened and locked run directory. Close it, or use it as a context, to let others in."""
+    """An opened run directory, locked for the one process that writes. Close it, or use it as a context, to let others in."""
 
     path: Path
     attempt: int
     """1 for the first start, one more with each start or resume that `events.jsonl` tells of."""
-    lock: int
-    """File descriptor that holds the lock."""
+    lock: int | None
+    """File descriptor that holds the lock; None on the processes of a run that do not write."""
     changes: tuple[str, ...]
     """Settings that differ from those on disk, one sentence each; all of them may."""
 
@@ -59,6 +59,11 @@ class RunDirectory:
             raise
         return cls(path, starts + 1, lock, changes)
 
+    @classmethod
+    def beside_main(cls, config: RunConfig) -> RunDirectory:
+        """The same directory for the other processes of the run: they write their parts of checkpoints, and their records go nowhere."""
+        return cls(config.run.dir, attempt=0, lock=None, changes=())
+
     def settle(self, config: RunConfig) -> None:
         """Write the settings of a new run, or the changed ones of an existing one with an event that tells them."""
         file = self.path / CONFIG_FILE
@@ -74,21 +79,25 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         """One record a step, and the validations."""
-        return self.path / "metrics.jsonl"
+        return self._record_file("metrics.jsonl")
 
     @property
     def events(self) -> Path:
         """What happened, and why."""
-        return self.path / "events.jsonl"
+        return self._record_file("events.jsonl")
 
     @property
     def checkpoints(self) -> Path:
         """Parent of the `step-...` directories."""
         return self.path / "checkpoints"
 
+    def _record_file(self, name: str) -> Path:
+        return Path(os.devnull) if self.lock is None else self.path / name
+
     def close(self) -> None:
         """Release the lock."""
-        os.close(self.lock)
+        if self.lock is not None:
+            os.close(self.lock)
 
     def __enter__(self) -> RunDirectory:
         return self

@@ -103,6 +103,11 @@ def open_trained(
     if path is None:
         raise UserError(f"{run_dir} has no checkpoint yet; the first comes after checkpoint.every={config.checkpoint.every} steps")
     tokenizer = load_tokenizer(run_dir)
+    return trained_model(path, config, device), tokenizer, config, path
+
+
+def trained_model(path: Path, config: RunConfig, device: torch.device) -> Transformer:
+    """The whole model of the checkpoint at `path` on `device`, in the numbers that it was trained in, whatever the layout was."""
     model = build_model(config.model, "sdpa", device)
     store.load(path, {"model": dict(model.named_parameters())})
-    return model.to(DTYPES[config.train.precision]).eval(), tokenizer, config, path
+    return model.to(DTYPES[config.train.precision]).eval()

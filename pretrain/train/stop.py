@@ -12,7 +12,8 @@ from types import FrameType
 class StopRequest:
     """Whether somebody asked this process to stop, and how."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, aloud: bool = True) -> None:
+        self._aloud = aloud
         self.signal: signal.Signals | None = None
 
     def __bool__(self) -> bool:
@@ -22,18 +23,19 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once, without saving\n")  # print() is not safe in a handler
+        if self._aloud:
+            os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once, without saving\n")  # print() is not safe in a handler
 
     @property
     def name(self) -> str:
         """SIGINT or SIGTERM."""
-        return "nothing" if self.signal is None else self.signal.name
+        return "a signal to another process" if self.signal is None else self.signal.name
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Listen for the two signals inside the block; the handlers from before come back after it."""
-    request = StopRequest()
+def stop_on_signals(*, aloud: bool = True) -> Iterator[StopRequest]:
+    """Listen for the two signals inside the block; the handlers from before come back after it. `aloud`: say so on stderr."""
+    request = StopRequest(aloud=aloud)
     before = {number: signal.signal(number, request._receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request

@@ -20,7 +20,7 @@ from pretrain.config_loading import load
 from pretrain.hardware import find_accelerator
 from pretrain.model.transformer import Transformer
 from pretrain.report.records import read_events, read_metrics
-from pretrain.train.build import build_engine, compute_loss
+from pretrain.train.build import build_engine, compute
 from pretrain.train.feed import microbatches, to_host
 from pretrain.train.resolve import resolve
 
@@ -100,7 +100,7 @@ def test_evaluation_on_the_gpu_is_that_of_the_cpu() -> None:
     totals = []
     for words in (CPU, ("train.device=cuda",)):
         config = config_of(*words)
-        total, targets = build_engine(config).eval_step(fed(config, batch_of(0))[0])
+        total, targets = build_engine(config).eval_step(fed(config, batch_of(0)))
         totals.append(total / targets)
     assert totals[1] == pytest.approx(totals[0], rel=2e-3)
 
@@ -127,10 +127,10 @@ def test_the_forward_pass_never_waits_for_the_gpu() -> None:
     model = engine.model
     assert isinstance(model, Transformer)
     warm, *others = (fed(config, batch_of(seed, documents))[0] for seed, documents in ((0, 5), (1, 3), (2, 9)))
-    compute_loss(model, warm, config=config)
+    compute(model, None, warm, config=config)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        totals = [compute_loss(model, microbatch, config=config).total for microbatch in others]
+        totals = [compute(model, None, microbatch, config=config).total for microbatch in others]
         with pytest.raises(RuntimeError, match="synchronizing"):  # it does see one that waits
             totals[0].item()
     finally:
@@ -142,7 +142,7 @@ def test_whole_rows_are_one_document_without_a_document_mask() -> None:
     config = config_of("train.device=cuda", "train.compile=false", "model.document_mask=false")
     engine = build_engine(config)
     packed, plain = (
-        engine.eval_step(fed(config, batch)[0])[0] for batch in (relabelled(batch_of(0)), relabelled(batch_of(0, documents=1)))
+        engine.eval_step(fed(config, batch)[:1])[0] for batch in (relabelled(batch_of(0)), relabelled(batch_of(0, documents=1)))
     )
     assert packed == plain
 

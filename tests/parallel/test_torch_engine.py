@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.engine import Microbatch
+from parallel.build import one_process
+from parallel.engine import Microbatch, Numbers
 from parallel.engines.torch import TorchEngine
 
 B, S, V, D = 8, 16, 50, 32
@@ -36,7 +37,8 @@ class Model(nn.Module):
         return F.linear(x + self.down(F.silu(self.up(x))), self.embed.weight)
 
 
-def compute_loss(model: nn.Module, microbatch: Microbatch) -> Sums:
+def compute_loss(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Sums:
+    assert received is None
     logits = model(microbatch.input_ids).float().flatten(0, 1)
     loss = F.cross_entropy(logits, microbatch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return Sums(loss, loss, torch.zeros(()))
@@ -71,7 +73,7 @@ class Recorder:
 
 def engine(dtype: torch.dtype = torch.float32, clip: float | None = None, loss: Callable[..., Sums] = compute_loss) -> TorchEngine:
     torch.manual_seed(0)
-    return TorchEngine(Model(), loss, lambda named: Recorder(list(named)), dtype=dtype, clip=clip)
+    return one_process(Model(), loss, lambda named: Recorder(list(named)), Numbers(dtype, clip), torch.device("cpu"))
 
 
 def batch(uneven: bool = True) -> tuple[Tensor, Tensor]:
@@ -142,8 +144,8 @@ def test_the_loss_is_the_mean_over_all_targets_of_the_global_batch() -> None:
 
 
 def test_a_mean_of_means_would_be_noticed() -> None:
-    def mean_of_microbatch(model: nn.Module, microbatch: Microbatch) -> Sums:
-        sums = compute_loss(model, microbatch)
+    def mean_of_microbatch(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Sums:
+        sums = compute_loss(model, received, microbatch)
         scaled = sums.total / microbatch.n_targets * 8
         return Sums(scaled, scaled, sums.z_loss)
 
@@ -223,8 +225,8 @@ def test_a_step_that_is_not_finite_is_told_and_leaves_everything_as_it_was(dtype
     """The NaN is in one microbatch of two. A gradient alone may be infinite: the root of 0 has a finite value."""
     sick = False
 
-    def loss(model: nn.Module, microbatch: Microbatch) -> Sums:
-        sums = compute_loss(model, microbatch)
+    def loss(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Sums:
+        sums = compute_loss(model, received, microbatch)
         if not sick or microbatch.n_targets > 20:
             return sums
         extra = torch.nan * sums.total if poison == "loss" else (model.up.weight * 0).float().norm().sqrt()
@@ -256,7 +258,7 @@ def test_the_learning_rate_of_a_step_is_the_one_it_is_given() -> None:
 def test_validation_is_the_sum_over_the_targets_and_changes_nothing() -> None:
     e, (ids, labels) = engine(), batch()
     before = [tensor.clone() for tensor in e.state()["model"].values()]
-    loss, n_targets = e.eval_step(cut(ids, labels, (8,))[0])
+    loss, n_targets = e.eval_step(cut(ids, labels, (5, 3)))
     assert n_targets == 64
     with torch.no_grad():
         assert loss == F.cross_entropy(e.model(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum").item()

@@ -6,11 +6,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from flash import reference_varlen
 from torch import Tensor
 
 from pretrain.config import ModelConfig
 from pretrain.model import kernels
-from pretrain.model.attention import DocumentMask, attention, continuation_mask, document_mask
+from pretrain.model.attention import DocumentMask, Part, attention, continuation_mask, document_mask
 
 B, S, H, G, K = 2, 24, 4, 2, 16
 DOCUMENTS = torch.tensor([[0] * 7 + [1] * 1 + [2] * 16, [5] * 12 + [6] * 12])
@@ -50,31 +51,6 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int 
     return out
 
 
-def reference_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    window_size: tuple[int, int] = (-1, -1),
-) -> Tensor:
-    """What the documentation of torch.nn.attention.varlen promises, on any device."""
-    outs = []
-    for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False):
-        assert end - start <= min(max_q, max_k)
-        repeat = query.shape[1] // key.shape[1]
-        keys, values = (x[start:end].repeat_interleave(repeat, 1) for x in (key, value))
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        seen = (distance >= 0) if window_size[0] < 0 else (distance >= 0) & (distance <= window_size[0])
-        assert window_size[1] == 0
-        scores = torch.einsum("qhk,thk->hqt", query[start:end], keys) / query.shape[-1] ** 0.5
-        outs.append(torch.einsum("hqt,thk->qhk", scores.masked_fill(~seen, float("-inf")).softmax(-1), values))
-    return torch.cat(outs)
-
-
 @pytest.mark.parametrize("window", [None, 1, 5, S])
 @pytest.mark.parametrize("documents", [ONE_DOCUMENT, DOCUMENTS], ids=["one document", "packed"])
 @pytest.mark.parametrize("kernel", ["sdpa", "blocked", "varlen"])
@@ -112,25 +88,25 @@ def test_a_wrong_order_of_heads_is_seen() -> None:
 
 def test_one_document_a_row_needs_no_mask() -> None:
     mask = document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "sdpa", config())
-    assert mask.allowed_B1ST is None
-    assert document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "sdpa", config(S)).allowed_B1ST is None
+    assert mask.parts == (Part(0, 0, S),)
+    assert document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "sdpa", config(S)).parts == (Part(0, 0, S),)
 
 
 def test_without_document_mask_rows_are_plainly_causal_from_position_0() -> None:
     mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config(document_mask=False))
-    assert mask.allowed_B1ST is None
+    assert mask.parts == (Part(0, 0, S),)
     assert torch.equal(mask.positions_BS, torch.arange(S).expand(B, S))
 
 
 def test_documents_end_where_the_next_begins_and_at_the_end_of_a_row() -> None:
-    mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "varlen", config())
-    assert mask.document_ends_N is not None
-    assert mask.document_ends_N.dtype == torch.int32
-    assert mask.document_ends_N.tolist() == [0, 7, 8, 24, 36, 48]
-    assert mask.longest == 16
-    across_rows = document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "varlen", config())
-    assert across_rows.document_ends_N is not None
-    assert (across_rows.document_ends_N.tolist(), across_rows.longest) == ([0, 24, 48], 32)
+    documents = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "varlen", config()).parts[0].documents
+    assert documents is not None
+    assert documents.query_ends_N.dtype == documents.key_ends_N.dtype == torch.int32
+    assert documents.query_ends_N.tolist() == documents.key_ends_N.tolist() == [0, 7, 8, 24, 36, 48]
+    assert documents.most_queries == documents.most_keys == 16
+    across_rows = document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "varlen", config()).parts[0].documents
+    assert across_rows is not None
+    assert (across_rows.query_ends_N.tolist(), across_rows.most_keys) == ([0, 24, 48], 32)
 
 
 def test_dynamic_ntk_knows_the_length_of_each_tokens_document() -> None:
@@ -142,8 +118,8 @@ def test_dynamic_ntk_knows_the_length_of_each_tokens_document() -> None:
 
 def test_a_mask_moves_as_a_whole() -> None:
     mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config(5)).to("meta")
-    assert mask.allowed_B1ST is not None
-    assert (mask.positions_BS.device.type, mask.allowed_B1ST.device.type, mask.window) == ("meta", "meta", 5)
+    assert mask.parts[0].allowed_B1ST is not None
+    assert (mask.positions_BS.device.type, mask.parts[0].allowed_B1ST.device.type, mask.window) == ("meta", "meta", 5)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -161,7 +137,7 @@ def test_the_installed_varlen_attn_takes_our_arguments() -> None:
     k = torch.empty(B * S, G, K, dtype=torch.bfloat16, device="meta", requires_grad=True)
     ends = torch.empty(4, dtype=torch.int32, device="meta")
     for window in (None, 5):
-        out = kernels.varlen(q, k, k, ends, 32, window)
+        out = kernels.varlen(q, k, k, kernels.Documents(ends, ends, 32, 32), window)
         assert out.shape == q.shape
         assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k))] == [q.shape, k.shape]
 
@@ -249,4 +225,73 @@ def test_on_a_cpu_blocks_are_chosen_where_they_are_compiled() -> None:
 
 def test_a_mask_names_its_kernel() -> None:
     assert isinstance(document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config()), DocumentMask)
-    assert document_mask(DOCUMENTS, positions_of(DOCUMENTS), "blocked", config()).document_BS is not None
+    assert document_mask(DOCUMENTS, positions_of(DOCUMENTS), "blocked", config()).parts[0].document_BT is not None
+
+
+RANGES = {
+    "a chunk and its mirror": ((6, 12), (12, 18)),
+    "first and last": ((0, 6), (18, 24)),
+    "uneven": ((5, 6), (7, 20), (23, 24)),
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 13])
+@pytest.mark.parametrize("documents", [ONE_DOCUMENT, DOCUMENTS], ids=["one document", "packed"])
+@pytest.mark.parametrize("kernel", ["sdpa", "blocked", "varlen"])
+@pytest.mark.parametrize("ranges", RANGES.values(), ids=RANGES)
+def test_some_queries_of_a_row_attend_as_they_do_in_the_whole_row(
+    ranges: tuple[tuple[int, int], ...], kernel: str, documents: Tensor, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_varlen_attn", reference_varlen)
+    q, k, v = heads()
+    here = torch.cat([torch.arange(*span) for span in ranges])
+    mask = document_mask(documents, positions_of(documents), kernel, config(window), ranges, whole_rows=False)
+    out = attention(q[:, here], k, v, mask)
+    expected = written_out(q, k, v, documents, window)[:, here]
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    for gradient, wanted in zip(gradients, torch.autograd.grad((expected * weights).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_long_rows_are_cut_into_blocks_that_end_with_their_own_queries() -> None:
+    """Several blocks in a part, the last one smaller, and a window that begins in the block before."""
+    long, ranges = 700, ((140, 420), (560, 700))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, long, 2, 8, generator=generator) for _ in range(3))
+    documents = torch.arange(long)[None] // 300
+    here = torch.cat([torch.arange(*span) for span in ranges])
+    for window in (None, 200):
+        masks = [
+            document_mask(documents, positions_of(documents), kernel, config(window), where, whole_rows=where is None)
+            for kernel, where in (("sdpa", None), ("blocked", ranges))
+        ]
+        torch.testing.assert_close(attention(q[:, here], k, v, masks[1]), attention(q, k, v, masks[0])[:, here], rtol=1e-5, atol=1e-6)
+
+
+def test_keys_before_the_first_document_with_queries_are_a_document_without_them() -> None:
+    documents = torch.tensor([[0] * 4 + [1] * 4 + [2] * 8 + [3] * 8, [5] * 24])
+    mask = document_mask(documents, positions_of(documents), "varlen", config(), ((10, 20), (0, 3)), whole_rows=False)
+    middle, begin = (part.documents for part in mask.parts)
+    assert middle is not None
+    assert begin is not None
+    assert middle.query_ends_N.tolist() == [0, 0, 6, 10, 20]  # of the first row: none of 0 and 1, six of 2, four of 3; ten of the second
+    assert middle.key_ends_N.tolist() == [0, 8, 16, 20, 40]
+    assert (middle.most_queries, middle.most_keys) == (16, 32)
+    assert begin.query_ends_N.tolist() == begin.key_ends_N.tolist() == [0, 3, 6]
+
+
+def test_keys_before_every_window_are_left_out() -> None:
+    mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config(5), ((2, 4), (18, 24)), whole_rows=False)
+    assert [(part.first_key, part.first, part.end) for part in mask.parts] == [(0, 2, 4), (14, 18, 24)]
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+def test_positions_and_lengths_are_those_of_the_tokens_that_are_here(whole_rows: bool) -> None:
+    dynamic = ModelConfig.model_validate(config().model_dump() | {"rope": {"kind": "dynamic_ntk", "factor": 2}})
+    mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", dynamic, ((4, 8), (16, 18)), whole_rows)
+    assert mask.lengths_BS is not None
+    assert mask.positions_BS[0].tolist() == [4, 5, 6, 0, 8, 9]
+    assert mask.lengths_BS[0].tolist() == [7, 7, 7, 1, 16, 16]  # of whole documents, wherever they lie
+    assert [(part.first, part.end) for part in mask.parts] == ([(0, 24)] if whole_rows else [(4, 8), (16, 18)])

@@ -1,17 +1,21 @@
-"""Initial weights depend on the seed and the parameter's name alone."""
+"""Initial weights depend on the seed and on the parameter's name and shape alone, whoever draws which part of them."""
 
 import math
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 
 from pretrain.config import ModelConfig
-from pretrain.model.init import ROWS, initial_rows, initialise
+from pretrain.model import init
+from pretrain.model.init import COLUMNS, ROWS, fill, initialise
 from pretrain.model.transformer import Transformer
 
 CONFIG = ModelConfig(
-    vocab_size=2 * ROWS + 100, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=64, qkv_bias=True, qk_norm=True
+    vocab_size=3 * ROWS + 10, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=64, qkv_bias=True, qk_norm=True
 )
+NAME, SHAPE = "model.layers.1.mlp.gate_proj.weight", (3 * ROWS + 10, 2 * COLUMNS + 30)
 
 
 def weights(config: ModelConfig = CONFIG, seed: int = 7, *, meta: bool = False) -> dict[str, torch.Tensor]:
@@ -21,6 +25,13 @@ def weights(config: ModelConfig = CONFIG, seed: int = 7, *, meta: bool = False) 
         model.to_empty(device="cpu")
     initialise(model, seed)
     return model.state_dict()
+
+
+def box(rows: tuple[int, int], columns: tuple[int, int], shape: tuple[int, int] = SHAPE) -> torch.Tensor:
+    """The values of rows [first, end) and columns [first, end)."""
+    part = torch.full((rows[1] - rows[0], columns[1] - columns[0]), torch.nan)
+    fill(NAME, part, (rows[0], columns[0]), shape, CONFIG, seed=7)
+    return part
 
 
 def test_meta_and_cpu_builds_get_the_same_weights_to_the_last_bit() -> None:
@@ -35,11 +46,42 @@ def test_a_deeper_model_keeps_the_weights_it_shares() -> None:
         torch.testing.assert_close(deep[name], value * scale)
 
 
-def test_rows_are_drawn_in_blocks_that_together_are_the_parameter() -> None:
-    name, shape = "model.embed_tokens.weight", torch.Size((CONFIG.vocab_size, CONFIG.d_model))
-    blocks = dict(initial_rows(name, shape, CONFIG, seed=7))
-    assert sorted(blocks) == [0, ROWS, 2 * ROWS]
-    assert torch.equal(torch.cat(list(blocks.values())), weights()[name])
+def test_the_layers_of_a_stage_get_the_weights_that_they_have_in_the_whole_model() -> None:
+    whole = weights()
+    stage = Transformer(CONFIG, layers=range(1, 2))
+    initialise(stage, 7)
+    assert len(stage.state_dict()) > 10
+    assert all(torch.equal(value, whole[name]) for name, value in stage.state_dict().items())
+
+
+@pytest.mark.parametrize("rows", [(0, ROWS), (1, 2), (ROWS - 1, ROWS + 1), (70, 3 * ROWS + 10), (SHAPE[0], SHAPE[0])])
+@pytest.mark.parametrize("columns", [(0, COLUMNS), (5, 6), (COLUMNS - 1, COLUMNS + 1), (1000, 2 * COLUMNS + 30), (9, 9)])
+def test_a_box_is_drawn_as_the_whole_has_it_to_the_last_bit(rows: tuple[int, int], columns: tuple[int, int]) -> None:
+    whole = box((0, SHAPE[0]), (0, SHAPE[1]))
+    assert torch.equal(box(rows, columns), whole[slice(*rows), slice(*columns)])
+
+
+def test_a_stream_for_each_box_instead_of_each_tile_would_not_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = box((0, SHAPE[0]), (0, SHAPE[1]))
+    drawn = iter([torch.randn(ROWS, COLUMNS).numpy() for _ in range(20)])
+    monkeypatch.setattr(init._Tile, "draw", lambda *_: next(drawn))
+    assert not torch.equal(box((0, 64), (0, 64)), whole[:64, :64])
+
+
+def test_drawing_a_part_of_a_matrix_takes_the_memory_of_a_tile() -> None:
+    part = torch.empty(1024, 2048)
+    fill(NAME, part[:64, :64], (0, 0), (4096, 4096), CONFIG, seed=7)  # what is imported late is not counted
+
+    def peak_of(part: torch.Tensor) -> int:
+        tracemalloc.start()
+        fill(NAME, part, (1024, 2048), (4096, 4096), CONFIG, seed=7)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    tile = ROWS * COLUMNS * np.dtype(np.float32).itemsize
+    assert tile < peak_of(part) < 2 * tile  # the next tile is drawn before the last one is forgotten
+    assert peak_of(part[:8, :8]) < 2 * tile
 
 
 @pytest.mark.parametrize(
@@ -56,6 +98,7 @@ def test_matrices_are_normal_and_those_into_the_residual_stream_smaller(name: st
     values = weights()[name]
     assert values.std().item() == pytest.approx(std, rel=0.05)
     assert abs(values.mean().item()) < 5 * std / math.sqrt(values.numel())
+    assert (values.abs() < std).float().mean().item() == pytest.approx(math.erf(math.sqrt(0.5)), abs=0.03)
 
 
 def test_norms_are_1_and_biases_0() -> None:
@@ -64,10 +107,11 @@ def test_norms_are_1_and_biases_0() -> None:
             assert torch.equal(value, torch.full_like(value, 0.0 if name.endswith("bias") else 1.0)), name
 
 
-def test_no_two_matrices_layers_blocks_or_seeds_share_numbers() -> None:
+def test_no_two_matrices_layers_tiles_or_seeds_share_numbers() -> None:
     first, other = weights(), weights(seed=8)
     rows = [value[0, :16] for value in (*first.values(), *other.values()) if value.ndim == 2]
-    rows.append(first["model.embed_tokens.weight"][ROWS, :16])
+    whole = box((0, SHAPE[0]), (0, SHAPE[1]))
+    rows += [whole[row, column : column + 16] for row in (0, ROWS, 2 * ROWS) for column in (0, COLUMNS, 2 * COLUMNS)][1:]
     correlations = torch.corrcoef(torch.stack(rows)).fill_diagonal_(0)
     assert correlations.abs().max() < 0.999
 

@@ -125,9 +125,32 @@ def test_a_frozen_weight_gets_no_gradient_and_changes_none() -> None:
 def test_a_second_backward_pass_is_refused_rather_than_scaled_twice() -> None:
     hidden, weight, labels = problem()
     total = linear_cross_entropy(hidden, weight, labels).total
-    total.backward(retain_graph=True)
+    total.backward()
     with pytest.raises(RuntimeError, match="one backward pass"):
         total.backward()
+
+
+def test_a_kept_graph_gives_the_same_gradients_again() -> None:
+    hidden, weight, labels = problem()
+    once = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).total / 10, (hidden, weight))
+    total = linear_cross_entropy(hidden, weight, labels).total / 10
+    first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(total, hidden, retain_graph=True), torch.autograd.grad(total, weight)  # as zero-bubble pipelines split it
+    assert all(torch.equal(x, wanted) for x, wanted in zip(first, once, strict=True))
+    assert all(torch.equal(x, wanted) for (x,), wanted in zip(again, once, strict=True))
+
+
+def test_gradients_are_scaled_in_place_unless_the_graph_is_kept() -> None:
+    def made_by_backward(retain_graph: bool) -> int:
+        hidden, weight, labels = problem()
+        total = linear_cross_entropy(hidden, weight, labels).total
+        with PeakMemory() as memory:
+            gradients = torch.autograd.grad(total, (hidden, weight), retain_graph=retain_graph)
+        assert len(gradients) == 2
+        return memory.peak
+
+    assert made_by_backward(retain_graph=False) < 100  # the gradient of the sum, a number
+    assert made_by_backward(retain_graph=True) > 4 * (T + V) * D
 
 
 def test_the_softmax_traces_without_a_graph_break_and_gives_the_same() -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from data_pipeline.reading.loader import Loader
 from data_pipeline.reading.packing import Batch
 from data_pipeline.storage.shards import open_split
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
+from parallel.engine import Microbatch
 from parallel.engines.torch import TorchEngine
 from pretrain.config import RunConfig
 from pretrain.config_loading import load
@@ -132,9 +133,9 @@ def test_validation_reads_the_same_held_out_sequences_each_time(
     seen: list[tuple[int, torch.Tensor]] = []
     eval_step = TorchEngine.eval_step
 
-    def spy(self: TorchEngine, microbatch: object) -> tuple[float, int]:
-        seen.append((microbatch.n_targets, microbatch.input_ids))
-        return eval_step(self, microbatch)
+    def spy(self: TorchEngine, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
+        seen.extend((microbatch.n_targets, microbatch.input_ids) for microbatch in microbatches)
+        return eval_step(self, microbatches)
 
     monkeypatch.setattr(TorchEngine, "eval_step", spy)
     run_tiny(tmp_path, "train.steps=10", "eval.every=5", "eval.batches=2", "train.micro_batch_size=3")
@@ -220,13 +221,13 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     train_step, count = TorchEngine.train_step, iter(range(1, 1000))
 
     def poisoned(self: TorchEngine, microbatches: list, lr_scale: float) -> object:
-        self_loss = self._compute_loss
+        compute = self._runner._compute
         if next(count) == step:
-            self._compute_loss = lambda model, microbatch: type(out := self_loss(model, microbatch))(*(part * torch.nan for part in out))
+            self._runner._compute = lambda *given: type(out := compute(*given))(*(part * torch.nan for part in out))
         try:
             return train_step(self, microbatches, lr_scale)
         finally:
-            self._compute_loss = self_loss
+            self._runner._compute = compute
 
     monkeypatch.setattr(TorchEngine, "train_step", poisoned)
 

@@ -1,0 +1,47 @@
+"""The global gradient norm over parameters on any meshes, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from parallel.layout import Layout
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def squared_norm(masters: Mapping[str, nn.Parameter], layout: Layout, n_copies: Callable[[str], int]) -> Tensor:
+    """This rank's share of the squared norm of all gradients, fp64: summed over all ranks it is the whole.
+
+    Where k ranks hold the same numbers each contributes a k-th of their squares, so that one sum over the world is right for parameters
+    that are divided over different axes. `n_copies`: stages that hold a parameter of that name.
+    """
+    gradients, ranks = [], []
+    for name, master in masters.items():
+        if master.grad is not None:
+            gradients.append(local(master.grad))
+            ranks.append(_holders(master, layout) * n_copies(name))
+    norms = torch.stack(torch._foreach_norm(gradients)).double()  # no public name; a loop does the same, slower
+    return (norms.square() / torch.tensor(ranks, device=norms.device)).sum()
+
+
+def _holders(parameter: Tensor, layout: Layout) -> int:
+    """Ranks of a stage that hold the same part of a parameter."""
+    holders = layout.world_size // layout.pipeline
+    if isinstance(parameter, DTensor):
+        for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+            holders //= 1 if placement.is_replicate() else size
+    return holders
+
+
+def clip_(masters: Iterable[nn.Parameter], largest: float, norm: float) -> None:
+    """Scale all gradients in place so that their global norm, which is `norm`, is at most `largest`."""
+    if norm > largest:
+        gradients = [local(master.grad) for master in masters if master.grad is not None]
+        torch._foreach_mul_(gradients, largest / (norm + 1e-6))  # no public name; as clip_grad_norm_ does it

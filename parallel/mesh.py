@@ -1,0 +1,34 @@
+"""The rank grid of a layout as a DeviceMesh: the one place where process groups of the axes are made."""
+
+from __future__ import annotations
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallel.layout import AXES, Layout
+
+
+def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
+    """A mesh over all ranks with the axes of `layout.AXES`, those of size 1 included.
+
+    The default process group must be there and be as large as the layout. Communicators of NCCL are made when first used: an axis that
+    moves nothing costs nothing.
+    """
+    root = init_device_mesh(
+        device_type,
+        (layout.pipeline, layout.replicate, layout.fsdp, layout.tensor),
+        mesh_dim_names=("pipeline", "replicate", "fsdp", "tensor"),
+    )
+    # Parameters are divided over `shard` and `context` as one axis. No public name unflattens; flattening is public only in PyTorch's guides,
+    # and slicing what was flattened is being removed. By its number: torch 2.11 does not take the name.
+    mesh = root._unflatten(2, (layout.shard, layout.context), ("shard", "context"))
+    assert mesh.mesh_dim_names == AXES
+    return mesh
+
+
+def data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+    """The ranks that hold the same layers and the same tensor part: (`replicate`, `fsdp`), or `fsdp` alone without replicas.
+
+    FSDP2 wants it to be of the same root as the mesh of tensor parallelism.
+    """
+    root = mesh._get_root_mesh()  # private, as `_unflatten`
+    return root["replicate", "fsdp"] if layout.replicate > 1 else root["fsdp"]

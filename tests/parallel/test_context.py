@@ -1,0 +1,299 @@
+"""Context parallelism against one process: attention by both methods and every kernel, the whole model, and what must not go unseen."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from flash import reference_varlen
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint
+from workers import WorkerPool
+
+from parallel import collectives, context
+from parallel.context import chunks_of_row, cut, held, split
+from parallel.engine import Held, Microbatch
+from parallel.errors import LayoutError
+from parallel.layout import Layout
+from pretrain.config import ModelConfig
+from pretrain.model import kernels
+from pretrain.model.attention import attention, document_mask
+from pretrain.model.init import initialise
+from pretrain.model.transformer import Transformer
+
+B, R, K = 2, 32, 8
+LENGTHS = ((5, 1, 13, 3, 10), (32,))
+METHODS = ["gather", "ulysses"]
+SLOW = 180.0
+"""Seconds that a case may take where others want the machine too: compiling is slow work."""
+
+
+def packed_rows(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> tuple[Tensor, Tensor]:
+    """(document ids, positions) of rows packed from documents of these lengths."""
+    ids = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]
+    return torch.stack(ids), torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+
+
+def config_of(ranks: int, window: int | None = None, **more: object) -> ModelConfig:
+    """Two query heads a key/value head, and as many of those as Ulysses needs."""
+    G = max(2, ranks)
+    shape = {"vocab_size": 96, "n_layers": 2, "d_model": 32, "d_ff": 64, "n_heads": 2 * G, "n_kv_heads": G, "head_dim": K}
+    return ModelConfig.model_validate(shape | {"sliding_window": window} | more)
+
+
+def heads(config: ModelConfig) -> list[Tensor]:
+    """q, k, v of whole rows, and a gradient for the output."""
+    generator = torch.Generator().manual_seed(0)
+    H, G = config.n_heads, config.n_kv_heads
+    return [torch.randn(B, R, n, K, generator=generator) for n in (H, G, G, H)]
+
+
+def rows_here(method: str) -> tuple[Held, DeviceMesh]:
+    ranks = dist.get_world_size()
+    return held(R, Layout(context=ranks, context_method=method), dist.get_rank()), init_device_mesh(
+        "cpu", (ranks,), mesh_dim_names=("context",)
+    )
+
+
+class Holder(nn.Module):
+    """What `split` looks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = attention
+
+
+def attention_here(method: str, kernel: str, window: int | None, masked: bool = True) -> tuple[Held, list[Tensor]]:
+    """One rank's output and gradients of q, k, v."""
+    config, (mine, mesh) = config_of(dist.get_world_size(), window), rows_here(method)
+    kernels._varlen_attn = reference_varlen  # the real one runs on GPUs only
+    model = nn.ModuleList([Holder()])
+    split(model, mesh, method)
+    documents, positions = packed_rows()
+    documents = documents if masked else torch.zeros_like(documents)
+    q, k, v, grad = (torch.cat([x[:, a:b] for a, b in mine.ranges], 1).requires_grad_() for x in heads(config))
+    out = model[0].attend(q, k, v, document_mask(documents, positions, kernel, config, mine.ranges, mine.whole_rows))
+    return mine, [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def attention_alone(config: ModelConfig) -> list[Tensor]:
+    """The same of whole rows on one process, in fp64."""
+    q, k, v, grad = (x.double().requires_grad_() for x in heads(config))
+    out = attention(q, k, v, document_mask(*packed_rows(), "sdpa", config))
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def relative(x: Tensor, wanted: Tensor) -> float:
+    return float((x.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def errors(results: list[tuple[Held, list[Tensor]]], config: ModelConfig) -> list[float]:
+    """Of the output and the gradients of q, k, v: the ranks' tokens put in their places, against one process."""
+    wanted = attention_alone(config)
+    found = [torch.full_like(x, torch.nan) for x in wanted]
+    for mine, tensors in results:
+        here = torch.cat([torch.arange(*span) for span in mine.ranges])
+        for whole, part in zip(found, tensors, strict=True):
+            whole[:, here] = part.double()
+    return [relative(x, y) for x, y in zip(found, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("window", [None, 3, 20], ids=["no window", "a window within a chunk", "a window over chunks"])
+@pytest.mark.parametrize("kernel", ["sdpa", "blocked", "varlen"])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_over_packed_documents_is_that_of_one_process(
+    method: str, ranks: int, kernel: str, window: int | None, workers: WorkerPool
+) -> None:
+    assert max(errors(workers.run(attention_here, ranks, method, kernel, window), config_of(ranks, window))) < 1e-6
+
+
+def with_broken(module: object, name: str, broken: object, *args: object) -> tuple[Held, list[Tensor]]:
+    whole = getattr(module, name)
+    setattr(module, name, broken)
+    try:
+        return attention_here(*args)
+    finally:
+        setattr(module, name, whole)
+
+
+def chunks_in_wrong_order() -> tuple[Held, list[Tensor]]:
+    return with_broken(context, "_whole_rows", lambda x, group: collectives.gather(x, group, 1), "gather", "sdpa", None)
+
+
+def no_reduction() -> tuple[Held, list[Tensor]]:
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        _, size, dim = ctx.where  # type: ignore[attr-defined]  # set by forward
+        return grad.chunk(size, dim)[dist.get_rank()], None, None, None
+
+    return with_broken(collectives._Gather, "backward", staticmethod(backward), "gather", "sdpa", None)
+
+
+def heads_in_wrong_order() -> tuple[Held, list[Tensor]]:
+    def exchange(x: Tensor, group: dist.ProcessGroup, split_dim: int, concat_dim: int) -> Tensor:
+        return collectives.exchange(x.flip(2) if split_dim == 2 and x.shape[2] == 2 else x, group, split_dim, concat_dim)
+
+    return with_broken(context, "exchange", exchange, "ulysses", "sdpa", None)
+
+
+BROKEN: dict[str, Callable[[], tuple[Held, list[Tensor]]]] = {
+    "documents ignored, gather": partial(attention_here, "gather", "sdpa", None, masked=False),
+    "documents ignored, ulysses": partial(attention_here, "ulysses", "sdpa", None, masked=False),
+    "chunks in wrong order": chunks_in_wrong_order,
+    "heads in wrong order": heads_in_wrong_order,
+}
+
+
+def run_broken(name: str) -> tuple[Held, list[Tensor]]:
+    return BROKEN[name]()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_seen(name: str, workers: WorkerPool) -> None:
+    assert min(errors(workers.run(run_broken, 2, name), config_of(2))) > 1e-3
+
+
+def test_a_backward_pass_without_the_reduction_is_seen_in_keys_and_values_alone(workers: WorkerPool) -> None:
+    out, q, k, v = errors(workers.run(no_reduction, 2), config_of(2))
+    assert max(out, q) < 1e-6
+    assert min(k, v) > 1e-3
+
+
+def microbatch(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> Microbatch:
+    ids = torch.randint(96, (B, R + 1), generator=torch.Generator().manual_seed(1))
+    documents, positions = packed_rows(lengths)
+    labels = ids[:, 1:].clone()
+    labels[:, 20:24] = -100
+    return Microbatch(ids[:, :-1], labels, positions, documents, n_targets=B * (R - 4))
+
+
+def loss_and_gradients(model: Transformer, batch: Microbatch) -> tuple[float, dict[str, Tensor]]:
+    span = () if batch.held is None else (batch.held.ranges, batch.held.whole_rows)
+    mask = model.document_mask(batch.document_ids, batch.positions, *span)
+    total = model.loss(batch.input_ids, batch.labels, mask, z_loss=0.01).total / batch.n_targets
+    total.backward()
+    return float(total.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def model_of(config: ModelConfig, kernel: str) -> Transformer:
+    model = Transformer(config, kernel)
+    initialise(model, 0)
+    return model
+
+
+def model_here(method: str, config: ModelConfig, kernel: str, around: str) -> tuple[float, dict[str, Tensor]]:
+    """One rank's share of the loss and of every gradient."""
+    mine, mesh = rows_here(method)
+    model = model_of(config, kernel)
+    split(model, mesh, method)
+    if around == "recomputed":
+        for layer in model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return loss_and_gradients(model, cut(microbatch(), mine))
+
+
+def assert_sum_is(parts: list[tuple[float, dict[str, Tensor]]], loss: float, gradients: dict[str, Tensor]) -> None:
+    """Losses and gradients are sums over the ranks."""
+    assert sum(part for part, _ in parts) == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert relative(torch.stack([part[name] for _, part in parts]).sum(0), gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks", "kernel", "around", "more"),
+    [
+        ("gather", 4, "sdpa", "eager", {"rope": {"kind": "dynamic_ntk", "factor": 4, "original_max_seq_len": 8}}),
+        ("ulysses", 4, "sdpa", "eager", {"rope": {"kind": "dynamic_ntk", "factor": 4, "original_max_seq_len": 8}}),
+        ("ulysses", 2, "blocked", "eager", {"qk_norm": True, "sliding_window": 11}),
+        ("gather", 2, "sdpa", "recomputed", {"sliding_window": 11}),
+        ("ulysses", 2, "sdpa", "recomputed", {"document_mask": False}),
+        ("gather", 2, "blocked", "eager", {"document_mask": False}),
+    ],
+)
+def test_the_models_loss_and_gradients_are_those_of_one_process(
+    method: str, ranks: int, kernel: str, around: str, more: dict[str, object], workers: WorkerPool
+) -> None:
+    config = config_of(ranks, **more)
+    alone = model_of(config, kernel)
+    loss, gradients = loss_and_gradients(alone, microbatch())
+    assert len(gradients) == len(list(alone.parameters()))
+    results = workers.run(model_here, ranks, method, config, kernel, around, timeout=SLOW)
+    assert_sum_is(results, loss, gradients)
+
+
+BATCHES = (LENGTHS, ((32,), (32,)), ((7, 25), (31, 1)))
+"""Several documents in one row, in none, in both."""
+
+
+def compiled_here(method: str) -> tuple[int, list[tuple[float, dict[str, Tensor]]]]:
+    """The number of graphs that the blocks were compiled into, and one rank's share of the losses and gradients."""
+    mine, mesh = rows_here(method)
+    model = model_of(config_of(2), "blocked")
+    split(model, mesh, method)
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    found = []
+    for lengths in BATCHES:
+        found.append(loss_and_gradients(model, cut(microbatch(lengths), mine)))
+        model.zero_grad()
+    return counter.frame_count, found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_blocks_are_one_graph_and_right_whatever_documents_a_batch_holds(method: str, workers: WorkerPool) -> None:
+    results = workers.run(compiled_here, 2, method, timeout=SLOW)
+    assert [graphs for graphs, _ in results] == [1, 1]
+    for lengths, *parts in zip(BATCHES, *(found for _, found in results), strict=True):
+        loss, gradients = loss_and_gradients(model_of(config_of(2), "blocked"), microbatch(lengths))
+        assert_sum_is(parts, loss, gradients)
+
+
+def test_gather_balances_the_work_of_a_causal_mask_and_ulysses_keeps_neighbours() -> None:
+    gathers = [held(64, Layout(context=4), rank) for rank in range(4)]
+    assert [mine.ranges for mine in gathers[:2]] == [((0, 8), (56, 64)), ((8, 16), (48, 56))]
+    assert {sum(sum(range(first, end)) for first, end in mine.ranges) for mine in gathers} == {sum(range(64)) // 4}
+    exchanges = [held(64, Layout(context=4, context_method="ulysses"), rank) for rank in range(4)]
+    assert [mine.ranges for mine in exchanges] == [((0, 16),), ((16, 32),), ((32, 48),), ((48, 64),)]
+    assert (gathers[0].whole_rows, exchanges[0].whole_rows) == (False, True)
+
+
+def test_one_rank_holds_whole_rows() -> None:
+    assert held(7, Layout(), 0) == Held(((0, 7),), whole_rows=True)
+    assert chunks_of_row(Layout()) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "seq_len", "way_out"), [("gather", 36, "multiple of 8 .* try 40"), ("ulysses", 38, "multiple of 4 .* try 40")]
+)
+def test_a_row_that_cannot_be_shared_out_is_refused_with_the_next_length_that_can(method: str, seq_len: int, way_out: str) -> None:
+    with pytest.raises(LayoutError, match=f"data.seq_len={seq_len} .*{way_out}"):
+        held(seq_len, Layout(context=4, context_method=method), 0)
+
+
+def test_a_cut_microbatch_keeps_whole_rows_for_the_mask_and_all_targets() -> None:
+    whole = microbatch()
+    mine = cut(whole, held(R, Layout(context=4), 1))
+    here = [*range(4, 8), *range(24, 28)]
+    assert torch.equal(mine.input_ids, whole.input_ids[:, here])
+    assert torch.equal(mine.labels, whole.labels[:, here])
+    assert (mine.positions.shape, mine.document_ids.shape, mine.n_targets) == ((B, R), (B, R), whole.n_targets)
+
+
+def too_many_ranks() -> str:
+    config, (mine, mesh) = config_of(1), rows_here("ulysses")
+    model = Holder()
+    split(model, mesh, "ulysses")
+    q, k, v, _ = heads(config)
+    with pytest.raises(ValueError, match="ulysses") as raised:
+        model.attend(q, k, v, document_mask(*packed_rows(), "sdpa", config, mine.ranges))
+    return str(raised.value)
+
+
+def test_ulysses_over_more_ranks_than_key_value_heads_says_what_to_do(workers: WorkerPool) -> None:
+    for message in workers.run(too_many_ranks, 4):
+        assert "parallel.context=4 does not divide the 2" in message
+        assert "use parallel.context_method=gather" in message

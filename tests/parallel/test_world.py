@@ -1,0 +1,219 @@
+"""Several processes as one: what torchrun's variables say, agreeing, and ending together when one of them fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore, all_reduce, is_initialized
+from workers import PROCESSES, WorkerPool
+
+from data_pipeline.errors import DataError
+from parallel.errors import LayoutError
+from parallel.world import World, agree, start
+from pretrain import cli
+from pretrain.errors import Diverged, UserError
+
+SIZE = 3
+FOREVER = 3600.0
+BOUND = 10.0
+"""Seconds from an error to the end of every rank."""
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+
+
+def test_one_process_where_no_launcher_speaks() -> None:
+    assert World.from_environment({"MASTER_ADDR": "elsewhere"}) == World(rank=0, size=1, local_rank=0, local_size=1)
+    assert World().is_main
+
+
+def test_torchruns_variables_are_read() -> None:
+    world = World.from_environment(TORCHRUN)
+    assert world == World(rank=5, size=8, local_rank=1, local_size=4)
+    assert not world.is_main
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, r"RANK=0 WORLD_SIZE=2 in .*, without LOCAL_RANK, LOCAL_WORLD_SIZE: start with torchrun"),
+        (TORCHRUN | {"LOCAL_RANK": "one"}, r"LOCAL_RANK=one .* are not all numbers: start with torchrun"),
+        (TORCHRUN | {"RANK": "8"}, r"RANK=8 WORLD_SIZE=8 .* contradict each other: start with torchrun"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, r"LOCAL_RANK=4 LOCAL_WORLD_SIZE=4 .* contradict each other"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, r"LOCAL_WORLD_SIZE=9 .* contradict each other"),
+    ],
+    ids=["half", "no number", "rank", "local rank", "local size"],
+)
+def test_variables_that_cannot_be_are_refused(variables: dict[str, str], told: str) -> None:
+    with pytest.raises(LayoutError, match=told):
+        World.from_environment(variables)
+
+
+def test_one_process_needs_no_group() -> None:
+    with start(World(), "cuda"):
+        assert not is_initialized()
+        assert (agree(World(), True), agree(World(), False)) == (True, False)
+
+
+def test_more_processes_than_gpus_are_refused_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(LayoutError, match=r"2 processes on a machine with 1 GPUs: start at most 1"), start(World(1, 2, 1, 2), "cuda"):
+        pass
+
+
+def agreements(size: int) -> list[bool]:
+    world = World(torch.distributed.get_rank(), size)
+    return [agree(world, world.rank == who) for who in range(size + 1)]
+
+
+def test_one_rank_is_enough_to_agree(workers: WorkerPool) -> None:
+    assert workers.run(agreements, SIZE, SIZE) == [[True, True, True, False]] * SIZE
+
+
+ERRORS = {
+    "user": UserError("data.path=nowhere\nis not there"),
+    "data": DataError("data.path=nowhere is damaged"),
+    "diverged": Diverged("the loss is nan"),
+}
+
+
+def life(how: str, when: Path) -> Callable[[], None]:
+    """What takes the place of the command line: ranks that meet and work together, until something happens to rank 1."""
+
+    def fail() -> None:
+        when.write_text(str(time.monotonic()))
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ERRORS.get(how, ValueError("a bug"))
+
+    def app() -> None:
+        world = World.from_environment()
+        if how in ("bad layout", "alone"):
+            raise LayoutError("parallel.tensor=3 does not divide model.n_heads=8")
+        if how == "user" and world.rank == 1:
+            fail()  # before the group exists, for which the others wait
+        with start(world, "cpu"):
+            for _ in range(4):
+                all_reduce(torch.ones(1))
+            if how not in ("well", "stopped"):
+                if world.rank == 1:
+                    fail()
+                if how == "busy":
+                    time.sleep(FOREVER)
+                all_reduce(torch.ones(1))
+        if how == "stopped":
+            sys.exit(75)
+
+    return app
+
+
+def live(rank: int, port: int, how: str, folder: Path) -> None:
+    """One rank under the real entry point, as torchrun would have started it, with its output in a file."""
+    output = os.open(folder / f"{rank}.out", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    cli.app = life(how, folder / "when")
+    if how == "alone":
+        cli.fail_together = lambda world, show: nullcontext()
+    cli.main()
+
+
+@dataclass(frozen=True)
+class End:
+    """Exit codes by rank, everything they printed, and the seconds from the error to the end of the last one."""
+
+    codes: list[int | None]
+    output: str
+    seconds: float
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[[str], End]:
+    """Three ranks of the real entry point; the store is here, as it would be in torchrun."""
+
+    def run(how: str) -> End:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+        ranks = [PROCESSES.Process(target=live, args=(rank, store.port, how, tmp_path)) for rank in range(SIZE)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+        ended = time.monotonic()
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+        output = "".join((tmp_path / f"{rank}.out").read_text() for rank in range(SIZE))
+        when = tmp_path / "when"
+        return End(codes, output, ended - float(when.read_text()) if when.exists() else 0.0)
+
+    return run
+
+
+@pytest.mark.parametrize("how", ["bug", "busy"])
+def test_a_rank_that_raises_ends_the_others_within_10_seconds_and_is_heard_once(run_ranks: Callable[[str], End], how: str) -> None:
+    end = run_ranks(how)
+    assert end.codes == [1, 1, 1]
+    assert end.output.count("Traceback") == end.output.count("ValueError: a bug\non rank 1 of 3") == 1
+    assert "lost" not in end.output
+    assert 0 < end.seconds < BOUND
+
+
+@pytest.mark.parametrize(
+    ("how", "line", "code"),
+    [
+        ("user", "error: data.path=nowhere is not there (on rank 1 of 3, ", 2),
+        ("data", "error: data.path=nowhere is damaged (on rank 1 of 3, ", 2),
+        ("diverged", "error: the loss is nan (on rank 1 of 3, ", 1),
+        ("bad layout", "error: parallel.tensor=3 does not divide model.n_heads=8 (on rank ", 2),
+    ],
+    ids=["before the group", "in the group", "diverged", "the same on all"],
+)
+def test_an_expected_error_is_one_line_of_one_rank(run_ranks: Callable[[str], End], how: str, line: str, code: int) -> None:
+    end = run_ranks(how)
+    assert end.codes == [code] * SIZE
+    assert end.output.startswith(line)
+    assert end.output.count("\n") == 1
+    assert end.seconds < BOUND
+
+
+def test_a_killed_rank_is_named_and_what_its_death_does_to_the_others_shown_once(run_ranks: Callable[[str], End]) -> None:
+    end = run_ranks("killed")
+    assert end.codes == [1, -signal.SIGKILL, 1]
+    assert end.output.count("Traceback") == end.output.count("rank 1 was lost without a word: killed, or its machine went down\n") == 1
+    assert 0 < end.seconds < BOUND
+
+
+@pytest.mark.parametrize(("how", "code"), [("well", 0), ("stopped", 75)])
+def test_ranks_that_end_well_say_nothing(run_ranks: Callable[[str], End], how: str, code: int) -> None:
+    assert run_ranks(how) == End([code] * SIZE, "", 0.0)
+
+
+def test_ranks_that_do_not_fail_together_each_show_the_error(run_ranks: Callable[[str], End]) -> None:
+    """Negative control."""
+    assert run_ranks("alone").output.count("error: parallel.tensor=3") == SIZE
+
+
+def test_under_torchrun_too(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        f"sys.path[:] = {json.dumps(sys.path)}\n"
+        "from pretrain import cli; from test_world import life\n"
+        f"cli.app = life('bug', Path({str(tmp_path / 'when')!r}))\n"
+        "cli.main()\n"
+    )
+    words = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SIZE}", str(script))
+    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 1
+    assert (ended.stdout + ended.stderr).count("ValueError: a bug\non rank 1 of 3") == 1
+    assert time.monotonic() - float((tmp_path / "when").read_text()) < BOUND + 5  # torchrun's own end included
