@@ -2,9 +2,11 @@
 
 Each row trains a small model (grouped-query attention, QK-norm, biases, packed documents, uneven labels) on one layout of real processes
 (gloo), and compares it with the same steps on one process: the loss of every step, every parameter's gradient at every step (norm of the
-difference over the norm), every parameter after the last step. AdamW's epsilon is Llama 2's 1e-5 (arXiv:2307.09288, section 2.2): with 1e-8
-the first steps divide rounding noise by itself wherever a gradient is smaller than it, and biases start at 0. In fp32 they must agree to rounding: loss 1e-5, gradients 1e-4, parameters
+difference over the norm), every parameter after the last step. In fp32 they must agree to rounding: loss 1e-5, gradients 1e-4, parameters
 1e-5. In bf16, where another order of sums rounds differently, losses must agree to 2e-3.
+
+AdamW's epsilon is Llama 2's 1e-5 (arXiv:2307.09288, section 2.2): with 1e-8 the first steps divide rounding noise by itself wherever a
+gradient is smaller than it, and biases start at 0.
 
     python -m benchmarks.parity [--steps 5] [--only WORD ...] [--json FILE] [--table docs/parity.md]
 """
@@ -33,7 +35,7 @@ from pretrain.config import RunConfig
 from pretrain.config_loading import load
 from pretrain.train.build import blueprint_of, numbers_of
 from pretrain.train.feed import microbatches, to_host
-from tests.workers import WorkerPool
+from tests.workers import CaseFailed, WorkerPool
 
 CPU = torch.device("cpu")
 ROWS, SEQ_LEN, VOCABULARY = 8, 64, 160
@@ -92,6 +94,7 @@ class Course:
 
     losses: list[float]
     norms: list[float]
+    """Of all gradients, before clipping."""
     gradients: list[dict[str, Tensor]]
     """Of each step, after clipping, whole tensors by canonical name."""
     parameters: dict[str, Tensor]
@@ -121,9 +124,10 @@ def cases() -> list[Case]:
     for schedule in ("gpipe", "1f1b"):
         found += [Case(Layout(pipeline=n, schedule=schedule), UNEVEN if n == 2 else (), micro_batch=1) for n in (2, 4)]
     for schedule in ("interleaved", "interleaved_zero_bubble", "zbv"):
-        found += [Case(Layout(pipeline=n, schedule=schedule, stages_per_rank=2), DEEP, micro_batch=1) for n in (2, 4)]
+        found += [Case(Layout(pipeline=n, schedule=schedule, stages_per_rank=2, zero=2), DEEP, micro_batch=1) for n in (2, 4)]
     found += [
-        Case(Layout(pipeline=2, schedule=schedule, stages_per_rank=k), TIED, micro_batch=1) for schedule, k in (("1f1b", 1), ("zbv", 2))
+        Case(Layout(pipeline=2, schedule=schedule, stages_per_rank=k, zero=2), TIED, micro_batch=1)
+        for schedule, k in (("1f1b", 1), ("zbv", 2))
     ]
     found += [Case(Layout(context=n, context_method=method)) for n in (2, 4) for method in ("gather", "ulysses")]
     found += [Case(Layout(context=2, context_method=method), WINDOW) for method in ("gather", "ulysses")]
@@ -131,6 +135,7 @@ def cases() -> list[Case]:
     pairs = [
         Layout(shard=2, tensor=2, sequence=True),
         Layout(shard=2, pipeline=2),
+        Layout(shard=2, pipeline=2, zero=2),
         Layout(tensor=2, sequence=True, pipeline=2),
         Layout(shard=2, context=2),
         Layout(tensor=2, sequence=True, context=2),
@@ -144,14 +149,14 @@ def cases() -> list[Case]:
         Case(Layout(shard=2, tensor=2, sequence=True), own=("train.recompute=selective",)),
         Case(Layout(tensor=2, context=2), own=("train.recompute=full", "train.recompute_every=2")),
         Case(Layout(pipeline=2, shard=2), TIED, own=("train.recompute=selective",), micro_batch=1),
-        Case(Layout(pipeline=2, schedule="zbv", stages_per_rank=2), own=("train.recompute=full",), micro_batch=1),
+        Case(Layout(pipeline=2, schedule="zbv", stages_per_rank=2, zero=2), own=("train.recompute=full",), micro_batch=1),
     ]
     in_bf16 = [
         Layout(shard=2),
         Layout(replicate=2, shard=2, zero=1),
         Layout(tensor=2, sequence=True),
         Layout(pipeline=2),
-        Layout(pipeline=2, schedule="zbv", stages_per_rank=2),
+        Layout(pipeline=2, schedule="zbv", stages_per_rank=2, zero=2),
         Layout(context=2),
         Layout(context=2, context_method="ulysses"),
         Layout(shard=2, tensor=2, sequence=True, pipeline=2),
@@ -253,6 +258,7 @@ def compare(ranks: Sequence[Course | None], reference: Course) -> dict[str, floa
         for step, expected in enumerate(reference.gradients)
         for error in _distances([each.gradients[step] for each in courses], expected)
     ]
+    gradients += [abs(a - b) / b for each in courses for a, b in zip(each.norms, reference.norms, strict=True)]
     parameters = _distances([each.parameters for each in courses], reference.parameters)
     return {"loss_error": max(losses), "gradient_error": max(gradients), "parameter_error": max(parameters)}
 
@@ -268,7 +274,11 @@ def _distances(stages: Sequence[Mapping[str, Tensor]], expected: Mapping[str, Te
 def run(case: Case, pool: WorkerPool, steps: int) -> Row:
     """Train both ways and compare."""
     began = time.perf_counter()
-    errors = compare(pool.run(on_rank, case.layout.world_size, case, steps, timeout=180), alone(case.words, steps))
+    try:
+        errors = compare(pool.run(on_rank, case.layout.world_size, case, steps, timeout=180), alone(case.words, steps))
+    except CaseFailed as failure:  # the other rows are worth having
+        print(failure, flush=True)
+        errors = dict.fromkeys(TOLERANCES, float("inf"))
     holds = errors["loss_error"] <= BF16_LOSS_TOLERANCE if case.is_bf16 else all(errors[key] <= TOLERANCES[key] for key in errors)
     return Row(case.name, **errors, holds=holds, seconds=time.perf_counter() - began)
 
@@ -280,10 +290,9 @@ def table(rows: Sequence[Row], steps: int) -> str:
     head = [f"# {title}", "", rest.partition("    python")[0].strip(), ""]
     head += [f"{sum(row.holds for row in rows)} of {len(rows)} layouts hold, over {steps} steps, torch {torch.__version__}.", ""]
     lines = ["| layout | loss | gradients | parameters | |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row.layout} | {row.loss_error:.1e} | {row.gradient_error:.1e} | {row.parameter_error:.1e} | {'holds' if row.holds else 'FAILS'} |"
-        for row in rows
-    ]
+    for row in rows:
+        errors = " | ".join(f"{error:.1e}" for error in (row.loss_error, row.gradient_error, row.parameter_error))
+        lines.append(f"| {row.layout} | {errors} | {'holds' if row.holds else 'FAILS'} |")
     return "\n".join([*head, *lines, "", "Made by `python -m benchmarks.parity --table docs/parity.md`.", ""])
 
 

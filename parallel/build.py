@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel import context, tensor
@@ -31,7 +30,21 @@ def build_engine(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank
     the default process group must be there; one rank needs none.
     """
     if layout.world_size == 1 and not layout.offload:
-        return _on_one_process(blueprint, numbers, device)
+        model = _shapes(blueprint, range(blueprint.n_layers), numbers)
+        _give_values(model, blueprint, device)
+        return one_process(model, blueprint.compute, blueprint.build_optimizer, numbers, device)
+    return divided(blueprint, numbers, layout=layout, rank=rank, device=device)
+
+
+def one_process(model: nn.Module, compute: Compute, build_optimizer: BuildOptimizer, numbers: Numbers, device: torch.device) -> TorchEngine:
+    """The engine of a whole model that has its values already: no process group, nothing is divided."""
+    masters, refresh = split_masters(model, numbers.dtype)
+    optimizer, runner = build_optimizer(masters.items()), OnePart(model, compute)
+    return TorchEngine([model], masters, optimizer, runner, device=device, clip=numbers.clip, refresh=refresh)
+
+
+def divided(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int, device: torch.device) -> TorchEngine:
+    """The engine of a rank whose parameters are divided, on a grid of any size."""
     mesh = build_mesh(layout, device.type)
     at = layout.coordinates(rank)
     ranges = assign(blueprint.n_layers, layout.n_stages, first_cost=blueprint.first_cost, last_cost=blueprint.last_cost)
@@ -66,21 +79,6 @@ def build_engine(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank
         refresh=refresh,
         cut=cut if layout.context > 1 else lambda microbatch: microbatch,
     )
-
-
-def _on_one_process(blueprint: Blueprint, numbers: Numbers, device: torch.device) -> TorchEngine:
-    model = _shapes(blueprint, range(blueprint.n_layers), numbers)
-    _give_values(model, blueprint, device)
-    return one_process(model, blueprint.compute, blueprint.build_optimizer, numbers, device)
-
-
-def one_process(
-    model: nn.Module, compute: Compute, build_optimizer: BuildOptimizer, numbers: Numbers, device: torch.device
-) -> TorchEngine:
-    """The engine of a whole model that has its values already: no process group, nothing is divided."""
-    masters, refresh = split_masters(model, numbers.dtype)
-    optimizer, runner = build_optimizer(masters.items()), OnePart(model, compute)
-    return TorchEngine([model], masters, optimizer, runner, device=device, clip=numbers.clip, refresh=refresh)
 
 
 def _shapes(blueprint: Blueprint, layers: range, numbers: Numbers) -> nn.Module:

@@ -23,7 +23,6 @@ from torch._guards import active_fake_mode  # private; what is public says only 
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # documented, under this very name
 from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend "fake" known; there is no public way
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -58,17 +57,30 @@ class _Pretence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped 
             for received in args[0]:
                 if not isinstance(received, FakeTensor):
                     received.fill_(1)
-        if _on_cpu(kwargs.get("device")) and all(_is_shape(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)):
+        if _makes(args, kwargs):
             with self._fake:
                 pretended = operator(*args, **kwargs)
-            if isinstance(pretended, Tensor) and pretended.is_floating_point() and pretended.device.type == "cpu":
+            if isinstance(pretended, Tensor) and pretended.is_floating_point():
                 return pretended
         return operator(*args, **kwargs)
 
 
-def _on_cpu(device: torch.device | str | None) -> bool:
-    return device is None or torch.device(device).type == "cpu"
+def _makes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:  # Any: as above
+    """Whether an operator makes tensors in memory of nothing, or of tensors that have but a shape."""
+    device = kwargs.get("device")
+    if device is None:
+        return next(tensors_in(args), None) is None
+    return torch.device(device).type == "cpu" and all(map(_is_shape, tensors_in(args)))
 
 
 def _is_shape(tensor: Tensor) -> bool:
     return tensor.device.type == "meta" and not isinstance(tensor, FakeTensor)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results: themselves, or in lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_in(each)

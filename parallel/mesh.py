@@ -18,8 +18,8 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
         (layout.pipeline, layout.replicate, layout.fsdp, layout.tensor),
         mesh_dim_names=("pipeline", "replicate", "fsdp", "tensor"),
     )
-    # Parameters are divided over `shard` and `context` as one axis. No public name unflattens; flattening is public only in PyTorch's guides,
-    # and slicing what was flattened is being removed. By its number: torch 2.11 does not take the name.
+    # Parameters are divided over `shard` and `context` as one axis. No public name unflattens; flattening is public only in PyTorch's
+    # guides, and slicing what was flattened is being removed. By its number: torch 2.11 does not take the name.
     mesh = root._unflatten(2, (layout.shard, layout.context), ("shard", "context"))
     assert mesh.mesh_dim_names == AXES
     return mesh

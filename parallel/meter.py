@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, UntypedStorage
 from torch._C._distributed_c10d import _resolve_process_group  # nothing public finds a group by its name
 from torch._guards import active_fake_mode  # private: tells what DTensor makes to try from what a rank holds
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-from torch.utils._pytree import tree_leaves
 
+from parallel.dry import tensors_in
 from parallel.engines.torch import TorchEngine
 from parallel.layout import Layout
 
@@ -28,7 +28,7 @@ KINDS = ("parameters", "optimizer state", "gradients", "gathered parameters")
 """What `kinds_of` tells apart; all else that lives are activations and temporary tensors."""
 REST = "activations"
 
-_GROWTH = 1.001
+_GROWTH = 1.01
 """A new peak is looked at when it is that much higher than the last: counting everything anew at every operator would take hours."""
 
 Kinds = Callable[[], Mapping[str, Iterable[Tensor]]]
@@ -38,7 +38,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
     """The bytes of all tensor storages that were made, or used, while it was active and still live; views count once.
 
     A storage that loses its memory but lives on (FSDP2 frees gathered parameters so) does not tell: what is counted is too high until
-    somebody looks, never too low. So everything is counted anew before a number is given, or a new peak believed; `peak` is right to 0.1%.
+    somebody looks, never too low. So everything is counted anew before a number is given, or a new peak believed; `peak` is right to 1%.
     """
 
     def __init__(self) -> None:
@@ -83,8 +83,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
         result = operator(*args, **(kwargs or {}))
         if active_fake_mode() is not None:  # a DTensor looks what shape a result has
             return result
-        for x in tree_leaves((args, kwargs, result)):
-            if isinstance(x, Tensor) and x.device.type != "meta" and not is_traceable_wrapper_subclass_type(type(x)):
+        for x in chain(tensors_in(args), tensors_in(result), tensors_in(tuple(kwargs.values()) if kwargs else ())):
+            if x.device.type != "meta":
                 self._see(x.untyped_storage())
         if self._bytes > self.peak * _GROWTH:
             self._look()
@@ -119,26 +119,27 @@ def kinds_of(engine: TorchEngine) -> Kinds:
     masters += [parameter for parameter in parts if isinstance(parameter, DTensor)]  # twins of tied parameters
     slots = [x for slots in state["optimizer"].values() if isinstance(slots, dict) for x in slots.values()]
 
+    sharded = [module for part in engine.parts for module in part.modules() if isinstance(module, FSDPModule)]
+
     def kinds() -> dict[str, list[Tensor]]:
         owned = engine._masters.values()
         return {
             "parameters": masters,
             "optimizer state": slots,
-            "gradients": [*(p.grad for p in owned if p.grad is not None), *chain.from_iterable(map(_whole_gradients, engine.parts))],
+            "gradients": [*(p.grad for p in owned if p.grad is not None), *_whole_gradients(sharded)],
             "gathered parameters": [parameter for part in engine.parts for parameter in part.parameters()],
         }
 
     return kinds
 
 
-def _whole_gradients(part: nn.Module) -> Iterable[Tensor]:
+def _whole_gradients(modules: Iterable[FSDPModule]) -> Iterator[Tensor]:
     """What FSDP2 has added up and not yet reduced. It has no public name."""
-    for module in part.modules():
-        if isinstance(module, FSDPModule):
-            group = module._get_fsdp_state()._fsdp_param_group
-            for parameter in group.fsdp_params if group is not None else ():
-                if parameter.unsharded_accumulated_grad is not None:
-                    yield parameter.unsharded_accumulated_grad
+    for module in modules:
+        group = module._get_fsdp_state()._fsdp_param_group
+        for parameter in group.fsdp_params if group is not None else ():
+            if parameter.unsharded_accumulated_grad is not None:
+                yield parameter.unsharded_accumulated_grad
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in
             operation, place = _COLLECTIVES.get(operator.name().split(".")[0], ("", 0))
             group = _group(operator.namespace, place, args) if operation else None
             if group is not None and group.size() > 1:
-                put_in = sum(x.numel() * x.element_size() for x in tree_leaves(args[place]) if isinstance(x, Tensor))
+                put_in = sum(x.numel() * x.element_size() for x in tensors_in(args[place]))
                 axis = self._axes.setdefault(group.group_name, _axis(group, self._layout))
                 self.sent.setdefault(axis, Counter())[operation] += round(put_in * _SENT[operation](group.size()))
                 self.calls.setdefault(axis, Counter())[operation] += 1

@@ -7,7 +7,7 @@ a stage is an FSDP module, reduces them once, after the last microbatch: ZeRO-2 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -30,7 +30,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 from parallel.engine import Compute, Microbatch
 from parallel.gradients import local
 from parallel.layout import Layout
-from parallel.stages import Action, Kind, assign, check_schedule, rank_of, share_waited, stage_costs
+from parallel.stages import ZERO_BUBBLE, Action, Kind, assign, check_schedule, rank_of, share_waited, stage_costs
 
 SINGLE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 MULTI: dict[str, type[PipelineScheduleMulti]] = {
@@ -38,6 +38,10 @@ MULTI: dict[str, type[PipelineScheduleMulti]] = {
     "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
 }
+
+UNSPLIT_LOSS = torch.__version__ < "2.13"
+"""Older releases lose the graph of a Python autograd function, which the loss is, between the two halves of a split backward pass: there
+zero bubble does the last stage's pass whole, and the stages before wait longer for it (`bubble_fraction` counts that)."""
 
 
 class Stage(nn.Module):
@@ -167,8 +171,9 @@ class Pipeline:
         activation = self._activations(b, S, device="meta").requires_grad_()
         loss = torch.empty((), device="meta", requires_grad=True)
         n = self._layout.n_stages
+        unsplit = n - 1 if UNSPLIT_LOSS and self._layout.schedule in ZERO_BUBBLE else None
         stages = [
-            PipelineStage(
+            _Neighbour(
                 stage,
                 i,
                 n,
@@ -176,6 +181,7 @@ class Pipeline:
                 input_args=() if i == 0 else (activation,),
                 output_args=(loss if i == n - 1 else activation,),
                 group=self._group,
+                dw_builder=_nothing_left if i == unsplit else None,
             )
             for i, stage in self._stages.items()
         ]
@@ -202,8 +208,22 @@ class Pipeline:
                     module.reshard()
 
 
+class _Neighbour(PipelineStage):
+    """Torch 2.11 greets the neighbours of a stage before the first step, itself among them at the turn of a V, which gloo cannot.
+
+    There is no public way to leave that out; later releases do not call this.
+    """
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
+
+
 def _loss(out: Tensor, _: Tensor) -> Tensor:
     return out
+
+
+def _nothing_left() -> Callable[[], None]:
+    return lambda: None
 
 
 @dataclass(frozen=True)
@@ -272,14 +292,22 @@ def order(layout: Layout, n_microbatches: int) -> dict[int, list[Action]]:
     if layout.schedule in SINGLE:
         ahead = {rank: n_microbatches if layout.schedule == "gpipe" else min(n_microbatches, p - rank) for rank in range(p)}
         return {rank: _one_stage(rank, n_microbatches, ahead[rank]) for rank in range(p)}
-    # Torch makes the order of all ranks on each; of a stage that takes no process group but three numbers.
+    # Torch makes the order of all ranks when a schedule is made, for which three numbers of a stage are enough; it has no function for it.
     shape = SimpleNamespace(num_stages=layout.n_stages, group_size=p, group_rank=0, submod=None)
     stages: list[Any] = [shape] * layout.stages_per_rank  # Any: not a stage, see above
     actions = MULTI[layout.schedule](stages, n_microbatches).pipeline_order
-    return {
+    made = {
         rank: [Action(_KINDS[a.computation_type.name], a.stage_index, a.microbatch_index or 0) for a in actions[rank] if a]
         for rank in range(p)
     }
+    return {rank: [action for each in made[rank] for action in _as_done(each, layout)] for rank in range(p)}
+
+
+def _as_done(action: Action, layout: Layout) -> tuple[Action, ...]:
+    """With UNSPLIT_LOSS, the last stage does both halves of its backward pass when the first is due."""
+    if not UNSPLIT_LOSS or action.stage < layout.n_stages - 1 or action.kind in ("forward", "backward"):
+        return (action,)
+    return (action._replace(kind="backward"),) if action.kind == "input" else ()
 
 
 _KINDS: dict[str, Kind] = {"FORWARD": "forward", "FULL_BACKWARD": "backward", "BACKWARD_INPUT": "input", "BACKWARD_WEIGHT": "weight"}

@@ -56,7 +56,7 @@ def recompute(blocks: Sequence[nn.Module], mode: str, every: int = 1, keep: Coll
         kept = frozenset().union(*(OPERATORS[word] for word in keep))
         wrap = partial(wrap, context_fn=partial(create_selective_checkpoint_contexts, _policy(kept)))
     for block in blocks[every - 1 :: every]:
-        block.forward = partial(wrap, block.forward)  # type: ignore[method-assign]  # a wrapper module would rename the parameters
+        block.forward = partial(wrap, block.forward)  # a wrapper module would rename the parameters
 
 
 def _policy(kept: frozenset[str]) -> Callable[..., CheckpointPolicy]:

@@ -52,14 +52,14 @@ def split(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str], *, seque
     Raises ValueError for an unknown word, a pattern that finds nothing, a parameter that no pattern finds, and sizes that t cannot divide.
     """
     ranks = _Ranks(mesh, sequence, replicate_kv)
-    classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}  # few: a class of its own for each layer would be compiled anew
+    classes: dict[tuple[object, ...], type[nn.Module]] = {}  # few: a class of its own for each layer would be compiled anew
     for pattern, word in plan.items():
         if word not in _ROLES:
             raise ValueError(f"the plan says {word!r} for {pattern}; words are {', '.join(_ROLES)}")
         for name, parent, part in list(_find(module, pattern)):
             role = _ROLES[word](ranks, parent, part)
             _distribute(part, role, ranks, name)
-            key = type(part), word
+            key = type(part), word, *(name for name, _ in part.named_parameters(recurse=False))
             if key not in classes:
                 classes[key] = _subclass(part, role, mesh)
             part.__class__ = classes[key]

@@ -28,9 +28,9 @@ LOOK_EVERY = 0.5
 """Seconds between two looks of a rank for whether another failed: a question to the store that costs microseconds."""
 GLANCE = 0.02
 """The same, once one has."""
-HEARD_WITHIN = 2.0
+HEARD_WITHIN = 3.0
 """Seconds in which every living rank answers that it has heard of a failure."""
-SHOWN_WITHIN = 5.0
+SHOWN_WITHIN = 6.0
 """Seconds in which the rank that failed first shows its error; the others end then, whatever became of it."""
 
 

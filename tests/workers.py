@@ -230,6 +230,7 @@ def _serve(pipe: Connection, port: int, stack: Path) -> None:
         from torch import distributed
 
         torch.set_num_threads(1)
+        gc.freeze()  # what is imported stays: looking through it after every failure would take longer than the case
         store = distributed.TCPStore("127.0.0.1", port, is_master=False)
         pipe.send_bytes(b"here")
         while True:

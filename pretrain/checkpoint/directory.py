@@ -32,7 +32,8 @@ def newest(directory: Path, on_problem: Callable[[Path, list[str]], None], group
     """The newest committed checkpoint in `directory` that verifies; None where there is none at all.
 
     The ranks of `group` share the reading and find the same one; None is this process alone. Each one that fails is reported to
-    `on_problem` with the problems that `record.verify` found, and the next older one is tried. Raises UserError where there are checkpoints and none is whole: starting over by itself would throw the run away.
+    `on_problem` with the problems that `record.verify` found, and the next older one is tried. Raises UserError where there are
+    checkpoints and none is whole: starting over by itself would throw the run away.
     """
     first_problem = ""
     candidates = on_first(group, lambda: _committed(directory))

@@ -15,17 +15,32 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL: stopped early, and the same command goes on."""
 
 
-def train(words: Annotated[list[str], typer.Argument(metavar="[CONFIG] [key=value]...", help=CONFIG_HELP)]) -> None:
+def train(
+    words: Annotated[list[str], typer.Argument(metavar="[CONFIG] [key=value]...", help=CONFIG_HELP)],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing: print what a rank of --world-size would hold and send. Needs no GPU, no data.")
+    ] = False,
+    world_size: Annotated[int, typer.Option(min=1, help="With --dry-run: processes, one a GPU.")] = 1,
+    rank: Annotated[int | None, typer.Option(min=0, help="With --dry-run: the rank to tell of; without it, the fullest.")] = None,
+) -> None:
     """Train a model. The same command with the same run directory goes on from its newest checkpoint.
 
     Ctrl-C or SIGTERM finishes the step, saves, and exits with 75; a second Ctrl-C leaves at once.
     """
     from pretrain.config_loading import load_words
+    from pretrain.errors import UserError
     from pretrain.train.loop import Outcome
     from pretrain.train.run import train as run
 
     config = load_words(words).config
     console = Console()
+    if dry_run:
+        from pretrain.train.dry_run import dry_run as tell
+
+        tell(config, world_size, rank, console)
+        return
+    if world_size != 1 or rank is not None:
+        raise UserError("--world-size and --rank tell of a --dry-run; a run takes its processes from torchrun")
     outcome = run(config, console)
     console.print(Text.assemble(("report: ", "dim"), str(config.run.dir / "report.html")), soft_wrap=True)
     if outcome is Outcome.STOPPED:

@@ -126,7 +126,8 @@ def _documents(document_BT: Tensor, n_before: int) -> Documents:
     keys_N = number_BT.flatten().bincount()
     queries_N = number_BT[:, n_before:].flatten().bincount(minlength=len(keys_N))
     query_ends_N, key_ends_N = (F.pad(counts_N.cumsum(0), (1, 0)).int() for counts_N in (queries_N, keys_N))
-    most_queries, most_keys = (1 << (int(counts_N.max()) - 1).bit_length() for counts_N in (queries_N, keys_N))
+    # At least 2: where no document has more than one query, flash-attn 2 takes it that each has exactly one.
+    most_queries, most_keys = (1 << max(1, (int(counts_N.max()) - 1).bit_length()) for counts_N in (queries_N, keys_N))
     return Documents(query_ends_N, key_ends_N, most_queries, most_keys)
 
 

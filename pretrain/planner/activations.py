@@ -47,7 +47,10 @@ def activation_bytes(config: RunConfig, layout: Layout, pipeline_rank: int, held
 
 
 def in_flight(layout: Layout, pipeline_rank: int, n_microbatches: int) -> int:
-    """Most pairs of stage and microbatch whose forward pass is done and whose backward pass is not, on a rank of the pipeline."""
+    """Most pairs of stage and microbatch that have begun their forward pass and not ended their backward pass, on a rank of the pipeline.
+
+    Those of the orders that PyTorch's schedules give.
+    """
     p, v, m = layout.pipeline, layout.stages_per_rank, n_microbatches
     if p == 1:
         return 1
@@ -57,8 +60,8 @@ def in_flight(layout: Layout, pipeline_rank: int, n_microbatches: int) -> int:
         "gpipe": m,
         "1f1b": later + 1,
         "interleaved": (v - 1) * in_round + 2 * later + 1,
-        "interleaved_zero_bubble": (v - 1) * in_round + 2 * later + 1,
-        "zbv": 2 * p,
+        "interleaved_zero_bubble": v * in_round,
+        "zbv": min(2 * p, m + 1 + pipeline_rank),
     }[layout.schedule]
     return min(most, m * v)
 

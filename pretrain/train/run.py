@@ -13,6 +13,8 @@ from rich.text import Text
 
 from data_pipeline.reading.loader import Loader
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
+from parallel.layout import Layout
+from parallel.pipeline import describe
 from parallel.world import World, start
 from pretrain.checkpoint import directory
 from pretrain.checkpoint.ranks import on_first
@@ -25,10 +27,10 @@ from pretrain.report.page import write_report
 from pretrain.report.records import read_config
 from pretrain.report.words import amount, duration
 from pretrain.train.books import QUIET, Books, open_books
-from pretrain.train.build import build_engine
+from pretrain.train.build import blueprint_of, build_engine
 from pretrain.train.display import Display
 from pretrain.train.growth import window_of
-from pretrain.train.layout import layout_of
+from pretrain.train.layout import layout_of, microbatch_counts
 from pretrain.train.loggers import Logger, open_loggers
 from pretrain.train.loop import Loop, Outcome
 from pretrain.train.memory import check_memory, device_bytes
@@ -64,6 +66,8 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     _check_tokenizer(config, tokenizer, train_data)
     for decision in decisions:
         console.print(Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")), soft_wrap=True)
+    if place.layout.pipeline > 1:
+        console.print(Text.assemble(("pipeline: ", "dim"), _pipeline(config, place.layout)), soft_wrap=True)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals(aloud=world.is_main))
         run_dir = stack.enter_context(RunDirectory.open(config) if world.is_main else RunDirectory.beside_main(config))
@@ -128,6 +132,12 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> N
         )
     for prompt in config.log.samples:
         check_prompt(f"log.samples: {prompt!r}", len(tokenizer.encode(prompt)), config.model.max_seq_len)
+
+
+def _pipeline(config: RunConfig, layout: Layout) -> str:
+    """The stages, and how long their ranks wait."""
+    blueprint, n_microbatches = blueprint_of(config), microbatch_counts(config)[""]
+    return describe(layout, blueprint.n_layers, n_microbatches, first_cost=blueprint.first_cost, last_cost=blueprint.last_cost)
 
 
 def _previous(run_dir: Path) -> RunConfig | None:

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from flash import reference_varlen
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from workers import WorkerPool
@@ -230,6 +229,8 @@ BATCHES = (LENGTHS, ((32,), (32,)), ((7, 25), (31, 1)))
 
 def compiled_here(method: str) -> tuple[int, list[tuple[float, dict[str, Tensor]]]]:
     """The number of graphs that the blocks were compiled into, and one rank's share of the losses and gradients."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # seconds to import, for all other cases too
+
     mine, mesh = rows_here(method)
     model = model_of(config_of(2), "blocked")
     split(model, mesh, method)

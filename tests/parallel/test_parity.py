@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import nn
 
 import parallel.build as build
+import parallel.shard
 from benchmarks.parity import BF16_LOSS_TOLERANCE, TIED, TOLERANCES, Case, Course, alone, cases, compare, on_rank
 from parallel.engine import Microbatch
 from parallel.engines.torch import TorchEngine
 from parallel.layout import Layout
 from parallel.pipeline import Tied
-from parallel.shard import Sharded
+from pretrain.optim.build import Optimizers
 from pretrain.train import build as program
 from tests.workers import WorkerPool
 
@@ -31,9 +32,8 @@ def test_losses_gradients_and_parameters_are_those_of_one_process(case: Case, wo
 
 
 def no_reduction(patch: pytest.MonkeyPatch) -> None:
-    """Data ranks keep their own gradients."""
-    before = Sharded.before
-    patch.setattr(Sharded, "before", lambda self, *, last: before(self, last=False))
+    """Each data rank keeps its own gradients, of all parameters."""
+    patch.setattr(parallel.shard, "data_mesh", lambda mesh, layout: mesh["tensor"])
 
 
 def own_loss_scale(patch: pytest.MonkeyPatch) -> None:
@@ -57,17 +57,7 @@ def wrong_head_order(patch: pytest.MonkeyPatch) -> None:
 def stale_weights(patch: pytest.MonkeyPatch) -> None:
     """The last stage never steps."""
     if dist.get_rank() == dist.get_world_size() - 1:
-        patch.setattr(TorchEngine, "loaded", lambda self: None)
-        original = build.build_engine
-
-        def frozen(blueprint: object, *args: object, **more: object) -> TorchEngine:
-            engine = original(blueprint, *args, **more)
-            engine._optimizer.inner.set_lr = lambda scale: None
-            for group in (group for part in engine._optimizer.inner.parts for group in part.param_groups):
-                group["lr"] = 0.0
-            return engine
-
-        patch.setattr("benchmarks.parity.build_engine", frozen)
+        patch.setattr(Optimizers, "step", lambda self: None)
 
 
 def no_document_mask(patch: pytest.MonkeyPatch) -> None:
@@ -92,10 +82,16 @@ def same_ranges(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(build.context, "held", lambda seq_len, layout, context_rank: held(seq_len, layout, 0))
 
 
+def traced(patch: pytest.MonkeyPatch) -> None:
+    """torch.compile without the code generation, which takes a minute a layout on a CPU."""
+    compile = torch.compile
+    patch.setattr(torch, "compile", lambda *given, **more: compile(*given, **more, backend="aot_eager"))
+
+
 Break = Callable[[pytest.MonkeyPatch], None]
 
 BROKEN: list[tuple[Break, Layout, tuple[str, ...]]] = [
-    (no_reduction, Layout(shard=2, zero=1), ()),
+    (no_reduction, Layout(shard=2), ()),
     (own_loss_scale, Layout(shard=2), ()),
     (wrong_head_order, Layout(tensor=2, sequence=True), ()),
     (stale_weights, Layout(pipeline=2), ()),
@@ -107,22 +103,39 @@ BROKEN: list[tuple[Break, Layout, tuple[str, ...]]] = [
 
 
 @contextlib.contextmanager
-def broken(how: Break) -> Iterator[None]:
-    """Broken in this worker, and whole again afterwards."""
+def changed(how: Break) -> Iterator[None]:
+    """Changed in this worker, and itself again afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         how(patch)
         yield
 
 
-def on_broken_rank(case: Case, steps: int, how: Break) -> Course | None:
-    with broken(how):
+def on_changed_rank(case: Case, steps: int, how: Break) -> Course | None:
+    with changed(how):
         return on_rank(case, steps)
+
+
+COMPILED = [
+    (Layout(shard=2), ()),
+    (Layout(shard=2, zero=2), ("train.recompute=full",)),
+    (Layout(shard=2, tensor=2, sequence=True), ("train.recompute=selective",)),
+    (Layout(context=2), ("train.recompute=selective",)),
+    (Layout(context=2, context_method="ulysses"), ()),
+    (Layout(pipeline=2, zero=2), ()),
+]
+
+
+@pytest.mark.parametrize(("layout", "words"), COMPILED, ids=str)
+def test_compiled_blocks_give_the_same_numbers(layout: Layout, words: tuple[str, ...], workers: WorkerPool) -> None:
+    case = Case(layout, own=("train.compile=true", *words), micro_batch=1)
+    errors = compare(workers.run(on_changed_rank, layout.world_size, case, STEPS, traced, timeout=120), alone((), STEPS))
+    assert {kind: error for kind, error in errors.items() if error > TOLERANCES[kind]} == {}
 
 
 @pytest.mark.parametrize(("how", "layout", "words"), BROKEN, ids=lambda value: getattr(value, "__name__", str(value)).replace(" ", "_"))
 def test_a_broken_layout_is_noticed(how: Break, layout: Layout, words: tuple[str, ...], workers: WorkerPool) -> None:
     case = Case(layout, words, micro_batch=1)
-    errors = compare(workers.run(on_broken_rank, layout.world_size, case, STEPS, how, timeout=120), alone(words, STEPS))
+    errors = compare(workers.run(on_changed_rank, layout.world_size, case, STEPS, how, timeout=120), alone(words, STEPS))
     assert max(errors[kind] / TOLERANCES[kind] for kind in errors) > 10
 
 

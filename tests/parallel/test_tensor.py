@@ -1,23 +1,28 @@
-"""Tensor and sequence parallelism: loss and gradients of one process, the collectives that it costs, and what happens when one is left out."""
+"""Tensor and sequence parallelism: loss and gradients of one process, the collectives it costs, and what happens without one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from workers import WorkerPool
 
 from parallel import tensor
 from parallel.errors import LayoutError
 from parallel.layout import Layout
+from parallel.local import local_part
 from parallel.mesh import build_mesh, data_mesh
 from pretrain.config import ModelConfig
-from pretrain.model.init import initialise
+from pretrain.model.init import fill, initialise
+from pretrain.model.loss import softmax_gradient_
 from pretrain.model.transformer import SPLIT_PLAN, Transformer
 
 TINY = ModelConfig(vocab_size=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32, init_std=0.2)
@@ -48,35 +53,40 @@ def alone(config: ModelConfig) -> tuple[float, Gradients]:
 
 
 def split_model(config: ModelConfig, sequence: bool, compiled: bool = False) -> Transformer:
-    """As the engine builds it: shapes, split, FSDP2 over one rank, memory, values."""
-    size = torch.distributed.get_world_size()
-    layout = Layout(tensor=size)
+    """As the engine builds it: shapes, split, compiled, sharded by FSDP2 (over one rank), memory, values."""
+    layout = Layout(tensor=torch.distributed.get_world_size())
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
         model = Transformer(config)
     tensor.split(model, mesh["tensor"], model.plan, sequence=sequence, replicate_kv=True)
     if compiled:
+        compiled_by = {"backend": "aot_eager", "fullgraph": True}
+        model.linear_loss = partial(model.linear_loss, softmax=torch.compile(softmax_gradient_, **compiled_by))
         for layer in model.layers:
-            layer.compile(backend="aot_eager", fullgraph=True)
-    for layer in (*model.layers, model):
-        fully_shard(layer, mesh=data_mesh(mesh, layout))
+            layer.compile(**compiled_by)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=data_mesh(mesh, layout))
     register_fsdp_forward_method(model, "loss")
     model.to_empty(device="cpu")
-    whole = Transformer(config)
-    initialise(whole, 3)
-    with torch.no_grad():
-        for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
-            assert isinstance(ours, DTensor)
-            ours.copy_(torch.distributed.tensor.distribute_tensor(theirs, ours.device_mesh, ours.placements, src_data_rank=None))
+    for name, parameter in model.named_parameters():
+        fill(name, *local_part(parameter), config, 3)
     return model
 
 
-def split_gradients(
-    config: ModelConfig, sequence: bool, compiled: bool = False, broken: Callable[[], None] | None = None
-) -> tuple[float, Gradients]:
-    if broken is not None:
-        broken()
-    loss, gradients = loss_and_gradients(split_model(config, sequence, compiled))
+BROKEN = {
+    "sum after o_proj and down_proj left out": {"rows_then_reduce": lambda *_: tensor._Role(Shard(1), Shard(1))},
+    "gradient of q_norm not summed": {"heads": lambda *_: tensor._Role(Replicate(), Replicate())},
+    "ranks take turns in the key/value heads": {
+        "kv_columns": lambda ranks, parent, part: tensor._kv_rows(ranks, parent, part)._replace(
+            rows=slice(ranks.mesh.get_local_rank() % 2 * parent.head_dim, (ranks.mesh.get_local_rank() % 2 + 1) * parent.head_dim)
+        )
+    },
+}
+
+
+def split_gradients(config: ModelConfig, sequence: bool, compiled: bool = False, broken: str = "") -> tuple[float, Gradients]:
+    with patch.dict(tensor._ROLES, BROKEN[broken]) if broken else nullcontext():
+        loss, gradients = loss_and_gradients(split_model(config, sequence, compiled))
     return loss, {name: gradient.full_tensor() for name, gradient in gradients.items() if isinstance(gradient, DTensor)}
 
 
@@ -107,7 +117,97 @@ def test_loss_and_gradients_are_those_of_one_process(workers: WorkerPool, size: 
 
 @pytest.mark.parametrize("sequence", [True, False])
 def test_compiled_blocks_are_one_graph_and_give_the_same(workers: WorkerPool, sequence: bool) -> None:
-    config = TINY.model_copy(update={"qk_norm": True})
+    config = TINY.model_copy(update={"qk_norm": True, "qkv_bias": True})
     loss, gradient = errors(config, workers.run(split_gradients, 2, config, sequence, True))
     assert loss < 1e-6
     assert gradient < 1e-5
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_plan_is_seen(workers: WorkerPool, broken: str) -> None:
+    config = TINY.model_copy(update={"qk_norm": True})
+    _, gradient = errors(config, workers.run(split_gradients, 4, config, False, False, broken))
+    assert gradient > 1e-2
+
+
+def collectives(n_layers: int, sequence: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Collectives of the (forward, backward) pass, by name; of a model with values, without FSDP2."""
+    model = Transformer(TINY.model_copy(update={"n_layers": n_layers}))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+    tensor.split(model, mesh, model.plan, sequence=sequence, replicate_kv=False)
+    ids, labels, documents = batch()
+    mask = model.document_mask(documents, torch.arange(16).expand(2, 16))
+    counts = []
+    with CommDebugMode() as forward:
+        total = model.loss(ids, labels, mask).total
+    with CommDebugMode() as backward:
+        total.backward()
+    for mode in (forward, backward):
+        counts.append({str(name).rpartition(".")[2]: count for name, count in mode.get_comm_counts().items()})
+    return counts[0], counts[1]
+
+
+def test_a_block_costs_two_gathers_and_two_scatters_each_way_with_sequence_and_two_sums_without(workers: WorkerPool) -> None:
+    for sequence, names in ((True, ("all_gather_into_tensor", "reduce_scatter_tensor")), (False, ("all_reduce",))):
+        one, two = (workers.run(collectives, 2, n_layers, sequence)[0] for n_layers in (1, 2))
+        for way in (0, 1):
+            more = {name: count - one[way].get(name, 0) for name, count in two[way].items() if count != one[way].get(name, 0)}
+            assert more == dict.fromkeys(names, 2)
+
+
+def test_around_the_blocks_are_one_sum_of_the_embedding_one_gather_of_the_loss_and_two_small_sums_a_chunk(workers: WorkerPool) -> None:
+    forward, backward = workers.run(collectives, 2, 1, True)[0]
+    assert forward == {"all_gather_into_tensor": 2 + 1, "reduce_scatter_tensor": 2 + 1, "allreduce_": 2}
+    assert backward == {"all_gather_into_tensor": 2 + 1, "reduce_scatter_tensor": 2 + 1}
+
+
+def refusals() -> list[str]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+    cases: list[tuple[dict[str, object], dict[str, str]]] = [
+        ({}, {**SPLIT_PLAN, "lm_head": "diagonal"}),
+        ({}, {**SPLIT_PLAN, "model.layers.*.mlp.middle_proj": "columns"}),
+        ({}, {name: word for name, word in SPLIT_PLAN.items() if name != "model.layers.*.mlp.up_proj"}),
+        ({"n_kv_heads": 1}, SPLIT_PLAN),
+        ({"d_ff": 33}, SPLIT_PLAN),
+        ({"qkv_bias": True}, {**SPLIT_PLAN, "model.layers.*.self_attn.q_proj": "rows_then_reduce"}),
+    ]
+    said = []
+    for changes, plan in cases:
+        with torch.device("meta"):
+            model = Transformer(TINY.model_copy(update=changes))
+        with pytest.raises(ValueError, match=r"\w") as error:
+            tensor.split(model, mesh, plan, sequence=True, replicate_kv=False)
+        said.append(str(error.value))
+    with pytest.raises(LayoutError) as refused:
+        tensor.enable_async(mesh)
+    return [*said, str(refused.value)]
+
+
+def test_what_cannot_be_split_is_named(workers: WorkerPool) -> None:
+    for said in workers.run(refusals, 2):
+        assert said[0].startswith("the plan says 'diagonal' for lm_head; words are vocabulary_rows, sequence")
+        assert said[1:] == [
+            "the plan's pattern model.layers.*.mlp.middle_proj finds nothing: model.layers.0.mlp has no 'middle_proj'",
+            "the plan has no pattern for model.layers.0.mlp.up_proj.weight",
+            "1 key/value heads cannot be shared out to 2 ranks with replicate_kv=False",
+            "model.layers.0.mlp.gate_proj.weight: 33 rows cannot be shared out to 2 ranks",
+            "rows_then_reduce cannot split a module with a bias: it would be added once a rank",
+            "parallel.async_tensor=true needs CUDA, and this run is on cpu; set it to false",
+        ]
+
+
+def whole_weights() -> None:
+    """Values given before the split stay: each rank keeps its part of its own."""
+    whole = Transformer(TINY)
+    initialise(whole, 3)
+    model = Transformer(TINY)
+    initialise(model, 3)
+    tensor.split(model, init_device_mesh("cpu", (2,)), model.plan, sequence=True, replicate_kv=False)
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        assert torch.equal(parameter.full_tensor(), whole.get_parameter(name))
+        assert parameter.to_local().numel() * (2 if isinstance(parameter.placements[0], Shard) else 1) == parameter.numel()
+
+
+def test_a_module_with_values_keeps_them(workers: WorkerPool) -> None:
+    workers.run(whole_weights, 2)

@@ -16,6 +16,12 @@ from pretrain.model.attention import DocumentMask, Part, attention, continuation
 B, S, H, G, K = 2, 24, 4, 2, 16
 DOCUMENTS = torch.tensor([[0] * 7 + [1] * 1 + [2] * 16, [5] * 12 + [6] * 12])
 ONE_DOCUMENT = torch.zeros(B, S, dtype=torch.long)
+RANGES = {
+    "a chunk and its mirror": ((6, 12), (12, 18)),
+    "first and last": ((0, 6), (18, 24)),
+    "uneven": ((5, 6), (7, 20), (23, 24)),
+}
+"""Tokens of a row that a rank may hold under context parallelism."""
 
 
 def positions_of(documents: Tensor) -> Tensor:
@@ -144,8 +150,9 @@ def test_the_installed_varlen_attn_takes_our_arguments() -> None:
 
 @pytest.mark.parametrize(("version", "module"), [(2, "flash_attn"), (3, "flash_attn_interface"), (4, "flash_attn.cute")])
 @pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("ranges", [((0, S),), *RANGES.values()], ids=["whole rows", *RANGES])
 def test_flash_attn_is_called_by_the_convention_of_its_version(
-    version: int, module: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+    version: int, module: str, window: int | None, ranges: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flash_attn_varlen_func(
         q: Tensor,
@@ -173,9 +180,11 @@ def test_flash_attn_is_called_by_the_convention_of_its_version(
     monkeypatch.setattr(kernels, "flash_attn_version", lambda _index: version)
     kernels._flash_attn_function.cache_clear()
     q, k, v = heads()
-    out = attention(q, k, v, document_mask(DOCUMENTS, positions_of(DOCUMENTS), "flash_attn", config(window)))
+    here = torch.cat([torch.arange(*span) for span in ranges])
+    mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "flash_attn", config(window), ranges, whole_rows=len(here) == S)
+    out = attention(q[:, here], k, v, mask)
     kernels._flash_attn_function.cache_clear()
-    torch.testing.assert_close(out.double(), written_out(q, k, v, DOCUMENTS, window), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), written_out(q, k, v, DOCUMENTS, window)[:, here], rtol=1e-5, atol=1e-5)
 
 
 def test_flash_attn_without_the_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,13 +235,6 @@ def test_on_a_cpu_blocks_are_chosen_where_they_are_compiled() -> None:
 def test_a_mask_names_its_kernel() -> None:
     assert isinstance(document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config()), DocumentMask)
     assert document_mask(DOCUMENTS, positions_of(DOCUMENTS), "blocked", config()).parts[0].document_BT is not None
-
-
-RANGES = {
-    "a chunk and its mirror": ((6, 12), (12, 18)),
-    "first and last": ((0, 6), (18, 24)),
-    "uneven": ((5, 6), (7, 20), (23, 24)),
-}
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 13])

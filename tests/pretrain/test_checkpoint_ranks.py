@@ -17,6 +17,7 @@ from workers import CaseFailed, WorkerPool
 from parallel.layout import Layout
 from parallel.mesh import build_mesh, data_mesh
 from pretrain.checkpoint import store
+from pretrain.checkpoint.directory import newest
 from pretrain.checkpoint.record import Record, read_manifest, verify
 from pretrain.errors import UserError
 
@@ -138,6 +139,28 @@ def test_every_rank_writes_a_file_of_its_own_and_the_manifest_has_the_sums_of_al
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert ["__2_0.distcp is damaged" in problem for problem in verify(path)] == [True]
+
+
+def find_newest(folder: Path) -> tuple[Path | None, list[list[str]]]:
+    reported: list[list[str]] = []
+    return newest(folder, lambda path, problems: reported.append(problems), group.WORLD), reported
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_ranks_share_the_verification_and_find_the_same_checkpoint(workers: WorkerPool, tmp_path: Path, number: int) -> None:
+    """Whichever file is damaged, one rank reads it, and all pass the checkpoint over."""
+    paths = [save(ALONE, tmp_path, step) for step in (1, 2)]
+    files = sorted(file.name for file in paths[1].iterdir())
+    assert files == [".metadata", "__0_0.distcp", "manifest.json"]
+    assert workers.run(find_newest, 2, tmp_path) == [(paths[1], [])] * 2
+    file = paths[1] / (files[number] if number < 3 else "stray")
+    file.write_bytes(file.read_bytes()[:-1] if number < 3 else b"left over")
+    told = workers.run(find_newest, 2, tmp_path)
+    assert told[0] == told[1]
+    assert told[0][0] == paths[0]
+    assert [len(problems) for problems in told[0][1]] == [1]
+    assert str(file) in told[0][1][0][0]
+    assert sum(len(verify(paths[1], rank, 2)) for rank in range(2)) == 1
 
 
 def save_where_the_disk_of_rank_1_is_full(layout: Layout, folder: Path) -> str:

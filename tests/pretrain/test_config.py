@@ -98,7 +98,7 @@ def test_words_mean_what_they_say(word: str, key: str, value: object) -> None:
         ("model.rop.theta=1", "model.rop is not a setting; did you mean model.rope?"),
         ("data.sources=[{kind: text, file: x}]", "data.sources.0.file is not a setting; did you mean data.sources.0.filters?"),
         ("eval.qqqqqq=1", "eval.qqqqqq is not a setting; known are eval.batches, eval.every"),
-        ("qqqqqq=1", "qqqqqq is not a setting; known are checkpoint, data, eval, log, model, optim, run, train"),
+        ("qqqqqq=1", "qqqqqq is not a setting; known are checkpoint, data, eval, log, model, optim, parallel, run, train"),
     ],
 )
 def test_unknown_keys_are_answered_with_the_nearest_known_one(word: str, answer: str) -> None:
@@ -148,6 +148,7 @@ def test_auto_is_a_value_of_the_fields_that_say_so_and_of_no_other() -> None:
         "optim.warmup",
         "optim.decay",
         *(f"train.{name}" for name in ("micro_batch_size", "device", "precision", "compile", "attention")),
+        *(f"parallel.{name}" for name in ("shard", "zero", "sequence", "stages_per_rank")),
     }
     for key, field in walk():
         if key in autos:
@@ -180,6 +181,8 @@ def test_these_settings_may_change_on_resume_and_no_others() -> None:
         *(f"data.{name}" for name in ("sources", "tokenizer", "tokenizer_kind", "vocab_size", "tokenizer_sample_mb")),
         *(f"data.{name}" for name in ("validation_fraction", "shard_tokens", "workers")),
         *(f"train.{name}" for name in ("batch_size", "micro_batch_size", "device", "compile", "attention")),
+        *(f"train.{name}" for name in ("recompute", "recompute_every", "recompute_keep")),
+        *(key for key, _ in walk() if key.startswith("parallel.")),
         *("checkpoint.every", "checkpoint.keep"),
         *(f"log.{name}" for name in ("tensorboard", "wandb", "wandb_project", "samples")),
     }

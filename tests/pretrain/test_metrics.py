@@ -220,4 +220,7 @@ def test_the_mfu_statement_names_convention_and_peak() -> None:
         "MFU counts 0.805 GFLOP a token (6 N_matmul + causal attention, forward and backward, no recomputation) "
         "against 989 TFLOP/s (H100 SXM, dense bf16)"
     )
+    assert mfu_statement(8.05e8, "NVIDIA H100 80GB HBM3", find_accelerator("NVIDIA H100 80GB HBM3"), 16).endswith(
+        "against 16 x 989 TFLOP/s (H100 SXM, dense bf16)"
+    )
     assert mfu_statement(8.05e8, "NVIDIA H800", None) == "No MFU: the peak of NVIDIA H800 at this precision is not known for certain"

@@ -72,6 +72,19 @@ def test_a_microbatch_divides_the_batch_and_holds_at_most_16384_tokens(seq_len: 
     assert found["train.micro_batch_size"] == micro
 
 
+def test_how_ranks_divide_the_work_is_told_where_there_are_several() -> None:
+    config = load(None, [*TINY, "parallel.tensor=2", "parallel.replicate=2"]).config
+    _, decisions = resolve(config, tokenizer_size=300, previous=None, world_size=8)
+    told = {decision.key: (decision.value, decision.reason) for decision in decisions if decision.key.startswith("parallel.")}
+    assert told == {
+        "parallel.shard": (2, "what parallel.replicate=2 x parallel.tensor=2 = 4 leaves of 8 processes"),
+        "parallel.zero": (3, "the least memory"),
+        "parallel.sequence": (True, "parallel.tensor=2"),
+        "parallel.stages_per_rank": (1, "parallel.pipeline=1, parallel.schedule=1f1b"),
+    }
+    assert {decision.key: decision.value for decision in decisions}["train.micro_batch_size"] == 8
+
+
 def test_the_final_decay_of_wsd_is_a_fifth() -> None:
     assert resolved("optim.schedule=wsd")["optim.decay"] == 0.2
 

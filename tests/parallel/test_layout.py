@@ -1,0 +1,61 @@
+"""The rank grid: every rank has its own place, neighbours in rank are neighbours in `tensor`, data ranks are counted right."""
+
+import doctest
+from itertools import product
+
+import pytest
+
+from parallel import layout as module
+from parallel.layout import AXES, Layout
+
+GRID = Layout(pipeline=2, replicate=3, shard=2, context=2, tensor=4)
+
+
+def test_every_rank_has_a_place_of_its_own_and_the_last_axis_turns_fastest() -> None:
+    places = [tuple(GRID.coordinates(rank).values()) for rank in range(GRID.world_size)]
+    assert places == list(product(*map(range, (2, 3, 2, 2, 4))))
+    assert list(GRID.coordinates(0)) == list(AXES)
+
+
+def test_another_order_of_the_axes_is_another_grid() -> None:
+    other = list(product(*map(range, (4, 2, 2, 3, 2))))
+    assert [tuple(reversed(place)) for place in other] != [tuple(GRID.coordinates(rank).values()) for rank in range(GRID.world_size)]
+
+
+def test_data_ranks_and_fsdp_ranks_count_what_they_divide() -> None:
+    assert (GRID.world_size, GRID.data, GRID.fsdp, GRID.n_stages) == (96, 6, 4, 2)
+    for rank in range(GRID.world_size):
+        at = GRID.coordinates(rank)
+        assert GRID.data_rank(rank) == at["replicate"] * 2 + at["shard"]
+        assert GRID.fsdp_rank(rank) == at["shard"] * 2 + at["context"]
+    readers = [GRID.data_rank(rank) for rank in range(GRID.world_size)]
+    assert [readers.count(part) for part in range(6)] == [16] * 6
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_peers_differ_on_their_axis_alone(axis: str) -> None:
+    for rank in (0, 37, 95):
+        peers = GRID.peers(rank, axis)
+        assert [GRID.coordinates(peer)[axis] for peer in peers] == list(range(getattr(GRID, axis)))
+        assert {tuple(GRID.coordinates(peer) | {axis: 0}) for peer in peers} == {tuple(GRID.coordinates(rank) | {axis: 0})}
+        assert rank in peers
+
+
+@pytest.mark.parametrize(
+    ("axis", "ranks_per_node", "inside"),
+    [("tensor", 8, True), ("tensor", 4, True), ("tensor", 6, False), ("context", 8, True), ("context", 4, False), ("shard", 8, False)],
+)
+def test_an_axis_is_inside_a_node_where_all_its_groups_are(axis: str, ranks_per_node: int, inside: bool) -> None:
+    assert GRID.is_inside_node(axis, ranks_per_node) is inside
+    nodes = [{peer // ranks_per_node for peer in GRID.peers(rank, axis)} for rank in range(GRID.world_size)]
+    assert all(len(node) == 1 for node in nodes) is inside
+
+
+def test_a_layout_is_told_by_its_axes() -> None:
+    assert str(GRID) == "pipeline=2 replicate=3 shard=2 context=2 tensor=4"
+    assert str(Layout()) == "one process"
+
+
+def test_the_examples_are_right() -> None:
+    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module).attempted >= 2

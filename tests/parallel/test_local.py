@@ -1,0 +1,94 @@
+"""Which part of a parameter a rank has: filled part by part, a model on any layout starts from the same weights to the last bit."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from workers import WorkerPool
+
+from parallel import local, tensor
+from parallel.layout import Layout
+from parallel.local import local_part
+from parallel.mesh import build_mesh, data_mesh
+from pretrain.config import ModelConfig
+from pretrain.model.init import ROWS, fill, initialise
+from pretrain.model.transformer import Transformer
+
+# No number of rows is a multiple of the ranks that share them out; the shards of some norms are empty; matrices are of several tiles.
+UNEVEN = ModelConfig(
+    vocab_size=4 * ROWS + 20, n_layers=1, d_model=12, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=1100, max_seq_len=32, qk_norm=True
+)
+
+
+def started(layout: Layout, naive: bool = False) -> tuple[dict[str, Tensor], int]:
+    """The whole weights of a model that each rank filled its part of, and how many parts were empty."""
+    mesh = build_mesh(layout, "cpu")
+    with torch.device("meta"):
+        model = Transformer(UNEVEN)
+    if layout.tensor > 1:
+        tensor.split(model, mesh["tensor"], model.plan, sequence=False, replicate_kv=True)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=data_mesh(mesh, layout))
+    model.to_empty(device="cpu")
+    empty = 0
+    for name, parameter in model.named_parameters():
+        part = local_part(parameter)
+        part.local.fill_(torch.nan)
+        offset = (0,) * parameter.ndim if naive else part.offset
+        fill(name, part.local, offset, part.shape, UNEVEN, seed=5)
+        empty += part.local.numel() == 0
+    return {name: parameter.full_tensor() for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}, empty
+
+
+def whole() -> dict[str, Tensor]:
+    model = Transformer(UNEVEN)
+    initialise(model, 5)
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(shard=4), Layout(tensor=4), Layout(shard=2, tensor=2), Layout(replicate=2, context=2), Layout(shard=4, tensor=2)],
+    ids=str,
+)
+def test_every_layout_starts_from_the_same_weights_to_the_last_bit(workers: WorkerPool, layout: Layout) -> None:
+    wanted = whole()
+    results = workers.run(started, layout.world_size, layout)
+    for weights, _ in results:
+        assert weights.keys() == wanted.keys()
+        assert all(torch.equal(weights[name], value) for name, value in wanted.items())
+    assert sum(empty for _, empty in results) > 0 or layout.shard < 4
+
+
+def test_parts_filled_as_if_all_began_at_the_first_element_are_seen(workers: WorkerPool) -> None:
+    weights, _ = workers.run(started, 4, Layout(shard=2, tensor=2), True)[0]
+    assert not all(torch.equal(weights[name], value) for name, value in whole().items())
+
+
+def test_a_plain_tensor_is_here_as_a_whole_and_written_through() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3, 4))
+    part = local_part(parameter)
+    part.local.fill_(1)
+    assert (part.offset, part.shape) == ((0, 0), (3, 4))
+    assert parameter.sum() == 12
+
+
+def misplaced() -> str:
+    mesh = build_mesh(Layout(shard=2), "cpu")
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model, mesh=data_mesh(mesh, Layout(shard=2)))
+    with (
+        patch.object(local, "compute_local_shape_and_global_offset", return_value=((3, 4), (0, 0))),
+        pytest.raises(ValueError, match="part of") as e,
+    ):
+        local_part(model.weight)
+    return str(e.value)
+
+
+def test_a_part_that_is_not_where_its_placement_says_is_refused(workers: WorkerPool) -> None:
+    assert workers.run(misplaced, 2)[0].startswith("a part of shape (2, 4) is where (Shard(dim=0),) of (4, 4) puts (3, 4)")

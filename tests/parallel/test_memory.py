@@ -1,0 +1,111 @@
+"""What each rank holds of parameters, gradients and optimizer state is what ZeRO's formulas say, by the bytes of all tensors that live."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from workers import WorkerPool
+
+from parallel.build import build_engine
+from parallel.engine import LossSum, Microbatch
+from parallel.layout import Layout
+from parallel.meter import Meter, kinds_of
+from parallel.shard import Sharded
+from pretrain.config import RunConfig
+from pretrain.train.build import blueprint_of, numbers_of
+
+CONFIG = RunConfig.model_validate(
+    {
+        "model": {"n_layers": 12, "d_model": 64, "n_heads": 8, "n_kv_heads": 8, "head_dim": 8, "d_ff": 192, "vocab_size": 256},
+        "data": {"seq_len": 16},
+        "train": {"device": "cpu", "precision": "bf16", "compile": False, "attention": "sdpa"},
+        "optim": {"warmup": 0, "decay": 1.0},
+    }
+)
+FORMULAS: dict[int, Callable[[int], float]] = {
+    1: lambda n: 2 + 4 + (4 + 8) / n,
+    2: lambda n: 2 + 4 / n + (4 + 8) / n,
+    3: lambda n: 4 / n + (4 + 8) / n,
+}
+"""Bytes a parameter on each of n ranks: compute copies + gradients + (masters + AdamW's moments). One rank has copies under any ZeRO."""
+
+
+def held(size: int, zeros: tuple[int, ...]) -> dict[int, dict[str, int]]:
+    """Bytes by kind for each ZeRO, when the first of two microbatches has been through and the second begins: all gradients are there,
+    those of ZeRO-1 not yet reduced, and no activation is."""
+    return {zero: held_between(Layout(shard=size, zero=zero), torch.distributed.get_rank() if size > 1 else 0) for zero in zeros}
+
+
+def held_between(layout: Layout, rank: int) -> dict[str, int]:
+    blueprint, found = blueprint_of(CONFIG), list[dict[str, int]]()
+    with Meter() as meter:
+
+        def compute(part: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Tensor | LossSum:
+            found.append(meter.by_kind())
+            return blueprint.compute(part, received, microbatch)
+
+        engine = build_engine(replace(blueprint, compute=compute), numbers_of(CONFIG), layout=layout, rank=rank, device=torch.device("cpu"))
+        meter.watch(kinds_of(engine))
+        engine.train_step([microbatch(), microbatch()], lr_scale=1.0)
+    return found[1]
+
+
+def microbatch() -> Microbatch:
+    ids_BS = torch.arange(16)[None]
+    return Microbatch(ids_BS, ids_BS, ids_BS, torch.zeros_like(ids_BS), n_targets=16)
+
+
+def held_without_resharding(size: int) -> dict[int, dict[str, int]]:
+    """As `held` for ZeRO-3, whose blocks stay gathered after their backward pass."""
+    right = Sharded.before
+
+    def wrong(sharded: Sharded, *, last: bool) -> None:
+        right(sharded, last=last)
+        sharded._root.set_reshard_after_backward(False)
+
+    Sharded.before = wrong
+    try:
+        return held(size, (3,))
+    finally:
+        Sharded.before = right
+
+
+def parameters() -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in blueprint_of(CONFIG).build(range(CONFIG.model.n_layers)).parameters())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_every_rank_holds_what_the_formula_says_within_5_percent(size: int, workers: WorkerPool) -> None:
+    n_parameters = parameters()
+    ranks = workers.run(held, size, size, (1, 2, 3), timeout=120) if size > 1 else [held(1, (1, 2, 3))]
+    for rank, stages in enumerate(ranks):
+        for zero, kinds in stages.items():
+            formula = 18.0 if size == 1 else FORMULAS[zero](size)
+            measured = sum(kinds.values()) / n_parameters
+            each = ", ".join(f"{kind} {count / n_parameters:.2f}" for kind, count in kinds.items())
+            print(f"ZeRO-{zero} on {size}: rank {rank} holds {measured:.3f} bytes a parameter ({each}), the formula says {formula:.3f}")
+            assert measured == pytest.approx(formula, rel=0.05)
+
+
+def test_each_kind_of_memory_is_divided_by_the_stage_that_is_said_to_divide_it(workers: WorkerPool) -> None:
+    n_parameters = parameters()
+    for stages in workers.run(held, 4, 4, (1, 2, 3)):
+        for zero, kinds in stages.items():
+            expected = {"parameters": 1, "optimizer state": 2, "gradients": 4 if zero == 1 else 1, "gathered parameters": 2 * (zero < 3)}
+            found = {kind: kinds[kind] / n_parameters for kind in expected}
+            assert found == pytest.approx(expected, rel=0.02, abs=0.02)
+
+
+def test_zero_3_that_does_not_reshard_is_seen(workers: WorkerPool) -> None:
+    formula = FORMULAS[3](4) * parameters()
+    for stages in workers.run(held_without_resharding, 4, 4):
+        assert sum(stages[3].values()) > 1.3 * formula
+
+
+def test_gradients_that_are_kept_whole_are_seen(workers: WorkerPool) -> None:
+    (kinds, *_) = workers.run(partial(held, 2, (1,)), 2)
+    assert sum(kinds[1].values()) > 1.1 * FORMULAS[2](2) * parameters()

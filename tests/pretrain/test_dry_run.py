@@ -1,0 +1,93 @@
+"""`pretrain train --dry-run`: what a rank of any layout holds and sends, measured on tensors without memory, is what the formulas say."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.layout import Layout
+from pretrain.config import RunConfig
+from pretrain.config_loading import load
+from pretrain.planner.holdings import hold
+from pretrain.planner.traffic import traffic
+from pretrain.train.dry_run import Measured, measure, shortened
+from pretrain.train.layout import layout_of
+from pretrain.train.resolve import plan
+
+TINY = ("model.n_layers=4", "model.d_model=64", "model.n_heads=8", "model.n_kv_heads=4", "model.d_ff=128", "model.vocab_size=512")
+Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
+SHORT = ("data.seq_len=64", "model.max_seq_len=64", "train.micro_batch_size=1")
+
+
+def dry(world_size: int, rank: int, *words: str) -> tuple[RunConfig, Layout, Measured]:
+    config, _ = plan(load(None, list(words)).config, world_size)
+    layout = layout_of(config, world_size)
+    config = shortened(config, layout)
+    return config, layout, measure(config, layout, rank)
+
+
+LAYOUTS = {
+    "one process": (1, ()),
+    "zero 1": (4, ("parallel.zero=1",)),
+    "zero 2": (4, ("parallel.zero=2", "parallel.replicate=2")),
+    "zero 3": (4, ("parallel.zero=3",)),
+    "tensor": (4, ("parallel.tensor=2",)),
+    "context": (4, ("parallel.context=2",)),
+    "pipeline": (8, ("parallel.pipeline=2", "parallel.tensor=2")),
+    "all": (64, ("parallel.pipeline=2", "parallel.replicate=2", "parallel.shard=4", "parallel.context=2", "parallel.tensor=2")),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_parameter_and_optimizer_bytes_are_those_of_the_formula(case: str) -> None:
+    world_size, words = LAYOUTS[case]
+    rank = world_size - 1
+    config, layout, measured = dry(world_size, rank, *TINY, *SHORT, "train.batch_size=64", *words)
+    held = hold(config, layout, rank)
+    assert measured.most["parameters"] == pytest.approx(held.master_bytes, rel=1e-3)
+    assert measured.most["optimizer state"] == pytest.approx(held.optimizer_bytes, rel=1e-2)  # and a step counter a tensor
+    assert measured.most["gradients"] == pytest.approx(held.gradient_bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", [case for case in LAYOUTS if case != "one process"])
+def test_parameters_move_as_the_formula_says(case: str) -> None:
+    world_size, words = LAYOUTS[case]
+    config, layout, measured = dry(world_size, 0, *TINY, *SHORT, "train.batch_size=64", *words)
+    formula = traffic(config, layout, 0)["fsdp"]
+    sent = next(moved for axis, moved in measured.sent.items() if axis == "fsdp")
+    assert sent["all-gather"] == pytest.approx(formula["all-gather"], rel=1e-2)
+    assert sent["reduce-scatter"] == pytest.approx(formula["reduce-scatter"], rel=1e-2)
+
+
+def test_another_layout_holds_other_bytes() -> None:
+    config, layout, measured = dry(4, 0, *TINY, *SHORT, "parallel.zero=3")
+    _, other, _ = dry(8, 0, *TINY, *SHORT, "parallel.zero=3")
+    assert measured.most["parameters"] > 1.9 * hold(config, other, 0).master_bytes
+    assert layout.shard == 4
+
+
+def test_7b_on_64_ranks_tells_what_the_fullest_rank_holds(pretrain: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("model.preset=mistral-7b", "data.seq_len=4096", "parallel.tensor=8", "train.batch_size=8", "train.micro_batch_size=1")
+    answer = pretrain("train", *words, "--dry-run", "--world-size", 64)
+    assert answer.code == 0, answer.err
+    assert "shard=8 tensor=8: rank 0 of 64" in answer.out
+    rows = {line.split("  ")[0]: line for line in answer.out.splitlines()}
+    assert rows["parameters"].split()[-1] == rows["optimizer state"].split()[-1] == "+0.00%"
+    assert not list(tmp_path.iterdir())  # no run directory, no file
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--world-size", "8", "--dry-run", "--rank", "8"), "--rank=8 is not one of 8 ranks; use 0 to 7"),
+        (("--world-size", "8"), "--world-size and --rank tell of a --dry-run; a run takes its processes from torchrun"),
+        (("--world-size", "8", "--dry-run", "parallel.shard=3"), "parallel.shard=3"),
+    ],
+)
+def test_what_cannot_be_ends_in_one_line_and_code_2(words: tuple[str, ...], says: str, pretrain: Pretrain) -> None:
+    answer = pretrain("train", *TINY, *SHORT, "train.batch_size=8", *words)
+    assert answer.code == 2
+    assert says in answer.err
+    assert len(answer.err.strip().splitlines()) == 1

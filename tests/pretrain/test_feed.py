@@ -1,0 +1,94 @@
+"""Data ranks share every batch out: together they read its rows, each once and in order, and all give equally many."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.reading.loader import Loader
+from data_pipeline.reading.packing import NO_LABEL, Batch
+from parallel.layout import Layout
+from parallel.world import World
+from pretrain.config import RunConfig
+from pretrain.config_loading import load
+from pretrain.optim.schedule import batch_size_at, samples_before
+from pretrain.train.feed import Share, fill_up, microbatches, to_host
+from pretrain.train.growth import seq_len_at, window_of
+from pretrain.train.loop import Loop
+from pretrain.train.place import Place
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 8, 64, 65])
+def test_every_row_is_read_by_one_rank_and_all_give_equally_many(n_rows: int, ranks: int) -> None:
+    shares = [Share(rank, ranks) for rank in range(ranks)]
+    assert [row for share in shares for row in share.rows(n_rows)] == list(range(n_rows))
+    assert {len(share.rows(n_rows)) for share in shares} <= {n_rows // ranks, -(-n_rows // ranks)}
+    assert {share.given(n_rows, 3) for share in shares} == {-(-n_rows // ranks)}
+
+
+def test_a_pipeline_gets_whole_microbatches() -> None:
+    assert [Share(0, 2, whole_microbatches=True).given(n_rows, 4) for n_rows in (1, 8, 9, 16, 18)] == [4, 4, 8, 8, 12]
+
+
+def test_one_process_reads_everything_and_fills_nothing_up() -> None:
+    assert (Share().rows(7), Share().given(7, 3)) == (range(7), 7)
+
+
+def test_rows_that_fill_up_have_no_targets_and_positions_that_a_model_can_take(tiny_data: Path) -> None:
+    loader = Loader(tiny_data / "train", seq_len=32, seed=0)
+    for count in (0, 2, 4):
+        batch = loader.batch(10, count)
+        filled = fill_up(batch, 4)
+        assert filled.input_ids.shape == filled.labels.shape == filled.document_ids.shape == filled.positions.shape == (4, 32)
+        assert np.array_equal(filled.input_ids[:count], batch.input_ids)
+        assert (filled.labels[count:] == NO_LABEL).all()
+        assert np.array_equal(filled.positions[:count], batch.positions)
+        assert (filled.positions[count:] == np.arange(32)).all()
+        parts = list(microbatches(to_host(filled, CPU), 3, CPU))
+        assert [len(part.input_ids) for part in parts] == [3, 1]
+        assert sum(part.n_targets for part in parts) == np.count_nonzero(batch.labels != NO_LABEL)
+
+
+def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:
+    """What the loop of a rank reads of a step; nothing else of the loop is there."""
+    loader = Loader(config.data.path / "train", seq_len=config.data.seq_len, seed=config.run.seed, longest=window_of(config))
+    nothing: Any = None
+    place = Place(World(rank, layout.world_size), layout)
+    return Loop(config, nothing, loader, None, Path(), nothing, nothing, nothing, place)._read(step)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (Layout(shard=2), ()),
+        (Layout(shard=3, replicate=2), ("train.batch_size=6",)),
+        (Layout(shard=4), ("train.batch_size=8", "train.batch_ramp_steps=6", "train.batch_ramp_start=1")),
+        (Layout(shard=2, tensor=2, context=2), ("train.batch_size=6",)),
+        (Layout(shard=2, pipeline=2), ("train.batch_size=8", "train.batch_ramp_steps=6", "train.batch_ramp_start=3")),
+        (Layout(shard=2), ("train.batch_size=8", "data.growth=[{from: 32, seq_len: 64}]", "train.micro_batch_size=4")),
+    ],
+    ids=["even", "replicas", "ramp", "same rows", "pipeline", "growth"],
+)
+def test_the_ranks_together_read_the_global_batch_of_every_step(
+    layout: Layout, words: tuple[str, ...], tiny_words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    config = load(None, tiny_words(tmp_path, "train.steps=8", "train.micro_batch_size=2", *words)).config
+    whole = Loader(config.data.path / "train", seq_len=32, seed=config.run.seed, longest=window_of(config))
+    for step in range(1, 9):
+        first = samples_before(step, config.train)
+        expected = whole.batch(first, batch_size_at(step, config.train), seq_len_at(first, config))
+        batches = [read(config, layout, rank, step) for rank in range(layout.world_size)]
+        assert len({batch.input_ids.shape for batch in batches}) == 1
+        by_data_rank = {layout.data_rank(rank): batch for rank, batch in enumerate(batches)}
+        for rank, batch in enumerate(batches):
+            assert np.array_equal(batch.labels, by_data_rank[layout.data_rank(rank)].labels)
+        rows = [row for rank in range(layout.data) for row in by_data_rank[rank].labels if (row != NO_LABEL).any()]
+        assert np.array_equal(rows, expected.labels)
+        if layout.pipeline > 1:
+            assert len(batches[0].labels) % 2 == 0
