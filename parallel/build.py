@@ -96,6 +96,8 @@ def _split(part: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     """Divide what is computed; what is stored is divided by `shard`."""
     if layout.tensor > 1:
         tensor.split(part, mesh["tensor"], cast(Part, part).plan, sequence=layout.sequence, replicate_kv=layout.replicate_kv)
+        if layout.async_tensor:
+            tensor.enable_async(mesh["tensor"])
     if layout.context > 1:
         context.split(part, mesh["context"], layout.context_method)
     return part

@@ -31,6 +31,9 @@ REST = "activations"
 _GROWTH = 1.01
 """A new peak is looked at when it is that much higher than the last: counting everything anew at every operator would take hours."""
 
+_LOOK_EVERY = 256
+"""Operators after which kinds are told apart again, so that none has its most unseen; it takes milliseconds."""
+
 Kinds = Callable[[], Mapping[str, Iterable[Tensor]]]
 
 
@@ -48,13 +51,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
         self._kinds: Kinds = dict
         self.peak = 0
         """Bytes."""
-        self.at_peak: dict[str, int] = {}
-        """Of which kinds they were; see `by_kind`."""
+        self.most: dict[str, int] = {}
+        """Of each kind by itself, at its most; see `by_kind`."""
+        self._seen = 0
 
     def watch(self, kinds: Kinds) -> None:
         """From here on tell apart what lives by these kinds, and begin a new peak."""
         self._kinds = kinds
-        self.peak, self.at_peak = 0, {}
+        self.peak, self.most = 0, {}
 
     def live(self) -> int:
         """Bytes that live now."""
@@ -74,7 +78,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
                 if id(storage) not in seen:
                     seen.add(id(storage))
                     found[kind] += storage.nbytes()
-        return found | {REST: total - sum(found.values())}
+        found[REST] = total - sum(found.values())
+        self.most = {kind: max(count, self.most.get(kind, 0)) for kind, count in found.items()}
+        return found
 
     # Any: what torch dispatches to a mode, operators and their arguments, has no public type.
     def __torch_dispatch__(self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -86,8 +92,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
         for x in chain(tensors_in(args), tensors_in(result), tensors_in(tuple(kwargs.values()) if kwargs else ())):
             if x.device.type != "meta":
                 self._see(x.untyped_storage())
-        if self._bytes > self.peak * _GROWTH:
-            self._look()
+        self._seen += 1
+        if self._bytes > self.peak * _GROWTH and self.live() > self.peak:
+            self.peak = self._bytes
+            self.by_kind()
+        elif self._seen % _LOOK_EVERY == 0:
+            self.by_kind()
         return result
 
     def _see(self, storage: UntypedStorage) -> None:
@@ -104,11 +114,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
 
     def _forget(self, key: int) -> None:
         self._bytes -= self._live.pop(key)[1]
-
-    def _look(self) -> None:
-        if self.live() > self.peak:
-            self.at_peak = self.by_kind()
-            self.peak = self._bytes
 
 
 def kinds_of(engine: TorchEngine) -> Kinds:
@@ -134,10 +139,10 @@ def kinds_of(engine: TorchEngine) -> Kinds:
 
 
 def _whole_gradients(modules: Iterable[FSDPModule]) -> Iterator[Tensor]:
-    """What FSDP2 has added up and not yet reduced. It has no public name."""
-    for module in modules:
-        group = module._get_fsdp_state()._fsdp_param_group
-        for parameter in group.fsdp_params if group is not None else ():
+    """What FSDP2 has added up and not yet reduced; it has no public name. Modules know of their root's states, and so of all."""
+    states = {id(state): state for module in modules for state in module._get_fsdp_state()._state_ctx.all_states}
+    for state in states.values():
+        for parameter in state._fsdp_param_group.fsdp_params if state._fsdp_param_group is not None else ():
             if parameter.unsharded_accumulated_grad is not None:
                 yield parameter.unsharded_accumulated_grad
 

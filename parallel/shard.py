@@ -15,6 +15,7 @@ once a step; with `shard=1` it is plain data parallelism.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
@@ -76,6 +77,8 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout:
     for unit in units:
         fully_shard(unit, mesh=data, reshard_after_forward=resharded, mp_policy=precision, offload_policy=offload)
     fully_shard(root, mesh=data, reshard_after_forward=False, mp_policy=precision, offload_policy=offload)
+    # Split modules return views; nothing writes into what a unit returned.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     if hasattr(root, "loss"):
         register_fsdp_forward_method(root, "loss")
     for module in (root, *units):

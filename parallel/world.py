@@ -6,6 +6,7 @@ can reach from its first moment to its last; a process group could not do it: wh
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -85,6 +86,8 @@ def start(world: World, device: str, *, timeout: timedelta = timedelta(minutes=1
     import torch
     from torch import distributed
 
+    # A stage that raises would have every rank print the whole schedule.
+    logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
     if device == "cuda":
         if world.local_rank >= (there := torch.cuda.device_count()):
             raise LayoutError(

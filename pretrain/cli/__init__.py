@@ -12,7 +12,7 @@ from rich.text import Text
 from data_pipeline.errors import DataError
 from parallel.errors import LayoutError
 from parallel.world import World, fail_together
-from pretrain.cli import config, data, run
+from pretrain.cli import config, data, layout, run
 from pretrain.errors import Diverged, UserError
 
 EXIT_FAILED = 1
@@ -27,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 run.add_to(app)
+layout.add_to(app)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 

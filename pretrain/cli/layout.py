@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pretrain.planner.holdings import Holding
 
 GIB = 2**30
+WIDTH_OF_FILES = 140
 
 
 def layout(
@@ -36,6 +37,8 @@ def layout(
     config, decisions = plan(load_words(words).config, world_size)
     found = layout_of(config, world_size)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_FILES
     for decision in decisions:
         if decision.key.startswith("parallel.") or decision.key == "train.micro_batch_size":
             console.print(

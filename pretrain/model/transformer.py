@@ -121,7 +121,7 @@ class Transformer(nn.Module):
             layer.compile()
         if self.model.norm is not None:
             self.model.norm.compile()
-        self.linear_loss = partial(linear_cross_entropy, softmax=torch.compile(softmax_gradient_))
+        self.linear_loss = partial(self.linear_loss, softmax=torch.compile(softmax_gradient_))
 
     def document_mask(
         self,

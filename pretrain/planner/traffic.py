@@ -87,7 +87,7 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     With `sequence` the way in is an all-gather and the way out a reduce-scatter, and the other way round for the gradient. Without it the
     way out is an all-reduce, and the way in one for the gradient. Gathering is done again where activations are recomputed, unless
     the results of collectives are kept. The statistics of a split vocabulary are three fp32 numbers a token; gradients of what is whole on
-    every tensor rank are summed in fp32.
+    every tensor rank are summed before FSDP2 reduces them.
     """
     t, model, train = layout.tensor, config.model, config.train
     held = hold(config, layout, rank)
@@ -102,11 +102,14 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     ways = 2 * layers  # attention and MLP
     if not layout.sequence:
         return {"all-reduce": 2 * once * (2 * ways + again + is_first + is_last) + statistics}
-    summed = sum(weight.elements(layout, layout.fsdp_rank(rank)) for weight in _weights(config, layout, rank) if weight.split is None)
+    micro = n_microbatches(config, layout)
+    at_once = layout.zero == 1 or layout.pipeline > 1
+    reduced = FP32 if at_once and micro > 1 else COMPUTE_BYTES[train.precision] * micro  # just before FSDP2 reduces them further
+    summed = sum(weight.elements(layout) for weight in _weights(config, layout, rank) if weight.split is None)
     return {
         "all-gather": once * (2 * ways + 2 * again + is_first + is_last),
         "reduce-scatter": once * (2 * ways + again + is_first + is_last),
-        "all-reduce": statistics + 2 * _ring(t) * FP32 * summed,
+        "all-reduce": statistics + 2 * _ring(t) * reduced * summed,
     }
 
 

@@ -12,10 +12,10 @@ from parallel.engine import Blueprint, LossSum, Microbatch, Numbers
 from parallel.engines.torch import TorchEngine
 from parallel.layout import Layout
 from pretrain.config import ModelConfig, RunConfig
-from pretrain.model.flops import count_parameters
 from pretrain.model.init import fill
 from pretrain.model.transformer import Transformer
 from pretrain.optim.build import build_optimizer
+from pretrain.planner.holdings import end_costs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -29,14 +29,13 @@ def build_model(config: ModelConfig, attention: str, device: torch.device) -> Tr
 
 def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0, device: torch.device | None = None) -> TorchEngine:  # noqa: B008
     """What `rank` holds of the model of a resolved config, with its initial weights, and its optimizer; `device` is that of the config."""
-    return build(
-        blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=device or torch.device(config.train.device)
-    )
+    return build(blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=device or torch.device(config.train.device))
 
 
 def blueprint_of(config: RunConfig) -> Blueprint:
     """The model that the config describes."""
-    model, counts = config.model, count_parameters(config.model)
+    model = config.model
+    first_cost, last_cost = end_costs(model)
     return Blueprint(
         n_layers=model.n_layers,
         width=model.d_model,
@@ -44,7 +43,8 @@ def blueprint_of(config: RunConfig) -> Blueprint:
         fill=partial(_fill, config=model, seed=config.run.seed),
         compute=partial(compute, config=config),
         build_optimizer=partial(build_optimizer, config=config.optim),
-        last_cost=model.n_layers * model.vocab_size * model.d_model / (counts.attention + counts.mlp),  # the output projection, in layers
+        first_cost=first_cost,
+        last_cost=last_cost,
     )
 
 
@@ -73,4 +73,3 @@ def compute(model: nn.Module, received: Tensor | None, microbatch: Microbatch, *
     ranges, whole_rows = (None, True) if held is None else (held.ranges, held.whole_rows)
     mask = model.document_mask(microbatch.document_ids, microbatch.positions, ranges, whole_rows).to(x.device)
     return model.loss(x, microbatch.labels, mask, z_loss=config.train.z_loss) if model.is_last else model(x, mask)
-

@@ -6,7 +6,7 @@ variable-length kernels of GPUs, which make no mask of [S, S]; nothing is compil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from parallel.build import build_engine
 from parallel.dry import pretend
-from parallel.engine import Blueprint, LossSum, Microbatch, Optimizer
+from parallel.engine import Blueprint, Microbatch, Optimizer
 from parallel.layout import Layout
 from parallel.meter import REST, Meter, Traffic, kinds_of
 from pretrain.config import RunConfig
@@ -32,6 +32,9 @@ from pretrain.train.resolve import plan
 MICROBATCHES = 2
 """That a dry step has at most, times the ranks of the pipeline: more are more of the same."""
 
+SMALL = 1024
+"""Bytes sent that are not told."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -41,7 +44,6 @@ class Measured:
     """Of each kind of `parallel.meter`, at its most."""
     peak: int
     """Of all kinds together, at one moment."""
-    at_peak: dict[str, int]
     sent: dict[str, dict[str, int]]
     """{axis: {operation: bytes}}."""
 
@@ -87,16 +89,13 @@ def measure(config: RunConfig, layout: Layout, rank: int) -> Measured:
     """Build a rank of a resolved config and take a step, in pretence; in a second or a minute, by its layers and microbatches."""
     layout = replace(layout, offload=False, async_tensor=False)  # both are for devices that are not there, and change no size
     with pretend(rank, layout.world_size), Meter() as meter:
-        samples: list[dict[str, int]] = []
-        blueprint = _sampled(blueprint_of(config), lambda: samples.append(meter.by_kind()))
+        blueprint = _observed(blueprint_of(config), meter)
         engine = build_engine(blueprint, numbers_of(config), layout=layout, rank=rank, device=torch.device("cpu"))
         meter.watch(kinds_of(engine))
         step = [_microbatch(config) for _ in range(n_microbatches(config, layout))]
         with Traffic(layout) as moved:
             engine.train_step(step, lr_scale=1.0)
-        samples.append(meter.at_peak)
-    most = {kind: max(sample.get(kind, 0) for sample in samples) for kind in meter.at_peak}
-    return Measured(most, meter.peak, meter.at_peak, {axis: dict(operations) for axis, operations in moved.sent.items()})
+    return Measured(meter.most, meter.peak, {axis: dict(operations) for axis, operations in moved.sent.items()})
 
 
 def _microbatch(config: RunConfig) -> Microbatch:
@@ -106,29 +105,25 @@ def _microbatch(config: RunConfig) -> Microbatch:
     return Microbatch(zeros_BS, zeros_BS, torch.arange(S, dtype=torch.int32).expand(b, S), zeros_BS, n_targets=b * S)
 
 
-def _sampled(blueprint: Blueprint, sample: Callable[[], None]) -> Blueprint:
-    """The same without initial values; whenever a microbatch begins and before the optimizer steps, a sample is taken."""
-
-    def compute(part: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Tensor | LossSum:
-        sample()
-        return blueprint.compute(part, received, microbatch)
+def _observed(blueprint: Blueprint, meter: Meter) -> Blueprint:
+    """The same without initial values; the meter looks before the optimizer steps, when all gradients are reduced and none is freed."""
 
     def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-        return _SampledOptimizer(blueprint.build_optimizer(named_parameters), sample)
+        return _ObservedOptimizer(blueprint.build_optimizer(named_parameters), meter)
 
-    return replace(blueprint, fill=lambda *_: None, compute=compute, build_optimizer=build_optimizer)
+    return replace(blueprint, fill=lambda *_: None, build_optimizer=build_optimizer)
 
 
 @dataclass(frozen=True)
-class _SampledOptimizer:
+class _ObservedOptimizer:
     optimizer: Optimizer
-    sample: Callable[[], None]
+    meter: Meter
 
     def set_lr(self, scale: float) -> None:
         self.optimizer.set_lr(scale)
 
     def step(self) -> None:
-        self.sample()
+        self.meter.by_kind()
         self.optimizer.step()
 
     def zero_grad(self) -> None:
@@ -157,6 +152,8 @@ def _sent_table(sent: dict[str, dict[str, int]], formulas: dict[str, dict[str, f
     table = _table("sent by this rank in the step", "measured", "formula", "difference")
     for axis, operations in sent.items():
         for operation, count in operations.items():
+            if count < SMALL:  # sums of losses and norms, which no formula counts
+                continue
             table.add_row(*_compared(f"{axis}: {operation}", count, formulas.get(axis, {}).get(operation, 0)))
     return table
 

@@ -196,13 +196,6 @@ def _check_sharding(config: RunConfig, layout: Layout) -> None:
             f"parallel.reshard_to={layout.reshard_to} does not divide the {layout.fsdp} ranks that share the parameters "
             f"(parallel.shard={layout.shard} x parallel.context={layout.context}): {use}"
         )
-    if config.optim.kind == "muon":
-        split = {axis: size for axis, size in sizes_of(config).items() if axis in ("shard", "context", "tensor") and size > 1}
-        if split:
-            raise UserError(
-                f"optim.kind=muon updates whole matrices, and {told(split)} leaves each rank a part of them: use optim.kind=adamw, or "
-                f"parallel.shard=1 parallel.replicate=auto without tensor and context ranks"
-            )
 
 
 def _check_device(config: RunConfig) -> None:

@@ -170,12 +170,6 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         ("parallel.reshard_to=3",),
         "parallel.reshard_to=3 does not divide the 4 ranks that share the parameters (parallel.shard=4 x parallel.context=1): use 2 or 4",
     ),
-    "Muon on parts of matrices": (
-        2,
-        ("optim.kind=muon",),
-        "optim.kind=muon updates whole matrices, and parallel.shard=2 leaves each rank a part of them: use optim.kind=adamw, or "
-        "parallel.shard=1 parallel.replicate=auto without tensor and context ranks",
-    ),
     "offload of a CPU": (
         2,
         ("parallel.offload=true",),
@@ -237,7 +231,7 @@ GOOD = [
     (16, ("parallel.context=2", "parallel.context_method=ulysses", "parallel.tensor=2", "model.sliding_window=16")),
     (8, ("parallel.pipeline=4", "parallel.schedule=interleaved")),
     (8, ("parallel.pipeline=4", "parallel.schedule=zbv")),
-    (4, ("parallel.shard=1", "parallel.replicate=auto", "optim.kind=muon")),
+    (4, ("parallel.shard=2", "parallel.tensor=2", "optim.kind=muon")),
     (8, ("parallel.tensor=2", "parallel.async_tensor=true")),
     (8, ("parallel.reshard_to=4", "parallel.offload=true")),
 ]
