@@ -127,7 +127,7 @@ def kinds_of(engine: TorchEngine) -> Kinds:
     sharded = [module for part in engine.parts for module in part.modules() if isinstance(module, FSDPModule)]
 
     def kinds() -> dict[str, list[Tensor]]:
-        owned = engine._masters.values()
+        owned = engine.masters.values()
         return {
             "parameters": masters,
             "optimizer state": slots,

@@ -69,18 +69,19 @@ class World:
 
 
 @contextmanager
-def start(world: World, device: str, *, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
+def start(world: World, device: str, *, even_alone: bool = False, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
     """The process group around all distributed work: gloo for tensors on the CPU, NCCL beside it for CUDA. Nothing for one process.
 
     Args:
         world: of this process.
         device: "cpu" or "cuda".
+        even_alone: make a group of one process too; what divides parameters wants one.
         timeout: after which a collective that not all ranks reach is an error.
 
     Raises:
         LayoutError: there are more processes on this machine than GPUs.
     """
-    if world.size == 1:
+    if world.size == 1 and not even_alone:
         yield
         return
     import torch
@@ -95,9 +96,11 @@ def start(world: World, device: str, *, timeout: timedelta = timedelta(minutes=1
             )
         gpu = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(gpu)
-        distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=gpu)
+        backend, options = "cpu:gloo,cuda:nccl", {"device_id": gpu}
     else:
-        distributed.init_process_group("gloo", timeout=timeout)
+        backend, options = "gloo", {}
+    alone = {"store": distributed.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
+    distributed.init_process_group(backend, timeout=timeout, **options, **alone)
     yield
     distributed.destroy_process_group()  # not after an error: closed connections would make errors of their own on the other ranks
 

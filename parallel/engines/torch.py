@@ -92,7 +92,7 @@ class TorchEngine:
         norm. refresh: called when masters have changed.
         """
         self.parts = parts
-        self._masters = masters
+        self.masters = masters
         self._optimizer = optimizer
         self._runner = runner
         self._device = device
@@ -116,13 +116,13 @@ class TorchEngine:
         n_targets = self._count_targets(microbatches).clamp(min=1)
         cross_entropy, z_loss = self._runner.train([self._cut(m) for m in microbatches], n_targets.float().reciprocal())
         self._finish_gradients()
-        share = squared_norm(self._masters, self._layout, self._n_copies)
+        share = squared_norm(self.masters, self._layout, self._n_copies)
         # Tensor ranks have the same loss; all other ranks have different parts of it, or none.
         sums = torch.stack([cross_entropy.double() / self._layout.tensor, z_loss.double() / self._layout.tensor, share.to(self._device)])
         loss, z, squares = (self._sum(sums) / torch.stack([n_targets, n_targets, torch.ones_like(n_targets)])).tolist()
         result = StepResult(loss, z, squares**0.5)
         if result.is_finite:  # weights that met a NaN are lost; the loop decides what happens next
-            clip_(self._masters.values(), self._clip, result.grad_norm)
+            clip_(self.masters.values(), self._clip, result.grad_norm)
             self._optimizer.set_lr(lr_scale)
             self._optimizer.step()
             self.loaded()
@@ -138,7 +138,7 @@ class TorchEngine:
 
     def state(self) -> State:
         """Live fp32 masters and optimizer state by canonical name; DTensors where they are divided."""
-        model: dict[str, Tensor | dict[str, Tensor]] = {name: master.detach() for name, master in self._masters.items()}
+        model: dict[str, Tensor | dict[str, Tensor]] = {name: master.detach() for name, master in self.masters.items()}
         return {"model": model, "optimizer": dict(self._optimizer.state())}
 
     @torch.no_grad()

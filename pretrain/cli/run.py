@@ -27,6 +27,7 @@ def train(
 
     Ctrl-C or SIGTERM finishes the step, saves, and exits with 75; a second Ctrl-C leaves at once.
     """
+    from parallel.world import World
     from pretrain.config_loading import load_words
     from pretrain.errors import UserError
     from pretrain.train.loop import Outcome
@@ -42,7 +43,8 @@ def train(
     if world_size != 1 or rank is not None:
         raise UserError("--world-size and --rank tell of a --dry-run; a run takes its processes from torchrun")
     outcome = run(config, console)
-    console.print(Text.assemble(("report: ", "dim"), str(config.run.dir / "report.html")), soft_wrap=True)
+    if World.from_environment().is_main:
+        console.print(Text.assemble(("report: ", "dim"), str(config.run.dir / "report.html")), soft_wrap=True)
     if outcome is Outcome.STOPPED:
         raise typer.Exit(EXIT_STOPPED)
 

@@ -71,7 +71,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals(aloud=world.is_main))
         run_dir = stack.enter_context(RunDirectory.open(config) if world.is_main else RunDirectory.beside_main(config))
-        with start(world, config.train.device):
+        with start(world, config.train.device, even_alone=place.layout.offload):
             engine = build_engine(config, place.layout, world.rank)
             beginning = restore(run_dir, engine, train_data, config, place)
             if world.is_main:

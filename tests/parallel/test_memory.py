@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from pretrain.train.build import blueprint_of, numbers_of
 
 CONFIG = RunConfig.model_validate(
     {
-        "model": {"n_layers": 12, "d_model": 64, "n_heads": 8, "n_kv_heads": 8, "head_dim": 8, "d_ff": 192, "vocab_size": 256},
+        "model": {"n_layers": 8, "d_model": 64, "n_heads": 8, "n_kv_heads": 8, "head_dim": 8, "d_ff": 192, "vocab_size": 64},
         "data": {"seq_len": 16},
         "train": {"device": "cpu", "precision": "bf16", "compile": False, "attention": "sdpa"},
         "optim": {"warmup": 0, "decay": 1.0},
@@ -73,6 +72,17 @@ def held_without_resharding(size: int) -> dict[int, dict[str, int]]:
         Sharded.before = right
 
 
+def expected(zero: int, n: int) -> dict[str, float]:
+    """Bytes a parameter of each kind; the rest is the buffer of the last reduction."""
+    return {
+        "parameters": 4 / n,
+        "optimizer state": 8 / n,
+        "gradients": 4 if zero == 1 else 4 / n,
+        "gathered parameters": 2 if zero < 3 or n == 1 else 0,
+        "activations": 0,
+    }
+
+
 def parameters() -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in blueprint_of(CONFIG).build(range(CONFIG.model.n_layers)).parameters())
@@ -89,23 +99,10 @@ def test_every_rank_holds_what_the_formula_says_within_5_percent(size: int, work
             each = ", ".join(f"{kind} {count / n_parameters:.2f}" for kind, count in kinds.items())
             print(f"ZeRO-{zero} on {size}: rank {rank} holds {measured:.3f} bytes a parameter ({each}), the formula says {formula:.3f}")
             assert measured == pytest.approx(formula, rel=0.05)
-
-
-def test_each_kind_of_memory_is_divided_by_the_stage_that_is_said_to_divide_it(workers: WorkerPool) -> None:
-    n_parameters = parameters()
-    for stages in workers.run(held, 4, 4, (1, 2, 3)):
-        for zero, kinds in stages.items():
-            expected = {"parameters": 1, "optimizer state": 2, "gradients": 4 if zero == 1 else 1, "gathered parameters": 2 * (zero < 3)}
-            found = {kind: kinds[kind] / n_parameters for kind in expected}
-            assert found == pytest.approx(expected, rel=0.02, abs=0.02)
+            assert {kind: kinds[kind] / n_parameters for kind in kinds} == pytest.approx(expected(zero, size), rel=0.02, abs=0.15)
 
 
 def test_zero_3_that_does_not_reshard_is_seen(workers: WorkerPool) -> None:
-    formula = FORMULAS[3](4) * parameters()
-    for stages in workers.run(held_without_resharding, 4, 4):
-        assert sum(stages[3].values()) > 1.3 * formula
-
-
-def test_gradients_that_are_kept_whole_are_seen(workers: WorkerPool) -> None:
-    (kinds, *_) = workers.run(partial(held, 2, (1,)), 2)
-    assert sum(kinds[1].values()) > 1.1 * FORMULAS[2](2) * parameters()
+    formula = FORMULAS[3](2) * parameters()
+    for stages in workers.run(held_without_resharding, 2, 2):
+        assert sum(stages[3].values()) > 1.2 * formula

@@ -78,6 +78,18 @@ def test_7b_on_64_ranks_tells_what_the_fullest_rank_holds(pretrain: Pretrain, tm
     assert not list(tmp_path.iterdir())  # no run directory, no file
 
 
+def test_a_rank_of_2048_holds_what_the_formula_says_of_405b_with_a_layer_a_stage() -> None:
+    words = ("parallel.shard=8", "parallel.tensor=8", "parallel.pipeline=16", "parallel.context=2", "model.n_layers=16")
+    config, layout, measured = dry(
+        2048, 1000, "model.preset=llama3-405b", "data.seq_len=8192", "train.batch_size=128", "train.micro_batch_size=1", *words
+    )
+    held, sent = hold(config, layout, 1000), traffic(config, layout, 1000)
+    assert measured.most["parameters"] == pytest.approx(held.master_bytes, rel=1e-3)
+    assert measured.most["optimizer state"] == pytest.approx(held.optimizer_bytes, rel=1e-3)
+    assert measured.most["gradients"] == pytest.approx(held.gradient_bytes, rel=1e-3)
+    assert {axis: measured.sent[axis] for axis in sent} == {axis: pytest.approx(moved, rel=1e-3) for axis, moved in sent.items()}
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
