@@ -86,9 +86,11 @@ def start(world: World, device: str, *, even_alone: bool = False, timeout: timed
         return
     import torch
     from torch import distributed
+    from torch._C._distributed_c10d import HashStore  # torch.distributed has it too, but does not say so to type checkers
 
     # A stage that raises would have every rank print the whole schedule.
     logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
+    gpu: torch.device | None = None
     if device == "cuda":
         if world.local_rank >= (there := torch.cuda.device_count()):
             raise LayoutError(
@@ -96,11 +98,11 @@ def start(world: World, device: str, *, even_alone: bool = False, timeout: timed
             )
         gpu = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(gpu)
-        backend, options = "cpu:gloo,cuda:nccl", {"device_id": gpu}
+    backend = "gloo" if gpu is None else "cpu:gloo,cuda:nccl"
+    if world.size == 1:
+        distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=gpu)
     else:
-        backend, options = "gloo", {}
-    alone = {"store": distributed.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
-    distributed.init_process_group(backend, timeout=timeout, **options, **alone)
+        distributed.init_process_group(backend, timeout=timeout, device_id=gpu)
     yield
     distributed.destroy_process_group()  # not after an error: closed connections would make errors of their own on the other ranks
 
