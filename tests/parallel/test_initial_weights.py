@@ -1,0 +1,88 @@
+"""The same seed gives the same bits on every layout, and no rank makes more of a parameter than it holds."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode  # no public name
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.parity import CPU, TIED, config_of, whole
+from parallel.build import build_engine
+from parallel.layout import Layout
+from pretrain.train.build import blueprint_of, numbers_of
+from tests.workers import WorkerPool
+
+UNEVEN = ("model.n_layers=5", "model.d_ff=100", "run.seed=7")
+WIDE = ("model.n_layers=1", "model.d_model=512", "model.n_heads=8", "model.head_dim=64", "model.d_ff=2048", "model.vocab_size=8192")
+
+LAYOUTS = [
+    Layout(shard=3),
+    Layout(shard=4, zero=1),
+    Layout(replicate=2, shard=2),
+    Layout(tensor=4, sequence=True),
+    Layout(tensor=4, replicate_kv=True),
+    Layout(pipeline=4),
+    Layout(pipeline=2, schedule="zbv", stages_per_rank=2, zero=2),
+    Layout(shard=2, context=2),
+    Layout(shard=2, tensor=2, pipeline=2),
+]
+
+
+def initial(layout: Layout, words: tuple[str, ...]) -> dict[str, Tensor]:
+    """Whole parameters that this rank holds some of, before the first step."""
+    config = config_of(words)
+    engine = build_engine(
+        blueprint_of(config), numbers_of(config), layout=layout, rank=dist.get_rank() if layout.world_size > 1 else 0, device=CPU
+    )
+    return {name: whole(tensor) for name, tensor in engine.masters.items()}
+
+
+@pytest.mark.parametrize("tied", [(), TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout).replace(" ", "_"))
+def test_the_same_seed_gives_the_same_bits(layout: Layout, tied: tuple[str, ...], workers: WorkerPool) -> None:
+    words = (*UNEVEN, *tied, *(("model.n_kv_heads=2",) if layout.replicate_kv else ()))
+    expected = initial(Layout(), words)
+    found = workers.run(initial, layout.world_size, layout, words)
+    assert {name for held in found for name in held} == expected.keys()
+    for held in found:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in held.items())
+
+
+def test_another_seed_gives_others() -> None:
+    one, other = initial(Layout(), UNEVEN), initial(Layout(), (*UNEVEN[:-1], "run.seed=8"))
+    assert not any(torch.equal(tensor, other[name]) for name, tensor in one.items() if tensor.ndim == 2)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that was made on the CPU."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        out = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if _in_memory(t))])
+        return out
+
+
+def _in_memory(value: object) -> bool:
+    return isinstance(value, Tensor) and type(value) is Tensor and value.device.type == "cpu"
+
+
+def largest(layout: Layout) -> tuple[int, int]:
+    """(numbers of the largest tensor made while the engine is built, numbers of this rank's largest part)."""
+    config = config_of(WIDE)
+    rank = dist.get_rank() if layout.world_size > 1 else 0
+    with Largest() as mode:
+        engine = build_engine(blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=CPU)
+    parts = [getattr(master, "_local_tensor", master) for master in engine.masters.values()]
+    return mode.numel, max(part.numel() for part in parts)
+
+
+@pytest.mark.parametrize("layout", [Layout(shard=4), Layout(tensor=4, sequence=True), Layout(shard=2, tensor=2)], ids=str)
+def test_no_rank_makes_more_of_a_parameter_than_it_holds(layout: Layout, workers: WorkerPool) -> None:
+    embedding = 8192 * 512
+    assert largest(Layout()) == (embedding, embedding)
+    for made, held in workers.run(largest, layout.world_size, layout):
+        assert held == embedding // 4
+        assert made == held
