@@ -48,6 +48,7 @@ MODEL = (
 DEEP = ("model.n_layers=8",)
 UNEVEN = ("model.n_layers=5",)
 TIED = ("model.tie_embeddings=true",)
+ODD_SIZES = ("model.d_ff=97", "model.vocab_size=161", "model.n_layers=5")
 FEW_HEADS = ("model.n_kv_heads=2",)
 WINDOW = ("model.sliding_window=20",)
 BF16 = ("train.precision=bf16",)
@@ -117,8 +118,12 @@ def cases() -> list[Case]:
     """Every kind of parallelism alone, every pair of kinds, three at once, and what must compose with them."""
     found = [Case(Layout(replicate=2)), Case(Layout(replicate=4), micro_batch=1)]
     found += [Case(Layout(shard=n, zero=zero), micro_batch=1) for zero in (1, 2, 3) for n in (2, 4)]
-    found += [Case(Layout(replicate=2, shard=2, zero=zero), micro_batch=1) for zero in (1, 3)]
-    found += [Case(Layout(shard=4, reshard_to=2), TIED)]
+    found += [Case(Layout(replicate=2, shard=2, zero=zero), micro_batch=1) for zero in (1, 2, 3)]
+    found += [
+        Case(Layout(shard=4, reshard_to=2), TIED),
+        Case(Layout(shard=4), ODD_SIZES),
+        Case(Layout(shard=8), micro_batch=1),
+    ]
     found += [Case(Layout(tensor=n)) for n in (2, 4)]
     found += [Case(Layout(tensor=n, sequence=True), TIED if n == 4 else ()) for n in (2, 4)]
     found += [Case(Layout(tensor=4, sequence=True, replicate_kv=True), FEW_HEADS)]
@@ -143,6 +148,7 @@ def cases() -> list[Case]:
         Layout(tensor=2, context=2, context_method="ulysses"),
         Layout(pipeline=2, context=2),
         Layout(shard=2, tensor=2, sequence=True, pipeline=2),
+        Layout(shard=2, tensor=2, pipeline=2, schedule="zbv", stages_per_rank=2, zero=2),
     ]
     found += [Case(layout, TIED if layout.pipeline > 1 and layout.tensor > 1 else (), micro_batch=1) for layout in pairs]
     found += [

@@ -12,9 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel import context, tensor
 from parallel.engine import Blueprint, BuildOptimizer, Compute, Microbatch, Numbers, Part
 from parallel.engines.torch import OnePart, Runner, TorchEngine
-from parallel.gradients import local
 from parallel.layout import Layout
-from parallel.local import local_part
+from parallel.local import local, local_part
 from parallel.masters import split_masters
 from parallel.mesh import build_mesh
 from parallel.pipeline import Pipeline, Stage, Tied
@@ -27,7 +26,7 @@ def build_engine(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank
     """The engine of `rank`, with the initial weights of its parts.
 
     Shapes come first, then how they are split, then memory, then values: no rank ever holds more than its part. With more than one rank
-    the default process group must be there; one rank needs none.
+    the default process group must be there; one rank needs none, unless it offloads.
     """
     if layout.world_size == 1 and not layout.offload:
         model = _shapes(blueprint, range(blueprint.n_layers), numbers)
@@ -56,11 +55,14 @@ def divided(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int
     masters, twins = _masters(parts.values())
     tied = Tied.of(parts, layout, mesh) if layout.pipeline > 1 else None
 
+    def forget_gathered() -> None:
+        for each in sharded:
+            each.forget_gathered()
+
     def refresh() -> None:
         for master, twin in twins:
             local(twin).copy_(local(master))
-        for each in sharded:
-            each.forget_gathered()
+        forget_gathered()
 
     def cut(microbatch: Microbatch) -> Microbatch:
         return context.cut(microbatch, context.held(microbatch.input_ids.shape[1], layout, at["context"]))
@@ -77,6 +79,7 @@ def divided(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int
         n_copies=lambda name: 1 if tied is None else tied.n_copies(name),
         finish_gradients=(lambda: None) if tied is None else tied.sum_gradients,
         refresh=refresh,
+        after_evaluation=forget_gathered,
         cut=cut if layout.context > 1 else lambda microbatch: microbatch,
     )
 
@@ -88,7 +91,7 @@ def _shapes(blueprint: Blueprint, layers: range, numbers: Numbers) -> nn.Module:
     described = cast(Part, part)
     if numbers.compile:
         described.compile_parts()
-    recompute(described.layers, numbers.recompute, numbers.recompute_every, numbers.recompute_keep)
+    recompute(described.layers, numbers.recompute, layers.start, numbers.recompute_every, numbers.recompute_keep)
     return part
 
 

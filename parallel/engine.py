@@ -63,6 +63,8 @@ class StepResult:
     loss: float
     z_loss: float
     grad_norm: float
+    asked: bool = False
+    """Whether any rank's `asks` said so."""
 
     @property
     def is_finite(self) -> bool:
@@ -152,8 +154,11 @@ class Numbers:
 class Engine(Protocol):
     """A model and its optimizer on their devices."""
 
-    def train_step(self, microbatches: Sequence[Microbatch], lr_scale: float) -> StepResult:
-        """One optimizer step over the global batch, of which each data rank gives its own microbatches, all ranks equally many."""
+    def train_step(self, microbatches: Sequence[Microbatch], lr_scale: float, asks: Callable[[], bool] = lambda: False) -> StepResult:
+        """One optimizer step over the global batch, of which each data rank gives its own microbatches, all ranks equally many.
+
+        What one rank `asks` for at the end of its passes, all hear of in the result: a request to stop travels with the sums of the step.
+        """
 
     def eval_step(self, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
         """(sum of the cross-entropy in nats, number of targets) over the microbatches of all data ranks, weights untouched."""

@@ -9,11 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.layout import Layout
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from parallel.local import local
 
 
 def squared_norm(masters: Mapping[str, nn.Parameter], layout: Layout, n_copies: Callable[[str], int]) -> Tensor:
@@ -22,13 +18,15 @@ def squared_norm(masters: Mapping[str, nn.Parameter], layout: Layout, n_copies: 
     Where k ranks hold the same numbers each contributes a k-th of their squares, so that one sum over the world is right for parameters
     that are divided over different axes. `n_copies`: stages that hold a parameter of that name.
     """
-    gradients, ranks = [], []
+    by_holders: dict[int, list[Tensor]] = {}
     for name, master in masters.items():
         if master.grad is not None:
-            gradients.append(local(master.grad))
-            ranks.append(_holders(master, layout) * n_copies(name))
-    norms = torch.stack(torch._foreach_norm(gradients)).double()  # no public name; a loop does the same, slower
-    return (norms.square() / torch.tensor(ranks, device=norms.device)).sum()
+            by_holders.setdefault(_holders(master, layout) * n_copies(name), []).append(local(master.grad))
+    shares = []
+    for holders, gradients in by_holders.items():
+        norms = torch.stack(torch._foreach_norm(gradients)).double()  # no public name; a loop does the same, slower
+        shares.append(norms.square().sum() / holders)
+    return torch.stack(shares).sum()
 
 
 def _holders(parameter: Tensor, layout: Layout) -> int:

@@ -33,3 +33,8 @@ def local_part(parameter: Tensor) -> LocalPart:
     if tuple(local.shape) != tuple(shape):
         raise ValueError(f"a part of shape {tuple(local.shape)} is where {parameter.placements} of {tuple(parameter.shape)} puts {shape}")
     return LocalPart(local, tuple(offset), tuple(parameter.shape))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -10,8 +10,8 @@ from parallel.layout import AXES, Layout
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     """A mesh over all ranks with the axes of `layout.AXES`, those of size 1 included.
 
-    The default process group must be there and be as large as the layout. Communicators of NCCL are made when first used: an axis that
-    moves nothing costs nothing.
+    The default process group must be there and be as large as the layout. Where it is bound to a GPU (`parallel.world.start`) NCCL's
+    communicators are split off at once, also those of axes of size 1: no rank waits for another at its first message.
     """
     root = init_device_mesh(
         device_type,

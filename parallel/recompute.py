@@ -10,8 +10,10 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Forward = Callable[..., Tensor]
 
 OPERATORS: dict[str, frozenset[str]] = {
     "matmul": frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::linear", "aten::baddbmm", "aten::_grouped_mm"}),
@@ -40,13 +42,14 @@ OPERATORS: dict[str, frozenset[str]] = {
 """Operators whose results each word of `train.recompute_keep` keeps, by their names in PyTorch's dispatcher."""
 
 
-def recompute(blocks: Sequence[nn.Module], mode: str, every: int = 1, keep: Collection[str] = ()) -> None:
-    """Have every `every`-th block recompute its activations, in place.
+def recompute(blocks: Sequence[nn.Module], mode: str, first: int = 0, every: int = 1, keep: Collection[str] = ()) -> None:
+    """Have every `every`-th block of the model recompute its activations, in place.
 
     Args:
-        blocks: the transformer's blocks that are here, in order.
+        blocks: those of the transformer's blocks that are here, in order.
         mode: `none`, `full` or `selective`.
-        every: 1 is all of them, 2 the second, fourth, ...
+        first: number of the first of them in the whole model, from 0.
+        every: 1 is all of them, 2 the second, fourth, ... of the model, however it is cut.
         keep: with `selective`, words of OPERATORS.
     """
     if mode == "none":
@@ -55,8 +58,18 @@ def recompute(blocks: Sequence[nn.Module], mode: str, every: int = 1, keep: Coll
     if mode == "selective":
         kept = frozenset().union(*(OPERATORS[word] for word in keep))
         wrap = partial(wrap, context_fn=partial(create_selective_checkpoint_contexts, _policy(kept)))
-    for block in blocks[every - 1 :: every]:
-        block.forward = partial(wrap, block.forward)  # a wrapper module would rename the parameters
+    for number, block in enumerate(blocks, first + 1):
+        if number % every == 0:
+            block.forward = _wrapped(block.forward, wrap)  # a wrapper module would rename the parameters
+
+
+def _wrapped(forward: Forward, wrap: Callable[..., Tensor]) -> Forward:
+    """A Python function, not a `partial`: the compiler passes over what has no frame, and all that is called from there."""
+
+    def recomputed(*given: object, **named: object) -> Tensor:
+        return wrap(forward, *given, **named)
+
+    return recomputed
 
 
 def _policy(kept: frozenset[str]) -> Callable[..., CheckpointPolicy]:

@@ -1,4 +1,4 @@
-"""The processes of a run as one: who this process is, how they meet, agree, and fail. Imports torch only where there are several.
+"""The processes of a run as one: who this process is, how they meet, and fail. Imports torch only where there are several.
 
 Knows the variables that torchrun sets. Failing together is settled with a few keys in the store that the launcher holds and every process
 can reach from its first moment to its last; a process group could not do it: when a rank fails, its peers hang in a collective.
@@ -96,7 +96,9 @@ def start(world: World, device: str, *, even_alone: bool = False, timeout: timed
             raise LayoutError(
                 f"{world.local_size} processes on a machine with {there} GPUs: start at most {there} (torchrun --nproc-per-node={there})"
             )
-        gpu = torch.device("cuda", world.local_rank)
+        gpu = torch.device(
+            "cuda", world.local_rank
+        )  # bound to the group: the axes' communicators are then made with it, not when first used
         torch.cuda.set_device(gpu)
     backend = "gloo" if gpu is None else "cpu:gloo,cuda:nccl"
     if world.size == 1:
@@ -105,18 +107,6 @@ def start(world: World, device: str, *, even_alone: bool = False, timeout: timed
         distributed.init_process_group(backend, timeout=timeout, device_id=gpu)
     yield
     distributed.destroy_process_group()  # not after an error: closed connections would make errors of their own on the other ranks
-
-
-def agree(world: World, flag: bool) -> bool:
-    """Whether `flag` is set on any rank. All ranks call it, and none goes on before all have."""
-    if world.size == 1:
-        return flag
-    import torch
-    from torch import distributed
-
-    any_flag = torch.tensor(flag, dtype=torch.int32)
-    distributed.all_reduce(any_flag, distributed.ReduceOp.MAX)
-    return bool(any_flag.item())
 
 
 @contextmanager

@@ -269,8 +269,10 @@ def _attempt(case: Case, store: Store) -> Returned | Raised:
 
 
 def _leave() -> None:
-    """Close the group's connections."""
+    """Close the group's connections, and have DTensor forget its meshes: it would take those of the next case for the same."""
     from torch import distributed
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # no public name does it
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    _clear_sharding_prop_cache()

@@ -84,12 +84,13 @@ class TorchEngine:
         cut: Callable[[Microbatch], Microbatch] = lambda microbatch: microbatch,
         finish_gradients: Callable[[], None] = lambda: None,
         refresh: Callable[[], None] = lambda: None,
+        after_evaluation: Callable[[], None] = lambda: None,
     ) -> None:
         """An engine of its pieces; `parallel.build` puts them together.
 
         parts: of the model, on this rank. masters: its fp32 parameters by canonical name. device: of the losses. n_copies: stages that
         hold a parameter. cut: a microbatch's share of a context rank. finish_gradients: called between the last backward pass and the
-        norm. refresh: called when masters have changed.
+        norm. refresh: called when masters have changed. after_evaluation: called after forward passes that no backward pass follows.
         """
         self.parts = parts
         self.masters = masters
@@ -104,6 +105,7 @@ class TorchEngine:
         self._cut = cut
         self._finish_gradients = finish_gradients
         self._refresh = refresh
+        self._after_evaluation = after_evaluation
 
     @property
     def model(self) -> nn.Module:
@@ -111,16 +113,17 @@ class TorchEngine:
         (model,) = self.parts
         return model
 
-    def train_step(self, microbatches: Sequence[Microbatch], lr_scale: float) -> StepResult:
+    def train_step(self, microbatches: Sequence[Microbatch], lr_scale: float, asks: Callable[[], bool] = lambda: False) -> StepResult:
         """One optimizer step; the loss is averaged over the targets of the global batch, however they are spread."""
         n_targets = self._count_targets(microbatches).clamp(min=1)
         cross_entropy, z_loss = self._runner.train([self._cut(m) for m in microbatches], n_targets.float().reciprocal())
         self._finish_gradients()
         share = squared_norm(self.masters, self._layout, self._n_copies)
         # Tensor ranks have the same loss; all other ranks have different parts of it, or none.
-        sums = torch.stack([cross_entropy.double() / self._layout.tensor, z_loss.double() / self._layout.tensor, share.to(self._device)])
-        loss, z, squares = (self._sum(sums) / torch.stack([n_targets, n_targets, torch.ones_like(n_targets)])).tolist()
-        result = StepResult(loss, z, squares**0.5)
+        losses = torch.stack([cross_entropy, z_loss]).double() / (self._layout.tensor * n_targets)
+        asking = torch.full((), asks(), dtype=torch.float64, device=self._device)
+        loss, z, squares, asked = self._sum(torch.cat([losses, torch.stack([share.to(self._device), asking])])).tolist()
+        result = StepResult(loss, z, squares**0.5, asked=asked > 0)
         if result.is_finite:  # weights that met a NaN are lost; the loop decides what happens next
             clip_(self.masters.values(), self._clip, result.grad_norm)
             self._optimizer.set_lr(lr_scale)
@@ -134,6 +137,7 @@ class TorchEngine:
         """(sum of the cross-entropy in nats, number of targets) over all data ranks."""
         n_targets = self._count_targets(microbatches)
         total = self._sum(self._runner.evaluate([self._cut(m) for m in microbatches]).double() / self._layout.tensor)
+        self._after_evaluation()
         return total.item(), int(n_targets)
 
     def state(self) -> State:
@@ -149,7 +153,7 @@ class TorchEngine:
     def _count_targets(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """Labels of the global batch, int64, on the device: nobody waits for it."""
         mine = sum(microbatch.n_targets for microbatch in microbatches) if self._counts_targets else 0
-        return self._sum(torch.tensor(mine, device=self._device))
+        return self._sum(torch.full((), mine, dtype=torch.int64, device=self._device))  # made there: torch.tensor() would wait to copy it
 
     def _sum(self, values: Tensor) -> Tensor:
         if self._layout.world_size > 1:

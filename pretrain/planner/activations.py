@@ -42,7 +42,8 @@ def activation_bytes(config: RunConfig, layout: Layout, pipeline_rank: int, held
             kept += between * n_microbatches * ((layers.start > 0) + (layers.stop < model.n_layers))
         if layers.stop == model.n_layers:
             logits = tokens * model.vocab_size / layout.tensor / LOSS_CHUNKS
-            kept += number * (2 * tokens * model.d_model + logits + model.vocab_size * model.d_model / layout.tensor)
+            losses = n_microbatches if layout.pipeline > 1 and layout.schedule == "gpipe" else 1  # each holds the projection's gradient
+            kept += number * (2 * tokens * model.d_model + logits + losses * model.vocab_size * model.d_model / layout.tensor)
     return math.ceil(kept)
 
 
@@ -76,9 +77,8 @@ def _number_bytes(config: RunConfig) -> int:
 
 
 def _recomputed(config: RunConfig, layers: range) -> list[bool]:
-    """Of each layer, whether it recomputes: every k-th of those that are here."""
-    every = config.train.recompute_every
-    return [config.train.recompute != "none" and i % every == every - 1 for i in range(len(layers))]
+    """Of each layer, whether it recomputes: every k-th of the model."""
+    return [config.train.recompute != "none" and (layer + 1) % config.train.recompute_every == 0 for layer in layers]
 
 
 def _block_bytes(config: RunConfig, layout: Layout, recomputed: bool) -> float:

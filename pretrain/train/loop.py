@@ -16,7 +16,6 @@ import torch
 from data_pipeline.reading.loader import Loader, prefetch
 from data_pipeline.reading.packing import Batch
 from parallel.engine import Engine, StepResult
-from parallel.world import agree
 from pretrain.checkpoint import directory, rng, store
 from pretrain.checkpoint.ranks import gather
 from pretrain.checkpoint.record import Record
@@ -69,8 +68,7 @@ class Loop:
             self._validate(step)
         for batch in self._batches(step):
             step += 1
-            self._train(step, batch)
-            stopping = agree(self.place.world, bool(self.stop)) and step < steps
+            stopping = self._train(step, batch) and step < steps
             if step % self.config.eval.every == 0 or step == steps:
                 self._validate(step)
             if step % self.config.checkpoint.every == 0 or step == steps or stopping:
@@ -95,12 +93,14 @@ class Loop:
         batch = self.train.batch(first + mine.start * together, len(mine) * together, seq_len)
         return fill_up(batch, share.given(n_rows, self._micro_batch(seq_len)))
 
-    def _train(self, step: int, batch: HostBatch) -> None:
+    def _train(self, step: int, batch: HostBatch) -> bool:
+        """One step; whether any rank was asked to stop: one that is alone may have been after its passes."""
         config, seq_len = self.config, batch.input_ids.shape[1]
         if not self._agree_on_damage(batch, step):
             raise UserError(f"every sequence of the batch of step {step} is damaged, so data.on_damage=skip has nothing left to train on")
         scale = lr_scale(step, config.train.steps, config.optim)
-        result = self.engine.train_step(list(microbatches(batch, self._micro_batch(seq_len), self.device)), scale)
+        mine = list(microbatches(batch, self._micro_batch(seq_len), self.device))
+        result = self.engine.train_step(mine, scale, asks=lambda: bool(self.stop))
         samples = self._samples_before(step + 1)
         tokens = (samples - self._samples_before(step)) * config.data.seq_len
         speed = self.meter.step(tokens, flops_per_token(config.model, seq_len))
@@ -122,6 +122,7 @@ class Loop:
         self.books.display.step(record, self.meter.pace())
         if not result.is_finite:
             self._diverged(step, result)
+        return result.asked if self.place.world.size > 1 else bool(self.stop)
 
     def _samples_before(self, step: int) -> int:
         """Where the data of a step begins."""

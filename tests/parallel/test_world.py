@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed import TCPStore, all_reduce, is_initialized
-from workers import PROCESSES, WorkerPool
+from workers import PROCESSES
 
 from data_pipeline.errors import DataError
 from parallel.errors import LayoutError
-from parallel.world import World, agree, start
+from parallel.world import World, start
 from pretrain import cli
 from pretrain.errors import Diverged, UserError
 
@@ -60,22 +60,12 @@ def test_variables_that_cannot_be_are_refused(variables: dict[str, str], told: s
 def test_one_process_needs_no_group() -> None:
     with start(World(), "cuda"):
         assert not is_initialized()
-        assert (agree(World(), True), agree(World(), False)) == (True, False)
 
 
 def test_more_processes_than_gpus_are_refused_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(LayoutError, match=r"2 processes on a machine with 1 GPUs: start at most 1"), start(World(1, 2, 1, 2), "cuda"):
         pass
-
-
-def agreements(size: int) -> list[bool]:
-    world = World(torch.distributed.get_rank(), size)
-    return [agree(world, world.rank == who) for who in range(size + 1)]
-
-
-def test_one_rank_is_enough_to_agree(workers: WorkerPool) -> None:
-    assert workers.run(agreements, SIZE, SIZE) == [[True, True, True, False]] * SIZE
 
 
 ERRORS = {
