@@ -31,7 +31,7 @@ REST = "activations"
 _GROWTH = 1.01
 """A new peak is looked at when it is that much higher than the last: counting everything anew at every operator would take hours."""
 
-_LOOK_EVERY = 256
+_LOOK_EVERY = 1024
 """Operators after which kinds are told apart again, so that none has its most unseen; it takes milliseconds."""
 
 Kinds = Callable[[], Mapping[str, Iterable[Tensor]]]
@@ -62,10 +62,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
 
     def live(self) -> int:
         """Bytes that live now."""
-        for key, (storage, _) in list(self._live.items()):
+        for key, (storage, size) in list(self._live.items()):
             alive = storage()
-            if alive is not None:
-                self._count(key, storage, alive.nbytes())
+            if alive is not None and (now := alive.nbytes()) != size:
+                self._count(key, storage, now)
         return self._bytes
 
     def by_kind(self) -> dict[str, int]:

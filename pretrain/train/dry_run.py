@@ -29,8 +29,9 @@ from pretrain.train.build import blueprint_of, numbers_of
 from pretrain.train.layout import layout_of
 from pretrain.train.resolve import plan
 
-MICROBATCHES = 2
-"""That a dry step has at most, times the ranks of the pipeline: more are more of the same."""
+ROUNDS = {"gpipe": None, "1f1b": 1}
+"""Microbatches of a dry step at most, times the ranks of the pipeline; 2 where nothing is said. More are more of the same, but under GPipe,
+which keeps the activations of all."""
 
 SMALL = 1024
 """Bytes sent that are not told."""
@@ -79,7 +80,8 @@ def dry_run(config: RunConfig, world_size: int, rank: int | None, console: Conso
 def shortened(config: RunConfig, layout: Layout) -> RunConfig:
     """The config of a step that shows all that a whole one shows, and runs in a dry run."""
     tree = config.model_dump(mode="json")
-    few = min(n_microbatches(config, layout), MICROBATCHES * layout.pipeline)
+    rounds, all_of_them = ROUNDS.get(layout.schedule, 2), n_microbatches(config, layout)
+    few = all_of_them if rounds is None else min(all_of_them, max(2, rounds * layout.pipeline))
     tree["train"]["batch_size"] = few * config.train.micro_batch_size * layout.data
     tree["train"] |= {"compile": False, "attention": "varlen", "device": "cpu"}
     return validate(tree)
