@@ -156,7 +156,7 @@ def cases() -> list[Case]:
         Case(Layout(shard=2, tensor=2, sequence=True), own=("train.recompute=selective",)),
         Case(Layout(tensor=2, context=2), own=("train.recompute=full", "train.recompute_every=2")),
         Case(Layout(pipeline=2, shard=2), TIED, own=("train.recompute=selective",), micro_batch=1),
-        Case(Layout(pipeline=2, schedule="zbv", stages_per_rank=2, zero=2), own=("train.recompute=full",), micro_batch=1),
+        Case(Layout(pipeline=2, schedule="interleaved", stages_per_rank=2, zero=2), own=("train.recompute=full",), micro_batch=1),
     ]
     in_bf16 = [
         Layout(shard=2),

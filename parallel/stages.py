@@ -77,7 +77,7 @@ def check(layout: Layout, n_layers: int, n_microbatches: int) -> None:
     p, held, schedule = layout.pipeline, layout.stages_per_rank, layout.schedule
     if layout.n_stages > n_layers:
         fits = n_layers // held
-        way_out = f"use a parallel.pipeline of at most {fits}" if fits else "lower parallel.stages_per_rank"
+        way_out = f"use a parallel.pipeline of at most {fits}" if fits > 1 else "lower parallel.stages_per_rank"
         raise LayoutError(
             f"parallel.pipeline={p} * parallel.stages_per_rank={held} is {layout.n_stages} stages, more than model.n_layers={n_layers}; "
             f"{way_out}"

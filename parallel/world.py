@@ -88,8 +88,9 @@ def start(world: World, device: str, *, even_alone: bool = False, timeout: timed
     from torch import distributed
     from torch._C._distributed_c10d import HashStore  # torch.distributed has it too, but does not say so to type checkers
 
-    # A stage that raises would have every rank print the whole schedule.
+    # A stage that raises would have every rank print the whole schedule; and every rank says how DTensor puts matrices together for Muon.
     logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     gpu: torch.device | None = None
     if device == "cuda":
         if world.local_rank >= (there := torch.cuda.device_count()):
@@ -126,8 +127,8 @@ def fail_together(world: World, show: Callable[[BaseException], int]) -> Iterato
     from torch.distributed import DistError
 
     fate = _Fate.of(world)
-    done = threading.Event()
-    watcher = threading.Thread(target=_end_with_the_others, args=(fate.for_another_thread(), done), daemon=True)
+    done, failing = threading.Event(), threading.Event()
+    watcher = threading.Thread(target=_end_with_the_others, args=(fate.for_another_thread(), done, failing), daemon=True)
     watcher.start()
     try:
         yield
@@ -136,6 +137,7 @@ def fail_together(world: World, show: Callable[[BaseException], int]) -> Iterato
     except BaseException as error:  # whatever it is, the other ranks must not wait for this one
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that saw another rank end sends it, and would cut the message off
         code = 1
+        failing.set()
         try:
             if fate.is_first_to_fail():
                 code = _tell(fate, error, show)
@@ -214,7 +216,7 @@ def _tell(fate: _Fate, error: BaseException, show: Callable[[BaseException], int
     return code
 
 
-def _end_with_the_others(fate: _Fate, done: threading.Event) -> None:
+def _end_with_the_others(fate: _Fate, done: threading.Event, failing: threading.Event) -> None:
     """Thread of every rank: end the process when some rank has failed and shown its error. The main thread may hang anywhere.
 
     It looks now and then instead of waiting in the store: a thread that sits in a C++ call when the interpreter ends aborts the process.
@@ -232,4 +234,8 @@ def _end_with_the_others(fate: _Fate, done: threading.Event) -> None:
     with suppress(DistError):
         while (code := fate.exit_code()) is None and time.monotonic() < deadline:
             time.sleep(GLANCE)
+    if (
+        failing.is_set()
+    ):  # the healthy go first: the launcher sends SIGTERM to those that are left, and they would take it for a request to save
+        time.sleep(LOOK_EVERY + 10 * GLANCE)
     os._exit(1 if code is None else code)

@@ -97,6 +97,11 @@ def _make_room(target: Path, partial: Path) -> None:
 
 def _commit(partial: Path, target: Path, manifest: Manifest) -> None:
     """Turn what was written into a checkpoint."""
+    missing = [name for name in manifest.files if not (partial / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{partial / missing[0]} was written by another rank and is not here: run.dir must be a folder that all ranks share"
+        )
     try:
         write_manifest(partial, manifest)
         sync_folder(partial)

@@ -35,6 +35,9 @@ def train(
 
     config = load_words(words).config
     console = Console()
+    world = World.from_environment()
+    if dry_run and world.size > 1:
+        raise UserError("--dry-run pretends the other processes by itself: start it without torchrun")
     if dry_run:
         from pretrain.train.dry_run import dry_run as tell
 
@@ -43,7 +46,7 @@ def train(
     if world_size != 1 or rank is not None:
         raise UserError("--world-size and --rank tell of a --dry-run; a run takes its processes from torchrun")
     outcome = run(config, console)
-    if World.from_environment().is_main:
+    if world.is_main:
         console.print(Text.assemble(("report: ", "dim"), str(config.run.dir / "report.html")), soft_wrap=True)
     if outcome is Outcome.STOPPED:
         raise typer.Exit(EXIT_STOPPED)

@@ -68,8 +68,12 @@ def dry_run(config: RunConfig, world_size: int, rank: int | None, console: Conso
     steps = n_microbatches(config, layout)
     console.print(f"{layout}: rank {rank} of {world_size}" + (f", at {place}" if place else ""), highlight=False, soft_wrap=True)
     console.print(f"layers {layers} of {config.model.n_layers}, {held.n_parameters:,} parameters", highlight=False, soft_wrap=True)
-    shown = f"a step of {steps} microbatches" + (f"; the {in_full - steps} others of a whole step are more of the same" * (in_full > steps))
+    shown = f"a step of {steps} microbatch{'es' * (steps > 1)}" + (
+        f"; the {in_full - steps} others of a whole step are more of the same" * (in_full > steps)
+    )
     console.print(Text(f"{shown}, uncompiled", "dim"), soft_wrap=True)
+    if config.optim.kind == "muon":
+        console.print(Text("optim.kind=muon gathers what its products need; no formula counts that", "dim"), soft_wrap=True)
     console.print(_held_table(measured, held))
     if layout.offload:
         console.print(Text("parallel.offload=true: parameters, gradients and optimizer state are in host memory", "dim"), soft_wrap=True)
@@ -173,4 +177,5 @@ def _compared(name: str, measured: float, formula: float) -> tuple[str, str, str
 
 def _size(count: float) -> str:
     """Bytes, as GPU memory is told."""
-    return f"{count / 2**30:,.3f} GiB" if count >= 2**30 else f"{count / 2**20:,.3f} MiB"
+    unit, name = next(((2**power, name) for power, name in ((30, "GiB"), (20, "MiB")) if count >= 2**power), (2**10, "KiB"))
+    return f"{count / unit:,.3f} {name}"

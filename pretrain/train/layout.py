@@ -10,12 +10,12 @@ import math
 from parallel import stages
 from parallel.errors import LayoutError
 from parallel.layout import Layout
+from parallel.stages import ZERO_BUBBLE
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
 from pretrain.optim.schedule import batch_size_at
 from pretrain.train.layout_rules import choices, data_ranks, divisors, processes, sequences_per_rank, sizes_of, told
 
-ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
 EASIEST_TO_CHANGE = ("shard", "replicate", "context", "pipeline", "tensor")
 """Axes in the order in which a wrong number of processes is put right: data ranks change no shape."""
 
@@ -29,7 +29,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         UserError: a layout that cannot be, in one line with the settings to change.
     """
     parallel = config.parallel
-    _check_world(config, world_size)
+    check_world(config, world_size)
     layout = Layout(
         pipeline=parallel.pipeline,
         replicate=parallel.replicate,
@@ -70,7 +70,8 @@ def microbatch_counts(config: RunConfig) -> dict[str, int]:
     return counts
 
 
-def _check_world(config: RunConfig, world_size: int) -> None:
+def check_world(config: RunConfig, world_size: int) -> None:
+    """UserError unless the product of the sizes, which must be resolved, is the number of processes."""
     if config.parallel.expert > 1:
         raise UserError(f"parallel.expert={config.parallel.expert} divides experts, and this model has none: use 1")
     sizes = sizes_of(config)
@@ -121,7 +122,7 @@ def _check_sequences(config: RunConfig) -> None:
     needed = math.lcm(by_context, context * tensor) if parallel.sequence else by_context
     way_out = f"use a multiple of {needed}, such as {-(-seq_len // needed) * needed}"
     if seq_len % by_context:
-        pieces = f"2 x parallel.context={context} pieces (gather: early and late ones for each rank)"
+        pieces = f"2 x parallel.context={context} equal pieces, an early and a late one for each rank"
         pieces = pieces if parallel.context_method == "gather" else f"parallel.context={context} pieces"
         raise UserError(f"data.seq_len={seq_len} cannot be cut into {pieces}: {way_out}")
     if seq_len % needed:
@@ -138,8 +139,9 @@ def _check_ulysses(config: RunConfig) -> None:
     for name, heads in (("n_kv_heads", max(1, model.n_kv_heads // parallel.tensor)), ("n_heads", model.n_heads // parallel.tensor)):
         if heads % parallel.context:
             held = f"model.{name}={getattr(model, name)}" + (f" on parallel.tensor={parallel.tensor}" if parallel.tensor > 1 else "")
+            divided = f"{heads} head{'s' * (heads > 1)}"
             raise UserError(
-                f"parallel.context={parallel.context} with parallel.context_method=ulysses does not divide the {heads} heads of a rank "
+                f"parallel.context={parallel.context} with parallel.context_method=ulysses does not divide the {divided} of a rank "
                 f"({held}): use {choices(divisors(heads))}, or parallel.context_method=gather"
             )
 
@@ -176,18 +178,25 @@ def _check_pipeline(config: RunConfig, layout: Layout) -> None:
             f"train.compile=true does not go with parallel.schedule={parallel.schedule}: PyTorch cannot split the backward pass of "
             f"compiled blocks; use train.compile=auto or false, or parallel.schedule=interleaved or 1f1b"
         )
+    if config.train.recompute != "none" and parallel.schedule in ZERO_BUBBLE:
+        raise UserError(
+            f"train.recompute={config.train.recompute} does not go with parallel.schedule={parallel.schedule}: its two backward passes "
+            f"would keep what was to be freed; use train.recompute=none, or parallel.schedule=interleaved or 1f1b"
+        )
     for when, count in microbatch_counts(config).items():
         try:
             stages.check(layout, config.model.n_layers, count)
         except LayoutError as error:
-            raise UserError(f"{error} ({when})" if when else str(error)) from None
+            ramp = "; raise train.batch_ramp_start" if "ramp" in when else ""
+            raise UserError(f"{error} ({when}{ramp})" if when else str(error)) from None
 
 
 def _check_sharding(config: RunConfig, layout: Layout) -> None:
     if layout.reshard_to is not None and layout.zero != 3:
         raise UserError(
             f"parallel.reshard_to={layout.reshard_to} is for parallel.zero=3, and parallel.zero={layout.zero} keeps parameters whole: "
-            f"set parallel.zero=3, or leave parallel.reshard_to out"
+            + ("" if layout.pipeline > 1 else "set parallel.zero=3, or ")
+            + "leave parallel.reshard_to out"
         )
     if layout.reshard_to is not None and layout.fsdp % layout.reshard_to:
         ways = [size for size in divisors(layout.fsdp) if size > 1]

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
+from parallel.stages import ZERO_BUBBLE
 from pretrain.config import AUTO, RunConfig, flatten, may_change
 from pretrain.config_loading import validate
 from pretrain.errors import UserError
@@ -26,7 +27,7 @@ from pretrain.optim import schedule
 from pretrain.report.words import amount
 from pretrain.train import layout_rules
 from pretrain.train.growth import check_growth, longest_seq_len
-from pretrain.train.layout import ZERO_BUBBLE
+from pretrain.train.layout import check_world
 
 VOCAB_MULTIPLE = 64
 """Vocabulary sizes are rounded up to this: matrix units want it, and it leaves room for tensor parallelism."""
@@ -96,7 +97,7 @@ def plan(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Decision]]
         "train.attention": lambda c: ("varlen" if c.train.device == "cuda" else "sdpa", "assumed"),
     }
     config, decisions = _apply(_rules(size, world_size) | elsewhere, config, {})
-    check_growth(config)
+    _check_numbers(config)
     return config, decisions
 
 
@@ -120,7 +121,7 @@ def _rules(tokenizer_size: int, world_size: int) -> dict[str, Rule]:
         "parallel.stages_per_rank": layout_rules.stages_rule,
         "train.device": _device,
         "train.precision": _precision,
-        "train.micro_batch_size": layout_rules.micro_batch_rule,
+        "train.micro_batch_size": partial(_micro_batch, world_size=world_size),
         "train.compile": _compile,
         "train.attention": _attention,
     }
@@ -186,6 +187,11 @@ def _attention(config: RunConfig) -> tuple[object, str]:
     return choose_backend(train.device, precision=train.precision, compiled=train.compile, head_dim=config.model.head_dim)
 
 
+def _micro_batch(config: RunConfig, *, world_size: int) -> tuple[object, str]:
+    check_world(config, world_size)  # before a size is sought that cannot be
+    return layout_rules.micro_batch_rule(config)
+
+
 def _check(config: RunConfig, tokenizer_size: int) -> None:
     model, data, train = config.model, config.data, config.train
     if tokenizer_size > model.vocab_size:
@@ -193,11 +199,7 @@ def _check(config: RunConfig, tokenizer_size: int) -> None:
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer_size} ({data.tokenizer}); "
             f"set model.vocab_size={-(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE} or auto"
         )
-    check_growth(config)
-    longest = longest_seq_len(config)
-    if longest > model.max_seq_len:
-        setting = "data.seq_len" if longest == data.seq_len else "data.growth: seq_len"
-        raise UserError(f"{setting}={longest} is longer than model.max_seq_len={model.max_seq_len}; lower the first or raise the second")
+    _check_numbers(config)
     if train.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto")
     if train.attention in VARIABLE_LENGTH:
@@ -207,4 +209,14 @@ def _check(config: RunConfig, tokenizer_size: int) -> None:
                 f"train.attention={train.attention} does not run here with train.device={train.device}, train.precision={train.precision} "
                 f"and model.head_dim={model.head_dim}; use {', '.join(runs)} or auto"
             )
+
+
+def _check_numbers(config: RunConfig) -> None:
+    """What holds on any machine."""
+    model, data = config.model, config.data
+    check_growth(config)
+    longest = longest_seq_len(config)
+    if longest > model.max_seq_len:
+        setting = "data.seq_len" if longest == data.seq_len else "data.growth: seq_len"
+        raise UserError(f"{setting}={longest} is longer than model.max_seq_len={model.max_seq_len}; lower the first or raise the second")
     schedule.check(config.optim, config.train)

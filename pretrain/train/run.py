@@ -17,8 +17,8 @@ from parallel.layout import Layout
 from parallel.pipeline import describe
 from parallel.world import World, start
 from pretrain.checkpoint import directory
-from pretrain.checkpoint.ranks import on_first
-from pretrain.config import AUTO, RunConfig
+from pretrain.checkpoint.ranks import gather, on_first
+from pretrain.config import AUTO, RunConfig, flatten
 from pretrain.errors import UserError
 from pretrain.hardware import find_accelerator
 from pretrain.model.flops import flops_per_token, parameter_count
@@ -72,6 +72,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         stop = stack.enter_context(stop_on_signals(aloud=world.is_main))
         run_dir = stack.enter_context(RunDirectory.open(config) if world.is_main else RunDirectory.beside_main(config))
         with start(world, config.train.device, even_alone=place.layout.offload):
+            _check_agreement(config, train_data, validation, place)
             engine = build_engine(config, place.layout, world.rank)
             beginning = restore(run_dir, engine, train_data, config, place)
             if world.is_main:
@@ -132,6 +133,20 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> N
         )
     for prompt in config.log.samples:
         check_prompt(f"log.samples: {prompt!r}", len(tokenizer.encode(prompt)), config.model.max_seq_len)
+
+
+def _check_agreement(config: RunConfig, data: Loader, validation: Loader | None, place: Place) -> None:
+    """UserError where a process decided otherwise than the main one, or reads other data: each looks at its own machine."""
+    held_out = "none" if validation is None else validation.fingerprint
+    mine = flatten(config) | {"the data in data.path": data.fingerprint, "its held-out part": held_out}
+    for rank, theirs in enumerate(gather(mine, place.group)):
+        others = [key for key in mine if theirs[key] != mine[key]]
+        if others:
+            key = others[0]
+            raise UserError(
+                f"rank {place.world.rank} has {key}={mine[key]}, and rank {rank} has {theirs[key]}: give all processes the same command "
+                f"and the same files, and set what says auto where their machines differ"
+            )
 
 
 def _pipeline(config: RunConfig, layout: Layout) -> str:

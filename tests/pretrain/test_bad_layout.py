@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "sequence in chunks": (
         4,
         ("parallel.context=4", "data.seq_len=28"),
-        "data.seq_len=28 cannot be cut into 2 x parallel.context=4 pieces (gather: early and late ones for each rank): "
+        "data.seq_len=28 cannot be cut into 2 x parallel.context=4 equal pieces, an early and a late one for each rank: "
         "use a multiple of 8, such as 32",
     ),
     "sequence in parts": (
@@ -136,7 +136,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "fewer microbatches than stages in a ramp": (
         4,
         (*LONG, "parallel.pipeline=4", "train.batch_ramp_steps=10", "train.batch_ramp_start=2"),
-        "use a parallel.pipeline of at most 2 (in the batch ramp, at 2 sequences)",
+        "use a parallel.pipeline of at most 2 (in the batch ramp, at 2 sequences; raise train.batch_ramp_start)",
     ),
     "rounds of microbatches": (
         4,
@@ -169,6 +169,12 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         4,
         ("parallel.reshard_to=3",),
         "parallel.reshard_to=3 does not divide the 4 ranks that share the parameters (parallel.shard=4 x parallel.context=1): use 2 or 4",
+    ),
+    "recomputation under zero bubble": (
+        2,
+        ("parallel.pipeline=2", "parallel.schedule=zbv", "train.recompute=full"),
+        "train.recompute=full does not go with parallel.schedule=zbv: its two backward passes would keep what was to be freed; "
+        "use train.recompute=none, or parallel.schedule=interleaved or 1f1b",
     ),
     "offload of a CPU": (
         2,

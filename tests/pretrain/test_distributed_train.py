@@ -150,15 +150,18 @@ def test_ranks_that_read_the_same_rows_have_another_curve(undisturbed: Path, tin
 def test_sigterm_saves_on_all_ranks_and_the_run_goes_on_on_other_layouts(
     run_tiny: RunTiny, undisturbed: Path, tiny_words: TinyWords, tmp_path: Path
 ) -> None:
-    """shard=2, then pipeline=2, then one process; the curve is the undisturbed one. torchrun itself ends with 1, the ranks with 75."""
+    """shard=2, then pipeline=2, then one process; the curve is the undisturbed one. torchrun itself ends with 1, the ranks with 75.
+
+    The signal comes when a step has been recorded: the ranks hear of each other's with the sums of the next.
+    """
     run, script = tmp_path / "run", tmp_path / "sigterm_at.py"
     script.write_text(SIGTERM_AT)
-    for step, layout in ((7, "parallel.shard=2"), (13, "parallel.pipeline=2")):
+    for step, layout in ((6, "parallel.shard=2"), (12, "parallel.pipeline=2")):
         code, output = torchrun(str(script), str(tmp_path), str(step), "train", *tiny_words(run, *STEPS), layout)
         assert code == 1, output
         assert [(tmp_path / f"exit-{step}-{rank}").read_text() for rank in range(2)] == ["75", "75"], output
         assert "death signal, shutting down workers" in output
-        assert kinds(run)[-2:] == [("save", step), ("stop", step)]
+        assert kinds(run)[-2:] == [("save", step + 1), ("stop", step + 1)]
     assert run_tiny(run, *STEPS) is Outcome.FINISHED
     expected = [("start", 0), ("save", 7), ("stop", 7), ("settings", None), ("resume", 7), ("save", 13), ("stop", 13)]
     assert kinds(run) == [*expected, ("settings", None), ("resume", 13), ("save", 20), ("finish", 20)]

@@ -1,0 +1,47 @@
+"""Before a step is taken, all processes must have decided alike and read the same data."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch.distributed as dist
+from workers import WorkerPool
+
+from parallel.layout import Layout
+from parallel.world import World
+from pretrain.config_loading import load
+from pretrain.errors import UserError
+from pretrain.train.place import Place
+from pretrain.train.run import _check_agreement
+
+
+@dataclass
+class Data:
+    fingerprint: str
+
+
+def refusal(words: tuple[str, ...], data: str) -> str:
+    """What a rank says when rank 1 has these settings and that data."""
+    odd = dist.get_rank() == 1
+    config = load(None, ["model.preset=tiny", *(words if odd else ())]).config
+    try:
+        _check_agreement(config, Data(data if odd else "a"), None, Place(World(dist.get_rank(), 3), Layout(shard=3)))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_agree_go_on(workers: WorkerPool) -> None:
+    assert workers.run(refusal, 3, (), "a") == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("words", "data", "told"),
+    [
+        (("train.precision=fp32",), "a", "train.precision=auto, and rank 1 has fp32"),
+        ((), "b", "the data in data.path=a, and rank 1 has b"),
+    ],
+)
+def test_a_rank_that_differs_is_named(words: tuple[str, ...], data: str, told: str, workers: WorkerPool) -> None:
+    answers = workers.run(refusal, 3, words, data)
+    assert told in answers[0]
+    assert all(answers)
