@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._guards import active_fake_mode  # private; what is public says only whether some mode of any kind is active
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # documented, under this very name
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # no public name does it
 from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend "fake" known; there is no public way
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
+
+from parallel.mesh import forget_meshes
 
 
 @contextmanager
@@ -32,19 +33,14 @@ def pretend(rank: int, size: int) -> Iterator[None]:
 
     Tensors made inside are of no use outside, and no other process group may be there.
     """
-    _forget_meshes()
+    forget_meshes()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         with _Pretence(FakeTensorMode(allow_non_fake_inputs=True)):
             yield
     finally:
         dist.destroy_process_group()
-        _forget_meshes()
-
-
-def _forget_meshes() -> None:
-    """DTensor remembers meshes with what it found out about operators, and takes that of another rank for the same."""
-    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # untyped in torch
+        forget_meshes()
 
 
 class _Pretence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import _redistribute
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from parallel.layout import AXES, Layout
 
@@ -32,3 +34,14 @@ def data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     """
     root = mesh._get_root_mesh()  # private, as `_unflatten`
     return root["replicate", "fsdp"] if layout.replicate > 1 else root["fsdp"]
+
+
+def forget_meshes() -> None:
+    """After a process group was destroyed, where another may follow: DTensor remembers what it found out by the shape of a mesh.
+
+    It would take a mesh of the next group for the same and name groups that are gone, and keeps the threads of gloo alive. No public name
+    clears any of the three.
+    """
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # untyped in torch
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()

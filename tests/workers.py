@@ -40,6 +40,9 @@ PROCESSES.set_forkserver_preload(
 GRACE = 2.0
 """Seconds in which the peers of a failed rank may answer; those that do not are replaced."""
 STACK_WAIT = 0.5
+MOST_CASES = 16
+"""A worker is replaced after so many: FSDP2 keeps the classes of modules that were sharded, split ones know their mesh, and gloo's groups
+have threads. A fresh one is forked in a tenth of a second."""
 
 R = TypeVar("R")
 
@@ -75,13 +78,14 @@ class Raised:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Worker:
-    """One process, the pipe to it, and the file into which it writes its stack when it gets SIGUSR1."""
+    """One process, the pipe to it, the file into which it writes its stack when it gets SIGUSR1, and the cases that it has served."""
 
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     stack: Path
+    served: int = 0
 
     def end(self) -> None:
         self.process.kill()
@@ -144,6 +148,9 @@ class WorkerPool:
         from torch.distributed import TCPStore
 
         self._workers = [worker for worker in self._workers if worker.process.is_alive()]
+        for worker in [worker for worker in self._workers if worker.served >= MOST_CASES]:
+            self._workers.remove(worker)
+            worker.end()
         if self._store is None:
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         known = len(self._workers)
@@ -165,6 +172,7 @@ class WorkerPool:
         """Let all ranks leave the group; replace the workers that owe an answer, whatever it was that interrupted them."""
         for rank, worker in enumerate(team):
             if rank in answers:
+                worker.served += 1
                 worker.pipe.send_bytes(b"leave")
             else:
                 self._workers.remove(worker)
@@ -245,6 +253,7 @@ def _serve(pipe: Connection, port: int, stack: Path) -> None:
             pipe.send_bytes(pickle.dumps(answer))
             pipe.recv_bytes()
             _leave()
+            gc.collect()  # models and meshes go in circles, and hold groups, each of which has threads of its own
 
 
 def _attempt(case: Case, store: Store) -> Returned | Raised:
@@ -271,8 +280,9 @@ def _attempt(case: Case, store: Store) -> Returned | Raised:
 def _leave() -> None:
     """Close the group's connections, and have DTensor forget its meshes: it would take those of the next case for the same."""
     from torch import distributed
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # no public name does it
+
+    from parallel.mesh import forget_meshes
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    _clear_sharding_prop_cache()
+    forget_meshes()
