@@ -3,12 +3,13 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from workers import CaseFailed, WorkerPool
+from workers import MOST_CASES, CaseFailed, WorkerPool
 
 FOREVER = 3600.0
 
@@ -104,24 +105,31 @@ def test_tensors_and_modules_go_by_value(workers: WorkerPool) -> None:
     assert trained().weight.shape == workers.run(trained, 1)[0].weight.shape
 
 
-def test_the_processes_live_as_long_as_the_pool(workers: WorkerPool) -> None:
-    first = workers.run(pid, 2)
-    assert workers.run(pid, 2) == first
-    assert os.getpid() not in first
+@pytest.fixture
+def fresh() -> Iterator[WorkerPool]:
+    """A pool whose workers have served no case: none is replaced for its age."""
+    with WorkerPool() as pool:
+        yield pool
+
+
+def test_the_processes_live_until_they_have_served_enough(fresh: WorkerPool) -> None:
+    first = fresh.run(pid, 2)
+    assert [fresh.run(pid, 2) for _ in range(MOST_CASES - 1)] == [first] * (MOST_CASES - 1)
+    assert not set(first) & {os.getpid(), *fresh.run(pid, 2)}
 
 
 @pytest.mark.parametrize("which", [0, 2])
-def test_an_error_is_told_by_the_rank_that_failed_first(workers: WorkerPool, which: int) -> None:
-    before = workers.run(pid, 3)
+def test_an_error_is_told_by_the_rank_that_failed_first(fresh: WorkerPool, which: int) -> None:
+    before = fresh.run(pid, 3)
     with pytest.raises(CaseFailed) as failed:
-        workers.run(one_raises, 3, which)
+        fresh.run(one_raises, 3, which)
     told = str(failed.value)
     assert f"one_raises: rank {which} of 3 raised\nTraceback" in told
     assert 'raise LookupError("the first mistake")' in told
     assert told.rstrip().endswith("LookupError: the first mistake")
     assert told.count("Traceback") == 1  # not those of the two ranks that waited for it
-    assert_goes_on(workers, 3)
-    assert workers.run(pid, 3) == before
+    assert_goes_on(fresh, 3)
+    assert fresh.run(pid, 3) == before
 
 
 def test_what_pytest_raises_is_told_too(workers: WorkerPool) -> None:

@@ -32,9 +32,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     train_step = TorchEngine.train_step
 
-    def spy(self: TorchEngine, microbatches: list, lr_scale: float) -> object:
+    def spy(self: TorchEngine, microbatches: list, lr_scale: float, **more: object) -> object:
         seen.append(torch.cat([microbatch.input_ids for microbatch in microbatches]))
-        return train_step(self, microbatches, lr_scale)
+        return train_step(self, microbatches, lr_scale, **more)
 
     monkeypatch.setattr(TorchEngine, "train_step", spy)
     return seen

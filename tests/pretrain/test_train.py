@@ -112,10 +112,10 @@ def test_each_step_trains_on_its_slice_of_the_one_order(tmp_path: Path, run_tiny
     seen: list[torch.Tensor] = []
     train_step = TorchEngine.train_step
 
-    def spy(self: TorchEngine, microbatches: list, lr_scale: float) -> object:
+    def spy(self: TorchEngine, microbatches: list, lr_scale: float, **more: object) -> object:
         assert all(len(microbatch.input_ids) <= 3 for microbatch in microbatches)
         seen.append(torch.cat([microbatch.input_ids for microbatch in microbatches]))
-        return train_step(self, microbatches, lr_scale)
+        return train_step(self, microbatches, lr_scale, **more)
 
     monkeypatch.setattr(TorchEngine, "train_step", spy)
     words = ("train.batch_size=7", "train.batch_ramp_steps=12", "train.batch_ramp_start=1", "train.micro_batch_size=3", "train.steps=20")
@@ -220,12 +220,12 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The loss of that step is NaN."""
     train_step, count = TorchEngine.train_step, iter(range(1, 1000))
 
-    def poisoned(self: TorchEngine, microbatches: list, lr_scale: float) -> object:
+    def poisoned(self: TorchEngine, microbatches: list, lr_scale: float, **more: object) -> object:
         compute = self._runner._compute
         if next(count) == step:
             self._runner._compute = lambda *given: type(out := compute(*given))(*(part * torch.nan for part in out))
         try:
-            return train_step(self, microbatches, lr_scale)
+            return train_step(self, microbatches, lr_scale, **more)
         finally:
             self._runner._compute = compute
 
