@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -18,7 +18,7 @@ from parallel.masters import split_masters
 from parallel.mesh import build_mesh
 from parallel.pipeline import Pipeline, Stage, Tied
 from parallel.recompute import recompute
-from parallel.shard import Sharded, shard
+from parallel.shard import shard
 from parallel.stages import assign, stages_of
 
 
@@ -48,12 +48,25 @@ def divided(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int
     at = layout.coordinates(rank)
     ranges = assign(blueprint.n_layers, layout.n_stages, first_cost=blueprint.first_cost, last_cost=blueprint.last_cost)
     parts = {stage: _split(_shapes(blueprint, ranges[stage], numbers), mesh, layout) for stage in stages_of(at["pipeline"], layout)}
-    sharded: list[Sharded] = []
-    runner = _runner(parts, sharded, blueprint, mesh, layout, numbers, device)
+    stages = {stage: Stage(part, blueprint.compute) for stage, part in parts.items()} if layout.pipeline > 1 else {}
+    sharded = [shard(stages.get(stage, part), cast(Part, part).units, mesh, layout, numbers.dtype) for stage, part in parts.items()]
     for part in parts.values():
         _give_values(part, blueprint, torch.device("cpu") if layout.offload else device)
     masters, twins = _masters(parts.values())
-    tied = Tied.of(parts, layout, mesh) if layout.pipeline > 1 else None
+    tied = Tied.of(parts, layout, mesh) if stages else None
+    runner: Runner
+    if stages:
+        runner = Pipeline(
+            stages,
+            layout,
+            mesh["pipeline"].get_group(),
+            device=device,
+            activation=numbers.dtype,
+            width=blueprint.width,
+            sequence_split=layout.tensor if layout.sequence else 1,
+        )
+    else:
+        runner = OnePart(parts[0], blueprint.compute, sharded[0])
 
     def forget_gathered() -> None:
         for each in sharded:
@@ -104,34 +117,6 @@ def _split(part: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     if layout.context > 1:
         context.split(part, mesh["context"], layout.context_method)
     return part
-
-
-def _runner(
-    parts: Mapping[int, nn.Module],
-    sharded: list[Sharded],
-    blueprint: Blueprint,
-    mesh: DeviceMesh,
-    layout: Layout,
-    numbers: Numbers,
-    device: torch.device,
-) -> Runner:
-    """Shard every part, and say how microbatches go through them; `sharded` is filled."""
-    if layout.pipeline == 1:
-        (model,) = parts.values()
-        sharded.append(shard(model, cast(Part, model).units, mesh, layout, numbers.dtype))
-        return OnePart(model, blueprint.compute, sharded[0])
-    stages = {stage: Stage(part, blueprint.compute) for stage, part in parts.items()}
-    for stage, part in parts.items():
-        sharded.append(shard(stages[stage], cast(Part, part).units, mesh, layout, numbers.dtype))
-    return Pipeline(
-        stages,
-        layout,
-        mesh["pipeline"].get_group(),
-        device=device,
-        activation=numbers.dtype,
-        width=blueprint.width,
-        sequence_split=layout.tensor if layout.sequence else 1,
-    )
 
 
 def _give_values(part: nn.Module, blueprint: Blueprint, device: torch.device) -> None:

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from parallel.layout import Layout
 from pretrain.config import RunConfig
 
+COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
+"""Per number that is computed with."""
+
 LOSS_CHUNKS = 16
 """The loss has the logits of a sixteenth of a microbatch at a time (`pretrain.model.loss`)."""
 
@@ -29,10 +32,10 @@ def activation_bytes(config: RunConfig, layout: Layout, pipeline_rank: int, held
         held: the layers of each stage that it holds.
         n_microbatches: of a step.
     """
-    model, number = config.model, _number_bytes(config)
+    model, number = config.model, COMPUTE_BYTES[config.train.precision]
     tokens = _tokens(config, layout)
     between = tokens * model.d_model * number / (layout.tensor if layout.sequence else 1)  # what one block hands to the next
-    blocks = sum(_block_bytes(config, layout, recomputed) for layers in held for recomputed in _recomputed(config, layers))
+    blocks = sum(_block_bytes(config, layout, recomputed) for layers in held for recomputed in recomputing(config, layers))
     pairs = in_flight(layout, pipeline_rank, n_microbatches) / len(held)
     kept = tokens * blocks * pairs
     if config.train.recompute != "none":  # the block whose backward pass runs has all of its own
@@ -72,11 +75,7 @@ def _tokens(config: RunConfig, layout: Layout) -> int:
     return config.train.micro_batch_size * config.data.seq_len // layout.context
 
 
-def _number_bytes(config: RunConfig) -> int:
-    return 2 if config.train.precision == "bf16" else 4
-
-
-def _recomputed(config: RunConfig, layers: range) -> list[bool]:
+def recomputing(config: RunConfig, layers: range) -> list[bool]:
     """Of each layer, whether it recomputes: every k-th of the model."""
     return [config.train.recompute != "none" and (layer + 1) % config.train.recompute_every == 0 for layer in layers]
 
@@ -84,6 +83,7 @@ def _recomputed(config: RunConfig, layers: range) -> list[bool]:
 def _block_bytes(config: RunConfig, layout: Layout, recomputed: bool) -> float:
     """A token, of one block."""
     model, train, t = config.model, config.train, layout.tensor
+    number = COMPUTE_BYTES[train.precision]
     D, q, F = model.d_model, model.n_heads * model.head_dim / t, model.d_ff / t
     kv = max(1.0, model.n_kv_heads / t) * model.head_dim
     rows = layout.context if layout.context_method == "gather" else 1
@@ -91,7 +91,7 @@ def _block_bytes(config: RunConfig, layout: Layout, recomputed: bool) -> float:
     logarithms = 4 * model.n_heads / t
     if not recomputed:
         hidden = 3 if train.compile else 4
-        return _number_bytes(config) * (2 * between + 2 * D + 2 * q + 2 * kv * rows + hidden * F) + logarithms
+        return number * (2 * between + 2 * D + 2 * q + 2 * kv * rows + hidden * F) + logarithms
     kept, extra = between, 0.0
     if train.recompute == "selective":
         if "matmul" in train.recompute_keep:
@@ -100,4 +100,4 @@ def _block_bytes(config: RunConfig, layout: Layout, recomputed: bool) -> float:
             kept, extra = kept + q, logarithms
         if "collective" in train.recompute_keep:
             kept += (2 * D + 2 * between) * (t > 1) + 2 * kv * rows * (layout.context > 1)
-    return _number_bytes(config) * kept + extra
+    return number * kept + extra

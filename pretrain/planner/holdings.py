@@ -15,14 +15,12 @@ from parallel.layout import Layout
 from parallel.stages import assign, stages_of
 from pretrain.config import ModelConfig, RunConfig
 from pretrain.model.flops import count_parameters
-from pretrain.planner.activations import activation_bytes
+from pretrain.planner.activations import COMPUTE_BYTES, activation_bytes
 
 MASTER_BYTES = 4
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {"adamw": 8, "muon": 4}
 """Per parameter, all of it fp32: AdamW has two moments, Muon one."""
-COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
-"""Per number that is computed with."""
 
 
 @dataclass(frozen=True)

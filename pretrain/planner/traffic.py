@@ -10,7 +10,8 @@ from __future__ import annotations
 from parallel.layout import Layout
 from parallel.stages import rank_of
 from pretrain.config import RunConfig
-from pretrain.planner.holdings import COMPUTE_BYTES, Weight, hold, layers_of_stages, n_microbatches, weights
+from pretrain.planner.activations import COMPUTE_BYTES, recomputing
+from pretrain.planner.holdings import Holding, Weight, hold, n_microbatches, weights
 
 Traffic = dict[str, dict[str, float]]
 """{axis: {operation: bytes that the rank sends in a step}}; the axis `fsdp` is `shard` and `context` together."""
@@ -97,7 +98,7 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     is_first = any(layers.start == 0 for layers in held.layers)
     is_last = any(layers.stop == model.n_layers for layers in held.layers)
     once = _ring(t) * COMPUTE_BYTES[train.precision] * _tokens(config, layout) * model.d_model
-    again = sum(len(part) // train.recompute_every for part in held.layers) if _gathers_again(config) else 0
+    again = _gathering_again(config, held)
     statistics = 3 * 2 * _ring(t) * FP32 * _tokens(config, layout) * is_last
     ways = 2 * layers  # attention and MLP
     if not layout.sequence:
@@ -113,9 +114,12 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     }
 
 
-def _gathers_again(config: RunConfig) -> bool:
+def _gathering_again(config: RunConfig, held: Holding) -> int:
+    """Layers of a rank whose forward collectives the backward pass repeats."""
     train = config.train
-    return train.recompute == "full" or (train.recompute == "selective" and "collective" not in train.recompute_keep)
+    if train.recompute == "selective" and "collective" in train.recompute_keep:
+        return 0
+    return sum(sum(recomputing(config, layers)) for layers in held.layers)
 
 
 def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
@@ -123,7 +127,7 @@ def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     c, model, train = layout.context, config.model, config.train
     held = hold(config, layout, rank)
     layers = sum(map(len, held.layers))
-    again = sum(len(part) // train.recompute_every for part in held.layers) if _gathers_again(config) else 0
+    again = _gathering_again(config, held)
     kv = max(1.0, model.n_kv_heads / layout.tensor) * model.head_dim
     q = model.n_heads / layout.tensor * model.head_dim
     per_number = _ring(c) * COMPUTE_BYTES[train.precision] * _tokens(config, layout)  # of what the rank holds
@@ -144,6 +148,6 @@ def _pipeline(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     )
     split = layout.tensor if layout.sequence else 1
     sent = cuts * _tokens(config, layout) * model.d_model * COMPUTE_BYTES[config.train.precision] / split
-    if model.tie_embeddings and len(layers_of_stages(config, layout)) > 1 and rank_of(0, layout) != rank_of(ends - 1, layout):
+    if model.tie_embeddings and rank_of(0, layout) != rank_of(ends - 1, layout):
         sent += FP32 * held.parameters["embedding"]
     return {"send": sent}

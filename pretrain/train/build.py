@@ -27,9 +27,9 @@ def build_model(config: ModelConfig, attention: str, device: torch.device) -> Tr
     return model.to_empty(device=device)
 
 
-def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0, device: torch.device | None = None) -> TorchEngine:  # noqa: B008
-    """What `rank` holds of the model of a resolved config, with its initial weights, and its optimizer; `device` is that of the config."""
-    return build(blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=device or torch.device(config.train.device))
+def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) -> TorchEngine:  # noqa: B008
+    """What `rank` holds of the model of a resolved config, with its initial weights, and its optimizer."""
+    return build(blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=torch.device(config.train.device))
 
 
 def blueprint_of(config: RunConfig) -> Blueprint:
@@ -40,7 +40,7 @@ def blueprint_of(config: RunConfig) -> Blueprint:
         n_layers=model.n_layers,
         width=model.d_model,
         build=lambda layers: Transformer(model, config.train.attention, layers),
-        fill=partial(_fill, config=model, seed=config.run.seed),
+        fill=partial(fill, config=model, seed=config.run.seed),
         compute=partial(compute, config=config),
         build_optimizer=partial(build_optimizer, config=config.optim),
         first_cost=first_cost,
@@ -59,10 +59,6 @@ def numbers_of(config: RunConfig) -> Numbers:
         recompute_every=train.recompute_every,
         recompute_keep=train.recompute_keep,
     )
-
-
-def _fill(name: str, part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], *, config: ModelConfig, seed: int) -> None:
-    fill(name, part, offset, shape, config, seed)
 
 
 def compute(model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, config: RunConfig) -> Tensor | LossSum:

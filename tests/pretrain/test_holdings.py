@@ -204,3 +204,14 @@ def test_sequence_parallelism_sends_no_more_than_it_replaces() -> None:
     sequence, whole = (sent(2, *words, f"parallel.sequence={on}")["tensor"] for on in ("true", "false"))
     vectors = 2 * 1 / 2 * 2 * 2 * 13 * 48  # gradients of the norms in bf16, of 2 microbatches
     assert sum(sequence.values()) == sum(whole.values()) + vectors
+
+
+def test_every_second_layer_of_the_model_gathers_again_however_it_is_cut() -> None:
+    """One layer a stage: those of the second and fourth recompute."""
+    words = (*TINY, "model.n_layers=4", "data.seq_len=64", "train.batch_size=8", "parallel.pipeline=4", "parallel.tensor=2")
+    ranks = [stage * 2 for stage in range(4)]
+    plain, recomputing = (
+        [sent(8, *words, *more, rank=rank)["tensor"]["all-gather"] for rank in ranks]
+        for more in ((), ("train.recompute=full", "train.recompute_every=2"))
+    )
+    assert [again / once for once, again in zip(plain, recomputing, strict=True)] == pytest.approx([1, 1.5, 1, 1.4])
