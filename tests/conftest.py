@@ -31,6 +31,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws without a generator of its own is the same in every run, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:
     """`workers.run(function, 4, ...)`: the function on 4 ranks of a gloo group. The processes start with the first case that needs them."""
