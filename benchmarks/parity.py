@@ -148,7 +148,7 @@ def cases() -> list[Case]:
         Layout(tensor=2, context=2, context_method="ulysses"),
         Layout(pipeline=2, context=2),
         Layout(shard=2, tensor=2, sequence=True, pipeline=2),
-        Layout(shard=2, tensor=2, pipeline=2, schedule="zbv", stages_per_rank=2, zero=2),
+        Layout(shard=2, tensor=2, pipeline=2, schedule="zbv", stages_per_rank=2),
     ]
     found += [Case(layout, TIED if layout.pipeline > 1 and layout.tensor > 1 else (), micro_batch=1) for layout in pairs]
     found += [
@@ -157,6 +157,12 @@ def cases() -> list[Case]:
         Case(Layout(tensor=2, context=2), own=("train.recompute=full", "train.recompute_every=2")),
         Case(Layout(pipeline=2, shard=2), TIED, own=("train.recompute=selective",), micro_batch=1),
         Case(Layout(pipeline=2, schedule="interleaved", stages_per_rank=2, zero=2), own=("train.recompute=full",), micro_batch=1),
+        Case(Layout(pipeline=2, schedule="zbv", stages_per_rank=2, zero=2), own=("train.recompute=full",), micro_batch=1),
+        Case(
+            Layout(tensor=2, pipeline=2, schedule="interleaved_zero_bubble", stages_per_rank=2),
+            own=("train.recompute=selective",),
+            micro_batch=1,
+        ),
     ]
     in_bf16 = [
         Layout(shard=2),

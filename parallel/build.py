@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,7 +20,7 @@ from parallel.mesh import build_mesh
 from parallel.pipeline import Pipeline, Stage, Tied
 from parallel.recompute import recompute
 from parallel.shard import shard
-from parallel.stages import assign, stages_of
+from parallel.stages import assign, splits_backward, stages_of
 
 
 def build_engine(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int, device: torch.device) -> TorchEngine:
@@ -29,7 +30,7 @@ def build_engine(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank
     the default process group must be there; one rank needs none, unless it offloads.
     """
     if layout.world_size == 1 and not layout.offload:
-        model = _shapes(blueprint, range(blueprint.n_layers), numbers)
+        model = _shapes(blueprint, range(blueprint.n_layers), numbers, layout)
         _give_values(model, blueprint, device)
         return one_process(model, blueprint.compute, blueprint.build_optimizer, numbers, device)
     return divided(blueprint, numbers, layout=layout, rank=rank, device=device)
@@ -47,8 +48,10 @@ def divided(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int
     mesh = build_mesh(layout, device.type)
     at = layout.coordinates(rank)
     ranges = assign(blueprint.n_layers, layout.n_stages, first_cost=blueprint.first_cost, last_cost=blueprint.last_cost)
-    parts = {stage: _split(_shapes(blueprint, ranges[stage], numbers), mesh, layout) for stage in stages_of(at["pipeline"], layout)}
-    stages = {stage: Stage(part, blueprint.compute) for stage, part in parts.items()} if layout.pipeline > 1 else {}
+    parts = {stage: _shapes(blueprint, ranges[stage], numbers, layout) for stage in stages_of(at["pipeline"], layout)}
+    stages = {stage: Stage(part, blueprint.compute, layout) for stage, part in parts.items()} if layout.pipeline > 1 else {}
+    for part in parts.values():
+        _split(part, mesh, layout)
     sharded = [shard(stages.get(stage, part), cast(Part, part).units, mesh, layout, numbers.dtype) for stage, part in parts.items()]
     for part in parts.values():
         _give_values(part, blueprint, torch.device("cpu") if layout.offload else device)
@@ -97,18 +100,20 @@ def divided(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int
     )
 
 
-def _shapes(blueprint: Blueprint, layers: range, numbers: Numbers) -> nn.Module:
+def _shapes(blueprint: Blueprint, layers: range, numbers: Numbers, layout: Layout) -> nn.Module:
     """The part on the meta device, with all that does not depend on how it is split."""
     with torch.device("meta"):
         part = blueprint.build(layers)
     described = cast(Part, part)
-    if numbers.compile:
-        described.compile_parts()
-    recompute(described.layers, numbers.recompute, layers.start, numbers.recompute_every, numbers.recompute_keep)
+    again = partial(recompute, described.layers, numbers.recompute, layers.start, numbers.recompute_every, numbers.recompute_keep)
+    faster = described.compile_parts if numbers.compile else lambda: None
+    # What is recomputed is compiled with it; but not around linear layers that the compiler leaves out (`parallel.weight_pass`).
+    for wrap in (faster, again) if splits_backward(layout) else (again, faster):
+        wrap()
     return part
 
 
-def _split(part: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
+def _split(part: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
     """Divide what is computed; what is stored is divided by `shard`."""
     if layout.tensor > 1:
         tensor.split(part, mesh["tensor"], cast(Part, part).plan, sequence=layout.sequence, replicate_kv=layout.replicate_kv)
@@ -116,7 +121,6 @@ def _split(part: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
             tensor.enable_async(mesh["tensor"])
     if layout.context > 1:
         context.split(part, mesh["context"], layout.context_method)
-    return part
 
 
 def _give_values(part: nn.Module, blueprint: Blueprint, device: torch.device) -> None:

@@ -4,14 +4,15 @@ What crosses a cut is one [b, S, D] activation a microbatch on the way there, an
 those of all microbatches of a step: 2 * n_microbatches * b * S * D numbers a stage. It adds up gradients without moving them and, where
 a stage is an FSDP module, reduces them once, after the last microbatch: ZeRO-2 then holds as many gradients as ZeRO-1. The loss makes the
 gradient of the output projection in its forward pass (`pretrain.model.loss`): under GPipe, whose forward passes all come first, the last
-stage holds one of it for every microbatch. Under zero bubble torch adds the halves' gradients in the type of the weights: in bf16 they
-differ from those of 1F1B by 1e-3, where all other schedules add in fp32.
+stage holds one of it for every microbatch. Under zero bubble the
+backward pass is ours (`parallel.weight_pass`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -29,10 +30,11 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
-from parallel.engine import Compute, Microbatch
+from parallel.engine import Compute, Microbatch, Part
 from parallel.layout import Layout
 from parallel.local import local
-from parallel.stages import ZERO_BUBBLE, Action, Kind, assign, check_schedule, rank_of, share_waited, stage_costs
+from parallel.stages import Action, Kind, assign, check_schedule, rank_of, share_waited, splits_backward, stage_costs
+from parallel.weight_pass import WeightPass
 
 SINGLE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 MULTI: dict[str, type[PipelineScheduleMulti]] = {
@@ -41,10 +43,6 @@ MULTI: dict[str, type[PipelineScheduleMulti]] = {
     "zbv": ScheduleZBVZeroBubble,
 }
 
-UNSPLIT_LOSS = torch.__version__ < "2.13"
-"""Older releases lose the graph of a Python autograd function, which the loss is, between the two halves of a split backward pass: there
-zero bubble does the last stage's pass whole, and the stages before wait longer for it (`bubble_fraction` counts that)."""
-
 
 class Stage(nn.Module):
     """Some layers of the model, as torch's pipelines call them: what the stage before gave -> what the next one needs, or the loss.
@@ -52,10 +50,12 @@ class Stage(nn.Module):
     FSDP is to be applied to this module, not to `part`: torch holds its reductions back where the module that it calls is an FSDPModule.
     """
 
-    def __init__(self, part: nn.Module, compute: Compute) -> None:
+    def __init__(self, part: nn.Module, compute: Compute, layout: Layout) -> None:
+        """A stage of a part that tensor parallelism has not split yet: it may have to split its backward pass first, in place."""
         super().__init__()
         self.part = part
         self._compute = compute
+        self.weight_pass = WeightPass(cast(Part, part).layers) if splits_backward(layout) else None
         self._microbatches: Iterator[Microbatch] = iter(())
         self._scale: Tensor | None = None
         self.sums: tuple[Tensor, Tensor] | None = None
@@ -172,7 +172,6 @@ class Pipeline:
         activation = self._activations(b, S, device="meta").requires_grad_()
         loss = torch.empty((), device="meta", requires_grad=True)
         n = self._layout.n_stages
-        unsplit = n - 1 if UNSPLIT_LOSS and self._layout.schedule in ZERO_BUBBLE else None
         stages = [
             _Neighbour(
                 stage,
@@ -182,7 +181,7 @@ class Pipeline:
                 input_args=() if i == 0 else (activation,),
                 output_args=(loss if i == n - 1 else activation,),
                 group=self._group,
-                dw_builder=_nothing_left if i == unsplit else None,
+                dw_builder=None if stage.weight_pass is None else partial(stage.weight_pass.take, stage),
             )
             for i, stage in self._stages.items()
         ]
@@ -214,10 +213,6 @@ class _Neighbour(PipelineStage):
 
 def _loss(out: Tensor, _: Tensor) -> Tensor:
     return out
-
-
-def _nothing_left() -> Callable[[], None]:
-    return lambda: None
 
 
 @dataclass(frozen=True)
@@ -290,18 +285,10 @@ def order(layout: Layout, n_microbatches: int) -> dict[int, list[Action]]:
     shape = SimpleNamespace(num_stages=layout.n_stages, group_size=p, group_rank=0, submod=None)
     stages: list[Any] = [shape] * layout.stages_per_rank  # Any: not a stage, see above
     actions = MULTI[layout.schedule](stages, n_microbatches).pipeline_order
-    made = {
+    return {
         rank: [Action(_KINDS[a.computation_type.name], a.stage_index, a.microbatch_index or 0) for a in actions[rank] if a]
         for rank in range(p)
     }
-    return {rank: [action for each in made[rank] for action in _as_done(each, layout)] for rank in range(p)}
-
-
-def _as_done(action: Action, layout: Layout) -> tuple[Action, ...]:
-    """With UNSPLIT_LOSS, the last stage does both halves of its backward pass when the first is due."""
-    if not UNSPLIT_LOSS or action.stage < layout.n_stages - 1 or action.kind in ("forward", "backward"):
-        return (action,)
-    return (action._replace(kind="backward"),) if action.kind == "input" else ()
 
 
 _KINDS: dict[str, Kind] = {"FORWARD": "forward", "FULL_BACKWARD": "backward", "BACKWARD_INPUT": "input", "BACKWARD_WEIGHT": "weight"}

@@ -69,6 +69,11 @@ def rank_of(stage: int, layout: Layout) -> int:
     return stage % layout.pipeline
 
 
+def splits_backward(layout: Layout) -> bool:
+    """Whether the gradients of weights have a pass of their own (`parallel.weight_pass`)."""
+    return layout.pipeline > 1 and layout.schedule in ZERO_BUBBLE
+
+
 def check(layout: Layout, n_layers: int, n_microbatches: int) -> None:
     """Raise LayoutError unless the schedule can run `n_microbatches` a step, on each data rank, over that many layers."""
     if layout.pipeline == 1:
@@ -104,11 +109,6 @@ def check_schedule(layout: Layout) -> None:
         raise LayoutError(
             f"parallel.stages_per_rank={held} does not go with parallel.schedule={schedule}, which wants {wanted}; leave it at auto, "
             "or choose another schedule"
-        )
-    if schedule in ZERO_BUBBLE and layout.zero == 3:  # torch would lose the gradients without a word
-        raise LayoutError(
-            f"parallel.schedule={schedule} needs the parameters again when those of parallel.zero=3 are freed; use parallel.zero=2, "
-            "or another schedule"
         )
 
 

@@ -10,7 +10,6 @@ import math
 from parallel import stages
 from parallel.errors import LayoutError
 from parallel.layout import Layout
-from parallel.stages import ZERO_BUBBLE
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
 from pretrain.optim.schedule import batch_size_at
@@ -53,7 +52,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     _check_batches(config, layout)
     _check_pipeline(config, layout)
     _check_sharding(config, layout)
-    _check_device(config)
+    _check_device(config, layout)
     return layout
 
 
@@ -168,21 +167,10 @@ def _check_batches(config: RunConfig, layout: Layout) -> None:
 
 
 def _check_pipeline(config: RunConfig, layout: Layout) -> None:
-    parallel = config.parallel
     if layout.pipeline == 1:
         if layout.stages_per_rank > 1:
             raise UserError(f"parallel.stages_per_rank={layout.stages_per_rank} needs a pipeline, and parallel.pipeline=1: use 1 or auto")
         return
-    if config.train.compile and parallel.schedule in ZERO_BUBBLE:
-        raise UserError(
-            f"train.compile=true does not go with parallel.schedule={parallel.schedule}: PyTorch cannot split the backward pass of "
-            f"compiled blocks; use train.compile=auto or false, or parallel.schedule=interleaved or 1f1b"
-        )
-    if config.train.recompute != "none" and parallel.schedule in ZERO_BUBBLE:
-        raise UserError(
-            f"train.recompute={config.train.recompute} does not go with parallel.schedule={parallel.schedule}: its two backward passes "
-            f"would keep what was to be freed; use train.recompute=none, or parallel.schedule=interleaved or 1f1b"
-        )
     for when, count in microbatch_counts(config).items():
         try:
             stages.check(layout, config.model.n_layers, count)
@@ -207,7 +195,7 @@ def _check_sharding(config: RunConfig, layout: Layout) -> None:
         )
 
 
-def _check_device(config: RunConfig) -> None:
+def _check_device(config: RunConfig, layout: Layout) -> None:
     train, parallel = config.train, config.parallel
     if parallel.offload and train.device != "cuda":
         raise UserError(
@@ -220,6 +208,7 @@ def _check_device(config: RunConfig) -> None:
         "train.compile=true": train.compile,
         "parallel.tensor above 1": parallel.tensor > 1,
         "parallel.sequence=true": parallel.sequence,
+        "a parallel.schedule without zero bubble": not stages.splits_backward(layout),  # whose products are not in what is compiled
     }
     missing = [name for name, there in wanted.items() if not there]
     if missing:

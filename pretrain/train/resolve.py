@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
-from parallel.stages import ZERO_BUBBLE
 from pretrain.config import AUTO, RunConfig, flatten, may_change
 from pretrain.config_loading import validate
 from pretrain.errors import UserError
@@ -93,7 +92,7 @@ def plan(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Decision]]
     elsewhere: dict[str, Rule] = {
         "train.device": lambda _: ("cuda", "assumed"),
         "train.precision": lambda c: ("bf16", "assumed") if c.train.device == "cuda" else _precision(c),
-        "train.compile": lambda c: (c.train.device == "cuda" and not _refuses_compiled(c), "assumed"),
+        "train.compile": lambda c: (c.train.device == "cuda", "assumed"),
         "train.attention": lambda c: ("varlen" if c.train.device == "cuda" else "sdpa", "assumed"),
     }
     config, decisions = _apply(_rules(size, world_size) | elsewhere, config, {})
@@ -163,8 +162,6 @@ def _precision(config: RunConfig) -> tuple[object, str]:
 
 
 def _compile(config: RunConfig) -> tuple[object, str]:
-    if _refuses_compiled(config):
-        return False, f"PyTorch cannot compile under parallel.schedule={config.parallel.schedule}"
     if config.train.device == "cuda":
         return True, "on for GPUs"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # those that torch.compile itself would take
@@ -176,10 +173,6 @@ def _compile(config: RunConfig) -> tuple[object, str]:
     if flops < COMPILE_WORTH_FLOPS:
         return False, f"{amount(flops)} FLOPs are too few to repay compiling"
     return True, f"{amount(flops)} FLOPs repay compiling"
-
-
-def _refuses_compiled(config: RunConfig) -> bool:
-    return config.parallel.pipeline > 1 and config.parallel.schedule in ZERO_BUBBLE
 
 
 def _attention(config: RunConfig) -> tuple[object, str]:

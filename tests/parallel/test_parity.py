@@ -16,6 +16,7 @@ from parallel.engine import Microbatch
 from parallel.engines.torch import TorchEngine
 from parallel.layout import Layout
 from parallel.pipeline import Tied
+from parallel.weight_pass import WeightPass
 from pretrain.optim.build import Optimizers
 from pretrain.train import build as program
 from tests.workers import WorkerPool
@@ -77,6 +78,12 @@ def untied(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Tied, "sum_gradients", lambda self: None)
 
 
+def no_weight_pass(patch: pytest.MonkeyPatch) -> None:
+    """Zero bubble forgets every second half of a backward pass."""
+    take = WeightPass.take
+    patch.setattr(WeightPass, "take", lambda self, stage: [take(self, stage), lambda: None][-1])
+
+
 def same_ranges(patch: pytest.MonkeyPatch) -> None:
     """Every context rank takes the tokens of the first one."""
     held = build.context.held
@@ -89,6 +96,8 @@ def traced(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "compile", lambda *given, **more: compile(*given, **more, backend="aot_eager"))
 
 
+ZERO_BUBBLE = Layout(pipeline=2, schedule="zbv", stages_per_rank=2)
+
 Break = Callable[[pytest.MonkeyPatch], None]
 
 BROKEN: list[tuple[Break, Layout, tuple[str, ...]]] = [
@@ -99,6 +108,7 @@ BROKEN: list[tuple[Break, Layout, tuple[str, ...]]] = [
     (no_document_mask, Layout(context=2), ()),
     (no_document_mask, Layout(context=2, context_method="ulysses"), ()),
     (untied, Layout(pipeline=2), TIED),
+    (no_weight_pass, ZERO_BUBBLE, ()),
     (same_ranges, Layout(context=2), ()),
 ]
 
@@ -140,6 +150,9 @@ COMPILED = [
     (Layout(context=2), ("train.recompute=selective",)),
     (Layout(context=2, context_method="ulysses"), ()),
     (Layout(pipeline=2, zero=2), ()),
+    (ZERO_BUBBLE, ()),
+    (ZERO_BUBBLE, ("train.recompute=full",)),
+    (ZERO_BUBBLE, ("train.recompute=selective",)),
 ]
 
 
@@ -150,10 +163,11 @@ def test_compiled_blocks_give_the_same_numbers(layout: Layout, words: tuple[str,
     assert {kind: error for kind, error in errors.items() if error > TOLERANCES[kind]} == {}
 
 
+@pytest.mark.parametrize("layout", [Layout(shard=2), ZERO_BUBBLE], ids=str)
 @pytest.mark.parametrize("mode", ["full", "selective"])
-def test_blocks_that_recompute_are_compiled_all_the_same(mode: str, workers: WorkerPool) -> None:
+def test_blocks_that_recompute_are_compiled_all_the_same(layout: Layout, mode: str, workers: WorkerPool) -> None:
     plain, recomputing = (
-        workers.run(operations_compiled, 2, Case(Layout(shard=2), own=("train.compile=true", *words)), timeout=120)[0]
+        workers.run(operations_compiled, 2, Case(layout, own=("train.compile=true", *words), micro_batch=1), timeout=120)[0]
         for words in ((), (f"train.recompute={mode}",))
     )
     assert plain > 100

@@ -82,7 +82,6 @@ REFUSED = {
     ),
     "one": (Layout(pipeline=2, stages_per_rank=2), 8, 8, "parallel.stages_per_rank=2 .* parallel.schedule=1f1b, which wants 1;"),
     "several": (Layout(pipeline=2, schedule="interleaved"), 8, 8, "parallel.stages_per_rank=1 .*=interleaved, which wants 2 or more;"),
-    "freed": (Layout(pipeline=2, schedule="zbv", stages_per_rank=2, zero=3), 8, 8, "parallel.zero=3 are freed; use parallel.zero=2"),
 }
 
 
@@ -101,7 +100,7 @@ def test_a_pipeline_that_cannot_be_is_refused_in_one_line(case: str) -> None:
         (Layout(pipeline=4), 4, 4),
         (Layout(pipeline=4, schedule="gpipe"), 5, 7),
         (Layout(pipeline=4, schedule="interleaved", stages_per_rank=2), 8, 10),
-        (Layout(pipeline=4, schedule="zbv", stages_per_rank=2, zero=2), 8, 5),
+        (Layout(pipeline=4, schedule="zbv", stages_per_rank=2), 8, 5),
     ],
     ids=str,
 )

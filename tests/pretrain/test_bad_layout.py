@@ -153,12 +153,6 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         ("parallel.stages_per_rank=2",),
         "parallel.stages_per_rank=2 needs a pipeline, and parallel.pipeline=1: use 1 or auto",
     ),
-    "zero bubble, compiled": (
-        2,
-        (*LONG, "parallel.pipeline=2", "parallel.schedule=zbv", "train.compile=true"),
-        "train.compile=true does not go with parallel.schedule=zbv: PyTorch cannot split the backward pass of compiled blocks; "
-        "use train.compile=auto or false, or parallel.schedule=interleaved or 1f1b",
-    ),
     "resharding of what stays whole": (
         2,
         ("parallel.zero=2", "parallel.reshard_to=2"),
@@ -170,16 +164,22 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         ("parallel.reshard_to=3",),
         "parallel.reshard_to=3 does not divide the 4 ranks that share the parameters (parallel.shard=4 x parallel.context=1): use 2 or 4",
     ),
-    "recomputation under zero bubble": (
-        2,
-        ("parallel.pipeline=2", "parallel.schedule=zbv", "train.recompute=full"),
-        "train.recompute=full does not go with parallel.schedule=zbv: its two backward passes would keep what was to be freed; "
-        "use train.recompute=none, or parallel.schedule=interleaved or 1f1b",
-    ),
     "offload of a CPU": (
         2,
         ("parallel.offload=true",),
         "parallel.offload=true moves state from a GPU to host memory, and train.device=cpu: use parallel.offload=false",
+    ),
+    "asynchronous tensor parallelism of products that are not compiled": (
+        4,
+        (
+            *LONG,
+            "parallel.tensor=2",
+            "parallel.replicate_kv=true",
+            "parallel.pipeline=2",
+            "parallel.schedule=zbv",
+            "parallel.async_tensor=true",
+        ),
+        "parallel.async_tensor=true also wants train.device=cuda, train.compile=true, a parallel.schedule without zero bubble: set that",
     ),
     "asynchronous tensor parallelism on a CPU": (
         2,
@@ -236,7 +236,7 @@ GOOD = [
     (16, ("parallel.context=4", "parallel.tensor=2", "data.growth=[{from: 50%, seq_len: 256}]")),
     (16, ("parallel.context=2", "parallel.context_method=ulysses", "parallel.tensor=2", "model.sliding_window=16")),
     (8, ("parallel.pipeline=4", "parallel.schedule=interleaved")),
-    (8, ("parallel.pipeline=4", "parallel.schedule=zbv")),
+    (8, ("parallel.pipeline=4", "parallel.schedule=zbv", "parallel.zero=3", "train.compile=true", "train.recompute=selective")),
     (4, ("parallel.shard=2", "parallel.tensor=2", "optim.kind=muon")),
     (8, ("parallel.tensor=2", "parallel.async_tensor=true")),
     (8, ("parallel.reshard_to=4", "parallel.offload=true")),
@@ -272,11 +272,6 @@ def test_what_is_auto_is_what_is_left() -> None:
 def test_microbatches_fill_the_pipeline_and_count_a_context_ranks_tokens(words: tuple[str, ...], size: int) -> None:
     config, _ = planned(8, *SHAPE, *words)
     assert config.train.micro_batch_size == size
-
-
-def test_zero_bubble_is_not_compiled() -> None:
-    assert planned(8, *SHAPE, "parallel.pipeline=4", "parallel.schedule=zbv")[0].train.compile is False
-    assert planned(8, *SHAPE, "parallel.pipeline=4")[0].train.compile is True
 
 
 BIG = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=64")

@@ -1,0 +1,103 @@
+"""The backward pass in two halves, as zero bubble wants it (arXiv:2401.10241): gradients of what came in now, of weights later.
+
+Of a block's backward pass the products that make the weights' gradients are half, and nobody waits for them. Here a linear layer's
+backward pass makes the gradient of its input and sets aside what the other product needs; norms, biases and attention, which cost little
+or cannot be split, stay as they are. PyTorch's pipelines can split any graph, but not one that is compiled, recomputed, or whose weights
+FSDP2 frees between the halves.
+
+Set aside are a layer's input, kept since the forward pass, and the gradient of its output, freed in an unsplit pass: of a microbatch whose
+weights wait, the inputs and outputs of the blocks' linear layers live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+
+class WeightPass:
+    """The weights' half of the backward passes of one stage."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        """Has the linear layers of the blocks set their half aside, in place; tensor parallelism then makes subclasses of their class."""
+        self._aside: list[_Product] = []
+        for block in blocks:
+            for layer in block.modules():
+                if type(layer) is nn.Linear:
+                    layer.__class__ = _Linear
+                    cast(_Linear, layer).aside = self._aside
+
+    def take(self, stage: nn.Module) -> Callable[[], None]:
+        """What adds the gradients that the backward pass of a microbatch, just ended, has set aside.
+
+        stage: an FSDP module, which is to add them up in the type that it reduces them in.
+        """
+        products, self._aside[:] = list(self._aside), []
+
+        def add() -> None:
+            while products:  # what a product needs is freed with it
+                products.pop().add()
+            _sum_as_reduced(stage)
+
+        return add
+
+
+class _Product(NamedTuple):
+    """What makes the gradient of a layer's weight."""
+
+    weight_OI: Tensor
+    x: Tensor
+    grad_y: Tensor
+
+    def add(self) -> None:
+        grad_OI = self.grad_y.flatten(0, -2).T @ self.x.flatten(0, -2)
+        torch.autograd.backward(self.weight_OI, grad_OI)  # to where the parameter lies, if this is a tensor rank's part of it
+
+
+class _Linear(nn.Linear):
+    """A linear layer, y = x W' + b, whose weight has its gradient later. Its name, state and numbers are those of nn.Linear."""
+
+    aside: list[_Product]
+
+    # What is set aside has to outlive the compiled pass, which would write over it.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        y: Tensor = _InputHalf.apply(x, self)  # type: ignore[no-untyped-call]  # torch does not type apply()
+        return y if self.bias is None else y + self.bias
+
+
+class _InputHalf(torch.autograd.Function):
+    """x W', whose backward pass makes the gradient of x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: _Linear) -> Tensor:  # Any: torch's context takes any attribute
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return F.linear(x, layer.weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:  # Any: as above
+        (x,) = ctx.saved_tensors
+        layer: _Linear = ctx.layer
+        with torch.enable_grad():  # read now: FSDP2 has the whole parameter here, and later maybe not
+            weight_OI = layer.weight
+        layer.aside.append(_Product(weight_OI, x, grad_y))
+        return grad_y @ weight_OI.detach(), None
+
+
+def _sum_as_reduced(stage: nn.Module) -> None:
+    """Have FSDP2 add new gradients, which are of the weights' type, to its sums. It does so after a backward pass of its own.
+
+    There is no public call for it; torch's pipelines make this one too.
+    """
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            group = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
+            if group is not None:
+                group.post_backward()

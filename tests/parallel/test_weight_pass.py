@@ -1,0 +1,104 @@
+"""The backward pass in two halves gives what the whole one gives, and the first half alone no gradient of a linear layer's weight."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from parallel.recompute import recompute
+from parallel.weight_pass import WeightPass
+from pretrain.config import ModelConfig
+from pretrain.model.init import initialise
+from pretrain.model.transformer import Transformer
+
+V, S = 64, 24
+CONFIG = ModelConfig(vocab_size=V, n_layers=3, d_model=16, n_heads=4, n_kv_heads=2, d_ff=40, max_seq_len=S, qkv_bias=True, qk_norm=True)
+LINEAR = {f"{module}_proj.weight" for module in "qkvo"} | {f"{module}_proj.weight" for module in ("gate", "up", "down")}
+
+
+def model() -> Transformer:
+    made = Transformer(CONFIG)
+    initialise(made, seed=0)
+    return made
+
+
+def first_half(made: Transformer, microbatch: int = 0) -> float:
+    ids = torch.randint(V, (2, S + 1), generator=torch.Generator().manual_seed(microbatch))
+    positions = torch.arange(S).expand(2, S)
+    loss = made.loss(ids[:, :-1], ids[:, 1:], made.document_mask(torch.zeros_like(positions), positions)).total
+    loss.backward()  # type: ignore[no-untyped-call]  # torch does not type backward()
+    return float(loss.detach())
+
+
+def gradients(made: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in made.named_parameters()}
+
+
+def is_linear(name: str) -> bool:
+    return any(name.endswith(suffix) for suffix in LINEAR)
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_both_halves_make_the_gradients_of_the_whole(mode: str, compiled: bool) -> None:
+    whole, halved = model(), model()
+    halves = WeightPass(halved.layers)
+    for layer in halved.layers if compiled else ():
+        layer.forward = torch.compile(layer.forward, backend="aot_eager")  # type: ignore[method-assign]  # as the model does
+    recompute(halved.layers, mode, keep=("matmul",))
+    assert first_half(halved) == pytest.approx(first_half(whole), rel=1e-6)
+    halves.take(halved)()
+    expected = gradients(whole)
+    for name, gradient in gradients(halved).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_only_weights_of_linear_layers_in_blocks_wait() -> None:
+    halved = model()
+    halves = WeightPass(halved.layers)
+    first_half(halved)
+    assert {name for name, gradient in gradients(halved).items() if gradient is None} == {
+        name for name in gradients(halved) if is_linear(name)
+    }
+    halves.take(halved)()
+    assert None not in gradients(halved).values()
+
+
+def test_microbatches_may_wait_together_and_end_in_any_order() -> None:
+    whole, halved = model(), model()
+    halves = WeightPass(halved.layers)
+    later = []
+    for microbatch in range(3):
+        first_half(halved, microbatch)
+        first_half(whole, microbatch)
+        later.append(halves.take(halved))
+    for add in reversed(later):
+        add()
+    expected = gradients(whole)
+    for name, gradient in gradients(halved).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_what_was_set_aside_is_freed_once_it_is_added() -> None:
+    halved = model()
+    halves = WeightPass(halved.layers)
+    first_half(halved)
+    add = halves.take(halved)
+    kept = tensors_of(S * 2, CONFIG.d_ff)
+    add()
+    assert kept >= 3 * CONFIG.n_layers  # gate's and up's gradients, and the input of down
+    assert tensors_of(S * 2, CONFIG.d_ff) == 0
+
+
+def tensors_of(rows: int, columns: int) -> int:
+    gc.collect()
+    return sum(type(it) is Tensor and it.numel() == rows * columns and it.shape[-1] == columns for it in gc.get_objects())
+
+
+def test_names_state_and_copies_are_those_of_plain_layers() -> None:
+    halved = model()
+    WeightPass(halved.layers)
+    assert list(halved.state_dict()) == list(model().state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(copy.deepcopy(halved).parameters(), model().parameters(), strict=True))
