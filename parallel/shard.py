@@ -85,13 +85,15 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout:
         sharded = cast(FSDPModule, module)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # without it a factor of 1 asks for NCCL's premultiplied sum
-    if layout.zero == 3:
-        _prefetch([cast(FSDPModule, unit) for unit in units], layout.prefetch)
+    _prefetch([cast(FSDPModule, unit) for unit in units], layout.prefetch)
     return Sharded(root, layout)
 
 
 def _prefetch(units: Sequence[FSDPModule], ahead: int) -> None:
-    """Each unit, once gathered, has the next `ahead` ones gathered; 0 leaves it to FSDP2, which gathers one ahead when it is asked for."""
+    """Each unit, once gathered, has the next `ahead` ones gathered; 0 leaves it to FSDP2, which gathers one ahead when it is asked for.
+
+    Where units stay gathered there is nothing to do: below ZeRO-3 that is so from the first forward pass of a step to its end.
+    """
     for i, unit in enumerate(units if ahead else ()):
         unit.set_modules_to_forward_prefetch(list(units[i + 1 : i + 1 + ahead]))
         unit.set_modules_to_backward_prefetch(list(reversed(units[max(0, i - ahead) : i])))

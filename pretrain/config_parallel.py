@@ -41,7 +41,7 @@ class ParallelConfig(Settings):
     them again crosses no slow network. None is all ranks."""
 
     prefetch: int = Field(default=1, ge=0)
-    """`zero=3`: blocks whose parameters are gathered ahead of their use."""
+    """Blocks whose parameters are gathered ahead of their use: in every pass under `zero=3`, else in the first forward pass of a step."""
 
     offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory and update them there (CUDA only)."""

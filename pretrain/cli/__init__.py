@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import cast
 
 import typer
 from rich.console import Console
@@ -18,6 +19,8 @@ from pretrain.errors import Diverged, UserError
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 WRONG_INPUT = (UserError, DataError, LayoutError)
+UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+"""What typer raises when it cannot take the command line; it exports no name for it, only for this kind of it."""
 
 app = typer.Typer(
     name="pretrain",
@@ -37,9 +40,22 @@ def main() -> None:
     processes that torchrun started, the one that fails first shows its error, and all end with its exit code."""
     try:
         with fail_together(World.from_environment(), show):
-            app()
+            code = command_line()
     except (*WRONG_INPUT, Diverged) as error:
-        sys.exit(show(error))
+        code = show(error)
+    sys.exit(code)
+
+
+def command_line() -> int:
+    """Do what the command line says, and return the exit code. UserError where it does not say it right."""
+    try:
+        code: int | None = app(standalone_mode=False)  # else it would show its errors itself, on every rank
+        return code or 0
+    except UsageError as error:
+        message = error.format_message().rstrip(".")
+        if not message:  # a command without any words has shown its help
+            return EXIT_WRONG_INPUT
+        raise UserError(f"{message}; see {error.ctx.command_path if error.ctx else 'pretrain'} --help") from None
 
 
 def show(error: BaseException) -> int:

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+from parallel.world import World
+
 DEFAULT_WIDTH = 34
 """Characters of a default in the column for it; longer ones follow the sentence."""
 
@@ -26,9 +28,10 @@ class SettingsCommand(TyperCommand):
     """Whether to list what only `pretrain data prepare` reads."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # typer carries a private click: its types have no public name
-        """Typer's help, then the settings."""
-        super().format_help(ctx, formatter)
-        Console().print(settings_table(self.sections, preparing=self.preparing))
+        """Typer's help, then the settings; of several processes that torchrun started, one shows it."""
+        if World.from_environment().is_main:
+            super().format_help(ctx, formatter)
+            Console().print(settings_table(self.sections, preparing=self.preparing))
 
 
 class DataCommand(SettingsCommand):

@@ -75,6 +75,18 @@ ERRORS = {
 }
 
 
+COMMANDS = {
+    "unknown option": ("train", "--stepz=5"),
+    "bad value": ("train", "configs/demo.yaml", "--world-size=many"),
+    "missing argument": ("generate",),
+    "no words": ("train",),
+    "help": ("train", "--help"),
+    "usage, alone": ("train", "--stepz=5"),
+    "help of each": ("train", "--help"),
+}
+"""What the real command line is given, on every rank."""
+
+
 def life(how: str, when: Path) -> Callable[[], None]:
     """What takes the place of the command line: ranks that meet and work together, until something happens to rank 1."""
 
@@ -84,7 +96,7 @@ def life(how: str, when: Path) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGKILL)
         raise ERRORS.get(how, ValueError("a bug"))
 
-    def app() -> None:
+    def app(**_: object) -> None:
         world = World.from_environment()
         if how in ("bad layout", "alone"):
             raise LayoutError("parallel.tensor=3 does not divide model.n_heads=8")
@@ -112,9 +124,14 @@ def live(rank: int, port: int, how: str, folder: Path) -> None:
     os.dup2(output, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    cli.app = life(how, folder / "when")
-    if how == "alone":
+    if how in COMMANDS:
+        sys.argv = ["pretrain", *COMMANDS[how]]
+    else:
+        cli.app = life(how, folder / "when")
+    if how in ("alone", "usage, alone"):
         cli.fail_together = lambda world, show: nullcontext()
+    if how == "help of each":
+        World.is_main = property(lambda _: True)
     cli.main()
 
 
@@ -176,6 +193,30 @@ def test_an_expected_error_is_one_line_of_one_rank(run_ranks: Callable[[str], En
     assert end.seconds < BOUND
 
 
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("unknown option", "error: No such option: --stepz"),
+        ("bad value", "error: Invalid value for '--world-size': "),
+        ("missing argument", "error: Missing argument 'RUN'; see pretrain generate --help (on rank "),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_one_line_of_one_rank(run_ranks: Callable[[str], End], how: str, line: str) -> None:
+    end = run_ranks(how)
+    assert end.codes == [2] * SIZE
+    assert end.output.startswith(line)
+    assert f"; see pretrain {COMMANDS[how][0]} --help (on rank " in end.output
+    assert end.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(("how", "code", "times"), [("help", 0, 1), ("no words", 2, 1), ("help of each", 0, SIZE)])
+def test_help_is_shown_by_the_main_rank_alone(run_ranks: Callable[[str], End], how: str, code: int, times: int) -> None:
+    """With a negative control: where every rank takes itself for the main one."""
+    end = run_ranks(how)
+    assert end.codes == [code] * SIZE
+    assert end.output.count("Usage: pretrain train") == end.output.count("Settings, given as key=value") == times
+
+
 def test_a_killed_rank_is_named_and_what_its_death_does_to_the_others_shown_once(run_ranks: Callable[[str], End]) -> None:
     end = run_ranks("killed")
     assert end.codes == [1, -signal.SIGKILL, 1]
@@ -188,9 +229,10 @@ def test_ranks_that_end_well_say_nothing(run_ranks: Callable[[str], End], how: s
     assert run_ranks(how) == End([code] * SIZE, "", 0.0)
 
 
-def test_ranks_that_do_not_fail_together_each_show_the_error(run_ranks: Callable[[str], End]) -> None:
+@pytest.mark.parametrize(("how", "line"), [("alone", "error: parallel.tensor=3"), ("usage, alone", "error: No such option: --stepz")])
+def test_ranks_that_do_not_fail_together_each_show_the_error(run_ranks: Callable[[str], End], how: str, line: str) -> None:
     """Negative control."""
-    assert run_ranks("alone").output.count("error: parallel.tensor=3") == SIZE
+    assert run_ranks(how).output.count(line) == SIZE
 
 
 def test_under_torchrun_too(tmp_path: Path) -> None:

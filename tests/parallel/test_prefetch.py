@@ -1,0 +1,68 @@
+"""`parallel.prefetch`: how many blocks are gathered ahead of their use, and that nothing else of a step depends on it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from workers import WorkerPool
+
+from parallel.build import build_engine
+from parallel.engine import Microbatch
+from parallel.layout import Layout
+from pretrain.config import RunConfig
+from pretrain.train.build import blueprint_of, numbers_of
+
+N_LAYERS, MICROBATCHES = 5, 2
+UNITS = N_LAYERS + 2
+"""What is gathered at one time: the root, the embedding, each block."""
+FIRST = {0: [3, 4, 5, 6, 7], 1: [4, 5, 6, 7, 7], 3: [6, 7, 7, 7, 7]}
+"""By `prefetch`, what has been gathered before each block of the first microbatch: root, embedding, blocks up to it, and those ahead."""
+CONFIG = RunConfig.model_validate(
+    {
+        "model": {"n_layers": N_LAYERS, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64, "vocab_size": 64},
+        "data": {"seq_len": 16},
+        "train": {"device": "cpu", "precision": "fp32", "compile": False, "attention": "sdpa"},
+        "optim": {"warmup": 0, "decay": 1.0},
+    }
+)
+
+
+def gathered_before_each_block(layout: Layout) -> tuple[list[list[int]], int, float]:
+    """All-gathers of a rank from the start of a step until the forward pass of each block, by microbatch; all of the step; its loss."""
+    engine = build_engine(blueprint_of(CONFIG), numbers_of(CONFIG), layout=layout, rank=dist.get_rank(), device=torch.device("cpu"))
+    counts, gathers = list[int](), Gathers()
+    for block in engine.parts[0].layers:
+        block.register_forward_pre_hook(lambda *_: counts.append(gathers.number))  # after the one of FSDP2
+    with gathers:
+        loss = engine.train_step([microbatch(i) for i in range(MICROBATCHES)], lr_scale=1.0).loss
+    return [counts[:N_LAYERS], counts[N_LAYERS:]], gathers.number, loss
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the all-gathers that are started inside it."""
+
+    number = 0
+
+    def __torch_dispatch__(
+        self, operation: OpOverload, _: object, given: tuple[object, ...] = (), more: dict[str, object] | None = None
+    ) -> object:
+        self.number += operation is torch.ops.c10d._allgather_base_.default
+        return operation(*given, **more or {})
+
+
+def microbatch(number: int) -> Microbatch:
+    ids_BS = (torch.arange(16)[None] * 7 + 11 * number + dist.get_rank()) % 64
+    return Microbatch(ids_BS, ids_BS, ids_BS * 0, torch.arange(16)[None], n_targets=16)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_blocks_are_gathered_ahead_wherever_they_are_gathered_and_nothing_else_changes(zero: int, workers: WorkerPool) -> None:
+    """In each microbatch under ZeRO-3, in the first one under 1 and 2, after which all stay."""
+    losses = set()
+    for ahead, first in FIRST.items():
+        counts, total, loss = workers.run(gathered_before_each_block, 2, Layout(shard=2, zero=zero, prefetch=ahead))[0]
+        assert counts == [first, [n + UNITS + (UNITS - 1) for n in first] if zero == 3 else [UNITS] * N_LAYERS]
+        assert total == (2 * (UNITS + (UNITS - 1)) if zero == 3 else UNITS)  # backwards all but the root, which stays
+        losses.add(loss)
+    assert len(losses) == 1
