@@ -80,14 +80,14 @@ def split(module: nn.Module, mesh: DeviceMesh, method: str) -> None:
 
 def gathered(attend: Attend, group: ProcessGroup, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object) -> Tensor:
     """Attention of the held queries over the keys and values of whole rows; the mask says where in the row the queries stand."""
-    return attend(q_BSHK, _whole_rows(k_BSGK, group), _whole_rows(v_BSGK, group), mask)
+    k_BRGK, v_BRGK = _in_order(gather(torch.stack((k_BSGK, v_BSGK))[None], group, 0))  # one message for both
+    return attend(q_BSHK, k_BRGK, v_BRGK, mask)
 
 
-def _whole_rows(x_BSGK: Tensor, group: ProcessGroup) -> Tensor:
-    """[B, S, G, K] of every rank -> [B, R, G, K] in the order of the row."""
-    parts_CBSGK = gather(x_BSGK[None], group, 0)
-    early, late = parts_CBSGK.chunk(2, dim=2)
-    return torch.cat((*early, *reversed(late.unbind())), dim=1)
+def _in_order(parts_C2BSGK: Tensor) -> Tensor:
+    """What the ranks hold -> [2, B, R, G, K] in the order of the row."""
+    early, late = parts_C2BSGK.chunk(2, dim=3)
+    return torch.cat((*early, *reversed(late.unbind())), dim=2)
 
 
 def exchanged(attend: Attend, group: ProcessGroup, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object) -> Tensor:

@@ -120,7 +120,7 @@ def with_broken(module: object, name: str, broken: object, *args: object) -> tup
 
 
 def chunks_in_wrong_order() -> tuple[Held, list[Tensor]]:
-    return with_broken(context, "_whole_rows", lambda x, group: collectives.gather(x, group, 1), "gather", "sdpa", None)
+    return with_broken(context, "_in_order", lambda parts: torch.cat(parts.unbind(), 2), "gather", "sdpa", None)
 
 
 def no_reduction() -> tuple[Held, list[Tensor]]:
