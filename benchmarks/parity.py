@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -310,29 +311,33 @@ def table(rows: Sequence[Row], steps: int) -> str:
     return "\n".join([*head, *lines, "", "Made by `python -m benchmarks.parity --table docs/parity.md`.", ""])
 
 
-def main() -> None:
+def main() -> int:
+    """Exit code 1 if a row does not hold."""
     arguments = parser(__doc__)
     arguments.add_argument("--steps", type=int, default=5, help="AdamW steps of each case")
     arguments.add_argument("--only", nargs="+", default=[], help="cases whose name holds all of these words")
     arguments.add_argument("--table", type=Path, help="write the table to this Markdown file")
     options = arguments.parse_args()
     torch.set_num_threads(1)
+    chosen = [case for case in cases() if all(word in case.name.split() for word in options.only)]
+    if not chosen:
+        arguments.error(f"no case has all of the words {' '.join(options.only)}; words are such as pipeline=2 or schedule=zbv")
     rows = []
     with WorkerPool() as pool:
-        for case in cases():
-            if all(word in case.name.split() for word in options.only):
-                rows.append(run(case, pool, options.steps))
-                row = rows[-1]
-                print(
-                    f"{'holds' if row.holds else 'FAILS'}  loss {row.loss_error:.1e}  gradients {row.gradient_error:.1e}  "
-                    f"parameters {row.parameter_error:.1e}  {row.seconds:5.1f} s  {row.layout}",
-                    flush=True,
-                )
+        for case in chosen:
+            rows.append(run(case, pool, options.steps))
+            row = rows[-1]
+            print(
+                f"{'holds' if row.holds else 'FAILS'}  loss {row.loss_error:.1e}  gradients {row.gradient_error:.1e}  "
+                f"parameters {row.parameter_error:.1e}  {row.seconds:5.1f} s  {row.layout}",
+                flush=True,
+            )
     if options.table:
         options.table.write_text(table(rows, options.steps), encoding="utf-8")
     if options.json:
         Path(options.json).write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    return 0 if all(row.holds for row in rows) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
