@@ -80,7 +80,7 @@ class Raised:
 
 @dataclass
 class Worker:
-    """One process, the pipe to it, the file into which it writes its stack when it gets SIGUSR1, and the cases that it has served."""
+    """One process, the pipe to it, the file that gets its stack when it crashes or gets SIGUSR1, and the cases that it has served."""
 
     process: multiprocessing.process.BaseProcess
     pipe: Connection
@@ -210,7 +210,7 @@ def _problem(team: Sequence[Worker], answers: dict[int, Returned | Raised], time
     for rank, worker in enumerate(team):
         if rank not in answers and (code := worker.process.exitcode) is not None:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            return f"rank {rank} of {size} {how}"
+            return f"rank {rank} of {size} {how}\n{worker.stack.read_text()}".rstrip()
     if raised := {rank: answer for rank, answer in answers.items() if isinstance(answer, Raised)}:
         first = min(raised, key=lambda rank: raised[rank].when)
         return f"rank {first} of {size} raised\n{raised[first].text}"
@@ -234,6 +234,7 @@ def _serve(pipe: Connection, port: int, stack: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     with stack.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file)
+        faulthandler.enable(file)  # where it was when it crashed
         import torch
         from torch import distributed
 

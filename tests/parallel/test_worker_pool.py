@@ -74,6 +74,12 @@ def one_is_killed() -> None:
     distributed.barrier()
 
 
+def one_crashes() -> None:
+    if distributed.get_rank() == 1:
+        os.abort()
+    distributed.barrier()
+
+
 def pid() -> int:
     return os.getpid()
 
@@ -154,6 +160,8 @@ def test_a_dead_worker_is_noticed_long_before_the_timeout(workers: WorkerPool) -
         workers.run(one_ends, 2, 7, timeout=60)
     with pytest.raises(CaseFailed, match=r"one_is_killed: rank 1 of 2 was killed by SIGKILL$"):
         workers.run(one_is_killed, 2, timeout=60)
+    with pytest.raises(CaseFailed, match=r"rank 1 of 2 was killed by SIGABRT\nFatal Python error: Aborted\n(.*\n)*.* in one_crashes"):
+        workers.run(one_crashes, 2, timeout=60)
     assert time.monotonic() - began < 60
     assert_goes_on(workers, 2)
 
