@@ -57,6 +57,8 @@ class _Pretence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped 
             return operator(*args, **kwargs)
         if operator is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
+        if operator is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as it is where somebody waits; pretended it would be another tensor
         if operator is torch.ops.c10d.recv_.default:
             for received in args[0]:
                 if not isinstance(received, FakeTensor):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, UntypedStorage
 from torch._C._distributed_c10d import _resolve_process_group  # nothing public finds a group by its name
@@ -125,26 +126,34 @@ def kinds_of(engine: TorchEngine) -> Kinds:
     slots = [x for slots in state["optimizer"].values() if isinstance(slots, dict) for x in slots.values()]
 
     sharded = [module for part in engine.parts for module in part.modules() if isinstance(module, FSDPModule)]
+    adds_up = engine.layout.zero == 1 or engine.layout.pipeline > 1
 
     def kinds() -> dict[str, list[Tensor]]:
         owned = engine.masters.values()
         return {
             "parameters": masters,
             "optimizer state": slots,
-            "gradients": [*(p.grad for p in owned if p.grad is not None), *_whole_gradients(sharded)],
+            "gradients": [*(p.grad for p in owned if p.grad is not None), *_whole_gradients(sharded, adds_up)],
             "gathered parameters": [parameter for part in engine.parts for parameter in part.parameters()],
         }
 
     return kinds
 
 
-def _whole_gradients(modules: Iterable[FSDPModule]) -> Iterator[Tensor]:
-    """What FSDP2 has added up and not yet reduced; it has no public name. Modules know of their root's states, and so of all."""
+def _whole_gradients(modules: Iterable[FSDPModule], adds_up: bool) -> Iterator[Tensor]:
+    """What FSDP2 has added up and not yet reduced, which has no public name. Modules know of their root's states, and so of all.
+
+    adds_up: over the microbatches of a step. It then does so where autograd leaves gradients, if they are of the type that it adds up in.
+    """
     states = {id(state): state for module in modules for state in module._get_fsdp_state()._state_ctx.all_states}
     for state in states.values():
         for parameter in state._fsdp_param_group.fsdp_params if state._fsdp_param_group is not None else ():
             if parameter.unsharded_accumulated_grad is not None:
                 yield parameter.unsharded_accumulated_grad
+            elif adds_up and hasattr(parameter, "_unsharded_param"):  # gathered once at least
+                gradient = parameter.unsharded_param.grad
+                if gradient is not None and gradient.dtype == torch.float32:
+                    yield gradient
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout:
         register_fsdp_forward_method(root, "loss")
     for module in (root, *units):
         sharded = cast(FSDPModule, module)
-        sharded.set_gradient_divide_factor(1.0)
+        if data.size() > 1:  # FSDP2 would divide by 1, in a copy
+            sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # without it a factor of 1 asks for NCCL's premultiplied sum
     _prefetch([cast(FSDPModule, unit) for unit in units], layout.prefetch)
     return Sharded(root, layout)

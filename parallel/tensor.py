@@ -112,8 +112,8 @@ class _Role(NamedTuple):
     gradient: Placement = Replicate()
     """What a rank's gradient of its part is: `Partial` has to be summed over the ranks, which FSDP2 does when it reduces."""
 
-    rows: slice = slice(None)
-    """Rows of its part that a rank computes with."""
+    rows: slice | None = None
+    """Rows of its part that a rank computes with; None is all."""
 
     wrap: Callable[[Forward], Forward] | None = None
     """Forward of the class -> forward of the split module; both are called with the module first."""
@@ -228,6 +228,9 @@ def _local(key: str, role: _Role, mesh: DeviceMesh) -> property:
 
     def read(module: nn.Module) -> Tensor:
         parameter = cast(DTensor, module._parameters[key])
-        return parameter.to_local(grad_placements=[role.gradient])[role.rows] if parameter.device_mesh == mesh else parameter
+        if parameter.device_mesh != mesh:
+            return parameter
+        part = parameter.to_local(grad_placements=[role.gradient])
+        return part if role.rows is None else part[role.rows]  # not [:], whose backward pass copies the gradient
 
     return property(read)

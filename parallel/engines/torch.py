@@ -98,7 +98,7 @@ class TorchEngine:
         self._runner = runner
         self._device = device
         self._clip = float("inf") if clip is None else clip
-        self._layout = layout
+        self.layout = layout
         at = layout.coordinates(rank)
         self._counts_targets = at["pipeline"] == at["context"] == at["tensor"] == 0  # one rank of all that read the same rows
         self._n_copies = n_copies
@@ -118,9 +118,9 @@ class TorchEngine:
         n_targets = self._count_targets(microbatches).clamp(min=1)
         cross_entropy, z_loss = self._runner.train([self._cut(m) for m in microbatches], n_targets.float().reciprocal())
         self._finish_gradients()
-        share = squared_norm(self.masters, self._layout, self._n_copies)
+        share = squared_norm(self.masters, self.layout, self._n_copies)
         # Tensor ranks have the same loss; all other ranks have different parts of it, or none.
-        losses = torch.stack([cross_entropy, z_loss]).double() / (self._layout.tensor * n_targets)
+        losses = torch.stack([cross_entropy, z_loss]).double() / (self.layout.tensor * n_targets)
         asking = torch.full((), asks(), dtype=torch.float64, device=self._device)
         loss, z, squares, asked = self._sum(torch.cat([losses, torch.stack([share.to(self._device), asking])])).tolist()
         result = StepResult(loss, z, squares**0.5, asked=asked > 0)
@@ -136,7 +136,7 @@ class TorchEngine:
     def eval_step(self, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
         """(sum of the cross-entropy in nats, number of targets) over all data ranks."""
         n_targets = self._count_targets(microbatches)
-        total = self._sum(self._runner.evaluate([self._cut(m) for m in microbatches]).double() / self._layout.tensor)
+        total = self._sum(self._runner.evaluate([self._cut(m) for m in microbatches]).double() / self.layout.tensor)
         self._after_evaluation()
         return total.item(), int(n_targets)
 
@@ -156,6 +156,6 @@ class TorchEngine:
         return self._sum(torch.full((), mine, dtype=torch.int64, device=self._device))  # made there: torch.tensor() would wait to copy it
 
     def _sum(self, values: Tensor) -> Tensor:
-        if self._layout.world_size > 1:
+        if self.layout.world_size > 1:
             dist.all_reduce(values)
         return values

@@ -117,7 +117,7 @@ def _draw_holdings(config: RunConfig, layout: Layout, ranks: list[int], console:
     from pretrain.planner.holdings import hold
 
     _heading(
-        console, "Who holds what", "per rank; activations are a low estimate, the rest is counted" + (", in host memory" * layout.offload)
+        console, "Who holds what", "per rank; activations are an estimate, the rest is counted" + (", in host memory" * layout.offload)
     )
     headings = ("stages", "layers", "parameters", "masters", "copies", "gradients", "optimizer", "static", "activations")
     first = "pipeline rank" if len(ranks) > 1 else "rank"

@@ -1,10 +1,24 @@
-"""What a rank keeps for its backward passes: an estimate, by the formula below, of the tensors that autograd saves. No torch.
+"""What a rank has beside parameters, gradients and optimizer state, at the moment that has most of it: an estimate by formula. No torch.
 
-Bytes a token and block in bf16, with RMSNorm, SwiGLU, grouped-query flash attention, no dropout (the accounting of arXiv:2205.05198,
-section 4, done for this block): the block's two inputs 4 D, the two normed ones 4 D, q and attention's output 4 h_q, k and v 4 h_kv, the
-MLP's gate, up and product 6 F (8 F uncompiled, where silu(gate) is kept too), the softmax's logarithms 4 a head. Tensor ranks divide all
-but the normed inputs, which they gather, and the inputs, which only `sequence` divides. `context` divides the tokens; its `gather` keeps
-whole rows of k and v. Letters: D model width, F hidden width, h_q and h_kv widths of all query and key/value heads, V vocabulary.
+Kept for the backward passes, in bytes a token (the accounting of arXiv:2205.05198, section 4, for the operators of this program):
+
+- Of a block in bf16, compiled: the inputs of both norms 4 D, their results 4 D, q and attention's output 4 h_q, k and v 4 h_kv, the MLP's
+  gate, up and product 6 F, the softmax's logarithms 4 a head. Uncompiled, a norm keeps its input in fp32, and what it multiplies by its
+  weight: 8 D more for both; and silu(gate) is 2 F more. Norms of q and k (`qk_norm`) keep 6 of a number in the same way, compiled 2.
+- Tensor ranks divide all but the results of norms, which they gather, and what norms keep, which only `sequence` divides. `context`
+  divides the tokens; attention's output is there as computed and as put together, and `gather` keeps whole rows of k and v.
+- A block that recomputes keeps its input 2 D, and the results that `recompute_keep` names.
+- Of each stage and microbatch: RoPE's tables 4 K, and in a pipeline the output 2 D, which waits for its gradient. Torch has memory for what
+  comes from both sides for all microbatches of a step, and a gradient is on its way to the stage before.
+- Of the end of the model: the final norm's input, and the gradients that the loss makes in its forward pass, 2 D and the projection's.
+
+Beside that there is, at one moment or another (`moments`): in the loss, a chunk's logits with their softmax in fp32, and the hidden states,
+gathered; in the backward pass, five fp32 copies in an uncompiled norm, three gradients of F numbers in an MLP, the gathered gradient of
+its sum, all that a recomputing block makes again, and gradients of weights; of FSDP2, what went into the last reduction, and under
+`zero=3` a gathered block that is not in use yet (`units`).
+
+Rows are one document here: of packed ones `attention=sdpa` has masks of [S, S], which the data decide. Letters: D model width, F hidden
+width, K head width, h_q and h_kv widths of all query and key/value heads.
 """
 
 from __future__ import annotations
@@ -14,16 +28,37 @@ from collections.abc import Sequence
 
 from parallel.layout import Layout
 from pretrain.config import RunConfig
+from pretrain.planner.blocks import (
+    FP32,
+    NORM_BACKWARD,
+    Tensors,
+    beside_block,
+    kept_by_block,
+    kept_by_recomputing_block,
+    kept_when_recomputed,
+    tensors_of,
+)
+from pretrain.planner.units import Units
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 """Per number that is computed with."""
 
 LOSS_CHUNKS = 16
-"""The loss has the logits of a sixteenth of a microbatch at a time (`pretrain.model.loss`)."""
+"""The loss has the logits of a sixteenth of a microbatch at a time, or of more while those are few (`pretrain.model.loss`)."""
+
+FEW_LOGITS = {"cpu": 2**22, "cuda": 2**25}
+
+SOFTMAX_BLOCK = 2**20
+"""fp32 numbers that the uncompiled softmax works on at a time, where the vocabulary is whole."""
 
 
 def activation_bytes(config: RunConfig, layout: Layout, pipeline_rank: int, held: Sequence[range], n_microbatches: int) -> int:
-    """The most that a rank keeps at one time.
+    """The most that a rank has at one time; see `moments`."""
+    return math.ceil(max(moments(config, layout, pipeline_rank, held, n_microbatches).values()))
+
+
+def moments(config: RunConfig, layout: Layout, pipeline_rank: int, held: Sequence[range], n_microbatches: int) -> dict[str, float]:
+    """Bytes at the moments of a step that may have most.
 
     Args:
         config: resolved.
@@ -32,22 +67,42 @@ def activation_bytes(config: RunConfig, layout: Layout, pipeline_rank: int, held
         held: the layers of each stage that it holds.
         n_microbatches: of a step.
     """
-    model, number = config.model, COMPUTE_BYTES[config.train.precision]
-    tokens = _tokens(config, layout)
-    between = tokens * model.d_model * number / (layout.tensor if layout.sequence else 1)  # what one block hands to the next
-    blocks = sum(_block_bytes(config, layout, recomputed) for layers in held for recomputed in recomputing(config, layers))
-    pairs = in_flight(layout, pipeline_rank, n_microbatches) / len(held)
-    kept = tokens * blocks * pairs
-    if config.train.recompute != "none":  # the block whose backward pass runs has all of its own
-        kept += tokens * (_block_bytes(config, layout, recomputed=False) - _block_bytes(config, layout, recomputed=True))
-    for layers in held:
-        if layout.pipeline > 1:  # memory for what comes from both sides, for all microbatches
-            kept += between * n_microbatches * ((layers.start > 0) + (layers.stop < model.n_layers))
-        if layers.stop == model.n_layers:
-            logits = tokens * model.vocab_size / layout.tensor / LOSS_CHUNKS
-            losses = n_microbatches if layout.pipeline > 1 and layout.schedule == "gpipe" else 1  # each holds the projection's gradient
-            kept += number * (2 * tokens * model.d_model + logits + losses * model.vocab_size * model.d_model / layout.tensor)
-    return math.ceil(kept)
+    model, tokens, number = config.model, _tokens(config, layout), COMPUTE_BYTES[config.train.precision]
+    x, keep = tensors_of(config, layout, number), _keep(config)
+    units = Units.of(config, layout, held, n_microbatches, number)
+    pairs = in_flight(layout, pipeline_rank, n_microbatches)
+    buffers = _pipeline_buffers(layout, held, model.n_layers, n_microbatches) * tokens * x.stream
+    kept = tokens * _kept(config, layout, held, x) * pairs / len(held)  # stages have about as many layers each
+
+    found = {"microbatch begins": units.begin, "step ends": buffers + units.end}
+    if layout.pipeline > 1:
+        found["embedding"] = kept * (pairs - 1) / pairs + buffers + number * units.embedding  # one microbatch is through
+    kept += buffers + units.reduced_before
+
+    if units.head:
+        input_of_norm = x.stream if x.compiled else x.stream_fp32
+        normed = x.stream * (1 if x.compiled else 2)  # once more before the weight, uncompiled
+        waiting = (n_microbatches if layout.pipeline > 1 and layout.schedule == "gpipe" else 1) - 1  # between loss and backward pass
+        kept += waiting * (tokens * (input_of_norm + normed - x.stream + x.whole) + number * units.head)
+        loss = input_of_norm + normed + x.sequence * x.whole + x.whole  # hidden states gathered, and their gradients
+        found["loss"] = kept + tokens * loss + number * units.head + _logit_bytes(config, layout, number)
+        beside = 2 * x.stream if x.compiled else NORM_BACKWARD * x.stream_fp32
+        found["final norm"] = kept + units.head_gradient + units.ahead + tokens * (input_of_norm + beside)
+
+    kept += units.head_gradient
+    recomputes = any(any(recomputing(config, layers)) for layers in held)
+    of_block = tokens * (kept_by_recomputing_block(x, keep) if recomputes else kept_by_block(x))
+    beside = tokens * beside_block(x, units.matrix_gradient / tokens)
+    beside += tokens * kept_when_recomputed(x, keep) - of_block if recomputes else 0
+    found["last block"] = kept + units.ahead + beside
+    if units.gathers:
+        found["last block arrives"] = kept + 2 * units.ahead + tokens * x.stream
+    if layout.pipeline == 1 and layout.world_size > 1:
+        kept += units.ahead - of_block - units.reduced_before  # the last block is through, and its reduction the last one
+        found["last block's reduction"] = kept + tokens * x.stream + units.block_reduction
+        if layout.zero > 1:
+            found["block before it"] = kept + FP32 * units.block + beside
+    return found
 
 
 def in_flight(layout: Layout, pipeline_rank: int, n_microbatches: int) -> int:
@@ -70,34 +125,39 @@ def in_flight(layout: Layout, pipeline_rank: int, n_microbatches: int) -> int:
     return min(most, m * v)
 
 
-def _tokens(config: RunConfig, layout: Layout) -> int:
-    """Of a microbatch, on one context rank."""
-    return config.train.micro_batch_size * config.data.seq_len // layout.context
-
-
 def recomputing(config: RunConfig, layers: range) -> list[bool]:
     """Of each layer, whether it recomputes: every k-th of the model."""
     return [config.train.recompute != "none" and (layer + 1) % config.train.recompute_every == 0 for layer in layers]
 
 
-def _block_bytes(config: RunConfig, layout: Layout, recomputed: bool) -> float:
-    """A token, of one block."""
-    model, train, t = config.model, config.train, layout.tensor
-    number = COMPUTE_BYTES[train.precision]
-    D, q, F = model.d_model, model.n_heads * model.head_dim / t, model.d_ff / t
-    kv = max(1.0, model.n_kv_heads / t) * model.head_dim
-    rows = layout.context if layout.context_method == "gather" else 1
-    between = D / (t if layout.sequence else 1)
-    logarithms = 4 * model.n_heads / t
-    if not recomputed:
-        hidden = 3 if train.compile else 4
-        return number * (2 * between + 2 * D + 2 * q + 2 * kv * rows + hidden * F) + logarithms
-    kept, extra = between, 0.0
-    if train.recompute == "selective":
-        if "matmul" in train.recompute_keep:
-            kept += q + 2 * kv + 2 * F + 2 * D
-        if "attention" in train.recompute_keep:
-            kept, extra = kept + q, logarithms
-        if "collective" in train.recompute_keep:
-            kept += (2 * D + 2 * between) * (t > 1) + 2 * kv * rows * (layout.context > 1)
-    return number * kept + extra
+def _tokens(config: RunConfig, layout: Layout) -> int:
+    """Of a microbatch, on one context rank."""
+    return config.train.micro_batch_size * config.data.seq_len // layout.context
+
+
+def _keep(config: RunConfig) -> tuple[str, ...]:
+    """Words of `recompute_keep`, where they count."""
+    return config.train.recompute_keep if config.train.recompute == "selective" else ()
+
+
+def _kept(config: RunConfig, layout: Layout, held: Sequence[range], x: Tensors) -> float:
+    """A token of one microbatch, by all stages of a rank."""
+    plain, recomputed = kept_by_block(x), kept_by_recomputing_block(x, _keep(config))
+    blocks = sum(recomputed if again else plain for layers in held for again in recomputing(config, layers))
+    outputs = sum(layers.stop < config.model.n_layers for layers in held)
+    return blocks + len(held) * FP32 * config.model.head_dim + outputs * x.stream
+
+
+def _pipeline_buffers(layout: Layout, held: Sequence[range], n_layers: int, n_microbatches: int) -> int:
+    """Activations and gradients that there is memory for: of both sides, for all microbatches, and one on its way to the stage before."""
+    before, behind = sum(layers.start > 0 for layers in held), sum(layers.stop < n_layers for layers in held)
+    return n_microbatches * (before + behind) + (before > 0)
+
+
+def _logit_bytes(config: RunConfig, layout: Layout, number: int) -> float:
+    """Of a chunk, with the fp32 numbers that its softmax is computed in."""
+    logits, chunks = _tokens(config, layout) * config.model.vocab_size / layout.tensor, 1
+    while chunks < LOSS_CHUNKS and logits / chunks > FEW_LOGITS.get(config.train.device, FEW_LOGITS["cuda"]):
+        chunks *= 2
+    fp32 = 0.0 if config.train.compile else logits / chunks if layout.tensor > 1 else min(SOFTMAX_BLOCK, logits / chunks)
+    return number * logits / chunks + FP32 * fp32

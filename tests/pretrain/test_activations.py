@@ -1,0 +1,98 @@
+"""What a rank is estimated to keep for its backward passes is what a step of it has at its most, measured without memory."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from parallel.layout import Layout
+from parallel.meter import REST
+from pretrain.config import RunConfig
+from pretrain.config_loading import load
+from pretrain.planner import activations, blocks
+from pretrain.planner.blocks import Tensors, tensors_of
+from pretrain.planner.holdings import hold
+from pretrain.train.dry_run import Measured, measure, shortened
+from pretrain.train.layout import layout_of
+from pretrain.train.resolve import plan
+
+SMALL = (
+    *("model.n_layers=4", "model.d_model=256", "model.n_heads=8", "model.n_kv_heads=4", "model.d_ff=704", "model.vocab_size=2048"),
+    *("data.seq_len=4096", "train.micro_batch_size=1", "train.precision=bf16"),
+)
+CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "one process": (1, 0, ("train.batch_size=2", "model.qk_norm=true")),
+    "fp32": (1, 0, ("train.batch_size=2", "train.precision=fp32", "model.tie_embeddings=true")),
+    "large vocabulary": (4, 0, ("train.batch_size=8", "model.vocab_size=32768", "data.seq_len=1024")),
+    "tensor": (4, 0, ("train.batch_size=2", "parallel.tensor=4")),
+    "without sequence": (4, 0, ("train.batch_size=2", "parallel.tensor=4", "parallel.sequence=false")),
+    "gather": (2, 1, ("train.batch_size=2", "parallel.context=2", "train.micro_batch_size=2", "model.head_dim=64")),
+    "ulysses": (2, 0, ("train.batch_size=1", "parallel.context=2", "parallel.context_method=ulysses", "model.head_dim=64")),
+    "1f1b, first": (4, 0, ("train.batch_size=4", "parallel.pipeline=4")),
+    "gpipe, last": (2, 1, ("train.batch_size=4", "parallel.pipeline=2", "parallel.schedule=gpipe")),
+    "interleaved, first": (2, 0, ("train.batch_size=4", "parallel.pipeline=2", "parallel.schedule=interleaved")),
+    "all at once": (
+        64,
+        63,
+        ("train.batch_size=32", "parallel.pipeline=2", "parallel.tensor=2", "parallel.context=2", "parallel.replicate=2"),
+    ),
+    "full": (2, 0, ("train.batch_size=2", "train.recompute=full", "parallel.zero=3")),
+    "selective": (2, 0, ("train.batch_size=2", "parallel.tensor=2", "train.recompute=selective")),
+    "every second": (1, 0, ("train.batch_size=1", "train.recompute=full", "train.recompute_every=2")),
+}
+"""(processes, rank, settings)."""
+
+WITHIN = 0.05
+Layer = Callable[[Tensors], Tensors]
+
+
+def planned(case: str) -> tuple[RunConfig, Layout, int]:
+    world_size, rank, words = CASES[case]
+    config, _ = plan(load(None, [*SMALL, *words]).config, world_size)
+    layout = layout_of(config, world_size)
+    return shortened(config, layout), layout, rank
+
+
+@pytest.fixture(scope="module")
+def measured() -> Callable[[str], Measured]:
+    steps: dict[str, Measured] = {}
+
+    def step(case: str) -> Measured:
+        return steps[case] if case in steps else steps.setdefault(case, measure(*planned(case)))
+
+    return step
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_within_5_percent_of_the_peak(case: str, measured: Callable[[str], Measured]) -> None:
+    most, peak = measured(case).most[REST], measured(case).peak
+    assert most > 0.2 * peak  # else it would be the estimate of something else
+    assert hold(*planned(case)).activation_bytes == pytest.approx(most, rel=WITHIN)
+
+
+FORGOTTEN: dict[str, tuple[str, Layer]] = {
+    "fp32 copies in norms": ("one process", lambda x: replace(x, stream_fp32=0.0)),
+    "gathered inputs": ("tensor", lambda x: replace(x, whole=x.stream)),
+    "attention's output, put together": ("ulysses", lambda x: replace(x, outputs=1)),
+    "keys of whole rows": ("gather", lambda x: replace(x, rows=1.0)),
+    "silu(gate)": ("1f1b, first", lambda x: replace(x, compiled=True)),
+}
+
+
+@pytest.mark.parametrize("term", FORGOTTEN)
+def test_without_one_of_its_terms_the_estimate_misses(
+    term: str, measured: Callable[[str], Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, forget = FORGOTTEN[term]
+    monkeypatch.setattr(activations, "tensors_of", lambda *given: forget(tensors_of(*given)))
+    assert hold(*planned(case)).activation_bytes < (1 - WITHIN) * measured(case).most[REST]
+
+
+@pytest.mark.parametrize("case", ["full", "every second"])
+def test_without_the_gradients_at_work_the_estimate_misses(
+    case: str, measured: Callable[[str], Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "beside_block", lambda *_: 0.0)
+    monkeypatch.setattr(activations, "NORM_BACKWARD", 0)
+    assert blocks.NORM_BACKWARD == 5
+    assert hold(*planned(case)).activation_bytes < (1 - WITHIN) * measured(case).most[REST]
