@@ -21,12 +21,14 @@ the collectives around it. Kernels and the compiler meet no DTensor but where a 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group  # see there: no public name has its effect
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
@@ -80,7 +82,15 @@ def enable_async(mesh: DeviceMesh) -> None:
         raise LayoutError(f"parallel.async_tensor=true needs CUDA, and this run is on {mesh.device_type}; set it to false")
     import torch._inductor.config as inductor  # slow to import, and no public name: the option exists nowhere else in 2.11 to 2.13
 
-    inductor._micro_pipeline_tp = True  # symmetric memory needs no word: groups have had it by themselves since 2.11
+    inductor._micro_pipeline_tp = True
+    _enable_symmetric_memory(mesh)
+
+
+def _enable_symmetric_memory(mesh: DeviceMesh) -> None:
+    """Groups have had it by themselves since 2.11, and PyTorch says so; but its compiler leaves a group alone that is not on this list."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed._symmetric_memory import is_symm_mem_enabled_for_group  # where the compiler looks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -194,6 +195,20 @@ def test_what_cannot_be_split_is_named(workers: WorkerPool) -> None:
             "rows_then_reduce cannot split a module with a bias: it would be added once a rank",
             "parallel.async_tensor=true needs CUDA, and this run is on cpu; set it to false",
         ]
+
+
+def known_to_the_compiler() -> list[bool]:
+    """Whether it would touch the mesh's collectives, before and after it is told."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+    name = mesh.get_group().group_name
+    before = is_symm_mem_enabled_for_group(name)
+    tensor._enable_symmetric_memory(mesh)
+    return [before, is_symm_mem_enabled_for_group(name)]
+
+
+def test_asynchronous_tensor_parallelism_tells_the_compiler_of_the_group(workers: WorkerPool) -> None:
+    """Which leaves all others alone without a word."""
+    assert workers.run(known_to_the_compiler, 2) == [[False, True]] * 2
 
 
 def whole_weights() -> None:

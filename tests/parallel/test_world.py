@@ -17,6 +17,7 @@ import torch
 from torch.distributed import TCPStore, all_reduce, is_initialized
 from workers import PROCESSES
 
+import parallel.world
 from data_pipeline.errors import DataError
 from parallel.errors import LayoutError
 from parallel.world import World, start
@@ -92,7 +93,7 @@ def life(how: str, when: Path) -> Callable[[], None]:
 
     def fail() -> None:
         when.write_text(str(time.monotonic()))
-        if how == "killed":
+        if how.startswith("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
         raise ERRORS.get(how, ValueError("a bug"))
 
@@ -108,7 +109,7 @@ def life(how: str, when: Path) -> Callable[[], None]:
             if how not in ("well", "stopped"):
                 if world.rank == 1:
                     fail()
-                if how == "busy":
+                if how.endswith("busy"):
                     time.sleep(FOREVER)
                 all_reduce(torch.ones(1))
         if how == "stopped":
@@ -130,6 +131,8 @@ def live(rank: int, port: int, how: str, folder: Path) -> None:
         cli.app = life(how, folder / "when")
     if how in ("alone", "usage, alone"):
         cli.fail_together = lambda world, show: nullcontext()
+    if "nobody looks" in how:
+        parallel.world._Neighbour.is_alive = property(lambda _: True)
     if how == "help of each":
         World.is_main = property(lambda _: True)
     cli.main()
@@ -145,16 +148,17 @@ class End:
 
 
 @pytest.fixture
-def run_ranks(tmp_path: Path) -> Callable[[str], End]:
+def run_ranks(tmp_path: Path) -> Callable[..., End]:
     """Three ranks of the real entry point; the store is here, as it would be in torchrun."""
 
-    def run(how: str) -> End:
+    def run(how: str, patience: float = 60.0) -> End:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
         ranks = [PROCESSES.Process(target=live, args=(rank, store.port, how, tmp_path)) for rank in range(SIZE)]
         for process in ranks:
             process.start()
+        deadline = time.monotonic() + patience
         for process in ranks:
-            process.join(60)
+            process.join(max(0.0, deadline - time.monotonic()))
         ended = time.monotonic()
         codes = [process.exitcode for process in ranks]
         for process in ranks:
@@ -167,7 +171,7 @@ def run_ranks(tmp_path: Path) -> Callable[[str], End]:
 
 
 @pytest.mark.parametrize("how", ["bug", "busy"])
-def test_a_rank_that_raises_ends_the_others_within_10_seconds_and_is_heard_once(run_ranks: Callable[[str], End], how: str) -> None:
+def test_a_rank_that_raises_ends_the_others_within_10_seconds_and_is_heard_once(run_ranks: Callable[..., End], how: str) -> None:
     end = run_ranks(how)
     assert end.codes == [1, 1, 1]
     assert end.output.count("Traceback") == end.output.count("ValueError: a bug\non rank 1 of 3") == 1
@@ -185,7 +189,7 @@ def test_a_rank_that_raises_ends_the_others_within_10_seconds_and_is_heard_once(
     ],
     ids=["before the group", "in the group", "diverged", "the same on all"],
 )
-def test_an_expected_error_is_one_line_of_one_rank(run_ranks: Callable[[str], End], how: str, line: str, code: int) -> None:
+def test_an_expected_error_is_one_line_of_one_rank(run_ranks: Callable[..., End], how: str, line: str, code: int) -> None:
     end = run_ranks(how)
     assert end.codes == [code] * SIZE
     assert end.output.startswith(line)
@@ -201,7 +205,7 @@ def test_an_expected_error_is_one_line_of_one_rank(run_ranks: Callable[[str], En
         ("missing argument", "error: Missing argument 'RUN'; see pretrain generate --help (on rank "),
     ],
 )
-def test_a_command_line_that_cannot_be_is_one_line_of_one_rank(run_ranks: Callable[[str], End], how: str, line: str) -> None:
+def test_a_command_line_that_cannot_be_is_one_line_of_one_rank(run_ranks: Callable[..., End], how: str, line: str) -> None:
     end = run_ranks(how)
     assert end.codes == [2] * SIZE
     assert end.output.startswith(line)
@@ -210,27 +214,34 @@ def test_a_command_line_that_cannot_be_is_one_line_of_one_rank(run_ranks: Callab
 
 
 @pytest.mark.parametrize(("how", "code", "times"), [("help", 0, 1), ("no words", 2, 1), ("help of each", 0, SIZE)])
-def test_help_is_shown_by_the_main_rank_alone(run_ranks: Callable[[str], End], how: str, code: int, times: int) -> None:
+def test_help_is_shown_by_the_main_rank_alone(run_ranks: Callable[..., End], how: str, code: int, times: int) -> None:
     """With a negative control: where every rank takes itself for the main one."""
     end = run_ranks(how)
     assert end.codes == [code] * SIZE
     assert end.output.count("Usage: pretrain train") == end.output.count("Settings, given as key=value") == times
 
 
-def test_a_killed_rank_is_named_and_what_its_death_does_to_the_others_shown_once(run_ranks: Callable[[str], End]) -> None:
-    end = run_ranks("killed")
+@pytest.mark.parametrize("how", ["killed", "killed, others busy"])
+def test_a_killed_rank_is_named_once_and_the_others_end(run_ranks: Callable[..., End], how: str) -> None:
+    """Whether its peers see a connection close, as on gloo, or hang, as in NCCL's collectives."""
+    end = run_ranks(how)
     assert end.codes == [1, -signal.SIGKILL, 1]
-    assert end.output.count("Traceback") == end.output.count("rank 1 was lost without a word: killed, or its machine went down\n") == 1
+    assert end.output.count("rank 1 was lost without a word: killed, or its machine went down\n") == 1
     assert 0 < end.seconds < BOUND
 
 
+def test_without_a_neighbour_that_looks_others_that_hang_stay(run_ranks: Callable[..., End]) -> None:
+    """Negative control."""
+    assert run_ranks("killed, nobody looks, others busy", patience=BOUND / 2).codes == [None, -signal.SIGKILL, None]
+
+
 @pytest.mark.parametrize(("how", "code"), [("well", 0), ("stopped", 75)])
-def test_ranks_that_end_well_say_nothing(run_ranks: Callable[[str], End], how: str, code: int) -> None:
+def test_ranks_that_end_well_say_nothing(run_ranks: Callable[..., End], how: str, code: int) -> None:
     assert run_ranks(how) == End([code] * SIZE, "", 0.0)
 
 
 @pytest.mark.parametrize(("how", "line"), [("alone", "error: parallel.tensor=3"), ("usage, alone", "error: No such option: --stepz")])
-def test_ranks_that_do_not_fail_together_each_show_the_error(run_ranks: Callable[[str], End], how: str, line: str) -> None:
+def test_ranks_that_do_not_fail_together_each_show_the_error(run_ranks: Callable[..., End], how: str, line: str) -> None:
     """Negative control."""
     assert run_ranks(how).output.count(line) == SIZE
 
