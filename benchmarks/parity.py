@@ -122,6 +122,7 @@ def cases() -> list[Case]:
     found += [Case(Layout(replicate=2, shard=2, zero=zero), micro_batch=1) for zero in (1, 2, 3)]
     found += [
         Case(Layout(shard=4, reshard_to=2), TIED),
+        Case(Layout(shard=4, tensor=2, sequence=True, reshard_to=2), micro_batch=1),
         Case(Layout(shard=4), ODD_SIZES),
         Case(Layout(shard=8), micro_batch=1),
     ]

@@ -36,6 +36,16 @@ def data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     return root["replicate", "fsdp"] if layout.replicate > 1 else root["fsdp"]
 
 
+def near_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+    """(`apart`, `near`): the "fsdp" ranks of one `replicate`, neighbours in groups of `reshard_to`, which has to be there and divide them.
+
+    Makes process groups: all ranks must come here together, and what is sharded alike should have one.
+    """
+    assert layout.reshard_to is not None
+    sizes = (layout.fsdp // layout.reshard_to, layout.reshard_to)
+    return mesh._get_root_mesh()._unflatten(2, sizes, ("apart", "near"))["apart", "near"]  # private, and by number, as in `build_mesh`
+
+
 def forget_meshes() -> None:
     """After a process group was destroyed, where another may follow: DTensor remembers what it found out by the shape of a mesh.
 

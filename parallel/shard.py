@@ -16,8 +16,10 @@ once a step; with `shard=1` it is plain data parallelism.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import cast
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -30,9 +32,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from parallel.layout import Layout
-from parallel.mesh import data_mesh
+from parallel.mesh import data_mesh, near_mesh
 
 
 class Sharded:
@@ -73,9 +78,10 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout:
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy() if layout.offload else OffloadPolicy()
-    resharded: bool | int = layout.reshard_to if layout.zero == 3 and layout.reshard_to is not None else layout.zero == 3
-    for unit in units:
-        fully_shard(unit, mesh=data, reshard_after_forward=resharded, mp_policy=precision, offload_policy=offload)
+    some = layout.reshard_to if layout.zero == 3 and layout.reshard_to != layout.fsdp else None
+    with nullcontext() if some is None else _resharded_over(near_mesh(mesh, layout)):
+        for unit in units:
+            fully_shard(unit, mesh=data, reshard_after_forward=some or layout.zero == 3, mp_policy=precision, offload_policy=offload)
     fully_shard(root, mesh=data, reshard_after_forward=False, mp_policy=precision, offload_policy=offload)
     # Split modules return views; nothing writes into what a unit returned.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
@@ -88,6 +94,38 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout:
         sharded.set_force_sum_reduction_for_comms(True)  # without it a factor of 1 asks for NCCL's premultiplied sum
     _prefetch([cast(FSDPModule, unit) for unit in units], layout.prefetch)
     return Sharded(root, layout)
+
+
+@contextmanager
+def _resharded_over(near: DeviceMesh) -> Iterator[None]:
+    """What is sharded in here with a number for `reshard_after_forward` is in parts over axis 1 of `near` after its forward pass.
+
+    By itself FSDP2 makes a mesh for each module of that number: two process groups a block, in calls that all ranks of the world must make
+    alike, while those of each tensor part or stage would make their own, and hang. No public name takes a mesh that is there: in here the
+    two private ones are replaced by which FSDP2 finds the mesh and makes its parameters, the same in torch 2.11 to 2.13.
+    """
+    info = HSDPMeshInfo(near, shard_mesh_dim=1, replicate_mesh_dim=0)
+    with (
+        patch.object(_fully_shard, "_get_post_forward_mesh_info", lambda *_: info),
+        patch.object(_fsdp_param_group, "FSDPParam", _Parameter),
+    ):
+        yield
+
+
+class _Parameter(FSDPParam):
+    """A parameter that may be split by tensor parallelism too.
+
+    FSDP2 refuses to leave such a DTensor in parts over some ranks, for want of a placement to show meanwhile. Nobody looks at it then:
+    what the backward pass gathers is the plain data beside it, made of a tensor part as of a whole parameter.
+    """
+
+    def to_sharded_post_forward(self) -> None:
+        """As that of a parameter that is no DTensor."""
+        split, self.is_dtensor = self.is_dtensor, False
+        try:
+            super().to_sharded_post_forward()
+        finally:
+            self.is_dtensor = split
 
 
 def _prefetch(units: Sequence[FSDPModule], ahead: int) -> None:

@@ -1,0 +1,145 @@
+"""`parallel.reshard_to`: the backward pass gathers from a few neighbours, and one mesh of them serves all blocks, beside any other axis."""
+
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from workers import WorkerPool
+
+import parallel.shard
+from parallel.build import build_engine
+from parallel.engine import Microbatch
+from parallel.engines.torch import TorchEngine
+from parallel.layout import Layout
+from parallel.mesh import build_mesh, data_mesh, near_mesh
+from pretrain.config import RunConfig
+from pretrain.train.build import blueprint_of, numbers_of
+
+N_LAYERS = 3
+UNITS = N_LAYERS + 1
+"""What is gathered again for the backward pass: the embedding, each block. The root stays."""
+GROUPS_OF_A_MESH = 2
+"""One on each of two axes."""
+GROUPED = {
+    Layout(shard=4, tensor=2, reshard_to=2): [[0, 2], [4, 6], [1, 3], [5, 7]],
+    Layout(replicate=2, shard=4, reshard_to=2): [[0, 1], [2, 3], [4, 5], [6, 7]],
+    Layout(pipeline=2, shard=2, context=2, reshard_to=2): [[0, 1], [2, 3], [4, 5], [6, 7]],
+    Layout(shard=2, context=2, tensor=2, reshard_to=2): [[0, 2], [4, 6], [1, 3], [5, 7]],
+    Layout(shard=8, reshard_to=4): [[0, 1, 2, 3], [4, 5, 6, 7]],
+}
+"""Which ranks share what a forward pass leaves: consecutive ones of those that share out the parameters."""
+
+
+def engine_of(layout: Layout, n_layers: int = N_LAYERS) -> TorchEngine:
+    config = RunConfig.model_validate(
+        {
+            "model": {"n_layers": n_layers, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64, "vocab_size": 64},
+            "data": {"seq_len": 16},
+            "train": {"device": "cpu", "precision": "fp32", "compile": False, "attention": "sdpa"},
+            "optim": {"warmup": 0, "decay": 1.0},
+        }
+    )
+    return build_engine(blueprint_of(config), numbers_of(config), layout=layout, rank=dist.get_rank(), device=torch.device("cpu"))
+
+
+def fsdp2_by_itself() -> AbstractContextManager[object]:
+    """A number for `reshard_after_forward` and nothing else."""
+    return patch.multiple(parallel.shard, near_mesh=lambda *_: None, _resharded_over=lambda _: nullcontext())
+
+
+def groups_made(layout: Layout, n_layers: int, by_itself: bool) -> int:
+    """Process groups that this rank is in when its engine is there."""
+    private = _fully_shard._get_post_forward_mesh_info, _fsdp_param_group.FSDPParam  # type: ignore[attr-defined]
+    with fsdp2_by_itself() if by_itself else nullcontext():
+        engine = engine_of(layout, n_layers)
+    assert private == (_fully_shard._get_post_forward_mesh_info, _fsdp_param_group.FSDPParam)  # type: ignore[attr-defined]
+    assert engine.parts
+    return len(dist.distributed_c10d._world.pg_map)  # no public name counts them
+
+
+def groups(workers: WorkerPool, layout: Layout, n_layers: int, by_itself: bool = False) -> int:
+    (number,) = set(workers.run(groups_made, layout.world_size, layout, n_layers, by_itself))
+    return number
+
+
+@pytest.mark.parametrize("n_layers", [2, 5])
+def test_one_mesh_is_made_however_many_blocks_there_are(n_layers: int, workers: WorkerPool) -> None:
+    """FSDP2 by itself makes one for the embedding and for each block."""
+    without = groups(workers, Layout(shard=4), n_layers)
+    assert groups(workers, Layout(shard=4, reshard_to=4), n_layers) == without
+    assert groups(workers, Layout(shard=4, reshard_to=2), n_layers) == without + GROUPS_OF_A_MESH
+    assert groups(workers, Layout(shard=4, reshard_to=2), n_layers, by_itself=True) == without + GROUPS_OF_A_MESH * (n_layers + 1)
+
+
+def neighbours(layout: Layout) -> tuple[list[int], list[int]]:
+    """Of this rank, as they are and as FSDP2 takes them."""
+    mesh = build_mesh(layout, "cpu")
+    near = near_mesh(mesh, layout)["near"].get_group()
+    by_fsdp2 = cast(Tensor, data_mesh(mesh, layout).mesh).view(-1, layout.reshard_to or 0)
+    (mine,) = by_fsdp2[(by_fsdp2 == dist.get_rank()).any(1)].tolist()
+    return dist.get_process_group_ranks(near), mine
+
+
+@pytest.mark.parametrize(("layout", "expected"), GROUPED.items(), ids=str)
+def test_neighbours_are_consecutive_ranks_of_those_that_share_out_the_parameters(
+    layout: Layout, expected: list[list[int]], workers: WorkerPool
+) -> None:
+    for rank, (ours, by_fsdp2) in enumerate(workers.run(neighbours, 8, layout)):
+        assert ours == by_fsdp2
+        assert ours == next(group for group in expected if rank in group)
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the all-gathers that are started inside it, by the number of ranks that give a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranks = Counter[int]()
+
+    def __torch_dispatch__(
+        self, operation: OpOverload, _: object, given: tuple[object, ...] = (), more: dict[str, object] | None = None
+    ) -> object:
+        if operation is torch.ops.c10d._allgather_base_.default:
+            whole, part = cast(tuple[Tensor, Tensor], given[:2])
+            self.ranks[whole.numel() // part.numel()] += 1
+        return operation(*given, **more or {})
+
+
+def gathered_in_a_step(layout: Layout, by_itself: bool) -> tuple[Counter[int], float]:
+    """All-gathers by their number of ranks, and the loss of the next step: what the first one did to the parameters."""
+    with fsdp2_by_itself() if by_itself else nullcontext():
+        engine = engine_of(layout)
+    ids_BS = (torch.arange(16)[None] * 7 + layout.data_rank(dist.get_rank())) % 64
+    microbatch = Microbatch(ids_BS, ids_BS, ids_BS * 0, torch.arange(16)[None], n_targets=16)
+    with Gathers() as gathers:
+        engine.train_step([microbatch], lr_scale=1.0)
+    return gathers.ranks, engine.train_step([microbatch], lr_scale=1.0).loss
+
+
+def test_the_backward_pass_gathers_from_neighbours_alone_and_learns_the_same(workers: WorkerPool) -> None:
+    """The forward pass gathers the root too. Without `reshard_to` all gathers are from 4 ranks; FSDP2 by itself does as we do."""
+    found = [
+        workers.run(gathered_in_a_step, 4, layout, by_itself)[0]
+        for layout, by_itself in ((Layout(shard=4), False), (Layout(shard=4, reshard_to=2), False), (Layout(shard=4, reshard_to=2), True))
+    ]
+    some = {4: UNITS + 1, 2: UNITS}
+    assert [ranks for ranks, _ in found] == [{4: 2 * UNITS + 1}, some, some]
+    assert len({loss for _, loss in found}) == 1
+
+
+def test_tensor_parts_are_gathered_from_neighbours_too(workers: WorkerPool) -> None:
+    """Beside the collectives of tensor parallelism itself, which are the same."""
+    (all_of, loss), (some, same) = (
+        workers.run(gathered_in_a_step, 8, each, False)[0] for each in (Layout(shard=4, tensor=2), Layout(shard=4, tensor=2, reshard_to=2))
+    )
+    assert all_of - some == {4: UNITS}
+    assert some - all_of == {2: UNITS}
+    assert loss == same
