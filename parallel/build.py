@@ -49,6 +49,7 @@ def divided(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int
     at = layout.coordinates(rank)
     ranges = assign(blueprint.n_layers, layout.n_stages, first_cost=blueprint.first_cost, last_cost=blueprint.last_cost)
     parts = {stage: _shapes(blueprint, ranges[stage], numbers, layout) for stage in stages_of(at["pipeline"], layout)}
+    # Before they are split: zero bubble changes the class of linear layers, and what splits them makes subclasses of that.
     stages = {stage: Stage(part, blueprint.compute, layout) for stage, part in parts.items()} if layout.pipeline > 1 else {}
     for part in parts.values():
         _split(part, mesh, layout)
@@ -105,11 +106,13 @@ def _shapes(blueprint: Blueprint, layers: range, numbers: Numbers, layout: Layou
     with torch.device("meta"):
         part = blueprint.build(layers)
     described = cast(Part, part)
-    again = partial(recompute, described.layers, numbers.recompute, layers.start, numbers.recompute_every, numbers.recompute_keep)
-    faster = described.compile_parts if numbers.compile else lambda: None
-    # What is recomputed is compiled with it; but not around linear layers that the compiler leaves out (`parallel.weight_pass`).
-    for wrap in (faster, again) if splits_backward(layout) else (again, faster):
-        wrap()
+    recomputed = partial(recompute, described.layers, numbers.recompute, layers.start, numbers.recompute_every, numbers.recompute_keep)
+    if not splits_backward(layout):
+        recomputed()
+    if numbers.compile:
+        described.compile_parts()  # what is recomputed, too
+    if splits_backward(layout):
+        recomputed()  # around what is compiled: the compiler recomputes no block of which it leaves something out (`parallel.weight_pass`)
     return part
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from torch.distributed import get_backend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import _redistribute
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from parallel.layout import AXES, Layout
+from parallel.world import TIMEOUT
 
 
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
@@ -24,7 +27,16 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     # guides, and slicing what was flattened is being removed. By its number: torch 2.11 does not take the name.
     mesh = root._unflatten(2, (layout.shard, layout.context), ("shard", "context"))
     assert mesh.mesh_dim_names == AXES
+    for grid in (root, mesh):
+        _bound(grid)
     return mesh
+
+
+def _bound(mesh: DeviceMesh) -> None:
+    """Have the axes' groups give up when the group of all ranks does. By themselves they wait half an hour; no public name tells them."""
+    for axis in mesh.mesh_dim_names or ():
+        if get_backend(group := mesh.get_group(axis)) != "fake":  # nobody is waited for (`parallel.dry`)
+            _set_pg_timeout(TIMEOUT, group)
 
 
 def data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
@@ -43,7 +55,9 @@ def near_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     """
     assert layout.reshard_to is not None
     sizes = (layout.fsdp // layout.reshard_to, layout.reshard_to)
-    return mesh._get_root_mesh()._unflatten(2, sizes, ("apart", "near"))["apart", "near"]  # private, and by number, as in `build_mesh`
+    near = mesh._get_root_mesh()._unflatten(2, sizes, ("apart", "near"))["apart", "near"]  # private, and by number, as in `build_mesh`
+    _bound(near)
+    return near
 
 
 def forget_meshes() -> None:

@@ -4,8 +4,7 @@ What crosses a cut is one [b, S, D] activation a microbatch on the way there, an
 those of all microbatches of a step: 2 * n_microbatches * b * S * D numbers a stage. It adds up gradients without moving them and, where
 a stage is an FSDP module, reduces them once, after the last microbatch: ZeRO-2 then holds as many gradients as ZeRO-1. The loss makes the
 gradient of the output projection in its forward pass (`pretrain.model.loss`): under GPipe, whose forward passes all come first, the last
-stage holds one of it for every microbatch. Under zero bubble the
-backward pass is ours (`parallel.weight_pass`).
+stage holds one of it for every microbatch. How zero bubble splits a backward pass is ours (`parallel.weight_pass`).
 """
 
 from __future__ import annotations
@@ -65,6 +64,8 @@ class Stage(nn.Module):
         self._microbatches = iter(microbatches)
         self._scale = scale
         self.sums = torch.zeros_like(scale), torch.zeros_like(scale)
+        if self.weight_pass is not None:
+            self.weight_pass.begin()
 
     def forward(self, received: Tensor | None = None) -> Tensor:
         """[b, S, D] -> [b, S, D] for the next microbatch; the last stage gives `scale` * loss, adds (cross-entropy, z-loss) to `sums`."""

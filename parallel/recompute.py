@@ -1,7 +1,8 @@
 """Activation recomputation (arXiv:1604.06174): what a block's backward pass needs is computed again instead of kept.
 
 `full` keeps the input of each block; `selective` also the results of the operators that are dear to compute (arXiv:2205.05198, section 5).
-A block stays the same module with the same parameter names; its forward is wrapped, inside of what is compiled and gathered.
+A block stays the same module with the same parameter names; its forward is wrapped, inside of what is gathered and compiled (under zero
+bubble, around what is compiled).
 """
 
 from __future__ import annotations

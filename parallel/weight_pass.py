@@ -1,12 +1,11 @@
-"""The backward pass in two halves, as zero bubble wants it (arXiv:2401.10241): gradients of what came in now, of weights later.
+"""The backward pass in two, as zero bubble wants it (arXiv:2401.10241): gradients of what came in now, of weights in a pass of their own.
 
-Of a block's backward pass the products that make the weights' gradients are half, and nobody waits for them. Here a linear layer's
-backward pass makes the gradient of its input and sets aside what the other product needs; norms, biases and attention, which cost little
-or cannot be split, stay as they are. PyTorch's pipelines can split any graph, but not one that is compiled, recomputed, or whose weights
-FSDP2 frees between the halves.
+Of a block's backward pass the products that make the gradients of weights are half, and nobody waits for them. Here a linear layer's
+backward pass makes the gradient of its input, and sets aside what the other product is made of. Norms, biases and attention, which cost
+little or cannot be split, are not. PyTorch's pipelines can split any graph, but not one that is compiled, recomputed, or whose weights
+FSDP2 frees in between.
 
-Set aside are a layer's input, kept since the forward pass, and the gradient of its output, freed in an unsplit pass: of a microbatch whose
-weights wait, the inputs and outputs of the blocks' linear layers live.
+Set aside are a layer's input, kept or recomputed, and the gradient of its output.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 class WeightPass:
-    """The weights' half of the backward passes of one stage."""
+    """The weights' part of the backward passes of one stage."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        """Has the linear layers of the blocks set their half aside, in place; tensor parallelism then makes subclasses of their class."""
+        """Has the linear layers of the blocks set their products aside, in place; what splits them may make subclasses of their class."""
         self._aside: list[_Product] = []
         for block in blocks:
             for layer in block.modules():
@@ -32,15 +31,19 @@ class WeightPass:
                     layer.__class__ = _Linear
                     cast(_Linear, layer).aside = self._aside
 
+    def begin(self) -> None:
+        """Before a step: nothing is set aside, whatever became of the last one."""
+        self._aside.clear()
+
     def take(self, stage: nn.Module) -> Callable[[], None]:
-        """What adds the gradients that the backward pass of a microbatch, just ended, has set aside.
+        """What adds the gradients of weights of the microbatch whose backward pass just ended.
 
         stage: an FSDP module, which is to add them up in the type that it reduces them in.
         """
         products, self._aside[:] = list(self._aside), []
 
         def add() -> None:
-            while products:  # what a product needs is freed with it
+            while products:  # what a product is made of is freed with it
                 products.pop().add()
             _sum_as_reduced(stage)
 
@@ -48,7 +51,7 @@ class WeightPass:
 
 
 class _Product(NamedTuple):
-    """What makes the gradient of a layer's weight."""
+    """What the gradient of a layer's weight is made of."""
 
     weight_OI: Tensor
     x: Tensor
@@ -68,12 +71,12 @@ class _Linear(nn.Linear):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        y: Tensor = _InputHalf.apply(x, self)  # type: ignore[no-untyped-call]  # torch does not type apply()
+        y: Tensor = _LinearOfInput.apply(x, self)  # type: ignore[no-untyped-call]  # torch does not type apply()
         return y if self.bias is None else y + self.bias
 
 
-class _InputHalf(torch.autograd.Function):
-    """x W', whose backward pass makes the gradient of x alone."""
+class _LinearOfInput(torch.autograd.Function):
+    """x W' as a function of x alone: its backward pass sets the other product aside."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: _Linear) -> Tensor:  # Any: torch's context takes any attribute
@@ -94,7 +97,7 @@ class _InputHalf(torch.autograd.Function):
 def _sum_as_reduced(stage: nn.Module) -> None:
     """Have FSDP2 add new gradients, which are of the weights' type, to its sums. It does so after a backward pass of its own.
 
-    There is no public call for it; torch's pipelines make this one too.
+    There is no public call for it; the end of a step of torch's pipelines, `perform_reduce_grad`, makes this one too.
     """
     for module in stage.modules():
         if isinstance(module, FSDPModule):

@@ -19,7 +19,7 @@ from pretrain.errors import Diverged, UserError
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 WRONG_INPUT = (UserError, DataError, LayoutError)
-UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+UsageError = cast(type[typer.BadParameter], next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"))
 """What typer raises when it cannot take the command line; it exports no name for it, only for this kind of it."""
 
 app = typer.Typer(

@@ -8,6 +8,7 @@ Kept for the backward passes, in bytes a token (the accounting of arXiv:2205.051
 - Tensor ranks divide all but the results of norms, which they gather, and what norms keep, which only `sequence` divides. `context`
   divides the tokens; attention's output is there as computed and as put together, and `gather` keeps whole rows of k and v.
 - A block that recomputes keeps its input 2 D, and the results that `recompute_keep` names.
+- Under zero bubble, until the gradients of its weights are made, a block keeps 8 D + 4 h_q + 4 h_kv + 6 F, recomputing or not.
 - Of each stage and microbatch: RoPE's tables 4 K, and in a pipeline the output 2 D, which waits for its gradient. Torch has memory for what
   comes from both sides for all microbatches of a step, and a gradient is on its way to the stage before.
 - Of the end of the model: the final norm's input, and the gradients that the loss makes in its forward pass, 2 D and the projection's.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from parallel.layout import Layout
 from pretrain.config import RunConfig
@@ -35,6 +37,7 @@ from pretrain.planner.blocks import (
     beside_block,
     kept_by_block,
     kept_by_recomputing_block,
+    kept_for_weights,
     kept_when_recomputed,
     tensors_of,
 )
@@ -52,38 +55,50 @@ SOFTMAX_BLOCK = 2**20
 """fp32 numbers that the uncompiled softmax works on at a time, where the vocabulary is whole."""
 
 
+class Pairs(NamedTuple):
+    """Pairs of stage and microbatch on a rank of a pipeline, at one time."""
+
+    begun: int
+    """Their forward pass has begun, and the backward pass to their input has not ended."""
+    waiting: int = 0
+    """They wait for the gradients of their weights, under zero bubble (`parallel.weight_pass`)."""
+
+
 def activation_bytes(config: RunConfig, layout: Layout, pipeline_rank: int, held: Sequence[range], n_microbatches: int) -> int:
     """The most that a rank has at one time; see `moments`."""
-    return math.ceil(max(moments(config, layout, pipeline_rank, held, n_microbatches).values()))
+    times = most_pairs(layout, pipeline_rank, n_microbatches)
+    return math.ceil(max(max(moments(config, layout, pairs, held, n_microbatches).values()) for pairs in times))
 
 
-def moments(config: RunConfig, layout: Layout, pipeline_rank: int, held: Sequence[range], n_microbatches: int) -> dict[str, float]:
+def moments(config: RunConfig, layout: Layout, pairs: Pairs, held: Sequence[range], n_microbatches: int) -> dict[str, float]:
     """Bytes at the moments of a step that may have most.
 
     Args:
         config: resolved.
         layout: of the run.
-        pipeline_rank: place on the pipeline.
+        pairs: that a rank of the pipeline has, at their most.
         held: the layers of each stage that it holds.
         n_microbatches: of a step.
     """
     model, tokens, number = config.model, _tokens(config, layout), COMPUTE_BYTES[config.train.precision]
     x, keep = tensors_of(config, layout, number), _keep(config)
     units = Units.of(config, layout, held, n_microbatches, number)
-    pairs = in_flight(layout, pipeline_rank, n_microbatches)
+    waiting = tokens * kept_for_weights(x) * sum(map(len, held)) * pairs.waiting / len(held)  # stages have about as many layers each
     buffers = _pipeline_buffers(layout, held, model.n_layers, n_microbatches) * tokens * x.stream
-    kept = tokens * _kept(config, layout, held, x) * pairs / len(held)  # stages have about as many layers each
+    kept = tokens * _kept(config, layout, held, x) * pairs.begun / len(held) + waiting
 
     found = {"microbatch begins": units.begin, "step ends": buffers + units.end}
     if layout.pipeline > 1:
-        found["embedding"] = kept * (pairs - 1) / pairs + buffers + number * units.embedding  # one microbatch is through
+        found["embedding"] = (
+            waiting + (kept - waiting) * (pairs.begun - 1) / max(1, pairs.begun) + buffers + number * units.embedding
+        )  # one microbatch is through
     kept += buffers + units.reduced_before
 
     if units.head:
         input_of_norm = x.stream if x.compiled else x.stream_fp32
         normed = x.stream * (1 if x.compiled else 2)  # once more before the weight, uncompiled
-        waiting = (n_microbatches if layout.pipeline > 1 and layout.schedule == "gpipe" else 1) - 1  # between loss and backward pass
-        kept += waiting * (tokens * (input_of_norm + normed - x.stream + x.whole) + number * units.head)
+        lost = (n_microbatches if layout.pipeline > 1 and layout.schedule == "gpipe" else 1) - 1  # between loss and backward pass
+        kept += lost * (tokens * (input_of_norm + normed - x.stream + x.whole) + number * units.head)
         loss = input_of_norm + normed + x.sequence * x.whole + x.whole  # hidden states gathered, and their gradients
         found["loss"] = kept + tokens * loss + number * units.head + _logit_bytes(config, layout, number)
         beside = 2 * x.stream if x.compiled else NORM_BACKWARD * x.stream_fp32
@@ -93,7 +108,8 @@ def moments(config: RunConfig, layout: Layout, pipeline_rank: int, held: Sequenc
     recomputes = any(any(recomputing(config, layers)) for layers in held)
     of_block = tokens * (kept_by_recomputing_block(x, keep) if recomputes else kept_by_block(x))
     beside = tokens * beside_block(x, units.matrix_gradient / tokens)
-    beside += tokens * kept_when_recomputed(x, keep) - of_block if recomputes else 0
+    if recomputes:  # all of it is there again, also what is to wait
+        beside += tokens * (kept_when_recomputed(x, keep) - kept_for_weights(x) * (pairs.waiting > 0)) - of_block
     found["last block"] = kept + units.ahead + beside
     if units.gathers:
         found["last block arrives"] = kept + 2 * units.ahead + tokens * x.stream
@@ -105,24 +121,30 @@ def moments(config: RunConfig, layout: Layout, pipeline_rank: int, held: Sequenc
     return found
 
 
-def in_flight(layout: Layout, pipeline_rank: int, n_microbatches: int) -> int:
-    """Most pairs of stage and microbatch that have begun their forward pass and not ended their backward pass, on a rank of the pipeline.
+def most_pairs(layout: Layout, pipeline_rank: int, n_microbatches: int) -> tuple[Pairs, ...]:
+    """The times at which a rank of the pipeline may have most, whatever each kind of pair costs.
 
-    Those of the orders that PyTorch's schedules give.
+    Those of the orders that PyTorch's schedules give; where microbatches fill no whole rounds, zero bubble has somewhat fewer.
     """
-    p, v, m = layout.pipeline, layout.stages_per_rank, n_microbatches
+    p, v, m, rank = layout.pipeline, layout.stages_per_rank, n_microbatches, pipeline_rank
     if p == 1:
-        return 1
-    later = p - 1 - pipeline_rank
+        return (Pairs(1),)
+    later = p - 1 - rank
     in_round = m // max(1, m // p)
     most = {
         "gpipe": m,
         "1f1b": later + 1,
         "interleaved": (v - 1) * in_round + 2 * later + 1,
         "interleaved_zero_bubble": v * in_round,
-        "zbv": min(2 * p, m + 1 + pipeline_rank),
+        "zbv": min(2 * p, m + 1 + rank),
     }[layout.schedule]
-    return min(most, m * v)
+    most = min(most, m * v)
+    if layout.schedule == "zbv":
+        at_the_end = (Pairs(later, 2 * rank + 1),) if m > p else ()
+        return (Pairs(most), Pairs(most - 1, 1), *at_the_end)
+    if layout.schedule == "interleaved_zero_bubble":
+        return Pairs(most - rank, rank), Pairs(most - rank - 1, rank + 1)
+    return (Pairs(most),)
 
 
 def recomputing(config: RunConfig, layers: range) -> list[bool]:

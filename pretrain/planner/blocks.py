@@ -100,6 +100,12 @@ def kept_by_recomputing_block(x: Tensors, keep: Collection[str]) -> float:
     return kept
 
 
+def kept_for_weights(x: Tensors) -> float:
+    """Between the halves of a backward pass that is split (`parallel.weight_pass`): what goes into the block's seven matrix products, of
+    which some share it, and the gradients of what comes out."""
+    return (2 * x.whole + x.query + x.hidden) + (2 * x.whole + x.query + 2 * x.key + 2 * x.hidden)
+
+
 def kept_when_recomputed(x: Tensors, keep: Collection[str]) -> float:
     """At the beginning of its backward pass: all that it would have kept, its input, and its last product, which is not used again."""
     own_input = 0.0 if x.compiled or x.stream == x.stream_fp32 else x.stream  # else the first norm keeps it

@@ -166,11 +166,23 @@ def _check_batches(config: RunConfig, layout: Layout) -> None:
         )
 
 
+def compiles(config: RunConfig) -> bool:
+    """Whether blocks can be compiled. Where some of their layers are not (`parallel.weight_pass`), recomputation is around the pieces that
+    are, sees operators inside of them, and would keep results in memory that the compiler uses again."""
+    split = config.parallel.pipeline > 1 and config.parallel.schedule in stages.ZERO_BUBBLE
+    return not (split and config.train.recompute == "selective")
+
+
 def _check_pipeline(config: RunConfig, layout: Layout) -> None:
     if layout.pipeline == 1:
         if layout.stages_per_rank > 1:
             raise UserError(f"parallel.stages_per_rank={layout.stages_per_rank} needs a pipeline, and parallel.pipeline=1: use 1 or auto")
         return
+    if config.train.compile and not compiles(config):
+        raise UserError(
+            f"train.compile=true does not go with parallel.schedule={config.parallel.schedule} and train.recompute=selective, which would "
+            f"keep what compiled code writes over; use train.recompute=full, train.compile=false, or parallel.schedule=interleaved or 1f1b"
+        )
     for when, count in microbatch_counts(config).items():
         try:
             stages.check(layout, config.model.n_layers, count)
@@ -203,12 +215,13 @@ def _check_device(config: RunConfig, layout: Layout) -> None:
         )
     if not parallel.async_tensor:
         return
+    products_are_compiled = not stages.splits_backward(layout)
     wanted = {
         "train.device=cuda": train.device == "cuda",
         "train.compile=true": train.compile,
         "parallel.tensor above 1": parallel.tensor > 1,
         "parallel.sequence=true": parallel.sequence,
-        "a parallel.schedule without zero bubble": not stages.splits_backward(layout),  # whose products are not in what is compiled
+        "a parallel.schedule that splits no backward pass (1f1b, interleaved)": products_are_compiled,
     }
     missing = [name for name, there in wanted.items() if not there]
     if missing:

@@ -26,7 +26,7 @@ from pretrain.optim import schedule
 from pretrain.report.words import amount
 from pretrain.train import layout_rules
 from pretrain.train.growth import check_growth, longest_seq_len
-from pretrain.train.layout import check_world
+from pretrain.train.layout import check_world, compiles
 
 VOCAB_MULTIPLE = 64
 """Vocabulary sizes are rounded up to this: matrix units want it, and it leaves room for tensor parallelism."""
@@ -92,7 +92,7 @@ def plan(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Decision]]
     elsewhere: dict[str, Rule] = {
         "train.device": lambda _: ("cuda", "assumed"),
         "train.precision": lambda c: ("bf16", "assumed") if c.train.device == "cuda" else _precision(c),
-        "train.compile": lambda c: (c.train.device == "cuda", "assumed"),
+        "train.compile": lambda c: (c.train.device == "cuda" and compiles(c), "assumed"),
         "train.attention": lambda c: ("varlen" if c.train.device == "cuda" else "sdpa", "assumed"),
     }
     config, decisions = _apply(_rules(size, world_size) | elsewhere, config, {})
@@ -162,6 +162,8 @@ def _precision(config: RunConfig) -> tuple[object, str]:
 
 
 def _compile(config: RunConfig) -> tuple[object, str]:
+    if not compiles(config):
+        return False, f"what parallel.schedule={config.parallel.schedule} and train.recompute=selective keep cannot be compiled"
     if config.train.device == "cuda":
         return True, "on for GPUs"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # those that torch.compile itself would take

@@ -31,6 +31,8 @@ CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "1f1b, first": (4, 0, ("train.batch_size=4", "parallel.pipeline=4")),
     "gpipe, last": (2, 1, ("train.batch_size=4", "parallel.pipeline=2", "parallel.schedule=gpipe")),
     "interleaved, first": (2, 0, ("train.batch_size=4", "parallel.pipeline=2", "parallel.schedule=interleaved")),
+    "zbv, last": (2, 1, ("train.batch_size=8", "parallel.pipeline=2", "parallel.schedule=zbv", "train.recompute=full")),
+    "interleaved zero bubble": (2, 0, ("train.batch_size=8", "parallel.pipeline=2", "parallel.schedule=interleaved_zero_bubble")),
     "all at once": (
         64,
         63,
@@ -86,6 +88,13 @@ def test_without_one_of_its_terms_the_estimate_misses(
     case, forget = FORGOTTEN[term]
     monkeypatch.setattr(activations, "tensors_of", lambda *given: forget(tensors_of(*given)))
     assert hold(*planned(case)).activation_bytes < (1 - WITHIN) * measured(case).most[REST]
+
+
+def test_without_what_waits_for_the_weight_pass_the_estimate_misses(
+    measured: Callable[[str], Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "kept_for_weights", lambda _: 0.0)
+    assert hold(*planned("zbv, last")).activation_bytes < (1 - WITHIN) * measured("zbv, last").most[REST]
 
 
 @pytest.mark.parametrize("case", ["full", "every second"])

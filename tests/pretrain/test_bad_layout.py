@@ -153,6 +153,12 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         ("parallel.stages_per_rank=2",),
         "parallel.stages_per_rank=2 needs a pipeline, and parallel.pipeline=1: use 1 or auto",
     ),
+    "zero bubble, compiled around what is kept": (
+        2,
+        (*LONG, "parallel.pipeline=2", "parallel.schedule=zbv", "train.compile=true", "train.recompute=selective"),
+        "train.compile=true does not go with parallel.schedule=zbv and train.recompute=selective, which would keep what compiled code "
+        "writes over; use train.recompute=full, train.compile=false, or parallel.schedule=interleaved or 1f1b",
+    ),
     "resharding of what stays whole": (
         2,
         ("parallel.zero=2", "parallel.reshard_to=2"),
@@ -179,7 +185,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
             "parallel.schedule=zbv",
             "parallel.async_tensor=true",
         ),
-        "parallel.async_tensor=true also wants train.device=cuda, train.compile=true, a parallel.schedule without zero bubble: set that",
+        "parallel.async_tensor=true also wants train.device=cuda, train.compile=true, a parallel.schedule that splits no backward pass (",
     ),
     "asynchronous tensor parallelism on a CPU": (
         2,
@@ -236,7 +242,8 @@ GOOD = [
     (16, ("parallel.context=4", "parallel.tensor=2", "data.growth=[{from: 50%, seq_len: 256}]")),
     (16, ("parallel.context=2", "parallel.context_method=ulysses", "parallel.tensor=2", "model.sliding_window=16")),
     (8, ("parallel.pipeline=4", "parallel.schedule=interleaved")),
-    (8, ("parallel.pipeline=4", "parallel.schedule=zbv", "parallel.zero=3", "train.compile=true", "train.recompute=selective")),
+    (8, ("parallel.pipeline=4", "parallel.schedule=zbv", "parallel.zero=3", "train.compile=true", "train.recompute=full")),
+    (8, ("parallel.pipeline=4", "parallel.schedule=zbv", "train.recompute=selective")),
     (4, ("parallel.shard=2", "parallel.tensor=2", "optim.kind=muon")),
     (8, ("parallel.tensor=2", "parallel.async_tensor=true")),
     (8, ("parallel.reshard_to=4", "parallel.offload=true")),
@@ -272,6 +279,12 @@ def test_what_is_auto_is_what_is_left() -> None:
 def test_microbatches_fill_the_pipeline_and_count_a_context_ranks_tokens(words: tuple[str, ...], size: int) -> None:
     config, _ = planned(8, *SHAPE, *words)
     assert config.train.micro_batch_size == size
+
+
+def test_what_cannot_be_compiled_is_not_by_itself() -> None:
+    schedule = (*SHAPE, "parallel.pipeline=4", "parallel.schedule=zbv")
+    modes = {mode: planned(8, *schedule, f"train.recompute={mode}")[0].train.compile for mode in ("none", "full", "selective")}
+    assert modes == {"none": True, "full": True, "selective": False}
 
 
 BIG = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=64")

@@ -1,6 +1,7 @@
 """What the planner says a rank holds and sends is what is built, what the papers count, and what a hand calculation gives."""
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pretrain.config import RunConfig
 from pretrain.config_loading import load
 from pretrain.model.flops import parameter_count
 from pretrain.model.transformer import SPLIT_PLAN, Transformer
-from pretrain.planner.activations import in_flight
+from pretrain.planner.activations import most_pairs
 from pretrain.planner.holdings import Weight, end_costs, fullest, hold, layers_of_stages, weights
 from pretrain.planner.traffic import traffic
 from pretrain.train.build import blueprint_of
@@ -145,14 +146,14 @@ def test_stages_are_cut_where_the_engine_cuts_them() -> None:
 
 @pytest.mark.parametrize("microbatches", [4, 8, 12, 20])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv"])
-def test_microbatches_in_flight_are_those_of_the_schedule(schedule: str, microbatches: int) -> None:
+@pytest.mark.parametrize("cost", [0.2, 1.0, 4.0])
+def test_the_most_that_is_kept_is_that_of_the_schedule(schedule: str, microbatches: int, cost: float) -> None:
+    """Whatever a pair that waits for its weights' gradients costs beside one that is not that far."""
     layout = Layout(pipeline=4, schedule=schedule, stages_per_rank=1 if schedule in ("gpipe", "1f1b") else 2)
+    change = {"forward": 1.0, "backward": -1.0, "input": cost - 1, "weight": -cost}
     for rank, actions in order(layout, microbatches).items():
-        alive, most = 0, 0
-        for action in actions:
-            alive += {"forward": 1, "backward": -1, "weight": -1, "input": 0}[action.kind]
-            most = max(most, alive)
-        assert in_flight(layout, rank, microbatches) == most, rank
+        most = max(accumulate(change[action.kind] for action in actions))
+        assert max(begun + cost * waiting for begun, waiting in most_pairs(layout, rank, microbatches)) == pytest.approx(most), rank
 
 
 def test_a_block_of_8b_keeps_34_numbers_a_token_and_width() -> None:
