@@ -39,6 +39,8 @@ SHOWN_WITHIN = 6.0
 """Seconds in which the rank that failed first shows its error; the others end then, whatever became of it."""
 ALONE_FOR = 60.0
 """Seconds in which a rank may come to its end after the store is gone, and the launcher with it."""
+OWN_FILES = 1024
+"""Open files that are no connections of the process group: shards, logs, a logger's sockets."""
 LOST = "was lost without a word: killed, or its machine went down"
 
 
@@ -76,14 +78,13 @@ class World:
 
 
 @contextmanager
-def start(world: World, device: str, *, even_alone: bool = False, timeout: timedelta = TIMEOUT) -> Iterator[None]:
+def start(world: World, device: str, *, even_alone: bool = False) -> Iterator[None]:
     """The process group around all distributed work: gloo for tensors on the CPU, NCCL beside it for CUDA. Nothing for one process.
 
     Args:
         world: of this process.
         device: "cpu" or "cuda".
         even_alone: make a group of one process too; what divides parameters wants one.
-        timeout: after which a collective that not all ranks reach is an error.
 
     Raises:
         LayoutError: there are more processes on this machine than GPUs.
@@ -109,15 +110,21 @@ def start(world: World, device: str, *, even_alone: bool = False, timeout: timed
         torch.cuda.set_device(gpu)
         # Of what passes between stages it says, once a rank, that it goes in the order in which it is given; so it may.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
-    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # gloo has a connection to every rank
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    _allow_files(world.size + OWN_FILES)  # gloo has a connection to every rank
     backend = "gloo" if gpu is None else "cpu:gloo,cuda:nccl"
     if world.size == 1:
         distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=gpu)
     else:
-        distributed.init_process_group(backend, timeout=timeout, device_id=gpu)
+        distributed.init_process_group(backend, timeout=TIMEOUT, device_id=gpu)
     yield
     distributed.destroy_process_group()  # not after an error: closed connections would make errors of their own on the other ranks
+
+
+def _allow_files(wanted: int) -> None:
+    """Let this process have so many files open, as far as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 @contextmanager

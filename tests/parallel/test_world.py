@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -61,6 +62,17 @@ def test_variables_that_cannot_be_are_refused(variables: dict[str, str], told: s
 def test_one_process_needs_no_group() -> None:
     with start(World(), "cuda"):
         assert not is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "after"), [(1024, 4096, 3072), (1024, 2048, 2048), (4096, 4096, 4096), (256, resource.RLIM_INFINITY, 3072)]
+)
+def test_files_may_be_open_for_every_rank(soft: int, hard: int, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.append(new))
+    parallel.world._allow_files(3072)
+    assert limits[-1] == (after, hard)
 
 
 def test_more_processes_than_gpus_are_refused_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
