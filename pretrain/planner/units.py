@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from parallel.layout import Layout
 from pretrain.config import RunConfig
-
-FP32 = 4
+from pretrain.planner.blocks import FP32
 
 
 @dataclass(frozen=True)
