@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from parallel.dry import tensors_in
 from parallel.engines.torch import TorchEngine
 from parallel.layout import Layout
+from parallel.shard import groups_of
 
 KINDS = ("parameters", "optimizer state", "gradients", "gathered parameters")
 """What `kinds_of` tells apart; all else that lives are activations and temporary tensors."""
@@ -141,13 +142,13 @@ def kinds_of(engine: TorchEngine) -> Kinds:
 
 
 def _whole_gradients(modules: Iterable[FSDPModule], adds_up: bool) -> Iterator[Tensor]:
-    """What FSDP2 has added up and not yet reduced, which has no public name. Modules know of their root's states, and so of all.
+    """What FSDP2 has added up and not yet reduced.
 
     adds_up: over the microbatches of a step. It then does so where autograd leaves gradients, if they are of the type that it adds up in.
     """
-    states = {id(state): state for module in modules for state in module._get_fsdp_state()._state_ctx.all_states}
-    for state in states.values():
-        for parameter in state._fsdp_param_group.fsdp_params if state._fsdp_param_group is not None else ():
+    groups = {id(group): group for module in modules for group in groups_of(module)}
+    for group in groups.values():
+        for parameter in group.fsdp_params:
             if parameter.unsharded_accumulated_grad is not None:
                 yield parameter.unsharded_accumulated_grad
             elif adds_up and hasattr(parameter, "_unsharded_param"):  # gathered once at least
@@ -240,7 +241,8 @@ def _group(namespace: str, place: int, args: tuple[Any, ...]) -> ProcessGroup:  
 def _axis(group: ProcessGroup, layout: Layout) -> str:
     """What a group is for: groups of a mesh say it themselves, but an axis of all ranks shares the group of all ranks."""
     if group.group_desc.startswith("mesh_"):
-        return "fsdp" if group.group_desc == "mesh_shard" else group.group_desc.removeprefix("mesh_")
+        axis = group.group_desc.removeprefix("mesh_")
+        return "fsdp" if axis in ("shard", "near") else axis  # without `context`; neighbours under `reshard_to`
     places = [layout.coordinates(rank) for rank in dist.get_process_group_ranks(group)]
     axes = [axis for axis in places[0] if len({place[axis] for place in places}) > 1]
     named = {("shard",): "fsdp", ("context",): "fsdp, context", ("shard", "context"): "fsdp"}

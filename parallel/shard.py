@@ -96,6 +96,16 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout:
     return Sharded(root, layout)
 
 
+def groups_of(root: FSDPModule) -> Iterator[_fsdp_param_group.FSDPParamGroup]:
+    """What FSDP2 gathers and reduces as one, of all modules that share a root with this one, once a forward pass has found them.
+
+    No public name leads there; torch's pipelines go this way too, in `perform_reduce_grad`.
+    """
+    for state in root._get_fsdp_state()._state_ctx.all_states:
+        if state._fsdp_param_group is not None:
+            yield state._fsdp_param_group
+
+
 @contextmanager
 def _resharded_over(near: DeviceMesh) -> Iterator[None]:
     """What is sharded in here with a number for `reshard_after_forward` is in parts over axis 1 of `near` after its forward pass.

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
+
+from parallel.shard import groups_of
 
 
 class WeightPass:
@@ -95,12 +97,6 @@ class _LinearOfInput(torch.autograd.Function):
 
 
 def _sum_as_reduced(stage: nn.Module) -> None:
-    """Have FSDP2 add new gradients, which are of the weights' type, to its sums. It does so after a backward pass of its own.
-
-    There is no public call for it; the end of a step of torch's pipelines, `perform_reduce_grad`, makes this one too.
-    """
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            group = fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
-            if group is not None:
-                group.post_backward()
+    """Have FSDP2 add new gradients, which are of the weights' type, to its sums. It does so after a backward pass of its own."""
+    for group in groups_of(stage) if isinstance(stage, FSDPModule) else ():
+        group.post_backward()

@@ -32,6 +32,7 @@ LAYOUTS = {
     "zero 1": (4, ("parallel.zero=1",)),
     "zero 2": (4, ("parallel.zero=2", "parallel.replicate=2")),
     "zero 3": (4, ("parallel.zero=3",)),
+    "neighbours": (8, ("parallel.zero=3", "parallel.reshard_to=2", "parallel.tensor=2")),
     "tensor": (4, ("parallel.tensor=2",)),
     "context": (4, ("parallel.context=2",)),
     "pipeline": (8, ("parallel.pipeline=2", "parallel.tensor=2")),
