@@ -107,11 +107,12 @@ def _shapes(blueprint: Blueprint, layers: range, numbers: Numbers, layout: Layou
         part = blueprint.build(layers)
     described = cast(Part, part)
     recomputed = partial(recompute, described.layers, numbers.recompute, layers.start, numbers.recompute_every, numbers.recompute_keep)
-    if not splits_backward(layout):
+    splits = splits_backward(layout.pipeline, layout.schedule)
+    if not splits:
         recomputed()
     if numbers.compile:
         described.compile_parts()  # what is recomputed, too
-    if splits_backward(layout):
+    if splits:
         recomputed()  # around what is compiled: the compiler recomputes no block of which it leaves something out (`parallel.weight_pass`)
     return part
 

@@ -54,7 +54,7 @@ class Stage(nn.Module):
         super().__init__()
         self.part = part
         self._compute = compute
-        self.weight_pass = WeightPass(cast(Part, part).layers) if splits_backward(layout) else None
+        self.weight_pass = WeightPass(cast(Part, part).layers) if splits_backward(layout.pipeline, layout.schedule) else None
         self._microbatches: Iterator[Microbatch] = iter(())
         self._scale: Tensor | None = None
         self.sums: tuple[Tensor, Tensor] | None = None

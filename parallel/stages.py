@@ -69,9 +69,9 @@ def rank_of(stage: int, layout: Layout) -> int:
     return stage % layout.pipeline
 
 
-def splits_backward(layout: Layout) -> bool:
+def splits_backward(pipeline: int, schedule: str) -> bool:
     """Whether the gradients of weights have a pass of their own (`parallel.weight_pass`)."""
-    return layout.pipeline > 1 and layout.schedule in ZERO_BUBBLE
+    return pipeline > 1 and schedule in ZERO_BUBBLE
 
 
 def check(layout: Layout, n_layers: int, n_microbatches: int) -> None:

@@ -97,8 +97,8 @@ def moments(config: RunConfig, layout: Layout, pairs: Pairs, held: Sequence[rang
     if units.head:
         input_of_norm = x.stream if x.compiled else x.stream_fp32
         normed = x.stream * (1 if x.compiled else 2)  # once more before the weight, uncompiled
-        lost = (n_microbatches if layout.pipeline > 1 and layout.schedule == "gpipe" else 1) - 1  # between loss and backward pass
-        kept += lost * (tokens * (input_of_norm + normed - x.stream + x.whole) + number * units.head)
+        others = (n_microbatches if layout.pipeline > 1 and layout.schedule == "gpipe" else 1) - 1  # between loss and backward pass
+        kept += others * (tokens * (input_of_norm + normed - x.stream + x.whole) + number * units.head)
         loss = input_of_norm + normed + x.sequence * x.whole + x.whole  # hidden states gathered, and their gradients
         found["loss"] = kept + tokens * loss + number * units.head + _logit_bytes(config, layout, number)
         beside = 2 * x.stream if x.compiled else NORM_BACKWARD * x.stream_fp32

@@ -52,7 +52,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     _check_batches(config, layout)
     _check_pipeline(config, layout)
     _check_sharding(config, layout)
-    _check_device(config, layout)
+    _check_device(config)
     return layout
 
 
@@ -169,8 +169,7 @@ def _check_batches(config: RunConfig, layout: Layout) -> None:
 def compiles(config: RunConfig) -> bool:
     """Whether blocks can be compiled. Where some of their layers are not (`parallel.weight_pass`), recomputation is around the pieces that
     are, sees operators inside of them, and would keep results in memory that the compiler uses again."""
-    split = config.parallel.pipeline > 1 and config.parallel.schedule in stages.ZERO_BUBBLE
-    return not (split and config.train.recompute == "selective")
+    return not (stages.splits_backward(config.parallel.pipeline, config.parallel.schedule) and config.train.recompute == "selective")
 
 
 def _check_pipeline(config: RunConfig, layout: Layout) -> None:
@@ -207,7 +206,7 @@ def _check_sharding(config: RunConfig, layout: Layout) -> None:
         )
 
 
-def _check_device(config: RunConfig, layout: Layout) -> None:
+def _check_device(config: RunConfig) -> None:
     train, parallel = config.train, config.parallel
     if parallel.offload and train.device != "cuda":
         raise UserError(
@@ -215,7 +214,7 @@ def _check_device(config: RunConfig, layout: Layout) -> None:
         )
     if not parallel.async_tensor:
         return
-    products_are_compiled = not stages.splits_backward(layout)
+    products_are_compiled = not stages.splits_backward(parallel.pipeline, parallel.schedule)
     wanted = {
         "train.device=cuda": train.device == "cuda",
         "train.compile=true": train.compile,

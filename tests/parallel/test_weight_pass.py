@@ -35,6 +35,12 @@ def gradients(made: nn.Module) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in made.named_parameters()}
 
 
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module, atol: float) -> None:
+    expected = gradients(theirs)
+    for name, gradient in gradients(ours).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=atol, msg=name)
+
+
 def is_linear(name: str) -> bool:
     return any(name.endswith(suffix) for suffix in LINEAR)
 
@@ -48,9 +54,7 @@ def test_both_passes_make_the_gradients_of_one(mode: str, compiled: bool) -> Non
     recompute(split.layers, mode, keep=("matmul",))
     assert first_pass(split) == pytest.approx(first_pass(whole), rel=1e-6)
     weights.take(split)()
-    expected = gradients(whole)
-    for name, gradient in gradients(split).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+    assert_same_gradients(split, whole, atol=1e-7)
 
 
 def test_only_weights_of_linear_layers_in_blocks_wait() -> None:
@@ -74,9 +78,7 @@ def test_microbatches_may_wait_together_and_end_in_any_order() -> None:
         later.append(weights.take(split))
     for add in reversed(later):
         add()
-    expected = gradients(whole)
-    for name, gradient in gradients(split).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert_same_gradients(split, whole, atol=1e-6)
 
 
 def test_what_was_set_aside_is_freed_once_it_is_added() -> None:
