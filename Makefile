@@ -3,10 +3,14 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-JSON ?= benchmarks/results/$(shell date +%F)-gpu.json
+OUT ?= runs/gpu-check
+ARGS ?=
+GPU_PYTHON = $(if $(wildcard $(VENV)/.installed-dev),$(BIN)/python,$(PYTHON))
+GPU_PYTHON_VERSION ?= 3.12
+GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check gpu-check benchmark parity clean
+.PHONY: help install demo test check gpu-check gpu-wheels benchmark parity clean
 
 help:  ## print this
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,10 +29,13 @@ check: $(VENV)/.installed-dev  ## lint, types and import contracts alone
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-gpu-check:  ## the checks and measurements that need a CUDA GPU (rows into JSON=FILE, in benchmarks/results/ by default); says so where there is none
-	@if $(PYTHON) -c 'import pytest, pretrain.cli, pretrain.train.run, data_pipeline.tokenizing.tokenize' 2>/dev/null; \
-	then python=$(PYTHON); else $(MAKE) $(VENV)/.installed-dev && python=$(BIN)/python; fi && set -x && \
-	$$python -m pytest -o addopts='-ra --strict-markers' tests/gpu && $$python -m benchmarks.gpu --json $(JSON)
+gpu-check:  ## everything that needs a CUDA GPU, in at most 9.5 minutes: OUT=FOLDER, ARGS='--stages smoke ...' (no network is used)
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
+
+gpu-wheels:  ## fetch into .wheels/ what a stock CUDA image with PyTorch (x86-64 Linux, Python GPU_PYTHON_VERSION) lacks, to be copied there
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON_VERSION) --implementation cp \
+		$(addprefix --platform ,$(GPU_PLATFORMS)) --dest .wheels --requirement benchmarks/gpu/wheels.txt
+	@du -sh .wheels
 
 benchmark: $(VENV)/.installed-dev  ## our training step beside that of transformers, our data pipeline beside its peers
 	$(BIN)/python -m benchmarks.step

@@ -24,6 +24,7 @@ from tests.gpu.test_gpu_training import SEQ_LEN, config_of, train
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none here")]
 
 STEPS = range(4)
+COMPILED = ["false", pytest.param("true", marks=pytest.mark.compiles)]
 BF16 = ("train.device=cuda", "train.precision=bf16")
 
 
@@ -55,7 +56,7 @@ def closeness(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]
     return max(loss for loss, _ in errors), max(norm for _, norm in errors)
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("layout", [Layout(zero=1), Layout(zero=2), Layout(zero=3), Layout(zero=3, offload=True)], ids=str)
 def test_sharded_steps_are_those_of_the_engine_that_divides_nothing(layout: Layout, compiled: str) -> None:
     config = config_of(*BF16, f"train.compile={compiled}")
@@ -79,7 +80,7 @@ def test_recomputation_changes_no_loss_and_less_memory_is_alive(mode: str) -> No
     assert peaks[1] < peaks[0]
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("method", ["gather", "ulysses"])
 @pytest.mark.parametrize("sequence", [False, True])
 def test_tensor_and_context_parallel_modules_compute_what_they_are_made_of(sequence: bool, method: str, compiled: str) -> None:

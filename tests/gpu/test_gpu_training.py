@@ -82,7 +82,7 @@ def on_the_cpu() -> list[tuple[float, float]]:
         (("train.precision=fp32", "train.compile=false"), 1e-4, 1e-3),
         (("train.precision=bf16", "train.compile=false"), 2e-3, 1e-2),
         (("train.precision=bf16", "train.compile=false", "train.attention=sdpa"), 2e-3, 1e-2),
-        (("train.precision=bf16", "train.compile=true"), 2e-3, 1e-2),
+        pytest.param(("train.precision=bf16", "train.compile=true"), 2e-3, 1e-2, marks=pytest.mark.compiles),
     ],
     ids=["fp32", "bf16", "bf16 sdpa", "bf16 compiled"],
 )
@@ -152,6 +152,7 @@ def relabelled(batch: Batch) -> Batch:
     return Batch(batch.input_ids, np.roll(batch.input_ids, -1, axis=1), batch.positions, batch.document_ids)
 
 
+@pytest.mark.compiles
 def test_other_documents_are_not_another_compilation() -> None:
     config = config_of("train.device=cuda", "train.compile=true")
     engine = build_engine(config)
@@ -191,6 +192,7 @@ def flat(engine: TorchEngine) -> dict[str, torch.Tensor]:
     return slots | {name: tensor for name, tensor in state["model"].items() if isinstance(tensor, torch.Tensor)}
 
 
+@pytest.mark.compiles
 def test_pretrain_train_ends_on_the_gpu_and_resumes(
     pretrain: Callable[..., object], tiny_words: Callable[..., list[str]], tmp_path: Path
 ) -> None:

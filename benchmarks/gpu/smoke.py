@@ -1,0 +1,65 @@
+"""Stage 2: a model of two layers takes three steps, eager, compiled, and under FSDP2 in a group of one rank. All losses must agree."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.training import Case, config_of, microbatches_of
+from parallel.build import divided
+from parallel.layout import Layout
+from pretrain.train.build import blueprint_of, build_engine, numbers_of
+
+STEPS = 3
+TOLERANCE = 5e-3
+"""Relative: bf16, whose rounding differs between eager and compiled code."""
+
+MODEL = ("model.n_layers=2", "model.d_model=256", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=512")
+
+
+def losses(stage: Stage, *, compiled: bool, sharded: bool) -> list[float]:
+    seq_len = 64 if stage.small else 512
+    compiled = compiled and not stage.small  # on a CPU the compiler would take most of the time
+    case = Case("smoke", preset=None, vocabulary=4096, seq_len=seq_len, rows=2, model=MODEL, compiled=compiled)
+    config = config_of(case, stage.device)
+    if sharded:
+        engine = divided(blueprint_of(config), numbers_of(config), layout=Layout(zero=3), rank=0, device=torch.device(stage.device.type, 0))
+    else:
+        engine = build_engine(config)
+    found = []
+    for step in range(STEPS):
+        began = time.monotonic()
+        result = engine.train_step(microbatches_of(config, case, seed=step), 1.0)
+        assert math.isfinite(result.grad_norm)
+        found.append(result.loss)
+        print(
+            f"step {step + 1}: loss {result.loss:.5f}, gradient norm {result.grad_norm:.5f}, {time.monotonic() - began:.2f} s", flush=True
+        )
+    how = f"{'compiled' if compiled else 'eager'}{', FSDP2 of one rank' if sharded else ''}, {config.train.attention}"
+    stage.row(what=how, losses=[round(loss, 5) for loss in found])
+    return found
+
+
+def main() -> None:
+    stage = Stage(__doc__)
+    eager = losses(stage, compiled=False, sharded=False)
+    others = [losses(stage, compiled=True, sharded=False)]
+    cuda = stage.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(0)
+    backend, device_id = ("cpu:gloo,cuda:nccl", torch.device("cuda", 0)) if cuda else ("gloo", None)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+    others += [losses(stage, compiled=compiled, sharded=True) for compiled in (False, True)]
+    dist.destroy_process_group()
+    worst = max(abs(a - b) / b for other in others for a, b in zip(other, eager, strict=True))
+    stage.row(what="largest relative difference of a loss", value=worst, tolerance=TOLERANCE)
+    assert worst < TOLERANCE
+    assert eager[-1] != eager[0]
+
+
+if __name__ == "__main__":
+    main()
