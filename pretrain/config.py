@@ -170,7 +170,8 @@ class EvalConfig(Settings):
     """Steps between validations; the first is before step 1, the last after the last step."""
 
     batches: int = Field(default=20, gt=0)
-    """Batches of `train.batch_size` sequences; the same ones each time, fewer if the held-out documents hold fewer."""
+    """Batches of `train.batch_size` sequences, shared out over the sources in proportion to their held-out text, but at least 8
+    sequences of each; the same ones each time, fewer if the held-out documents hold fewer."""
 
 
 class CheckpointConfig(Settings):

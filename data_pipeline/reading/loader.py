@@ -17,7 +17,7 @@ import xxhash
 
 from data_pipeline.errors import DataError
 from data_pipeline.reading.best_fit import BestFit, read_best_fit
-from data_pipeline.reading.mixture import Mixture, in_turn, mix
+from data_pipeline.reading.mixture import Mixture, mix
 from data_pipeline.reading.packing import Batch, count_sequences, read_concatenated
 from data_pipeline.settings import MixtureConfig
 from data_pipeline.storage.shards import open_split
@@ -94,7 +94,11 @@ class Loader:
         self.mixture = mix(mixture, sizes, seed, total_samples, self._parts)
         """Of windows of `longest` tokens."""
         self._shuffled = _Order(self.mixture)
-        self._in_turn = _Order(in_turn(sizes))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Samples in which each source is read once; 0 where the split holds nothing of it."""
+        return {name: windows * self._parts for name, windows in zip(self.mixture.names, self.mixture.sizes, strict=True)}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,15 +137,14 @@ class Loader:
             raise ValueError(f"samples {first} to {first + count} of {self.seq_len} tokens are not rows of {seq_len}, up to {self.longest}")
         return self._read(self._shuffled, first, count, together)
 
-    def sequential(self, first: int, count: int) -> Batch:
-        """Samples [first, first + count) in the order of the shards, for validation; fewer rows where the split ends.
-
-        The sources take turns, in proportion to their sizes, so that any part of the split holds something of each.
+    def sequential(self, source: str, first: int, count: int) -> Batch:
+        """Samples [first, first + count) of one source in the order of its shards, for validation; fewer rows where the source ends.
 
         Raises:
             DataError: a block of a shard does not match its checksum, unless damage is skipped; or a file cannot be opened.
         """
-        return self._read(self._in_turn, first, max(0, min(count, self.n_sequences - first)), 1)
+        samples = range(first, min(first + count, self.sizes[source]))
+        return self._rows([self.mixture.names.index(source)] * len(samples), list(samples), 1)
 
     def order(self, first: int, count: int) -> tuple[list[int], list[int]]:
         """What `batch` reads for samples [first, first + count): (number of the source, number of the source's sample) of each."""
@@ -158,7 +161,10 @@ class Loader:
 
     def _read(self, order: _Order, first: int, count: int, together: int) -> Batch:
         """Rows of `together` samples each."""
-        sources, samples = self._samples(order, first, count, together)
+        return self._rows(*self._samples(order, first, count, together), together)
+
+    def _rows(self, sources: list[int], samples: list[int], together: int) -> Batch:
+        """A row for each (number of the source, number of its sample), of `together` samples from there on."""
         if self._plans:
             return read_best_fit(self._plans, list(zip(sources, samples, strict=True)), self.seq_len, self.manifest.eot_id, self._skip)
         rows = [(source, sample * self.seq_len) for source, sample in zip(sources, samples, strict=True)]

@@ -169,7 +169,7 @@ def sources_of(weights: tuple[int, ...], first: int, size: int) -> NDArray[np.in
 
 
 def in_turn(sizes: Mapping[str, int]) -> Mixture:
-    """Every sequence of every source once and in order, the sources interleaved in proportion."""
+    """Every sequence of every source once and in order, the sources interleaved in proportion: a validation reads what comes first."""
     return Mixture(tuple(sizes), tuple(sizes.values()), (Stage(0, tuple(sizes.values())),), None)
 
 

@@ -22,6 +22,15 @@ SMOOTHED_FRACTION = 1 / 25
 
 FloatArray = NDArray[np.float64]
 
+BY_SOURCE = {
+    "light": ("#1f5fae", "#c2410c", "#0f766e", "#a21caf", "#7a5c00", "#be123c", "#15803d", "#475569"),
+    "dark": ("#7db4f5", "#fb9a5b", "#5eead4", "#e879f9", "#facc15", "#fb7185", "#86efac", "#cbd5e1"),
+}
+"""Colours of the curves of sources. Each has a dash and a symbol of its own as well: eight colours do not keep apart for everybody."""
+
+DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
+
 THEMES = {
     "light": {
         "text": "#5b6474",
@@ -77,6 +86,9 @@ def charts(metrics: Metrics, events: Sequence[Event]) -> dict[str, go.Figure]:
         "tokens_per_s": _figure(speed, marks, last),
     }
     figures["lr"].update_yaxes(exponentformat="e", showexponent="all", rangemode="tozero")
+    if (by_source := _by_source(metrics)) is not None:
+        figures["by_source"] = _figure(by_source, marks, last)
+        figures["by_source"].update_layout(height=330, showlegend=True, margin={"t": 34})
     for name in ("grad_norm", "tokens_per_s"):
         figures[name].update_yaxes(rangemode="tozero")
     return figures
@@ -84,7 +96,13 @@ def charts(metrics: Metrics, events: Sequence[Event]) -> dict[str, go.Figure]:
 
 def themes() -> dict[str, dict[str, object]]:
     """The look of every chart, light and dark: Plotly's template, and the colour of each role (a trace names its role in `meta`)."""
-    return {name: {"template": _template(colors).to_plotly_json(), "colors": colors} for name, colors in THEMES.items()}
+    return {
+        name: {
+            "template": _template(colors).to_plotly_json(),
+            "colors": colors | {f"source{i}": color for i, color in enumerate(BY_SOURCE[name])},
+        }
+        for name, colors in THEMES.items()
+    }
 
 
 def smooth(values: FloatArray, reach: int) -> FloatArray:
@@ -157,6 +175,29 @@ def _validation(metrics: Metrics) -> go.Scatter:
         cliponaxis=False,
         hovertemplate="%{y:.4f}",
     )
+
+
+def _by_source(metrics: Metrics) -> list[go.Scatter] | None:
+    """The validation loss of each source, sorted as in the newest record; None where there are not several sources."""
+    names = dict.fromkeys(name for record in reversed(metrics.validations) for name in record.by_source)
+    if len(names) < 2:
+        return None
+    traces = []
+    for i, name in enumerate(names):
+        told = [(record.step, record.by_source[name].loss) for record in metrics.validations if name in record.by_source]
+        traces.append(
+            go.Scatter(
+                x=[step for step, _ in told],
+                y=_gaps(loss for _, loss in told),
+                name=html.escape(name),
+                mode="lines+markers",
+                meta=f"source{i % len(BY_SOURCE['light'])}",
+                line={"width": 1.5, "dash": DASHES[i % len(DASHES)], "simplify": False},
+                marker={"size": 7, "symbol": SYMBOLS[i % len(SYMBOLS)]},
+                hovertemplate="%{y:.4f}",
+            )
+        )
+    return traces
 
 
 def _event_lane(marks: Mapping[int, Sequence[Event]]) -> go.Scatter:

@@ -12,7 +12,7 @@ from pretrain.errors import UserError
 from pretrain.report import frame
 from pretrain.report.charts import themes
 from pretrain.report.data_charts import drops, lengths
-from pretrain.report.data_rows import Row, places, split_rows, stretch_rows
+from pretrain.report.data_rows import places, split_rows, stretch_rows
 from pretrain.report.frame import text
 from pretrain.report.records import write_whole
 from pretrain.report.words import amount
@@ -73,7 +73,7 @@ def _splits(description: Description) -> str:
 
 def _split(manifest: Manifest) -> str:
     head = ("Source", "Documents read", "Dropped", "Written", "Tokens", "Share", "Bytes/token", "Shards")
-    return _table(head, split_rows(manifest), total=True)
+    return frame.table(head, split_rows(manifest), total=True)
 
 
 def _forecast(forecast: Forecast) -> str:
@@ -89,7 +89,7 @@ def _forecast(forecast: Forecast) -> str:
 
 
 def _stretch(stretch: Stretch) -> str:
-    return _table(("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), stretch_rows(stretch), total=True)
+    return frame.table(("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), stretch_rows(stretch), total=True)
 
 
 def _dropped(sources: Sequence[SourceDescription]) -> str:
@@ -97,7 +97,7 @@ def _dropped(sources: Sequence[SourceDescription]) -> str:
     duplicates = [entry for source in sources for entry in source.duplicates]
     if duplicates:
         rows = [(entry.source, entry.kept_in, f"{entry.exact:,}", f"{entry.near:,}") for entry in duplicates]
-        table = _table(("Dropped from", "Kept in", "Exact", "Near"), rows, words=2)
+        table = frame.table(("Dropped from", "Kept in", "Exact", "Near"), rows, words=2)
         chart += f'<h3>Duplicates, and where the document is that was kept</h3><div class="scroll">{table}</div>'
     return frame.card("drops", "Dropped documents", chart, "Shares of the documents that were read of the source.")
 
@@ -106,18 +106,7 @@ def _kept(sources: Iterable[SourceDescription]) -> str:
     rows = [(source.name, reason, f"{count:,}") for source in sources for reason, count in source.changes.items()]
     if not rows:
         return ""
-    return frame.card("changes", "Kept with a remark", _table(("Source", "Remark", "Documents"), rows, words=2))
-
-
-def _table(head: Row, rows: Sequence[Row], words: int = 1, *, total: bool = False) -> str:
-    """Columns of words, then columns of numbers; with `total` the last of several rows is their sum."""
-
-    def row(cells: Row, kind: str, mark: str = "") -> str:
-        marked = (f"<{kind}{' class=number' * (i >= words)}>{text(cell)}</{kind}>" for i, cell in enumerate(cells))
-        return f"<tr{mark}>{''.join(marked)}</tr>"
-
-    body = "".join(row(cells, "td", " class=total" * (total and i == len(rows) - 1 > 0)) for i, cells in enumerate(rows))
-    return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>"
+    return frame.card("changes", "Kept with a remark", frame.table(("Source", "Remark", "Documents"), rows, words=2))
 
 
 def _samples(description: Description) -> str:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from data_pipeline.inspect import SourceDescription, fertility
 from data_pipeline.reading.forecast import Stretch
 from data_pipeline.storage.manifest import Manifest, SourceManifest
-
-Row = tuple[str, ...]
+from pretrain.report.frame import Row
 
 
 def split_rows(manifest: Manifest) -> list[Row]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from string import Template
@@ -18,6 +18,7 @@ from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 Themes = Mapping[str, Mapping[str, object]]
+Row = tuple[str, ...]
 
 
 def page(title: str, state: str, subtitle: str, body: str, source: str, figures: Mapping[str, go.Figure], themes: Themes) -> str:
@@ -67,6 +68,17 @@ def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
 def notices(sentences: Iterable[str]) -> str:
     """What a reader should not miss."""
     return "".join(f'<p class="notice">{text(sentence)}</p>' for sentence in sentences)
+
+
+def table(head: Row, rows: Sequence[Row], words: int = 1, *, total: bool = False) -> str:
+    """Columns of words, then columns of numbers; with `total` the last of several rows is their sum."""
+
+    def row(cells: Row, kind: str, mark: str = "") -> str:
+        marked = (f"<{kind}{' class=number' * (i >= words)}>{text(cell)}</{kind}>" for i, cell in enumerate(cells))
+        return f"<tr{mark}>{''.join(marked)}</tr>"
+
+    body = "".join(row(cells, "td", " class=total" * (total and i == len(rows) - 1 > 0)) for i, cells in enumerate(rows))
+    return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def settings(sections: Mapping[str, Iterable[tuple[str, str, bool]]]) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import plotly.graph_objects as go
+
+from data_pipeline.held_out import LEAST_SEQUENCES
 from pretrain.config import RunConfig, flatten
 from pretrain.report import frame
 from pretrain.report.charts import MAX_POINTS, charts, themes
 from pretrain.report.frame import text
-from pretrain.report.records import Event, Metrics, read_config, read_events, read_metrics, write_whole
+from pretrain.report.records import Event, Metrics, ValidationRecord, read_config, read_events, read_metrics, write_whole
 from pretrain.report.words import amount, decimal, duration
 
 SECTIONS = {
@@ -53,18 +56,19 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _page(run: Run) -> str:
+    figures = charts(run.metrics, run.events)
     sections = "".join(frame.card(name, title, frame.chart(name, f"{title} over the steps")) for name, title in SECTIONS.items())
     body = [
         frame.tiles(_tiles(run)),
         frame.notices(_notices(run)),
         f'<div class="charts">{sections}</div>',
+        _by_source(figures, run.metrics.validations),
         f'<p class="note">{text(_remarks(run))}</p>',
         _samples(run.events),
         _events(run.events),
         _config(run.config),
     ]
     source = "metrics.jsonl and events.jsonl"
-    figures = charts(run.metrics, run.events)
     return frame.page(run.name, _state(run.events), _subtitle(run), "\n".join(body), source, figures, themes())
 
 
@@ -128,6 +132,11 @@ def _notices(run: Run) -> list[str]:
         notices.append(
             f"The loss of {len(bad):,} step{'s' * (len(bad) > 1)} was not finite, first at step {bad[0]:,}: the curves have gaps there."
         )
+    few = run.config.data.seq_len * (LEAST_SEQUENCES - 1)
+    by_source = run.metrics.validations[-1].by_source if run.metrics.validations else {}
+    small = [f"{name} ({source.tokens:,} tokens)" for name, source in by_source.items() if source.tokens <= few]
+    if small:
+        notices.append(f"The validation loss is over little text of {', '.join(small)}: hold out more of it, or raise eval.batches.")
     return notices
 
 
@@ -138,6 +147,22 @@ def _remarks(run: Run) -> str:
         remarks.append(f"Curves show {MAX_POINTS:,} of the {len(run.metrics.steps):,} steps: the lowest and the highest of every stretch.")
     statement = next((event.mfu_statement for event in reversed(run.events) if event.mfu_statement), None)
     return " ".join([*remarks, f"{statement}."] if statement else remarks)
+
+
+def _by_source(figures: Mapping[str, go.Figure], validations: Sequence[ValidationRecord]) -> str:
+    """The curve of each source, and a table of the newest values. Empty where there are not several sources."""
+    if "by_source" not in figures:
+        return ""
+    last = validations[-1]
+    rows = []
+    for name, source in last.by_source.items():
+        first = next(record.by_source[name] for record in validations if name in record.by_source)
+        rows.append((name, f"{source.tokens:,}", decimal(first.loss), decimal(source.loss), decimal(source.perplexity, 2)))
+    rows.append(("all", f"{last.val_tokens:,}", decimal(validations[0].val_loss), decimal(last.val_loss), decimal(last.val_perplexity, 2)))
+    table = frame.table(("Source", "Tokens predicted", "First loss", "Last loss", "Perplexity"), rows, total=True)
+    chart = frame.chart("by_source", "Validation loss by source over the steps")
+    note = "The last row is the mean over all these tokens."
+    return frame.card("by_source", "Validation loss by source", f'{chart}<div class="scroll">{table}</div>', note)
 
 
 def _samples(events: Sequence[Event]) -> str:

@@ -20,6 +20,13 @@ from pretrain.config import RunConfig
 from pretrain.errors import UserError
 
 
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def _null_is_nan(value: object) -> object:
     return math.nan if value is None else value
 
@@ -64,23 +71,37 @@ class StepRecord(Record):
     """1 for the first start, one more with each resume."""
 
 
+class SourceLoss(Record):
+    """The part of a validation that is one source's."""
+
+    loss: Number
+    """Mean cross-entropy in nats."""
+    tokens: int
+    """Tokens predicted."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return _exp(self.loss)
+
+
 class ValidationRecord(Record):
     """One validation after `step` steps, in `metrics.jsonl`."""
 
     step: int
     val_loss: Number
-    """Mean cross-entropy in nats."""
+    """Mean cross-entropy in nats over all tokens predicted, whatever their source."""
     val_tokens: int
+    """Tokens predicted."""
+    by_source: dict[str, SourceLoss] = {}
+    """The same for each source: the mean of these losses, weighted by their tokens, is `val_loss`. Empty in files of older versions."""
     time: float
 
     @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property (python/mypy#14461); pydantic asks for this order
     @property
     def val_perplexity(self) -> float:
         """exp(val_loss)."""
-        try:
-            return math.exp(self.val_loss)
-        except OverflowError:
-            return math.inf
+        return _exp(self.val_loss)
 
 
 class Event(Record):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import TracebackType
 
@@ -20,6 +20,9 @@ from pretrain.report.words import decimal, duration
 from pretrain.train.metrics import Pace
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+MOST_SOURCES = 8
+"""Sources whose validation loss a line tells."""
+
 QUIET_EVENTS = {"save", "settings"}
 
 
@@ -78,6 +81,8 @@ class Display:
         self._validation = record
         line = f"validation after step {record.step}: loss {decimal(record.val_loss)}, perplexity {decimal(record.val_perplexity, 2)}"
         self._say(Text(line, style="bold"))
+        if len(record.by_source) > 1:
+            self._say(Text(f"  {sources_line(record)}"))
 
     def event(self, event: Event) -> None:
         """Show what happened, above the panel."""
@@ -103,7 +108,27 @@ class Display:
         )
         bar.expand = True
         curve = Text.assemble((self._curve.draw(min(60, self._console.width - 20)), "cyan"), ("  training loss", "dim"))
-        return Padding(Group(bar, _numbers(self._step, self._pace, self._validation), curve), (1, 0, 0, 0))
+        return Padding(Group(bar, _numbers(self._step, self._pace, self._validation), *self._by_source(), curve), (1, 0, 0, 0))
+
+    def _by_source(self) -> Iterator[Text]:
+        """The newest validation loss of each source, as many as fit into a line; nothing where there is one source."""
+        if self._validation is None or len(self._validation.by_source) < 2:
+            return
+        cells = [f"{name} {decimal(source.loss)}" for name, source in self._validation.by_source.items()]
+        line, room = "by source", self._console.width - len("  +9999")
+        for shown, cell in enumerate(cells):
+            if len(line) + 2 + len(cell) > room:
+                line += f"  +{len(cells) - shown}"
+                break
+            line += f"  {cell}"
+        yield Text(line, style="dim")
+
+
+def sources_line(record: ValidationRecord) -> str:
+    """The validation loss and perplexity of each source; of very many only the first ones."""
+    cells = [f"{name} {decimal(source.loss)} (perplexity {decimal(source.perplexity, 2)})" for name, source in record.by_source.items()]
+    more = f", and {len(cells) - MOST_SOURCES} more in metrics.jsonl" if len(cells) > MOST_SOURCES else ""
+    return "by source: " + ", ".join(cells[:MOST_SOURCES]) + more
 
 
 def plain_line(record: StepRecord, pace: Pace | None, total_steps: int) -> str:

@@ -40,9 +40,12 @@ def open_loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Log
 
 
 def scalars(record: StepRecord | ValidationRecord) -> dict[str, float]:
-    """The numbers worth a curve, by the names both services show: `train/loss`, `validation/loss`, ..."""
+    """The numbers worth a curve, by the names both services show: `train/loss`, `validation/loss`, of sources `val_loss/<source>`."""
     if isinstance(record, ValidationRecord):
-        return {"validation/loss": record.val_loss, "validation/perplexity": record.val_perplexity}
+        told_of_all = {"validation/loss": record.val_loss, "validation/perplexity": record.val_perplexity}
+        several = record.by_source if len(record.by_source) > 1 else {}
+        losses = {f"val_loss/{name}": source.loss for name, source in several.items()}
+        return told_of_all | losses | {f"val_perplexity/{name}": source.perplexity for name, source in several.items()}
     told = {
         "train/loss": record.loss,
         "train/z_loss": record.z_loss,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.held_out import sequences_to_read
 from data_pipeline.reading.loader import Loader, prefetch
 from data_pipeline.reading.packing import Batch
 from parallel.engine import Engine, StepResult
@@ -23,7 +24,7 @@ from pretrain.config import RunConfig
 from pretrain.errors import Diverged, UserError
 from pretrain.model.flops import flops_per_token
 from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
-from pretrain.report.records import StepRecord, ValidationRecord
+from pretrain.report.records import SourceLoss, StepRecord, ValidationRecord
 from pretrain.train.books import Books
 from pretrain.train.feed import HostBatch, fill_up, microbatches, to_host
 from pretrain.train.growth import seq_len_at
@@ -153,29 +154,44 @@ class Loop:
         )
 
     def _validate(self, step: int) -> None:
-        """Mean loss over the first batches of the held-out split, the same ones each time."""
+        """Mean loss over held-out sequences of every source, the same ones each time, and over those of each source."""
         if self.validation is None:
             return
-        config, share = self.config, self.place.share
-        size, batch_size = config.train.micro_batch_size, config.train.batch_size
-        n_sequences = min(config.eval.batches * batch_size, self.validation.n_sequences)
-        total, targets = 0.0, 0
+        config = self.config
+        budget = config.eval.batches * config.train.batch_size
         with self.meter.paused():
-            for first in range(0, n_sequences, batch_size):
-                n_rows = min(batch_size, n_sequences - first)
-                mine = share.rows(n_rows)
-                batch = self.validation.sequential(first + mine.start, len(mine))
-                rows = to_host(fill_up(batch, share.given(n_rows, size)), self.device)
-                self._agree_on_damage(rows, step)
-                loss, n_targets = self.engine.eval_step(list(microbatches(rows, size, self.device)))
-                total, targets = total + loss, targets + n_targets
+            sums = {
+                name: self._loss_of(self.validation, name, n_sequences, step)
+                for name, n_sequences in sequences_to_read(self.validation.sizes, budget).items()
+            }
+            targets = sum(n_targets for _, n_targets in sums.values())
             if not targets:
                 raise UserError(
                     f"{config.data.path / 'validation'} holds no token to predict that is not damaged; prepare more, or restore it"
                 )
-            record = ValidationRecord(step=step, val_loss=total / targets, val_tokens=targets, time=time.time())
+            record = ValidationRecord(
+                step=step,
+                val_loss=sum(loss for loss, _ in sums.values()) / targets,
+                val_tokens=targets,
+                by_source={name: SourceLoss(loss=loss / n, tokens=n) for name, (loss, n) in sums.items() if n},
+                time=time.time(),
+            )
             self.books.log(record)
             self.books.display.validation(record)
+
+    def _loss_of(self, validation: Loader, source: str, n_sequences: int, step: int) -> tuple[float, int]:
+        """(sum of the cross-entropy in nats, tokens predicted) over the first held-out sequences of a source, a batch at a time."""
+        size, batch_size, share = self.config.train.micro_batch_size, self.config.train.batch_size, self.place.share
+        total, targets = 0.0, 0
+        for first in range(0, n_sequences, batch_size):
+            n_rows = min(batch_size, n_sequences - first)
+            mine = share.rows(n_rows)
+            batch = validation.sequential(source, first + mine.start, len(mine))
+            rows = to_host(fill_up(batch, share.given(n_rows, size)), self.device)
+            self._agree_on_damage(rows, step)
+            loss, n_targets = self.engine.eval_step(list(microbatches(rows, size, self.device)))
+            total, targets = total + loss, targets + n_targets
+        return total, targets
 
     def _save(self, step: int) -> None:
         config, place = self.config, self.place

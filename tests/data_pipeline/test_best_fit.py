@@ -47,7 +47,7 @@ def realistic(n: int) -> NDArray[np.int32]:
 def test_packing_by_hand(write_split: WriteSplit) -> None:
     documents = [[1, 2, 0], [3, 4, 5, 0], [6, 0], [7, 8, 9, 10, 11, 12, 13, 0], [14, 0], [15, 16, 0]]
     loader = Loader(write_split({"a": documents}).folder, seq_len=5, seed=0, packing="best_fit")
-    batch = loader.sequential(0, 9)
+    batch = loader.sequential("a", 0, 9)
     no = NO_LABEL
     assert batch.input_ids.tolist() == [[1, 2, 0, 6, 0], [3, 4, 5, 0, 0], [7, 8, 9, 10, 11], [12, 13, 0, 14, 0], [15, 16, 0, 0, 0]]
     assert batch.labels.tolist() == [[2, 0, 6, 0, no], [4, 5, 0, no, no], [8, 9, 10, 11, 12], [13, 0, 14, 0, no], [16, 0, no, no, no]]
@@ -58,10 +58,10 @@ def test_packing_by_hand(write_split: WriteSplit) -> None:
 
 def test_the_end_of_a_document_predicts_no_middle_of_another(write_split: WriteSplit) -> None:
     folder = write_split({"a": [[1, 0], [2, 3, 4, 5, 6, 0]]}).folder
-    batch = Loader(folder, seq_len=4, seed=0, packing="best_fit").sequential(0, 9)
+    batch = Loader(folder, seq_len=4, seed=0, packing="best_fit").sequential("a", 0, 9)
     assert batch.input_ids.tolist() == [[1, 0, 6, 0], [2, 3, 4, 5]]
     assert batch.labels.tolist() == [[0, NO_LABEL, 0, NO_LABEL], [3, 4, 5, 6]]
-    plain = Loader(folder, seq_len=8, seed=0).sequential(0, 1)
+    plain = Loader(folder, seq_len=8, seed=0).sequential("a", 0, 1)
     assert plain.labels[0, 1] == 2  # where the document begins there, it does
 
 
@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_written_is_told_to_plan_elsewhere_first_and_a_p
             Loader(folder, seq_len=4, seed=0, packing="best_fit")
     Loader(folder, seq_len=4, seed=0, packing="best_fit")
     monkeypatch.setattr(Path, "open", read_only)
-    assert Loader(folder, seq_len=4, seed=0, packing="best_fit").sequential(0, 9).input_ids.shape == (2, 4)
+    assert Loader(folder, seq_len=4, seed=0, packing="best_fit").sequential("a", 0, 9).input_ids.shape == (2, 4)
 
 
 @pytest.mark.parametrize(("locks", "made"), [(True, 1), (False, 4)])

@@ -1,6 +1,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +129,19 @@ def test_the_order_is_what_batches_read(write_split: WriteSplit, longest: int, p
         assert [1000 * source + 8 * sample for source, sample in zip(*loader.order(first, count), strict=True)] == read
 
 
-def test_sequential_is_every_sequence_once_the_sources_taking_turns(write_split: WriteSplit) -> None:
+def test_sequential_is_every_sequence_of_a_source_once_and_in_order(write_split: WriteSplit) -> None:
     sources = {"web": [[1] * 40] * 4, "code": [[2] * 40] * 2, "books": [[3] * 24, [4] * 16], "none": []}
     loader = Loader(write_split(sources, name="validation").folder, seq_len=8, seed=5)
-    n = loader.n_sequences
-    assert n == 35
-    whole = loader.sequential(0, n)
-    assert whole.input_ids[:, 0].tolist()[-7:].count(2) == 2
-    assert Counter(whole.input_ids[:7, 0].tolist()) == {1: 4, 2: 2, 3: 1}
-    assert [id for id in whole.input_ids[:, 0].tolist() if id > 2] == [3, 3, 3, 4, 4]
-    assert same(rows(loader.sequential(0, 5), loader.sequential(5, n)), whole)
-    assert loader.sequential(n, 4).input_ids.shape == (0, 8)
-    assert same(Loader(loader.sources[0].folder, seq_len=8, seed=6, longest=16).sequential(0, n), whole) is False
+    assert loader.sizes == {"web": 20, "code": 10, "books": 5, "none": 0}
+    for name, ids in {"web": [1] * 20, "code": [2] * 10, "books": [3, 3, 3, 4, 4], "none": []}.items():
+        whole = loader.sequential(name, 0, 99)
+        assert whole.input_ids[:, 0].tolist() == ids
+        assert same(rows(loader.sequential(name, 0, 3), loader.sequential(name, 3, 99)), whole)
+        assert loader.sequential(name, len(ids), 4).input_ids.shape == (0, 8)
+    assert loader.sequential("books", 2, 2).input_ids[:, 0].tolist() == [3, 4]
+    wider = Loader(loader.sources[0].folder, seq_len=8, seed=6, longest=24)
+    assert wider.sizes == {"web": 21, "code": 12, "books": 6, "none": 0}  # windows of 24 tokens, the last filled up
+    assert (wider.sequential("books", 5, 1).labels == NO_LABEL).all()
 
 
 def test_prefetch_yields_what_batch_does_transformed_and_raises_in_the_caller(write_split: WriteSplit) -> None:
@@ -155,8 +157,8 @@ def test_prefetch_yields_what_batch_does_transformed_and_raises_in_the_caller(wr
     endless.close()
     flip(split.folder / "a-00000.bin", 2 * BLOCK_BYTES)
     loader = Loader(split.folder, seq_len=1024, seed=1)
-    ahead = prefetch(loader.sequential, [(0, 8), (1024, 8), (8, 8)], lambda batch: batch)
-    assert same(next(ahead), loader.sequential(0, 8))
+    ahead = prefetch(partial(loader.sequential, "a"), [(0, 8), (1024, 8), (8, 8)], lambda batch: batch)
+    assert same(next(ahead), loader.sequential("a", 0, 8))
     with pytest.raises(DataError, match="block 2 of 3"):
         next(ahead)
 
@@ -196,7 +198,8 @@ def test_training_on_less_than_one_window_is_refused_and_validating_is_padded(wr
     with pytest.raises(DataError, match=r"6, is not a multiple of data\.seq_len=4"):
         Loader(folder, seq_len=4, seed=0, longest=6)
     held_out = Loader(write_split(documents, name="validation").folder, seq_len=8, seed=0)
-    assert held_out.sequential(0, 9).document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]]
+    assert held_out.sequential("a", 0, 9).document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]]
+    assert held_out.sequential("b", 0, 9).document_ids.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]
     assert held_out.fingerprint == held_out.manifest.fingerprint()
 
 

@@ -14,7 +14,7 @@ Draw = Callable[..., list[list[int]]]
 
 def test_packing_by_hand(write_split: WriteSplit) -> None:
     loader = Loader(write_split({"a": [[1, 2, 0], [3, 4, 5, 6, 0], [7, 0]]}).folder, seq_len=4, seed=0)
-    batch = loader.sequential(0, 9)
+    batch = loader.sequential("a", 0, 9)
     no = NO_LABEL
     assert batch.input_ids.tolist() == [[1, 2, 0, 3], [4, 5, 6, 0], [7, 0, 0, 0]]
     assert batch.labels.tolist() == [[2, 0, 3, 4], [5, 6, 0, 7], [0, no, no, no]]
@@ -32,7 +32,7 @@ def test_packing_equals_a_plain_reading_of_the_documents(
     documents = [*random_documents(120, 40), *random_documents(3, 9000, seed=1)]  # longer than a cell of the guide table
     folder = write_split({"a": documents}, vocab_size=vocab_size, shard_tokens=300).folder
     loader = Loader(folder, seq_len=seq_len, seed=0)
-    batch = loader.sequential(0, loader.n_sequences)
+    batch = loader.sequential("a", 0, loader.n_sequences)
     owner = [i for i, ids in enumerate(documents) for _ in ids]
     stream = list(itertools.chain(*documents))
     n_rows = -(-len(stream) // seq_len)
@@ -77,4 +77,4 @@ def test_documents_are_numbered_by_their_starts_however_often_those_are_told() -
 
 def test_a_document_without_tokens_is_not_counted(write_split: WriteSplit) -> None:
     loader = Loader(write_split({"a": [[1, 0], [], [2, 0], [], [3, 0]]}).folder, seq_len=6, seed=0)
-    assert loader.sequential(0, 1).document_ids.tolist() == [[0, 0, 1, 1, 2, 2]]
+    assert loader.sequential("a", 0, 1).document_ids.tolist() == [[0, 0, 1, 1, 2, 2]]

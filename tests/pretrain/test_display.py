@@ -2,10 +2,12 @@
 
 import io
 import math
+import re
 
+import pytest
 from rich.console import Console
 
-from pretrain.report.records import Event, StepRecord, ValidationRecord
+from pretrain.report.records import Event, SourceLoss, StepRecord, ValidationRecord
 from pretrain.report.words import amount, decimal, duration
 from pretrain.train.display import Display, Sparkline
 from pretrain.train.metrics import Pace
@@ -72,6 +74,34 @@ def test_validations_and_events_are_always_told() -> None:
         "save at step 50: step-00000050",
         "sample at step 50: def f(x): return [red]x[/red]",
     ]
+
+
+def by_source(count: int) -> ValidationRecord:
+    losses = {f"source-{i}": SourceLoss(loss=i / 2, tokens=9) for i in range(count)}
+    return ValidationRecord(step=50, val_loss=2.0, val_tokens=9 * count, by_source=losses, time=0)
+
+
+def test_of_several_sources_each_has_its_loss_and_perplexity() -> None:
+    console, out = plain_console()
+    with Display(100, console=console) as display:
+        for count in (1, 2, 11):
+            display.validation(by_source(count))
+    one, two, head, eleven = [out.getvalue().splitlines()[i] for i in (0, 2, 3, 4)]
+    assert one == head == "validation after step 50: loss 2.000, perplexity 7.39"
+    assert two == "  by source: source-0 0.000 (perplexity 1.00), source-1 0.500 (perplexity 1.65)"
+    assert eleven.endswith("source-7 3.500 (perplexity 33.12), and 3 more in metrics.jsonl")
+
+
+@pytest.mark.parametrize(("count", "width", "line"), [(2, 80, "source-1 0.500"), (11, 80, "+7"), (11, 300, "source-10 5.000")])
+def test_the_panel_has_a_line_of_the_sources_that_fits(count: int, width: int, line: str) -> None:
+    out = io.StringIO()
+    with Display(400, console=Console(file=out, force_terminal=True, width=width, legacy_windows=False)) as display:
+        display.step(record(1))
+        display.validation(by_source(count))
+    lines = [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line).strip("\r ") for line in out.getvalue().splitlines()]
+    told = [line for line in lines if line.startswith("by source  source-0 0.000")][-1]
+    assert told.endswith(line)
+    assert len(told) < width
 
 
 def test_a_terminal_shows_a_panel_that_goes_on_where_a_resumed_run_does() -> None:

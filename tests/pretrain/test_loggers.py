@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import RunConfig
-from pretrain.report.records import StepRecord, ValidationRecord
-from pretrain.train.loggers import open_loggers
+from pretrain.report.records import SourceLoss, StepRecord, ValidationRecord
+from pretrain.train.loggers import open_loggers, scalars
 
 
 def config(tmp_path: Path, **log: object) -> RunConfig:
@@ -42,6 +42,19 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert [(point.step, point.value) for point in board.Scalars("train/loss")] == [(s, 3.0 if s < 5 else 2.0) for s in range(1, 8)]
     assert [(point.step, point.value) for point in board.Scalars("validation/loss")] == [(7, 3.0)]
     assert "speed/mfu" not in board.Tags()["scalars"]
+
+
+def test_of_several_sources_each_has_a_curve_and_a_single_one_has_none() -> None:
+    losses = {"web": SourceLoss(loss=0.0, tokens=9), "code": SourceLoss(loss=2.0, tokens=1)}
+    whole = {"validation/loss": 0.2, "validation/perplexity": pytest.approx(1.2214, rel=1e-4)}
+    record = ValidationRecord(step=1, val_loss=0.2, val_tokens=10, by_source=losses, time=0)
+    assert scalars(record) == whole | {
+        "val_loss/web": 0.0,
+        "val_loss/code": 2.0,
+        "val_perplexity/web": 1.0,
+        "val_perplexity/code": pytest.approx(7.38906, rel=1e-5),
+    }
+    assert scalars(record.model_copy(update={"by_source": {"web": losses["web"]}})) == whole
 
 
 @pytest.mark.timeout(120)

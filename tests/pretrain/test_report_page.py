@@ -15,21 +15,26 @@ from pretrain.config import RunConfig
 from pretrain.errors import UserError
 from pretrain.report.charts import MAX_POINTS, smooth, thin
 from pretrain.report.page import write_report
-from pretrain.report.records import Event, StepRecord, ValidationRecord
+from pretrain.report.records import Event, SourceLoss, StepRecord, ValidationRecord
 from pretrain.train.metrics import RecordFile
 from pretrain.train.rundir import RunDirectory
 
 HOSTILE = 'x = "</script><script>console.error(1)</script>" & <b>'
 
 
-def write_run(path: Path, steps: int, *, finished: bool = True, nan_at: tuple[int, ...] = ()) -> Path:
+def parts(step: int, sources: tuple[str, ...]) -> dict[str, SourceLoss]:
+    """Losses that fall from 9 at different speeds, over 5,000 tokens of the first source, half as many of the next, and so on."""
+    return {name: SourceLoss(loss=2 + 7 / (1 + step * (i + 1)), tokens=5000 >> i) for i, name in enumerate(sources)}
+
+
+def write_run(path: Path, steps: int, *, finished: bool = True, nan_at: tuple[int, ...] = (), sources: tuple[str, ...] = ()) -> Path:
     """A run of `steps` steps, stopped and resumed half way, validated at the start and after every tenth step."""
     config = RunConfig.model_validate({"run": {"dir": str(path)}, "model": {"n_layers": 3, "vocab_size": 512}, "train": {"steps": steps}})
     half = steps // 2
     with RunDirectory.open(config) as run, RecordFile(run.metrics) as metrics, RecordFile(run.events) as events:
         run.settle(config)
         events.append(Event(time=1000, step=0, kind="start", text="new run", parameters=12_588_032, device="CPU", mfu_statement="No MFU"))
-        metrics.append(ValidationRecord(step=0, val_loss=9.125, val_tokens=512, time=1000))
+        metrics.append(ValidationRecord(step=0, val_loss=9.125, val_tokens=512, by_source=parts(0, sources), time=1000))
         for step in range(1, steps + 1):
             now = 1000 + step + (600 if step > half else 0)
             loss = math.nan if step in nan_at else 2 + 7 / step
@@ -40,7 +45,8 @@ def write_run(path: Path, steps: int, *, finished: bool = True, nan_at: tuple[in
                 )
             )  # fmt: skip
             if step % 10 == 0:
-                metrics.append(ValidationRecord(step=step, val_loss=2.25 + 7 / step, val_tokens=512, time=now))
+                losses = parts(step, sources)
+                metrics.append(ValidationRecord(step=step, val_loss=2.25 + 7 / step, val_tokens=512, by_source=losses, time=now))
             if step == half and step > 0:
                 events.append(Event(time=now, step=step, kind="stop", text="SIGTERM received"))
                 events.append(Event(time=now + 600, step=step, kind="resume", text=HOSTILE, parameters=12_588_032, device="CPU"))
@@ -103,6 +109,16 @@ def test_losses_that_are_not_finite_are_pointed_out(tmp_path: Path) -> None:
     whole = text_of(write_report(write_run(tmp_path / "whole", 40)).read_text())
     assert "The loss of 2 steps was not finite, first at step 7" in broken
     assert "not finite" not in whole
+
+
+def test_the_validation_of_each_source_is_told_and_of_one_alone_is_not(tmp_path: Path) -> None:
+    page = text_of(write_report(write_run(tmp_path / "two", 40, sources=("web", "code"))).read_text())
+    assert "Source Tokens predicted First loss Last loss Perplexity web 5,000 9.000 2.171 8.76 code 2,500 9.000 2.086 8.06 all 512" in page
+    few = "The validation loss is over little text of web (5,000 tokens), code (2,500 tokens): hold out more of it, or raise eval.batches."
+    assert few in page
+    one = text_of(write_report(write_run(tmp_path / "one", 40, sources=("web",))).read_text())
+    assert "Validation loss by source" not in one
+    assert "little text" not in text_of(write_report(write_run(tmp_path / "none", 40)).read_text())
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -199,6 +215,15 @@ def test_chromium_draws_the_dark_page_with_a_gap_at_each_nan(tmp_path: Path) -> 
     assert console == []
     assert dots(charts_in(document)["loss"]) == [38, 5, 3]
     assert 'data-drawn="dark"' in document
+
+
+def test_chromium_draws_a_curve_for_each_source(tmp_path: Path) -> None:
+    names = tuple(f"source-{i}" for i in range(10))
+    document, console = browse(write_report(write_run(tmp_path / "run", 40, sources=names)), tmp_path / "profile")
+    assert console == []
+    charts = charts_in(document)
+    assert dots(charts["by_source"]) == [5] * 10
+    assert re.findall(r'class="legendtext"[^>]*>([^<]+)<', charts["by_source"]) == list(names)
 
 
 def test_chromium_draws_a_run_of_one_step(tmp_path: Path) -> None:

@@ -140,7 +140,9 @@ def test_validation_reads_the_same_held_out_sequences_each_time(
     monkeypatch.setattr(TorchEngine, "eval_step", spy)
     run_tiny(tmp_path, "train.steps=10", "eval.every=5", "eval.batches=2", "train.micro_batch_size=3")
     rows = torch.cat([ids for _, ids in seen]).view(3, 8, 32)
-    held_out = Loader(tiny_data / "validation", seq_len=32, seed=0).sequential(0, 8)
+    loader = Loader(tiny_data / "validation", seq_len=32, seed=0)
+    (name,) = loader.sizes
+    held_out = loader.sequential(name, 0, 8)
     assert all(torch.equal(each, torch.from_numpy(held_out.input_ids).long()) for each in rows)
     assert {record.val_tokens for record in told(tmp_path)[0].validations} == {int((held_out.labels != -100).sum())}
 
@@ -166,8 +168,8 @@ def test_tokens_see_only_their_document_unless_told_otherwise(
 ) -> None:
     """The first validation is the same number when every document but its last in a row is garbled, or it is not."""
 
-    def garbled(self: Loader, first: int, count: int) -> Batch:
-        batch = sequential(self, first, count)
+    def garbled(self: Loader, source: str, first: int, count: int) -> Batch:
+        batch = sequential(self, source, first, count)
         batch = replace(batch, input_ids=batch.input_ids.copy(), labels=batch.labels.copy())
         earlier = batch.document_ids < batch.document_ids.max(axis=1, keepdims=True)
         batch.labels[earlier] = -100

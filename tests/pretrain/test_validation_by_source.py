@@ -1,0 +1,124 @@
+"""The validation loss of each source: what it is, how it adds up, and that the number of processes does not change it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+from conftest import DOES, WHAT, WHO
+
+from data_pipeline.held_out import sequences_to_read
+from data_pipeline.prepare import prepare
+from data_pipeline.settings import PrepareConfig, SourceConfig
+from parallel.world import World
+from pretrain.config import RunConfig
+from pretrain.config_loading import load
+from pretrain.report.records import ValidationRecord, read_metrics
+from pretrain.train.build import build_engine
+from pretrain.train.layout import layout_of
+from pretrain.train.loop import Loop
+from pretrain.train.metrics import Meter
+from pretrain.train.place import Place
+from pretrain.train.resolve import resolve
+from pretrain.train.run import open_data
+
+TinyWords = Callable[..., list[str]]
+WORDS = ("train.steps=2", "optim.warmup=0", "eval.every=2", "eval.batches=100", "model.n_kv_heads=2", "model.init_std=0.3")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceConfig]:
+    """Two sources of 120 and 40 documents that look different."""
+    random, sources = Random(1), {}
+    for name, documents in (("prose", 120), ("sums", 40)):
+        folder = tmp_path_factory.mktemp("texts") / name
+        folder.mkdir()
+        for number in range(documents):
+            lines = (
+                f"{random.choice(WHO)} {random.choice(DOES)} {random.choice(WHAT)}.\n"
+                if name == "prose"
+                else f"{random.randint(0, 99)} + {random.randint(0, 99)} = {random.randint(0, 198)}\n"
+                for _ in range(random.randint(2, 8))
+            )
+            (folder / f"{number:03d}.txt").write_text("".join(lines))
+        sources[name] = SourceConfig(name=name, kind="text", paths=(str(folder),))
+    return sources
+
+
+@pytest.fixture(scope="module")
+def datas(texts: dict[str, SourceConfig], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both sources together, and each alone with the same tokenizer."""
+    folder = tmp_path_factory.mktemp("datas")
+    settings = {"vocab_size": 300, "tokenizer_sample_mb": 1, "validation_fraction": 0.2, "shard_tokens": 4000, "workers": 1}
+    prepare(folder / "both", PrepareConfig(sources=tuple(texts.values()), **settings))
+    for name, source in texts.items():
+        prepare(folder / name, PrepareConfig(sources=(source,), tokenizer=folder / "both" / "tokenizer.json", **settings))
+    return {name: folder / name for name in ("both", *texts)}
+
+
+@pytest.fixture(scope="module")
+def first(datas: dict[str, Path], run_tiny: Callable[..., object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ValidationRecord]:
+    """The validation before the first step, of equal initial weights on each of the data sets."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, data in datas.items():
+        run_tiny(folder / name, f"data.path={data}", *WORDS)
+    return {name: read_metrics(folder / name / "metrics.jsonl").validations[0] for name in datas}
+
+
+def test_the_mean_of_the_sources_weighted_by_their_tokens_is_the_whole(first: dict[str, ValidationRecord]) -> None:
+    both = first["both"]
+    assert list(both.by_source) == ["prose", "sums"]
+    assert sum(source.tokens for source in both.by_source.values()) == both.val_tokens
+    weighted = sum(source.loss * source.tokens for source in both.by_source.values()) / both.val_tokens
+    assert weighted == pytest.approx(both.val_loss, rel=1e-12)
+    plain = sum(source.loss for source in both.by_source.values()) / 2
+    assert plain != pytest.approx(both.val_loss, rel=1e-3)  # negative control: the weights matter
+
+
+def test_the_loss_of_a_source_is_that_of_a_data_set_of_this_source_alone(first: dict[str, ValidationRecord]) -> None:
+    for name in ("prose", "sums"):
+        alone, within = first[name], first["both"].by_source[name]
+        assert within.tokens == alone.val_tokens
+        assert within.loss == pytest.approx(alone.val_loss, rel=1e-12)
+        assert alone.by_source[name].loss == alone.val_loss
+    assert first["prose"].val_loss != pytest.approx(first["sums"].val_loss, rel=1e-3)
+
+
+def validate_on(config: RunConfig) -> ValidationRecord:
+    """The validation before the first step, on this rank of the pool's group."""
+    from torch import distributed
+
+    world = World(distributed.get_rank(), distributed.get_world_size())
+    config, _ = resolve(config, tokenizer_size=300, previous=None, world_size=world.size)
+    place = Place(world, layout_of(config, world.size))
+    records: list[ValidationRecord] = []
+    books = SimpleNamespace(log=records.append, display=SimpleNamespace(validation=lambda _: None))
+    meter = Meter(total_tokens=1, peak_flops=None)
+    engine = build_engine(config, place.layout, world.rank)
+    Loop(config, engine, *open_data(config), config.run.dir, books, meter, None, place)._validate(0)  # type: ignore[arg-type]  # stand-ins
+    return records[0]
+
+
+@pytest.mark.parametrize("layout", ["parallel.shard=2", "parallel.pipeline=2"])
+def test_two_ranks_find_the_same_losses(
+    workers: object, datas: dict[str, Path], first: dict[str, ValidationRecord], tiny_words: TinyWords, tmp_path: Path, layout: str
+) -> None:
+    words = tiny_words(tmp_path, f"data.path={datas['both']}", *WORDS, "train.micro_batch_size=2", layout)
+    for record in workers.run(validate_on, 2, load(None, words).config):
+        assert record.val_loss == pytest.approx(first["both"].val_loss, rel=1e-6)
+        for name, source in first["both"].by_source.items():
+            assert record.by_source[name].tokens == source.tokens
+            assert record.by_source[name].loss == pytest.approx(source.loss, rel=1e-6)
+
+
+def test_a_budget_for_all_reads_all_and_a_smaller_one_a_share_of_each() -> None:
+    sizes = {"web": 9_900, "code": 90, "tiny": 3, "none": 0}
+    assert sequences_to_read(sizes, 10**6) == {"web": 9_900, "code": 90, "tiny": 3}
+    read = sequences_to_read(sizes, 640)
+    assert read == {"web": 634, "code": 8, "tiny": 3}  # in proportion: 634, 6, 0
+    assert sequences_to_read({"web": 500}, 2) == {"web": 2}
+    assert sequences_to_read({"web": 500, "code": 500}, 64) == {"web": 32, "code": 32}
+    assert sequences_to_read({"web": 500, "code": 5}, 4) == {"web": 4, "code": 2}
+    assert sequences_to_read({"web": 500, "code": 5, "tiny": 1}, 1) == {"web": 1, "code": 1, "tiny": 1}
+    assert sequences_to_read({"web": 0}, 4) == {}
