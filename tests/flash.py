@@ -1,5 +1,8 @@
 """A stand-in for the variable-length flash kernels of GPUs, so that how they are called is tested without one."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -31,3 +34,44 @@ def reference_varlen(
         scores = torch.einsum("qhk,thk->hqt", query[start:end], keys) / query.shape[-1] ** 0.5
         outs.append(torch.einsum("hqt,thk->qhk", scores.masked_fill(~seen, float("-inf")).softmax(-1), values))
     return torch.cat(outs)
+
+
+@contextmanager
+def flash_on_a_cpu() -> Iterator[None]:
+    """Let `varlen_attn` run on a CPU: PyTorch's own operators around the reference, which stands in for the two CUDA kernels alone."""
+    with torch.library._scoped_library("aten", "IMPL") as library:  # the public Library cannot be taken back
+        library.impl("_flash_attention_forward", _forward, "CPU")
+        library.impl("_flash_attention_backward", _backward, "CPU")
+        yield
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, *documents: object, window_size_left: int, window_size_right: int, **_: object
+) -> tuple[Tensor, ...]:
+    """(output, log-sum-exp, and three that nobody reads); without autograd, as a kernel is."""
+    window = window_size_left, window_size_right
+    out = reference_varlen(query, key, value, *documents[:4], window_size=window)  # type: ignore[arg-type]  # the operator's own order
+    unread = query.new_empty(0)
+    return out, query.new_zeros(query.shape[1], len(query)), unread, unread, unread
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _out: Tensor,
+    _lse: Tensor,
+    *documents: object,
+    window_size_left: int,
+    window_size_right: int,
+    **_: object,
+) -> tuple[Tensor, ...]:
+    def gradients() -> tuple[Tensor, ...]:
+        given = [x.detach().requires_grad_() for x in (query, key, value)]
+        window = window_size_left, window_size_right
+        out = reference_varlen(*given, *documents[:4], window_size=window)  # type: ignore[arg-type]  # as above
+        return torch.autograd.grad(out, given, grad_out)
+
+    with ThreadPoolExecutor(1) as another:  # in this thread, inside of an operator, nothing is recorded for autograd
+        return another.submit(gradients).result()

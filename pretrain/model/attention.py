@@ -60,12 +60,15 @@ class DocumentMask(NamedTuple):
     def to(self, device: torch.device | str) -> DocumentMask:
         """The same mask on another device. Built on the CPU and then moved, it costs the GPU no synchronisation."""
         moved: DocumentMask = tree_map_only(Tensor, partial(_moved, device=torch.device(device)), self)
+        for part in moved.parts:
+            if part.documents is not None:
+                part.documents.mark_dynamic()
         return moved
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
     # From pageable memory the copy may wait for all that the GPU has queued; from pinned memory it never does.
-    pinned = x.contiguous().pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+    pinned = x.contiguous().pin_memory() if device.type == "cuda" and x.device.type == "cpu" and x.numel() else x
     return pinned.to(device, non_blocking=True)
 
 
@@ -76,12 +79,15 @@ def document_mask(
     config: ModelConfig,
     ranges: Sequence[tuple[int, int]] | None = None,
     whole_rows: bool = True,
+    compiled: bool = False,
 ) -> DocumentMask:
     """The mask of one batch of whole rows, on the device of its inputs; reads their values, so best called before they go to the GPU.
 
     With `model.document_mask=False` every row is one document that starts at position 0. Under context parallelism `ranges` are the
     tokens (first, end) of each row that are here: positions and lengths are theirs alone, and so are the queries, which attend to the keys
     of whole rows; but with `whole_rows` attention sees all tokens of the row (and some of the heads).
+
+    With `compiled` the form of the mask depends on the settings alone, not on what this batch holds: torch.compile makes a graph a form.
     """
     B, T = document_ids_BT.shape
     window = config.sliding_window
@@ -94,7 +100,8 @@ def document_mask(
     lengths_BT = document_BT.flatten().bincount()[document_BT] if config.rope.kind == "dynamic_ntk" else None
     mask = DocumentMask(kernel, window, _held(positions_BT, ranges), None if lengths_BT is None else _held(lengths_BT, ranges), ())
     if ranges is None or whole_rows:
-        plain = kernel == "sdpa" and int(document_BT[-1, -1]) == B - 1 and (window is None or window >= T)
+        one_document_a_row = not config.document_mask if compiled else int(document_BT[-1, -1]) == B - 1
+        plain = kernel == "sdpa" and one_document_a_row and (window is None or window >= T)
         return mask._replace(parts=(Part(0, 0, T) if plain else _part(document_BT, 0, T, kernel, config),))
     return mask._replace(parts=tuple(_part(document_BT, first, end, kernel, config) for first, end in ranges))
 
@@ -109,7 +116,7 @@ def _part(document_BT: Tensor, first: int, end: int, kernel: str, config: ModelC
     part, document_BT, n_before = Part(first_key, first, end), document_BT[:, first_key:end], first - first_key
     if kernel in VARIABLE_LENGTH:
         return part._replace(documents=_documents(document_BT, n_before))
-    if kernel == "blocked":  # not by what this batch holds: the compiler would make a second graph for batches without packed rows
+    if kernel == "blocked":  # always compiled
         return part._replace(document_BT=document_BT) if config.document_mask else part
     same_BST = document_BT[:, n_before:, None] == document_BT[:, None, :]
     causal_ST = _causal_window(n_before, end - first, config.sliding_window, same_BST.device)
@@ -128,7 +135,7 @@ def _documents(document_BT: Tensor, n_before: int) -> Documents:
     query_ends_N, key_ends_N = (F.pad(counts_N.cumsum(0), (1, 0)).int() for counts_N in (queries_N, keys_N))
     # At least 2: where no document has more than one query, flash-attn 2 takes it that each has exactly one.
     most_queries, most_keys = (1 << max(1, (int(counts_N.max()) - 1).bit_length()) for counts_N in (queries_N, keys_N))
-    return Documents(query_ends_N, key_ends_N, most_queries, most_keys)
+    return Documents.of(query_ends_N, key_ends_N, most_queries, most_keys)
 
 
 def continuation_mask(start: int, count: int, capacity: int, config: ModelConfig, device: torch.device | str) -> DocumentMask:

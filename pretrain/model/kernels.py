@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic  # documented, but `torch.compiler` does not have it
 from torch.nn.attention.varlen import varlen_attn
 
 
@@ -26,10 +27,24 @@ class Documents(NamedTuple):
 
     key_ends_N: Tensor
 
-    most_queries: int
-    """An upper bound of a document's queries, a power of two so that few graphs are compiled."""
+    longest: Tensor
+    """A tensor without elements. Its shape is (most queries of a document, most keys of a document, 0), both upper bounds.
 
-    most_keys: int
+    torch.compile takes an int for a constant and makes a new graph for each value. A size that is marked dynamic is a variable.
+    """
+
+    @classmethod
+    def of(cls, query_ends_N: Tensor, key_ends_N: Tensor, most_queries: int, most_keys: int) -> Documents:
+        """Documents with these upper bounds."""
+        return cls(query_ends_N, key_ends_N, torch.empty(most_queries, most_keys, 0))
+
+    def mark_dynamic(self) -> Documents:
+        """Let one compiled graph serve any number and length of documents. The marks are on the tensors: a copy needs new ones."""
+        # Not `mark_dynamic`, which raises where the compiler needs a constant after all: one more graph is better than no training.
+        maybe_mark_dynamic(self.query_ends_N, 0)
+        maybe_mark_dynamic(self.key_ends_N, 0)
+        maybe_mark_dynamic(self.longest, [0, 1])
+        return self
 
 
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Documents, int | None], Tensor]
@@ -43,7 +58,9 @@ _varlen_attn: Callable[..., Tensor | tuple[Tensor, ...]] = (
 def varlen(q_XHK: Tensor, k_YGK: Tensor, v_YGK: Tensor, documents: Documents, window: int | None) -> Tensor:
     """PyTorch's own variable-length flash attention (torch.nn.attention.varlen)."""
     left = -1 if window is None else window - 1  # tokens to the left, without the query itself
-    return _output(_varlen_attn(q_XHK, k_YGK, v_YGK, *documents, window_size=(left, 0)))
+    most_queries, most_keys, _ = documents.longest.shape
+    ends = documents.query_ends_N, documents.key_ends_N
+    return _output(_varlen_attn(q_XHK, k_YGK, v_YGK, *ends, most_queries, most_keys, window_size=(left, 0)))
 
 
 # Versions 3 and 4 are not all visible to the compiler, and a graph break per block costs microseconds.
@@ -54,14 +71,15 @@ def flash_attn(q_XHK: Tensor, k_YGK: Tensor, v_YGK: Tensor, documents: Documents
     if version is None:
         raise ValueError("attention=flash_attn needs the flash-attn package, version 2, 3 or 4; install it or use attention=varlen")
     unlimited = None if version == 4 else -1
+    most_queries, most_keys, _ = documents.longest.shape
     out = _flash_attn_function(version)(
         q_XHK,
         k_YGK,
         v_YGK,
         cu_seqlens_q=documents.query_ends_N,
         cu_seqlens_k=documents.key_ends_N,
-        max_seqlen_q=documents.most_queries,
-        max_seqlen_k=documents.most_keys,
+        max_seqlen_q=most_queries,
+        max_seqlen_k=most_keys,
         causal=True,
         window_size=(unlimited, unlimited) if window is None else (window - 1, 0),
     )

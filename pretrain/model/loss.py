@@ -12,6 +12,7 @@ import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
@@ -152,18 +153,21 @@ def _chunked(
     T, V = len(hidden_TD), len(weight_VD)
     size = math.ceil(T / _chunks(T * V, hidden_TD.device))
     weight_VD = weight_VD.to(hidden_TD.dtype)
-    buffer_CV = hidden_TD.new_empty(min(size, T), V)  # one for all chunks: two would live while the second is computed
+    buffer_CV = hidden_TD.new_empty(size, V)  # one for all chunks: two would live while the second is computed
+    # The softmax always gets whole chunks, so that it is compiled for one size. What fills the last one up are rows of the chunk before.
+    labels_T = F.pad(labels_T, (0, -T % size), value=IGNORE) if T % size else labels_T
     cross_entropy = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
     z = torch.zeros_like(cross_entropy)
     for start in range(0, T, size):
         chunk = slice(start, start + size)
         hidden_CD, labels_C = hidden_TD[chunk], labels_T[chunk]
         logits_CV = torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[: len(hidden_CD)])
-        nll_C, z_C, column_C = softmax(logits_CV, labels_C, z_loss, vocabulary)
+        nll_C, z_C, column_C = softmax(buffer_CV, labels_C, z_loss, vocabulary)
         cross_entropy += nll_C.sum()
         z += z_C.sum()
-        where = torch.arange(len(logits_CV), device=logits_CV.device), _columns(labels_C, V, vocabulary)
-        gradient_CV = logits_CV.index_put_(where, column_C.to(logits_CV.dtype))  # scatter_ copies all on a CPU
+        rows = len(logits_CV)
+        where = torch.arange(rows, device=logits_CV.device), _columns(labels_C[:rows], V, vocabulary)
+        gradient_CV = logits_CV.index_put_(where, column_C[:rows].to(logits_CV.dtype))  # scatter_ copies all on a CPU
         if grad_hidden_TD is not None:
             torch.mm(gradient_CV, weight_VD, out=grad_hidden_TD[chunk])
         if grad_weight_VD is not None:

@@ -93,6 +93,7 @@ class Transformer(nn.Module):
         untied = self.is_last and not config.tie_embeddings
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False) if untied else None
         self.linear_loss: LinearLoss = linear_cross_entropy
+        self.compiled = False
         self.plan = SPLIT_PLAN
         self.tied = "model.embed_tokens.weight" if config.tie_embeddings else None
 
@@ -116,12 +117,18 @@ class Transformer(nn.Module):
         return projection.weight
 
     def compile_parts(self) -> None:
-        """torch.compile what repeats or is made of many small operations: every block, the final norm, the softmax of the loss."""
+        """torch.compile what repeats or is made of many small operations: every block, the final norm, the softmax of the loss.
+
+        `dynamic=False`: a length of sequences has graphs of its own. By default the second length would make graphs whose every size is a
+        variable, which are slower. What differs between batches of one length is marked (`kernels.Documents`).
+        """
+        self.compiled = True
         for layer in self.layers:
-            layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]  # not the call, whose hooks are not of this part
+            # Not the call, whose hooks are not of this part.
+            layer.forward = torch.compile(layer.forward, dynamic=False)  # type: ignore[method-assign]
         if self.model.norm is not None:
-            self.model.norm.compile()
-        self.linear_loss = partial(self.linear_loss, softmax=torch.compile(softmax_gradient_))
+            self.model.norm.compile(dynamic=False)
+        self.linear_loss = partial(self.linear_loss, softmax=torch.compile(softmax_gradient_, dynamic=False))
 
     def document_mask(
         self,
@@ -131,7 +138,7 @@ class Transformer(nn.Module):
         whole_rows: bool = True,
     ) -> DocumentMask:
         """The mask of one batch of whole rows for this model's attention kernel; see `attention.document_mask`."""
-        return document_mask(document_ids_BS, positions_BS, self.attention, self.config, ranges, whole_rows)
+        return document_mask(document_ids_BS, positions_BS, self.attention, self.config, ranges, whole_rows, self.compiled)
 
     def forward(self, x: Tensor, mask: DocumentMask, cache: KVCache | None = None) -> Tensor:
         """Token ids [B, S], or what the layers before give [B, S, D] -> [B, S, D], after the final norm where this part has it.

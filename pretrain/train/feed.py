@@ -17,22 +17,23 @@ from parallel.engine import Microbatch
 @dataclass(frozen=True)
 class Share:
     """The part of every global batch that one of `ranks` data ranks reads: rows that follow each other, as many as the others have or one
-    fewer. All give equally many, of equally large microbatches: what is missing is filled up with rows that have no labels.
+    fewer. All give equally many whole microbatches: what is missing is filled up with rows that have no labels.
     """
 
     rank: int = 0
     ranks: int = 1
-    whole_microbatches: bool = False
-    """Whether the last microbatch must be as large as the others: a pipeline knows one size."""
 
     def rows(self, n_rows: int) -> range:
         """Those that it reads of a batch of `n_rows`, none perhaps."""
         return range(n_rows * self.rank // self.ranks, n_rows * (self.rank + 1) // self.ranks)
 
     def given(self, n_rows: int, micro_batch: int) -> int:
-        """How many rows every rank makes of its share, `micro_batch` of them in a microbatch."""
+        """How many rows every rank makes of its share: whole microbatches of `micro_batch` rows.
+
+        Compiled graphs, and the schedule of a pipeline, are made for one size of microbatch.
+        """
         most = -(-n_rows // self.ranks)
-        return -(-most // micro_batch) * micro_batch if self.whole_microbatches else most
+        return -(-most // micro_batch) * micro_batch
 
 
 def fill_up(batch: Batch, n_rows: int) -> Batch:
@@ -82,7 +83,12 @@ def to_host(batch: Batch, device: torch.device) -> HostBatch:
 
 
 def microbatches(batch: HostBatch, size: int, device: torch.device) -> Iterator[Microbatch]:
-    """Cut a batch into microbatches of `size` sequences; the last one may be smaller. On CUDA the copies do not wait for each other."""
+    """Cut a batch into microbatches of `size` sequences. On CUDA the copies do not wait for each other.
+
+    Raises ValueError for a batch that is not filled up (`Share.given`): the last microbatch would be smaller, and compiled once more.
+    """
+    if len(batch.input_ids) % size:
+        raise ValueError(f"a batch of {len(batch.input_ids)} rows is not cut into whole microbatches of {size}")
     for start in range(0, len(batch.input_ids), size):
         rows = slice(start, start + size)
         yield Microbatch(

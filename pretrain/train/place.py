@@ -27,7 +27,7 @@ class Place:
     @property
     def share(self) -> Share:
         """Its part of every batch. Ranks that differ in pipeline, context or tensor alone read the same rows."""
-        return Share(self.layout.data_rank(self.world.rank), self.layout.data, whole_microbatches=self.layout.pipeline > 1)
+        return Share(self.layout.data_rank(self.world.rank), self.layout.data)
 
     @property
     def position(self) -> str:

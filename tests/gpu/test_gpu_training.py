@@ -156,11 +156,24 @@ def relabelled(batch: Batch) -> Batch:
 def test_other_documents_are_not_another_compilation() -> None:
     config = config_of("train.device=cuda", "train.compile=true")
     engine = build_engine(config)
-    for seed, documents in enumerate((2, 5, 40)):  # another number of them, then another longest one: each dimension turns dynamic once
-        engine.train_step(fed(config, batch_of(seed, documents)), 1.0)
+
+    def loss_and_validation(documents: int) -> tuple[float, int]:
+        batch = fed(config, batch_of(documents, documents))
+        return engine.train_step(batch, 1.0).loss, engine.eval_step(batch)[1]
+
+    loss_and_validation(2)
     with torch.compiler.set_stance("fail_on_recompile"):
-        losses = [engine.train_step(fed(config, batch_of(seed, documents)), 1.0).loss for seed, documents in enumerate((3, 60, 7, 1), 3)]
-    assert all(math.isfinite(loss) for loss in losses)
+        found = [loss_and_validation(documents) for documents in (5, 40, 3, 60, 7, 1)]
+    assert all(math.isfinite(loss) and targets > 0 for loss, targets in found)
+
+
+def test_a_smaller_microbatch_is_another_compilation() -> None:
+    """The negative control of the test above."""
+    config, device = config_of("train.device=cuda", "train.compile=true"), torch.device("cuda")
+    engine = build_engine(config)
+    engine.train_step(fed(config, batch_of(0)), 1.0)
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompile"):
+        engine.train_step(list(microbatches(to_host(batch_of(1), device), 1, device)), 1.0)
 
 
 def test_resume_on_the_gpu_restores_every_bit_and_goes_on_as_before(tmp_path: Path) -> None:

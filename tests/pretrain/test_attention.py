@@ -109,10 +109,10 @@ def test_documents_end_where_the_next_begins_and_at_the_end_of_a_row() -> None:
     assert documents is not None
     assert documents.query_ends_N.dtype == documents.key_ends_N.dtype == torch.int32
     assert documents.query_ends_N.tolist() == documents.key_ends_N.tolist() == [0, 7, 8, 24, 36, 48]
-    assert documents.most_queries == documents.most_keys == 16
+    assert documents.longest.shape == (16, 16, 0)
     across_rows = document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "varlen", config()).parts[0].documents
     assert across_rows is not None
-    assert (across_rows.query_ends_N.tolist(), across_rows.most_keys) == ([0, 24, 48], 32)
+    assert (across_rows.query_ends_N.tolist(), across_rows.longest.shape) == ([0, 24, 48], (32, 32, 0))
 
 
 def test_dynamic_ntk_knows_the_length_of_each_tokens_document() -> None:
@@ -143,7 +143,7 @@ def test_the_installed_varlen_attn_takes_our_arguments() -> None:
     k = torch.empty(B * S, G, K, dtype=torch.bfloat16, device="meta", requires_grad=True)
     ends = torch.empty(4, dtype=torch.int32, device="meta")
     for window in (None, 5):
-        out = kernels.varlen(q, k, k, kernels.Documents(ends, ends, 32, 32), window)
+        out = kernels.varlen(q, k, k, kernels.Documents.of(ends, ends, 32, 32), window)
         assert out.shape == q.shape
         assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k))] == [q.shape, k.shape]
 
@@ -280,7 +280,7 @@ def test_keys_before_the_first_document_with_queries_are_a_document_without_them
     assert begin is not None
     assert middle.query_ends_N.tolist() == [0, 0, 6, 10, 20]  # of the first row: none of 0 and 1, six of 2, four of 3; ten of the second
     assert middle.key_ends_N.tolist() == [0, 8, 16, 20, 40]
-    assert (middle.most_queries, middle.most_keys) == (16, 32)
+    assert middle.longest.shape == (16, 32, 0)
     assert begin.query_ends_N.tolist() == begin.key_ends_N.tolist() == [0, 3, 6]
 
 

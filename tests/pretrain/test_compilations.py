@@ -1,0 +1,148 @@
+"""What torch.compile compiles in a run: one set of graphs for each length of sequences, and nothing after its first step.
+
+The graphs are counted and then run as they are: no code is generated, which takes a minute.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flash import flash_on_a_cpu
+from rich.console import Console
+from torch._dynamo.backends.debugging import aot_eager  # by its name, "aot_eager", it could not be counted
+
+from data_pipeline.reading.packing import Batch
+from parallel.engine import Microbatch
+from pretrain.config_loading import load
+from pretrain.report.records import StepRecord, ValidationRecord
+from pretrain.train import loop
+from pretrain.train.build import build_engine
+from pretrain.train.feed import Share, microbatches, to_host
+from pretrain.train.loop import Outcome
+
+CPU = torch.device("cpu")
+
+RunTiny = Callable[..., Outcome]
+
+GROWING = "data.growth=[{from: 20, seq_len: 64}]"
+
+
+@dataclass
+class Compiled:
+    """A compiler that counts its graphs, and a logger that notes the count after each step and validation.
+
+    Where there are variable sizes, the pass that makes the backward graph may ask for constants after all: it is done there as well.
+    """
+
+    graphs: int = 0
+    with_variable_sizes: int = 0
+    told: list[tuple[str, int, int]] = field(default_factory=list)
+    """(step or validation, step, graphs so far)."""
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
+        self.graphs += 1
+        self.with_variable_sizes += any(isinstance(given, torch.SymInt) for given in inputs)
+        compiled: Callable[..., object] = aot_eager(graph, inputs) if self.with_variable_sizes else graph.forward
+        return compiled
+
+    def log(self, record: StepRecord | ValidationRecord) -> None:
+        kind = "step" if isinstance(record, StepRecord) else "validation"
+        self.told.append((kind, record.step, self.graphs))
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def compiled_at(self) -> list[tuple[str, int]]:
+        """Where the count rose."""
+        before = [0, *(graphs for *_, graphs in self.told)]
+        return [(kind, step) for (kind, step, graphs), last in zip(self.told, before, strict=False) if graphs > last]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
+    counts, compile = Compiled(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **more: compile(*given, **more, backend=counts))
+    torch.compiler.reset()
+    yield counts
+    torch.compiler.reset()
+
+
+def run(run_tiny: RunTiny, path: Path, compiled: Compiled, *words: str) -> None:
+    more = ("train.compile=true", "train.steps=8", "eval.every=4", "log.samples=[the loop]", "model.n_layers=3", *words)
+    run_tiny(path, *more, observers=[compiled], console=Console(file=io.StringIO()))
+
+
+UNEVEN = ("train.batch_size=8", "train.micro_batch_size=4", "train.batch_ramp_steps=3", "train.batch_ramp_start=2", "eval.batches=100")
+"""A ramp of 2, 4, 6 and then 8 sequences, and validation to the odd end of the held-out documents."""
+
+
+@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
+def test_nothing_is_compiled_after_the_first_step_of_each_length(
+    attention: str, tmp_path: Path, run_tiny: RunTiny, compiled: Compiled
+) -> None:
+    run(run_tiny, tmp_path, compiled, *UNEVEN, GROWING, f"train.attention={attention}")
+    assert compiled.compiled_at == [("validation", 0), ("step", 1), ("step", 5)]
+    assert compiled.graphs == 7  # softmax, and a block and the norm: without gradients, with them, and for the other length
+    assert compiled.with_variable_sizes == 0
+
+
+def test_a_smaller_microbatch_would_be_compiled_once_more(
+    tmp_path: Path, run_tiny: RunTiny, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Share, "given", lambda self, n_rows, micro_batch: -(-n_rows // self.ranks))
+    monkeypatch.setattr(loop, "microbatches", lambda batch, size, device: microbatches(batch, gcd(len(batch.input_ids), size), device))
+    run(run_tiny, tmp_path, compiled, *UNEVEN, "optim.warmup=0", "train.steps=3", "model.n_layers=1")
+    assert compiled.compiled_at == [("validation", 0), ("step", 1), ("step", 2)]  # of 2, then of 4 sequences
+
+
+MODEL = (
+    *("model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=64", "model.vocab_size=64"),
+    *("model.qk_norm=true", "train.steps=9", "train.device=cpu", "train.precision=fp32", "train.compile=true"),
+    *("optim.warmup=0", "optim.lr=1e-3", "optim.decay=1"),
+)
+SEQ_LEN = 96
+
+
+def microbatch(seed: int, documents: int, seq_len: int = SEQ_LEN) -> Microbatch:
+    """Two rows of as many documents each, cut at random."""
+    random = np.random.default_rng(seed)
+    ids = random.integers(64, size=(2, seq_len + 1), dtype=np.int32)
+    document_ids = np.zeros((2, seq_len), np.int32)
+    for row in document_ids:
+        row[random.choice(np.arange(1, seq_len), documents - 1, replace=False)] = 1
+    batch = Batch(ids[:, :-1], ids[:, 1:], document_ids.cumsum(1, dtype=np.int32))
+    return next(microbatches(to_host(batch, CPU), 2, CPU))
+
+
+DOCUMENTS = (5, 1, 2, 40, 3, 60, 7, 1)
+
+
+def varlen_losses(*words: str, documents: Sequence[int] = DOCUMENTS) -> list[tuple[float, float]]:
+    """Training and validation loss of steps on rows of so many documents, with PyTorch's own attention operators."""
+    engine = build_engine(load(None, [*MODEL, *words]).config)
+    losses = []
+    with flash_on_a_cpu():
+        for seed, count in enumerate(documents):
+            trained = engine.train_step([microbatch(seed, count)], 1.0).loss
+            losses.append((trained, engine.eval_step([microbatch(seed, count)])[0]))
+    return losses
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_varlen_attention_is_compiled_once_for_any_number_of_documents(recompute: str, compiled: Compiled) -> None:
+    losses = varlen_losses("train.attention=varlen", f"train.recompute={recompute}")
+    assert compiled.graphs == 5  # softmax, and a block and the norm with gradients and without: all of the first batch
+    eager = varlen_losses("train.attention=sdpa", "train.compile=false")
+    assert losses == [pytest.approx(pair, rel=1e-5) for pair in eager]
+
+
+def test_without_marks_other_documents_are_other_graphs(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.model.kernels.Documents.mark_dynamic", lambda self: self)
+    varlen_losses("train.attention=varlen", documents=DOCUMENTS[:2])
+    assert compiled.graphs == 7  # the block once more, with gradients and without
