@@ -15,6 +15,7 @@ from parallel.errors import LayoutError
 from parallel.world import World, fail_together
 from pretrain.cli import config, data, layout, run
 from pretrain.errors import Diverged, UserError
+from pretrain.streams import OutputLost, tolerant_streams
 
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
@@ -37,12 +38,18 @@ app.add_typer(config.app, name="config")
 
 def main() -> None:
     """Entry point: a wrong input or a diverged run is one line on stderr; anything else that fails keeps its traceback. Of several
-    processes that torchrun started, the one that fails first shows its error, and all end with its exit code."""
-    try:
-        with fail_together(World.from_environment(), show):
-            code = command_line()
-    except (*WRONG_INPUT, Diverged) as error:
-        code = show(error)
+    processes that torchrun started, the one that fails first shows its error, and all end with its exit code.
+
+    A command whose reader left (`| head`) ends without a word, unless its result lies on the disk: then it goes on."""
+    with tolerant_streams():
+        try:
+            with fail_together(World.from_environment(), show):
+                code = command_line()
+            sys.stdout.flush()
+        except OutputLost as lost:
+            code = 0 if lost.reader_left else show(lost)
+        except (*WRONG_INPUT, Diverged) as error:
+            code = show(error)
     sys.exit(code)
 
 
@@ -60,7 +67,7 @@ def command_line() -> int:
 
 def show(error: BaseException) -> int:
     """Show an error on stderr, in one line if it is an expected one, and return the exit code."""
-    if not isinstance(error, (*WRONG_INPUT, Diverged)):
+    if not isinstance(error, (*WRONG_INPUT, Diverged, OutputLost)):
         traceback.print_exception(error)
         return EXIT_FAILED
     where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pretrain.cli.run import EXIT_STOPPED
+from pretrain.cli.run import resumable
 from pretrain.cli.settings_help import CONFIG_HELP, DataCommand
+from pretrain.streams import output_is_extra
 
 if TYPE_CHECKING:
     from data_pipeline.prepare import OnProgress
@@ -34,7 +35,7 @@ def tokenizer(words: Words) -> None:
 
     data, console = _data_config(words), Console()
     file = data.path / "tokenizer.json"
-    with _resumable(console), show_progress(console) as progress:
+    with resumable(), show_progress(console) as progress:
         made = build_tokenizer(file, data, progress=progress)
     console.print(f"{file}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}", highlight=False, markup=False, soft_wrap=True)
 
@@ -50,7 +51,7 @@ def prepare(
     there is nothing that looks like prepared data.
     """
     data, console = _data_config(words), Console()
-    with _resumable(console):
+    with resumable():
         tell_prepared(prepare_data(data, console, keep_rejects), console)
 
 
@@ -103,6 +104,7 @@ def verify(path: DataPath) -> None:
     from data_pipeline.storage.verify import verify as check
     from pretrain.errors import UserError
 
+    output_is_extra()
     console = Console()
     columns = (BarColumn(BAR_WIDTH), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -122,16 +124,6 @@ def prepare_data(data: DataConfig, console: Console, keep_rejects: bool = False)
 
     with show_progress(console) as progress:
         return run(data.path, data, keep_rejects=keep_rejects, progress=progress)
-
-
-@contextmanager
-def _resumable(console: Console) -> Iterator[None]:
-    """Ctrl-C is no failure."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("stopped; what is finished is kept, and the same command goes on from there", highlight=False)
-        raise typer.Exit(EXIT_STOPPED) from None
 
 
 def tell_prepared(prepared: Prepared, console: Console) -> None:

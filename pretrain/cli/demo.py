@@ -101,7 +101,6 @@ def _tell_result(config: RunConfig, console: Console) -> None:
         f"perplexity {math.exp(first.val_loss):,.0f} -> [bold]{math.exp(last.val_loss):,.1f}[/]",
         highlight=False,
     )
-    console.print(Text.assemble("report: ", (str(config.run.dir / "report.html"), "bold")), soft_wrap=True)
 
 
 def _chapter(console: Console, title: str, subtitle: str) -> None:

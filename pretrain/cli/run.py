@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +12,22 @@ from rich.console import Console
 from rich.text import Text
 
 from pretrain.cli.settings_help import CONFIG_HELP, TrainCommand
+from pretrain.streams import output_is_extra
 
 EXIT_STOPPED = 75
 """EX_TEMPFAIL: stopped early, and the same command goes on."""
+
+
+@contextmanager
+def resumable(said: str = "stopped; what is finished is kept, and the same command goes on from there") -> Iterator[None]:
+    """Ctrl-C is no failure: it is `said` and the exit code is 75. The command's result lies on the disk, so that it outlives its output."""
+    output_is_extra()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if said:
+            typer.echo(said, err=True)
+        raise typer.Exit(EXIT_STOPPED) from None
 
 
 def train(
@@ -25,7 +40,7 @@ def train(
 ) -> None:
     """Train a model. The same command with the same run directory goes on from its newest checkpoint.
 
-    Ctrl-C or SIGTERM finishes the step, saves, and exits with 75; a second Ctrl-C leaves at once.
+    Ctrl-C, SIGTERM or a terminal that closes: finishes the step, saves, and exits with 75. A second Ctrl-C leaves at once, without saving.
     """
     from parallel.world import World
     from pretrain.config_loading import load_words
@@ -45,9 +60,10 @@ def train(
         return
     if world_size != 1 or rank is not None:
         raise UserError("--world-size and --rank tell of a --dry-run; a run takes its processes from torchrun")
-    outcome = run(config, console)
-    if world.is_main:
-        console.print(Text.assemble(("report: ", "dim"), str(config.run.dir / "report.html")), soft_wrap=True)
+    with resumable(
+        "left without saving; the same command goes on from the last save, or starts over if there was none" if world.is_main else ""
+    ):
+        outcome = run(config, console)
     if outcome is Outcome.STOPPED:
         raise typer.Exit(EXIT_STOPPED)
 
@@ -85,6 +101,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run dire
     """Write report.html, one self-contained page: curves, events, config, samples."""
     from pretrain.report.page import write_report
 
+    output_is_extra()
     typer.echo(write_report(run_dir))
 
 
@@ -97,7 +114,9 @@ def demo(
     from pretrain.cli.demo import demo as tell
     from pretrain.train.loop import Outcome
 
-    if tell(directory, Console()) is Outcome.STOPPED:
+    with resumable():
+        outcome = tell(directory, Console())
+    if outcome is Outcome.STOPPED:
         raise typer.Exit(EXIT_STOPPED)
 
 

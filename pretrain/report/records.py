@@ -105,7 +105,8 @@ class ValidationRecord(Record):
 
 
 class Event(Record):
-    """Something that happened, in `events.jsonl`: start, resume, settings, save, skip_checkpoint, skip_data, stop, finish, sample."""
+    """Something that happened, in `events.jsonl`: start, resume, settings, save, skip_checkpoint, skip_data, stop, finish, sample,
+    output_lost, logger_failed."""
 
     time: float
     """Unix time."""

@@ -9,6 +9,7 @@ from itertools import pairwise
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
@@ -18,12 +19,15 @@ from rich.text import Text
 from pretrain.report.records import Event, StepRecord, ValidationRecord
 from pretrain.report.words import decimal, duration
 from pretrain.train.metrics import Pace
+from pretrain.train.stop import Activity, StopRequest
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_SOURCES = 8
 """Sources whose validation loss a line tells."""
-
+PANEL_WIDTH = 80
+"""At most. A terminal that gets narrower breaks longer lines, and rich then leaves a part of the panel behind."""
 QUIET_EVENTS = {"save", "settings"}
+LOUD_EVENTS = {"stop", "skip_checkpoint", "output_lost", "logger_failed"}
 
 
 class Display:
@@ -36,35 +40,43 @@ class Display:
         console: Console | None = None,
         mfu_statement: str | None = None,
         every_s: float = 10.0,
+        stop: StopRequest | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Show nothing yet.
 
         total_steps: of the whole run; a resumed one goes on from the step of its first record. mfu_statement: said once, at the start.
-        every_s: seconds between the plain lines of steps where there is no terminal.
+        every_s: seconds between the plain lines of steps where there is no terminal. stop: the panel shows its notice.
         """
         self._total = total_steps
         self._console = console or Console()
         self._mfu_statement = mfu_statement
         self._every_s = every_s
+        self._stop = StopRequest() if stop is None else stop  # one that nobody made is false
         self._clock = clock
         self._last_line: float | None = None
         self._step: StepRecord | None = None
         self._pace: Pace | None = None
         self._validation: ValidationRecord | None = None
         self._curve = Sparkline()
-        self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+        self._ended = False
+        # A dumb terminal cannot move its cursor, and rich would draw nothing there.
+        live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=4) if live else None
 
     def __enter__(self) -> Display:
         if self._mfu_statement:
             self._say(Text(self._mfu_statement, style="dim"))
         if self._live:
+            self._stop.in_panel = True
             self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended = True
         if self._live:
             self._live.stop()
+            self._stop.in_panel = False
 
     def step(self, record: StepRecord, pace: Pace | None = None) -> None:
         """Show a finished step. The pace, where there is one, replaces the single step's tokens/s and MFU and adds the time left."""
@@ -87,7 +99,7 @@ class Display:
     def event(self, event: Event) -> None:
         """Show what happened, above the panel."""
         head = event.kind.replace("_", " ") + ("" if event.step is None else f" at step {event.step}")
-        style = "dim" if event.kind in QUIET_EVENTS else "yellow" if event.kind in {"stop", "skip_checkpoint"} else "cyan"
+        style = "dim" if event.kind in QUIET_EVENTS else "yellow" if event.kind in LOUD_EVENTS else "cyan"
         body = event.text if event.prompt is None else event.prompt + event.text
         self._say(Text.assemble((head, style), ": ", body))
 
@@ -95,9 +107,22 @@ class Display:
         self._console.print(line, soft_wrap=self._live is None, highlight=False)
 
     def _panel(self) -> RenderableType:
-        """The live part: the bar, the numbers under their names, the curve."""
+        """The live part: the bar, the numbers under their names, the curve; and below them what a stop waits for."""
+        return Constrain(Group(*self._progress(), *self._activity()), PANEL_WIDTH)
+
+    def _activity(self) -> list[RenderableType]:
+        """The notice of a stop, and how long the run has been in what is not a step or delays the stop."""
+        if self._ended:
+            return []
+        activity = "the first step" if self._step is None and self._stop.activity is Activity.STEP else self._stop.activity.value
+        waiting = duration(max(0.0, self._clock() - self._stop.since))
+        if self._stop:
+            return [Text(self._stop.notice, style="bold yellow"), Text(f"waiting for {activity} ({waiting})", style="dim")]
+        return [] if activity == Activity.STEP.value else [Text(f"{activity} is on its way ({waiting})", style="dim")]
+
+    def _progress(self) -> list[RenderableType]:
         if self._step is None:
-            return Text("the first step is on its way", style="dim")
+            return []
         done = self._step.step
         bar = Table.grid(padding=(0, 2))
         bar.add_column(ratio=1)
@@ -108,14 +133,14 @@ class Display:
         )
         bar.expand = True
         curve = Text.assemble((self._curve.draw(min(60, self._console.width - 20)), "cyan"), ("  training loss", "dim"))
-        return Padding(Group(bar, _numbers(self._step, self._pace, self._validation), *self._by_source(), curve), (1, 0, 0, 0))
+        return [Padding(Group(bar, _numbers(self._step, self._pace, self._validation), *self._by_source(), curve), (1, 0, 0, 0))]
 
     def _by_source(self) -> Iterator[Text]:
         """The newest validation loss of each source, as many as fit into a line; nothing where there is one source."""
         if self._validation is None or len(self._validation.by_source) < 2:
             return
         cells = [f"{name} {decimal(source.loss)}" for name, source in self._validation.by_source.items()]
-        line, room = "by source", self._console.width - len("  +9999")
+        line, room = "by source", min(self._console.width, PANEL_WIDTH) - len("  +9999")
         for shown, cell in enumerate(cells):
             if len(line) + 2 + len(cell) > room:
                 line += f"  +{len(cells) - shown}"

@@ -30,7 +30,7 @@ from pretrain.train.feed import HostBatch, fill_up, microbatches, to_host
 from pretrain.train.growth import seq_len_at
 from pretrain.train.metrics import Meter
 from pretrain.train.place import Place
-from pretrain.train.stop import StopRequest
+from pretrain.train.stop import Activity, StopRequest
 
 
 class Outcome(enum.Enum):
@@ -69,12 +69,15 @@ class Loop:
             self._validate(step)
         for batch in self._batches(step):
             step += 1
-            stopping = self._train(step, batch) and step < steps
+            self.stop.step_begins()
+            asked = self._train(step, batch)
             if step % self.config.eval.every == 0 or step == steps:
                 self._validate(step)
-            if step % self.config.checkpoint.every == 0 or step == steps or stopping:
+                asked = asked or self._any_rank_asked()
+            if step % self.config.checkpoint.every == 0 or step == steps or asked:
                 self._save(step)
-            if stopping:
+                asked = asked or self._any_rank_asked()
+            if asked and step < steps:
                 self.books.event("stop", f"{self.stop.name} received; the same command goes on from here", step)
                 return Outcome.STOPPED
         return Outcome.FINISHED
@@ -125,6 +128,10 @@ class Loop:
             self._diverged(step, result)
         return result.asked if self.place.world.size > 1 else bool(self.stop)
 
+    def _any_rank_asked(self) -> bool:
+        """Whether any rank was asked to stop by now, as after a validation or a save, which may take long: nothing more is begun then."""
+        return any(gather(bool(self.stop), self.place.group))
+
     def _samples_before(self, step: int) -> int:
         """Where the data of a step begins."""
         return samples_before(step, self.config.train) + self.ahead
@@ -159,7 +166,7 @@ class Loop:
             return
         config = self.config
         budget = config.eval.batches * config.train.batch_size
-        with self.meter.paused():
+        with self.meter.paused(), self.stop.during(Activity.VALIDATION):
             sums = {
                 name: self._loss_of(self.validation, name, n_sequences, step)
                 for name, n_sequences in sequences_to_read(self.validation.sizes, budget).items()
@@ -195,7 +202,7 @@ class Loop:
 
     def _save(self, step: int) -> None:
         config, place = self.config, self.place
-        with self.meter.paused():
+        with self.meter.paused(), self.stop.during(Activity.SAVE):
             began = time.perf_counter()
             states = gather((place.position, rng.capture()), place.group)
             record = Record(

@@ -26,6 +26,7 @@ from pretrain.optim.schedule import samples_before
 from pretrain.report.page import write_report
 from pretrain.report.records import read_config
 from pretrain.report.words import amount, duration
+from pretrain.streams import reason, tolerant_console
 from pretrain.train.books import QUIET, Books, open_books
 from pretrain.train.build import blueprint_of, build_engine
 from pretrain.train.display import Display
@@ -64,11 +65,12 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     check_memory(config, place.layout, device_bytes(config))
     train_data, validation = open_data(config)
     _check_tokenizer(config, tokenizer, train_data)
-    for decision in decisions:
-        console.print(Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")), soft_wrap=True)
-    if place.layout.pipeline > 1:
-        console.print(Text.assemble(("pipeline: ", "dim"), _pipeline(config, place.layout)), soft_wrap=True)
     with contextlib.ExitStack() as stack:
+        output = stack.enter_context(tolerant_console(console))
+        for decision in decisions:
+            _say(console, Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")))
+        if place.layout.pipeline > 1:
+            _say(console, Text.assemble(("pipeline: ", "dim"), _pipeline(config, place.layout)))
         stop = stack.enter_context(stop_on_signals(aloud=world.is_main))
         run_dir = stack.enter_context(RunDirectory.open(config) if world.is_main else RunDirectory.beside_main(config))
         with start(world, config.train.device, even_alone=place.layout.offload):
@@ -78,15 +80,16 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             if world.is_main:
                 run_dir.settle(config)
                 keep_tokenizer(config.data.tokenizer, run_dir.path)
-                stack.callback(write_report, run_dir.path)  # whatever becomes of the attempt
+                # whatever becomes of the attempt
+                stack.push(lambda kind, error, trace: _report(run_dir.path, console, error))
             if on_first(place.group, lambda: beginning.step == config.train.steps and is_finished(run_dir)):
                 text = f"is finished, all {beginning.step} steps of it: nothing to do; to train anew, set another run.dir"
-                console.print(Text(f"run.dir={run_dir.path} {text}"), soft_wrap=True)
+                _say(console, Text(f"run.dir={run_dir.path} {text}"))
                 return Outcome.FINISHED
             meter, statement = _meter(config, beginning, world.size)
-            display = Display(config.train.steps, console=console, mfu_statement=statement)
+            display = Display(config.train.steps, console=console, mfu_statement=statement, stop=stop)
             loggers = [*open_loggers(config, run_dir.path, beginning.step), *observers] if world.is_main else []
-            books = stack.enter_context(open_books(run_dir, display, loggers))
+            books = stack.enter_context(open_books(run_dir, display, loggers, output))
             _tell_start(books, config, beginning, train_data, statement, place)
             loop = Loop(config, engine, train_data, validation, run_dir.checkpoints, books, meter, stop, place, beginning.ahead)
             outcome = loop.run(beginning.step)
@@ -147,6 +150,25 @@ def _check_agreement(config: RunConfig, data: Loader, validation: Loader | None,
                 f"rank {place.world.rank} has {key}={mine[key]}, and rank {rank} has {theirs[key]}: give all processes the same command "
                 f"and the same files, and set what says auto where their machines differ"
             )
+
+
+def _say(console: Console, line: Text) -> None:
+    """One line of a log; on a terminal broken between words."""
+    console.print(line, soft_wrap=not console.is_terminal)
+
+
+def _report(run_dir: Path, console: Console, error: BaseException | None) -> None:
+    """Write report.html at the end of an attempt, which may have ended with `error`. A report that fails changes nothing of that."""
+    try:
+        report = write_report(run_dir)
+    except (Exception, KeyboardInterrupt) as failure:
+        if error is None:
+            what = " ".join((reason(failure) if isinstance(failure, Exception) else "interrupted").splitlines())
+            line = f"{run_dir / 'report.html'} was not written ({what}); nothing else is missing: `pretrain report {run_dir}` tries again"
+            Console(stderr=True, soft_wrap=True).print(Text.assemble(("warning:", "bold yellow"), " ", line), highlight=False)
+    else:
+        if error is None:
+            _say(console, Text.assemble(("report: ", "dim"), str(report)))
 
 
 def _pipeline(config: RunConfig, layout: Layout) -> str:

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import signal
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from pretrain.report.records import Event, SourceLoss, StepRecord, ValidationRec
 from pretrain.report.words import amount, decimal, duration
 from pretrain.train.display import Display, Sparkline
 from pretrain.train.metrics import Pace
+from pretrain.train.stop import Activity, StopRequest, stop_on_signals
 
 
 def record(step: int, loss: float = 3.25, mfu: float | None = None) -> StepRecord:
@@ -143,3 +145,105 @@ def test_words_for_numbers() -> None:
     assert [duration(s) for s in (0.4, 59.6, 192, 7500, 370_000)] == ["0 s", "1 min 00 s", "3 min 12 s", "2 h 05 min", "4 d 06 h"]
     assert [amount(n) for n in (950, 8192, 12_588_032, 999_600_000, 1.4e12)] == ["950", "8.19k", "12.6M", "1.00B", "1.40T"]
     assert (decimal(2.4706), decimal(math.inf)) == ("2.471", "not finite")
+
+
+def panel(stop: StopRequest, *records: StepRecord) -> list[str]:
+    """The lines of the panel that say what the run is doing, on a terminal of 80 columns."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None, legacy_windows=False)
+    display = Display(400, console=console, stop=stop, clock=lambda: stop.since + 65)
+    for each in records:
+        display.step(each)
+    with console.capture() as capture:
+        console.print(display._panel())
+    return [line for line in capture.get().splitlines() if any(word in line for word in ("on its way", "stopping", "leaving", "waiting"))]
+
+
+STOPPING = "stopping after this step, then saving (Ctrl-C again leaves without saving)"
+
+
+@pytest.mark.parametrize(
+    ("activity", "presses", "records", "lines"),
+    [
+        (Activity.STEP, 0, 0, ["the first step is on its way (1 min 05 s)"]),
+        (Activity.STEP, 0, 1, []),
+        (Activity.VALIDATION, 0, 0, ["the validation is on its way (1 min 05 s)"]),
+        (Activity.SAVE, 0, 1, ["the save is on its way (1 min 05 s)"]),
+        (Activity.STEP, 1, 0, [STOPPING, "waiting for the first step (1 min 05 s)"]),
+        (Activity.STEP, 1, 1, [STOPPING, "waiting for the step (1 min 05 s)"]),
+        (Activity.VALIDATION, 1, 0, [STOPPING, "waiting for the validation (1 min 05 s)"]),
+        (Activity.SAVE, 1, 1, ["saving, then stopping (Ctrl-C twice more leaves without it)", "waiting for the save (1 min 05 s)"]),
+        (Activity.SAVE, 2, 1, ["saving, then leaving (Ctrl-C again leaves without it)", "waiting for the save (1 min 05 s)"]),
+    ],
+)
+def test_the_panel_says_what_a_stop_waits_for(activity: Activity, presses: int, records: int, lines: list[str]) -> None:
+    with stop_on_signals(aloud=False) as stop, stop.during(activity):
+        for _ in range(presses):
+            signal.raise_signal(signal.SIGINT)
+        assert [line.rstrip() for line in panel(stop, *map(record, range(records)))] == lines
+
+
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    ("activity", "numbers", "leaves"),
+    [
+        (Activity.STEP, [INT], False),
+        (Activity.STEP, [INT, INT], True),
+        (Activity.STEP, [TERM, INT], True),
+        (Activity.STEP, [TERM, TERM, HUP, TERM], False),
+        (Activity.VALIDATION, [INT, INT], True),
+        (Activity.SAVE, [INT, INT], False),
+        (Activity.SAVE, [TERM, TERM, HUP, INT], False),
+        (Activity.SAVE, [INT, INT, INT], True),
+    ],
+)
+def test_only_ctrl_c_leaves_without_saving_and_in_a_save_only_the_third(
+    activity: Activity, numbers: list[signal.Signals], leaves: bool
+) -> None:
+    with stop_on_signals(aloud=False) as stop, stop.during(activity):
+        for number in numbers[:-1]:
+            signal.raise_signal(number)
+        if leaves:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(numbers[-1])
+        else:
+            signal.raise_signal(numbers[-1])
+            assert stop.name == numbers[-1].name
+
+
+def test_a_hangup_that_is_ignored_stays_ignored_as_under_nohup() -> None:
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals(aloud=False) as stop:
+            signal.raise_signal(HUP)
+            assert not stop
+    finally:
+        signal.signal(HUP, before)
+
+
+def test_the_notice_goes_to_standard_error_unless_a_panel_shows_it(capfd: pytest.CaptureFixture[str]) -> None:
+    for terminal, said in ((False, f"\n{STOPPING}\n"), (True, "")):
+        console = Console(file=io.StringIO(), force_terminal=terminal)
+        with stop_on_signals() as stop, Display(400, console=console, stop=stop):
+            signal.raise_signal(INT)
+        assert capfd.readouterr().err == said
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    with Display(400, console=console) as display:
+        display.step(record(1))
+    assert console.file.getvalue().startswith("step 1/400  loss 3.2500")
+
+
+def test_the_panel_keeps_to_80_columns() -> None:
+    """A terminal that gets narrower breaks longer lines."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None, legacy_windows=False)
+    display = Display(400, console=console)
+    display.step(record(150, mfu=0.412), Pace(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
+    display.validation(ValidationRecord(step=150, val_loss=2.0, val_tokens=9, time=0))
+    with console.capture() as capture:
+        console.print(display._panel())
+    assert max(map(len, capture.get().splitlines())) == 80

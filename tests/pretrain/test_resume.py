@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipeline.reading.loader import Loader
 from pretrain.checkpoint import store
 from pretrain.checkpoint.directory import checkpoint_path
-from pretrain.checkpoint.record import Record, read_manifest
+from pretrain.checkpoint.record import Record, read_manifest, verify
 from pretrain.config_loading import load
 from pretrain.report.records import StepRecord, ValidationRecord, read_events
 from pretrain.train.build import build_engine
@@ -125,6 +125,46 @@ def test_a_second_ctrl_c_leaves_at_once_and_nothing_is_told_twice(tmp_path: Path
         assert kinds(tmp_path)[-1][0] == last
     assert run_tiny(tmp_path) is Outcome.FINISHED
     assert_same_end(tmp_path, whole())
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_a_save_stops_after_that_save(tmp_path: Path, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    press_in_the_first_save(monkeypatch, times)
+    assert run_tiny(tmp_path, "checkpoint.every=10") is Outcome.STOPPED
+    assert kinds(tmp_path) == [("start", 0), ("save", 10), ("stop", 10)]
+    assert not verify(checkpoint_path(tmp_path / "checkpoints", 10))
+
+
+def test_a_third_ctrl_c_in_a_save_leaves_without_it(
+    tmp_path: Path, run_tiny: RunTiny, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    press_in_the_first_save(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path)
+    assert kinds(tmp_path) == [("start", 0)]
+    assert run_tiny(tmp_path) is Outcome.FINISHED
+    assert_same_end(tmp_path, whole())
+
+
+def press_in_the_first_save(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    save, presses = store.save, [times]
+
+    def pressed(*given: object) -> Path:
+        for _ in range(presses.pop() if presses else 0):
+            signal.raise_signal(signal.SIGINT)
+        return save(*given)
+
+    monkeypatch.setattr(store, "save", pressed)
+
+
+def test_ctrl_c_in_a_validation_saves_after_it(tmp_path: Path, run_tiny: RunTiny) -> None:
+    class InValidation(SignalAfter):
+        def log(self, record: StepRecord | ValidationRecord) -> None:
+            if isinstance(record, ValidationRecord) and record.step == self.step:
+                signal.raise_signal(self.number)
+
+    assert run_tiny(tmp_path, observers=[InValidation(10)]) is Outcome.STOPPED
+    assert kinds(tmp_path) == [("start", 0), ("save", 10), ("stop", 10)]
 
 
 KILLED_AT_27 = """
