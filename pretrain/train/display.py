@@ -24,7 +24,7 @@ from pretrain.train.stop import Activity, StopRequest
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_SOURCES = 8
 """Sources whose validation loss a line tells."""
-PANEL_WIDTH = 80
+BAR_WIDTH = 80
 """At most. A terminal that gets narrower breaks longer lines, and rich then leaves a part of the panel behind."""
 QUIET_EVENTS = {"save", "settings"}
 LOUD_EVENTS = {"stop", "skip_checkpoint", "output_lost", "logger_failed"}
@@ -108,7 +108,7 @@ class Display:
 
     def _panel(self) -> RenderableType:
         """The live part: the bar, the numbers under their names, the curve; and below them what a stop waits for."""
-        return Constrain(Group(*self._progress(), *self._activity()), PANEL_WIDTH)
+        return Group(*self._progress(), *self._activity())
 
     def _activity(self) -> list[RenderableType]:
         """The notice of a stop, and how long the run has been in what is not a step or delays the stop."""
@@ -133,14 +133,19 @@ class Display:
         )
         bar.expand = True
         curve = Text.assemble((self._curve.draw(min(60, self._console.width - 20)), "cyan"), ("  training loss", "dim"))
-        return [Padding(Group(bar, _numbers(self._step, self._pace, self._validation), *self._by_source(), curve), (1, 0, 0, 0))]
+        return [
+            Padding(
+                Group(Constrain(bar, BAR_WIDTH), _numbers(self._step, self._pace, self._validation), *self._by_source(), curve),
+                (1, 0, 0, 0),
+            )
+        ]
 
     def _by_source(self) -> Iterator[Text]:
         """The newest validation loss of each source, as many as fit into a line; nothing where there is one source."""
         if self._validation is None or len(self._validation.by_source) < 2:
             return
         cells = [f"{name} {decimal(source.loss)}" for name, source in self._validation.by_source.items()]
-        line, room = "by source", min(self._console.width, PANEL_WIDTH) - len("  +9999")
+        line, room = "by source", self._console.width - len("  +9999")
         for shown, cell in enumerate(cells):
             if len(line) + 2 + len(cell) > room:
                 line += f"  +{len(cells) - shown}"

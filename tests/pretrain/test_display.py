@@ -238,7 +238,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch: pytest.M
     assert console.file.getvalue().startswith("step 1/400  loss 3.2500")
 
 
-def test_the_panel_keeps_to_80_columns() -> None:
+def test_the_bar_keeps_to_80_columns() -> None:
     """A terminal that gets narrower breaks longer lines."""
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None, legacy_windows=False)
     display = Display(400, console=console)
