@@ -11,7 +11,6 @@ from types import TracebackType
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.live import Live
-from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -133,12 +132,8 @@ class Display:
         )
         bar.expand = True
         curve = Text.assemble((self._curve.draw(min(60, self._console.width - 20)), "cyan"), ("  training loss", "dim"))
-        return [
-            Padding(
-                Group(Constrain(bar, BAR_WIDTH), _numbers(self._step, self._pace, self._validation), *self._by_source(), curve),
-                (1, 0, 0, 0),
-            )
-        ]
+        numbers = _numbers(self._step, self._pace, self._validation)
+        return [Text(), Constrain(bar, BAR_WIDTH), numbers, *self._by_source(), curve]
 
     def _by_source(self) -> Iterator[Text]:
         """The newest validation loss of each source, as many as fit into a line; nothing where there is one source."""
