@@ -41,7 +41,7 @@ class Held:
 
 
 class LossSum(Protocol):
-    """Sums over the targets of a microbatch, fp32 scalars: what is minimised, and its two parts, detached."""
+    """Sums over the targets of a microbatch, scalars: what is minimised, fp32, and its two parts, fp64, detached."""
 
     @property
     def total(self) -> Tensor:

@@ -63,7 +63,7 @@ class Stage(nn.Module):
         """Before a step: what the next calls compute. A schedule may do stages in any order, but each does its microbatches in theirs."""
         self._microbatches = iter(microbatches)
         self._scale = scale
-        self.sums = torch.zeros_like(scale), torch.zeros_like(scale)
+        self.sums = _zero_sums(scale.device)
         if self.weight_pass is not None:
             self.weight_pass.begin()
 
@@ -117,7 +117,7 @@ class Pipeline:
     def train(self, microbatches: Sequence[Microbatch], scale: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward passes of equally shaped microbatches: adds the gradients of `scale` times the summed loss.
 
-        Returns the sums of cross-entropy and z-loss, without `scale`, fp32; zeros on ranks that do not hold the last stage.
+        Returns the sums of cross-entropy and z-loss, without `scale`, fp64; zeros on ranks that do not hold the last stage.
         """
         shape = len(microbatches), *microbatches[0].input_ids.shape
         if self._built is None or self._built[0] != shape:  # only the last one is kept: each holds memory for its activations
@@ -126,11 +126,11 @@ class Pipeline:
         for stage in self._stages.values():
             stage.begin(microbatches, scale)
         self._built[1].step(target=torch.zeros(len(microbatches)), return_outputs=False)
-        return self._sums(scale)
+        return self._sums()
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """Forward passes of any number of microbatches: sum of the cross-entropy, fp32; zero without the last stage.
+        """Forward passes of any number of microbatches: sum of the cross-entropy, fp64; zero without the last stage.
 
         Time goes in ticks, in each of which a rank computes what is due and then exchanges activations with its neighbours.
         """
@@ -153,7 +153,7 @@ class Pipeline:
                     transfers.append(self._transfer(dist.irecv, here[i, microbatch], i - 1))
             for work in dist.batch_isend_irecv(transfers) if transfers else ():
                 work.wait()
-        return self._sums(scale)[0]
+        return self._sums()[0]
 
     def _due(self, n_microbatches: int) -> dict[int, list[tuple[int, int]]]:
         """The (stage, microbatch) that this rank is to compute in each tick, one tick after the stage before computes it.
@@ -197,9 +197,14 @@ class Pipeline:
     def _transfer(self, direction: Any, activation: Tensor, peer_stage: int) -> dist.P2POp:  # Any: P2POp compares functions by identity
         return dist.P2POp(direction, activation, group=self._group, group_peer=rank_of(peer_stage, self._layout))
 
-    def _sums(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self) -> tuple[Tensor, Tensor]:
         last = self._stages.get(self._layout.n_stages - 1)
-        return (torch.zeros_like(like), torch.zeros_like(like)) if last is None or last.sums is None else last.sums
+        return _zero_sums(self._device) if last is None or last.sums is None else last.sums
+
+
+def _zero_sums(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of (cross-entropy, z-loss), fp64: a step may have thousands of microbatches."""
+    return torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.float64, device=device)
 
 
 class _Neighbour(PipelineStage):

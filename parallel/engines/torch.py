@@ -25,13 +25,13 @@ class Runner(Protocol):
     """Carries microbatches through the parts of the model that this rank holds."""
 
     def train(self, microbatches: Sequence[Microbatch], scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward and backward passes: adds the gradients of `scale` times the summed loss; sums of (cross-entropy, z-loss), fp32.
+        """Forward and backward passes: adds the gradients of `scale` times the summed loss; sums of (cross-entropy, z-loss), fp64.
 
         The sums are 0 where the last part of the model is not.
         """
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """Forward passes: sum of the cross-entropy, fp32, 0 where the last part of the model is not."""
+        """Forward passes: sum of the cross-entropy, fp64, 0 where the last part of the model is not."""
 
 
 class OnePart:
@@ -44,7 +44,7 @@ class OnePart:
 
     def train(self, microbatches: Sequence[Microbatch], scale: Tensor) -> tuple[Tensor, Tensor]:
         """See `Runner`."""
-        cross_entropy, z_loss = torch.zeros_like(scale), torch.zeros_like(scale)
+        cross_entropy, z_loss = torch.zeros(2, dtype=torch.float64, device=scale.device).unbind()
         for i, microbatch in enumerate(microbatches, 1):
             if self._sharded is not None:
                 self._sharded.before(last=i == len(microbatches))
@@ -61,7 +61,7 @@ class OnePart:
         for microbatch in microbatches:
             sums = self._compute(self._model, None, microbatch)
             assert not isinstance(sums, Tensor)
-            total = sums.cross_entropy.float() if total is None else total + sums.cross_entropy
+            total = sums.cross_entropy.double() if total is None else total + sums.cross_entropy
         assert total is not None, "nothing to evaluate"
         return total
 
@@ -120,7 +120,7 @@ class TorchEngine:
         self._finish_gradients()
         share = squared_norm(self.masters, self.layout, self._n_copies)
         # Tensor ranks have the same loss; all other ranks have different parts of it, or none.
-        losses = torch.stack([cross_entropy, z_loss]).double() / (self.layout.tensor * n_targets)
+        losses = torch.stack([cross_entropy, z_loss]) / (self.layout.tensor * n_targets)
         asking = torch.full((), asks(), dtype=torch.float64, device=self._device)
         loss, z, squares, asked = self._sum(torch.cat([losses, torch.stack([share.to(self._device), asking])])).tolist()
         result = StepResult(loss, z, squares**0.5, asked=asked > 0)
@@ -136,7 +136,7 @@ class TorchEngine:
     def eval_step(self, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
         """(sum of the cross-entropy in nats, number of targets) over all data ranks."""
         n_targets = self._count_targets(microbatches)
-        total = self._sum(self._runner.evaluate([self._cut(m) for m in microbatches]).double() / self.layout.tensor)
+        total = self._sum(self._runner.evaluate([self._cut(m) for m in microbatches]) / self.layout.tensor)
         self._after_evaluation()
         return total.item(), int(n_targets)
 

@@ -24,16 +24,16 @@ _BLOCK = 2**20  # fp32 numbers that the eager softmax works on at a time
 
 
 class LossSum(NamedTuple):
-    """Sums over the labelled tokens, fp32 scalars."""
+    """Sums over the labelled tokens, scalars."""
 
     total: Tensor
-    """What to differentiate: cross_entropy + z_loss."""
+    """What to differentiate: cross_entropy + z_loss, fp32."""
 
     cross_entropy: Tensor
-    """Negative log-likelihood in nats; detached."""
+    """Negative log-likelihood in nats, fp64; detached."""
 
     z_loss: Tensor
-    """z_loss weight * log(Z)^2; detached."""
+    """z_loss weight * log(Z)^2, fp64; detached."""
 
 
 class VocabularyPart(Protocol):
@@ -156,15 +156,15 @@ def _chunked(
     buffer_CV = hidden_TD.new_empty(size, V)  # one for all chunks: two would live while the second is computed
     # The softmax always gets whole chunks, so that it is compiled for one size. What fills the last one up are rows of the chunk before.
     labels_T = F.pad(labels_T, (0, -T % size), value=IGNORE) if T % size else labels_T
-    cross_entropy = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+    cross_entropy = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
     z = torch.zeros_like(cross_entropy)
     for start in range(0, T, size):
         chunk = slice(start, start + size)
         hidden_CD, labels_C = hidden_TD[chunk], labels_T[chunk]
         logits_CV = torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[: len(hidden_CD)])
         nll_C, z_C, column_C = softmax(buffer_CV, labels_C, z_loss, vocabulary)
-        cross_entropy += nll_C.sum()
-        z += z_C.sum()
+        cross_entropy += nll_C.sum(dtype=torch.float64)
+        z += z_C.sum(dtype=torch.float64)
         rows = len(logits_CV)
         where = torch.arange(rows, device=logits_CV.device), _columns(labels_C[:rows], V, vocabulary)
         gradient_CV = logits_CV.index_put_(where, column_C[:rows].to(logits_CV.dtype))  # scatter_ copies all on a CPU
@@ -172,7 +172,7 @@ def _chunked(
             torch.mm(gradient_CV, weight_VD, out=grad_hidden_TD[chunk])
         if grad_weight_VD is not None:
             _add_product(grad_weight_VD, gradient_CV, hidden_CD, first=start == 0)
-    return cross_entropy + z, cross_entropy, z
+    return (cross_entropy + z).float(), cross_entropy, z
 
 
 def _chunks(logits: int, device: torch.device) -> int:
