@@ -36,7 +36,7 @@ def squared_norm(masters: Mapping[str, nn.Parameter], layout: Layout, n_copies: 
 
 def _pieces(gradient: Tensor) -> Sequence[Tensor]:
     """A CPU makes an fp64 copy of each tensor whose norm it takes: small ones cost no memory, and a sixth of the time."""
-    return gradient.flatten().split(_CPU_PIECE) if gradient.device.type == "cpu" else (gradient,)
+    return torch.split(gradient.flatten(), _CPU_PIECE) if gradient.device.type == "cpu" else (gradient,)
 
 
 def _holders(parameter: Tensor, layout: Layout) -> int:

@@ -13,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from data_pipeline.reading.packing import Batch
 from parallel.engine import Microbatch
 from parallel.engines.torch import TorchEngine
+from parallel.gradients import squared_norm
+from parallel.layout import Layout
 from pretrain.checkpoint import store
 from pretrain.checkpoint.record import Record
 from pretrain.config import RunConfig
@@ -136,6 +138,20 @@ def test_the_forward_pass_never_waits_for_the_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(math.isfinite(total.item()) for total in totals)
+
+
+def test_the_gradient_norm_is_that_of_fp64_and_never_waits_for_the_gpu() -> None:
+    gradients = [1e-3 * torch.randn(*shape, device="cuda") for shape in ((12_000_000,), (700, 300), (3,), (0,))]
+    wanted = sum(gradient.double().square().sum() for gradient in gradients)
+    parameters = {str(i): torch.nn.Parameter(torch.empty_like(gradient)) for i, gradient in enumerate(gradients)}
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        parameter.grad = gradient
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        squares = squared_norm(parameters, Layout(), lambda _: 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert squares.item() == pytest.approx(float(wanted), rel=1e-12)
 
 
 def test_whole_rows_are_one_document_without_a_document_mask() -> None:

@@ -64,6 +64,20 @@ def test_fp32_loss_and_gradients_equal_fp64_autograd_to_1e6(z_loss: float) -> No
     assert relative(gradients[1] * 10, grad_weight) < 1e-6
 
 
+def test_the_losses_of_tokens_are_added_up_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20,000 chunks of a token of 0.1 nats each. In fp32 the sum is 1e-5 off, which is more than rounding a token's loss can be."""
+    many, tenth = 20_000, torch.tensor(0.1)
+    monkeypatch.setattr(loss_module, "_chunks", lambda logits, device: many)
+
+    def softmax(logits_CV: Tensor, labels_C: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+        return tenth.expand(len(labels_C)), tenth.expand(len(labels_C)) / 2, torch.zeros(len(labels_C))
+
+    with torch.no_grad():
+        sums = linear_cross_entropy(torch.zeros(many, 1), torch.zeros(2, 1), torch.zeros(many, dtype=torch.int64), softmax=softmax)
+    assert sums.cross_entropy.item() == pytest.approx(many * tenth.item(), rel=1e-12)
+    assert sums.z_loss.item() == pytest.approx(many * tenth.item() / 2, rel=1e-12)
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.usefixtures("chunks")
 def test_bf16_gradients_are_within_rounding_of_fp64(weight_dtype: torch.dtype) -> None:
