@@ -4,7 +4,7 @@ Each row trains a small model (grouped-query attention, QK-norm, biases, packed 
 (gloo), and compares it with the same steps on one process: the loss of every step, every parameter's gradient at every step (norm of the
 difference over the norm), the global gradient norm of every step, every parameter after the last step. In fp32 they must agree to
 rounding: loss 1e-5, gradients 1e-4, norm 1e-6, parameters 1e-5. In bf16, where another order of sums rounds differently, and with Muon,
-which orthogonalises in bf16, losses must agree to 2e-3 and norms to 1e-2.
+which orthogonalises in bf16, losses and norms must agree to 2e-3.
 
 The norm that one process reports is itself held against its gradients, whose squares are added up in fp64: clipped with that norm, they
 must have the norm they were clipped to. Sums in fp32 lose more than the tolerance where a tensor is large, so one row has three tensors of
@@ -63,7 +63,7 @@ LARGE = ("model.n_layers=1", "model.d_model=1024", "model.d_ff=10240")
 BF16 = ("train.precision=bf16",)
 MUON = ("optim.kind=muon",)
 TOLERANCES = {"loss_error": 1e-5, "gradient_error": 1e-4, "norm_error": 1e-6, "parameter_error": 1e-5}
-BF16_TOLERANCES = {"loss_error": 2e-3, "norm_error": 1e-2}
+BF16_TOLERANCES = {"loss_error": 2e-3, "norm_error": 2e-3}
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from data_pipeline.errors import DataError
 
@@ -24,10 +26,37 @@ else:
 """A field that may say `auto`. Type checkers see T: whoever resolves it leaves none behind."""
 
 
-class Settings(BaseModel):
-    """Unknown keys are errors, values are checked, a loaded tree does not change."""
+NONE_WORDS = ("none", "None", "NONE")
+"""What people write for YAML's null."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True, serialize_by_alias=True)
+
+class Settings(BaseModel):
+    """Unknown keys are errors, values are checked, numbers are finite, a loaded tree does not change."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        populate_by_name=True,
+        serialize_by_alias=True,
+        allow_inf_nan=False,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_none(cls, value: object, info: ValidationInfo) -> object:
+        """Read `none` as null where a field takes null. `train.recompute=none` stays a word: that field does not."""
+        takes_null = info.field_name is not None and NoneType in get_args(cls.model_fields[info.field_name].annotation)
+        return None if takes_null and isinstance(value, str) and value in NONE_WORDS else value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse `train.steps=true`: pydantic would read 1."""
+        annotation = cls.model_fields[info.field_name].annotation if info.field_name is not None else None
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise PydanticCustomError("truth_value", "is a truth value, which this setting does not take")
+        return value
 
 
 TextKind = Literal["text", "jsonl", "parquet", "arrow", "hf"]
@@ -200,10 +229,10 @@ class GopherRepetitionFilter(Settings):
     dup_para_char_frac: float = Field(default=0.2, ge=0)
     """Largest share of characters in such paragraphs."""
 
-    top_n_grams: tuple[tuple[Annotated[int, Field(gt=0)], float], ...] = ((2, 0.2), (3, 0.18), (4, 0.16))
+    top_n_grams: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[float, Field(ge=0)]], ...] = ((2, 0.2), (3, 0.18), (4, 0.16))
     """Pairs of n and the largest share of characters in the most frequent run of n words; an empty list turns it off."""
 
-    dup_n_grams: tuple[tuple[Annotated[int, Field(gt=0)], float], ...] = (
+    dup_n_grams: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[float, Field(ge=0)]], ...] = (
         (5, 0.15),
         (6, 0.14),
         (7, 0.13),
@@ -313,7 +342,7 @@ class DedupConfig(Settings):
     """`minhash`: hashes in a band. Of pairs of Jaccard similarity J the share 1 - (1 - J^rows)^bands is found: by default 1% at 0.4,
     half at 0.69, 99% at 0.85."""
 
-    memory_mb: float = Field(default=1024, gt=0)
+    memory_mb: float = Field(default=1024, gt=0, le=1e9)
     """Megabytes that comparing the signatures may take; a byte a document comes on top. Less is slower: the signatures are read again
     for every memory_mb * 11,000 documents."""
 
@@ -332,13 +361,17 @@ class DecontaminateConfig(Settings):
     """`drop` leaves the document out, `mark` keeps and counts it."""
 
 
+Weight = Annotated[float, Field(ge=0, le=1e30)]
+"""Of a source, beside those of the others."""
+
+
 class MixtureStage(Settings):
     """Other weights from some point of the run on."""
 
     start: str | int = Field(alias="from")
     """Where it begins: a share of the run such as `80%`, or a number of sequences of data.seq_len tokens."""
 
-    weights: dict[str, Annotated[float, Field(ge=0)]]
+    weights: dict[str, Weight]
     """As in data.mixture.weights."""
 
 
@@ -349,7 +382,7 @@ class MixtureConfig(Settings):
     """What weights mean: shares of the tokens, or times that a source is read while another of weight 1 is read once. `temperature`
     takes no weights: shares are proportional to size^(1/temperature)."""
 
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    weights: dict[str, Weight] = {}
     """Weight by source name; unnamed sources get 0. Empty reads everything once an epoch."""
 
     temperature: float = Field(default=1.0, ge=1)
@@ -385,7 +418,7 @@ class PrepareConfig(Settings):
     vocab_size: int = Field(default=32_768, gt=256)
     """Vocabulary to train when there is no tokenizer yet, special tokens included."""
 
-    tokenizer_sample_mb: float = Field(default=200, gt=0)
+    tokenizer_sample_mb: float = Field(default=200, gt=0, le=1e9)
     """Megabytes of text (evenly over the documents) that a new tokenizer is trained on."""
 
     validation_fraction: float = Field(default=0.005, ge=0, lt=1)

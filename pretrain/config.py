@@ -32,7 +32,7 @@ class RunSettings(Settings):
     dir: Annotated[Path, MayChange()] = Path("runs/default")
     """Run directory: config.yaml, metrics.jsonl, events.jsonl, checkpoints/, report.html. An existing one is resumed."""
 
-    seed: int = 1234
+    seed: int = Field(default=1234, ge=-(2**63), lt=2**64)
     """Seed of the initial weights and of the data order."""
 
 
@@ -81,16 +81,16 @@ class OptimConfig(Settings):
     kind: Literal["adamw", "muon"] = "adamw"
     """`adamw` for all, or `muon` for the matrices inside the blocks and AdamW for the rest."""
 
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0, le=1000)
     """Peak learning rate, reached after `warmup`."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
 
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, le=1)
     """AdamW's epsilon."""
 
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=1000)
     """Decoupled weight decay of the matrices; norms, biases and embeddings get none."""
 
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
@@ -105,7 +105,7 @@ class OptimConfig(Settings):
     warmup: OrAuto[Annotated[int, Field(ge=0)]] = AUTO
     """Steps of linear warm-up. `auto` is a tenth of the run, at most 2,000."""
 
-    decay: OrAuto[float] = AUTO
+    decay: OrAuto[Annotated[float, Field(ge=0, le=1)]] = AUTO
     """`wsd`: length of the final decay, as a fraction of the run. `auto` is 0.2 (arXiv:2405.18392). Other schedules decay throughout."""
 
     decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
@@ -130,11 +130,11 @@ class TrainConfig(Settings):
     batch_ramp_start: int = Field(default=1, gt=0)
     """Sequences in the first global batch of a ramp."""
 
-    micro_batch_size: Annotated[OrAuto[int], MayChange()] = AUTO
+    micro_batch_size: Annotated[OrAuto[Annotated[int, Field(gt=0)]], MayChange()] = AUTO
     """Sequences in one forward and backward pass; gradients accumulate over the global batch. `auto` is the largest divisor of
     `batch_size` that holds at most 16,384 tokens."""
 
-    z_loss: float = Field(default=0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0, le=10)
     """Weight of log(Z)^2 in the loss (arXiv:2204.02311, section 5); it keeps the logits from drifting."""
 
     device: Annotated[OrAuto[Literal["cpu", "cuda"]], MayChange()] = AUTO

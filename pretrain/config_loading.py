@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from data_pipeline.settings import SourceConfig
+from data_pipeline.settings import NONE_WORDS, SourceConfig
 from pretrain.config import RunConfig, walk
 from pretrain.errors import UserError
 
@@ -27,20 +27,30 @@ _PLAINER = {
     "path_type": "should be a path; quote it twice where it looks like a number, as in '\"5\"'",
     "model_type": "is a section; set what is in it, such as train.steps=100",
     "tuple_type": "should be a list, such as [a, b]",
+    "string_type": "should be text; quote it twice where it looks like a number, as in '\"5\"'",
 }
 """Complaints of pydantic that speak of Python, in the user's words."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people read it: `off`, `no` and `on` are words, not truth values, so that `log.wandb=off` says what it says."""
+    """YAML as people read it, much as YAML 1.2 has it: `off`, `no` and `on` are words, not truth values, so that `log.wandb=off`
+    says what it says; `2026-01-31`, `12:30` and `007` are text, not a date, 750 and octal."""
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+_OWN = {  # of PyYAML's; what is text here and belongs into a field that takes numbers, such as 1e-3 or 010, is read there
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?[0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|[-+]?\.[0-9][0-9_]*([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in {*_OWN, "tag:yaml.org,2002:timestamp"}]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for _tag, (_pattern, _first) in _OWN.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list(_first))
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,8 @@ def load(source: str | Path | None, overrides: Sequence[str] = ()) -> Loaded:
     word_tree: Tree = {}
     for word in overrides:
         _put(word_tree, *_split(word))
-    preset = _get(word_tree, "model", "preset") or _get(file_tree, "model", "preset")
-    preset_tree: Tree = {} if preset is None else {"model": _read_yaml(_find(str(preset), "configs.models"))}
+    preset = next((tree["model"]["preset"] for tree in (word_tree, file_tree) if "preset" in _section(tree, "model")), None)
+    preset_tree: Tree = {} if preset in (None, *NONE_WORDS) else {"model": _read_yaml(_find(str(preset), "configs.models"))}
     layers = [(f"preset {preset}", preset_tree), (str(source), file_tree), ("command line", word_tree)]
     merged: Tree = {}
     origin: dict[str, str] = {}
@@ -119,7 +129,7 @@ def _find(name: str, package: str) -> Path:
 def _read_yaml(path: Path) -> Tree:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # of bytes that are no UTF-8, of numbers of 5,000 digits
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -134,7 +144,7 @@ def _split(word: str) -> tuple[str, object]:
         raise UserError(f"`{word}` is not of the form key=value, such as train.steps=100")
     try:
         return key, yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (ValueError, RecursionError, yaml.YAMLError):
         raise UserError(f"{key}: `{text}` is not a YAML value; quote it") from None
 
 
@@ -147,9 +157,9 @@ def _put(tree: Tree, key: str, value: object) -> None:
     tree[last] = value
 
 
-def _get(tree: Tree, section: str, key: str) -> object:
+def _section(tree: Tree, section: str) -> Tree:
     inner = tree.get(section)
-    return inner.get(key) if isinstance(inner, dict) else None
+    return inner if isinstance(inner, dict) else {}
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, object]]:

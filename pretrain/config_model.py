@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,25 +16,25 @@ class RopeConfig(Settings):
     """How positions are scaled: `linear` is position interpolation (arXiv:2306.15595), `ntk` raises theta once, `dynamic_ntk` with
     the sequence length, `yarn` is arXiv:2309.00071, `llama3` the Llama 3.1 scaling (arXiv:2407.21783)."""
 
-    theta: float = Field(default=10_000.0, gt=0)
+    theta: float = Field(default=10_000.0, gt=1, le=1e12)
     """Base of the frequencies."""
 
-    factor: float = Field(default=1.0, ge=1)
+    factor: float = Field(default=1.0, ge=1, le=1e6)
     """Context extension factor: new length / original length. `default` ignores it."""
 
     original_max_seq_len: int = Field(default=8192, gt=0)
     """Context length of the model before the extension, in tokens (`dynamic_ntk`, `yarn`, `llama3`)."""
 
-    low_freq_factor: float = Field(default=1.0, gt=0)
+    low_freq_factor: float = Field(default=1.0, gt=0, le=1e6)
     """`llama3`: wavelengths longer than original_max_seq_len / low_freq_factor are divided by `factor`."""
 
-    high_freq_factor: float = Field(default=4.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0, le=1e6)
     """`llama3`: wavelengths shorter than original_max_seq_len / high_freq_factor are kept."""
 
-    beta_fast: float = Field(default=32.0, gt=0)
+    beta_fast: float = Field(default=32.0, gt=0, le=1e6)
     """`yarn`: dimensions that turn more often than this over the original context are kept."""
 
-    beta_slow: float = Field(default=1.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0, le=1e6)
     """`yarn`: dimensions that turn less often than this over the original context are interpolated."""
 
     @model_validator(mode="after")
@@ -52,7 +52,7 @@ class ModelConfig(Settings):
     preset: str | None = None
     """A named shape from `configs/models`; every other key of this section overrides it."""
 
-    vocab_size: OrAuto[int] = AUTO
+    vocab_size: OrAuto[Annotated[int, Field(gt=0)]] = AUTO
     """Rows of the embedding. `auto` is the tokenizer's size, rounded up to a multiple of 64."""
 
     n_layers: int = Field(default=12, gt=0)
@@ -67,7 +67,7 @@ class ModelConfig(Settings):
     n_kv_heads: int = Field(default=12, gt=0)
     """Key/value heads (arXiv:2305.13245): equal to n_heads is multi-head, 1 is multi-query attention."""
 
-    head_dim: OrAuto[int] = AUTO
+    head_dim: OrAuto[Annotated[int, Field(gt=0)]] = AUTO
     """Width of one head. `auto` is d_model / n_heads."""
 
     d_ff: int = Field(default=2048, gt=0)
@@ -76,7 +76,7 @@ class ModelConfig(Settings):
     max_seq_len: int = Field(default=8192, gt=0)
     """Longest context the model is meant for, in tokens."""
 
-    norm_eps: float = Field(default=1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0, le=1)
     """Epsilon of every RMSNorm (arXiv:1910.07467)."""
 
     qk_norm: bool = False
@@ -94,7 +94,7 @@ class ModelConfig(Settings):
     document_mask: bool = True
     """Tokens attend only within their own document when several are packed into one sequence."""
 
-    init_std: float = Field(default=0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0, le=100)
     """Standard deviation of the initial weights; projections into the residual stream get it divided by sqrt(2 * n_layers)."""
 
     rope: RopeConfig = RopeConfig()

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
-from math import isfinite
 
 import numpy as np
 import xxhash
@@ -211,8 +210,6 @@ def _weights(config: MixtureConfig, weights: Mapping[str, float], sizes: Mapping
     for name, weight in weights.items():
         if name not in sizes:
             raise DataError(f"{setting} names {name}, which the data does not hold; its sources are {', '.join(sizes)}")
-        if not (isfinite(weight) and weight >= 0):
-            raise DataError(f"{setting}.{name}={weight} is not a weight; use 0 or a positive number")
         if weight > 0 and not sizes[name]:
             raise DataError(f"{setting}.{name}={weight:g}, but {name} holds no tokens; set 0 or leave it out")
     if weights and config.by == "temperature":
@@ -240,7 +237,7 @@ def sample_at(start: str | int, total: int | None, setting: str) -> int:
     try:
         share = Fraction(text.removesuffix("%")) / 100 if text.endswith("%") else None
         number = 0 if share is not None else int(text)
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         raise DataError(f"{setting}.from={start} is neither a share such as 80% nor a number of sequences") from None
     if number < 0 or (share is not None and not 0 <= share <= 1):
         raise DataError(f"{setting}.from={start} lies outside the run; use 0% to 100%, or a number of sequences")

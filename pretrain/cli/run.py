@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,16 +69,26 @@ def train(
         raise typer.Exit(EXIT_STOPPED)
 
 
+def _finite(value: float | None) -> float | None:
+    """The bounds of an option let `nan` pass."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 def generate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory; its newest checkpoint is taken.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; empty starts a new document.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most; the model's context ends the text too.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token; 1 samples as the model says.")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(min=0, callback=_finite, help="0 always takes the likeliest token; 1 samples as the model says.")
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this many likeliest tokens only.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Sample among the likeliest tokens that hold this much probability.")
+        float | None,
+        typer.Option(min=0, max=1, callback=_finite, help="Sample among the likeliest tokens that hold this much probability."),
     ] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a text with a trained model."""
     import torch

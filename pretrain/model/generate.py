@@ -86,12 +86,12 @@ def sample(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float
     """One token id drawn from the logits, after temperature, then top-k, then top-p."""
     if temperature == 0:
         return int(logits_V.argmax())
-    probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
+    probabilities_V = torch.softmax((logits_V - logits_V.max()) / temperature, dim=-1)  # the largest at 0: none overflows
     likeliest_V, ids_V = probabilities_V.sort(descending=True, stable=True)
     if top_k is not None:
         likeliest_V[top_k:] = 0
         likeliest_V /= likeliest_V.sum()
     if top_p is not None:
-        before_V = likeliest_V.cumsum(0) - likeliest_V
+        before_V = likeliest_V.cumsum(0, dtype=torch.float64) - likeliest_V
         likeliest_V[1:] *= before_V[1:] < top_p  # the likeliest one always stays
     return int(ids_V[torch.multinomial(likeliest_V, 1, generator=generator)])

@@ -106,13 +106,9 @@ def check(optim: OptimConfig, train: TrainConfig) -> None:
             f"train.batch_ramp_start={train.batch_ramp_start} is above train.batch_size={train.batch_size}: the ramp grows the batch; "
             f"start at {train.batch_size} or less"
         )
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        raise UserError(f"optim.betas={list(optim.betas)} must lie in [0, 1), such as [0.9, 0.95]")
 
 
 def _check_decay(optim: OptimConfig, steps: int) -> None:
-    if not 0 <= optim.decay <= 1:
-        raise UserError(f"optim.decay={optim.decay} is a fraction of the run: use a number from 0 to 1, such as {WSD_DECAY}")
     decay = wsd_decay_steps(steps, optim)
     if optim.warmup + decay > steps:
         raise UserError(

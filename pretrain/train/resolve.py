@@ -68,6 +68,7 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
     Raises:
         UserError: settings that do not go together.
     """
+    _check_device(config)  # before a rule asks it what it can do
     before = {} if previous is None else _held(previous)
     config, decisions = _apply(_rules(tokenizer_size, world_size), config, before)
     _check(config, tokenizer_size)
@@ -164,17 +165,30 @@ def _precision(config: RunConfig) -> tuple[object, str]:
 def _compile(config: RunConfig) -> tuple[object, str]:
     if not compiles(config):
         return False, f"what parallel.schedule={config.parallel.schedule} and train.recompute=selective keep cannot be compiled"
+    missing = _missing_compiler(config.train.device)
+    if missing is not None:
+        return False, missing
     if config.train.device == "cuda":
         return True, "on for GPUs"
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # those that torch.compile itself would take
-    if shutil.which(compiler) is None:
-        return False, f"there is no C++ compiler ({compiler})"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return False, "Python's headers are not installed (package python3-dev)"
     flops = 6.0 * parameter_count(config.model) * schedule.samples_before(config.train.steps + 1, config.train) * config.data.seq_len
     if flops < COMPILE_WORTH_FLOPS:
         return False, f"{amount(flops)} FLOPs are too few to repay compiling"
     return True, f"{amount(flops)} FLOPs repay compiling"
+
+
+def _missing_compiler(device: str) -> str | None:
+    """Why torch.compile could not make code for the device here; None if it can."""
+    if device == "cuda":  # Triton builds the host code that launches its kernels; g++ brings gcc along
+        found = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "g++"]
+        kind = "C compiler"
+    else:  # those that torch.compile itself would take
+        found = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+        kind = "C++ compiler"
+    if not any(shutil.which(name) for name in found):
+        return f"there is no {kind} ({' or '.join(found[:2])})"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers are not installed (package python3-dev)"
+    return None
 
 
 def _attention(config: RunConfig) -> tuple[object, str]:
@@ -195,8 +209,13 @@ def _check(config: RunConfig, tokenizer_size: int) -> None:
             f"set model.vocab_size={-(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE} or auto"
         )
     _check_numbers(config)
-    if train.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto")
+    if train.device == "cuda" and train.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise UserError(
+            f"train.precision=bf16, but {torch.cuda.get_device_name()} cannot compute in bf16; use train.precision=fp32 or auto"
+        )
+    missing = _missing_compiler(train.device) if train.compile else None
+    if missing is not None:
+        raise UserError(f"train.compile=true, but {missing}; install it, or use train.compile=false or auto")
     if train.attention in VARIABLE_LENGTH:
         runs = available_backends(train.device, precision=train.precision, compiled=train.compile, head_dim=model.head_dim)
         if train.attention not in runs:
@@ -204,6 +223,13 @@ def _check(config: RunConfig, tokenizer_size: int) -> None:
                 f"train.attention={train.attention} does not run here with train.device={train.device}, train.precision={train.precision} "
                 f"and model.head_dim={model.head_dim}; use {', '.join(runs)} or auto"
             )
+
+
+def _check_device(config: RunConfig) -> None:
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        why = "" if built else f" (PyTorch {torch.__version__} is built without CUDA)"
+        raise UserError(f"train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto{why}")
 
 
 def _check_numbers(config: RunConfig) -> None:

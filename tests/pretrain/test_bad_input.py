@@ -68,6 +68,8 @@ WORDS = {
     "wrong type": (["train.steps=many"], "train.steps='many': input should be a valid integer"),
     "wrong type under auto": (["model.vocab_size=many"], "model.vocab_size='many': input should be a valid integer"),
     "out of range": (["optim.lr=-1"], "optim.lr=-1: input should be greater than 0"),
+    "infinite": (["optim.lr=.inf"], "optim.lr=inf: input should be a finite number"),
+    "not a number": (["optim.clip=nan"], "optim.clip='nan': input should be a finite number"),
     "not one of the choices": (["optim.kind=sgd"], "optim.kind='sgd': input should be 'adamw' or 'muon'"),
     "a value for a section": (["train=5"], "train=5: is a section; set what is in it"),
     "a word without a value": (["train.steps"], "train.steps: no such file, and no preset of that name"),
@@ -105,6 +107,7 @@ def test_a_missing_config_file(refused: Callable[..., str]) -> None:
     assert "nowhere.yaml: no such file, and no preset of that name; presets are demo" in refused("train", "nowhere.yaml")
 
 
+NO_GPU = "train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto"
 SETTINGS = {
     "vocabulary larger than the model's": (
         ["model.vocab_size=256"],
@@ -118,6 +121,7 @@ SETTINGS = {
     "warm-up longer than the run": (["optim.warmup=40"], "optim.warmup=40 is not below train.steps=40: .* try optim.warmup=4"),
     "microbatch larger than the batch": (["train.micro_batch_size=9"], "train.micro_batch_size=9 is larger than train.batch_size=4"),
     "kernels of a GPU": (["train.attention=varlen"], "train.attention=varlen does not run here with train.device=cpu, .* use sdpa or auto"),
+    "a GPU that is not there": (["train.device=cuda", "train.precision=auto", "train.compile=auto", "train.attention=auto"], NO_GPU),
     "no data": (["data.path=nowhere"], "data.path=nowhere holds no prepared data; run `pretrain data prepare`"),
     "no tokenizer": (["data.tokenizer=nowhere.json"], "data.tokenizer: cannot read nowhere.json: No such file .* name a tokenizer.json"),
     "a prompt that fills the context": (

@@ -137,9 +137,46 @@ def test_a_run_goes_on_another_device_in_the_same_precision_and_with_the_kernels
     assert [resolved("train.device=cpu", previous=on_gpu)[f"train.{name}"] for name in ("device", "attention")] == ["cpu", "sdpa"]
 
 
-def test_a_gpu_that_is_not_there_is_told() -> None:
-    with pytest.raises(UserError, match=r"train\.device=cuda, but PyTorch sees no GPU here; use train\.device=cpu or auto"):
-        resolved("train.device=cuda")
+@pytest.mark.parametrize("words", [(), ("train.precision=bf16", "train.compile=true"), ("train.attention=varlen",)], ids=str)
+def test_a_gpu_that_is_not_there_is_told_before_a_rule_asks_it_anything(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    def asked(*_: object, **__: object) -> bool:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    for name in ("get_device_name", "get_device_capability", "is_bf16_supported"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    with pytest.raises(UserError) as refusal:
+        resolved("train.device=cuda", *words)
+    expected = "train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto (PyTorch 2.13.0+cpu is built without CUDA)"
+    assert str(refusal.value) == expected
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(UserError, match=r"sees no GPU here; use train\.device=cpu or auto$"):
+        resolved("train.device=cuda", *words)
+
+
+def test_a_gpu_without_bf16_takes_fp32_and_refuses_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, gpu=True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    assert resolved()["train.precision"] == "fp32"
+    with pytest.raises(
+        UserError, match=r"train\.precision=bf16, but NVIDIA H100 .* cannot compute in bf16; use train\.precision=fp32 or auto"
+    ):
+        resolved("train.precision=bf16")
+
+
+@pytest.mark.parametrize(("gpu", "missing"), [(False, r"C\+\+ compiler \(g\+\+\)"), (True, r"C compiler \(gcc or clang\)")])
+def test_compiling_without_a_compiler_is_refused_before_anything_begins(monkeypatch: pytest.MonkeyPatch, gpu: bool, missing: str) -> None:
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    machine(monkeypatch, gpu=gpu)
+    assert resolved("train.compile=true")["train.compile"] is True
+    machine(monkeypatch, gpu=gpu, compiler=None)
+    assert resolved()["train.compile"] is False
+    with pytest.raises(
+        UserError, match=rf"train\.compile=true, but there is no {missing}; install it, or use train\.compile=false or auto"
+    ):
+        resolved("train.compile=true")
 
 
 @pytest.mark.parametrize(
