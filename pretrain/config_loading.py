@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from data_pipeline.settings import NONE_WORDS, SourceConfig
+from data_pipeline.settings import SourceConfig
+from data_pipeline.settings_base import NONE_WORDS
 from pretrain.config import RunConfig, walk
 from pretrain.errors import UserError
 
