@@ -340,7 +340,7 @@ class MixtureConfig(Settings):
     """What weights mean: shares of the tokens, or times that a source is read while another of weight 1 is read once. `temperature`
     takes no weights: shares are proportional to size^(1/temperature)."""
 
-    weights: dict[str, Weight] = {}
+    weights: dict[str, Weight] = Field(default={})
     """Weight by source name; unnamed sources get 0. Empty reads everything once an epoch."""
 
     temperature: float = Field(default=1.0, ge=1)
