@@ -68,7 +68,7 @@ class Corpus:
         settings = {name: getattr(config, name) for name in PrepareConfig.model_fields}
         dedup = config.dedup.model_copy(update={"memory_mb": DedupConfig().memory_mb})
         return Recipe(
-            settings=PrepareConfig(**(settings | {"workers": None, "tokenizer": AUTO, "dedup": dedup})),
+            settings=PrepareConfig(**(settings | {"workers": None, "tokenizer": AUTO, "dedup": dedup, "allow_lossy_tokenizer": False})),
             trained_tokenizer=trained_tokenizer,
             listings=self.listings,
             lists=self.lists,

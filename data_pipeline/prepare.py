@@ -40,12 +40,15 @@ from data_pipeline.storage.shards import token_dtype
 from data_pipeline.storage.tokenized import adopt
 from data_pipeline.text.chunks import Chunk
 from data_pipeline.text.sources import Document
+from data_pipeline.tokenizing.coverage import coverage_of, notes_on
 from data_pipeline.tokenizing.split_writer import SplitResult
 from data_pipeline.tokenizing.tokenize import ChunkResult, TokenizeJob, Tokenizing, begin_tokenizing, place
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, sample_texts, train_tokenizer
 from data_pipeline.workers import Done, Tell, cores, run_jobs
 
-Stage = Literal["cleaning", "comparing documents", "reading a sample", "training the tokenizer", "checking tokens", "tokenizing"]
+Stage = Literal[
+    "cleaning", "comparing documents", "reading a sample", "counting words", "training the tokenizer", "checking tokens", "tokenizing"
+]
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,11 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
         more = "; rejects are written only while it is prepared" if keep_rejects and not (path / REJECTS).exists() else ""
         return open_prepared(path, (f"{path} is prepared already, with these very settings{more}",))
     with working_folder(path) as work:
+        lossy_is_fine = config.allow_lossy_tokenizer or not any(source.is_text for source in config.sources)
         is_there = tokenizer is not None or (path / "tokenizer.json").is_file()
-        made = bring_tokenizer(path, tokenizer or path, work) if is_there else None  # a wrong one is told before any text is read
+        made = (
+            bring_tokenizer(path, tokenizer or path, work, lossy_is_fine) if is_there else None
+        )  # a wrong one is told before any text is read
         adopted = None if made is None else _adopt(corpus, work, made, progress)
         verdicts = _clean(corpus, work, progress)
         if made is None or adopted is None:
@@ -94,7 +100,7 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
             adopted = _adopt(corpus, work, made, progress)
         results = _tokenize(corpus, work, made, verdicts, keep_rejects, progress)
         rejects = {f"{result.chunk}.jsonl.zst" for result in results.values() if result.rejects}
-        notes, recipe = _notes(corpus, results), corpus.recipe(trained_tokenizer=not is_there)
+        notes, recipe = (*made.notes, *notes_on(coverage_of(made)), *_notes(corpus, results)), corpus.recipe(trained_tokenizer=not is_there)
         commit(work, path, _manifests(corpus, made, recipe, results, adopted), rejects)
     return open_prepared(path, notes)
 
@@ -144,10 +150,24 @@ def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: OnPr
         fraction = config.validation_fraction
         held_out = f" once data.validation_fraction={fraction} of the documents is held out" if fraction else ""
         raise DataError(f"data.sources hold no text to train a tokenizer on{held_out}: {corpus}")
-    progress(Progress("training the tokenizer", len(texts)))
-    tokenizer = train_tokenizer(texts, config.vocab_size, file, config.tokenizer_kind)
+    tokenizer = train_tokenizer(_counting(texts, progress), config.vocab_size, file, config.tokenizer_kind)
     write_record(record, f"{key} {tokenizer.fingerprint}".encode())
     return tokenizer
+
+
+def _counting(texts: Sequence[str], progress: OnProgress) -> Iterator[str]:
+    """The texts of the sample, and how far the trainer is in reading them. What it then does with the words cannot be followed."""
+    sizes = [len(text.encode()) for text in texts]
+    read, told, total = 0, 0, sum(sizes)
+    progress(Progress("counting words", read=0, total=total))
+    for number, (text, size) in enumerate(zip(texts, sizes, strict=True)):
+        if read - told >= 1 << 20:
+            progress(Progress("counting words", number, read=read, total=total))
+            told = read
+        yield text
+        read += size
+    progress(Progress("counting words", len(texts), read=total, total=total))
+    progress(Progress("training the tokenizer", len(texts)))
 
 
 def _kept_documents(corpus: Corpus, verdicts: dict[str, Path], progress: OnProgress) -> Iterator[Document]:
@@ -276,6 +296,8 @@ def _text_manifests(name: str, tokenizer: Tokenizer, chunks: Sequence[ChunkResul
             dropped=_total(part.dropped for part in found),
             repaired=_total(part.repaired for part in found),
             marked=_total(part.marked for part in found),
+            unknown_tokens=sum(part.unknown_tokens for part in found),
+            lost_characters=sum(part.lost_characters for part in found),
             shards=tuple(shard for part in found for shard in part.shards),
         )
         for split, found in parts.items()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from data_pipeline.cleaning.minhash import threshold
 from data_pipeline.settings import PrepareConfig, Settings, source_names
 from data_pipeline.storage.manifest import Manifest
+from data_pipeline.tokenizing.coverage import coverage_of
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 
@@ -22,6 +23,7 @@ class Entry:
 
 def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry, ...]]:
     """The settings that decided something, by sections, and what was found there when it was prepared."""
+    coverage = coverage_of(tokenizer)
     recipe, settings = manifest.recipe, manifest.recipe.settings
     filters, dedup, clean = settings.filters, settings.dedup, settings.decontaminate
     sections: dict[str, tuple[Entry, ...]] = {"sources": _recipe_sources(manifest)}
@@ -40,6 +42,8 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
     sections["tokenizer"] = (
         Entry("fingerprint", tokenizer.fingerprint),
         Entry("vocabulary", f"{tokenizer.vocab_size:,} ids"),
+        Entry("unknown characters", coverage.describe(), coverage.lossy),
+        *((Entry("changes text", "; ".join(coverage.changes), True),) if coverage.changes else ()),
         Entry("made", "trained on these sources" if recipe.trained_tokenizer else "there before"),
         *(_entries(settings, "tokenizer_kind", "vocab_size", "tokenizer_sample_mb") if recipe.trained_tokenizer else ()),
     )

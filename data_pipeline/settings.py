@@ -370,6 +370,9 @@ class PrepareConfig(Settings):
     """A `tokenizer.json`, a Hugging Face folder, a tiktoken or SentencePiece model. `auto` is the one in `data.path`, trained on the
     sources if it is not there yet."""
 
+    allow_lossy_tokenizer: bool = False
+    """Take a `data.tokenizer` that has neither an unknown token nor all bytes: characters that it does not know vanish, and are counted."""
+
     tokenizer_kind: Literal["bpe", "unigram"] = "bpe"
     """What to train when there is no tokenizer yet: byte-level BPE, or Unigram (arXiv:1804.10959) over bytes."""
 

@@ -77,6 +77,10 @@ class SourceManifest(Record):
     """Documents changed and kept, by reason."""
     marked: dict[str, int]
     """Documents kept as they are, by what was noticed."""
+    unknown_tokens: int = 0
+    """Tokens that stand for text that the tokenizer does not know; `marked` has the documents that hold them."""
+    lost_characters: int = 0
+    """Characters that the tokenizer does not know and left out, as a whole or in part; `marked` has the documents that they were in."""
     shards: tuple[Shard, ...]
 
     @property
@@ -92,7 +96,8 @@ class Recipe(Record):
     """
 
     settings: PrepareConfig
-    """Without `workers` and `dedup.memory_mb`, which decide nothing; `tokenizer` is `auto` and stands for `Manifest.tokenizer`."""
+    """Without `workers`, `dedup.memory_mb` and `allow_lossy_tokenizer`, which decide nothing; `tokenizer` is `auto` and stands for
+    `Manifest.tokenizer`."""
     trained_tokenizer: bool
     """The tokenizer was trained on the way; otherwise it was there before."""
     listings: tuple[str | None, ...]

@@ -20,6 +20,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.records import read_record, write_record
 from data_pipeline.storage.manifest import MANIFEST, SPLITS, Manifest, Recipe, load_manifest
 from data_pipeline.storage.shards import open_split
+from data_pipeline.tokenizing.coverage import check_coverage
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
 JUDGED, DONE = "judged", "done"
@@ -180,13 +181,14 @@ def _take_back(path: Path, work: Path) -> None:
             raise DataError(f"{folder} is in the way; move it, or set another data.path")
 
 
-def bring_tokenizer(path: Path, given: Path, work: Path) -> Tokenizer:
+def bring_tokenizer(path: Path, given: Path, work: Path, allow_lossy: bool) -> Tokenizer:
     """Load the tokenizer at `given`, and write it to `work` as a `tokenizer.json` if `path` does not hold it yet.
 
     Raises:
-        DataError: it cannot be used, or `path` holds another one.
+        DataError: it cannot be used, or `path` holds another one; or it loses text, unless `allow_lossy`.
     """
     tokenizer = load_tokenizer(given)
+    check_coverage(tokenizer, str(given), allow_lossy)
     own = path / "tokenizer.json"
     if not own.is_file():
         write_synced(work / "tokenizer.json", tokenizer.to_json().encode())

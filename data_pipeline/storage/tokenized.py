@@ -23,6 +23,7 @@ from data_pipeline.storage.shards import index_bytes, open_split
 from data_pipeline.storage.token_files import TokenFile, list_token_files, open_token_file
 from data_pipeline.storage.verify import largest_id, unended
 from data_pipeline.text.files import describe_files
+from data_pipeline.tokenizing.coverage import UNKNOWN, coverage_of
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 from data_pipeline.workers import Done, Tell
 
@@ -84,6 +85,8 @@ class _Part:
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
     marked: Counter[str] = field(default_factory=Counter)
+    unknown_tokens: int = 0
+    lost_characters: int = 0
 
     def write_index(self, number: int, index: bytes) -> str:
         """Name of the shard whose `.idx` this is."""
@@ -108,6 +111,8 @@ class _Part:
             dropped=dict(self.dropped),
             repaired=dict(self.repaired),
             marked=dict(self.marked),
+            unknown_tokens=self.unknown_tokens,
+            lost_characters=self.lost_characters,
             shards=tuple(self.shards),
         )
 
@@ -139,6 +144,8 @@ def _adopt_split(part: _Part, folder: Path, tokenizer: Tokenizer) -> None:
         part.dropped.update(source.dropped)
         part.repaired.update(source.repaired)
         part.marked.update(source.marked)
+        part.unknown_tokens += source.unknown_tokens
+        part.lost_characters += source.lost_characters
         for shard in source.shards:
             index = (folder / f"{shard.name}.idx").read_bytes()
             if xxhash.xxh3_128_hexdigest(index) != shard.idx_xxh3_128:
@@ -183,7 +190,8 @@ def _adopt_documents(
         raise DataError(f"{file.path}: a document of {lengths.max()} tokens is more than a .idx can hold; is it really one?")
     bin_start = file.start + start * itemsize
     ids = np.memmap(file.path, file.stored, "r", bin_start, (int(ends[-1]) - start,))
-    at, without_end = 0, 0
+    at, without_end, with_unknown = 0, 0, set[int]()
+    unknown_id = _unknown_id(tokenizer)
 
     def look(read: int) -> None:
         """At the block that was hashed just now and is still in the cache; `read` bytes are hashed in all."""
@@ -196,6 +204,10 @@ def _adopt_documents(
                 f"these tokens were made with another one, or are not {file.stored.name}"
             )
         without_end += unended(block, start + at, ends, tokenizer.eot_id)
+        if unknown_id is not None:
+            hits = np.flatnonzero(block == unknown_id)
+            part.unknown_tokens += len(hits)
+            with_unknown.update(np.unique(np.searchsorted(ends, hits + start + at, side="right")).tolist())
         progress(Done(read=block.nbytes, tokens=len(block)))
         at += len(block)
 
@@ -210,3 +222,10 @@ def _adopt_documents(
     part.shards.append(shard)
     part.dtypes.setdefault(dtype, file.path)
     part.ends_with_eot &= without_end == 0
+    part.marked += Counter({UNKNOWN: len(with_unknown)})
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id by which tokens that are there already tell of text that the tokenizer did not know, if they do."""
+    coverage = coverage_of(tokenizer)
+    return None if coverage.complete or coverage.unknown_id == tokenizer.eot_id else coverage.unknown_id

@@ -187,16 +187,24 @@ def _check_ids(giga: GigaEncoder, reference: ReferenceEncoder, texts: Sequence[s
 
 
 def hard_strings_of(config: Mapping[str, Any]) -> list[str]:
-    """Texts with the added tokens of a tokenizer: alone, inside words, cut short, and each special one overlapping another token."""
+    """Texts with the added tokens of a tokenizer: alone, inside words, cut short, and each special one overlapping another token.
+
+    As many as the tokens have characters, at most, and six for each token.
+    """
     names = [token["content"] for token in config.get("added_tokens", ())]
     special = {token["content"] for token in config.get("added_tokens", ()) if token["special"]}
     texts = [form for name in names for form in (name, f"a{name}b", f" {name} {name}\n", name[:-1], name[1:], name * 2)]
     # The reference finds a special token, leaves it as text and goes on behind it; so what begins inside one is not found.
+    # One text for each end of a token with which others begin: all pairs would be the square of them.
+    beginning = dict[tuple[str, bool], str]()
+    for name in names:
+        for n in range(1, len(name)):
+            beginning.setdefault((name[:n], name in special), name)
     for first in names:
-        for second in names:
-            if (first in special) != (second in special):
-                shared = [n for n in range(1, min(len(first), len(second))) if first.endswith(second[:n])]
-                texts += [first + second[n:] for n in shared]
+        for n in range(1, len(first)):
+            second = beginning.get((first[-n:], first not in special))
+            if second is not None:
+                texts.append(first + second[n:])
     return texts
 
 

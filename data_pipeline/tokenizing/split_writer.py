@@ -19,6 +19,7 @@ from data_pipeline.storage.manifest import DTYPES, Record, Shard
 from data_pipeline.storage.shard_writer import write_shard
 from data_pipeline.storage.shards import token_dtype
 from data_pipeline.text.sources import Document
+from data_pipeline.tokenizing.coverage import LOST, UNKNOWN
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 _GATHER_TOKENS = 4 << 20
@@ -33,6 +34,8 @@ class SplitResult(Record):
     dropped: dict[str, int]
     repaired: dict[str, int]
     marked: dict[str, int]
+    unknown_tokens: int
+    lost_characters: int
     shards: tuple[Shard, ...]
 
 
@@ -50,6 +53,8 @@ class SplitWriter:
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
     marked: Counter[str] = field(default_factory=Counter)
+    unknown_tokens: int = 0
+    lost_characters: int = 0
     shards: list[Shard] = field(default_factory=list)
     _held: list[NDArray[np.integer]] = field(default_factory=list)
     _lengths: list[NDArray[np.int32]] = field(default_factory=list)
@@ -59,8 +64,8 @@ class SplitWriter:
         """Count a document that is left out."""
         self.dropped[reason] += 1
 
-    def note(self, document: Document, repairs: Sequence[str], *, marked: bool) -> None:
-        """Count a document that will be added."""
+    def note(self, document: Document, repairs: Sequence[str], *, marked: bool, unknown: int = 0, lost: int = 0) -> None:
+        """Count a document that will be added, with `unknown` tokens for what the tokenizer does not know, or `lost` characters."""
         self.documents += 1
         self.text_bytes += document.n_bytes
         self.repaired.update(repairs)
@@ -68,6 +73,12 @@ class SplitWriter:
             self.repaired["invalid Unicode"] += 1
         if marked:
             self.marked[CONTAMINATED] += 1
+        if unknown:
+            self.marked[UNKNOWN] += 1
+        if lost:
+            self.marked[LOST] += 1
+        self.unknown_tokens += unknown
+        self.lost_characters += lost
 
     def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> None:
         """Append documents, and write a shard whenever the next one would take it over `shard_tokens`."""
@@ -97,6 +108,8 @@ class SplitWriter:
             dropped=dict(+self.dropped),
             repaired=dict(+self.repaired),
             marked=dict(+self.marked),
+            unknown_tokens=self.unknown_tokens,
+            lost_characters=self.lost_characters,
             shards=tuple(self.shards),
         )
 

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -24,6 +25,7 @@ from data_pipeline.storage.manifest import SPLITS, Record
 from data_pipeline.storage.shard_writer import is_whole
 from data_pipeline.text.chunks import Chunk
 from data_pipeline.text.sources import Document
+from data_pipeline.tokenizing.coverage import NOTHING, LossCounter
 from data_pipeline.tokenizing.encoder import Encoder, fastest_encoder
 from data_pipeline.tokenizing.split_writer import SplitResult, SplitWriter
 from data_pipeline.tokenizing.tokenizer import Tokenizer, document_hash, load_tokenizer
@@ -151,14 +153,14 @@ def _tokenize_chunk(
     edit: Callable[[Document], tuple[Document, tuple[str, ...]]],
     tell: Tell,
 ) -> ChunkResult:
-    config, chunk = setup.config, job.chunk
+    config, chunk, counter = setup.config, job.chunk, _counter(tokenizer)
     names = SPLITS if job.fraction > 0 else ("train",)
     splits = {name: SplitWriter(setup.work / name, chunk.name, tokenizer, config.shard_tokens) for name in names}
     encoder: Encoder | None = None
     why, lowest, read = "", 2.0, 0
     with RejectWriter(_rejects_file(setup, chunk.name) if setup.keep_rejects else None) as rejects:
         for batch in read_judged(chunk, config.sources[chunk.index], job.verdicts, tell):
-            kept: list[tuple[SplitWriter, Document]] = []
+            kept: list[_Kept] = []
             for document, reason, marked in batch:
                 here = place(document)
                 split = splits["validation" if here < job.fraction else "train"]
@@ -166,14 +168,14 @@ def _tokenize_chunk(
                     split.drop(reason)
                     rejects.write(document, reason)
                     continue
-                document, repairs = edit(document)
-                split.note(document, repairs, marked=marked)
-                lowest = min(lowest, here)
-                kept.append((split, document))
+                edited, repairs = edit(document)
+                kept.append(_Kept(split, document, edited, repairs, marked, here))
             if kept:
                 if encoder is None:
-                    encoder, why = fastest_encoder(tokenizer, tuple(_sample(document for _, document in kept)))
-                tell(Done(tokens=_encode(encoder, kept, tokenizer.eot_id)))
+                    encoder, why = fastest_encoder(tokenizer, tuple(_sample(entry.edited for entry in kept)))
+                written, n_tokens = _encode(encoder, counter, kept, rejects, tokenizer.eot_id)
+                lowest = min([lowest, *(entry.place for entry in written)])
+                tell(Done(tokens=n_tokens))
             read += len(batch)
     return ChunkResult(
         chunk=chunk.name,
@@ -188,6 +190,24 @@ def _tokenize_chunk(
     )
 
 
+class _Kept(NamedTuple):
+    """A document that nothing dropped so far."""
+
+    split: SplitWriter
+    document: Document
+    """As it was read."""
+    edited: Document
+    repairs: tuple[str, ...]
+    marked: bool
+    place: float
+
+
+@functools.lru_cache(maxsize=1)
+def _counter(tokenizer: Tokenizer) -> LossCounter:
+    """Made once a process."""
+    return LossCounter(tokenizer)
+
+
 def _sample(documents: Iterator[Document]) -> Iterator[str]:
     """The beginning of the documents, on which the fast encoder must equal the reference."""
     left = _SAMPLE_CHARACTERS
@@ -198,19 +218,32 @@ def _sample(documents: Iterator[Document]) -> Iterator[str]:
             return
 
 
-def _encode(encoder: Encoder, kept: Sequence[tuple[SplitWriter, Document]], eot_id: int) -> int:
-    """Encode a batch and hand each document with its end-of-text token to its split; the number of tokens."""
-    ids, offsets = _ids(encoder, [document for _, document in kept])
-    lengths = np.diff(offsets) + 1
+def _encode(encoder: Encoder, counter: LossCounter, kept: Sequence[_Kept], rejects: RejectWriter, eot_id: int) -> tuple[list[_Kept], int]:
+    """Encode a batch and hand each document with its end-of-text token to its split: (the documents that have tokens, all tokens)."""
+    ids, offsets = _ids(encoder, [entry.edited for entry in kept])
+    losses = counter.count([entry.edited.text for entry in kept], ids, offsets)
+    written: list[_Kept] = []
+    lengths = np.diff(offsets)
+    rows = zip(kept, lengths.tolist(), losses.unknown.tolist(), losses.lost.tolist(), strict=True)
+    for entry, length, unknown, lost in rows:
+        if length:
+            entry.split.note(entry.edited, entry.repairs, marked=entry.marked, unknown=unknown, lost=lost)
+            written.append(entry)
+        else:
+            entry.split.drop(NOTHING)
+            rejects.write(entry.document, NOTHING)
+    if not written:
+        return written, 0
+    lengths = lengths[lengths > 0] + 1
     stops = np.cumsum(lengths)
     tokens = np.empty(int(stops[-1]), ids.dtype)
     is_end = np.zeros(len(tokens), np.bool_)
     is_end[stops - 1] = True
     tokens[~is_end], tokens[is_end] = ids, eot_id
-    for writer in {id(split): split for split, _ in kept}.values():
-        mine = np.array([split is writer for split, _ in kept])
+    for writer in {id(entry.split): entry.split for entry in written}.values():
+        mine = np.array([entry.split is writer for entry in written])
         writer.add(tokens if mine.all() else tokens[np.repeat(mine, lengths)], lengths[mine].astype(np.int32))
-    return len(tokens)
+    return written, len(tokens)
 
 
 def _ids(encoder: Encoder, documents: Sequence[Document]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import heapq
 import io
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tokenizers
 import xxhash
 from tokenizers import pre_tokenizers, trainers
@@ -31,6 +33,13 @@ from data_pipeline.tokenizing.tokenizer_formats import (
 KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|eot_id|>", "[EOS]")
 """What the tokenizers of GPT, Qwen, Llama 3, Llama 2 and Mistral, Gemma, DeepSeek and others call the end of a document."""
 
+MAX_PIECE = 512
+"""Characters of the longest piece of text that a trainer gets. SentencePiece skips lines of more than 4,192 bytes: as bytes spelt in
+printable characters 512 characters are 4,096 at most."""
+
+_PIECES = re.compile(r"[^\W\d_]+|(?:[^\w\s]|_)+|\s+")
+"""Letters, marks, white space: about what SPLIT does not split; digits go in threes."""
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -44,6 +53,8 @@ class Tokenizer:
     fingerprint: str
     """xxh3-128 of the canonical JSON, of `tokenizer.json` or of what another format was made into."""
     _json: str = field(repr=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What whoever trained it should know, a line each."""
 
     def to_json(self) -> str:
         """The contents of a `tokenizer.json` that loads as this very tokenizer, whatever it was loaded from."""
@@ -69,10 +80,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
         DataError: it is missing, broken or unknown, or it has no end-of-text token that we know.
     """
     file, config = read_config(path)
-    backend = _backend_of(config, file)
+    backend = build_backend(config, file)
     if within_reach := _within_reach(config, backend):
         config = keep_apart(config, within_reach)
-        backend = _backend_of(config, file)
+        backend = build_backend(config, file)
     special = {token.content: number for number, token in backend.get_added_tokens_decoder().items() if token.special}
     end = next((name for name in KNOWN_END_TOKENS if name in special), None)
     if end is None:
@@ -86,7 +97,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(backend, vocab_size, special[end], xxhash.xxh3_128_hexdigest(canonical), text)
 
 
-def _backend_of(config: Mapping[str, Any], file: Path) -> tokenizers.Tokenizer:
+def build_backend(config: Mapping[str, Any], file: Path | str) -> tokenizers.Tokenizer:
+    """The tokenizer of the contents of a `tokenizer.json`; `file` is what an error calls it."""
     try:
         backend = tokenizers.Tokenizer.from_buffer(json.dumps(config, ensure_ascii=False).encode())
     except ValueError as error:
@@ -120,21 +132,44 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, file: Path, kind: Lit
     (arXiv:1804.10959). Every byte has an id, so no text is ever unknown and each comes back as it was. The same texts give the
     same file. The vocabulary is smaller than `vocab_size` where the texts hold too little to fill it.
 
+    The trainer's time grows with the square of the longest piece of text that no rule splits (DNA, Chinese without punctuation, a line
+    of dashes). So pieces are cut after MAX_PIECE characters, for the training only; `notes` of the result say how many were.
+
     Raises:
         DataError: `unigram` needs a package that is not installed.
     """
-    model = _train_bpe(texts, vocab_size) if kind == "bpe" else _train_unigram(texts, vocab_size)
+    n_cut = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal n_cut
+        for text in texts:
+            n_cut += long_pieces(text)
+            yield text
+
+    model = _train_bpe(counted(), vocab_size) if kind == "bpe" else _train_unigram(counted(), vocab_size)
     config = config_of({END_OF_TEXT: 0}, model, pre_tokenizer=byte_level(SPLIT), decoder=BYTE_LEVEL_DECODER)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     write_synced(temporary, (json.dumps(config, ensure_ascii=False, indent=1) + "\n").encode())
     temporary.replace(file)
-    return load_tokenizer(file)
+    cut = f"{n_cut:,} pieces of text of more than {MAX_PIECE} characters without a break were cut to train the tokenizer, and only for that"
+    return replace(load_tokenizer(file), notes=(cut,) if n_cut else ())
+
+
+def long_pieces(text: str) -> int:
+    """How many pieces of `text` the trainer would get uncut that are longer than MAX_PIECE characters."""
+    if len(text) <= MAX_PIECE:
+        return 0
+    raw = np.frombuffer(text.encode(), np.uint8)
+    edges = np.flatnonzero(np.diff(raw <= ord(" "), prepend=False, append=False))  # where runs of white space begin and end
+    bounds = np.concatenate([[0], edges, [len(raw)]])
+    runs = [raw[bounds[i] : bounds[i + 1]].tobytes().decode() for i in np.flatnonzero(np.diff(bounds) > MAX_PIECE)]
+    return sum(len(piece) > MAX_PIECE for run in runs for piece in _PIECES.findall(run))
 
 
 def _untrained() -> tokenizers.Tokenizer:
     empty = {"type": "BPE", "vocab": {}, "merges": []}
-    return tokenizers.Tokenizer.from_str(json.dumps(config_of({}, empty, pre_tokenizer=byte_level(SPLIT))))
+    return tokenizers.Tokenizer.from_str(json.dumps(config_of({}, empty, pre_tokenizer=byte_level(SPLIT, MAX_PIECE))))
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:

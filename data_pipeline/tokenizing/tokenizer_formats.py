@@ -70,10 +70,16 @@ def _file_of(path: Path) -> Path:
     return files[0] if files else path / "tokenizer.json"
 
 
-def byte_level(pattern: str | None) -> dict[str, Any]:
-    """Pre-tokenizer: the text is cut by `pattern` (none: GPT-2's), its UTF-8 bytes are spelt as 256 printable characters."""
+def byte_level(pattern: str | None, max_piece: int | None = None) -> dict[str, Any]:
+    """Pre-tokenizer: the text is cut by `pattern` (none: GPT-2's), its UTF-8 bytes are spelt as 256 printable characters.
+
+    With `max_piece`, pieces of more characters are cut again, after every so many.
+    """
     spell = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
-    return spell if pattern is None else _sequence(_split(pattern), spell)
+    if pattern is None:
+        return spell
+    again = [] if max_piece is None else [{"type": "FixedLength", "length": max_piece}]
+    return _sequence(_split(pattern), *again, spell)
 
 
 BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -115,14 +121,14 @@ def from_tiktoken(raw: bytes, file: Path) -> dict[str, Any]:
     for token in sorted(ranks, key=ranks.__getitem__):
         cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
         merges += sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))
-    spell = _byte_characters()
+    spell = byte_characters()
     spelt = {token: "".join(map(spell.__getitem__, token)) for token in ranks}
     vocab = {spelt[token]: rank for token, rank in ranks.items()} | special
     model = _bpe(vocab, ([spelt[left], spelt[right]] for left, right in merges), ignore_merges=True)
     return config_of(special, model, pre_tokenizer=byte_level(pattern), decoder=BYTE_LEVEL_DECODER)
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """How GPT-2 spells bytes: Latin-1 characters one can see are themselves, the others follow from U+0100 on."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unseen = [byte for byte in range(256) if byte not in seen]

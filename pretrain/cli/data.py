@@ -37,6 +37,8 @@ def tokenizer(words: Words) -> None:
     file = data.path / "tokenizer.json"
     with resumable(), show_progress(console) as progress:
         made = build_tokenizer(file, data, progress=progress)
+    for note in made.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"{file}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -130,6 +132,8 @@ def tell_prepared(prepared: Prepared, console: Console) -> None:
     """What was read, dropped and written: one table a split, a line a source."""
     from rich.table import Table
 
+    from pretrain.report.data_rows import losses
+
     for note in prepared.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     for name, manifest in reversed(prepared.splits.items()):
@@ -147,6 +151,8 @@ def tell_prepared(prepared: Prepared, console: Console) -> None:
             for what, counts in (("dropped", source.dropped), ("repaired", source.repaired), ("marked", source.marked)):
                 for reason, count in counts.items():
                     console.print(f"  {source.name}: {count:,} {what} ({reason})", highlight=False, markup=False)
+        for sentence in losses(manifest.sources):
+            console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

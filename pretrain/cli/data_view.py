@@ -12,7 +12,7 @@ from rich.text import Text
 from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, PackedSequence, SampleDocument, SourceDescription
 from data_pipeline.reading.forecast import Forecast, Stretch, warning
 from data_pipeline.storage.manifest import Manifest
-from pretrain.report.data_rows import places, split_rows, stretch_rows
+from pretrain.report.data_rows import losses, places, split_rows, stretch_rows
 
 BAR = 24
 """Characters of the longest bar."""
@@ -26,7 +26,7 @@ def draw(description: Description, forecast: Forecast | None, console: Console) 
     _line(console, "documents read, dropped and written; tokens with the end-of-text token of each document", "dim")
     for manifest in description.splits.values():
         console.print(_split_table(manifest))
-    for sentence in places(description.sources):
+    for sentence in [*places(description.sources), *losses([part for s in description.sources for part in s.splits.values()])]:
         _line(console, sentence)
     if forecast is not None:
         _draw_forecast(forecast, console)

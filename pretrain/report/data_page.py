@@ -12,7 +12,7 @@ from pretrain.errors import UserError
 from pretrain.report import frame
 from pretrain.report.charts import themes
 from pretrain.report.data_charts import drops, lengths
-from pretrain.report.data_rows import places, split_rows, stretch_rows
+from pretrain.report.data_rows import losses, places, split_rows, stretch_rows
 from pretrain.report.frame import text
 from pretrain.report.records import write_whole
 from pretrain.report.words import amount
@@ -67,7 +67,8 @@ def _tiles(description: Description) -> list[tuple[str, str, str]]:
 
 def _splits(description: Description) -> str:
     tables = "".join(f'<h3>{text(name)}</h3><div class="scroll">{_split(m)}</div>' for name, m in description.splits.items())
-    lines = "".join(f'<p class="note">{text(sentence)}</p>' for sentence in places(description.sources))
+    sentences = [*places(description.sources), *losses([part for s in description.sources for part in s.splits.values()])]
+    lines = "".join(f'<p class="note">{text(sentence)}</p>' for sentence in sentences)
     return frame.card("splits", "What it holds", tables + lines)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from data_pipeline.inspect import SourceDescription, fertility
 from data_pipeline.reading.forecast import Stretch
 from data_pipeline.storage.manifest import Manifest, SourceManifest
+from data_pipeline.tokenizing.coverage import LOST, UNKNOWN
 from pretrain.report.frame import Row
 
 
@@ -31,6 +32,27 @@ def places(sources: Sequence[SourceDescription]) -> list[str]:
     """A sentence for each source whose tokens are read where another tool put them."""
     found = [(source.name, *source.in_place) for source in sources if source.in_place is not None]
     return [f"{name}: the tokens of {n:,} shard{'s' * (n > 1)} are read in place, from {where}" for name, n, where in found]
+
+
+def losses(sources: Sequence[SourceManifest]) -> list[str]:
+    """A sentence for each source of which the tokenizer did not know all, over the splits that are given."""
+    sentences = []
+    for name in dict.fromkeys(source.name for source in sources):
+        parts = [source for source in sources if source.name == name]
+        unknown, lost = sum(part.unknown_tokens for part in parts), sum(part.lost_characters for part in parts)
+        tokens = sum(part.tokens for part in parts)
+        if unknown:
+            holding = sum(part.marked.get(UNKNOWN, 0) for part in parts)
+            what = f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.2%}) stand for text that the tokenizer does not know"
+            sentences.append(f"{name}: {what}, in {_documents(holding)}")
+        if lost:
+            what = f"{lost:,} characters that the tokenizer does not know are left out"
+            sentences.append(f"{name}: {what}, of {_documents(sum(part.marked.get(LOST, 0) for part in parts))}")
+    return sentences
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document{'s' * (count != 1)}"
 
 
 def _counts(sources: Sequence[SourceManifest], all_tokens: int) -> Row:

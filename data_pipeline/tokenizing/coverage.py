@@ -1,0 +1,250 @@
+"""What a tokenizer does to text that it does not know, told from its `tokenizer.json`, and how much of it a batch met.
+
+Three things may happen to a character without an id: an unknown token stands for it, byte tokens spell it, or it vanishes. Apart
+from that, normalizers and some pre-tokenizers change the text itself before the model sees it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import DataError
+from data_pipeline.tokenizing.tokenizer import Tokenizer, build_backend
+from data_pipeline.tokenizing.tokenizer_formats import byte_characters
+
+UNKNOWN = "has unknown tokens"
+LOST = "lost characters"
+NOTHING = "encodes to nothing"
+"""What the manifest calls documents that a tokenizer did not know, in part or as a whole."""
+
+_LOST_TOKEN, _LOST_ID = "\0lost", 2**32 - 1
+_FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+_CHANGING = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which texts a tokenizer knows."""
+
+    unknown_id: int | None
+    """Id that stands for what it does not know; None where it has no such token."""
+    unknown_token: str | None
+    missing_bytes: int | None
+    """How many of the 256 bytes have no token; None where it does not work on bytes at all."""
+    vanishes: bool
+    """The model drops what it does not know; other models without an unknown token refuse the text."""
+    changes: tuple[str, ...]
+    """What it does to a text before its model sees it, a few words each."""
+
+    @property
+    def complete(self) -> bool:
+        """Every character has ids."""
+        return self.missing_bytes == 0
+
+    @property
+    def lossy(self) -> bool:
+        """There is neither an id for every character nor one for unknown ones."""
+        return not self.complete and self.unknown_id is None
+
+    def describe(self) -> str:
+        """What becomes of characters that have no id, in words."""
+        if self.complete:
+            return "none: every byte has a token"
+        if not self.lossy:
+            return f"become {self.unknown_token}"
+        return "vanish" if self.vanishes else "are refused"
+
+
+@functools.lru_cache(maxsize=2)
+def coverage_of(tokenizer: Tokenizer) -> Coverage:
+    """What `tokenizer` does to text that it does not know."""
+    config = json.loads(tokenizer.to_json())
+    model = config["model"]
+    ids = model["vocab"] if isinstance(model["vocab"], dict) else {name: i for i, (name, _) in enumerate(model["vocab"])}
+    unknown_id = model.get("unk_id") if model["type"] == "Unigram" else ids.get(model.get("unk_token"))
+    unknown_token = next((name for name, number in ids.items() if number == unknown_id), None)
+    return Coverage(
+        unknown_id=unknown_id,
+        unknown_token=unknown_token,
+        missing_bytes=_missing_bytes(config, ids),
+        vanishes=model["type"] == "BPE",
+        changes=tuple(_changes(config)),
+    )
+
+
+def check_coverage(tokenizer: Tokenizer, name: str, allow_lossy: bool) -> None:
+    """DataError where characters that `tokenizer` does not know would vanish, or stop the preparation half way.
+
+    Args:
+        tokenizer: the one to use.
+        name: where it was loaded from.
+        allow_lossy: the user has asked for such a tokenizer.
+    """
+    coverage = coverage_of(tokenizer)
+    if allow_lossy or not coverage.lossy:
+        return
+    lacking = f" ({coverage.missing_bytes} of the 256 bytes are missing)" if coverage.missing_bytes else ""
+    then, why = ("vanish", "prepare without them") if coverage.vanishes else ("stop the preparation", "try it all the same")
+    raise DataError(
+        f"data.tokenizer={name} has neither an unknown token nor all bytes{lacking}: characters that it does not know would {then}; "
+        f"use another data.tokenizer, or set data.allow_lossy_tokenizer=true to {why}"
+    )
+
+
+def notes_on(coverage: Coverage) -> list[str]:
+    """What whoever prepares data should know of its tokenizer, a line each."""
+    notes = []
+    if coverage.changes:
+        notes.append(f"the tokenizer changes text before it encodes it: {'; '.join(coverage.changes)}. Tokens decode to the changed text")
+    if coverage.lossy:
+        notes.append(f"the tokenizer has neither an unknown token nor all bytes: characters that it does not know {coverage.describe()}")
+    return notes
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a tokenizer did not know of some documents; arrays [documents]."""
+
+    unknown: NDArray[np.int64]
+    """Unknown tokens."""
+    lost: NDArray[np.int64]
+    """Characters that vanished, as a whole or in part."""
+
+
+class LossCounter:
+    """Counts what a tokenizer does not know of the documents it encodes, from their texts and ids: whoever encoded them.
+
+    It costs nothing where every character has ids, and a comparison of each id where an unknown token stands for the others.
+    Only a tokenizer that loses characters has to encode documents twice, those with characters that it may lose.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.coverage = coverage_of(tokenizer)
+        config = json.loads(tokenizer.to_json())
+        self._twin = _twin(config) if self.coverage.lossy and self.coverage.vanishes else None
+        model = config["model"]
+        affixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        self._alone = not affixed and all(step["type"] == "ByteLevel" for step in _steps(config, "normalizer"))
+        """A character is lost wherever it stands or nowhere."""
+        self._known, self._lost = set[str](), set[str]()
+
+    def count(self, texts: Sequence[str], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> Losses:
+        """What was not known of each text.
+
+        Args:
+            texts: of the documents, [n].
+            ids: of all documents in a row, without end-of-text tokens.
+            offsets: [n + 1], as `Encoder.encode` returns them.
+        """
+        unknown, lost = np.zeros(len(texts), np.int64), np.zeros(len(texts), np.int64)
+        if not self.coverage.complete and self.coverage.unknown_id is not None:
+            hits = np.flatnonzero(ids == self.coverage.unknown_id)
+            unknown += np.bincount(np.searchsorted(offsets, hits, side="right") - 1, minlength=len(texts))
+        if self._twin is not None:
+            suspects = [i for i, text in enumerate(texts) if self._may_lose(text)]
+            for i, encoding in zip(suspects, self._twin.encode_batch([texts[i] for i in suspects], add_special_tokens=False), strict=True):
+                pairs = zip(encoding.ids, encoding.offsets, strict=True)
+                lost[i] = len({place for number, place in pairs if number == _LOST_ID})  # several bytes may be of one character
+        return Losses(unknown, lost)
+
+    def _may_lose(self, text: str) -> bool:
+        """Whether the text has characters that are lost; True where that depends on their neighbours."""
+        if not self._alone or self._twin is None:
+            return True
+        characters = set(text)
+        for new in characters - self._known - self._lost:
+            found = _LOST_ID in self._twin.encode(new, add_special_tokens=False).ids
+            (self._lost if found else self._known).add(new)
+        return not self._lost.isdisjoint(characters)
+
+
+def _twin(config: Mapping[str, Any]) -> Any:  # Any: tokenizers.Tokenizer, which has no types
+    """The same tokenizer, but that a token of its own stands for every character that the original drops."""
+    model = config["model"]
+    changed = {**model, "vocab": {**model["vocab"], _LOST_TOKEN: _LOST_ID}, "unk_token": _LOST_TOKEN, "fuse_unk": False}
+    return build_backend({**config, "model": changed}, "tokenizer.json")
+
+
+def _missing_bytes(config: Mapping[str, Any], ids: Mapping[str, int]) -> int | None:
+    """How many of the 256 bytes have no token, whichever way bytes are spelt; None where they are not."""
+    model = config["model"]
+    if model["type"] not in ("BPE", "Unigram"):  # the others know whole words only
+        return None
+    ways = []
+    if model.get("byte_fallback"):
+        ways.append(_FALLBACK)
+    if any(step["type"] == "ByteLevel" for part in ("normalizer", "pre_tokenizer") for step in _steps(config, part)):
+        ways.append(list(byte_characters().values()))
+    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    forms = {(before, after) for before in ("", prefix) for after in ("", suffix)}
+    missing = [
+        sum(any(f"{before}{name}{after}" not in ids for before, after in (forms if way is not _FALLBACK else {("", "")})) for name in way)
+        for way in ways
+    ]
+    return min(missing, default=None)
+
+
+def _changes(config: Mapping[str, Any]) -> Iterator[str]:
+    """What changes the text before the model sees it."""
+    for step in _steps(config, "normalizer"):
+        kind = step["type"]
+        if kind == "Replace":
+            yield f"Replace {_pattern(step)} by {step['content']!r}"
+        elif kind == "Prepend":
+            yield f"Prepend {step['prepend']!r}"
+        elif kind == "Strip":
+            sides = [side for side in ("left", "right") if step.get(f"strip_{side}")]
+            yield f"Strip white space ({' and '.join(sides)})"
+        elif kind == "Precompiled":
+            yield "Precompiled (SentencePiece's table of characters)"
+        elif kind == "BertNormalizer":
+            accents = step["lowercase"] if step.get("strip_accents") is None else step["strip_accents"]
+            flags = step | {"strip_accents": accents}
+            on = [name for name in ("clean_text", "handle_chinese_chars", "strip_accents", "lowercase") if flags.get(name)]
+            if on:
+                yield f"BertNormalizer ({', '.join(on)})"
+        elif kind in _CHANGING:
+            yield kind
+    for step in _steps(config, "pre_tokenizer"):
+        kind = step["type"]
+        if kind in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer"):
+            yield f"{kind} drops white space"
+        elif kind == "CharDelimiterSplit":
+            yield f"CharDelimiterSplit drops {step['delimiter']!r}"
+        elif kind == "Split" and step["behavior"] == "Removed":
+            yield f"Split drops {'all but ' if step.get('invert') else ''}{_pattern(step)}"
+        elif kind == "Punctuation" and step.get("behavior") == "Removed":
+            yield "Punctuation drops punctuation"
+        elif kind == "Metaspace":
+            front = "" if step.get("prepend_scheme") == "never" else " and puts one in front"
+            yield f"Metaspace spells a space {step['replacement']!r}{front}"
+        elif kind == "ByteLevel" and step.get("add_prefix_space"):
+            yield "ByteLevel puts a space in front"
+    for token in config.get("added_tokens", ()):
+        if not token["special"] and (token["lstrip"] or token["rstrip"]):
+            yield f"added token {token['content']!r} takes the white space beside it"
+
+
+def _pattern(step: Mapping[str, Any]) -> str:
+    return repr(next(iter(step["pattern"].values())))
+
+
+def _steps(config: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, sequences taken apart."""
+
+    def walk(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if step["type"] == "Sequence":
+            for inner in step["pretokenizers" if part == "pre_tokenizer" else "normalizers"]:
+                yield from walk(inner)
+        else:
+            yield step
+
+    if config.get(part):
+        yield from walk(config[part])
