@@ -233,7 +233,7 @@ def _changes(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _pattern(step: Mapping[str, Any]) -> str:
-    return repr(next(iter(step["pattern"].values())))
+    return repr(next(iter(step["pattern"].values()))).replace("\\\\", "\\")
 
 
 def _steps(config: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 import xxhash
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 from data_pipeline.durable import write_synced
 from data_pipeline.errors import DataError
@@ -106,6 +106,8 @@ def build_backend(config: Mapping[str, Any], file: Path | str) -> tokenizers.Tok
     # Files from the hub may cut texts at some length; what is cut off would be lost without a word.
     backend.no_truncation()
     backend.no_padding()
+    if isinstance(backend.model, models.BPE):
+        backend.model.dropout = None  # else the same text would have other ids every time
     backend.encode_special_tokens = True
     return backend
 
@@ -152,7 +154,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, file: Path, kind: Lit
     temporary = file.with_name(f".{file.name}.tmp")
     write_synced(temporary, (json.dumps(config, ensure_ascii=False, indent=1) + "\n").encode())
     temporary.replace(file)
-    cut = f"{n_cut:,} pieces of text of more than {MAX_PIECE} characters without a break were cut to train the tokenizer, and only for that"
+    cut = f"cut for the training of the tokenizer, and only there: {n_cut:,} unbroken runs of more than {MAX_PIECE} characters"
     return replace(load_tokenizer(file), notes=(cut,) if n_cut else ())
 
 

@@ -10,6 +10,8 @@ import importlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ _SPLIT_O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}*{_SMALL}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}+{_SMALL}*{_ENDING}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_FEW = 256
+"""Special tokens that `keep_apart` lists one by one; more make a tree. The pattern is part of the fingerprint of data prepared before."""
+
 _MIDDLES = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 
 TIKTOKEN: dict[str, tuple[str | None, dict[str, int]]] = {
@@ -214,13 +219,28 @@ def keep_apart(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
 
     For the special and byte pieces in the vocabulary of a model that would otherwise find them in a text. The same again changes nothing.
     """
-    patterns = [f"{_literal(name[0])}(?={_literal(name[1:])})" for name in sorted(names)]
+    names = sorted(names)
+    if len(names) <= _FEW:
+        patterns = [f"{_literal(name[0])}(?={_literal(name[1:])})" for name in names]
+    else:  # thousands of alternatives would be tried one by one wherever a text has their first character
+        groups = {first: [name[1:] for name in found] for first, found in groupby(names, itemgetter(0))}
+        patterns = [f"{_literal(first)}(?={_any_of(rest)})" for first, rest in groups.items()]
     if config["model"].get("byte_fallback"):
         patterns.append("<(?=0x[0-9A-F]{2}>)")
     steps = config.get("pre_tokenizer")
     before = steps["pretokenizers"] if steps and steps["type"] == "Sequence" else [steps] if steps else []
     cut = _split("|".join(patterns))
     return {**config, "pre_tokenizer": _sequence(*before, *([] if cut in before else [cut]))}
+
+
+def _any_of(texts: Sequence[str]) -> str:
+    """A pattern that matches each of some sorted texts, and decides by one character after the other."""
+    first, last = texts[0], texts[-1]
+    shared = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    rest = [text[shared:] for text in texts]  # they are sorted: what the first and the last begin with, all begin with
+    if "" in rest:  # where a longer one matches, this one does
+        return _literal(first)
+    return f"{_literal(first[:shared])}(?:{'|'.join(_any_of(list(found)) for _, found in groupby(rest, itemgetter(0)))})"
 
 
 def _split(pattern: str) -> dict[str, Any]:

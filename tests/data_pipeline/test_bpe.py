@@ -4,12 +4,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
 from data_pipeline.text.sources import Document
-from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, sample_texts, train_tokenizer
+from data_pipeline.tokenizing.tokenizer import (
+    END_OF_TEXT,
+    MAX_PIECE,
+    Tokenizer,
+    _train_bpe,
+    _untrained,
+    load_tokenizer,
+    long_pieces,
+    sample_texts,
+    train_tokenizer,
+)
+from data_pipeline.tokenizing.tokenizer_formats import SPLIT, byte_level, config_of
 
 TEXTS = [f"def step_{i}(loss, rate):\n    return loss * {i} - rate\n" for i in range(300)]
 
@@ -85,6 +97,59 @@ def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
     assert one.vocab_size == 400
     assert train_tokenizer(TEXTS[:150], 400, tmp_path / "three.json").fingerprint != one.fingerprint
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["tokenizer.json"]
+
+
+RUNS = {
+    "DNA": "".join(random.Random(0).choices("ACGT", k=5000)),
+    "Chinese": "".join(chr(0x4E00 + random.Random(0).randrange(300)) for _ in range(1500)),
+    "dashes": "-_" * 600,
+    "white space": " \t" * 700,
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_trainer_gets_no_piece_longer_than_max_piece(name: str) -> None:
+    text = f"some words {RUNS[name]} and more"
+    pieces = [text[start:stop] for _, (start, stop) in _untrained().pre_tokenizer.pre_tokenize_str(text)]
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) == MAX_PIECE
+    control = tokenizers.Tokenizer.from_str(
+        json.dumps(config_of({}, {"type": "BPE", "vocab": {}, "merges": []}, pre_tokenizer=byte_level(SPLIT)))
+    )
+    assert max(stop - start for _, (start, stop) in control.pre_tokenizer.pre_tokenize_str(text)) >= len(RUNS[name])
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_pieces_that_were_cut_for_the_training_are_told_and_are_whole_text_afterwards(tmp_path: Path, kind: str) -> None:
+    made = train_tokenizer([*TEXTS, *RUNS.values(), "x" * MAX_PIECE], 500, tmp_path / "t.json", kind)
+    assert made.notes == ("cut for the training of the tokenizer, and only there: 4 unbroken runs of more than 512 characters",)
+    assert made.decode(made.encode(RUNS["DNA"])) == RUNS["DNA"]
+    assert "FixedLength" not in made.to_json()
+    model = json.loads(made.to_json())["model"]["vocab"]
+    assert any(len(piece) > 3 and set(piece) <= set("ACGT") for piece in (model if kind == "bpe" else [piece for piece, _ in model]))
+    assert train_tokenizer(TEXTS, 500, tmp_path / "u.json", kind).notes == ()
+
+
+def test_the_tokenizer_of_ordinary_text_is_the_one_without_any_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [*TEXTS, "=" * MAX_PIECE, " " * MAX_PIECE, "https://" + "a/b1" * 400]
+    one = train_tokenizer(texts, 400, tmp_path / "one.json")
+    assert one.notes == ()
+    monkeypatch.setattr("data_pipeline.tokenizing.tokenizer.MAX_PIECE", None)
+    uncut = _train_bpe(texts, 400)
+    assert json.loads((tmp_path / "one.json").read_text())["model"] == uncut
+    longer = [*texts, RUNS["DNA"]]  # the control: with a long run it is another one
+    monkeypatch.undo()
+    cut = _train_bpe(longer, 400)
+    monkeypatch.setattr("data_pipeline.tokenizing.tokenizer.MAX_PIECE", None)
+    assert _train_bpe(longer, 400) != cut
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("", 0), ("a" * 512, 0), ("a" * 513, 1), ("a" * 513 + "1" + "b" * 600, 2), ("漢" * 513, 1), ("漢" * 200 + "。" + "漢" * 400, 0)],
+)
+def test_long_pieces_are_counted(text: str, count: int) -> None:
+    assert long_pieces(text) == long_pieces(f"x {text}\ny") == count
 
 
 def test_a_file_and_its_folder_load_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:

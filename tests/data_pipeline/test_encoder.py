@@ -96,6 +96,16 @@ def test_hard_strings_hold_the_overlaps_of_special_tokens_with_others() -> None:
     assert hard_strings_of({"added_tokens": []}) == []
 
 
+@pytest.mark.parametrize("name", ["<|a{}|>", "a{}a"])
+def test_hard_strings_grow_as_the_tokens_do(name: str) -> None:
+    """Not as their square: of tokens that all overlap each other, each meets one other at each of its ends."""
+    added = [{"content": name.format(1000 + i), "special": i % 2 == 0} for i in range(2000)]
+    texts = hard_strings_of({"added_tokens": added})
+    overlapping = len(texts) - 6 * len(added)
+    assert overlapping == (2000 if name == "a{}a" else 0)
+    assert name.startswith("<") or "a1000a1001a" in texts
+
+
 @pytest.mark.parametrize(("wrong", "told"), [(TEXTS, "'def step_7(loss"), (HARD_STRINGS, "'0 12 123 1234567890")])
 def test_another_id_in_the_data_or_in_a_hard_string_falls_back_and_names_the_text(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, wrong: list[str], told: str

@@ -104,7 +104,14 @@ def test_progress_never_falls_and_ends_each_stage_at_its_total(
             stages
             == {
                 "cleaning": ["cleaning"],
-                "tokenizing": ["cleaning", "comparing documents", "reading a sample", "training the tokenizer", "tokenizing"],
+                "tokenizing": [
+                    "cleaning",
+                    "comparing documents",
+                    "reading a sample",
+                    "counting words",
+                    "training the tokenizer",
+                    "tokenizing",
+                ],
                 None: ["cleaning", "tokenizing"],  # the comparison and the tokenizer are there already
             }[stop_at]
         )

@@ -1,0 +1,419 @@
+"""What a tokenizer does not know of a text is counted, told, or refused: nothing vanishes without a word."""
+
+import io
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import DataError
+from data_pipeline.inspect import describe
+from data_pipeline.prepare import prepare
+from data_pipeline.settings import PrepareConfig, SourceConfig
+from data_pipeline.storage.manifest import MANIFEST, load_manifest
+from data_pipeline.storage.prepared import Prepared
+from data_pipeline.tokenizing.coverage import LOST, NOTHING, UNKNOWN, LossCounter, coverage_of
+from data_pipeline.tokenizing.encoder import GigaEncoder, ReferenceEncoder, fastest_encoder
+from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
+from data_pipeline.tokenizing.tokenizer_formats import SPLIT, byte_characters, byte_level, config_of
+
+DOCUMENTS = ["abc abc", "ab 漢字 c", "漢字", "é abc é", "cab"]
+LETTERS = {name: number for number, name in enumerate([END_OF_TEXT, *"abc "])}
+FALLBACK = {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
+BYTES = {END_OF_TEXT: 0} | {name: byte + 1 for byte, name in byte_characters().items()}
+BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+Config = dict[str, Any]  # Any: JSON
+
+
+def bpe(vocab: dict[str, int], **settings: object) -> Config:
+    affixes = {"unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    return {"type": "BPE", "dropout": None, "fuse_unk": False, "byte_fallback": False, **affixes, "vocab": vocab, "merges": [], **settings}
+
+
+def tokenizer_of(model: Config, **parts: object) -> Config:
+    return config_of({END_OF_TEXT: 0}, model, **parts)
+
+
+def without(vocab: dict[str, int], *names: str) -> dict[str, int]:
+    return {name: number for name, number in vocab.items() if name not in names}
+
+
+def spelt(*missing: int) -> Config:
+    """A byte-level BPE without some bytes."""
+    names = byte_characters()
+    return tokenizer_of(bpe(without(BYTES, *(names[byte] for byte in missing))), pre_tokenizer=byte_level(SPLIT))
+
+
+LOSSY: dict[str, Config] = {
+    "characters": tokenizer_of(bpe(LETTERS)),
+    "byte fallback of 253": tokenizer_of(bpe(LETTERS | without(FALLBACK, "<0xE6>", "<0xE5>", "<0xC3>"), byte_fallback=True)),
+    "253 bytes": spelt(0xE6, 0xA9, 0xC0),
+}
+UNKNOWING: dict[str, Config] = {
+    "bpe": tokenizer_of(bpe(LETTERS | {"<unk>": 5}, unk_token="<unk>")),
+    "bpe fused": tokenizer_of(bpe(LETTERS | {"<unk>": 5}, unk_token="<unk>", fuse_unk=True)),
+    "unigram": tokenizer_of({"type": "Unigram", "unk_id": 5, "byte_fallback": False, "vocab": [[c, -1.0] for c in [*LETTERS, "<unk>"]]}),
+    "wordlevel": tokenizer_of(
+        {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {END_OF_TEXT: 0, "abc": 1, "[UNK]": 2}}, pre_tokenizer={"type": "Whitespace"}
+    ),
+    "wordpiece": tokenizer_of(
+        {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {END_OF_TEXT: 0, "[UNK]": 1, "a": 2, "##b": 3, "##c": 4, "c": 5, "##a": 6},
+        },
+        normalizer=BERT,
+        pre_tokenizer={"type": "BertPreTokenizer"},
+    ),
+}
+COMPLETE: dict[str, Config] = {
+    "bytes": spelt(),
+    "byte fallback": tokenizer_of(bpe(LETTERS | FALLBACK, byte_fallback=True)),
+    "bytes with suffix, unknown is the end": tokenizer_of(
+        bpe(BYTES | {f"{name}</w>": 257 + i for i, name in enumerate(BYTES)}, end_of_word_suffix="</w>", unk_token=END_OF_TEXT),
+        pre_tokenizer=byte_level(SPLIT),
+    ),
+    "unigram fallback": tokenizer_of(
+        {"type": "Unigram", "unk_id": 1, "byte_fallback": True, "vocab": [[c, -1.0] for c in [END_OF_TEXT, "<unk>", "a", *FALLBACK]]}
+    ),
+}
+
+
+def load(folder: Path, config: Config) -> Tokenizer:
+    file = folder / "given.json"
+    file.write_text(json.dumps(config))
+    return load_tokenizer(file)
+
+
+def prepared_with(folder: Path, config: Config, documents: list[str] = DOCUMENTS, **settings: Any) -> Prepared:
+    load(folder, config)
+    (folder / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    defaults: dict[str, Any] = {
+        "sources": (SourceConfig(kind="jsonl", paths=(str(folder / "web.jsonl"),)),),
+        "tokenizer": folder / "given.json",
+        "validation_fraction": 0,
+        "workers": 1,
+    }
+    return prepare(folder / "data", PrepareConfig(**(defaults | settings)), keep_rejects=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("bpe", (5, 31, 6, 3)),
+        ("bpe fused", (5, 29, 4, 3)),
+        ("unigram", (5, 29, 4, 3)),
+        ("wordlevel", (5, 15, 7, 4)),
+        ("wordpiece", (5, 26, 6, 3)),
+    ],
+)
+def test_unknown_tokens_and_their_documents_are_counted(tmp_path: Path, name: str, counts: tuple[int, ...]) -> None:
+    source = prepared_with(tmp_path, UNKNOWING[name]).splits["train"].sources[0]
+    documents, tokens, unknown, holding = counts
+    assert (source.documents, source.tokens, source.unknown_tokens) == (documents, tokens, unknown)
+    assert (source.marked, source.dropped, source.lost_characters) == ({UNKNOWN: holding}, {}, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "documents", "tokens", "dropped", "holding", "lost"),
+    [
+        ("characters", 4, 24, {NOTHING: 1}, 2, 4),
+        ("byte fallback of 253", 4, 24, {NOTHING: 1}, 2, 4),
+        ("253 bytes", 5, 37, {}, 3, 4),  # of 漢 two bytes are left, and 字 is whole; of each é one byte
+    ],
+)
+def test_lost_characters_are_counted_where_the_user_asks_for_such_a_tokenizer(
+    tmp_path: Path, name: str, documents: int, tokens: int, dropped: dict[str, int], holding: int, lost: int
+) -> None:
+    prepared = prepared_with(tmp_path, LOSSY[name], allow_lossy_tokenizer=True)
+    source = prepared.splits["train"].sources[0]
+    assert (source.documents, source.tokens, source.dropped) == (documents, tokens, dropped)
+    assert (source.marked, source.lost_characters, source.unknown_tokens) == ({LOST: holding}, lost, 0)
+    assert source.read == len(DOCUMENTS)
+    assert prepared.notes[0] == "the tokenizer has neither an unknown token nor all bytes: characters that it does not know vanish"
+    rejects = [zstandard.ZstdDecompressor().stream_reader(f.read_bytes()).read() for f in (tmp_path / "data").glob("rejects/*")]
+    rows = [json.loads(line) for raw in rejects for line in raw.splitlines()]
+    assert [(row["text"], row["reason"]) for row in rows] == [("漢字", NOTHING)] * len(dropped)
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_tokenizer_of_all_bytes_loses_nothing_and_is_not_looked_at_twice(tmp_path: Path, name: str) -> None:
+    prepared = prepared_with(tmp_path, COMPLETE[name])
+    source = prepared.splits["train"].sources[0]
+    assert (source.documents, source.marked, source.unknown_tokens, source.lost_characters) == (5, {}, 0, 0)
+    counter = LossCounter(prepared.tokenizer)
+    losses = counter.count(["漢"], np.array([1, 1], np.uint32), np.array([0, 2]))  # ids of 1 are not even compared
+    assert (losses.unknown.tolist(), losses.lost.tolist(), counter._twin) == ([0], [0], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("characters", ""),
+        ("byte fallback of 253", " (3 of the 256 bytes are missing)"),
+        ("253 bytes", " (3 of the 256 bytes are missing)"),
+    ],
+)
+def test_a_tokenizer_with_neither_is_refused_before_anything_is_written(tmp_path: Path, name: str, missing: str) -> None:
+    with pytest.raises(DataError) as refused:
+        prepared_with(tmp_path, LOSSY[name])
+    assert str(refused.value) == (
+        f"data.tokenizer={tmp_path}/given.json has neither an unknown token nor all bytes{missing}: characters that it "
+        f"does not know would vanish; use another data.tokenizer, or set data.allow_lossy_tokenizer=true to prepare without them"
+    )
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_command_line_refuses_it_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pretrain.cli import main
+
+    with pytest.raises(DataError):
+        prepared_with(tmp_path, LOSSY["characters"])
+    words = [f"data.path={tmp_path}/data", f"data.tokenizer={tmp_path}/given.json", "data.workers=1", "data.validation_fraction=0"]
+    words.append(f"data.sources=[{{kind: jsonl, paths: ['{tmp_path}/web.jsonl']}}]")
+    monkeypatch.setenv("COLUMNS", "200")
+    for more, code in (([], 2), (["data.allow_lossy_tokenizer=true"], 0)):
+        monkeypatch.setattr("sys.argv", ["pretrain", "data", "prepare", *words, *more])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert (end.value.code or 0) == code
+        told = capsys.readouterr()
+        if code:
+            assert len(told.err.splitlines()) == 1
+            assert "data.allow_lossy_tokenizer=true" in told.err
+            assert not (tmp_path / "data").exists()
+        else:
+            assert "  web: 1 dropped (encodes to nothing)\n" in told.out
+            assert "  web: 2 marked (lost characters)\n" in told.out
+            assert "  web: 4 characters that the tokenizer does not know are left out, of 2 documents\n" in told.out
+
+
+def test_other_models_without_an_unknown_token_are_refused_too(tmp_path: Path) -> None:
+    for model in (
+        {"type": "Unigram", "unk_id": None, "byte_fallback": False, "vocab": [[name, -1.0] for name in LETTERS]},
+        {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {END_OF_TEXT: 0, "abc": 1}},
+        bpe(LETTERS, unk_token="<unk>"),  # named, and not there
+    ):
+        with pytest.raises(DataError, match="has neither an unknown token nor all bytes: characters that it does not know would"):
+            prepared_with(tmp_path, tokenizer_of(model))
+        assert not (tmp_path / "data").exists()
+
+
+def test_a_corpus_of_nothing_but_unknown_characters_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"hold no text to keep \(documents read: 1 empty, 2 encodes to nothing\)"):
+        prepared_with(tmp_path, LOSSY["characters"], ["漢字", "", "é"], allow_lossy_tokenizer=True)
+
+
+def test_what_encodes_to_nothing_is_dropped_for_other_causes_too(tmp_path: Path) -> None:
+    config = tokenizer_of(UNKNOWING["bpe"]["model"], normalizer={"type": "Replace", "pattern": {"Regex": "[x-z]"}, "content": ""})
+    prepared = prepared_with(tmp_path, config, ["xyz", "axyz", "abc"])
+    source = prepared.splits["train"].sources[0]
+    assert (source.documents, source.tokens, source.dropped, source.marked) == (2, 6, {NOTHING: 1}, {})
+    assert prepared.notes[0] == (
+        "the tokenizer changes text before it encodes it: Replace '[x-z]' by ''. Tokens decode to the changed text"
+    )
+
+
+CHARACTERS = st.text(alphabet="abc éè漢\u0301eE\n\U00040000")
+
+
+@settings(deadline=None)
+@given(texts=st.lists(CHARACTERS, max_size=4))
+def test_lost_characters_are_those_without_an_id(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("lossy")
+    for config, is_lost in (
+        (LOSSY["characters"], lambda c: c not in "abc "),
+        (spelt(0xA9, 0xF1), lambda c: bool(set(c.encode()) & {0xA9, 0xF1})),
+    ):
+        tokenizer = load(folder, config)
+        losses = LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts))
+        assert losses.lost.tolist() == [sum(map(is_lost, text)) for text in texts]
+        assert losses.unknown.tolist() == [0] * len(texts)
+
+
+@settings(deadline=None)
+@given(texts=st.lists(CHARACTERS, max_size=4))
+def test_unknown_tokens_are_those_of_each_text(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    tokenizer = load(tmp_path_factory.mktemp("unknowing"), UNKNOWING["bpe"])
+    losses = LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts))
+    assert losses.unknown.tolist() == [sum(c not in "abc " for c in text) for text in texts]
+
+
+def test_a_loss_that_depends_on_the_neighbours_is_counted_where_it_happens(tmp_path: Path) -> None:
+    composing = tokenizer_of(bpe({END_OF_TEXT: 0, "e": 1, "\u0301": 2}), normalizer={"type": "NFC"})  # knows no é
+    prefixed = tokenizer_of(bpe({END_OF_TEXT: 0, "a": 1, "##a": 2, "b": 3}, continuing_subword_prefix="##"))  # b only begins words
+    for config, texts, lost in ((composing, ["e\u0301", "\u0301e", "ee"], [1, 0, 0]), (prefixed, ["ba", "ab", "abba"], [0, 1, 2])):
+        tokenizer = load(tmp_path, config)
+        assert LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts)).lost.tolist() == lost
+
+
+def test_an_added_token_of_unknown_characters_loses_nothing(tmp_path: Path) -> None:
+    config = tokenizer_of(bpe(LETTERS))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    config["added_tokens"] += [{"id": 5, "content": "<é>", "special": False, **flags}]
+    tokenizer = load(tmp_path, config)
+    texts = ["a<é>b", "<é", "abc"]
+    assert LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts)).lost.tolist() == [0, 2, 0]
+    control = load(tmp_path, tokenizer_of(bpe(LETTERS)))
+    assert LossCounter(control).count(texts, *ReferenceEncoder(control).encode(texts)).lost.tolist() == [3, 2, 0]
+
+
+def test_gigatoken_is_not_used_where_a_byte_is_missing(tmp_path: Path) -> None:
+    """It loads such a tokenizer, and agrees on every string that does not hold the byte."""
+    tokenizer = load(tmp_path, tokenizer_of(bpe(LETTERS | without(FALLBACK, "<0xF1>"), byte_fallback=True)))
+    chosen, why = fastest_encoder(tokenizer, DOCUMENTS)
+    assert (chosen.name, why) == ("tokenizers", "tokenizers: gigatoken works on bytes, and not every byte has a token")
+    giga = GigaEncoder(tokenizer).try_encode(["ab \U00040000", "ab 漢"])  # the control
+    rows = [giga[0][start:stop].tolist() for start, stop in pairwise(giga[1])]
+    assert rows[1] == tokenizer.encode("ab 漢")
+    assert rows[0] != tokenizer.encode("ab \U00040000")
+    whole = load(tmp_path, COMPLETE["byte fallback"])
+    assert fastest_encoder(whole, DOCUMENTS)[0].name == "gigatoken"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_tokenizers_of_ours_know_every_text_and_change_none(tmp_path: Path, kind: Any) -> None:
+    for texts in (["abc abc abd"], ["漢字"], []):
+        coverage = coverage_of(train_tokenizer(texts, 270, tmp_path / "t.json", kind))
+        assert (coverage.complete, coverage.lossy, coverage.changes) == (True, False, ())
+        assert coverage.describe() == "none: every byte has a token"
+
+
+def part(kind: str, **settings: object) -> Config:
+    return {"type": kind, **settings}
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({}, ()),
+        (
+            {"normalizer": part("Sequence", normalizers=[part("NFKC"), part("Lowercase"), part("StripAccents")])},
+            ("NFKC", "Lowercase", "StripAccents"),
+        ),
+        ({"normalizer": part("Strip", strip_left=True, strip_right=True)}, ("Strip white space (left and right)",)),
+        ({"normalizer": part("Prepend", prepend="▁")}, ("Prepend '▁'",)),
+        ({"normalizer": part("Replace", pattern={"Regex": r"\s+"}, content=" ")}, (r"Replace '\s+' by ' '",)),
+        ({"normalizer": BERT}, ("BertNormalizer (clean_text, handle_chinese_chars, strip_accents, lowercase)",)),
+        ({"normalizer": BERT | {"lowercase": False, "clean_text": False}}, ("BertNormalizer (handle_chinese_chars)",)),
+        ({"pre_tokenizer": part("WhitespaceSplit")}, ("WhitespaceSplit drops white space",)),
+        ({"pre_tokenizer": part("CharDelimiterSplit", delimiter="-")}, ("CharDelimiterSplit drops '-'",)),
+        ({"pre_tokenizer": part("Split", pattern={"String": "x"}, behavior="Removed", invert=False)}, ("Split drops 'x'",)),
+        ({"pre_tokenizer": part("Split", pattern={"String": "x"}, behavior="Isolated", invert=False)}, ()),
+        ({"pre_tokenizer": part("Punctuation", behavior="Removed")}, ("Punctuation drops punctuation",)),
+        (
+            {"pre_tokenizer": part("Metaspace", replacement="▁", prepend_scheme="always", split=True)},
+            ("Metaspace spells a space '▁' and puts one in front",),
+        ),
+        ({"pre_tokenizer": byte_level(SPLIT)}, ()),
+        (
+            {"pre_tokenizer": part("ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)},
+            ("ByteLevel puts a space in front",),
+        ),
+        ({"normalizer": part("ByteLevel")}, ()),
+    ],
+)
+def test_what_changes_a_text_before_it_is_encoded_is_told(tmp_path: Path, parts: Config, told: tuple[str, ...]) -> None:
+    assert coverage_of(load(tmp_path, tokenizer_of(bpe(BYTES), **parts))).changes == told
+
+
+def test_a_sentencepiece_model_tells_its_changes_and_its_unknown_token(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    lines = [f"step {i} of the loss" for i in range(50)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=40, hard_vocab_limit=False, minloglevel=2
+    )
+    (tmp_path / "m.model").write_bytes(model.getvalue())
+    tokenizer = load_tokenizer(tmp_path / "m.model")
+    coverage = coverage_of(tokenizer)
+    assert (coverage.unknown_token, coverage.unknown_id, coverage.missing_bytes) == ("<unk>", 0, None)
+    assert coverage.changes[0] == "Precompiled (SentencePiece's table of characters)"
+    assert coverage.changes[-2:] == ("Prepend '▁'", "Replace ' ' by '▁'")
+    texts = ["step 漢", "loss", "漢 漢字"]
+    assert LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts)).unknown.tolist() == [1, 0, 2]
+
+
+def test_inspect_tells_what_is_unknown_and_what_is_changed(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from pretrain.cli.data_view import draw
+    from pretrain.report.data_page import data_page
+
+    prepared_with(tmp_path, UNKNOWING["wordlevel"])
+    description = describe(tmp_path / "data")
+    assert {entry.name: entry.value for entry in description.recipe["tokenizer"]} == {
+        "fingerprint": description.tokenizer.fingerprint,
+        "vocabulary": "3 ids",
+        "unknown characters": "become [UNK]",
+        "changes text": "Whitespace drops white space",
+        "made": "there before",
+    }
+    out = io.StringIO()
+    draw(description, None, Console(file=out, width=120))
+    sentence = "web: 7 of 15 tokens (46.67%) stand for text that the tokenizer does not know, in 4 documents"
+    assert sentence in out.getvalue()
+    assert re.search(r"kept, marked: has unknown tokens +4 +80\.00%", out.getvalue())
+    page = data_page(description, None)
+    assert sentence in page
+    assert "marked: has unknown tokens" in page
+
+
+def test_counts_are_taken_over_with_tokens_that_are_there_already(tmp_path: Path) -> None:
+    first = prepared_with(tmp_path, UNKNOWING["bpe"])
+    config = PrepareConfig(
+        sources=(
+            SourceConfig(name="taken", kind="prepared", paths=(str(first.path),)),
+            SourceConfig(name="read", kind="megatron", paths=(str(next((first.path / "train").glob("*.bin"))),)),
+        ),
+        tokenizer=first.path / "tokenizer.json",
+        validation_fraction=0,
+    )
+    taken, read = prepare(tmp_path / "second", config).splits["train"].sources
+    assert (taken.unknown_tokens, taken.marked) == (6, {UNKNOWN: 3})
+    assert (read.unknown_tokens, read.marked, read.tokens) == (6, {UNKNOWN: 3}, 31)
+
+
+def test_tokens_that_are_there_may_be_of_a_tokenizer_that_loses_text(tmp_path: Path) -> None:
+    first = prepared_with(tmp_path, LOSSY["characters"], allow_lossy_tokenizer=True)
+    source = SourceConfig(name="taken", kind="prepared", paths=(str(first.path),))
+    config = PrepareConfig(sources=(source,), tokenizer=first.path / "tokenizer.json", validation_fraction=0)
+    (taken,) = prepare(tmp_path / "second", config).splits["train"].sources
+    assert (taken.lost_characters, taken.marked, taken.dropped) == (4, {LOST: 2}, {NOTHING: 1})
+
+
+def test_the_setting_is_no_part_of_what_the_data_is(tmp_path: Path) -> None:
+    first = prepared_with(tmp_path, COMPLETE["bytes"])
+    again = prepared_with(tmp_path, COMPLETE["bytes"], allow_lossy_tokenizer=True)
+    assert again.splits == first.splits
+    assert any("prepared already" in note for note in again.notes)
+
+
+def test_a_manifest_of_before_has_no_such_counts(tmp_path: Path) -> None:
+    file = prepared_with(tmp_path, UNKNOWING["bpe"]).path / "train" / MANIFEST
+    old = json.loads(file.read_text())
+    for source in old["sources"]:
+        del source["unknown_tokens"], source["lost_characters"]
+    del old["recipe"]["settings"]["allow_lossy_tokenizer"]
+    file.write_text(json.dumps(old))
+    (source,) = load_manifest(file.parent).sources
+    assert (source.unknown_tokens, source.lost_characters, source.documents) == (0, 0, 5)
+
+
+def test_a_bpe_with_dropout_gives_the_same_ids_every_time(tmp_path: Path) -> None:
+    config = json.loads(train_tokenizer(["the loss of the model"] * 20, 290, tmp_path / "t.json").to_json())
+    expected = load(tmp_path, config).encode("the loss of the model")
+    config["model"]["dropout"] = 0.5
+    random = load(tmp_path, config)
+    assert [random.encode("the loss of the model") for _ in range(20)] == [expected] * 20
