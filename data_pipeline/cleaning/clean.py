@@ -55,8 +55,13 @@ class Judged(NamedTuple):
     """It shares text with evaluation sets and is kept all the same."""
 
 
+def unreadable(document: Document) -> str | None:
+    """Why a document is dropped before any filter sees it: it is empty, or no text."""
+    return document.defect if document.text.strip() else EMPTY
+
+
 def needs_cleaning(config: PrepareConfig) -> bool:
-    """Whether anything but emptiness can drop a document."""
+    """Whether anything but `unreadable` can drop a document."""
     return bool(config.filters.apply or any(source.filters for source in config.sources) or _signs(config) or config.decontaminate.paths)
 
 
@@ -151,7 +156,7 @@ def _judge_chunk(job: CleanJob, source: SourceConfig, config: PrepareConfig, fol
     marks, hashes, bands = [np.zeros(0, np.bool_)], [np.zeros(0, np.uint64)], [np.zeros((0, signer.bands if signer else 0), np.uint64)]
     seen, read = TextsHash(), 0
     for batch in read_batches(job.chunk, source):
-        judged = [judge(document) if document.text.strip() else Verdict(document.text, EMPTY) for document in batch]
+        judged = [Verdict(document.text, no) if (no := unreadable(document)) else judge(document) for document in batch]
         verdicts, texts = [verdict.reason for verdict in judged], [verdict.text for verdict in judged]
         hits = contamination.hits(texts) if contamination else np.zeros(len(batch), np.bool_)
         if config.decontaminate.action == "drop":
@@ -179,7 +184,7 @@ def read_judged(chunk: Chunk, source: SourceConfig, file: Path | None, tell: Tel
     Args:
         chunk: what to read.
         source: its settings.
-        file: of its verdicts; None drops what is empty.
+        file: of its verdicts; None drops what is empty or no text.
         tell: is told what was read of a batch when the next one is asked for.
 
     Raises:
@@ -189,7 +194,7 @@ def read_judged(chunk: Chunk, source: SourceConfig, file: Path | None, tell: Tel
     first, seen, read = 0, TextsHash(), 0
     for batch in read_batches(chunk, source):
         if verdicts is None:
-            yield [Judged(document, None if document.text.strip() else EMPTY, False) for document in batch]
+            yield [Judged(document, unreadable(document), False) for document in batch]
         elif first + len(batch) > len(verdicts.codes):
             raise _changed(chunk, source, file)
         else:

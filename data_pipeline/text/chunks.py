@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from data_pipeline.text.columnar import Blocks, read_arrow, read_parquet, record_batches, row_groups
+from data_pipeline.text.data_sets import read_hf
 from data_pipeline.text.files import Part, SourceFile
-from data_pipeline.text.sources import Document, is_packed, read_hf, read_jsonl, read_text
+from data_pipeline.text.sources import Document, is_packed, read_jsonl, read_text
 
 if TYPE_CHECKING:
     from data_pipeline.settings import SourceConfig
@@ -95,15 +96,16 @@ def cut(index: int, name: str, source: SourceConfig, files: Sequence[SourceFile]
 def read_chunk(chunk: Chunk, source: SourceConfig) -> Iterator[Document]:
     """Yield every document of a chunk; all chunks in a row give the source's documents, wherever it was cut.
 
-    Bytes that are not UTF-8 are replaced by U+FFFD and the document is marked `repaired`: one bad byte neither stops a long
-    preparation nor passes unnoticed. A null or empty text is yielded as well; whoever drops it counts it.
+    Bytes that cannot be decoded are replaced by U+FFFD and the document is marked `repaired`: one bad byte neither stops a long
+    preparation nor passes unnoticed. One that has lost too much has a `defect`. A null or empty text is yielded as well, and so is
+    one with a defect; whoever drops them counts them.
 
     Args:
         chunk: of `cut`.
         source: its settings, those that `cut` was given.
 
     Raises:
-        DataError: a file is missing, unreadable or corrupt, or a document lacks the text field.
+        DataError: a file is missing, unreadable, corrupt or of another kind, or a document lacks the text field.
     """
     if source.kind == "hf":
         yield from read_hf(source.paths[chunk.number], source, chunk.source)

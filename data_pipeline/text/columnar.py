@@ -31,7 +31,7 @@ def read_parquet(part: Part, source: SourceConfig, origin: str, before: int) -> 
     import pyarrow.parquet
 
     path, done = part.file.path, 0
-    with reading(path), part.file.fs.open(path, "rb") as stream:
+    with reading(path, part.file, source.kind), part.file.fs.open(path, "rb") as stream:
         table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
         columns = _check_columns(table.schema_arrow, path, source)
         groups = range(table.num_row_groups)[part.start : part.stop]
@@ -46,7 +46,7 @@ def read_arrow(part: Part, source: SourceConfig, origin: str, before: int) -> It
     """Yield a document for each row of these record batches. Arguments as in `sources.read_text`."""
 
     path, row = part.file.path, part.row
-    with reading(path), _opened(part.file) as stream:
+    with reading(path, part.file, source.kind), _opened(part.file) as stream:
         for number, batch in enumerate(_batches(stream, part.start, part.stop), start=1):
             columns = _check_columns(batch.schema, path, source)
             # Nobody knows how many batches a stream has, but its position tells how much of the file was read.
@@ -62,7 +62,7 @@ def row_groups(file: SourceFile, source: SourceConfig) -> Blocks:
     import pyarrow
     import pyarrow.parquet
 
-    with reading(file.path), file.fs.open(file.path, "rb") as stream:
+    with reading(file.path, file, source.kind), file.fs.open(file.path, "rb") as stream:
         metadata = pyarrow.parquet.read_metadata(stream)
         texts = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == source.text_field]
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -74,9 +74,9 @@ def record_batches(file: SourceFile, source: SourceConfig) -> Blocks:
 
     if not isinstance(file.fs, LocalFileSystem):
         return []
-    with reading(file.path), _opened(file) as stream:
+    with reading(file.path, file, source.kind), _opened(file) as stream:
         return [
-            (batch.num_rows, batch.column(source.text_field).nbytes if source.text_field in batch.schema.names else 0)
+            (batch.num_rows, batch.column(source.text_field).nbytes if batch.schema.names.count(source.text_field) == 1 else 0)
             for batch in _batches(stream, None, None)
         ]
 
@@ -110,13 +110,13 @@ def _documents(
     """The rows of a small batch, of which the first is row `first` of the file."""
     there = set(batch.schema.names)
     texts = _raw(batch.column(source.text_field))
-    names = _values(batch.column(source.id_field)) if source.id_field else itertools.repeat(None)
-    metadata = {field: _values(batch.column(field)) for field in source.metadata_fields if field in there}
+    names = _values(batch, source.id_field, file.path) if source.id_field else itertools.repeat(None)
+    metadata = {field: _values(batch, field, file.path) for field in source.metadata_fields if field in there}
     absent = dict.fromkeys(source.metadata_fields)
     for i, (raw, name) in enumerate(zip(texts, names, strict=False)):
-        text, repaired = decode(raw or b"")
+        text, lost = decode(raw or b"")
         values = absent | {field: column[i] for field, column in metadata.items()}
-        yield document(f"{file.name}:{first + i}" if name is None else str(name), text, origin, values, repaired, read)
+        yield document(f"{file.name}:{first + i}" if name is None else str(name), text, origin, values, lost, read)
 
 
 def _check_columns(schema: pyarrow.Schema, path: str, source: SourceConfig) -> list[str]:
@@ -129,28 +129,47 @@ def _check_columns(schema: pyarrow.Schema, path: str, source: SourceConfig) -> l
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
+    """Whether it holds strings or bytes, perhaps encoded, or nothing at all: writers make type `null` of a column without a value."""
     import pyarrow
 
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    return str(kind) in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _is_text(kind.storage_type)
+    if pyarrow.types.is_dictionary(kind) or pyarrow.types.is_run_end_encoded(kind):
+        return _is_text(kind.value_type)
+    return str(kind) in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
 
 def _raw(column: pyarrow.Array) -> list[bytes | None]:
     """The bytes of a column of texts: Arrow does not check that its strings are UTF-8, and raises on the first that is not."""
     import pyarrow
+    import pyarrow.compute
 
+    if isinstance(column, pyarrow.ExtensionArray):
+        return _raw(column.storage)
     if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+        column.validate(full=True)  # an index may point outside the dictionary
+        return _raw(column.dictionary_decode())
+    if pyarrow.types.is_run_end_encoded(column.type):
+        return _raw(pyarrow.compute.run_end_decode(column))
     raw = column.cast(pyarrow.large_binary())
     raw.validate(full=True)  # nothing else notices that the offsets in a damaged Arrow file point anywhere
     values: list[bytes | None] = raw.to_pylist()
     return values
 
 
-def _values(column: pyarrow.Array) -> list[object]:
-    """Any column as Python values."""
+def _values(batch: pyarrow.RecordBatch, name: str, path: str) -> list[object]:
+    """Any column as Python values. DataError where Python has no such value, as a date of the year 10,000."""
+    import pyarrow
+
+    column = batch.column(name)
     if _is_text(column.type):
         return [None if raw is None else decode(raw)[0] for raw in _raw(column)]
-    values: list[object] = column.to_pylist()
+    try:
+        values: list[object] = column.to_pylist()
+    except (ArithmeticError, ValueError, KeyError, NotImplementedError, pyarrow.ArrowException) as error:
+        detail = " ".join(str(error).split())
+        raise DataError(
+            f"{path}: column {name} of type {column.type} has a value that cannot be read ({detail}); leave it out of metadata_fields "
+            f"and id_field"
+        ) from error
     return values

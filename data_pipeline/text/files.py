@@ -43,6 +43,9 @@ _VERSION_KEYS = (
 
 _HUB_SECONDS = 10.0
 
+_READERS = ("pyarrow", "datasets", "fsspec")
+"""Packages whose exceptions of builtin kinds are about the files or addresses that they are given."""
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -136,11 +139,18 @@ def data_set_version(name: str) -> str:
 
 
 def from_library(error: Exception) -> bool:
-    """Whether an exception is of a library's own kind, as those of botocore, aiohttp and httpx that fsspec's drivers let through.
+    """Whether an exception is a library's: of a kind of its own, as those of botocore, aiohttp and httpx that fsspec's drivers let
+    through, or raised inside one that reads files, as a KeyError of pyarrow.
 
-    They have nothing in common, so who calls a driver has to catch `Exception`; a KeyError or TypeError would be a mistake of ours.
+    They have nothing in common, so who calls a driver has to catch `Exception`; another KeyError or TypeError would be a mistake of ours.
     """
-    return type(error).__module__.partition(".")[0] not in ("builtins", "data_pipeline")
+    if type(error).__module__.partition(".")[0] not in ("builtins", "data_pipeline"):
+        return True
+    raised = error.__traceback__
+    while raised is not None and raised.tb_next is not None:
+        raised = raised.tb_next
+    where = "" if raised is None else str(raised.tb_frame.f_globals.get("__name__"))
+    return not isinstance(error, DataError) and where.partition(".")[0] in _READERS
 
 
 def describe_files(files: Sequence[SourceFile]) -> str:

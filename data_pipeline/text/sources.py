@@ -1,35 +1,43 @@
-"""Raw text in: what a document is, and how text files, jsonl and data sets become documents. `columnar.py` reads parquet and arrow.
+"""Raw text in: what a document is, and how text files and jsonl become documents. `columnar.py` reads parquet and arrow, `data_sets.py`
+data sets of Hugging Face.
 
 A document's id, text and metadata depend on the settings and the files alone, never on where a file was cut into parts.
-Knows files; knows no tokens. The heavy readers (datasets, zstandard) are imported where they are used.
+Knows files; knows no tokens. zstandard is imported where it is used.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data_pipeline.errors import DataError
-from data_pipeline.text.files import data_set_names, from_library
+from data_pipeline.text.files import from_library
+from data_pipeline.text.formats import GZIP, HEAD_BYTES, ZSTD, Format, binary_format, encoding_of, format_of
 
 if TYPE_CHECKING:
-    import datasets
-
     from data_pipeline.settings import SourceConfig
-    from data_pipeline.text.files import Part
+    from data_pipeline.text.files import Part, SourceFile
 
 _BLOCK = 1 << 20
 _PACKED_BLOCK = 1 << 17  # it may unpack to many times its size
 _BOM = b"\xef\xbb\xbf"
 _MEND = "mend the line, or leave the file out with `exclude`"
 _SURROGATES = re.compile("[\ud800-\udfff]")
+
+MAX_UNDECODED = 0.02
+"""Largest share of a document's characters that may be lost in decoding, or be NUL. A single one does not count."""
+
+UNDECODED = "undecodable: not UTF-8"
+NULS = "undecodable: NUL characters"
+DEFECTS = (UNDECODED, NULS)
+"""Reasons for which a document is dropped because it is no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,8 @@ class Document:
     """The raw text was not valid Unicode: what could not be decoded became U+FFFD."""
     read: int
     """Bytes of the chunk's files read so far, compressed size; 0 for `hf`. For a progress display."""
+    defect: str | None = None
+    """One of DEFECTS, where so much of it could not be decoded that it is no text; whoever drops it counts it under this reason."""
 
 
 def read_text(part: Part, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
@@ -65,9 +75,25 @@ def read_text(part: Part, source: SourceConfig, origin: str, before: int) -> Ite
     del source  # a text file has no fields
     file = part.file
     with reading(file.path), file.fs.open(file.path, "rb") as stream:
-        raw = stream.read()
-    text, repaired = decode(raw.removeprefix(_BOM))
-    yield document(file.name, text, origin, {}, repaired, before + part.bytes)
+        raw = _unpacked(stream.read(), file)
+    encoding, mark = encoding_of(raw)
+    text, lost = decode(raw[mark:], encoding)
+    yield document(file.name, text, origin, {}, lost, before + part.bytes)
+
+
+def _unpacked(raw: bytes, file: SourceFile) -> bytes:
+    """The bytes of a text file, decompressed if they are compressed, whatever its name says. DataError if they are no text."""
+    found, packed = binary_format(raw[:HEAD_BYTES]), False
+    if found in (GZIP, ZSTD):
+        raw = b"".join(block for _, block in _blocks(io.BytesIO(raw), "x.gz" if found == GZIP else "x.zst"))
+        found, packed = binary_format(raw[:HEAD_BYTES]), True
+        if found in (GZIP, ZSTD):
+            raise DataError(f"{file.path} is compressed twice, the second time by {found.name}; unpack it once")
+    if found is not None and encoding_of(raw) == ("utf-8", 0):
+        raise DataError(f"{file.path} is {found.name}{', compressed' if packed else ''}, not text; {_leaving_out(found)}")
+    if raw and not packed and is_packed(file.name):
+        raise DataError(f"{file.path} is not compressed, although it is named {file.name[file.name.rindex('.') :]}; rename it")
+    return raw
 
 
 def read_jsonl(part: Part, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
@@ -77,70 +103,73 @@ def read_jsonl(part: Part, source: SourceConfig, origin: str, before: int) -> It
     def where() -> str:
         return f"{file.path}, byte {offset}" if start else f"{file.path}:{number}"
 
-    with reading(file.path), file.fs.open(file.path, "rb") as stream:
+    with reading(file.path, file, source.kind), file.fs.open(file.path, "rb") as stream:
         for offset, line, read in _lines(stream, file.name, start, part.stop):
             number += 1
             line = line.removeprefix(_BOM)
             if not line or line.isspace():
                 continue
-            raw, repaired = decode(line)
-            row = _parse(raw, where)
-            name, text, metadata = _fields(row, where, source)
-            yield document(name or f"{file.name}@{offset}", text, origin, metadata, repaired, before + read - start)
-
-
-def read_hf(name: str, source: SourceConfig, origin: str) -> Iterator[Document]:
-    """Yield the documents of one split of a Hugging Face data set."""
-    rows, number = _open_hf(name, source), 0
-    first, *more = data_set_names(source.paths)
-    prefix = dict(zip(source.paths, (first, *(f"{end}/" for end in more)), strict=True))[name]
-    if rows.column_names is not None:  # a stream may not know its columns; then each row tells
-        rows = rows.select_columns(wanted_columns(rows.column_names, name, source))
-
-    def where() -> str:
-        return f"{name}, row {number} of split {source.split}"
-
-    with reading(f"{name} (split {source.split})"):
-        for number, row in enumerate(rows):
-            identity, text, metadata = _fields(row, where, source)
-            yield document(identity or f"{prefix}{source.split}:{number}", text, origin, metadata, False, 0)
-
-
-def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
-    """One split of a Hugging Face data set: a name on the hub, a folder of files, or a folder that `save_to_disk` wrote."""
-    import datasets
-
-    try:
-        if any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(name)
-            return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
-        return datasets.load_dataset(name, name=source.subset, split=source.split, streaming=source.streaming)
-    except Exception as error:  # of datasets, and whatever its HTTP client raises
-        if not (isinstance(error, OSError | ValueError | KeyError) or from_library(error)):
-            raise
-        detail = " ".join(str(error).split()) or type(error).__name__
-        what = f"data set {name} (subset={source.subset}, split={source.split})"
-        raise DataError(f"data.sources: cannot open {what}: {detail}; check `paths`, `subset`, `split` and the connection") from error
+            raw, lost = decode(line)
+            row = _parse(raw, where, file)
+            name, text, metadata = fields_of(row, where, source)
+            yield document(name or f"{file.name}@{offset}", text, origin, metadata, lost, before + read - start)
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turn whatever a reader raises on a missing, unreadable or corrupt file into one line that names it."""
+def reading(what: str, file: SourceFile | None = None, kind: str = "") -> Iterator[None]:
+    """Turn whatever a reader raises on a missing, unreadable or corrupt file into one line that names it.
+
+    Args:
+        what: what is read.
+        file: whose first bytes tell whether it is in another format than `kind`.
+        kind: of the source.
+    """
     try:
         yield
     except FileNotFoundError:
         raise DataError(f"data.sources: {what} does not exist; restore it, or correct `paths`") from None
+    except MemoryError:
+        raise DataError(f"{what}: reading it takes more memory than there is; lower data.workers, or split the file") from None
     except Exception as error:  # zlib, pyarrow and every driver of fsspec raise kinds of their own, see from_library
         if not (isinstance(error, OSError | EOFError | ValueError) or from_library(error)):
             raise
+        found = None if file is None else _other_format(file, kind)
+        if found is not None:
+            raise DataError(f"{what}: cannot be read, it is {found.name}: {found.way_out}") from error
         detail = " ".join(str(error).split()) or type(error).__name__
         way_out = "restore it, or leave it out with `exclude`"
         raise DataError(f"{what}: cannot be read, it may be corrupt or out of reach ({detail}); {way_out}") from error
 
 
+def _other_format(file: SourceFile, kind: str) -> Format | None:
+    """What a file that could not be read holds instead; None where its first bytes do not tell."""
+    try:
+        with file.fs.open(file.path, "rb") as stream:
+            head = stream.read(HEAD_BYTES)
+        found = format_of(head)
+        named = _packing(file.name)
+        if named is not None and found == named:
+            with file.fs.open(file.path, "rb") as stream:
+                found = format_of(next(_blocks(stream, file.name), (0, b""))[1][:HEAD_BYTES])
+        elif named is not None and head and (found is None or found.kind == kind):
+            return Format(f"not {named.name}, although its name says so", "rename it")
+    except Exception:  # whatever a driver or a decompressor raises: the error that is to be explained says it
+        return None
+    return None if found is None or found.kind == kind else found
+
+
+def _leaving_out(found: Format) -> str:
+    return found.way_out if "exclude" in found.way_out else f"{found.way_out}, or leave it out with `exclude`"
+
+
+def _packing(name: str) -> Format | None:
+    """How a file of this name is compressed."""
+    return GZIP if name.lower().endswith(".gz") else ZSTD if name.lower().endswith(".zst") else None
+
+
 def is_packed(name: str) -> bool:
     """Whether a file of this name is compressed as a whole, so that it can be read from its beginning only."""
-    return name.endswith((".gz", ".zst"))
+    return _packing(name) is not None
 
 
 def _lines(stream: BinaryIO, name: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes, int]]:
@@ -185,11 +214,12 @@ def _first_line(stream: BinaryIO, start: int, stop: int) -> int:
 
 def _blocks(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
     """Yield (bytes of the file read so far, some unpacked bytes) to the end of the file."""
-    if name.endswith(".gz"):
+    packing = _packing(name)
+    if packing == GZIP:
         with gzip.GzipFile(fileobj=stream) as unzipped:
             while block := unzipped.read(_BLOCK):
                 yield stream.tell(), block
-    elif name.endswith(".zst"):
+    elif packing == ZSTD:
         for block in _zstd_blocks(stream):
             yield stream.tell(), block
     else:
@@ -216,16 +246,19 @@ def _zstd_blocks(stream: BinaryIO) -> Iterator[bytes]:
         raise EOFError("the last zstd frame is cut off")
 
 
-def _parse(line: str, where: Callable[[], str]) -> dict[str, Any]:  # Any: JSON holds anything
+def _parse(line: str, where: Callable[[], str], file: SourceFile) -> dict[str, Any]:  # Any: JSON holds anything
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where()}: broken JSON ({error.msg} at column {error.colno}); {_MEND}") from None
+        problem = f"broken JSON ({error.msg} at column {error.colno})"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise DataError(f"{where()}: broken JSON ({error}); {_MEND}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where()}: every line must be a JSON object, this one is a {type(row).__name__}; {_MEND}")
-    return row
+        problem = f"broken JSON ({error})"
+    else:
+        if isinstance(row, dict):
+            return row
+        problem = f"every line must be a JSON object, this one is a {type(row).__name__}"
+    found = _other_format(file, "jsonl")
+    raise DataError(f"{where()}: {problem}; {f'the file is {found.name}: {found.way_out}' if found else _MEND}")
 
 
 def wanted_columns(there: Iterable[str], where: str, source: SourceConfig) -> list[str]:
@@ -239,10 +272,15 @@ def wanted_columns(there: Iterable[str], where: str, source: SourceConfig) -> li
     for setting, column in needed.items():
         if column not in there:
             raise DataError(f"{where}: {setting}={column} is not there; it has: {', '.join(there) or 'nothing'}. Set {setting}")
-    return list(dict.fromkeys([*needed.values(), *(column for column in source.metadata_fields if column in there)]))
+    wanted = list(dict.fromkeys([*needed.values(), *(column for column in source.metadata_fields if column in there)]))
+    for column in wanted:
+        if (times := there.count(column)) > 1:
+            setting = next((setting for setting, needs in needed.items() if needs == column), "metadata_fields")
+            raise DataError(f"{where}: {times} columns are called {column}; set {setting} to another, or write the file with one of them")
+    return wanted
 
 
-def _fields(
+def fields_of(
     row: Mapping[str, Any], where: Callable[[], str], source: SourceConfig
 ) -> tuple[str | None, str, dict[str, object]]:  # Any: JSON holds anything
     """(id or None, text, metadata) of a row of named values."""
@@ -258,21 +296,33 @@ def _fields(
     return None if identity is None else str(identity), text or "", metadata
 
 
-def decode(raw: bytes) -> tuple[str, bool]:
-    """(text, whether bytes that are not UTF-8 were replaced by U+FFFD)."""
+def decode(raw: bytes, encoding: str = "utf-8") -> tuple[str, int]:
+    """(text, how many of its characters are U+FFFD in place of bytes that could not be decoded)."""
     try:
-        return raw.decode(), False
+        return raw.decode(encoding), 0
     except UnicodeDecodeError:
-        return raw.decode(errors="replace"), True
+        text = raw.decode(encoding, "replace")
+        return text, len(text) - len(raw.decode(encoding, "ignore"))
 
 
-def document(name: str, text: str, origin: str, metadata: Mapping[str, object], repaired: bool, read: int) -> Document:
-    """The document, its bytes counted, and valid Unicode: JSON may spell half a surrogate pair, which no tokenizer takes."""
+def document(name: str, text: str, origin: str, metadata: Mapping[str, object], lost: int, read: int) -> Document:
+    """The document, its bytes counted, and valid Unicode: JSON may spell half a surrogate pair, which no tokenizer takes.
+
+    `lost` counts the characters that could not be decoded, perhaps of the metadata.
+    """
+    repaired = lost > 0
     if text.isascii():
-        return Document(name, text, origin, metadata, len(text), repaired, read)
+        return Document(name, text, origin, metadata, len(text), repaired, read, _defect(text, 0))
+    lost = min(lost, text.count("\ufffd"))
     try:
         n_bytes = len(text.encode())
     except UnicodeEncodeError:
-        text = _SURROGATES.sub("\ufffd", text)
-        n_bytes, repaired = len(text.encode()), True
-    return Document(name, text, origin, metadata, n_bytes, repaired, read)
+        text, halves = _SURROGATES.subn("\ufffd", text)
+        n_bytes, repaired, lost = len(text.encode()), True, lost + halves
+    return Document(name, text, origin, metadata, n_bytes, repaired, read, _defect(text, lost))
+
+
+def _defect(text: str, lost: int) -> str | None:
+    """Why it is no text. Bytes of UTF-16 taken for UTF-8 are NULs by half, where they are Latin, and else mostly undecodable."""
+    most = max(1.0, MAX_UNDECODED * len(text))
+    return UNDECODED if lost > most else NULS if text.count("\0") > most else None
