@@ -21,11 +21,14 @@ from data_pipeline.settings import AUTO, DedupConfig, PrepareConfig, SourceConfi
 from data_pipeline.storage.manifest import Recipe
 from data_pipeline.storage.tokenized import describe_tokens
 from data_pipeline.text.chunks import Chunk, cut
-from data_pipeline.text.files import SourceFile, data_set_names, data_set_version, describe_files, list_files
+from data_pipeline.text.files import Listing, SourceFile, data_set_names, data_set_version, describe_files, describe_paths, list_source
 from data_pipeline.tokenizing.tokenizer import document_hash
 
 _CHUNK_BYTES_PER_TOKEN = 3
 """A chunk is this many bytes of text for each token of a shard, so that it rarely fills more than one: most text has 3 to 5."""
+
+_READERS = 2
+"""Changes with what the readers make of the same files: finished work of other readers is done anew."""
 
 _SAMPLE_EXCESS = 8
 """The tokenizer's sample is drawn from whole chunks with this many times its size of text, or from all."""
@@ -41,6 +44,8 @@ class Corpus:
     """Of each source; empty for `hf` and for tokens that other tools made."""
     listings: tuple[str | None, ...]
     """What each source holds, in words; None for `hf`."""
+    passed_over: tuple[str | None, ...]
+    """The files in each source's folders that are not read, in words; None where there are none."""
     lists: str
     """Hash of the files that filters and decontamination read."""
     made_with: dict[str, str]
@@ -71,6 +76,7 @@ class Corpus:
             settings=PrepareConfig(**(settings | {"workers": None, "tokenizer": AUTO, "dedup": dedup, "allow_lossy_tokenizer": False})),
             trained_tokenizer=trained_tokenizer,
             listings=self.listings,
+            passed_over=self.passed_over if any(self.passed_over) else (),
             lists=self.lists,
             made_with=self.made_with,
         )
@@ -95,7 +101,7 @@ class Corpus:
     @cached_property
     def _settings(self) -> list[str]:
         """For each source the hash of its settings, but for those that only say which files it has."""
-        shared = digest(self.config.filters.model_dump(mode="json"), self.lists, self.made_with)
+        shared = digest(_READERS, self.config.filters.model_dump(mode="json"), self.lists, self.made_with)
         return [
             digest(shared, source.model_dump(mode="json", exclude={"name", "paths", "pattern", "exclude"}))
             for source in self.config.sources
@@ -133,12 +139,14 @@ def find(config: PrepareConfig) -> Corpus:
         if not source.paths:
             raise DataError(f"data.sources: {name} of kind {source.kind} has no paths; name its files, folders or globs")
     check_filters(config)
-    files = tuple(tuple(list_files(source)) if source.is_text else () for source in config.sources)
+    listed = [list_source(source) if source.is_text else Listing([], []) for source in config.sources]
+    files = tuple(tuple(found.files) for found in listed)
     return Corpus(
         config=config,
         names=names,
         files=files,
         listings=tuple(_listing(source, found) for source, found in zip(config.sources, files, strict=True)),
+        passed_over=tuple(describe_paths(found.passed_over) if found.passed_over else None for found in listed),
         lists=f"{lists_hash(config.filters)} {evaluation_hash(config.decontaminate)}",
         made_with=_made_with(config),
     )

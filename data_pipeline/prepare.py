@@ -39,7 +39,8 @@ from data_pipeline.storage.prepared import (
 from data_pipeline.storage.shards import token_dtype
 from data_pipeline.storage.tokenized import adopt
 from data_pipeline.text.chunks import Chunk
-from data_pipeline.text.sources import Document
+from data_pipeline.text.files import folder_patterns
+from data_pipeline.text.sources import DEFECTS, MAX_UNDECODED, Document
 from data_pipeline.tokenizing.coverage import coverage_of, notes_on
 from data_pipeline.tokenizing.split_writer import SplitResult
 from data_pipeline.tokenizing.tokenize import ChunkResult, TokenizeJob, Tokenizing, begin_tokenizing, place
@@ -86,7 +87,7 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
         check_same_settings(path, corpus.recipe(trained_tokenizer=tokenizer is None), tokenizer)
         tidy(path)
         more = "; rejects are written only while it is prepared" if keep_rejects and not (path / REJECTS).exists() else ""
-        return open_prepared(path, (f"{path} is prepared already, with these very settings{more}",))
+        return open_prepared(path, (f"{path} is prepared already, with these very settings{more}", *_passed_over(corpus)))
     with working_folder(path) as work:
         lossy_is_fine = config.allow_lossy_tokenizer or not any(source.is_text for source in config.sources)
         is_there = tokenizer is not None or (path / "tokenizer.json").is_file()
@@ -100,7 +101,8 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
             adopted = _adopt(corpus, work, made, progress)
         results = _tokenize(corpus, work, made, verdicts, keep_rejects, progress)
         rejects = {f"{result.chunk}.jsonl.zst" for result in results.values() if result.rejects}
-        notes, recipe = (*made.notes, *notes_on(coverage_of(made)), *_notes(corpus, results)), corpus.recipe(trained_tokenizer=not is_there)
+        notes = (*_passed_over(corpus), *made.notes, *notes_on(coverage_of(made)), *_notes(corpus, results))
+        recipe = corpus.recipe(trained_tokenizer=not is_there)
         commit(work, path, _manifests(corpus, made, recipe, results, adopted), rejects)
     return open_prepared(path, notes)
 
@@ -213,11 +215,36 @@ def _tokenize(
     return results
 
 
+def _passed_over(corpus: Corpus) -> list[str]:
+    """A note for each source with files in its folders that are not read."""
+    sources = zip(corpus.names, corpus.config.sources, corpus.passed_over, strict=True)
+    return [
+        f"{name}: passed over {others}: what does not match {', '.join(folder_patterns(source))} is not read; name it in `paths` or set "
+        f"`pattern` to read it, `exclude` to do without this note"
+        for name, source, others in sources
+        if others
+    ]
+
+
+def _undecodable(corpus: Corpus, results: dict[str, ChunkResult]) -> list[str]:
+    """A note for each source with documents that were no text."""
+    counts = Counter[str]()
+    for chunk in corpus.chunks:
+        for split in results[chunk.name].splits.values():
+            counts[chunk.source] += sum(split.dropped.get(defect, 0) for defect in DEFECTS)
+    return [
+        f"{name}: {count:,} documents dropped, because more than {MAX_UNDECODED:.0%} of their characters are no UTF-8 or are NUL; convert "
+        f"the files if they are text (iconv -f LATIN1 -t UTF-8, or from UTF-16LE, SHIFT-JIS, ...); --keep-rejects shows which"
+        for name, count in (+counts).items()
+    ]
+
+
 def _notes(corpus: Corpus, results: dict[str, ChunkResult]) -> tuple[str, ...]:
     """Which back ends encoded the text, and what it was compared with."""
     used = Counter(result.encoder for result in results.values() if result.encoder)
     why = {result.encoder: result.why for result in reversed(results.values())}
-    notes = [f"{count} of {len(results)} chunks encoded by {why[name]}" for name, count in used.items()]
+    notes = _undecodable(corpus, results)
+    notes += [f"{count} of {len(results)} chunks encoded by {why[name]}" for name, count in used.items()]
     failures = sum(result.failures for result in results.values())
     if failures:
         notes.append(f"{failures} batches encoded by tokenizers, because gigatoken broke on them")

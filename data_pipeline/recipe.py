@@ -55,8 +55,11 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
 def _recipe_sources(manifest: Manifest) -> tuple[Entry, ...]:
     settings: PrepareConfig = manifest.recipe.settings
     entries = []
-    for name, source, listing in zip(source_names(settings.sources), settings.sources, manifest.recipe.listings, strict=True):
+    passed_over = manifest.recipe.passed_over or (None,) * len(settings.sources)
+    of_sources = zip(source_names(settings.sources), settings.sources, manifest.recipe.listings, passed_over, strict=True)
+    for name, source, listing, others in of_sources:
         own = "" if source.filters is None else f"; filters: {', '.join(source.filters) or 'none'}"
+        own += f"; passed over: {others}" if others else ""
         entries.append(Entry(name, f"{source.kind} {', '.join(source.paths)}{f' ({listing})' if listing else ''}{own}"))
     return tuple(entries)
 

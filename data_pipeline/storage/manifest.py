@@ -14,7 +14,16 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from data_pipeline.errors import DataError
 from data_pipeline.settings import PrepareConfig
@@ -106,6 +115,16 @@ class Recipe(Record):
     """Hash of the files that filters and decontamination read."""
     made_with: dict[str, str]
     """Versions of what decides the bytes."""
+    passed_over: tuple[str | None, ...] = ()
+    """The files in each source's folders that were not read: count, endings and the names of a few. Empty where all were, and then not
+    written."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        fields: dict[str, object] = serialize(self)
+        if not self.passed_over:
+            del fields["passed_over"]
+        return fields
 
     @field_validator("settings", mode="wrap")
     @classmethod

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import errno
 import fnmatch
-import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import glob_translate
 
 from data_pipeline.errors import DataError
+from data_pipeline.text.walk import NOWHERE, FileInfo, below, find_glob, fixed_part, is_excluded, real_folder, walk
 
 if TYPE_CHECKING:
     from data_pipeline.settings import SourceConfig
 
-FileInfo = dict[str, Any]  # Any: every file system adds entries of its own; `name`, `type` and `size` are always there
-
 FOLDER_PATTERNS = {
-    "text": ("*.txt", "*.md"),
+    "text": ("*.txt", "*.md", "*.txt.gz", "*.md.gz", "*.txt.zst", "*.md.zst"),
     "jsonl": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"),
     "parquet": ("*.parquet",),
     "arrow": ("*.arrow", "*.arrows"),
 }
 """Which files of a folder are read where `pattern` is not set."""
 
-_NOWHERE = "nowhere"
-"""The `type` of a link that leads nowhere."""
+_BOOKKEEPING = ("_SUCCESS",)
+"""Names of files that other tools leave beside their data, like hidden ones (`.DS_Store`): nobody expects them to be read."""
+
+_FEW = 3
+"""Names of files that a note spells out."""
 
 _VERSION_KEYS = (
     *("ETag", "etag", "blob_id", "generation", "md5Hash", "md5", "Content-MD5", "CRC"),
@@ -76,7 +76,22 @@ class Part:
     """Its share of the file's bytes; the shares of a file's parts add up to the file's size."""
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What lies where a source points."""
+
+    files: list[SourceFile]
+    """Its files in reading order."""
+    passed_over: list[str]
+    """Paths of the files in its folders that match no pattern of its kind and no `exclude`, but for hidden ones."""
+
+
 def list_files(source: SourceConfig) -> list[SourceFile]:
+    """The files of a source, see `list_source`."""
+    return list_source(source).files
+
+
+def list_source(source: SourceConfig) -> Listing:
     """The files of a source in reading order: as `paths` gives them, those of one folder or glob sorted by name. Empty for `hf`.
 
     Links are followed, to files and to folders, but not back to a folder that they lie in. Where a name below a later entry of `paths`
@@ -91,13 +106,15 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
         twice = next((given for i, given in enumerate(source.paths) if given in source.paths[:i]), None)
         if twice is not None:
             raise DataError(f"data.sources: the data set {twice} is given twice by `paths`; every one is read once, so name it once")
-        return files
+        return Listing(files, [])
+    passed_over: list[str] = []
     entries: dict[tuple[fsspec.AbstractFileSystem, str, str], int] = {}
     names: set[str] = set()
-    real = cache(_real)
+    real = cache(real_folder)
     for number, given in enumerate(source.paths):
-        fs, found = _find(given, source)
-        for below, (path, info) in sorted(found.items()):
+        fs, found, others = _find(given, source)
+        passed_over += others
+        for short, (path, info) in sorted(found.items()):
             folder, _, last = path.rpartition("/")
             first = entries.setdefault((fs, real(fs, folder), last), number)
             if first != number:
@@ -105,10 +122,10 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
                     f"data.sources: {path} is given twice, by {source.paths[first]} and by {given} of `paths`; "
                     f"every file is read once, so let them not overlap"
                 )
-            name = _unused(below, path, given, names)
+            name = _unused(short, path, given, names)
             names.add(name)
             files.append(SourceFile(fs, path, name, int(info["size"] or 0), _version(info)))
-    return files
+    return Listing(files, sorted(set(passed_over) - {file.path for file in files}))
 
 
 def data_set_names(paths: Sequence[str]) -> list[str]:
@@ -126,7 +143,11 @@ def data_set_version(name: str) -> str:
     set, which whoever opens it says. Data that a data set's own files only point to is not looked at.
     """
     if Path(name).exists():
-        found = _walk(LocalFileSystem(), str(Path(name).absolute()), ()) if Path(name).is_dir() else {name: LocalFileSystem().info(name)}
+        fs = LocalFileSystem()
+        try:
+            found = walk(fs, str(Path(name).absolute()), ()) if Path(name).is_dir() else {name: fs.info(name)}
+        except OSError as error:
+            raise DataError(f"data.sources: cannot read {error.filename}: {error.strerror}; check who may read it") from error
         return xxhash.xxh3_64_hexdigest(repr([(path, info["size"], _version(info)) for path, info in sorted(found.items())]).encode())
     import huggingface_hub
 
@@ -159,16 +180,50 @@ def describe_files(files: Sequence[SourceFile]) -> str:
     return f"{len(files)} files, {sum(file.size for file in files)} bytes, {xxhash.xxh3_64_hexdigest(lines)}"
 
 
-def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, dict[str, tuple[str, FileInfo]]]:
-    """What one entry of `paths` stands for: its file system and {name below the folder: (path, what is known of it)}."""
+def folder_patterns(source: SourceConfig) -> tuple[str, ...]:
+    """Globs of the names of the files of a folder that are read."""
+    return (source.pattern,) if source.pattern else FOLDER_PATTERNS[source.kind]
+
+
+def describe_paths(paths: Sequence[str]) -> str:
+    """Count, endings and the names of a few files: `4 files (2 .json, 1 .JSONL, 1 .ndjson), such as b.json, c.JSONL and d.ndjson`."""
+    endings = Counter(map(_ending, paths)).most_common()
+    kinds = [f"{count:,} {ending}" for ending, count in sorted(endings[:5], key=lambda item: (-item[1], item[0]))]
+    kinds += [f"{sum(count for _, count in endings[5:]):,} others"] if len(endings) > 5 else []
+    names = [_printable(path.rsplit("/", 1)[-1]) for path in paths[:_FEW]]
+    few = " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+    return f"{len(paths):,} file{'s' * (len(paths) > 1)} ({', '.join(kinds)}), {'such as ' * (len(paths) > _FEW)}{few}"
+
+
+def _ending(path: str) -> str:
+    """`.json.gz` of `x.json.gz`."""
+    suffixes = PurePosixPath(path).suffixes[-2:]
+    packed = len(suffixes) == 2 and suffixes[1].lower() in (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
+    return _printable("".join(suffixes if packed else suffixes[-1:])) or "without an ending"
+
+
+def _printable(name: str) -> str:
+    """A file's name may hold line breaks, and bytes that are no Unicode."""
+    return name.encode("unicode_escape").decode() if not name.isprintable() else name
+
+
+def _is_hidden(name: str) -> bool:
+    parts = name.split("/")
+    return any(part.startswith(".") for part in parts) or parts[-1] in _BOOKKEEPING
+
+
+def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, dict[str, tuple[str, FileInfo]], list[str]]:
+    """What one entry of `paths` stands for: its file system, {name below the folder: (path, what is known of it)}, and the paths of the
+    files that are passed over.
+    """
     wanted: tuple[str, ...] = ("*",)
     try:
         fs, path = fsspec.core.url_to_fs(given)
         if fs.isdir(path):
-            root, found = path, _walk(fs, path, source.exclude)
-            wanted = (source.pattern,) if source.pattern else FOLDER_PATTERNS[source.kind]
+            root, found = path, walk(fs, path, source.exclude)
+            wanted = folder_patterns(source)
         elif any(sign in path for sign in "*?[") and not fs.exists(path):
-            root, found = _fixed_part(path), _glob(fs, path, source.exclude)
+            root, found = fixed_part(path), find_glob(fs, path, source.exclude)
         else:
             root, found = str(PurePosixPath(path).parent), {path: fs.info(path)}
     except FileNotFoundError:
@@ -180,84 +235,23 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
             raise
         detail = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"data.sources: cannot read {given}: {detail}; check `paths`, the connection and who may read it") from error
-    files = {}
+    files, others = {}, []
     for file, info in found.items():
-        name = _below(root, file)
-        if _excluded(name, source.exclude):
+        name = below(root, file)
+        if is_excluded(name, source.exclude):
             continue
-        if info["type"] == _NOWHERE:
+        if info["type"] == NOWHERE:
             raise DataError(f"data.sources: {file} is a link that leads nowhere; restore what it points to, or leave it out with `exclude`")
         if info["type"] == "file" and _matches(name, wanted):
             files[name] = (file, info)
+        elif not _is_hidden(name):
+            others.append(file)
     if not files:
         what = f"no file below {given} matches {', '.join(wanted)}" if wanted != ("*",) else f"no file matches {given}"
         excluded = f" (exclude: {', '.join(source.exclude)})" if source.exclude else ""
-        raise DataError(f"data.sources: {what}{excluded}; correct `paths`" + (", or set `pattern`" if wanted != ("*",) else ""))
-    return fs, files
-
-
-def _walk(
-    fs: fsspec.AbstractFileSystem, root: str, exclude: tuple[str, ...], leads: Callable[[str], bool] = lambda _: True
-) -> dict[str, FileInfo]:
-    """{path: what the file system knows of it} of all below `root` that is no folder.
-
-    fsspec's own walk neither follows links nor tells of a folder below that it may not read.
-
-    Args:
-        fs: where.
-        root: a folder.
-        exclude: files and folders to pass over.
-        leads: whether to look into a folder.
-    """
-    found: dict[str, FileInfo] = {}
-    folders: list[tuple[str, tuple[str, ...]]] = [(root, (_real(fs, root),))]
-    while folders:
-        folder, above = folders.pop()
-        for listed in fs.ls(folder, detail=True):
-            path = listed["name"].rstrip("/")
-            if path == folder.rstrip("/") or _excluded(_below(root, path), exclude):
-                continue
-            info = _followed(fs, path, listed)
-            if info["type"] != "directory":
-                found[path] = info
-            elif leads(path) and (real := _real(fs, path)) not in above:  # a link to a folder above would lead round for ever
-                folders.append((path, (*above, real)))
-    return found
-
-
-def _glob(fs: fsspec.AbstractFileSystem, glob: str, exclude: tuple[str, ...]) -> dict[str, FileInfo]:
-    """What a glob matches. Its wildcards match linked folders as well, where a file system is local."""
-    if not isinstance(fs, LocalFileSystem):
-        return {path: _followed(fs, path, info) for path, info in fs.glob(glob, detail=True).items()}
-    parts = glob.split("/")
-
-    def leads(folder: str) -> bool:
-        depth = folder.count("/") + 1
-        return "**" in parts[:depth] or (depth < len(parts) and _match("/".join(parts[:depth]), folder))
-
-    return {path: info for path, info in _walk(fs, _fixed_part(glob), exclude, leads).items() if _match(glob, path)}
-
-
-def _match(glob: str, path: str) -> bool:
-    return re.match(glob_translate(glob), path) is not None  # re keeps what it compiled
-
-
-def _followed(fs: fsspec.AbstractFileSystem, path: str, listed: FileInfo) -> FileInfo:
-    """What is known of a listed path; of a link, what it leads to: listings tell only that it is neither file nor folder."""
-    if listed["type"] in ("file", "directory"):
-        return listed
-    try:
-        info: FileInfo = fs.info(path)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP:
-            return {**listed, "type": _NOWHERE}
-        raise
-    return info
-
-
-def _real(fs: fsspec.AbstractFileSystem, folder: str) -> str:
-    """A folder's path without links; only a local file system tells."""
-    return os.path.realpath(folder or "/") if isinstance(fs, LocalFileSystem) else folder
+        there = f"; it holds {describe_paths(sorted(others))}" if others else ""
+        raise DataError(f"data.sources: {what}{excluded}{there}; correct `paths`" + (", or set `pattern`" if wanted != ("*",) else ""))
+    return fs, files, others
 
 
 def _version(info: FileInfo) -> str:
@@ -280,25 +274,5 @@ def _installing(message: str) -> str:
     return f"; pip install {' '.join(packages)}" if packages else ""
 
 
-def _below(root: str, path: str) -> str:
-    return path.removeprefix(root.rstrip("/") + "/")
-
-
-def _fixed_part(glob: str) -> str:
-    """The folder in front of a glob's first wildcard."""
-    parts = PurePosixPath(glob).parts
-    wild = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
-    return str(PurePosixPath(*parts[:wild])) if wild else ""
-
-
 def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], glob) for glob in globs)
-
-
-def _excluded(name: str, globs: tuple[str, ...]) -> bool:
-    """Whether a glob matches the name of the file or of a folder above it, or the path down to one of them."""
-    if not globs:
-        return False
-    parts = name.split("/")
-    candidates = {*parts, *("/".join(parts[: i + 1]) for i in range(len(parts)))}
-    return any(fnmatch.fnmatchcase(candidate, glob) for candidate in candidates for glob in globs)
