@@ -233,8 +233,9 @@ def _undecodable(corpus: Corpus, results: dict[str, ChunkResult]) -> list[str]:
         for split in results[chunk.name].splits.values():
             counts[chunk.source] += sum(split.dropped.get(defect, 0) for defect in DEFECTS)
     return [
-        f"{name}: {count:,} documents dropped, because more than {MAX_UNDECODED:.0%} of their characters are no UTF-8 or are NUL; convert "
-        f"the files if they are text (iconv -f LATIN1 -t UTF-8, or from UTF-16LE, SHIFT-JIS, ...); --keep-rejects shows which"
+        f"{name}: {count:,} document{'s' * (count > 1)} dropped as no text, because more than {MAX_UNDECODED:.0%} of the characters could "
+        f"not be decoded or are NUL; if it is text, convert it (iconv -f LATIN1 -t UTF-8, or from UTF-16LE, SHIFT-JIS, ...); "
+        f"--keep-rejects shows which"
         for name, count in (+counts).items()
     ]
 

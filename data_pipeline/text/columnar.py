@@ -33,6 +33,8 @@ def read_parquet(part: Part, source: SourceConfig, origin: str, before: int) -> 
     path, done = part.file.path, 0
     with reading(path, part.file, source.kind), part.file.fs.open(path, "rb") as stream:
         table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
+        if not table.metadata.num_rows:  # pandas writes no column of an empty table
+            return
         columns = _check_columns(table.schema_arrow, path, source)
         groups = range(table.num_row_groups)[part.start : part.stop]
         rows = sum(table.metadata.row_group(group).num_rows for group in groups)
@@ -48,6 +50,8 @@ def read_arrow(part: Part, source: SourceConfig, origin: str, before: int) -> It
     path, row = part.file.path, part.row
     with reading(path, part.file, source.kind), _opened(part.file) as stream:
         for number, batch in enumerate(_batches(stream, part.start, part.stop), start=1):
+            if not batch.num_rows:
+                continue
             columns = _check_columns(batch.schema, path, source)
             # Nobody knows how many batches a stream has, but its position tells how much of the file was read.
             read = part.bytes * number // (part.stop - (part.start or 0)) if part.stop else min(stream.tell(), part.bytes)

@@ -37,6 +37,7 @@ def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.Ite
     """One split of a Hugging Face data set: a name on the hub, a folder of files, or a folder that `save_to_disk` wrote."""
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it prints the errors that it raises
     what = f"data set {name} (subset={source.subset}, split={source.split})"
     try:
         if any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
@@ -44,7 +45,8 @@ def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.Ite
         else:
             saved = datasets.load_dataset(name, name=source.subset, split=source.split, streaming=source.streaming)
     except Exception as error:  # only datasets' own code runs here; it raises TypeError and KeyError on folders it does not understand
-        detail = " ".join(str(error).split()) or type(error).__name__
+        cause = error.__cause__ or error  # its own error may say no more than that there was one
+        detail = " ".join(str(cause).split()) or type(cause).__name__
         raise DataError(f"data.sources: cannot open {what}: {detail}; check `paths`, `subset`, `split` and the connection") from error
     if isinstance(saved, dict):
         if source.split not in saved:

@@ -15,7 +15,7 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, printable
 from data_pipeline.text.walk import NOWHERE, FileInfo, below, find_glob, fixed_part, is_excluded, real_folder, walk
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ FOLDER_PATTERNS = {
 _BOOKKEEPING = ("_SUCCESS",)
 """Names of files that other tools leave beside their data, like hidden ones (`.DS_Store`): nobody expects them to be read."""
 
-_FEW = 3
+_FEW = 5
 """Names of files that a note spells out."""
 
 _VERSION_KEYS = (
@@ -190,7 +190,7 @@ def describe_paths(paths: Sequence[str]) -> str:
     endings = Counter(map(_ending, paths)).most_common()
     kinds = [f"{count:,} {ending}" for ending, count in sorted(endings[:5], key=lambda item: (-item[1], item[0]))]
     kinds += [f"{sum(count for _, count in endings[5:]):,} others"] if len(endings) > 5 else []
-    names = [_printable(path.rsplit("/", 1)[-1]) for path in paths[:_FEW]]
+    names = [printable(path.rsplit("/", 1)[-1]) for path in paths[:_FEW]]
     few = " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
     return f"{len(paths):,} file{'s' * (len(paths) > 1)} ({', '.join(kinds)}), {'such as ' * (len(paths) > _FEW)}{few}"
 
@@ -199,12 +199,7 @@ def _ending(path: str) -> str:
     """`.json.gz` of `x.json.gz`."""
     suffixes = PurePosixPath(path).suffixes[-2:]
     packed = len(suffixes) == 2 and suffixes[1].lower() in (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
-    return _printable("".join(suffixes if packed else suffixes[-1:])) or "without an ending"
-
-
-def _printable(name: str) -> str:
-    """A file's name may hold line breaks, and bytes that are no Unicode."""
-    return name.encode("unicode_escape").decode() if not name.isprintable() else name
+    return printable("".join(suffixes if packed else suffixes[-1:])) or "without an ending"
 
 
 def _is_hidden(name: str) -> bool:

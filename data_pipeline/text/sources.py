@@ -34,8 +34,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 MAX_UNDECODED = 0.02
 """Largest share of a document's characters that may be lost in decoding, or be NUL. A single one does not count."""
 
-UNDECODED = "undecodable: not UTF-8"
-NULS = "undecodable: NUL characters"
+UNDECODED = "undecodable"
+NULS = "NUL characters"
 DEFECTS = (UNDECODED, NULS)
 """Reasons for which a document is dropped because it is no text."""
 
@@ -148,13 +148,15 @@ def _other_format(file: SourceFile, kind: str) -> Format | None:
             head = stream.read(HEAD_BYTES)
         found = format_of(head)
         named = _packing(file.name)
-        if named is not None and found == named:
+        if kind == "jsonl" and named is not None and found == named:
             with file.fs.open(file.path, "rb") as stream:
                 found = format_of(next(_blocks(stream, file.name), (0, b""))[1][:HEAD_BYTES])
-        elif named is not None and head and (found is None or found.kind == kind):
+        elif kind == "jsonl" and named is not None and head and (found is None or found.kind == kind):
             return Format(f"not {named.name}, although its name says so", "rename it")
     except Exception:  # whatever a driver or a decompressor raises: the error that is to be explained says it
         return None
+    if found in (GZIP, ZSTD) and kind != "jsonl":
+        return found._replace(way_out="unpack it")  # columns are compressed inside their file
     return None if found is None or found.kind == kind else found
 
 
@@ -271,13 +273,19 @@ def wanted_columns(there: Iterable[str], where: str, source: SourceConfig) -> li
     needed = {"text_field": source.text_field} | ({"id_field": source.id_field} if source.id_field else {})
     for setting, column in needed.items():
         if column not in there:
-            raise DataError(f"{where}: {setting}={column} is not there; it has: {', '.join(there) or 'nothing'}. Set {setting}")
+            raise DataError(f"{where}: {setting}={column} is not there; it has: {_few(there)}. Set {setting}")
     wanted = list(dict.fromkeys([*needed.values(), *(column for column in source.metadata_fields if column in there)]))
     for column in wanted:
         if (times := there.count(column)) > 1:
             setting = next((setting for setting, needs in needed.items() if needs == column), "metadata_fields")
             raise DataError(f"{where}: {times} columns are called {column}; set {setting} to another, or write the file with one of them")
     return wanted
+
+
+def _few(names: list[str]) -> str:
+    """A file may have thousands of columns, and a name thousands of characters."""
+    few = ", ".join(name if len(name) <= 60 else f"{name[:57]}..." for name in names[:20])
+    return f"{few} and {len(names) - 20} more" if len(names) > 20 else few or "nothing"
 
 
 def fields_of(
@@ -325,4 +333,4 @@ def document(name: str, text: str, origin: str, metadata: Mapping[str, object], 
 def _defect(text: str, lost: int) -> str | None:
     """Why it is no text. Bytes of UTF-16 taken for UTF-8 are NULs by half, where they are Latin, and else mostly undecodable."""
     most = max(1.0, MAX_UNDECODED * len(text))
-    return UNDECODED if lost > most else NULS if text.count("\0") > most else None
+    return NULS if text.count("\0") > most else UNDECODED if lost > most else None
