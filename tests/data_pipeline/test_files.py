@@ -269,3 +269,72 @@ def test_the_version_of_a_data_set_follows_its_files_or_its_commit_and_is_empty_
     answers(TypeError("a mistake"))
     with pytest.raises(TypeError):
         data_set_version("someone/something")
+
+
+PASSED_OVER = ("b.json", "c.JSONL", "d.ndjson", "e.json.gz")
+
+
+@pytest.mark.parametrize("place", ["folder", "memory"])
+def test_files_of_a_folder_that_are_passed_over_are_counted_by_ending_with_the_names_of_a_few(tmp_path: Path, place: str) -> None:
+    names = ("a.jsonl", *PASSED_OVER, "z/f.json", ".hidden/x.json", ".DS_Store", "z/_SUCCESS", "left/g.json")
+    folder = f"memory://{tmp_path}" if place == "memory" else str(tmp_path)
+    for name in names:
+        with fsspec.open(f"{folder}/{name}", "wb", auto_mkdir=True) as stream:
+            stream.write(b'{"text": "a"}\n')
+
+    def found(*paths: str, **settings: object) -> files.Listing:
+        return files.list_source(SourceConfig.model_validate({"kind": "jsonl", "paths": paths, **settings}))
+
+    here = found(folder, exclude=["left"])
+    assert [file.name for file in here.files] == ["a.jsonl"]
+    assert [Path(path).name for path in here.passed_over] == [*PASSED_OVER, "f.json"]
+    told = "5 files (2 .json, 1 .JSONL, 1 .json.gz, 1 .ndjson), b.json, c.JSONL, d.ndjson, e.json.gz and f.json"
+    assert files.describe_paths(here.passed_over) == told
+    assert len(found(folder).passed_over) == 6
+    assert found(folder, exclude=["left", "*.json", "c.*"]).passed_over == [f"{here.files[0].path[:-7]}{name}" for name in PASSED_OVER[2:]]
+    assert found(f"{folder}/*.jsonl").passed_over == []  # whoever writes a glob has chosen
+    more = found(folder, f"{folder}/b.json", f"{folder}/c.JSONL", exclude=["left"])
+    assert [file.name for file in more.files] == ["a.jsonl", "b.json", "c.JSONL"]
+    assert [Path(path).name for path in more.passed_over] == ["d.ndjson", "e.json.gz", "f.json"]
+    assert [file.name for file in found(folder, pattern="*.ndjson").files] == ["d.ndjson"]
+    with pytest.raises(DataError, match=r"no file below .* matches \*\.csv.*; it holds 6 files .*; correct `paths`, or set `pattern`"):
+        found(folder, pattern="*.csv", exclude=["left"])
+
+
+def test_a_note_on_many_files_is_short_and_printable() -> None:
+    names = [f"{i}.{ending}" for i, ending in enumerate(["a"] * 4 + ["b"] * 3 + ["c", "d", "e", "f", "g.gz"])]
+    told = files.describe_paths([*names, "x/a\nb\udcff"])
+    assert told == ("13 files (4 .a, 3 .b, 1 .c, 1 .d, 1 .e, 3 others), such as 0.a, 1.a, 2.a, 3.a and 4.b")
+    assert files.describe_paths(["x/a\nb\udcff"]) == "1 file (1 without an ending), a\\nb\\udcff"
+
+
+def test_what_is_no_file_is_passed_over_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "x.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "folder.txt").mkdir()
+    found = files.list_source(SourceConfig(kind="text", paths=(str(tmp_path),)))
+    assert ([file.name for file in found.files], found.passed_over) == (["x.txt"], [f"{tmp_path}/pipe.txt"])
+
+
+@pytest.mark.parametrize("given", ["memory://far", "memory://far/*/y.txt", "memory://far/**/*.txt"])
+def test_a_folder_that_may_not_be_read_is_an_error_for_folders_and_globs_alike(far: Far, given: str) -> None:
+    far.error = PermissionError("no permission")
+    with pytest.raises(DataError, match=r"^data\.sources: cannot read memory://far.*: no permission; check `paths`"):
+        listed(given)
+    assert names("memory://far/*.txt") == ["x.txt"]  # which need not look there
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "x.txt")
+    source = SourceConfig(kind="text", paths=(str(tmp_path),))
+    (chunk,) = cut(0, "s", source, list_files(source), 1000)
+    real = fsspec.implementations.local.LocalFileSystem.open
+
+    def locked(fs: object, path: str, *given: object, **more: object) -> object:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "open", locked)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/x\.txt: cannot be read, .*Permission denied"):
+        list(read_chunk(chunk, source))
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "open", real)
+    assert [document.text for document in read_chunk(chunk, source)] == ["x.txt"]

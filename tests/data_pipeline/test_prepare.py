@@ -14,10 +14,11 @@ import pytest
 
 from data_pipeline.corpus import find
 from data_pipeline.errors import DataError
+from data_pipeline.inspect import describe
 from data_pipeline.prepare import Progress, build_tokenizer
 from data_pipeline.settings import DedupConfig, PrepareConfig, SourceConfig
-from data_pipeline.storage.manifest import Manifest
-from data_pipeline.storage.prepared import Prepared
+from data_pipeline.storage.manifest import MANIFEST, Manifest
+from data_pipeline.storage.prepared import Prepared, open_prepared
 from data_pipeline.storage.shards import ShardSet, open_split
 from data_pipeline.storage.verify import verify
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
@@ -347,3 +348,26 @@ def test_a_tokenizer_trained_first_leaves_the_cleaning_for_the_preparation(tmp_p
     assert one.keys() == two.keys()
     assert all(one[name] == two[name] for name in one if not name.endswith("manifest.json"))  # which say who trained the tokenizer
     assert not (tmp_path / "two" / ".prepare.tmp").exists()
+
+
+def test_files_that_are_passed_over_are_noted_recorded_and_shown(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+    quiet = prepare_at(tmp_path / "quiet", corpus)
+    assert quiet.splits["train"].recipe.passed_over == ()
+    assert b"passed_over" not in (tmp_path / "quiet" / "train" / MANIFEST).read_bytes()  # byte for byte as before there was such a field
+    assert not any("passed over" in note for note in quiet.notes)
+    for name in ("x.json", "y.TXT", ".DS_Store"):
+        (corpus / name).write_text("some text")
+    made = prepare_at(tmp_path / "data", corpus)
+    others = "2 files (1 .TXT, 1 .json), x.json and y.TXT"
+    told = (
+        f"corpus: passed over {others}: what does not match *.txt, *.md, *.txt.gz, *.md.gz, *.txt.zst, *.md.zst is not read; name it in "
+        f"`paths` or set `pattern` to read it, `exclude` to do without this note"
+    )
+    assert made.notes[0] == told
+    assert open_prepared(tmp_path / "data").splits["train"].recipe.passed_over == (others,)
+    (entry,) = describe(tmp_path / "data", samples=0).recipe["sources"]
+    assert entry.value.endswith(f"; passed over: {others}")
+    assert prepare_at(tmp_path / "data", corpus).notes[1] == told  # and again where it is prepared already
+    shards = [{file.name: file.read_bytes() for file in (tmp_path / name / "train").glob("*.bin")} for name in ("quiet", "data")]
+    assert shards[0] == shards[1]
+    assert prepare_at(tmp_path / "quiet", corpus).notes[0].endswith("is prepared already, with these very settings")

@@ -1,0 +1,294 @@
+"""Parquet and Arrow files and data sets as libraries write them, however odd: documents, or one line."""
+
+import datetime
+import decimal
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import DataError
+from data_pipeline.settings import SourceConfig
+from data_pipeline.text import columnar
+from data_pipeline.text.chunks import cut, read_chunk
+from data_pipeline.text.files import list_files
+from data_pipeline.text.sources import Document, reading
+
+TEXTS = pa.array(["one", "zwei", None])
+ENDINGS = ["parquet", "arrow", "arrows"]
+
+
+def read(path: Path, chunk: int = 1 << 30, **more: object) -> list[Document]:
+    kind = {".parquet": "parquet", ".arrow": "arrow", ".arrows": "arrow"}.get(path.suffix, "hf")
+    source = SourceConfig.model_validate({"kind": kind, "paths": [str(path)], **more})
+    return [document for chunk in cut(0, "s", source, list_files(source), chunk) for document in read_chunk(chunk, source)]
+
+
+def texts(path: Path, **more: object) -> list[str]:
+    """Read whole and cut as often as it can be: both give the same."""
+    whole = [document.text for document in read(path, **more)]
+    assert [document.text for document in read(path, chunk=1, **more)] == whole
+    return whole
+
+
+def failure(path: Path, **more: object) -> str:
+    """The one line, the same whole and cut."""
+    lines = []
+    for chunk in (1 << 30, 1):
+        with pytest.raises(DataError) as error:
+            read(path, chunk=chunk, **more)
+        lines.append(str(error.value))
+    assert lines[0] == lines[1]
+    assert lines[0].isprintable()
+    return lines[0].removeprefix(f"{path}: ")
+
+
+def write(table: pa.Table, folder: Path, ending: str) -> Path:
+    path = folder / f"x.{ending}"
+    if ending == "parquet":
+        pq.write_table(table, path, row_group_size=2)
+    else:
+        with (pa.ipc.new_file if ending == "arrow" else pa.ipc.new_stream)(str(path), table.schema) as writer:
+            writer.write_table(table, 2)
+    return path
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_two_columns_of_the_name_that_is_asked_for_are_one_line_and_two_others_are_no_matter(tmp_path: Path, ending: str) -> None:
+    twice = pa.Table.from_arrays([TEXTS, TEXTS, pa.array([1, 2, 3])], names=["text", "text", "n"])
+    path = write(twice, tmp_path, ending)
+    message = "2 columns are called text; set {} to another, or write the file with one of them"
+    assert failure(path) == message.format("text_field")
+    other = write(pa.Table.from_arrays([TEXTS, TEXTS, TEXTS], names=["text", "more", "more"]), tmp_path, ending)
+    assert texts(other) == ["one", "zwei", ""]
+    assert failure(other, id_field="more") == message.format("id_field").replace("text;", "more;")
+    assert failure(other, metadata_fields=["more"]) == message.format("metadata_fields").replace("text;", "more;")
+
+
+STRINGS = {
+    "null": pa.nulls(3),
+    "dictionary of large strings": pa.array(["one", "zwei", None], pa.large_string()).dictionary_encode(),
+    "extension of strings": pa.ExtensionArray.from_storage(pa.json_(), TEXTS),
+    "binary view": TEXTS.cast(pa.string_view()).cast(pa.binary_view()),
+    "run-end encoded": pa.RunEndEncodedArray.from_arrays(pa.array([1, 2, 3], pa.int32()), TEXTS),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [(name, ending) for name in STRINGS for ending in ENDINGS if (name, ending) != ("run-end encoded", "parquet")],  # which has none
+)
+def test_strings_are_read_however_they_are_encoded(tmp_path: Path, name: str, ending: str) -> None:
+    path = write(pa.table({"text": STRINGS[name]}), tmp_path, ending)
+    assert texts(path) == (["", "", ""] if name == "null" else ["one", "zwei", ""])
+
+
+COLUMNS = {
+    "struct<a: string>": pa.array([{"a": "x"}] * 3),
+    "list<": pa.array([["x"]] * 3),
+    "map<string, string": pa.array([[("a", "b")]] * 3, pa.map_(pa.string(), pa.string())),
+    "fixed_size_binary[4]": pa.array([b"abcd"] * 3, pa.binary(4)),
+    "decimal128(2, 1)": pa.array([decimal.Decimal("1.1")] * 3),
+    "timestamp[us]": pa.array([datetime.datetime(2026, 1, 1)] * 3),
+    "extension<arrow.uuid>": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"x" * 16] * 3, pa.binary(16))),
+    "bool": pa.array([True] * 3),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_a_column_that_holds_no_strings_is_named_with_its_type(tmp_path: Path, kind: str, ending: str) -> None:
+    path = write(pa.table({"text": COLUMNS[kind], "a.b": TEXTS}), tmp_path, ending)
+    line = failure(path)
+    assert line.startswith(f"column text holds {kind}")
+    assert line.endswith(", not text; set text_field to a column of strings")
+    assert texts(path, text_field="a.b") == ["one", "zwei", ""]  # a dot in a name is no path
+    assert failure(path, text_field="text.a") == "text_field=text.a is not there; it has: text, a.b. Set text_field"
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_files_without_rows_hold_no_documents_whatever_their_columns(tmp_path: Path, ending: str) -> None:
+    for table in (pa.table({"text": pa.array([], pa.string())}), pa.table({}), pa.table({"other": pa.array([], pa.int64())})):
+        assert texts(write(table, tmp_path, ending)) == []
+    pd.DataFrame().to_parquet(tmp_path / "pandas.parquet")
+    assert texts(tmp_path / "pandas.parquet") == []
+    pd.DataFrame({"text": ["a", "b"]}, index=["p", "q"]).to_parquet(tmp_path / "pandas.parquet")
+    assert [document.id for document in read(tmp_path / "pandas.parquet", id_field="__index_level_0__")] == ["p", "q"]
+
+
+@pytest.mark.parametrize("ending", ["arrow", "arrows"])
+def test_values_that_python_does_not_have_are_told_with_their_column(tmp_path: Path, ending: str) -> None:
+    columns = {
+        "date": pa.array([2**31 - 1] * 3, pa.date32()),
+        "time": pa.array([2**62] * 3, pa.timestamp("s")),
+        "duration": pa.array([2**62] * 3, pa.duration("s")),
+    }
+    path = write(pa.table({"text": TEXTS} | columns), tmp_path, ending)
+    assert texts(path) == ["one", "zwei", ""]
+    for name, column in columns.items():
+        line = failure(path, metadata_fields=[name])
+        assert line.startswith(f"column {name} of type {column.type} has a value that cannot be read (")
+        assert line.endswith("); leave it out of metadata_fields and id_field")
+
+
+def test_names_of_columns_are_told_on_one_line_of_bearable_length(tmp_path: Path) -> None:
+    path = write(pa.table({"a\nb": ["x"]} | {"c" * 10_000: ["x"]} | {f"d{i}": ["x"] for i in range(500)}), tmp_path, "parquet")
+    line = failure(path)
+    assert line.startswith(f"text_field=text is not there; it has: a\\nb, {'c' * 57}..., d0, d1, ")
+    assert line.endswith(", d17 and 482 more. Set text_field")
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
+def test_every_codec_and_version_that_pyarrow_writes_is_read(tmp_path: Path, codec: str) -> None:
+    for version in ("1.0", "2.6"):
+        pq.write_table(pa.table({"text": TEXTS}), tmp_path / "x.parquet", compression=codec, version=version, data_page_version="2.0")
+        assert texts(tmp_path / "x.parquet") == ["one", "zwei", ""]
+    if codec in ("zstd", "lz4"):
+        feather.write_feather(pa.table({"text": TEXTS}), tmp_path / "x.arrow", compression=codec)
+        assert texts(tmp_path / "x.arrow") == ["one", "zwei", ""]
+
+
+def parquet_bytes() -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": TEXTS}), sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "line"),
+    [
+        ("x.arrow", parquet_bytes(), "cannot be read, it is a parquet file: set kind: parquet for it"),
+        ("x.parquet", b'{"text": "a"}\n', "cannot be read, it is JSON lines: set kind: jsonl for it"),
+        ("x.parquet", b"\x1f\x8b\x08" + bytes(40), "cannot be read, it is gzip: unpack it"),
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 3\n", "cannot be read, it is a Git LFS pointer: "),
+        ("x.parquet", b"PARE" + bytes(40) + b"PARE", "cannot be read, it is an encrypted parquet file: decrypt it"),
+        ("x.arrow", b"FEA1" + bytes(40) + b"FEA1", "cannot be read, it is a Feather file of version 1: write it anew as parquet"),
+        ("x.parquet", b"", "cannot be read, it may be corrupt or out of reach (Parquet file size is 0 bytes)"),
+        ("x.parquet", parquet_bytes()[:-3], "cannot be read, it may be corrupt or out of reach (Parquet magic bytes not found in footer"),
+    ],
+)
+def test_a_file_of_another_format_is_told_by_its_first_bytes(tmp_path: Path, name: str, raw: bytes, line: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    assert failure(tmp_path / name).startswith(line)
+
+
+def whole_files() -> dict[str, bytes]:
+    table = pa.table({"text": [f"text {i} ü" for i in range(40)], "d": pa.array(["a", "b"] * 20).dictionary_encode()})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=20)
+    files = {"x.parquet": sink.getvalue()}
+    for name, new in (("x.arrow", pa.ipc.new_file), ("x.arrows", pa.ipc.new_stream)):
+        buffer = pa.BufferOutputStream()
+        with new(buffer, table.schema) as writer:
+            writer.write_table(table, 20)
+        files[name] = buffer.getvalue().to_pybytes()
+    return files
+
+
+WHOLE = whole_files()
+
+
+@given(name=st.sampled_from(sorted(WHOLE)), places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=80, deadline=None)
+def test_a_damaged_file_gives_documents_or_one_line(
+    name: str, places: list[tuple[float, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    raw = bytearray(WHOLE[name])
+    for place, value in places:
+        raw[int(place * (len(raw) - 1))] = value
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(raw)
+    for chunk in (1, 1 << 30):
+        try:
+            documents = read(path, chunk=chunk, metadata_fields=["d"])
+        except DataError as error:
+            line = str(error)
+        else:
+            line = ""
+            assert all(document.source == "s" for document in documents)
+        assert line == "" or line.isprintable()
+
+
+def test_an_error_of_a_builtin_kind_counts_as_the_files_only_where_a_reader_raised_it() -> None:
+    table = pa.Table.from_arrays([TEXTS, TEXTS], names=["a", "a"])
+    with (
+        pytest.raises(DataError, match=r"x: cannot be read, it may be corrupt or out of reach \('Field \"a\" exists 2 times in schema'\)"),
+        reading("x"),
+    ):
+        table.column("a")
+    with pytest.raises(KeyError), reading("x"):
+        {}["a"]
+    with pytest.raises(DataError, match="x: reading it takes more memory than there is"), reading("x"):
+        bytearray(1 << 62)
+
+
+DATA_SET = datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]})
+
+
+def saved(folder: Path, change: Callable[[Path], object]) -> Path:
+    DATA_SET.save_to_disk(folder)
+    change(folder)
+    return folder
+
+
+def with_features(features: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        file = folder / "dataset_info.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"features": features}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda folder: (folder / "dataset_info.json").unlink(), "neither a `Dataset` directory nor a `DatasetDict` directory"),
+        (lambda folder: (folder / "state.json").write_text("{"), "Expecting property name enclosed in double quotes"),
+        (lambda folder: (folder / "state.json").write_text("[]"), "list indices must be integers"),
+        (with_features({"text": {"_type": "NewThing"}}), "Feature type 'NewThing' not found"),
+        (with_features({"text": "x"}), "'str' object has no attribute"),
+        (lambda folder: next(folder.glob("*.arrow")).unlink(), "No such file or directory"),
+        (lambda folder: next(folder.glob("*.arrow")).write_bytes(b"\xff\xff\xff\xff cut"), ""),
+    ],
+)
+def test_a_saved_data_set_with_a_part_missing_or_unknown_is_one_line(
+    tmp_path: Path, change: Callable[[Path], object], line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(tmp_path / "saved", change)
+    capfd.readouterr()
+    told = failure(path)
+    assert told.startswith(f"data.sources: cannot open data set {path} (subset=None, split=train): ")
+    assert line in told
+    assert told.endswith("; check `paths`, `subset`, `split` and the connection")
+    assert capfd.readouterr().err == ""
+
+
+def test_splits_and_columns_of_other_kinds_are_told_or_passed_by(tmp_path: Path) -> None:
+    assert [document.text for document in read(saved(tmp_path / "no state", lambda folder: (folder / "state.json").unlink()))] == ["a", "b"]
+    datasets.DatasetDict(train=DATA_SET, test=DATA_SET).save_to_disk(tmp_path / "dict")
+    assert [document.text for document in read(tmp_path / "dict", split="test")] == ["a", "b"]
+    assert failure(tmp_path / "dict", split="dev").endswith("it has the splits train, test; set `split` to one of them")
+    shutil.rmtree(tmp_path / "dict" / "train")
+    assert "cannot open data set" in failure(tmp_path / "dict")
+    (tmp_path / "twice").mkdir()
+    pq.write_table(pa.Table.from_arrays([TEXTS, TEXTS], names=["text", "text"]), tmp_path / "twice" / "x.parquet")
+    for streaming in (True, False):
+        assert "Multiple matches for FieldRef.Name(text)" in failure(tmp_path / "twice", streaming=streaming)
+
+
+def test_the_reader_of_columns_is_the_one_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: without the check of names a second column ends in pyarrow's own words."""
+    path = write(pa.Table.from_arrays([TEXTS, TEXTS], names=["text", "text"]), tmp_path, "arrow")
+    monkeypatch.setattr(columnar, "_check_columns", lambda schema, path, source: ["text"])
+    with pytest.raises(DataError, match=r"cannot be read, it may be corrupt or out of reach \('Field \"text\" exists 2 times in schema'\)"):
+        read(path)
