@@ -29,7 +29,7 @@ class SourceConfig(Settings):
     """What the mixture, the shards and the counts call it; none takes the last part of its first path, without endings."""
 
     kind: TextKind | TokenizedKind
-    """Text: `text` (a file is a document), `jsonl` (a line is one; plain, .gz, .zst), `parquet` and `arrow` (a row is one), `hf` (a
+    """Text: `text` (a file is a document), `jsonl` (a line is one), both plain, .gz or .zst; `parquet` and `arrow` (a row is one), `hf` (a
     Hugging Face data set). Tokens, read where they are: `prepared` (a data.path of ours), `megatron` (.bin and .idx), `datatrove`
     (.ds and .ds.index), `olmo` (raw arrays)."""
 
@@ -38,7 +38,7 @@ class SourceConfig(Settings):
     means all files below it of this kind. For `hf`: the data set's name or folder. Tokens are local files."""
 
     pattern: str | None = None
-    """Which files of a folder to take, as a glob such as `*.py`; none takes the usual endings of the kind."""
+    """Which files of a folder to take, as a glob such as `*.py`; none takes the usual endings of the kind. The others are noted."""
 
     exclude: tuple[str, ...] = ()
     """Files and folders to leave out, as globs of a name or of the path below the folder: `site-packages`, `test_*.py`, `docs/old/*`."""
