@@ -156,13 +156,36 @@ def profile_steps(engine: Engine, config: RunConfig, case: Case, folder: Path) -
     recorded.export_chrome_trace(str(folder / "trace.json.gz"))
 
 
-def measure(stage: Stage, case: Case, peak: float, steps: int, folder: Path) -> None:
+class Engines:
+    """The engine of the case before, for cases that differ only in the batch: drawing a billion initial weights takes seconds."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._engine: Engine | None = None
+
+    def of(self, case: Case, config: RunConfig) -> Engine:
+        """That engine if it fits, else a new one; the old one's memory is given back first."""
+        key = (case.preset, case.vocabulary, case.seq_len, case.attention, case.compiled, case.model)
+        if self._engine is None or key != self._key:
+            self.forget()
+            self._key, self._engine = key, build_engine(config)
+        return self._engine
+
+    def forget(self) -> None:
+        """Give its memory back."""
+        self._engine = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def measure(stage: Stage, case: Case, engines: Engines, peak: float, steps: int, folder: Path) -> None:
     """The row of one case, and its profile if it asks for one."""
     config = config_of(case, stage.device)
     tokens = config.train.micro_batch_size * config.data.seq_len
     with loss_in_chunks(None if case.chunk_rows is None else tokens // case.chunk_rows):
         try:
-            engine = build_engine(config)
+            engine = engines.of(case, config)
             times: dict[str, float] = {}
             seconds = timed_steps(engine, config, case, steps, times.__setitem__)
             stage.row(case=f"{case.preset}: {case.label}", **speed(config, seconds, peak), **times)
@@ -170,6 +193,7 @@ def measure(stage: Stage, case: Case, peak: float, steps: int, folder: Path) -> 
                 profile_steps(engine, config, case, folder)
         except torch.OutOfMemoryError as error:
             stage.row(case=f"{case.preset}: {case.label}", error=f"out of memory: {str(error).splitlines()[0][:150]}")
+            engines.forget()
 
 
 def speed(config: RunConfig, seconds: float, peak: float) -> dict[str, object]:
@@ -205,11 +229,9 @@ def main() -> None:
     folder = options.profile or (options.rows.parent if options.rows else Path())
     peak = matmul_peak(stage.device, torch.bfloat16, repeats=5)
     stage.row(what="matmul peak", TFLOPs=peak / 1e12)
+    engines = Engines()
     for case in SUITES[options.suite]:
-        measure(stage, shrink(case) if stage.small else case, peak, 2 if stage.small else options.steps, folder)
-        gc.collect()
-        if stage.device.type == "cuda":
-            torch.cuda.empty_cache()
+        measure(stage, shrink(case) if stage.small else case, engines, peak, 2 if stage.small else options.steps, folder)
 
 
 if __name__ == "__main__":

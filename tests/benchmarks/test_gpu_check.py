@@ -1,0 +1,105 @@
+"""`make gpu-check` without a GPU: every stage runs small, one failure cancels nothing, and what is missing is said in one line."""
+
+import gzip
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from packaging.requirements import Requirement
+
+from benchmarks.gpu import __main__ as check
+
+HOUSE = Path(__file__).parents[2]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *map(str, words)])
+    return check.main()
+
+
+@pytest.mark.timeout(900)
+def test_every_stage_runs_small_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run(monkeypatch, "--out", tmp_path, "--rehearse", "--seconds", 850) == 0, (tmp_path / "summary.json").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    stages = {stage["name"]: stage for stage in summary["stages"]}
+    assert list(stages) == [stage.name for stage in check.STAGES]
+    assert {stage["status"] for stage in stages.values()} == {"passed"}
+    assert all((tmp_path / f"{name}.log").stat().st_size > 0 for name in stages)
+    cases = [row["case"] for name in ("training", "variants") for row in stages[name]["rows"] if "case" in row]
+    assert len(cases) == 9
+    assert all(row["tokens_per_s"] > 0 for row in stages["training"]["rows"] if "case" in row)
+    assert "aten::mm" in (tmp_path / "kernels.txt").read_text()
+    assert json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
+    runs = {row["what"]: row for row in stages["command-line"]["rows"]}
+    assert (runs["train, stopped"]["exit_code"], runs["train, resumed"]["exit_code"]) == (75, 0)
+
+
+def test_a_stage_that_fails_or_hangs_cancels_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hang = "import subprocess, sys, time; subprocess.Popen(['sleep', '987']); print('before', flush=True); time.sleep(60)"
+    row = "import sys; open(sys.argv[2], 'w').write('{\"what\": 1}\\n{\"wh')"
+    stages = (
+        check.Stage("fails", ("-c", "raise SystemExit('no such kernel')"), 60, takes_rows=False),
+        check.Stage("hangs", ("-c", hang), 1.5, takes_rows=False),
+        check.Stage("passes", ("-c", row), 60),
+        check.Stage("late", ("-c", "pass"), 60, takes_rows=False),
+    )
+    monkeypatch.setattr(check, "STAGES", stages)
+    monkeypatch.setattr(check, "_sees_gpu", lambda: True)
+    clock = iter([0.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0, 569.0])  # at the last look no time is left
+    monkeypatch.setattr(check, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert run(monkeypatch, "--out", tmp_path) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [(stage["name"], stage["status"]) for stage in summary["stages"]] == [
+        ("fails", "failed"),
+        ("hangs", "timed out"),
+        ("passes", "passed"),
+        ("late", "not started"),
+    ]
+    assert summary["stages"][2]["rows"] == [{"what": 1}]  # a line cut in half is left out
+    assert "no such kernel" in (tmp_path / "fails.log").read_text()
+    hung = (tmp_path / "hangs.log").read_text()
+    assert "before" in hung
+    assert "most recent call first" in hung  # where it hung
+    assert "no such kernel" in capsys.readouterr().out
+    assert not [file for file in Path("/proc").glob("[0-9]*/cmdline") if b"987" in read(file)]  # and what it started is gone
+
+
+def read(file: Path) -> bytes:
+    """Nothing where the process has ended meanwhile."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_missing_package_is_one_line_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "NEEDED", (*check.NEEDED, "no_such_package"))
+    assert run(monkeypatch, "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no no_such_package; bring them as wheels (`make gpu-wheels`" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_gpu_nothing_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run(monkeypatch, "--out", tmp_path / "out") == 0
+    assert "PyTorch sees no CUDA GPU here, so nothing was run" in capsys.readouterr().out
+
+
+def test_the_wheels_are_versions_that_the_project_takes() -> None:
+    lines = (HOUSE / "benchmarks/gpu/wheels.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert all(re.fullmatch(r"[\d.]+", version) for version in pinned.values())
+    project = tomllib.loads((HOUSE / "pyproject.toml").read_text())["project"]
+    wanted = {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
+    named = pinned.keys() & wanted.keys()
+    assert {"pydantic", "gigatoken", "plotly", "zstandard"} <= named
+    assert all(pinned[name] in wanted[name].specifier for name in named)
