@@ -183,6 +183,7 @@ def test_other_documents_are_not_another_compilation() -> None:
     assert all(math.isfinite(loss) and targets > 0 for loss, targets in found)
 
 
+@pytest.mark.compiles
 def test_a_smaller_microbatch_is_another_compilation() -> None:
     """The negative control of the test above."""
     config, device = config_of("train.device=cuda", "train.compile=true"), torch.device("cuda")
