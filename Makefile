@@ -10,12 +10,14 @@ GPU_PYTHON_VERSION ?= 3.12
 GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check gpu-check gpu-wheels benchmark parity clean
+.PHONY: help install install-dev demo test check gpu-check gpu-wheels benchmark parity clean
 
 help:  ## print this
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## a virtual environment in .venv with the package in it
+
+install-dev: $(VENV)/.installed-dev  ## the same with what tests and checks need
 
 demo: $(VENV)/.installed  ## raw text to trained model to report, in minutes
 	$(BIN)/pretrain demo

@@ -189,7 +189,7 @@ def main() -> int:
     if missing := missing_packages():
         print(
             f"gpu-check: {sys.executable} has no {', '.join(missing)}; bring them as wheels (`make gpu-wheels` where there is a network, "
-            "then copy the folder .wheels here), or install the project (`make install`) and use its Python",
+            "then copy the folder .wheels here), or run `make install-dev` and then this again",
             file=sys.stderr,
         )
         return 2
