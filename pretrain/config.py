@@ -131,8 +131,9 @@ class TrainConfig(Settings):
     """Sequences in the first global batch of a ramp."""
 
     micro_batch_size: Annotated[OrAuto[Annotated[int, Field(gt=0)]], MayChange()] = AUTO
-    """Sequences in one forward and backward pass; gradients accumulate over the global batch. `auto` is the largest divisor of
-    `batch_size` that holds at most 16,384 tokens."""
+    """Sequences in one forward and backward pass; gradients accumulate over the global batch. Every pass has this size: what a batch, its
+    ramp or validation lacks is filled up with sequences that count for nothing. `auto` is the largest divisor of `batch_size` that holds at
+    most 16,384 tokens, and fills up at most 10% of the run's sequences in a batch ramp."""
 
     z_loss: float = Field(default=0.0, ge=0, le=10)
     """Weight of log(Z)^2 in the loss (arXiv:2204.02311, section 5); it keeps the logits from drifting."""

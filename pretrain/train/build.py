@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo  # documented, but `torch.compiler.config` does not have the limit
 
 from parallel.build import build_engine as build
 from parallel.engine import Blueprint, LossSum, Microbatch, Numbers
@@ -29,7 +30,15 @@ def build_model(config: ModelConfig, attention: str, device: torch.device) -> Tr
 
 def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) -> TorchEngine:  # noqa: B008
     """What `rank` holds of the model of a resolved config, with its initial weights, and its optimizer."""
+    if config.train.compile:
+        _allow_compilations(config)
     return build(blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=torch.device(config.train.device))
+
+
+def _allow_compilations(config: RunConfig) -> None:
+    """Let a block be compiled for every length of sequences, and for evaluation. Past its limit the compiler would run it uncompiled."""
+    wanted = len(config.data.growth) + 2
+    dynamo.recompile_limit = max(dynamo.recompile_limit, wanted)  # torch 2.11 has this limit for the whole process alone
 
 
 def blueprint_of(config: RunConfig) -> Blueprint:

@@ -6,17 +6,22 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from parallel.layout import AXES
 from pretrain.config import AUTO, RunConfig
 from pretrain.errors import UserError
+from pretrain.optim.schedule import batch_size_at
 
 INTERLEAVED = ("interleaved", "interleaved_zero_bubble")
 """Schedules whose microbatches go through the ranks in rounds of `parallel.pipeline`."""
 
 MICRO_BATCH_TOKENS = 16_384
 """Tokens in one forward and backward pass of a rank that keep a GPU busy and a laptop's memory free."""
+
+RAMP_PADDING = 0.1
+"""Part of the sequences that a run computes that may fill up microbatches in its batch ramp, where the size of microbatches is chosen."""
 
 
 def replicate_rule(config: RunConfig, world_size: int) -> tuple[object, str]:
@@ -54,14 +59,19 @@ def stages_rule(config: RunConfig) -> tuple[object, str]:
 def micro_batch_rule(config: RunConfig) -> tuple[object, str]:
     """`train.micro_batch_size=auto`: the largest that divides what a data rank reads and holds few enough tokens.
 
+    Every microbatch has this size, those of a batch ramp are filled up: a size that makes the ramp too dear is passed over.
+
     With a pipeline there should be 2 microbatches a rank of it, so that two thirds of a step or more are work, or at least one; and
     interleaved schedules want them in whole rounds.
     """
     parallel, rows = config.parallel, sequences_per_rank(config)
     fits = max(1, MICRO_BATCH_TOKENS * parallel.context // config.data.seq_len)
-    sizes = [size for size in divisors(rows) if size <= fits]
+    largest = [size for size in divisors(rows) if size <= fits]
+    sizes = [size for size in largest if _ramp_padding(config, size) <= RAMP_PADDING]
     share = f"the batch of {rows}" if data_ranks(config) == 1 else f"the {rows} sequences of a data rank"
     reason = f"divides {share}, at most {MICRO_BATCH_TOKENS:,} tokens a pass"
+    if len(sizes) < len(largest):
+        reason += f", fills up at most {RAMP_PADDING:.0%} of the run's sequences in the batch ramp"
     if parallel.pipeline == 1:
         return sizes[-1], reason
     if parallel.schedule in INTERLEAVED:
@@ -71,6 +81,31 @@ def micro_batch_rule(config: RunConfig) -> tuple[object, str]:
         if enough:
             return enough[-1], f"{reason}, {rows // enough[-1]} microbatches for parallel.pipeline={parallel.pipeline}"
     return sizes[0], reason
+
+
+def _ramp_padding(config: RunConfig, micro_batch: int) -> float:
+    """Sequences that fill up microbatches of that size in the batch ramp, as a part of all that a data rank computes in the run."""
+    train, ranks = config.train, data_ranks(config)
+    ramped = min(train.steps, train.batch_ramp_steps)
+    steps_of_rows = Counter(-(-batch_size_at(step, train) // ranks) for step in range(1, ramped + 1))
+    padding = sum(steps * (-rows % micro_batch) for rows, steps in steps_of_rows.items())
+    return padding / (
+        padding + sum(steps * rows for rows, steps in steps_of_rows.items()) + (train.steps - ramped) * (train.batch_size // ranks)
+    )
+
+
+def padding_note(config: RunConfig) -> str | None:
+    """What a user should know where the microbatches of every step are filled up, and how to avoid it; None where they are full."""
+    rows, micro = sequences_per_rank(config), config.train.micro_batch_size
+    padding = -rows % micro
+    if not padding:
+        return None
+    share = f"train.batch_size={rows}" if data_ranks(config) == 1 else f"the {rows} sequences of a data rank"
+    way_out = choices([size for size in divisors(rows) if size <= micro])
+    return (
+        f"train.micro_batch_size={micro} does not divide {share}: each step also computes {padding} empty sequence{'s' * (padding > 1)}, "
+        f"so that all microbatches have one size; train.micro_batch_size={way_out} would need none"
+    )
 
 
 def data_ranks(config: RunConfig) -> int:

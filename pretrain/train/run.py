@@ -32,6 +32,7 @@ from pretrain.train.build import blueprint_of, build_engine
 from pretrain.train.display import Display
 from pretrain.train.growth import window_of
 from pretrain.train.layout import layout_of, microbatch_counts
+from pretrain.train.layout_rules import padding_note
 from pretrain.train.loggers import Logger, open_loggers
 from pretrain.train.loop import Loop, Outcome
 from pretrain.train.memory import check_memory, device_bytes
@@ -69,6 +70,9 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         output = stack.enter_context(tolerant_console(console))
         for decision in decisions:
             _say(console, Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")))
+        note = padding_note(config)
+        if note is not None:
+            _say(console, Text.assemble(("note: ", "dim"), note))
         if place.layout.pipeline > 1:
             _say(console, Text.assemble(("pipeline: ", "dim"), _pipeline(config, place.layout)))
         stop = stack.enter_context(stop_on_signals(aloud=world.is_main))

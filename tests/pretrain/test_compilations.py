@@ -4,6 +4,7 @@ The graphs are counted and then run as they are: no code is generated, which tak
 """
 
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import gcd
@@ -12,17 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from flash import flash_on_a_cpu
 from rich.console import Console
+from torch._dynamo import config as dynamo
 from torch._dynamo.backends.debugging import aot_eager  # by its name, "aot_eager", it could not be counted
+from workers import WorkerPool
 
 from data_pipeline.reading.packing import Batch
-from parallel.engine import Microbatch
+from parallel.layout import Layout
 from pretrain.config_loading import load
 from pretrain.report.records import StepRecord, ValidationRecord
 from pretrain.train import loop
 from pretrain.train.build import build_engine
-from pretrain.train.feed import Share, microbatches, to_host
+from pretrain.train.feed import Share, fill_up, microbatches, to_host
 from pretrain.train.loop import Outcome
 
 CPU = torch.device("cpu")
@@ -64,10 +68,15 @@ class Compiled:
         return [(kind, step) for (kind, step, graphs), last in zip(self.told, before, strict=False) if graphs > last]
 
 
+def count_with(counts: Compiled, patch: pytest.MonkeyPatch) -> None:
+    compile = torch.compile
+    patch.setattr(torch, "compile", lambda *given, **more: compile(*given, **more, backend=counts))
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
-    counts, compile = Compiled(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *given, **more: compile(*given, **more, backend=counts))
+    counts = Compiled()
+    count_with(counts, monkeypatch)
     torch.compiler.reset()
     yield counts
     torch.compiler.reset()
@@ -92,6 +101,14 @@ def test_nothing_is_compiled_after_the_first_step_of_each_length(
     assert compiled.with_variable_sizes == 0
 
 
+def test_as_many_lengths_as_a_run_has_are_compiled() -> None:
+    """The compiler's own limit is 8 graphs of a block, after which it would run it uncompiled."""
+    stages = [{"from": f"{stage}%", "seq_len": 32 * 2**stage} for stage in range(1, 9)]
+    with dynamo.patch(recompile_limit=8):
+        build_engine(load(None, [*MODEL, f"data.growth={json.dumps(stages)}"]).config)
+        assert dynamo.recompile_limit == 10  # nine lengths, and evaluation
+
+
 def test_a_smaller_microbatch_would_be_compiled_once_more(
     tmp_path: Path, run_tiny: RunTiny, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,15 +126,14 @@ MODEL = (
 SEQ_LEN = 96
 
 
-def microbatch(seed: int, documents: int, seq_len: int = SEQ_LEN) -> Microbatch:
-    """Two rows of as many documents each, cut at random."""
+def batch_of(seed: int, documents: int, rows: int = 2) -> Batch:
+    """Rows of as many documents each, cut at random."""
     random = np.random.default_rng(seed)
-    ids = random.integers(64, size=(2, seq_len + 1), dtype=np.int32)
-    document_ids = np.zeros((2, seq_len), np.int32)
+    ids = random.integers(64, size=(rows, SEQ_LEN + 1), dtype=np.int32)
+    document_ids = np.zeros((rows, SEQ_LEN), np.int32)
     for row in document_ids:
-        row[random.choice(np.arange(1, seq_len), documents - 1, replace=False)] = 1
-    batch = Batch(ids[:, :-1], ids[:, 1:], document_ids.cumsum(1, dtype=np.int32))
-    return next(microbatches(to_host(batch, CPU), 2, CPU))
+        row[random.choice(np.arange(1, SEQ_LEN), documents - 1, replace=False)] = 1
+    return Batch(ids[:, :-1], ids[:, 1:], document_ids.cumsum(1, dtype=np.int32))
 
 
 DOCUMENTS = (5, 1, 2, 40, 3, 60, 7, 1)
@@ -129,12 +145,12 @@ def varlen_losses(*words: str, documents: Sequence[int] = DOCUMENTS) -> list[tup
     losses = []
     with flash_on_a_cpu():
         for seed, count in enumerate(documents):
-            trained = engine.train_step([microbatch(seed, count)], 1.0).loss
-            losses.append((trained, engine.eval_step([microbatch(seed, count)])[0]))
+            given = list(microbatches(to_host(batch_of(seed, count), CPU), 2, CPU))
+            losses.append((engine.train_step(given, 1.0).loss, engine.eval_step(given)[0]))
     return losses
 
 
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_varlen_attention_is_compiled_once_for_any_number_of_documents(recompute: str, compiled: Compiled) -> None:
     losses = varlen_losses("train.attention=varlen", f"train.recompute={recompute}")
     assert compiled.graphs == 5  # softmax, and a block and the norm with gradients and without: all of the first batch
@@ -146,3 +162,39 @@ def test_without_marks_other_documents_are_other_graphs(compiled: Compiled, monk
     monkeypatch.setattr("pretrain.model.kernels.Documents.mark_dynamic", lambda self: self)
     varlen_losses("train.attention=varlen", documents=DOCUMENTS[:2])
     assert compiled.graphs == 7  # the block once more, with gradients and without
+
+
+def graphs_of_a_rank(layout: Layout, words: tuple[str, ...]) -> list[int]:
+    """Graphs that this rank has compiled after each of some steps and validations, whose rows the data ranks share unequally."""
+    counts, rank = Compiled(), dist.get_rank()
+    torch.compiler.reset()
+    with pytest.MonkeyPatch.context() as patch, flash_on_a_cpu():
+        count_with(counts, patch)
+        engine = build_engine(load(None, [*MODEL, *words]).config, layout, rank)
+        share, graphs = Share(layout.data_rank(rank), layout.data), []
+        for seed, (rows, documents) in enumerate(((8, 5), (5, 40), (9, 1))):
+            whole = batch_of(seed, documents, rows)
+            mine = slice(share.rows(rows).start, share.rows(rows).stop)
+            batch = Batch(whole.input_ids[mine], whole.labels[mine], whole.document_ids[mine])
+            given = list(microbatches(to_host(fill_up(batch, share.given(rows, 2)), CPU), 2, CPU))
+            engine.train_step(given, 1.0)
+            engine.eval_step(given)
+            graphs.append(counts.graphs)
+    return graphs
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (Layout(shard=2, zero=2), ("train.attention=varlen", "train.recompute=full", "train.recompute_every=2")),
+        (Layout(pipeline=2, schedule="zbv", stages_per_rank=2), ("train.attention=blocked", "model.n_layers=4")),
+        (Layout(tensor=2, sequence=True), ("train.attention=varlen",)),
+        (Layout(context=2), ("train.attention=varlen",)),
+        (Layout(context=2, context_method="ulysses"), ("train.attention=sdpa",)),
+    ],
+    ids=str,
+)
+def test_no_layout_compiles_after_its_first_step_and_validation(layout: Layout, words: tuple[str, ...], workers: WorkerPool) -> None:
+    for graphs in workers.run(graphs_of_a_rank, 2, layout, words, timeout=240):
+        assert graphs[0] > 0
+        assert set(graphs) == {graphs[0]}

@@ -8,6 +8,7 @@ import torch
 from pretrain.config import AUTO, RunConfig, flatten
 from pretrain.config_loading import load
 from pretrain.errors import UserError
+from pretrain.train.layout_rules import padding_note
 from pretrain.train.resolve import resolve
 
 TINY = ("model.preset=tiny", "data.seq_len=128", "train.steps=200", "train.batch_size=32")
@@ -70,6 +71,41 @@ def test_the_vocabulary_is_rounded_up_to_a_multiple_of_64(size: int, rows: int) 
 def test_a_microbatch_divides_the_batch_and_holds_at_most_16384_tokens(seq_len: int, batch: int, micro: int) -> None:
     found = resolved(f"data.seq_len={seq_len}", f"train.batch_size={batch}", "model.max_seq_len=100000")
     assert found["train.micro_batch_size"] == micro
+
+
+@pytest.mark.parametrize(
+    ("ramp", "start", "micro"),
+    [
+        (0, 1, 32),
+        (10, 1, 32),  # fills up 175 sequences, 0.5% of what the run computes
+        (400, 1, 8),  # 5.4%; 16 would be 10.8%
+        (1000, 1, 4),  # 8.8%; 8 would be 18.4%
+        (1000, 16, 4),  # 6.0%; 8 would be 13.0%
+        (1000, 30, 32),  # 4.7%
+    ],
+)
+def test_a_microbatch_fills_up_at_most_a_tenth_of_a_run_with_a_batch_ramp(ramp: int, start: int, micro: int) -> None:
+    words = ("train.batch_size=32", "train.steps=1000", f"train.batch_ramp_steps={ramp}", f"train.batch_ramp_start={start}")
+    _, decisions = resolve(load(None, [*TINY, *words]).config, tokenizer_size=300, previous=None)
+    (decision,) = (decision for decision in decisions if decision.key == "train.micro_batch_size")
+    assert decision.value == micro
+    assert ("fills up at most 10% of the run's sequences in the batch ramp" in decision.reason) == (micro < 32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "note"),
+    [
+        (8, 4, None),
+        (9, 8, "train.batch_size=9: each step also computes 7 empty sequences, so that all microbatches have one size; "
+               "train.micro_batch_size=1 or 3 would need none"),
+        (7, 4, "train.batch_size=7: each step also computes 1 empty sequence, so that all microbatches have one size; "
+               "train.micro_batch_size=1 would need none"),
+    ],
+)  # fmt: skip
+def test_microbatches_that_are_filled_up_in_every_step_are_told(batch: int, micro: int, note: str | None) -> None:
+    words = (f"train.batch_size={batch}", f"train.micro_batch_size={micro}")
+    config, _ = resolve(load(None, [*TINY, *words]).config, tokenizer_size=300, previous=None)
+    assert padding_note(config) == (note and f"train.micro_batch_size={micro} does not divide {note}")
 
 
 def test_how_ranks_divide_the_work_is_told_where_there_are_several() -> None:
