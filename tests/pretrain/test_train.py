@@ -113,8 +113,12 @@ def test_each_step_trains_on_its_slice_of_the_one_order(tmp_path: Path, run_tiny
     train_step = TorchEngine.train_step
 
     def spy(self: TorchEngine, microbatches: list, lr_scale: float, **more: object) -> object:
-        assert all(len(microbatch.input_ids) <= 3 for microbatch in microbatches)
-        seen.append(torch.cat([microbatch.input_ids for microbatch in microbatches]))
+        assert all(len(microbatch.input_ids) == 3 for microbatch in microbatches)
+        labels = torch.cat([microbatch.labels for microbatch in microbatches])
+        n_rows = int((labels != -100).any(dim=1).sum())
+        assert len(labels) < n_rows + 3  # what fills up is less than one microbatch, and stands behind the rest
+        assert (labels[n_rows:] == -100).all()
+        seen.append(torch.cat([microbatch.input_ids for microbatch in microbatches])[:n_rows])
         return train_step(self, microbatches, lr_scale, **more)
 
     monkeypatch.setattr(TorchEngine, "train_step", spy)
@@ -139,7 +143,7 @@ def test_validation_reads_the_same_held_out_sequences_each_time(
 
     monkeypatch.setattr(TorchEngine, "eval_step", spy)
     run_tiny(tmp_path, "train.steps=10", "eval.every=5", "eval.batches=2", "train.micro_batch_size=3")
-    rows = torch.cat([ids for _, ids in seen]).view(3, 8, 32)
+    rows = torch.cat([ids for _, ids in seen]).view(3, 2, 6, 32)[:, :, :4].reshape(3, 8, 32)  # batches of 4, in two microbatches of 3
     loader = Loader(tiny_data / "validation", seq_len=32, seed=0)
     (name,) = loader.sizes
     held_out = loader.sequential(name, 0, 8)
@@ -211,9 +215,9 @@ def test_a_run_without_held_out_documents_trains_without_validation(
 
 
 def test_feed_cuts_a_batch_and_counts_the_targets(tiny_data: Path) -> None:
-    batch, cpu = Loader(tiny_data / "train", seq_len=32, seed=0).batch(0, 7), torch.device("cpu")
+    batch, cpu = Loader(tiny_data / "train", seq_len=32, seed=0).batch(0, 9), torch.device("cpu")
     parts = list(microbatches(to_host(batch, cpu), 3, cpu))
-    assert [len(part.input_ids) for part in parts] == [3, 3, 1]
+    assert [len(part.input_ids) for part in parts] == [3, 3, 3]
     assert torch.equal(torch.cat([part.labels for part in parts]), torch.from_numpy(batch.labels).long())
     assert [part.n_targets for part in parts] == [int((part.labels != -100).sum()) for part in parts]
 
