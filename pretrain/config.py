@@ -19,11 +19,8 @@ from data_pipeline.settings import MixtureConfig, OrAuto, PrepareConfig, Setting
 from pretrain.config_model import ModelConfig as ModelConfig
 from pretrain.config_model import RopeConfig as RopeConfig
 from pretrain.config_parallel import ParallelConfig as ParallelConfig
-
-
-class MayChange:
-    """Marks a setting that may differ when a run is resumed: it changes no number of the run but by rounding, or it is one that runs change
-    on purpose, which then goes on from there (a stage of the mixture, the batch size)."""
+from pretrain.config_resume import Ancestor as Ancestor
+from pretrain.config_resume import MayChange, MayChangeAhead
 
 
 class RunSettings(Settings):
@@ -34,6 +31,20 @@ class RunSettings(Settings):
 
     seed: int = Field(default=1234, ge=-(2**63), lt=2**64)
     """Seed of the initial weights and of the data order."""
+
+    init_from: str | None = None
+    """Begin from a checkpoint of another run, which is only read: RUN (its newest) or RUN@STEP. RUN is a run
+    directory, or the folder of one checkpoint. The model is that run's, and the tokenizer must be. With
+    checkpoints of its own, a run resumes from those."""
+
+    init_mode: Literal["weights", "full"] = "weights"
+    """What `init_from` takes over. `weights`: the weights alone; steps, data and schedule begin anew. `full`:
+    optimizer, data position and steps taken too: train.steps counts them as well, and the same settings give the
+    losses that the other run would have had."""
+
+    ancestry: tuple[Ancestor, ...] = ()
+    """Written by the program: the checkpoint that the run began from, then the one that it began from itself, and so
+    on."""
 
 
 class GrowthStage(Settings):
@@ -61,7 +72,7 @@ class DataConfig(PrepareConfig):
     growth: Annotated[tuple[GrowthStage, ...], MayChange()] = ()
     """Longer sequences later in the run, over the same windows of text: the order of the tokens does not change with them."""
 
-    window: int | None = Field(default=None, gt=0)
+    window: Annotated[int | None, MayChange()] = Field(default=None, gt=0)
     """Tokens in a window, the unit in which text is shuffled: a multiple of the longest sequence. None is the longest of seq_len and
     growth; set it where growth may be decided on later."""
 
@@ -81,7 +92,7 @@ class OptimConfig(Settings):
     kind: Literal["adamw", "muon"] = "adamw"
     """`adamw` for all, or `muon` for the matrices inside the blocks and AdamW for the rest."""
 
-    lr: float = Field(default=3e-4, gt=0, le=1000)
+    lr: Annotated[float, MayChangeAhead()] = Field(default=3e-4, gt=0, le=1000)
     """Peak learning rate, reached after `warmup`."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -99,35 +110,37 @@ class OptimConfig(Settings):
     clip: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; none does not clip."""
 
-    schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    schedule: Annotated[Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"], MayChangeAhead()] = "cosine"
+    """Shape of the learning rate after the warm-up. `inverse_sqrt`, `constant` and `wsd` before its decay do not
+    depend on train.steps: such a run can be made longer later."""
 
-    warmup: OrAuto[Annotated[int, Field(ge=0)]] = AUTO
+    warmup: Annotated[OrAuto[Annotated[int, Field(ge=0)]], MayChangeAhead()] = AUTO
     """Steps of linear warm-up. `auto` is a tenth of the run, at most 2,000."""
 
-    decay: OrAuto[Annotated[float, Field(ge=0, le=1)]] = AUTO
+    decay: Annotated[OrAuto[Annotated[float, Field(ge=0, le=1)]], MayChangeAhead()] = AUTO
     """`wsd`: length of the final decay, as a fraction of the run. `auto` is 0.2 (arXiv:2405.18392). Other schedules decay throughout."""
 
-    decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
+    decay_shape: Annotated[Literal["linear", "sqrt", "cosine"], MayChangeAhead()] = "linear"
     """`wsd`: shape of the final decay; `sqrt` is 1 - sqrt(progress)."""
 
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    min_lr_ratio: Annotated[float, MayChangeAhead()] = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a fraction of the peak."""
 
 
 class TrainConfig(Settings):
     """How long, in what batches, in which numbers."""
 
-    steps: int = Field(default=1000, gt=0)
-    """Optimizer steps of the whole run."""
+    steps: Annotated[int, MayChangeAhead()] = Field(default=1000, gt=0)
+    """Optimizer steps of the whole run. Another number on resume is accepted if no step already taken would have had
+    another learning rate."""
 
     batch_size: Annotated[int, MayChange()] = Field(default=32, gt=0)
     """Sequences in a global batch. When it is another one on resume, the data goes on at the sequence where it stopped."""
 
-    batch_ramp_steps: int = Field(default=0, ge=0)
+    batch_ramp_steps: Annotated[int, MayChangeAhead()] = Field(default=0, ge=0)
     """Steps over which the batch grows linearly from `batch_ramp_start` to `batch_size`; 0 is no ramp."""
 
-    batch_ramp_start: int = Field(default=1, gt=0)
+    batch_ramp_start: Annotated[int, MayChangeAhead()] = Field(default=1, gt=0)
     """Sequences in the first global batch of a ramp."""
 
     micro_batch_size: Annotated[OrAuto[Annotated[int, Field(gt=0)]], MayChange()] = AUTO
@@ -178,26 +191,26 @@ class EvalConfig(Settings):
 class CheckpointConfig(Settings):
     """What survives."""
 
-    every: Annotated[int, MayChange()] = Field(default=250, gt=0)
+    every: int = Field(default=250, gt=0)
     """Steps between checkpoints; the last step and a stopped run are always saved."""
 
-    keep: Annotated[int, MayChange()] = Field(default=3, gt=0)
+    keep: int = Field(default=3, gt=0)
     """Newest checkpoints kept; older ones are deleted after the next was committed."""
 
 
 class LogConfig(Settings):
     """Who hears of the run, besides metrics.jsonl and events.jsonl."""
 
-    tensorboard: Annotated[bool, MayChange()] = False
+    tensorboard: bool = False
     """Write TensorBoard event files to `tensorboard/` in the run directory."""
 
-    wandb: Annotated[Literal["off", "offline", "online"], MayChange()] = "off"
+    wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases: `offline` writes to the run directory for `wandb sync`."""
 
-    wandb_project: Annotated[str, MayChange()] = "pretrain"
+    wandb_project: str = "pretrain"
     """Weights & Biases project."""
 
-    samples: Annotated[tuple[str, ...], MayChange()] = ()
+    samples: tuple[str, ...] = ()
     """Prompts continued at the end of the run, shown in the report."""
 
 
@@ -210,9 +223,9 @@ class RunConfig(Settings):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     parallel: Annotated[ParallelConfig, MayChange()] = ParallelConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
+    eval: Annotated[EvalConfig, MayChange()] = EvalConfig()
+    checkpoint: Annotated[CheckpointConfig, MayChange()] = CheckpointConfig()
+    log: Annotated[LogConfig, MayChange()] = LogConfig()
 
 
 def walk(model: type[Settings] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -231,19 +244,26 @@ def prepares(key: str) -> bool:
     return section == "data" and name.split(".")[0] in PrepareConfig.model_fields
 
 
-def may_change() -> set[str]:
-    """Dotted keys of the settings that may differ when a run is resumed: those marked, all in a section that is, and what prepares data."""
+OnResume = Literal["may", "ahead", "never"]
+"""Whether a setting may differ on resume: `may` (MayChange), `ahead` (MayChangeAhead), or `never`."""
 
-    def marked(model: type[Settings], prefix: str, inherited: bool) -> Iterator[str]:
+
+def on_resume() -> dict[str, OnResume]:
+    """The class of every setting by its dotted key. A mark on a section holds for all that is in it; what prepares
+    data may change."""
+
+    def classify(model: type[Settings], prefix: str, inherited: bool) -> Iterator[tuple[str, OnResume]]:
         for name, field in model.model_fields.items():
             key = f"{prefix}{name}"
             may = inherited or prepares(key) or any(isinstance(mark, MayChange) for mark in field.metadata)
             if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-                yield from marked(field.annotation, f"{key}.", may)
+                yield from classify(field.annotation, f"{key}.", may)
             elif may:
-                yield key
+                yield key, "may"
+            else:
+                yield key, "ahead" if any(isinstance(mark, MayChangeAhead) for mark in field.metadata) else "never"
 
-    return set(marked(RunConfig, "", inherited=False))
+    return dict(classify(RunConfig, "", inherited=False))
 
 
 def flatten(settings: Settings) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """A YAML file plus `key=value` words -> a RunConfig, with the origin of every value. Reads files; imports no torch.
 
-Layers, each winning over the one before: the defaults in `config.py`, the model preset, the file, the words.
+Layers, each winning over the one before: the defaults in `config.py`, the model of `run.init_from`, the model preset,
+the file, the words.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from data_pipeline.settings import SourceConfig
+from data_pipeline.settings import AUTO, SourceConfig
 from data_pipeline.settings_base import NONE_WORDS
+from pretrain.checkpoint.record import MANIFEST, read_manifest
 from pretrain.config import RunConfig, walk
 from pretrain.errors import UserError
 
@@ -76,14 +78,23 @@ def load(source: str | Path | None, overrides: Sequence[str] = ()) -> Loaded:
     word_tree: Tree = {}
     for word in overrides:
         _put(word_tree, *_split(word))
-    preset = next((tree["model"]["preset"] for tree in (word_tree, file_tree) if "preset" in _section(tree, "model")), None)
-    preset_tree: Tree = {} if preset in (None, *NONE_WORDS) else {"model": _read_yaml(_find(str(preset), "configs.models"))}
-    layers = [(f"preset {preset}", preset_tree), (str(source), file_tree), ("command line", word_tree)]
+    preset = _get("model", "preset", word_tree, file_tree)
+    preset_tree: Tree = {} if preset is None else {"model": _read_yaml(_find(str(preset), "configs.models"))}
+    parent = _get("run", "init_from", word_tree, file_tree)
+    parent_tree = {} if parent is None else _model_of_parent(str(parent), _get("run", "dir", word_tree, file_tree))
+    layers = [
+        ("run.init_from", parent_tree),
+        (f"preset {preset}", preset_tree),
+        (str(source), file_tree),
+        ("command line", word_tree),
+    ]
     merged: Tree = {}
     origin: dict[str, str] = {}
     for name, tree in layers:
         for key, value in _leaves(tree):
             if value is None and key in _SECTIONS:  # `train:` with nothing, or only comments, below it
+                continue
+            if value == AUTO and origin.get(key) == "run.init_from":  # that run has decided it
                 continue
             _put(merged, key, value)
             origin[key] = name
@@ -158,9 +169,43 @@ def _put(tree: Tree, key: str, value: object) -> None:
     tree[last] = value
 
 
-def _section(tree: Tree, section: str) -> Tree:
-    inner = tree.get(section)
-    return inner if isinstance(inner, dict) else {}
+def _get(section: str, key: str, *trees: Tree) -> object:
+    """The value of `section.key` in the first tree that sets it, if only to none; None where none does."""
+    sections = (tree.get(section) for tree in trees)
+    value = next((inner[key] for inner in sections if isinstance(inner, dict) and key in inner), None)
+    return None if value in NONE_WORDS else value
+
+
+def split_init_from(text: str) -> tuple[Path, int | None]:
+    """`RUN@STEP` -> (RUN, STEP), and `RUN` -> (RUN, None). What follows a last @ is a step if it is a number."""
+    run, at, step = text.rpartition("@")
+    return (Path(run), int(step)) if at and step.isascii() and step.isdigit() else (Path(text), None)
+
+
+def _model_of_parent(init_from: str, run_dir: object) -> Tree:
+    """The model of the run that `run.init_from` names, as a tree of settings.
+
+    A run that is there already has its own copy: the other one may be gone by the time that it resumes.
+    """
+    own = {} if run_dir is None else _config_file_tree(Path(str(run_dir)))
+    if _get("run", "init_from", own):
+        return {"model": own["model"]}
+    parent, _ = split_init_from(init_from)
+    if (parent / MANIFEST).is_file():
+        return {"model": read_manifest(parent).config["model"]}
+    tree = _config_file_tree(parent)
+    if "model" not in tree:
+        raise UserError(
+            f"run.init_from={init_from}: {parent} is neither a run directory with a config.yaml nor the folder of a "
+            "checkpoint; write RUN or RUN@STEP, such as runs/default@1000"
+        )
+    return {"model": tree["model"]}
+
+
+def _config_file_tree(run_dir: Path) -> Tree:
+    """What the config.yaml of a run directory says; nothing where there is none."""
+    file = run_dir / "config.yaml"
+    return _read_yaml(file) if file.is_file() else {}
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, object]]:

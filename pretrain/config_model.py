@@ -7,6 +7,22 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from data_pipeline.settings import AUTO, OrAuto, Settings
+from pretrain.config_resume import MayChange
+
+ARCHITECTURE = (
+    "vocab_size",
+    "n_layers",
+    "d_model",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "d_ff",
+    "qk_norm",
+    "qkv_bias",
+    "tie_embeddings",
+)
+"""Fields of the model that its weights are made for: a run that begins from weights (run.init_from) must have the
+same ones. The others, such as `rope` and `max_seq_len`, may differ there: longer contexts are trained that way."""
 
 
 class RopeConfig(Settings):
@@ -49,7 +65,7 @@ class RopeConfig(Settings):
 class ModelConfig(Settings):
     """A pre-norm decoder: RMSNorm, grouped-query attention with RoPE, SwiGLU. Parameters carry Hugging Face names."""
 
-    preset: str | None = None
+    preset: Annotated[str | None, MayChange()] = None
     """A named shape from `configs/models`; every other key of this section overrides it."""
 
     vocab_size: OrAuto[Annotated[int, Field(gt=0)]] = AUTO
@@ -73,7 +89,7 @@ class ModelConfig(Settings):
     d_ff: int = Field(default=2048, gt=0)
     """Hidden width of the SwiGLU MLP (arXiv:2002.05202)."""
 
-    max_seq_len: int = Field(default=8192, gt=0)
+    max_seq_len: Annotated[int, MayChange()] = Field(default=8192, gt=0)
     """Longest context the model is meant for, in tokens."""
 
     norm_eps: float = Field(default=1e-5, gt=0, le=1)

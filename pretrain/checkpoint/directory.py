@@ -37,9 +37,8 @@ def newest(directory: Path, on_problem: Callable[[Path, list[str]], None], group
     """
     first_problem = ""
     candidates = on_first(group, lambda: _committed(directory))
-    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     for path in candidates:
-        problems = [problem for found in gather(verify(path, rank, ranks), group) for problem in found]
+        problems = problems_of(path, group)
         if not problems:
             return path
         on_problem(path, problems)
@@ -50,6 +49,13 @@ def newest(directory: Path, on_problem: Callable[[Path, list[str]], None], group
         f"none of the {len(candidates)} checkpoints in {directory} is whole; the newest fails because {first_problem}. "
         f"Start over in another run.dir, or delete {directory} to start over here"
     )
+
+
+def problems_of(path: Path, group: ProcessGroup | None) -> list[str]:
+    """What `record.verify` finds wrong with the checkpoint at `path`, the same on all ranks of `group`, which share
+    the reading."""
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    return [problem for found in gather(verify(path, rank, ranks), group) for problem in found]
 
 
 def retain(directory: Path, keep: int) -> None:
@@ -64,6 +70,11 @@ def retain(directory: Path, keep: int) -> None:
     for path in list(directory.glob("step-*.tmp-*")):
         if _NAME.fullmatch(path.name) and committed and step_of(path) <= step_of(committed[0]):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def kept_steps(directory: Path) -> list[int]:
+    """Steps of the committed checkpoints in `directory`, whole or not, newest first."""
+    return [step_of(path) for path in _committed(directory)]
 
 
 def _committed(directory: Path) -> list[Path]:

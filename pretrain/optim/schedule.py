@@ -25,9 +25,9 @@ _DECAY: dict[str, Callable[[float], float]] = {
 def lr_scale(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of `step`, as a multiple in [0, 1] of the peak.
 
-    The warm-up climbs from 1/warmup at step 1 to 1 at step `warmup`; the last step has `min_lr_ratio`. `inverse_sqrt` is
-    sqrt(warmup / step) (arXiv:1706.03762, equation 3) and never below `min_lr_ratio`. `config.decay` must be resolved.
-    Raises ValueError for a step outside the run.
+    The warm-up climbs from 1/warmup at step 1 to 1 at step `warmup`; the last step of a decay has `min_lr_ratio`.
+    `inverse_sqrt` is sqrt(warmup / step) (arXiv:1706.03762, equation 3) and never below `min_lr_ratio`; `constant`
+    stays at the peak. `config.decay` must be resolved. Raises ValueError for a step outside the run.
     """
     if not 1 <= step <= total_steps:
         raise ValueError(f"step {step} is outside the run of {total_steps} steps")
@@ -35,6 +35,8 @@ def lr_scale(step: int, total_steps: int, config: OptimConfig) -> float:
         return step / config.warmup
     if config.schedule == "inverse_sqrt":
         return max(config.min_lr_ratio, math.sqrt(max(config.warmup, 1) / step))
+    if config.schedule == "constant":
+        return 1.0
     if config.schedule == "wsd":
         shape, length = config.decay_shape, wsd_decay_steps(total_steps, config)
     else:

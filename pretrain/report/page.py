@@ -64,6 +64,7 @@ def _page(run: Run) -> str:
         f'<div class="charts">{sections}</div>',
         _by_source(figures, run.metrics.validations),
         f'<p class="note">{text(_remarks(run))}</p>',
+        _ancestry(run.config),
         _samples(run.events),
         _events(run.events),
         _config(run.config),
@@ -171,6 +172,21 @@ def _samples(events: Sequence[Event]) -> str:
         return ""
     figures = "".join(f'<pre class="sample"><b>{text(s.prompt or "")}</b>{text(s.text)}</pre>' for s in samples)
     return frame.card("samples", "What it writes", figures, "The prompt is bold.")
+
+
+def _ancestry(config: RunConfig) -> str:
+    """The checkpoints that the run began from, nearest first; nothing for a run from initial weights."""
+    if not config.run.ancestry:
+        return ""
+    taken = {"weights": "weights", "full": "weights, optimizer, data position"}
+    rows = "".join(
+        f'<tr><td class="number">{ancestor.step:,}</td><td>{text(ancestor.run)}</td><td>{taken[ancestor.mode]}</td>'
+        f"<td>{text(ancestor.generation)}</td></tr>"
+        for ancestor in config.run.ancestry
+    )
+    head = '<tr><th class="number">Step</th><th>Run</th><th>Taken over</th><th>Checkpoint</th></tr>'
+    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    return frame.card("ancestry", "Began from", table, "The nearest checkpoint first, then that run's own beginning.")
 
 
 def _events(events: Sequence[Event]) -> str:

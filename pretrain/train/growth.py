@@ -23,6 +23,11 @@ def seq_len_at(sample: int, config: RunConfig) -> int:
     return [seq_len for start, seq_len in _stages(config) if sample >= start][-1]
 
 
+def stages_before(samples: int, config: RunConfig) -> list[tuple[int, int]]:
+    """(first sample, seq_len) of each stage that begins within the first `samples` samples."""
+    return [(start, seq_len) for start, seq_len in _stages(config) if start < max(1, samples)]
+
+
 def check_growth(config: RunConfig, step: int = 0, ahead: int = 0) -> None:
     """Refuse stages that do not rise or do not fit into each other, the window, or the batches.
 

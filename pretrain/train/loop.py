@@ -62,10 +62,13 @@ class Loop:
         """Where the model is."""
         return torch.device(self.config.train.device)
 
-    def run(self, step: int) -> Outcome:
-        """Train from `step` steps done to `train.steps`, or until somebody asks to stop."""
+    def run(self, step: int, *, validate_first: bool) -> Outcome:
+        """Train from `step` steps done to `train.steps`, or until somebody asks to stop.
+
+        validate_first: whether to validate before the first step, as a run does that does not resume.
+        """
         steps = self.config.train.steps
-        if step == 0:
+        if validate_first:
             self._validate(step)
         for batch in self._batches(step):
             step += 1
@@ -156,8 +159,9 @@ class Loop:
         self.books.event("stop", text, step)
         optim = self.config.optim
         raise Diverged(
-            f"{text}: the run diverged, and this step was not taken. In another run.dir, lower optim.lr={optim.lr}, lengthen "
-            f"optim.warmup={optim.warmup} or set train.z_loss=1e-4"
+            f"{text}: the run diverged, and this step was not taken. In another run.dir, lower optim.lr={optim.lr}, "
+            f"lengthen optim.warmup={optim.warmup} or set train.z_loss=1e-4; run.init_from={self.config.run.dir} "
+            "run.init_mode=full begins it from the newest checkpoint"
         )
 
     def _validate(self, step: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
-from pretrain.config import AUTO, RunConfig, flatten, may_change
+from pretrain.config import AUTO, RunConfig, flatten, on_resume
 from pretrain.config_loading import validate
 from pretrain.errors import UserError
 from pretrain.model.flops import parameter_count
@@ -69,7 +69,7 @@ def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | Non
         UserError: settings that do not go together.
     """
     _check_device(config)  # before a rule asks it what it can do
-    before = {} if previous is None else _held(previous)
+    before = {} if previous is None else _held(previous, config)
     config, decisions = _apply(_rules(tokenizer_size, world_size), config, before)
     _check(config, tokenizer_size)
     if world_size == 1:
@@ -142,9 +142,14 @@ def _apply(rules: Mapping[str, Rule], config: RunConfig, before: Mapping[str, ob
     return config, decisions
 
 
-def _held(previous: RunConfig) -> dict[str, object]:
-    """The settings that a resumed run takes over where it says `auto`: those that its numbers depend on."""
-    return {key: value for key, value in flatten(previous).items() if key not in may_change()}
+def _held(previous: RunConfig, config: RunConfig) -> dict[str, object]:
+    """The settings that a resumed run takes over where it says `auto`: those that its numbers depend on. The decay
+    belongs to a schedule: another one, of a run that is to end otherwise than it began, has its own."""
+    rules = on_resume()
+    held = {key: value for key, value in flatten(previous).items() if rules[key] != "may"}
+    if previous.optim.schedule != config.optim.schedule:
+        del held["optim.decay"]
+    return held
 
 
 def _device(config: RunConfig) -> tuple[object, str]:

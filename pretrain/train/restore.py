@@ -1,4 +1,5 @@
-"""A run goes on from its newest whole checkpoint, on whatever layout, and what came after that is undone."""
+"""A run goes on from its newest whole checkpoint, on whatever layout, and what came after that is undone. One that
+has none yet begins from the checkpoint of another run that `run.init_from` names, or from its initial weights."""
 
 from __future__ import annotations
 
@@ -6,17 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.reading.loader import Loader
+from data_pipeline.tokenizing.tokenizer import Tokenizer
 from parallel.engine import Engine
 from pretrain.checkpoint import directory, rng, store
+from pretrain.checkpoint.ranks import on_first
 from pretrain.checkpoint.record import Manifest, read_manifest
 from pretrain.config import RunConfig
+from pretrain.config_loading import validate
 from pretrain.errors import UserError
 from pretrain.optim.schedule import samples_before
 from pretrain.report.records import read_events
 from pretrain.train.growth import check_growth
 from pretrain.train.metrics import truncate_after
+from pretrain.train.parent import Parent, check_parent, find_parent, load_parent
 from pretrain.train.place import Place
 from pretrain.train.rundir import RunDirectory
+from pretrain.train.schedule_change import check_schedule
 
 BEFORE_ANY_STEP = -1
 """The validation before the first step is a record of step 0."""
@@ -32,37 +38,75 @@ class Beginning:
     """Samples that they read more than batches of today's size would have."""
     skipped: tuple[tuple[Path, str], ...] = ()
     """Each newer checkpoint that was passed over, with its first problem."""
+    resumed: bool = False
+    """Whether it goes on from a checkpoint of this run."""
+    parent: Parent | None = None
+    """The checkpoint of another run that this one begins from; None where it resumes."""
 
 
-def restore(run_dir: RunDirectory, engine: Engine, data: Loader, config: RunConfig, place: Place) -> Beginning:
-    """Load the newest whole checkpoint; every process of the run calls it. Later records are cut, later (damaged) checkpoints set aside.
+def restore(
+    run_dir: RunDirectory,
+    engine: Engine,
+    data: Loader,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    place: Place,
+) -> Beginning:
+    """Load the newest whole checkpoint; every process of the run calls it. Later records are cut, later (damaged)
+    checkpoints set aside.
 
     Raises:
-        UserError: there are checkpoints but none is whole, or the data is not the data of the run.
+        UserError: there are checkpoints but none is whole; or data or schedule are not those of the steps taken; or
+            the checkpoint of another run that `run.init_from` names does not fit. Nothing was changed then.
     """
     skipped: list[tuple[Path, str]] = []
     path = directory.newest(run_dir.checkpoints, lambda path, problems: skipped.append((path, problems[0])), place.group)
     if path is None:
+        beginning = Beginning()
+        if config.run.init_from is not None:
+            beginning = _begin_from_parent(engine, data, config, tokenizer, place)
         truncate_after(run_dir.metrics, BEFORE_ANY_STEP)
-        return Beginning()
+        return beginning
     manifest = read_manifest(path)
+    kept = on_first(place.group, lambda: directory.kept_steps(run_dir.checkpoints))
+    check_schedule(run_dir.path, validate(manifest.config), config, manifest.step, manifest.samples, kept)
     _check_data(path, manifest, data)
     ahead = manifest.samples - samples_before(manifest.step + 1, config.train)
     check_growth(config, manifest.step, ahead)
     store.load(path, engine.state(), place.group)
     engine.loaded()
-    # Nothing that trains draws from these generators: a rank that was not there may begin with any state.
-    rng.restore(manifest.rng.get(place.position) or next(iter(manifest.rng.values())))
+    _restore_rng(manifest, place)
     truncate_after(run_dir.metrics, manifest.step)
     if place.world.is_main:
         for damaged, _ in skipped:  # among the newest ones, `directory.retain` would keep them and delete those that are saved from now on
             damaged.rename(directory.partial_path(run_dir.checkpoints, directory.step_of(damaged), f"damaged-{run_dir.attempt}"))
-    return Beginning(manifest.step, ahead, tuple(skipped))
+    return Beginning(manifest.step, ahead, tuple(skipped), resumed=True)
 
 
-def is_finished(run_dir: RunDirectory) -> bool:
-    """Whether the run has told its end; one that was killed between its last checkpoint and that has not."""
-    return any(event.kind == "finish" for event in read_events(run_dir.events))
+def _begin_from_parent(engine: Engine, data: Loader, config: RunConfig, tokenizer: Tokenizer, place: Place) -> Beginning:
+    """Fill the engine from another run's checkpoint. The first rank says which: that run may be saving others."""
+    parent = on_first(place.group, lambda: find_parent(config))
+    check_parent(parent, config, tokenizer, data)
+    manifest, mode = parent.manifest, config.run.init_mode
+    step, ahead = 0, 0
+    if mode == "full":
+        step, ahead = manifest.step, manifest.samples - samples_before(manifest.step + 1, config.train)
+        check_growth(config, step, ahead)
+        _restore_rng(manifest, place)
+    load_parent(parent, engine, mode, place.group)
+    return Beginning(step, ahead, parent=parent)
+
+
+def _restore_rng(manifest: Manifest, place: Place) -> None:
+    """Nothing that trains draws from these generators: a rank that was not there may begin with any state."""
+    rng.restore(manifest.rng.get(place.position) or next(iter(manifest.rng.values())))
+
+
+def is_finished(run_dir: RunDirectory, step: int) -> bool:
+    """Whether the run has told its end after `step` steps, and nothing since; one that was killed between its last
+    checkpoint and that has not, and one that was made longer has told an earlier end."""
+    told = [event for event in read_events(run_dir.events) if event.kind in {"start", "resume", "finish"}]
+    return bool(told) and told[-1].kind == "finish" and told[-1].step == step
 
 
 def _check_data(path: Path, manifest: Manifest, data: Loader) -> None:
@@ -74,6 +118,8 @@ def _check_data(path: Path, manifest: Manifest, data: Loader) -> None:
         )
     if manifest.order != data.past(manifest.samples):
         raise UserError(
-            f"{path} read its first {manifest.samples} sequences in another order than run.seed, data.mixture, data.growth and data.window "
-            f"give now; put them back (a stage may be appended from there on), or start in another run.dir"
+            f"{path} read its first {manifest.samples} sequences in another order than run.seed, data.mixture, "
+            "data.growth and data.window give now; put them back (a stage may be appended from there on; a share "
+            "such as 80% moves with train.steps and train.batch_size, a number of sequences does not), or start in "
+            "another run.dir"
         )

@@ -37,6 +37,7 @@ from pretrain.train.loggers import Logger, open_loggers
 from pretrain.train.loop import Loop, Outcome
 from pretrain.train.memory import check_memory, device_bytes
 from pretrain.train.metrics import Meter, mfu_statement
+from pretrain.train.parent import check_parent, find_parent, hold_parent, tell_parent, with_ancestry
 from pretrain.train.place import Place
 from pretrain.train.resolve import resolve
 from pretrain.train.restore import Beginning, is_finished, restore
@@ -61,11 +62,17 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     world = World.from_environment()
     console = console if world.is_main else QUIET
     tokenizer = open_tokenizer(config)
-    config, decisions = resolve(config, tokenizer_size=tokenizer.vocab_size, previous=_previous(config.run.dir), world_size=world.size)
+    previous = _previous(config.run.dir)
+    config, decisions = resolve(
+        hold_parent(config, previous), tokenizer_size=tokenizer.vocab_size, previous=previous, world_size=world.size
+    )
     place = Place(world, layout_of(config, world.size))
     check_memory(config, place.layout, device_bytes(config))
     train_data, validation = open_data(config)
     _check_tokenizer(config, tokenizer, train_data)
+    if config.run.init_from is not None and not directory.kept_steps(config.run.dir / "checkpoints"):
+        # Before the directory is made; `restore` looks again, as the other run may go on meanwhile.
+        check_parent(find_parent(config), config, tokenizer, train_data)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(tolerant_console(console))
         for decision in decisions:
@@ -80,15 +87,16 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         with start(world, config.train.device, even_alone=place.layout.offload):
             _check_agreement(config, train_data, validation, place)
             engine = build_engine(config, place.layout, world.rank)
-            beginning = restore(run_dir, engine, train_data, config, place)
+            beginning = restore(run_dir, engine, train_data, config, tokenizer, place)
+            if beginning.parent is not None:
+                config = with_ancestry(config, beginning.parent)
             if world.is_main:
                 run_dir.settle(config)
                 keep_tokenizer(config.data.tokenizer, run_dir.path)
                 # whatever becomes of the attempt
                 stack.push(lambda kind, error, trace: _report(run_dir.path, console, error))
-            if on_first(place.group, lambda: beginning.step == config.train.steps and is_finished(run_dir)):
-                text = f"is finished, all {beginning.step} steps of it: nothing to do; to train anew, set another run.dir"
-                _say(console, Text(f"run.dir={run_dir.path} {text}"))
+            if on_first(place.group, lambda: beginning.step == config.train.steps and is_finished(run_dir, beginning.step)):
+                _tell_finished(console, run_dir, beginning.step)
                 return Outcome.FINISHED
             meter, statement = _meter(config, beginning, world.size)
             display = Display(config.train.steps, console=console, mfu_statement=statement, stop=stop)
@@ -96,11 +104,19 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             books = stack.enter_context(open_books(run_dir, display, loggers, output))
             _tell_start(books, config, beginning, train_data, statement, place)
             loop = Loop(config, engine, train_data, validation, run_dir.checkpoints, books, meter, stop, place, beginning.ahead)
-            outcome = loop.run(beginning.step)
+            outcome = loop.run(beginning.step, validate_first=not beginning.resumed)
             del loop, engine  # the samples need their memory
         if outcome is Outcome.FINISHED and world.is_main:
             _tell_end(books, config, run_dir, tokenizer, time.monotonic() - began)
     return outcome
+
+
+def _tell_finished(console: Console, run_dir: RunDirectory, step: int) -> None:
+    text = (
+        f"run.dir={run_dir.path} is finished, all {step} steps of it: nothing to do; to train longer, raise train.steps, "
+        f"or begin another run.dir with run.init_from={run_dir.path}"
+    )
+    _say(console, Text(text))
 
 
 def open_tokenizer(config: RunConfig) -> Tokenizer:
@@ -205,13 +221,17 @@ def _tell_start(books: Books, config: RunConfig, beginning: Beginning, data: Loa
     for path, problem in beginning.skipped:
         books.event("skip_checkpoint", f"{path.name}: {problem}", directory.step_of(path))
     parameters, step = parameter_count(config.model), beginning.step
-    samples = samples_before(config.train.steps + 1, config.train)
+    samples = samples_before(config.train.steps + 1, config.train) + beginning.ahead
     begin = f"{amount(parameters)} parameters on {amount(samples * config.data.seq_len)} tokens of {config.data.path}"
-    text = f"step {step} of {config.train.steps}, from the newest checkpoint" if step else f"{begin}: {_epochs(data, samples)}"
+    text = f"{begin}: {_epochs(data, samples)}"
+    if beginning.resumed:
+        text = f"step {step} of {config.train.steps}, from the newest checkpoint"
+    if beginning.parent is not None:
+        text = f"{text}; {tell_parent(beginning.parent, config)}"
     device = torch.cuda.get_device_name() if config.train.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     if place.world.size > 1:
         device = f"{place.world.size} processes ({place.layout}), each on {device}"
-    books.event("resume" if step else "start", text, step, parameters=parameters, device=device, mfu_statement=statement)
+    books.event("resume" if beginning.resumed else "start", text, step, parameters=parameters, device=device, mfu_statement=statement)
 
 
 def _epochs(data: Loader, samples: int) -> str:

@@ -1,30 +1,29 @@
 """The directory of one run: its paths, its settings on disk, and the lock that keeps a second process out.
 
-A directory belongs to one configuration. Opening it with another is refused, except for settings that change no number of the run
-(`MayChange()` in `pretrain.config`).
+A directory belongs to one configuration. Opening it with another is refused, except for settings that change no
+number of the run (`MayChange` in `pretrain.config_resume`), and those of the schedule (`MayChangeAhead`):
+`pretrain.train.restore` compares these when it knows how many steps were taken.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from pretrain.config import RunConfig, flatten, may_change
+from pretrain.config import RunConfig, on_resume
 from pretrain.config_loading import dump
 from pretrain.errors import UserError
 from pretrain.report.records import Event, read_config, read_events, write_whole
 from pretrain.train.metrics import RecordFile
+from pretrain.train.schedule_change import differences
 
 SHOWN_DIFFERENCES = 5
-SHOWN_CHARACTERS = 80
 LOCK_FILE = ".lock"
 CONFIG_FILE = "config.yaml"
-ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class RunDirectory:
     lock: int | None
     """File descriptor that holds the lock; None on the processes of a run that do not write."""
     changes: tuple[str, ...]
-    """Settings that differ from those on disk, one sentence each; all of them may."""
+    """Settings that differ from those on disk, one sentence each; none of them is one that never may."""
 
     @classmethod
     def open(cls, config: RunConfig) -> RunDirectory:
@@ -139,23 +138,16 @@ def _changes(path: Path, config: RunConfig) -> tuple[str, ...]:
         if left_over:
             raise UserError(f"run.dir={path} holds {left_over[0]} but no config.yaml, so nobody knows its settings; choose another run.dir")
         return ()
-    before, now = flatten(read_config(file)), flatten(config)
-    changed = [key for key in before | now if before.get(key, ABSENT) != now.get(key, ABSENT)]
-    lines = {key: f"{key}: {_show(before, key)} in the run, {_show(now, key)} now" for key in changed}
-    allowed = may_change()
-    refused = [lines[key] for key in changed if key not in allowed]
+    lines, rules = differences(read_config(file), config), on_resume()
+    refused = [line for key, line in lines.items() if rules[key] == "never"]
     if refused:
-        raise UserError(_other_run(path, refused, schedule="train.steps" in changed))
+        own_weights = all(rules[key] != "never" or not key.startswith(("model.", "run.")) for key in lines)
+        raise UserError(_other_run(path, refused, own_weights=own_weights))
     return tuple(lines.values())
 
 
-def _other_run(path: Path, differences: list[str], *, schedule: bool) -> str:
-    shown = "; ".join(differences[:SHOWN_DIFFERENCES])
-    more = f"; and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
-    why = " (the learning rate of every step depends on train.steps)" if schedule else ""
-    return f"run.dir={path} holds a run of other settings: {shown}{more}{why}; put the values back, or choose another run.dir"
-
-
-def _show(flat: dict[str, object], key: str) -> str:
-    value = flat.get(key, ABSENT)
-    return "not set" if value is ABSENT else textwrap.shorten(str(value), SHOWN_CHARACTERS, placeholder=" ...")
+def _other_run(path: Path, refused: list[str], *, own_weights: bool) -> str:
+    shown = "; ".join(refused[:SHOWN_DIFFERENCES])
+    more = f"; and {len(refused) - SHOWN_DIFFERENCES} more" if len(refused) > SHOWN_DIFFERENCES else ""
+    way_out = f" (to begin from the weights of this one: run.init_from={path})" if own_weights else ""
+    return f"run.dir={path} holds a run of other settings: {shown}{more}; put the values back, or choose another run.dir{way_out}"

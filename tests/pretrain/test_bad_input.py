@@ -210,8 +210,8 @@ def test_a_run_directory_of_another_config_shows_the_difference(
     refused: Callable[..., str], run_tiny: RunTiny, tiny_words: TinyWords, tmp_path: Path
 ) -> None:
     run_tiny(tmp_path / "run", "train.steps=10")
-    line = refused("train", *tiny_words(tmp_path / "run", "train.steps=10", "optim.lr=0.02", "model.qk_norm=true", "checkpoint.keep=9"))
-    assert "model.qk_norm: False in the run, True now; optim.lr: 0.01 in the run, 0.02 now; put the values back, or choose another" in line
+    line = refused("train", *tiny_words(tmp_path / "run", "train.steps=10", "optim.clip=2", "model.qk_norm=true", "checkpoint.keep=9"))
+    assert "model.qk_norm: False in the run, True now; optim.clip: 1.0 in the run, 2.0 now; put the values back, or choose another" in line
 
 
 @pytest.fixture

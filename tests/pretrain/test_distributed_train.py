@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.storage.shards import open_split
-from pretrain.report.records import read_events, read_metrics
+from pretrain.report.records import read_config, read_events, read_metrics
 from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]
@@ -113,9 +113,9 @@ def alone(run_tiny: RunTiny, damaged: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def undisturbed(run_tiny: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process on whole data, in even batches."""
+    """One process on whole data, in even batches; with a checkpoint of step 10."""
     path = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert run_tiny(path, *STEPS) is Outcome.FINISHED
+    assert run_tiny(path, *STEPS, "checkpoint.every=10") is Outcome.FINISHED
     return path
 
 
@@ -145,6 +145,19 @@ def test_ranks_that_read_the_same_rows_have_another_curve(undisturbed: Path, tin
     code, output = torchrun(str(tmp_path / "same_rows.py"), "train", *words, "parallel.shard=2")
     assert code == 0, output
     assert largest_difference(tmp_path / "run", undisturbed) > 1e-3
+
+
+def test_two_ranks_begin_from_the_checkpoint_of_one_process(undisturbed: Path, tiny_words: TinyWords, tmp_path: Path) -> None:
+    """With optimizer and data position: the curve is what is left of that run's. One that reads other rows has another: see above."""
+    words = tiny_words(tmp_path / "run", *STEPS, f"run.init_from={undisturbed}@10", "run.init_mode=full")
+    code, output = torchrun(*MODULE, "train", *words, "parallel.shard=2")
+    assert code == 0, output
+    ours, theirs = curve(tmp_path / "run"), [point for point in curve(undisturbed) if point[1] > 10 or point[:2] == ("val_loss", 10)]
+    assert [point[:2] for point in ours] == [point[:2] for point in theirs]
+    assert max(abs(a[2] - b[2]) / b[2] for a, b in zip(ours, theirs, strict=True)) < 1e-4
+    assert kinds(tmp_path / "run") == [("start", 10), ("save", 20), ("finish", 20)]
+    (ancestor,) = read_config(tmp_path / "run" / "config.yaml").run.ancestry
+    assert (ancestor.run, ancestor.step) == (str(undisturbed), 10)
 
 
 def test_sigterm_saves_on_all_ranks_and_the_run_goes_on_on_other_layouts(

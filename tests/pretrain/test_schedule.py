@@ -12,6 +12,7 @@ SHAPES = [
     ("cosine", "linear"),
     ("linear", "linear"),
     ("inverse_sqrt", "linear"),
+    ("constant", "linear"),
     ("wsd", "linear"),
     ("wsd", "sqrt"),
     ("wsd", "cosine"),
@@ -72,6 +73,10 @@ def test_wsd_stays_at_the_peak_until_the_last_fifth():
 
 def test_wsd_without_decay_stays_at_the_peak_to_the_end():
     assert scales(optim("wsd", decay=0.0))[99:] == [1.0] * 901
+
+
+def test_constant_stays_at_the_peak_to_the_end():
+    assert scales(optim("constant"))[99:] == [1.0] * 901
 
 
 def test_a_tiny_decay_is_still_one_step():

@@ -1,0 +1,122 @@
+"""Settings of the schedule may change on resume where that changes nothing behind: every step already taken would
+have had the same learning rate, the same batch, and sequences of the same length. `restore` compares what was
+read, by the hash of the order.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pretrain.config import RunConfig, flatten, on_resume
+from pretrain.errors import UserError
+from pretrain.optim.schedule import batch_size_at, lr_scale, wsd_decay_steps
+from pretrain.train.growth import stages_before
+
+SHOWN_CHARACTERS = 80
+ABSENT = object()
+
+
+def differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
+    """{key: "key: 1 in the run, 2 now"} of the settings that differ."""
+    flat_before, flat_now = flatten(before), flatten(now)
+
+    def show(flat: dict[str, object], key: str) -> str:
+        value = flat.get(key, ABSENT)
+        return "not set" if value is ABSENT else textwrap.shorten(str(value), SHOWN_CHARACTERS, placeholder=" ...")
+
+    return {
+        key: f"{key}: {show(flat_before, key)} in the run, {show(flat_now, key)} now"
+        for key in flat_before | flat_now
+        if flat_before.get(key, ABSENT) != flat_now.get(key, ABSENT)
+    }
+
+
+def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, samples: int, kept: Sequence[int]) -> None:
+    """Refuse a schedule that the steps already taken did not follow.
+
+    Args:
+        run: the run directory.
+        before: settings of the checkpoint that the run resumes from.
+        now: settings that it is to go on with.
+        taken: steps of the checkpoint.
+        samples: sequences of data.seq_len tokens that they read.
+        kept: steps of the checkpoints in the run directory.
+
+    Raises:
+        UserError: the first step that differs, what it had and would have had, why, and the ways out.
+    """
+    if now.train.steps < taken:
+        raise UserError(
+            f"train.steps={now.train.steps} is below the {taken} steps that run.dir={run} has already taken: set "
+            f"{taken} or more, or begin another run.dir from an earlier checkpoint (run.init_from={run}@STEP "
+            "run.init_mode=full)"
+        )
+    rules = on_resume()
+    changed = [line for key, line in differences(before, now).items() if rules[key] == "ahead"]
+    found = _first_difference(before, now, taken) if changed else None
+    if found is not None:
+        step, had, would_have = found
+        earlier = max((other for other in kept if other < step), default=None)
+        branch = ""
+        if earlier is not None:
+            branch = f", or before that step with run.init_from={run}@{earlier} run.init_mode=full"
+        raise UserError(
+            f"{'; '.join(changed)}: of the {taken} steps that run.dir={run} has taken, step {step} had {had} and "
+            f"would have had {would_have}{_reason(before)}. Put the old value back; or begin another run.dir from "
+            f"these weights with run.init_from={run}{branch}"
+        )
+    _check_growth(before, now, samples)
+
+
+def _first_difference(before: RunConfig, now: RunConfig, taken: int) -> tuple[int, str, str] | None:
+    """(step, what it had, what it would have had) of the first step that the new settings would have taken otherwise."""
+    if _ramp(before) != _ramp(now):  # only then: train.batch_size, to which a ramp leads, may change on purpose
+        for step in range(1, taken + 1):
+            batches = batch_size_at(step, before.train), batch_size_at(step, now.train)
+            if batches[0] != batches[1]:
+                return step, f"a batch of {batches[0]} sequences", f"one of {batches[1]}"
+    rates = _rates(before), _rates(now)
+    for step in range(1, taken + 1):
+        had, would_have = rates[0](step), rates[1](step)
+        if had != would_have:
+            digits = ".6g" if f"{had:.6g}" != f"{would_have:.6g}" else ".17g"
+            return step, f"the learning rate {had:{digits}}", f"{would_have:{digits}}"
+    return None
+
+
+def _ramp(config: RunConfig) -> tuple[int, int]:
+    return config.train.batch_ramp_steps, config.train.batch_ramp_start
+
+
+def _rates(config: RunConfig) -> Callable[[int], float]:
+    """Learning rate by step."""
+    return lambda step: lr_scale(step, config.train.steps, config.optim) * config.optim.lr
+
+
+def _reason(before: RunConfig) -> str:
+    """Why the learning rate depends on the length of the run, where it does."""
+    optim, steps = before.optim, before.train.steps
+    if optim.schedule in ("cosine", "linear"):
+        return f" (optim.schedule={optim.schedule} falls over all of train.steps={steps})"
+    if optim.schedule == "wsd" and (length := wsd_decay_steps(steps, optim)):
+        return f" (the decay of optim.schedule=wsd began at step {steps - length + 1} of {steps})"
+    return ""
+
+
+def _check_growth(before: RunConfig, now: RunConfig, samples: int) -> None:
+    """Stages of data.growth that have begun must be the same ones."""
+    begun, would_have = stages_before(samples, before), stages_before(samples, now)
+    if begun == would_have:
+        return
+
+    def tell(stages: list[tuple[int, int]]) -> str:
+        return ", ".join(f"{seq_len} tokens from sequence {start} on" for start, seq_len in stages)
+
+    raise UserError(
+        f"data.growth: the {samples} sequences read so far had {tell(begun)}, and would have had {tell(would_have)}; "
+        "a share of the run such as 80% moves with train.steps and train.batch_size: write the stages that have "
+        "begun as numbers of sequences of data.seq_len tokens, "
+        f"{', '.join(f'from: {start}' for start, _ in begun[1:]) or 'and begin new ones later'}"
+    )

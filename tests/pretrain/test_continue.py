@@ -1,0 +1,534 @@
+"""A run that is made longer, and a run that begins from another one's checkpoint: every digit is that of the run it stands for."""
+
+import io
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from data_pipeline.prepare import prepare
+from data_pipeline.settings import PrepareConfig, SourceConfig
+from pretrain.checkpoint import store
+from pretrain.checkpoint.directory import checkpoint_path
+from pretrain.checkpoint.record import read_manifest
+from pretrain.config_loading import load
+from pretrain.errors import UserError
+from pretrain.report.page import write_report
+from pretrain.report.records import read_config, read_events, read_metrics
+from pretrain.train.build import build_engine
+from pretrain.train.loop import Outcome
+from pretrain.train.parent import find_parent
+from pretrain.train.run import train as train_run
+
+RunTiny = Callable[..., Outcome]
+TinyWords = Callable[..., list[str]]
+Pretrain = Callable[..., object]
+
+CONSTANT = ("optim.schedule=constant", "checkpoint.every=10")
+WSD = ("optim.schedule=wsd", "checkpoint.every=8")
+
+
+class StopAfter:
+    """Asks the run to stop after a step, as Ctrl-C does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def log(self, record: object) -> None:
+        if getattr(record, "step", None) == self.step and hasattr(record, "loss"):
+            signal.raise_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_report() -> object:
+    """report.html has its own tests, and would double the time of these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.train.run.write_report", lambda _: None)
+        yield
+
+
+def curve(run_dir: Path) -> list[tuple[int, float, float, int]]:
+    """(step, loss, gradient norm, sequences read) of every step."""
+    return [(r.step, r.loss, r.grad_norm, r.samples) for r in read_metrics(run_dir / "metrics.jsonl").steps]
+
+
+def validations(run_dir: Path) -> dict[int, float]:
+    return {r.step: r.val_loss for r in read_metrics(run_dir / "metrics.jsonl").validations}
+
+
+def state_at(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """Weights and optimizer state in the checkpoint of a step."""
+    state = build_engine(load(run_dir / "config.yaml").config).state()
+    store.load(checkpoint_path(run_dir / "checkpoints", step), state)
+    flat = {f"model.{name}": tensor for name, tensor in state["model"].items()}
+    return flat | {f"{name}.{slot}": tensor for name, slots in state["optimizer"].items() for slot, tensor in slots.items()}
+
+
+def assert_same_end(ours: Path, theirs: Path, step: int) -> None:
+    assert curve(ours) == curve(theirs)
+    a, b = state_at(ours, step), state_at(theirs, step)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def contents(path: Path) -> dict[str, tuple[bytes, int]]:
+    files = (file for file in path.rglob("*") if file.is_file() and file.name != ".lock")
+    return {str(file.relative_to(path)): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def refusal(run: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as refused:
+        run()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# Longer
+
+
+@pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
+def test_a_finished_run_made_longer_is_the_run_that_was_as_long_from_the_start(
+    tmp_path: Path,
+    run_tiny: RunTiny,
+    schedule: str,
+) -> None:
+    words = (f"optim.schedule={schedule}", "checkpoint.every=10")
+    run_tiny(tmp_path / "whole", *words, "train.steps=20")
+    run_tiny(tmp_path / "run", *words, "train.steps=10")
+    assert run_tiny(tmp_path / "run", *words, "train.steps=20") is Outcome.FINISHED
+    assert_same_end(tmp_path / "run", tmp_path / "whole", 20)
+    told = [(e.kind, e.step) for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind in ("settings", "resume", "finish")]
+    assert told == [("finish", 10), ("settings", None), ("resume", 10), ("finish", 20)]
+    settings = next(e.text for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind == "settings")
+    assert settings == "train.steps: 10 in the run, 20 now"
+    assert read_config(tmp_path / "run" / "config.yaml").train.steps == 20
+
+
+def test_a_longer_run_that_was_killed_before_it_told_its_end_tells_it(tmp_path: Path, run_tiny: RunTiny) -> None:
+    """The end that it told when it was shorter is not taken for this one."""
+    run_tiny(tmp_path, *CONSTANT, "train.steps=10")
+    run_tiny(tmp_path, *CONSTANT, "train.steps=12")
+    lines = (tmp_path / "events.jsonl").read_text().splitlines(keepends=True)
+    assert '"finish"' in lines[-1]
+    (tmp_path / "events.jsonl").write_text("".join(lines[:-1]))
+    run_tiny(tmp_path, *CONSTANT, "train.steps=12")
+    told = [(e.kind, e.step) for e in read_events(tmp_path / "events.jsonl") if e.kind in ("resume", "finish")]
+    assert told == [("finish", 10), ("resume", 10), ("resume", 12), ("finish", 12)]
+
+
+def test_auto_warmup_stays_what_it_was_when_a_run_is_made_longer(tmp_path: Path, run_tiny: RunTiny) -> None:
+    """A tenth of 20 steps is 2, and of 10 is 1: the longer run keeps the 1, or the steps taken would have been others."""
+    words = ("optim.schedule=constant", "optim.warmup=auto")
+    run_tiny(tmp_path, *words, "train.steps=10")
+    run_tiny(tmp_path, *words, "train.steps=20")
+    assert read_config(tmp_path / "config.yaml").optim.warmup == 1
+
+
+def test_wsd_is_made_longer_before_its_decay_and_refused_in_it(tmp_path: Path, run_tiny: RunTiny) -> None:
+    """Of 20 steps the last 4 decay."""
+    run_tiny(tmp_path / "run", *WSD, "train.steps=20", observers=[StopAfter(16)])
+    shutil.copytree(tmp_path / "run", tmp_path / "later")
+    run_tiny(tmp_path / "whole", *WSD, "train.steps=30")
+    assert run_tiny(tmp_path / "run", *WSD, "train.steps=30") is Outcome.FINISHED
+    assert_same_end(tmp_path / "run", tmp_path / "whole", 30)
+
+    later = tmp_path / "later"
+    run_tiny(later, *WSD, "train.steps=20", observers=[StopAfter(18)])
+    before = contents(later)
+    assert refusal(lambda: run_tiny(later, *WSD, "train.steps=30")) == (
+        f"train.steps: 20 in the run, 30 now: of the 18 steps that run.dir={later} has taken, step 17 had the "
+        "learning rate 0.00775 and would have had 0.01 (the decay of optim.schedule=wsd began at step 17 of 20). Put "
+        f"the old value back; or begin another run.dir from these weights with run.init_from={later}, or before that "
+        f"step with run.init_from={later}@16 run.init_mode=full"
+    )
+    assert contents(later) == before
+    # the way out that it names:
+    run_tiny(tmp_path / "branch", *WSD, "train.steps=30", f"run.init_from={later}@16", "run.init_mode=full")
+    assert curve(tmp_path / "branch") == curve(tmp_path / "whole")[16:]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        (
+            ("optim.schedule=cosine",),
+            ("optim.schedule=cosine", "train.steps=20"),
+            "train.steps: 10 in the run, 20 now: of the 10 steps that run.dir={run} has taken, step 5 had the "
+            "learning rate 0.00939711 and would have had 0.00991353 (optim.schedule=cosine falls over all of "
+            "train.steps=10). Put the old value back; or begin another run.dir from these weights with "
+            "run.init_from={run}",
+        ),
+        (
+            ("optim.schedule=linear",),
+            ("optim.schedule=linear", "train.steps=20"),
+            "step 5 had the learning rate 0.0085 and would have had 0.0094375 (optim.schedule=linear falls over all of train.steps=10)",
+        ),
+        (CONSTANT, (*CONSTANT, "optim.lr=0.02"), "optim.lr: 0.01 in the run, 0.02 now: of the 10 steps"),
+        (
+            CONSTANT,
+            (*CONSTANT, "optim.lr=0.02"),
+            "step 1 had the learning rate 0.0025 and would have had 0.005. Put the old value back",
+        ),
+        (CONSTANT, (*CONSTANT, "optim.warmup=3"), "step 1 had the learning rate 0.0025 and would have had 0.00333333."),
+        (
+            CONSTANT,
+            (*CONSTANT, "train.steps=9"),
+            "train.steps=9 is below the 10 steps that run.dir={run} has already taken: set 10 or more",
+        ),
+        (
+            (*CONSTANT, "train.batch_ramp_steps=4", "train.batch_ramp_start=2", "train.micro_batch_size=2"),
+            (*CONSTANT, "train.batch_ramp_steps=8", "train.batch_ramp_start=2", "train.micro_batch_size=2"),
+            "of the 10 steps that run.dir={run} has taken, step 3 had a batch of 3 sequences and would have had one of 2.",
+        ),
+        (
+            (*CONSTANT, "data.growth=[{from: 50%, seq_len: 64}]"),
+            (*CONSTANT, "data.growth=[{from: 50%, seq_len: 64}]", "train.steps=20"),
+            "data.growth: the 40 sequences read so far had 32 tokens from sequence 0 on, 64 tokens from sequence 20 "
+            "on, and would have had 32 tokens from sequence 0 on; a share of the run such as 80% moves with "
+            "train.steps and train.batch_size: write the stages that have begun as numbers of sequences of "
+            "data.seq_len tokens, from: 20",
+        ),
+    ],
+)
+def test_a_schedule_that_the_steps_taken_did_not_follow_is_refused_with_the_reason(
+    tmp_path: Path, run_tiny: RunTiny, first: tuple[str, ...], then: tuple[str, ...], told: str
+) -> None:
+    run_tiny(tmp_path, "train.steps=10", *first)
+    before = contents(tmp_path)
+    message = refusal(lambda: run_tiny(tmp_path, "train.steps=10", *then))
+    assert told.format(run=tmp_path) in message
+    assert contents(tmp_path) == before
+
+
+def test_growth_by_numbers_of_sequences_may_be_followed_by_more_steps(tmp_path: Path, run_tiny: RunTiny) -> None:
+    words = (*CONSTANT, "data.growth=[{from: 20, seq_len: 64}]")
+    run_tiny(tmp_path / "whole", *words, "train.steps=20")
+    run_tiny(tmp_path / "run", *words, "train.steps=10")
+    run_tiny(tmp_path / "run", *words, "train.steps=20")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_a_constant_run_may_end_in_the_decay_of_wsd(tmp_path: Path, run_tiny: RunTiny) -> None:
+    """The decay, `auto`, is that of wsd and not what was noted for a schedule without one. 10 stable steps, then 5 of decay."""
+    run_tiny(tmp_path / "run", *CONSTANT, "train.steps=10")
+    run_tiny(tmp_path / "run", "optim.schedule=wsd", "checkpoint.every=10", "train.steps=12")
+    run_tiny(tmp_path / "whole", "optim.schedule=wsd", "train.steps=12")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert read_config(tmp_path / "run" / "config.yaml").optim.decay == 0.2
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl").steps[-1].lr == pytest.approx(0.001)
+
+
+def test_a_run_without_a_step_that_counts_may_change_its_schedule(tmp_path: Path, run_tiny: RunTiny) -> None:
+    """Killed before its first checkpoint, it begins again: no step was taken."""
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "run", observers=[StopAfter(3), StopAfter(3)])
+    run_tiny(tmp_path / "run", "train.steps=10", "optim.lr=0.02")
+    run_tiny(tmp_path / "whole", "train.steps=10", "optim.lr=0.02")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_validation_may_change_on_resume_and_no_loss_does(tmp_path: Path, run_tiny: RunTiny) -> None:
+    run_tiny(tmp_path / "whole", "train.steps=20")
+    run_tiny(tmp_path / "run", "train.steps=20", observers=[StopAfter(10)])
+    run_tiny(tmp_path / "run", "train.steps=20", "eval.every=3", "eval.batches=1", "model.max_seq_len=128", "model.preset=tiny", *SHAPE)
+    assert_same_end(tmp_path / "run", tmp_path / "whole", 20)
+    assert set(validations(tmp_path / "run")) == {0, 10, 12, 15, 18, 20}
+    text = next(e.text for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind == "settings")
+    assert "eval.every: 10 in the run, 3 now; eval.batches: 2 in the run, 1 now" in text
+
+
+# From another run's checkpoint
+
+SHAPE = ("model.n_layers=2", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64", "model.tie_embeddings=false")
+
+
+@pytest.fixture(scope="module")
+def parent(run_tiny: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps with checkpoints of 10 and 20. No test writes here, and no run either: see the last fixture."""
+    path = tmp_path_factory.mktemp("parent") / "run"
+    assert run_tiny(path, "train.steps=20", "checkpoint.every=10") is Outcome.FINISHED
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _parent_is_only_read(request: pytest.FixtureRequest) -> object:
+    before = contents(request.getfixturevalue("parent"))
+    yield
+    assert contents(request.getfixturevalue("parent")) == before
+
+
+@pytest.fixture
+def child(tiny_words: TinyWords, tiny_data: Path) -> Callable[..., list[str]]:
+    """Words of a run that begins from another one: all but the model, which is that run's."""
+
+    def words(run_dir: Path, init_from: object, *more: str) -> list[str]:
+        mine = [word for word in tiny_words(run_dir) if not word.startswith("model.")]
+        return [*mine, "optim.warmup=1", f"run.init_from={init_from}", *more]
+
+    return words
+
+
+@pytest.fixture
+def train(child: Callable[..., list[str]]) -> Callable[..., Outcome]:
+    def start(run_dir: Path, init_from: object, *more: str, observers: tuple[object, ...] = ()) -> Outcome:
+        return train_run(load(None, child(run_dir, init_from, *more)).config, Console(file=io.StringIO()), observers)
+
+    return start
+
+
+def test_full_with_the_same_settings_has_the_losses_that_the_run_would_have_had(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome]
+) -> None:
+    train(tmp_path, f"{parent}@10", "run.init_mode=full", "train.steps=20", "optim.warmup=4")
+    assert curve(tmp_path) == curve(parent)[10:]
+    assert validations(tmp_path) == {step: loss for step, loss in validations(parent).items() if step >= 10}
+    ours, theirs = state_at(tmp_path, 20), state_at(parent, 20)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_full_goes_on_with_other_numbers_from_there(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+    """Another learning rate, batch size and length; the data goes on at the sequence where the other run stopped."""
+    train(tmp_path, f"{parent}@10", "run.init_mode=full", "train.steps=13", "train.batch_size=6", "optim.lr=0.002")
+    assert [(step, samples) for step, _, _, samples in curve(tmp_path)] == [(11, 46), (12, 52), (13, 58)]
+    started = next(e for e in read_events(tmp_path / "events.jsonl") if e.kind == "start")
+    generation = read_manifest(checkpoint_path(parent / "checkpoints", 10)).generation
+    assert started.step == 10
+    assert started.text.endswith(
+        f"; from {parent}@10 (generation {generation}): weights, optimizer, and data from sequence 40 on; learning "
+        "rate 0.007222 at step 10 there, 0.0003206 at step 11 here"
+    )
+
+
+def test_weights_alone_begin_at_the_validation_loss_of_the_checkpoint(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+    train(tmp_path, parent, "train.steps=3", "run.seed=5", "optim.kind=muon")
+    assert validations(tmp_path)[0] == validations(parent)[20]
+    assert [(step, samples) for step, _, _, samples in curve(tmp_path)] == [(1, 4), (2, 8), (3, 12)]
+    assert validations(tmp_path)[0] < validations(parent)[0] - 1  # negative control: initial weights are elsewhere
+
+
+def test_ancestry_is_written_everywhere_and_reaches_back_to_the_first(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(first, f"{parent}@10", "run.init_mode=full", "train.steps=12")
+    train(second, first, "train.steps=2")
+    made = [read_manifest(checkpoint_path(run / "checkpoints", step)) for run, step in ((first, 12), (parent, 10))]
+    expected = [
+        (str(first), 12, 48, "weights", made[0].generation),
+        (str(parent), 10, 40, "full", made[1].generation),
+    ]
+    config = read_config(second / "config.yaml")
+    assert config.run.init_from == f"{first}@12"
+    assert [(a.run, a.step, a.samples, a.mode, a.generation) for a in config.run.ancestry] == expected
+    assert len({a.config for a in config.run.ancestry}) == 2
+    saved = read_manifest(checkpoint_path(second / "checkpoints", 2)).config["run"]["ancestry"]
+    assert saved == config.model_dump(mode="json")["run"]["ancestry"]
+    start = next(e.text for e in read_events(second / "events.jsonl") if e.kind == "start")
+    assert start.endswith(f"; from the weights of {first}@12 (generation {made[0].generation})")
+    page = write_report(second).read_text()
+    card = page[page.index("Began from") :]
+    assert card.index(str(first)) < card.index(str(parent))
+    assert all(manifest.generation in card for manifest in made)
+
+
+def test_a_run_resumes_from_its_own_checkpoints_when_the_other_run_is_gone(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome]
+) -> None:
+    gone = shutil.copytree(parent, tmp_path / "gone")
+    words = ("run.init_mode=full", "train.steps=20")
+    train(tmp_path / "run", gone, "train.steps=20", observers=(StopAfter(7),))
+    train(tmp_path / "whole", gone, "train.steps=20")
+    shutil.rmtree(gone)
+    assert train(tmp_path / "run", gone, "train.steps=20") is Outcome.FINISHED  # the very same command
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    kinds = [(e.kind, e.step) for e in read_events(tmp_path / "run" / "events.jsonl")]
+    assert kinds == [("start", 0), ("save", 7), ("stop", 7), ("resume", 7), ("save", 20), ("finish", 20)]
+    told = refusal(lambda: train(tmp_path / "run", parent, *words))
+    assert f"run.init_from: {gone}@20 in the run, {parent} now" in told
+
+
+def test_before_its_first_checkpoint_a_run_begins_from_the_recorded_one_again_or_not_at_all(
+    tmp_path: Path, parent: Path, run_tiny: RunTiny, train: Callable[..., Outcome]
+) -> None:
+    other = shutil.copytree(parent, tmp_path / "other")
+    shutil.rmtree(checkpoint_path(other / "checkpoints", 20))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", other, "train.steps=5", observers=(StopAfter(2), StopAfter(2)))
+    shutil.copytree(checkpoint_path(parent / "checkpoints", 20), checkpoint_path(other / "checkpoints", 20))
+    train(tmp_path / "run", other, "train.steps=5")  # meanwhile the other run has a newer one
+    assert read_config(tmp_path / "run" / "config.yaml").run.init_from == f"{other}@10"
+    train(tmp_path / "whole", f"{parent}@10", "train.steps=5")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(other)
+    run_tiny(other, "train.steps=10", "optim.lr=0.02")
+    made = read_manifest(checkpoint_path(other / "checkpoints", 10)).generation
+    told = refusal(lambda: find_parent(read_config(tmp_path / "run" / "config.yaml")))
+    assert told.startswith(
+        f"run.init_from={other}@10 is another checkpoint now (generation {made}) than the one that this run began from ("
+    )
+
+
+def test_the_folder_of_a_checkpoint_may_be_named(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+    copy = shutil.copytree(checkpoint_path(parent / "checkpoints", 10), tmp_path / "kept")
+    train(tmp_path / "run", copy, "train.steps=2")
+    assert validations(tmp_path / "run")[0] == validations(parent)[10]
+    assert read_config(tmp_path / "run" / "config.yaml").run.init_from == str(copy)
+
+
+@pytest.fixture(scope="module")
+def other_data(tiny_text: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other documents, the same tokenizer."""
+    path = tmp_path_factory.mktemp("other") / "data"
+    sources = (SourceConfig(name="a", kind="text", paths=(f"{tiny_text}/0*",)),)
+    prepare(path, PrepareConfig(sources=sources, tokenizer=tiny_data / "tokenizer.json", validation_fraction=0.1, workers=1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many tokens, others."""
+    path = tmp_path_factory.mktemp("foreign") / "data"
+    sources = (SourceConfig(name="a", kind="text", paths=(f"{tiny_text}/00*",)),)
+    prepare(path, PrepareConfig(sources=sources, vocab_size=290, tokenizer_sample_mb=1, validation_fraction=0.1, workers=1))
+    return path
+
+
+def test_weights_go_on_with_other_data_of_the_same_tokenizer(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome], other_data: Path
+) -> None:
+    train(tmp_path, parent, f"data.path={other_data}", "train.steps=5", "data.seq_len=64")
+    assert len(curve(tmp_path)) == 5
+    assert (
+        read_manifest(checkpoint_path(tmp_path / "checkpoints", 5)).dataset
+        != read_manifest(checkpoint_path(parent / "checkpoints", 20)).dataset
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "words", "told"),
+    [
+        (
+            20,
+            ["model.d_ff=128", "model.n_layers=3"],
+            "has weights of another model: model.n_layers is 2 there and 3 here; model.d_ff is 64 there and 128 here; "
+            "leave these settings out, the model is then that run's",
+        ),
+        (
+            20,
+            ["model.n_heads=4", "model.head_dim=8"],
+            "of another model: model.n_heads is 2 there and 4 here; model.head_dim is 16 there and 8 here; leave these",
+        ),
+        (
+            20,
+            ["run.init_mode=full", "train.steps=20"],
+            "with run.init_mode=full goes on at step 21, and train.steps=20 counts from the first step of that run: "
+            "set train.steps to more than 20, or run.init_mode=weights to begin at step 1",
+        ),
+        (
+            20,
+            ["run.init_mode=full", "optim.kind=muon"],
+            "takes over the state of its optimizer, adamw, and optim.kind=muon: set optim.kind=adamw, or run.init_mode",
+        ),
+        (
+            20,
+            ["run.init_mode=full", "run.seed=5", "data.seq_len=64"],
+            "but its first 80 sequences would have come in another order: run.seed is 1234 there and 5 here; "
+            "data.seq_len is 32 there and 64 here; put that back, or set run.init_mode=weights",
+        ),
+        (15, [], "there is no checkpoint of step 15; kept are 10, 20 (checkpoint.keep says how many a run keeps)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path: Path, parent: Path, child: Callable[..., list[str]], pretrain: Pretrain, step: int, words: list[str], told: str
+) -> None:
+    answer = pretrain("train", *child(tmp_path / "run", f"{parent}@{step}", *words))
+    assert answer.code == 2
+    assert answer.err.startswith(f"error: run.init_from={parent}@{step}")
+    assert told in answer.err
+    assert answer.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_full_wants_the_same_data_and_weights_the_same_tokenizer(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome], other_data: Path, other_tokenizer: Path
+) -> None:
+    told = refusal(lambda: train(tmp_path / "run", parent, "run.init_mode=full", f"data.path={other_data}"))
+    assert f"reads on where that run stopped, but data.path={other_data}" in told
+    assert "or run.init_mode=weights to begin with other data" in told
+    told = refusal(lambda: train(tmp_path / "run", parent, f"data.path={other_tokenizer}"))
+    assert f"run.init_from={parent}@20 was trained with the tokenizer {parent / 'tokenizer.json'}" in told
+    assert f"prepare the data with data.tokenizer={parent / 'tokenizer.json'}" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_that_are_nothing_are_told_apart(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+    assert "is neither a run directory with a config.yaml nor the folder of a checkpoint; write RUN or RUN@STEP" in refusal(
+        lambda: train(tmp_path / "run", tmp_path / "nothing")
+    )
+    assert "neither a run directory" in refusal(lambda: train(tmp_path / "run", f"{parent}@best"))
+    assert "is run.dir itself, which resumes without it" in refusal(lambda: train(parent, parent))
+    (tmp_path / "young").mkdir()
+    shutil.copy(parent / "config.yaml", tmp_path / "young")
+    assert f"{tmp_path / 'young'} holds no checkpoint; name a run directory that does" in refusal(
+        lambda: train(tmp_path / "run", tmp_path / "young")
+    )
+
+
+def test_a_damaged_checkpoint_is_refused_and_another_one_is_named(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+    damaged = shutil.copytree(parent, tmp_path / "damaged")
+    file = checkpoint_path(damaged / "checkpoints", 20) / "__0_0.distcp"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    told = refusal(lambda: train(tmp_path / "run", damaged, "train.steps=2"))
+    assert told.startswith(f"run.init_from={damaged}@20: {file} is damaged: its checksum is ")
+    assert told.endswith("; name another step (10)")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    train(tmp_path / "run", f"{damaged}@10", "train.steps=2")
+    assert validations(tmp_path / "run")[0] == validations(parent)[10]
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told_as_that(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving = shutil.copytree(parent, tmp_path / "moving")
+
+    def verify(path: Path, *_: int) -> list[str]:
+        shutil.rmtree(path)
+        return []
+
+    monkeypatch.setattr("pretrain.checkpoint.directory.verify", verify)
+    told = refusal(lambda: train(tmp_path / "run", moving, "train.steps=2"))
+    assert f"{checkpoint_path(moving / 'checkpoints', 20)} was deleted while it was read; its run keeps checkpoint.keep=3 only" in told
+
+
+def test_settings_that_no_weight_is_made_for_may_differ_and_are_told(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+    """Longer contexts: another base of RoPE, a longer limit."""
+    train(tmp_path, parent, "train.steps=2", "model.rope.theta=500000", "model.max_seq_len=128", "data.seq_len=128")
+    start = next(e.text for e in read_events(tmp_path / "events.jsonl") if e.kind == "start")
+    assert start.endswith("; model.max_seq_len=128, there 64; model.rope.theta=500000.0, there 10000.0")
+
+
+def test_the_model_comes_from_the_other_run_and_its_origin_is_told(tmp_path: Path, parent: Path, child: Callable[..., list[str]]) -> None:
+    loaded = load(None, child(tmp_path / "run", parent, "model.vocab_size=auto", "model.init_std=0.01"))
+    assert (loaded.config.model.d_model, loaded.config.model.vocab_size, loaded.config.model.init_std) == (32, 320, 0.01)
+    assert (loaded.origin["model.d_model"], loaded.origin["model.init_std"]) == ("run.init_from", "command line")
+    words = [word for word in child(tmp_path / "run", parent, "run.init_from=null") if not word.startswith(f"run.init_from={parent}")]
+    assert load(None, words).config.model.d_model == 768  # negative control
+
+
+def test_the_same_settings_reproduce_a_run_that_began_from_another(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+    train(tmp_path / "run", parent, "train.steps=3")
+    config = load(tmp_path / "run" / "config.yaml", [f"run.dir={tmp_path / 'again'}"]).config
+    assert train_run(config, Console(file=io.StringIO())) is Outcome.FINISHED
+    assert curve(tmp_path / "again") == curve(tmp_path / "run")
+    ours, theirs = (read_config(tmp_path / name / "config.yaml").run.ancestry for name in ("again", "run"))
+    assert ours == theirs
