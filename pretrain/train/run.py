@@ -70,9 +70,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     check_memory(config, place.layout, device_bytes(config))
     train_data, validation = open_data(config)
     _check_tokenizer(config, tokenizer, train_data)
-    if config.run.init_from is not None and not directory.kept_steps(config.run.dir / "checkpoints"):
-        # Before the directory is made; `restore` looks again, as the other run may go on meanwhile.
-        check_parent(find_parent(config), config, tokenizer, train_data)
+    _check_parent(config, tokenizer, train_data)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(tolerant_console(console))
         for decision in decisions:
@@ -156,6 +154,15 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> N
         )
     for prompt in config.log.samples:
         check_prompt(f"log.samples: {prompt!r}", len(tokenizer.encode(prompt)), config.model.max_seq_len)
+
+
+def _check_parent(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
+    """UserError where `run.init_from` names a checkpoint that does not fit: told before the run directory is made.
+
+    `restore` looks again, as the other run may go on meanwhile.
+    """
+    if config.run.init_from is not None and not directory.kept_steps(config.run.dir / "checkpoints"):
+        check_parent(find_parent(config), config, tokenizer, data)
 
 
 def _check_agreement(config: RunConfig, data: Loader, validation: Loader | None, place: Place) -> None:
