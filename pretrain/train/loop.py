@@ -157,11 +157,11 @@ class Loop:
     def _diverged(self, step: int, result: StepResult) -> None:
         text = f"loss {result.loss} and gradient norm {result.grad_norm} at step {step}"
         self.books.event("stop", text, step)
-        optim = self.config.optim
+        optim, saved = self.config.optim, directory.kept_steps(self.checkpoints)
+        branch = f"; run.init_from={self.config.run.dir} run.init_mode=full begins it at step {saved[0]}" if saved else ""
         raise Diverged(
             f"{text}: the run diverged, and this step was not taken. In another run.dir, lower optim.lr={optim.lr}, "
-            f"lengthen optim.warmup={optim.warmup} or set train.z_loss=1e-4; run.init_from={self.config.run.dir} "
-            "run.init_mode=full begins it from the newest checkpoint"
+            f"lengthen optim.warmup={optim.warmup} or set train.z_loss=1e-4{branch}"
         )
 
     def _validate(self, step: int) -> None:
