@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -45,7 +45,7 @@ class Corpus:
     listings: tuple[str | None, ...]
     """What each source holds, in words; None for `hf`."""
     passed_over: tuple[str | None, ...]
-    """The files in each source's folders that are not read, in words; None where there are none."""
+    """The files in each source's folders that no source reads, in words; None where there are none."""
     lists: str
     """Hash of the files that filters and decontamination read."""
     made_with: dict[str, str]
@@ -146,10 +146,17 @@ def find(config: PrepareConfig) -> Corpus:
         names=names,
         files=files,
         listings=tuple(_listing(source, found) for source, found in zip(config.sources, files, strict=True)),
-        passed_over=tuple(describe_paths(found.passed_over) if found.passed_over else None for found in listed),
+        passed_over=_passed_over(listed),
         lists=f"{lists_hash(config.filters)} {evaluation_hash(config.decontaminate)}",
         made_with=_made_with(config),
     )
+
+
+def _passed_over(listed: Sequence[Listing]) -> tuple[str | None, ...]:
+    """For each source the files that it passes over and that no other source reads, in words; None where there are none."""
+    read = {file.path for found in listed for file in found.files}
+    left = [[path for path in found.passed_over if path not in read] for found in listed]
+    return tuple(describe_paths(paths) if paths else None for paths in left)
 
 
 def total_bytes(chunks: Iterable[Chunk]) -> int | None:

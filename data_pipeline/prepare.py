@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.cleaning.clean import CleanJob, build_editor, clean, digest_of, needs_cleaning, read_judged
-from data_pipeline.cleaning.decontaminate import Contamination
+from data_pipeline.cleaning.decontaminate import ENDINGS, Contamination
 from data_pipeline.cleaning.minhash import threshold
 from data_pipeline.cleaning.rejects import REJECTS
 from data_pipeline.corpus import Corpus, digest, find, total_bytes
@@ -256,6 +256,8 @@ def _notes(corpus: Corpus, results: dict[str, ChunkResult]) -> tuple[str, ...]:
     evaluation = Contamination.load(corpus.config.decontaminate)
     if evaluation is not None:
         notes.append(f"compared with {evaluation.n_texts:,} evaluation texts; {evaluation.n_too_short:,} more are too short for that")
+        if evaluation.passed_over:
+            notes.append(f"data.decontaminate.paths: passed over {evaluation.passed_over}: only {', '.join(ENDINGS)} are read there")
     return tuple(notes)
 
 

@@ -309,7 +309,8 @@ class DecontaminateConfig(Settings):
     """Training documents that hold parts of evaluation sets."""
 
     paths: tuple[str, ...] = ()
-    """Evaluation texts: files, folders or globs of .txt, .jsonl (every text in a line counts) or .parquet. None switches it off."""
+    """Evaluation texts: files, folders or globs of .txt, .jsonl (every text in a line counts; both also .gz, .zst) or .parquet. None
+    switches it off."""
 
     ngram: int = Field(default=13, gt=0)
     """Words in a row that must be shared (arXiv:2005.14165, appendix C); characters in scripts that put no space between words. An

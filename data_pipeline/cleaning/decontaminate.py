@@ -9,6 +9,7 @@ Compared are 64-bit hashes: with 10^6 of them, one in 2*10^13 innocent n-grams i
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,12 +25,18 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError
 from data_pipeline.hashing import hash_ngrams, word_batches
 from data_pipeline.settings import DecontaminateConfig
+from data_pipeline.text.files import SourceFile, describe_paths, from_library, is_hidden
+from data_pipeline.text.sources import decode, document, other_format, read_lines, text_of
+from data_pipeline.text.walk import NOWHERE, find_glob, walk
 
 MIN_WORDS = 8
 """An evaluation text of fewer words takes no part."""
 
 SETTING = "data.decontaminate.paths"
 ENDINGS = (".txt", ".jsonl", ".parquet")
+"""Of evaluation texts; those of text and jsonl may be followed by .gz or .zst."""
+
+_PACKED = (".gz", ".zst")
 AT_A_TIME = 4096
 """Evaluation texts hashed together."""
 
@@ -50,6 +57,9 @@ class Contamination:
     n_too_short: int
     """Evaluation texts with words, but too few."""
 
+    passed_over: str | None = None
+    """Files in the folders given that are no evaluation texts by their endings, in words."""
+
     @staticmethod
     def load(config: DecontaminateConfig) -> Contamination | None:
         """Read the evaluation texts; None if there are no paths.
@@ -63,7 +73,9 @@ class Contamination:
         found: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
         lengths: set[int] = set()
         n_texts = n_too_short = 0
-        evaluation = _texts(config.paths)
+        found_files = [_find(given) for given in config.paths]
+        evaluation = _texts([file for files, _ in found_files for file in files])
+        others = [path for _, paths in found_files for path in paths]
         while texts := list(islice(evaluation, AT_A_TIME)):
             n_words = np.zeros(len(texts), np.int64)
             for first, words, counts in word_batches(texts, config.ngram - 1):
@@ -75,7 +87,9 @@ class Contamination:
             n_too_short += int(((n_words > 0) & (n_words < least)).sum())
         if not n_texts:
             raise DataError(f"{SETTING}: none of the texts in {', '.join(config.paths)} has {least} words ({n_too_short} have fewer)")
-        return Contamination(np.unique(np.concatenate(found)), tuple(sorted(lengths)), n_texts, n_too_short)
+        return Contamination(
+            np.unique(np.concatenate(found)), tuple(sorted(lengths)), n_texts, n_too_short, describe_paths(others) if others else None
+        )
 
     @property
     def n_ngrams(self) -> int:
@@ -117,52 +131,84 @@ def evaluation_hash(config: DecontaminateConfig) -> str:
     return xxhash.xxh3_128_hexdigest(contamination.grams.tobytes()) if contamination else ""
 
 
-def _texts(paths: Sequence[str]) -> Iterator[str]:
-    """All evaluation texts: whole .txt files, every string in the lines of .jsonl and in the rows of .parquet, however deep inside."""
-    for given in paths:
-        fs, files = _find(given)
-        for file in files:
-            read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[PurePosixPath(file).suffix]
-            try:
-                with fs.open(file, "rb") as stream:
-                    yield from read(stream)
-            except (OSError, ValueError) as error:  # broken JSON, parquet and UTF-8 are ValueErrors too
-                raise DataError(f"{SETTING}: cannot read {file}: {' '.join(str(error).split())}") from error
+def _texts(files: Sequence[SourceFile]) -> Iterator[str]:
+    """All evaluation texts: whole text files, every string in the lines of .jsonl and in the rows of .parquet, however deep inside."""
+    for file in files:
+        read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[_ending(file.path)]
+        try:
+            with file.fs.open(file.path, "rb") as stream:
+                yield from read(stream, file)
+        except DataError as error:
+            raise DataError(f"{SETTING}: {error}") from error
+        except Exception as error:  # broken JSON and parquet, and whatever a driver raises
+            if not (isinstance(error, OSError | EOFError | ValueError) or from_library(error)):
+                raise
+            other = other_format(file, _ending(file.path)[1:])
+            advice = f"; it is {other.name}{'' if other.kind else f': {other.way_out}'}" if other else ""
+            raise DataError(f"{SETTING}: cannot read {file.path}: {' '.join(str(error).split())}{advice}") from error
 
 
-def _find(given: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
-    """The files that one entry of `paths` stands for, sorted."""
+def _find(given: str) -> tuple[list[SourceFile], list[str]]:
+    """(the files that one entry of `paths` stands for, sorted; the paths of the visible files beside them)."""
     try:
         fs, path = fsspec.core.url_to_fs(given)
-        found = fs.find(path) if fs.isdir(path) else [path] if fs.exists(path) else fs.glob(path)
-    except (OSError, ValueError, ImportError) as error:  # no permission or connection, unknown protocol, missing driver
+        if fs.isdir(path):
+            found = walk(fs, path, ())
+        elif any(sign in path for sign in "*?[") and not fs.exists(path):
+            found = find_glob(fs, path, ())
+        else:
+            found = {path: fs.info(path)}
+    except FileNotFoundError:
+        raise DataError(f"{SETTING}: {given} does not exist or matches no file") from None
+    except Exception as error:  # no permission or connection, unknown protocol, missing driver
+        if not (isinstance(error, OSError | ValueError | ImportError) or from_library(error)):
+            raise
         raise DataError(f"{SETTING}: cannot read {given}: {error}") from error
-    files = sorted(file for file in found if file.endswith(ENDINGS))
+    for file, info in found.items():
+        if info["type"] == NOWHERE:
+            raise DataError(f"{SETTING}: {file} is a link that leads nowhere; restore what it points to, or remove it")
+    files = [file for file, info in sorted(found.items()) if info["type"] == "file" and _ending(file) in ENDINGS]
     if not files:
         what = f"holds no file that ends with {', '.join(ENDINGS)}" if found else "does not exist or matches no file"
         raise DataError(f"{SETTING}: {given} {what}")
-    return fs, files
+    others = sorted(file for file in found if file not in files and not is_hidden(file.rsplit("/", 1)[-1]))
+    return [SourceFile(fs, file, file.rsplit("/", 1)[-1], 0, "") for file in files], others
 
 
-def _read_txt(stream: BinaryIO) -> Iterator[str]:
-    yield stream.read().decode(errors="replace")
+def _ending(file: str) -> str:
+    """Of a text or jsonl file the one in front of .gz and .zst."""
+    path = PurePosixPath(file)
+    inside = PurePosixPath(path.stem).suffix
+    return inside if path.suffix in _PACKED and inside != ".parquet" else path.suffix
 
 
-def _read_jsonl(stream: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
+def _read_txt(stream: BinaryIO, file: SourceFile) -> Iterator[str]:
+    text, lost = text_of(stream.read(), file)
+    if document(file.name, text, "", {}, lost, 0).defect:
+        raise ValueError("it is not UTF-8, so nothing would be found by it; convert it (iconv -f LATIN1 -t UTF-8)")
+    yield text
+
+
+def _read_jsonl(stream: BinaryIO, file: SourceFile) -> Iterator[str]:
+    for number, (_, line, _) in enumerate(read_lines(stream, file.name, 0, None), start=1):
+        line = line.removeprefix(BOM_UTF8)
         if line.strip():
             try:
-                yield from _strings(json.loads(line.decode(errors="replace")))
+                yield from _strings(json.loads(decode(line)[0]))
             except json.JSONDecodeError as error:
                 raise ValueError(f"broken JSON in line {number} ({error.msg} at column {error.colno})") from None
+            except RecursionError as error:
+                raise ValueError(f"broken JSON in line {number} ({error})") from None
 
 
-def _read_parquet(stream: BinaryIO) -> Iterator[str]:
+def _read_parquet(stream: BinaryIO, file: SourceFile) -> Iterator[str]:
     import pyarrow.parquet
 
+    del file
     for batch in pyarrow.parquet.ParquetFile(stream).iter_batches():
-        for row in batch.to_pylist():
-            yield from _strings(row)
+        for column in batch.columns:  # by themselves, because two may have one name
+            for value in column.to_pylist():
+                yield from _strings(value)
 
 
 def _strings(value: object) -> Iterator[str]:

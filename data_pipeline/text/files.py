@@ -202,7 +202,8 @@ def _ending(path: str) -> str:
     return printable("".join(suffixes if packed else suffixes[-1:])) or "without an ending"
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether nobody expects a file to be read, by its path below the folder given."""
     parts = name.split("/")
     return any(part.startswith(".") for part in parts) or parts[-1] in _BOOKKEEPING
 
@@ -239,7 +240,7 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
             raise DataError(f"data.sources: {file} is a link that leads nowhere; restore what it points to, or leave it out with `exclude`")
         if info["type"] == "file" and _matches(name, wanted):
             files[name] = (file, info)
-        elif not _is_hidden(name):
+        elif not is_hidden(name):
             others.append(file)
     if not files:
         what = f"no file below {given} matches {', '.join(wanted)}" if wanted != ("*",) else f"no file matches {given}"

@@ -75,10 +75,19 @@ def read_text(part: Part, source: SourceConfig, origin: str, before: int) -> Ite
     del source  # a text file has no fields
     file = part.file
     with reading(file.path), file.fs.open(file.path, "rb") as stream:
-        raw = _unpacked(stream.read(), file)
-    encoding, mark = encoding_of(raw)
-    text, lost = decode(raw[mark:], encoding)
+        text, lost = text_of(stream.read(), file)
     yield document(file.name, text, origin, {}, lost, before + part.bytes)
+
+
+def text_of(raw: bytes, file: SourceFile) -> tuple[str, int]:
+    """(text, characters of it that could not be decoded) of a text file, decompressed and in the encoding of its byte-order mark.
+
+    Raises:
+        DataError: it holds something else than text.
+    """
+    raw = _unpacked(raw, file)
+    encoding, mark = encoding_of(raw)
+    return decode(raw[mark:], encoding)
 
 
 def _unpacked(raw: bytes, file: SourceFile) -> bytes:
@@ -104,7 +113,7 @@ def read_jsonl(part: Part, source: SourceConfig, origin: str, before: int) -> It
         return f"{file.path}, byte {offset}" if start else f"{file.path}:{number}"
 
     with reading(file.path, file, source.kind), file.fs.open(file.path, "rb") as stream:
-        for offset, line, read in _lines(stream, file.name, start, part.stop):
+        for offset, line, read in read_lines(stream, file.name, start, part.stop):
             number += 1
             line = line.removeprefix(_BOM)
             if not line or line.isspace():
@@ -133,7 +142,7 @@ def reading(what: str, file: SourceFile | None = None, kind: str = "") -> Iterat
     except Exception as error:  # zlib, pyarrow and every driver of fsspec raise kinds of their own, see from_library
         if not (isinstance(error, OSError | EOFError | ValueError) or from_library(error)):
             raise
-        found = None if file is None else _other_format(file, kind)
+        found = None if file is None else other_format(file, kind)
         if found is not None:
             raise DataError(f"{what}: cannot be read, it is {found.name}: {found.way_out}") from error
         detail = " ".join(str(error).split()) or type(error).__name__
@@ -141,7 +150,7 @@ def reading(what: str, file: SourceFile | None = None, kind: str = "") -> Iterat
         raise DataError(f"{what}: cannot be read, it may be corrupt or out of reach ({detail}); {way_out}") from error
 
 
-def _other_format(file: SourceFile, kind: str) -> Format | None:
+def other_format(file: SourceFile, kind: str) -> Format | None:
     """What a file that could not be read holds instead; None where its first bytes do not tell."""
     try:
         with file.fs.open(file.path, "rb") as stream:
@@ -174,7 +183,7 @@ def is_packed(name: str) -> bool:
     return _packing(name) is not None
 
 
-def _lines(stream: BinaryIO, name: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes, int]]:
+def read_lines(stream: BinaryIO, name: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes, int]]:
     """Yield (offset, line, bytes of the file read so far) of each line that begins at a byte in [start, stop) of the unpacked file.
 
     The work is linear in the bytes, however long a line is: its pieces are joined once.
@@ -259,7 +268,7 @@ def _parse(line: str, where: Callable[[], str], file: SourceFile) -> dict[str, A
         if isinstance(row, dict):
             return row
         problem = f"every line must be a JSON object, this one is a {type(row).__name__}"
-    found = _other_format(file, "jsonl")
+    found = other_format(file, "jsonl")
     raise DataError(f"{where()}: {problem}; {f'the file is {found.name}: {found.way_out}' if found else _MEND}")
 
 
@@ -321,7 +330,7 @@ def document(name: str, text: str, origin: str, metadata: Mapping[str, object], 
     repaired = lost > 0
     if text.isascii():
         return Document(name, text, origin, metadata, len(text), repaired, read, _defect(text, 0))
-    lost = min(lost, text.count("\ufffd"))
+    lost = min(lost, text.count("\ufffd")) if lost else 0
     try:
         n_bytes = len(text.encode())
     except UnicodeEncodeError:

@@ -200,3 +200,12 @@ def test_a_tokenizer_from_a_small_sample_is_the_same_every_time(folder: Path, tm
     found = find(config)
     drawn = sum(chunk.bytes or 0 for chunk in found.sampled())
     assert max(read) == drawn < sum(chunk.bytes or 0 for chunk in found.chunks) / 3
+
+
+def test_what_another_source_reads_is_not_passed_over(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl", "c.json"):
+        (tmp_path / name).write_text('{"text": "a"}')
+    text, lines = (SourceConfig(name=kind, kind=kind, paths=(str(tmp_path),)) for kind in ("text", "jsonl"))
+    assert find(PrepareConfig(sources=(text,))).passed_over == ("2 files (1 .json, 1 .jsonl), b.jsonl and c.json",)
+    assert find(PrepareConfig(sources=(text, lines))).passed_over == ("1 file (1 .json), c.json",) * 2
+    assert find(PrepareConfig(sources=(text, lines))).recipe(trained_tokenizer=True).passed_over == ("1 file (1 .json), c.json",) * 2

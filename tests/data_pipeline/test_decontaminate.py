@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,3 +151,56 @@ def test_what_cannot_be_read_is_named_with_its_setting(tmp_path: Path, name: str
     with pytest.raises(DataError, match=f"^data.decontaminate.paths: .*{message}") as error:
         load(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [
+        ("a.txt", QUESTION.encode("utf-16")),
+        ("a.txt.gz", gzip.compress(QUESTION.encode())),
+        ("a.txt", zstandard.compress(QUESTION.encode())),
+        ("a.jsonl.gz", gzip.compress(json.dumps({"q": QUESTION}).encode())),
+        ("a.jsonl.zst", zstandard.compress(json.dumps([QUESTION]).encode())),
+        ("a.jsonl", b"\xef\xbb\xbf" + json.dumps({"q": QUESTION}).encode()),
+    ],
+)
+def test_evaluation_texts_are_found_compressed_and_in_other_encodings(tmp_path: Path, name: str, raw: bytes) -> None:
+    (tmp_path / name).write_bytes(raw)
+    assert hits(load(tmp_path), QUESTION, "nothing of the kind") == [True, False]
+
+
+def test_evaluation_texts_behind_links_and_in_columns_of_one_name_are_found(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array([QUESTION]), pa.array([" ".join(reversed(WORDS))])], names=["text", "text"])
+    (tmp_path / "blobs").mkdir()
+    pq.write_table(twice, tmp_path / "blobs" / "1a")
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "x.parquet").symlink_to("../blobs/1a")
+    for entry in (tmp_path / "sets", tmp_path / "sets" / "*.parquet"):
+        assert hits(load(entry), QUESTION, " ".join(reversed(WORDS)), "nothing of the kind") == [True, True, False]
+    (tmp_path / "sets" / "x.txt").symlink_to("gone")
+    with pytest.raises(DataError, match=r"^data\.decontaminate\.paths: .*/sets/x\.txt is a link that leads nowhere"):
+        load(tmp_path / "sets")
+
+
+def test_evaluation_files_that_are_passed_over_are_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.json", "c.JSONL", "d.parquet.gz", ".DS_Store"):
+        (tmp_path / name).write_text(QUESTION)
+    assert load(tmp_path).passed_over == "3 files (1 .JSONL, 1 .json, 1 .parquet.gz), b.json, c.JSONL and d.parquet.gz"
+    assert load(tmp_path / "a.txt").passed_over is None
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("a.txt", "Größe Äpfel übermüdet".encode("latin-1") * 9, r"cannot read .*a\.txt: it is not UTF-8, so nothing would be found by it"),
+        ("a.txt", b"%PDF-1.4\n", r"a\.txt is a PDF document, not text"),
+        ("a.jsonl", json.dumps({"q": QUESTION}).encode("utf-16"), r"a\.jsonl: broken JSON in line 1 .*; it is UTF-16: convert it"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl: broken JSON in line 1 \(maximum recursion"),
+        ("a.parquet", b"ARROW1\0\0" + bytes(99), r"a\.parquet: .*; it is an Arrow file$"),
+        ("a.txt.gz", gzip.compress(QUESTION.encode())[:-9], r"cannot read .*a\.txt\.gz: Compressed file ended"),
+    ],
+)
+def test_an_evaluation_file_of_another_kind_is_told(tmp_path: Path, name: str, raw: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match=f"^data.decontaminate.paths: .*{message}"):
+        load(tmp_path)

