@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -119,7 +119,7 @@ def build_tokenizer(file: Path, config: PrepareConfig, *, progress: OnProgress =
     with working_folder(file.parent) as work:
         tokenizer = _train(work / file.name, corpus, _clean(corpus, work, progress), progress)
         (work / file.name).replace(file)
-    return tokenizer
+    return replace(tokenizer, notes=(*_passed_over(corpus), *tokenizer.notes))
 
 
 def _clean(corpus: Corpus, work: Path, progress: OnProgress) -> dict[str, Path]:

@@ -368,6 +368,8 @@ def test_files_that_are_passed_over_are_noted_recorded_and_shown(tmp_path: Path,
     (entry,) = describe(tmp_path / "data", samples=0).recipe["sources"]
     assert entry.value.endswith(f"; passed over: {others}")
     assert prepare_at(tmp_path / "data", corpus).notes[1] == told  # and again where it is prepared already
+    config = PrepareConfig(sources=(SourceConfig(kind="text", paths=(str(corpus),)),), vocab_size=300, workers=1)
+    assert build_tokenizer(tmp_path / "alone" / "tokenizer.json", config).notes[0] == told
     shards = [{file.name: file.read_bytes() for file in (tmp_path / name / "train").glob("*.bin")} for name in ("quiet", "data")]
     assert shards[0] == shards[1]
     assert prepare_at(tmp_path / "quiet", corpus).notes[0].endswith("is prepared already, with these very settings")
