@@ -20,6 +20,7 @@ from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.config import AUTO, RunConfig, flatten, on_resume
 from pretrain.config_loading import validate
 from pretrain.errors import UserError
+from pretrain.model import kernels
 from pretrain.model.flops import parameter_count
 from pretrain.model.kernels import VARIABLE_LENGTH, available_backends, choose_backend
 from pretrain.optim import schedule
@@ -226,7 +227,7 @@ def _check(config: RunConfig, tokenizer_size: int) -> None:
         if train.attention not in runs:
             raise UserError(
                 f"train.attention={train.attention} does not run here with train.device={train.device}, train.precision={train.precision} "
-                f"and model.head_dim={model.head_dim}; use {', '.join(runs)} or auto"
+                f"and model.head_dim={model.head_dim}; use {', '.join(runs)} or auto{_package(train.attention, train.device)}"
             )
 
 
@@ -235,6 +236,11 @@ def _check_device(config: RunConfig) -> None:
         built = torch.version.cuda or torch.version.hip
         why = "" if built else f" (PyTorch {torch.__version__} is built without CUDA)"
         raise UserError(f"train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto{why}")
+
+
+def _package(attention: str, device: str) -> str:
+    missing = attention == "flash_attn" and device == "cuda" and kernels.flash_attn_version() is None
+    return " (the flash-attn package is not installed, or not for this GPU and PyTorch)" if missing else ""
 
 
 def _check_numbers(config: RunConfig) -> None:

@@ -218,7 +218,10 @@ def test_compiling_without_a_compiler_is_refused_before_anything_begins(monkeypa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("train.attention=flash_attn",), "train.attention=flash_attn does not run here .* use varlen, sdpa or auto"),
+        (
+            ("train.attention=flash_attn",),
+            "train.attention=flash_attn does not run here .* use varlen, sdpa or auto .the flash-attn package is not installed, or not for",
+        ),
         (("train.attention=varlen", "train.precision=fp32"), "train.attention=varlen does not run here .*fp32 .* use sdpa or auto"),
         (("train.attention=varlen", "model.head_dim=12"), "model.head_dim=12; use sdpa or auto"),
     ],
