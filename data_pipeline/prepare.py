@@ -41,7 +41,7 @@ from data_pipeline.storage.tokenized import adopt
 from data_pipeline.text.chunks import Chunk
 from data_pipeline.text.files import folder_patterns
 from data_pipeline.text.sources import DEFECTS, MAX_UNDECODED, Document
-from data_pipeline.tokenizing.coverage import coverage_of, notes_on
+from data_pipeline.tokenizing.coverage import notes_on
 from data_pipeline.tokenizing.split_writer import SplitResult
 from data_pipeline.tokenizing.tokenize import ChunkResult, TokenizeJob, Tokenizing, begin_tokenizing, place
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, sample_texts, train_tokenizer
@@ -101,7 +101,7 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
             adopted = _adopt(corpus, work, made, progress)
         results = _tokenize(corpus, work, made, verdicts, keep_rejects, progress)
         rejects = {f"{result.chunk}.jsonl.zst" for result in results.values() if result.rejects}
-        notes = (*_passed_over(corpus), *made.notes, *notes_on(coverage_of(made)), *_notes(corpus, results))
+        notes = (*_passed_over(corpus), *made.notes, *notes_on(made.coverage), *_notes(corpus, results))
         recipe = corpus.recipe(trained_tokenizer=not is_there)
         commit(work, path, _manifests(corpus, made, recipe, results, adopted), rejects)
     return open_prepared(path, notes)

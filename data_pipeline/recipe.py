@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from data_pipeline.cleaning.minhash import threshold
 from data_pipeline.settings import PrepareConfig, Settings, source_names
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.tokenizing.coverage import coverage_of
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 
@@ -23,7 +22,7 @@ class Entry:
 
 def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry, ...]]:
     """The settings that decided something, by sections, and what was found there when it was prepared."""
-    coverage = coverage_of(tokenizer)
+    coverage = tokenizer.coverage
     recipe, settings = manifest.recipe, manifest.recipe.settings
     filters, dedup, clean = settings.filters, settings.dedup, settings.decontaminate
     sections: dict[str, tuple[Entry, ...]] = {"sources": _recipe_sources(manifest)}

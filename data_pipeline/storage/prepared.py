@@ -188,7 +188,7 @@ def bring_tokenizer(path: Path, given: Path, work: Path, allow_lossy: bool) -> T
         DataError: it cannot be used, or `path` holds another one; or it loses text, unless `allow_lossy`.
     """
     tokenizer = load_tokenizer(given)
-    check_coverage(tokenizer, str(given), allow_lossy)
+    check_coverage(tokenizer.coverage, str(given), allow_lossy)
     own = path / "tokenizer.json"
     if not own.is_file():
         write_synced(work / "tokenizer.json", tokenizer.to_json().encode())

@@ -23,7 +23,7 @@ from data_pipeline.storage.shards import index_bytes, open_split
 from data_pipeline.storage.token_files import TokenFile, list_token_files, open_token_file
 from data_pipeline.storage.verify import largest_id, unended
 from data_pipeline.text.files import describe_files
-from data_pipeline.tokenizing.coverage import UNKNOWN, coverage_of
+from data_pipeline.tokenizing.coverage import UNKNOWN
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 from data_pipeline.workers import Done, Tell
 
@@ -227,5 +227,5 @@ def _adopt_documents(
 
 def _unknown_id(tokenizer: Tokenizer) -> int | None:
     """The id by which tokens that are there already tell of text that the tokenizer did not know, if they do."""
-    coverage = coverage_of(tokenizer)
+    coverage = tokenizer.coverage
     return None if coverage.complete or coverage.unknown_id == tokenizer.eot_id else coverage.unknown_id

@@ -1,4 +1,4 @@
-"""What a tokenizer does to text that it does not know, told from its `tokenizer.json`, and how much of it a batch met.
+"""What a tokenizer does to text that it does not know, told from its `tokenizer.json`. `losses.py` counts how often it did.
 
 Three things may happen to a character without an id: an unknown token stands for it, byte tokens spell it, or it vanishes. Apart
 from that, normalizers and some pre-tokenizers change the text itself before the model sees it.
@@ -6,17 +6,11 @@ from that, normalizers and some pre-tokenizers change the text itself before the
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from data_pipeline.errors import DataError
-from data_pipeline.tokenizing.tokenizer import Tokenizer, build_backend
 from data_pipeline.tokenizing.tokenizer_formats import byte_characters
 
 UNKNOWN = "has unknown tokens"
@@ -24,7 +18,6 @@ LOST = "lost characters"
 NOTHING = "encodes to nothing"
 """What the manifest calls documents that a tokenizer did not know, in part or as a whole."""
 
-_LOST_TOKEN, _LOST_ID = "\0lost", 2**32 - 1
 _FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
 _CHANGING = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents")
 
@@ -62,32 +55,29 @@ class Coverage:
         return "vanish" if self.vanishes else "are refused"
 
 
-@functools.lru_cache(maxsize=2)
-def coverage_of(tokenizer: Tokenizer) -> Coverage:
-    """What `tokenizer` does to text that it does not know."""
-    config = json.loads(tokenizer.to_json())
+def coverage_of(config: Mapping[str, Any]) -> Coverage:
+    """What the tokenizer of the contents of a `tokenizer.json` does to text that it does not know."""
     model = config["model"]
     ids = model["vocab"] if isinstance(model["vocab"], dict) else {name: i for i, (name, _) in enumerate(model["vocab"])}
-    unknown_id = model.get("unk_id") if model["type"] == "Unigram" else ids.get(model.get("unk_token"))
+    unknown_id = model.get("unk_id") if _kind(model) == "Unigram" else ids.get(model.get("unk_token"))
     unknown_token = next((name for name, number in ids.items() if number == unknown_id), None)
     return Coverage(
         unknown_id=unknown_id,
         unknown_token=unknown_token,
         missing_bytes=_missing_bytes(config, ids),
-        vanishes=model["type"] == "BPE",
+        vanishes=_kind(model) == "BPE",
         changes=tuple(_changes(config)),
     )
 
 
-def check_coverage(tokenizer: Tokenizer, name: str, allow_lossy: bool) -> None:
-    """DataError where characters that `tokenizer` does not know would vanish, or stop the preparation half way.
+def check_coverage(coverage: Coverage, name: str, allow_lossy: bool) -> None:
+    """DataError where characters that a tokenizer does not know would vanish, or stop the preparation half way.
 
     Args:
-        tokenizer: the one to use.
+        coverage: of the tokenizer.
         name: where it was loaded from.
         allow_lossy: the user has asked for such a tokenizer.
     """
-    coverage = coverage_of(tokenizer)
     if allow_lossy or not coverage.lossy:
         return
     lacking = f" ({coverage.missing_bytes} of the 256 bytes are missing)" if coverage.missing_bytes else ""
@@ -108,79 +98,21 @@ def notes_on(coverage: Coverage) -> list[str]:
     return notes
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What a tokenizer did not know of some documents; arrays [documents]."""
-
-    unknown: NDArray[np.int64]
-    """Unknown tokens."""
-    lost: NDArray[np.int64]
-    """Characters that vanished, as a whole or in part."""
-
-
-class LossCounter:
-    """Counts what a tokenizer does not know of the documents it encodes, from their texts and ids: whoever encoded them.
-
-    It costs nothing where every character has ids, and a comparison of each id where an unknown token stands for the others.
-    Only a tokenizer that loses characters has to encode documents twice, those with characters that it may lose.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.coverage = coverage_of(tokenizer)
-        config = json.loads(tokenizer.to_json())
-        self._twin = _twin(config) if self.coverage.lossy and self.coverage.vanishes else None
-        model = config["model"]
-        affixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-        self._alone = not affixed and all(step["type"] == "ByteLevel" for step in _steps(config, "normalizer"))
-        """A character is lost wherever it stands or nowhere."""
-        self._known, self._lost = set[str](), set[str]()
-
-    def count(self, texts: Sequence[str], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> Losses:
-        """What was not known of each text.
-
-        Args:
-            texts: of the documents, [n].
-            ids: of all documents in a row, without end-of-text tokens.
-            offsets: [n + 1], as `Encoder.encode` returns them.
-        """
-        unknown, lost = np.zeros(len(texts), np.int64), np.zeros(len(texts), np.int64)
-        if not self.coverage.complete and self.coverage.unknown_id is not None:
-            hits = np.flatnonzero(ids == self.coverage.unknown_id)
-            unknown += np.bincount(np.searchsorted(offsets, hits, side="right") - 1, minlength=len(texts))
-        if self._twin is not None:
-            suspects = [i for i, text in enumerate(texts) if self._may_lose(text)]
-            for i, encoding in zip(suspects, self._twin.encode_batch([texts[i] for i in suspects], add_special_tokens=False), strict=True):
-                pairs = zip(encoding.ids, encoding.offsets, strict=True)
-                lost[i] = len({place for number, place in pairs if number == _LOST_ID})  # several bytes may be of one character
-        return Losses(unknown, lost)
-
-    def _may_lose(self, text: str) -> bool:
-        """Whether the text has characters that are lost; True where that depends on their neighbours."""
-        if not self._alone or self._twin is None:
-            return True
-        characters = set(text)
-        for new in characters - self._known - self._lost:
-            found = _LOST_ID in self._twin.encode(new, add_special_tokens=False).ids
-            (self._lost if found else self._known).add(new)
-        return not self._lost.isdisjoint(characters)
-
-
-def _twin(config: Mapping[str, Any]) -> Any:  # Any: tokenizers.Tokenizer, which has no types
-    """The same tokenizer, but that a token of its own stands for every character that the original drops."""
-    model = config["model"]
-    changed = {**model, "vocab": {**model["vocab"], _LOST_TOKEN: _LOST_ID}, "unk_token": _LOST_TOKEN, "fuse_unk": False}
-    return build_backend({**config, "model": changed}, "tokenizer.json")
+def _kind(model: Mapping[str, Any]) -> str:
+    """Its type, which old files do not name."""
+    untold = "BPE" if "merges" in model else "Unigram" if isinstance(model["vocab"], list) else "word"
+    return str(model.get("type", untold))
 
 
 def _missing_bytes(config: Mapping[str, Any], ids: Mapping[str, int]) -> int | None:
     """How many of the 256 bytes have no token, whichever way bytes are spelt; None where they are not."""
     model = config["model"]
-    if model["type"] not in ("BPE", "Unigram"):  # the others know whole words only
+    if _kind(model) not in ("BPE", "Unigram"):  # the others know whole words only
         return None
     ways = []
     if model.get("byte_fallback"):
         ways.append(_FALLBACK)
-    if any(step["type"] == "ByteLevel" for part in ("normalizer", "pre_tokenizer") for step in _steps(config, part)):
+    if any(step.get("type") == "ByteLevel" for part in ("normalizer", "pre_tokenizer") for step in steps(config, part)):
         ways.append(list(byte_characters().values()))
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     forms = {(before, after) for before in ("", prefix) for after in ("", suffix)}
@@ -193,8 +125,8 @@ def _missing_bytes(config: Mapping[str, Any], ids: Mapping[str, int]) -> int | N
 
 def _changes(config: Mapping[str, Any]) -> Iterator[str]:
     """What changes the text before the model sees it."""
-    for step in _steps(config, "normalizer"):
-        kind = step["type"]
+    for step in steps(config, "normalizer"):
+        kind = step.get("type")
         if kind == "Replace":
             yield f"Replace {_pattern(step)} by {step['content']!r}"
         elif kind == "Prepend":
@@ -212,8 +144,8 @@ def _changes(config: Mapping[str, Any]) -> Iterator[str]:
                 yield f"BertNormalizer ({', '.join(on)})"
         elif kind in _CHANGING:
             yield kind
-    for step in _steps(config, "pre_tokenizer"):
-        kind = step["type"]
+    for step in steps(config, "pre_tokenizer"):
+        kind = step.get("type")
         if kind in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer"):
             yield f"{kind} drops white space"
         elif kind == "CharDelimiterSplit":
@@ -236,11 +168,11 @@ def _pattern(step: Mapping[str, Any]) -> str:
     return repr(next(iter(step["pattern"].values()))).replace("\\\\", "\\")
 
 
-def _steps(config: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]]:
+def steps(config: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer, sequences taken apart."""
 
     def walk(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        if step["type"] == "Sequence":
+        if step.get("type") == "Sequence":
             for inner in step["pretokenizers" if part == "pre_tokenizer" else "normalizers"]:
                 yield from walk(inner)
         else:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.tokenizing.coverage import coverage_of
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -168,7 +167,7 @@ def fastest_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Encode
 @functools.lru_cache(maxsize=1)
 def _checked_giga(tokenizer: Tokenizer) -> tuple[GigaEncoder | None, str]:
     """(gigatoken, the hard strings that it agrees on), or (None, what is wrong with it)."""
-    if not coverage_of(tokenizer).complete:  # it may load it, and then differ where a byte is missing that no string here has
+    if not tokenizer.coverage.complete:  # it may load it, and then differ where a byte is missing that no string here has
         return None, "gigatoken works on bytes, and not every byte has a token"
     hard = [*HARD_STRINGS, *hard_strings_of(json.loads(tokenizer.to_json()))]
     try:

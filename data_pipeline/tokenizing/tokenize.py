@@ -25,8 +25,9 @@ from data_pipeline.storage.manifest import SPLITS, Record
 from data_pipeline.storage.shard_writer import is_whole
 from data_pipeline.text.chunks import Chunk
 from data_pipeline.text.sources import Document
-from data_pipeline.tokenizing.coverage import NOTHING, LossCounter
+from data_pipeline.tokenizing.coverage import NOTHING
 from data_pipeline.tokenizing.encoder import Encoder, fastest_encoder
+from data_pipeline.tokenizing.losses import LossCounter
 from data_pipeline.tokenizing.split_writer import SplitResult, SplitWriter
 from data_pipeline.tokenizing.tokenizer import Tokenizer, document_hash, load_tokenizer
 from data_pipeline.workers import Done, Tell

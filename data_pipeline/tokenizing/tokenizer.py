@@ -20,6 +20,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from data_pipeline.durable import write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.text.sources import Document
+from data_pipeline.tokenizing.coverage import Coverage, coverage_of
 from data_pipeline.tokenizing.tokenizer_formats import (
     BYTE_LEVEL_DECODER,
     END_OF_TEXT,
@@ -52,6 +53,8 @@ class Tokenizer:
     """Id of the end-of-text token, which follows every document."""
     fingerprint: str
     """xxh3-128 of the canonical JSON, of `tokenizer.json` or of what another format was made into."""
+    coverage: Coverage
+    """Which texts it knows."""
     _json: str = field(repr=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What whoever trained it should know, a line each."""
@@ -94,7 +97,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
     text = json.dumps(config, ensure_ascii=False, separators=(",", ":")) + "\n"
-    return Tokenizer(backend, vocab_size, special[end], xxhash.xxh3_128_hexdigest(canonical), text)
+    return Tokenizer(backend, vocab_size, special[end], xxhash.xxh3_128_hexdigest(canonical), coverage_of(config), text)
 
 
 def build_backend(config: Mapping[str, Any], file: Path | str) -> tokenizers.Tokenizer:

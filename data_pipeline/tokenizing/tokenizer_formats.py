@@ -228,7 +228,7 @@ def keep_apart(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
     if config["model"].get("byte_fallback"):
         patterns.append("<(?=0x[0-9A-F]{2}>)")
     steps = config.get("pre_tokenizer")
-    before = steps["pretokenizers"] if steps and steps["type"] == "Sequence" else [steps] if steps else []
+    before = steps["pretokenizers"] if steps and steps.get("type") == "Sequence" else [steps] if steps else []
     cut = _split("|".join(patterns))
     return {**config, "pre_tokenizer": _sequence(*before, *([] if cut in before else [cut]))}
 

@@ -20,8 +20,9 @@ from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.manifest import MANIFEST, load_manifest
 from data_pipeline.storage.prepared import Prepared
-from data_pipeline.tokenizing.coverage import LOST, NOTHING, UNKNOWN, LossCounter, coverage_of
+from data_pipeline.tokenizing.coverage import LOST, NOTHING, UNKNOWN
 from data_pipeline.tokenizing.encoder import GigaEncoder, ReferenceEncoder, fastest_encoder
+from data_pipeline.tokenizing.losses import LossCounter
 from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
 from data_pipeline.tokenizing.tokenizer_formats import SPLIT, byte_characters, byte_level, config_of
 
@@ -286,9 +287,17 @@ def test_gigatoken_is_not_used_where_a_byte_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_tokenizers_of_ours_know_every_text_and_change_none(tmp_path: Path, kind: Any) -> None:
     for texts in (["abc abc abd"], ["漢字"], []):
-        coverage = coverage_of(train_tokenizer(texts, 270, tmp_path / "t.json", kind))
+        coverage = train_tokenizer(texts, 270, tmp_path / "t.json", kind).coverage
         assert (coverage.complete, coverage.lossy, coverage.changes) == (True, False, ())
         assert coverage.describe() == "none: every byte has a token"
+
+
+@pytest.mark.parametrize("name", [*LOSSY, *UNKNOWING, *COMPLETE])
+def test_an_old_file_that_does_not_name_its_kind_of_model_is_judged_alike(tmp_path: Path, name: str) -> None:
+    config = (LOSSY | UNKNOWING | COMPLETE)[name]
+    told = load(tmp_path, config).coverage
+    untold = load(tmp_path, config | {"model": {key: value for key, value in config["model"].items() if key != "type"}}).coverage
+    assert untold == told
 
 
 def part(kind: str, **settings: object) -> Config:
@@ -326,7 +335,7 @@ def part(kind: str, **settings: object) -> Config:
     ],
 )
 def test_what_changes_a_text_before_it_is_encoded_is_told(tmp_path: Path, parts: Config, told: tuple[str, ...]) -> None:
-    assert coverage_of(load(tmp_path, tokenizer_of(bpe(BYTES), **parts))).changes == told
+    assert load(tmp_path, tokenizer_of(bpe(BYTES), **parts)).coverage.changes == told
 
 
 def test_a_sentencepiece_model_tells_its_changes_and_its_unknown_token(tmp_path: Path) -> None:
@@ -337,7 +346,7 @@ def test_a_sentencepiece_model_tells_its_changes_and_its_unknown_token(tmp_path:
     )
     (tmp_path / "m.model").write_bytes(model.getvalue())
     tokenizer = load_tokenizer(tmp_path / "m.model")
-    coverage = coverage_of(tokenizer)
+    coverage = tokenizer.coverage
     assert (coverage.unknown_token, coverage.unknown_id, coverage.missing_bytes) == ("<unk>", 0, None)
     assert coverage.changes[0] == "Precompiled (SentencePiece's table of characters)"
     assert coverage.changes[-2:] == ("Prepend '▁'", "Replace ' ' by '▁'")
