@@ -55,7 +55,8 @@ def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, sam
         )
     rules = on_resume()
     changed = [line for key, line in differences(before, now).items() if rules[key] == "ahead"]
-    found = _first_difference(before, now, taken) if changed else None
+    inherited = next((a.step for a in before.run.ancestry[:1] if a.mode == "full"), 0)  # taken by the run it began from
+    found = _first_difference(before, now, range(inherited + 1, taken + 1)) if changed else None
     if found is not None:
         step, had, would_have = found
         earlier = max((other for other in kept if other < step), default=None)
@@ -70,15 +71,15 @@ def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, sam
     _check_growth(before, now, samples)
 
 
-def _first_difference(before: RunConfig, now: RunConfig, taken: int) -> tuple[int, str, str] | None:
-    """(step, what it had, what it would have had) of the first step that the new settings would have taken otherwise."""
+def _first_difference(before: RunConfig, now: RunConfig, taken: range) -> tuple[int, str, str] | None:
+    """(step, what it had, what it would have had) of the first of these steps that `now` would have taken otherwise."""
     if _ramp(before) != _ramp(now):  # only then: train.batch_size, to which a ramp leads, may change on purpose
-        for step in range(1, taken + 1):
+        for step in taken:
             batches = batch_size_at(step, before.train), batch_size_at(step, now.train)
             if batches[0] != batches[1]:
                 return step, f"a batch of {batches[0]} sequences", f"one of {batches[1]}"
     rates = _rates(before), _rates(now)
-    for step in range(1, taken + 1):
+    for step in taken:
         had, would_have = rates[0](step), rates[1](step)
         if had != would_have:
             digits = ".6g" if f"{had:.6g}" != f"{would_have:.6g}" else ".17g"

@@ -294,6 +294,16 @@ def test_full_with_the_same_settings_has_the_losses_that_the_run_would_have_had(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_branch_made_longer_answers_for_its_own_steps_alone(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+    """Under its own settings the first steps, which the other run took, would have warmed up otherwise."""
+    words = ("run.init_mode=full", "optim.schedule=constant")
+    train(tmp_path, f"{parent}@10", *words, "optim.warmup=4", "train.steps=14")
+    train(tmp_path, f"{parent}@10", *words, "optim.warmup=8", "train.steps=16")
+    assert [step for step, *_ in curve(tmp_path)] == list(range(11, 17))
+    told = refusal(lambda: train(tmp_path, f"{parent}@10", *words, "optim.warmup=12", "train.steps=20"))
+    assert "step 11 had the learning rate 0.01 and would have had 0.00916667" in told
+
+
 def test_full_goes_on_with_other_numbers_from_there(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
     """Another learning rate, batch size and length; the data goes on at the sequence where the other run stopped."""
     train(tmp_path, f"{parent}@10", "run.init_mode=full", "train.steps=13", "train.batch_size=6", "optim.lr=0.002")

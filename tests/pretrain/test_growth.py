@@ -146,6 +146,21 @@ def test_a_stage_may_be_appended_when_a_run_goes_on_but_its_past_may_not_change(
     assert "epochs" in started
 
 
+def test_a_longer_run_moves_stages_that_are_shares_of_it_only_while_they_lie_ahead(
+    tmp_path: Path, run_tiny: RunTiny, two_sources: Path, seen: list[torch.Tensor]
+) -> None:
+    stage = '"stages": [{"from": "50%", "weights": {"a": 1, "b": 9}}]'
+    mixture = f'data.mixture={{"by": "tokens", "weights": {{"a": 1, "b": 1}}, {stage}}}'
+    words = (f"data.path={two_sources}", "train.batch_size=4", "run.seed=5", "optim.schedule=constant", mixture)
+    assert run_tiny(tmp_path, *words, "train.steps=20", observers=[StopAfter(8)]) is Outcome.STOPPED
+    assert run_tiny(tmp_path, *words, "train.steps=24", observers=[StopAfter(16)]) is Outcome.STOPPED  # from 40 to 48
+    settings = MixtureConfig.model_validate(yaml.safe_load(mixture.removeprefix("data.mixture=")))
+    whole = Loader(two_sources / "train", seq_len=32, seed=5, mixture=settings, total_samples=96)
+    assert torch.equal(torch.cat(seen), torch.from_numpy(whole.batch(0, 64).input_ids).long())
+    with pytest.raises(UserError, match=r"read its first 64 sequences in another order .* a share such as 80% moves with train\.steps"):
+        run_tiny(tmp_path, *words, "train.steps=40")
+
+
 def test_more_epochs_than_allowed_are_refused_before_anything_is_written(tmp_path: Path, run_tiny: RunTiny, two_sources: Path) -> None:
     words = (f"data.path={two_sources}", "train.steps=200", "train.batch_size=8", "data.mixture.max_epochs=1")
     with pytest.raises(DataError, match=r"the run would read [ab] .* times, more than data\.mixture\.max_epochs=1"):
