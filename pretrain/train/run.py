@@ -39,7 +39,7 @@ from pretrain.train.memory import check_memory, device_bytes
 from pretrain.train.metrics import Meter, mfu_statement
 from pretrain.train.parent import check_parent, find_parent, hold_parent, tell_parent, with_ancestry
 from pretrain.train.place import Place
-from pretrain.train.resolve import resolve
+from pretrain.train.resolve import Decision, resolve
 from pretrain.train.restore import Beginning, is_finished, restore
 from pretrain.train.rundir import RunDirectory
 from pretrain.train.sample import Sampling, check_prompt, continue_text, keep_tokenizer, trained_model
@@ -73,13 +73,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     _check_parent(config, tokenizer, train_data)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(tolerant_console(console))
-        for decision in decisions:
-            _say(console, Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")))
-        note = padding_note(config)
-        if note is not None:
-            _say(console, Text.assemble(("note: ", "dim"), note))
-        if place.layout.pipeline > 1:
-            _say(console, Text.assemble(("pipeline: ", "dim"), _pipeline(config, place.layout)))
+        _tell_decisions(console, config, decisions, place.layout)
         stop = stack.enter_context(stop_on_signals(aloud=world.is_main))
         run_dir = stack.enter_context(RunDirectory.open(config) if world.is_main else RunDirectory.beside_main(config))
         with start(world, config.train.device, even_alone=place.layout.offload):
@@ -107,6 +101,20 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         if outcome is Outcome.FINISHED and world.is_main:
             _tell_end(books, config, run_dir, tokenizer, time.monotonic() - began)
     return outcome
+
+
+def _tell_decisions(console: Console, config: RunConfig, decisions: Sequence[Decision], layout: Layout) -> None:
+    """What `auto` became and why, and what else is worth knowing before the first step."""
+    for decision in decisions:
+        _say(
+            console,
+            Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")),
+        )
+    note = padding_note(config)
+    if note is not None:
+        _say(console, Text.assemble(("note: ", "dim"), note))
+    if layout.pipeline > 1:
+        _say(console, Text.assemble(("pipeline: ", "dim"), _pipeline(config, layout)))
 
 
 def _tell_finished(console: Console, run_dir: RunDirectory, step: int) -> None:
