@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from data_pipeline.cleaning.decontaminate import evaluation_hash
 from data_pipeline.cleaning.filters import check_filters, filter_versions, lists_hash
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, redact
 from data_pipeline.settings import AUTO, DedupConfig, PrepareConfig, SourceConfig, source_names
 from data_pipeline.storage.manifest import Recipe
 from data_pipeline.storage.tokenized import describe_tokens
@@ -86,7 +86,7 @@ class Corpus:
 
         It tells a file that was written anew, as far as its file system does; the recipe does not, because equal files give equal bytes.
         """
-        where = [(part.file.path, part.file.name, part.file.size, part.file.version, part.start, part.stop) for part in chunk.parts]
+        where = [(redact(part.file.path), part.file.name, part.file.size, part.file.version, part.start, part.stop) for part in chunk.parts]
         found = where or self._data_sets[chunk.index][chunk.number]
         return digest(chunk.name, found, self._settings[chunk.index], decides)
 

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainSerializer
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, redact
 from data_pipeline.settings_base import AUTO as AUTO
 from data_pipeline.settings_base import OrAuto as OrAuto
 from data_pipeline.settings_base import Settings as Settings
+
+Address = Annotated[str, PlainSerializer(redact, return_type=str)]
+"""Of files. It is written without its secrets: into config.yaml, manifests, reports, loggers and keys alike."""
 
 TextKind = Literal["text", "jsonl", "parquet", "arrow", "hf"]
 TokenizedKind = Literal["prepared", "megatron", "datatrove", "olmo"]
@@ -33,9 +36,10 @@ class SourceConfig(Settings):
     Hugging Face data set). Tokens, read where they are: `prepared` (a data.path of ours), `megatron` (.bin and .idx), `datatrove`
     (.ds and .ds.index), `olmo` (raw arrays)."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[Address, ...] = ()
     """Files, folders or globs, local or any fsspec address; read in the order given, the files of each sorted by name. A folder
-    means all files below it of this kind. For `hf`: the data set's name or folder. Tokens are local files."""
+    means all files below it of this kind. For `hf`: the data set's name or folder. Tokens are local files. In an address `${NAME}` is
+    a variable of the environment, for passwords; one that stands there itself is left out wherever the settings are written."""
 
     pattern: str | None = None
     """Which files of a folder to take, as a glob such as `*.py`; none takes the usual endings of the kind. The others are noted."""
@@ -90,6 +94,7 @@ def source_names(sources: Sequence[SourceConfig]) -> tuple[str, ...]:
 
 def _name_of(path: str) -> str:
     """`s3://bucket/web/*.jsonl.zst` -> `web`; `corpus/code.jsonl` -> `code`."""
+    path = redact(path)  # which makes no name of a secret: parts with wildcards are none
     parts = [part for part in PurePosixPath(path.partition("://")[2] or path).parts if not set(part) & set("*?[")]
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", parts[-1].split(".")[0] if parts else "").strip("-_")
     return name or "source"
@@ -308,7 +313,7 @@ class DedupConfig(Settings):
 class DecontaminateConfig(Settings):
     """Training documents that hold parts of evaluation sets."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[Address, ...] = ()
     """Evaluation texts: files, folders or globs of .txt, .jsonl (every text in a line counts; both also .gz, .zst) or .parquet. None
     switches it off."""
 

@@ -1,8 +1,13 @@
 """What ends the program with one line instead of a traceback. `cli.main` prints it and chooses the exit code."""
 
+from data_pipeline.errors import redact
+
 
 class UserError(Exception):
-    """A wrong input: exit code 2. The message names the setting or file, carries the values, and says the way out."""
+    """A wrong input: exit code 2. The message names the setting or file, carries the values without secrets, and says the way out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class Diverged(Exception):

@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_pipeline.addresses import concealing, fill_in
 from data_pipeline.errors import DataError
 from data_pipeline.hashing import hash_ngrams, word_batches
 from data_pipeline.settings import DecontaminateConfig
@@ -69,6 +70,11 @@ class Contamination:
         """
         if not config.paths:
             return None
+        with concealing(config.paths):
+            return Contamination._read(config)
+
+    @staticmethod
+    def _read(config: DecontaminateConfig) -> Contamination:
         least = min(MIN_WORDS, config.ngram)
         found: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
         lengths: set[int] = set()
@@ -151,7 +157,7 @@ def _texts(files: Sequence[SourceFile]) -> Iterator[str]:
 def _find(given: str) -> tuple[list[SourceFile], list[str]]:
     """(the files that one entry of `paths` stands for, sorted; the paths of the visible files beside them)."""
     try:
-        fs, path = fsspec.core.url_to_fs(given)
+        fs, path = fsspec.core.url_to_fs(fill_in(given, SETTING))
         if fs.isdir(path):
             found = walk(fs, path, ())
         elif any(sign in path for sign in "*?[") and not fs.exists(path):

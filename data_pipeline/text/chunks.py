@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from data_pipeline.addresses import concealing
 from data_pipeline.text.columnar import Blocks, read_arrow, read_parquet, record_batches, row_groups
 from data_pipeline.text.data_sets import read_hf
 from data_pipeline.text.files import Part, SourceFile
@@ -107,12 +108,13 @@ def read_chunk(chunk: Chunk, source: SourceConfig) -> Iterator[Document]:
     Raises:
         DataError: a file is missing, unreadable, corrupt or of another kind, or a document lacks the text field.
     """
-    if source.kind == "hf":
-        yield from read_hf(source.paths[chunk.number], source, chunk.source)
-    before = 0
-    for part in chunk.parts:
-        yield from _READERS[source.kind](part, source, chunk.source, before)
-        before += part.bytes
+    with concealing(source.paths):
+        if source.kind == "hf":
+            yield from read_hf(source.paths[chunk.number], source, chunk.source)
+        before = 0
+        for part in chunk.parts:
+            yield from _READERS[source.kind](part, source, chunk.source, before)
+            before += part.bytes
 
 
 def _pieces(source: SourceConfig, files: Sequence[SourceFile], text_bytes: int) -> Iterator[tuple[Part, int]]:
@@ -121,7 +123,7 @@ def _pieces(source: SourceConfig, files: Sequence[SourceFile], text_bytes: int) 
     large = [i for i, estimate in enumerate(estimates) if estimate > text_bytes]
     blocks: dict[int, Blocks] = {}
     if source.kind in _BLOCKS:
-        with ThreadPoolExecutor(16) as pool:  # far away files are waited for side by side
+        with concealing(source.paths), ThreadPoolExecutor(16) as pool:  # far away files are waited for side by side
             blocks = dict(zip(large, pool.map(lambda i: _BLOCKS[source.kind](files[i], source), large), strict=True))
     for i, (file, estimate) in enumerate(zip(files, estimates, strict=True)):
         if blocks.get(i):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,8 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from data_pipeline.errors import DataError, printable
+from data_pipeline.addresses import concealer, concealing, fill_in
+from data_pipeline.errors import DataError, printable, redact
 from data_pipeline.text.walk import NOWHERE, FileInfo, below, find_glob, fixed_part, is_excluded, real_folder, walk
 
 if TYPE_CHECKING:
@@ -112,7 +114,9 @@ def list_source(source: SourceConfig) -> Listing:
     names: set[str] = set()
     real = cache(real_folder)
     for number, given in enumerate(source.paths):
-        fs, found, others = _find(given, source)
+        conceal = concealer([given])
+        with concealing([given]):
+            fs, found, others = _find(given, source)
         passed_over += others
         for short, (path, info) in sorted(found.items()):
             folder, _, last = path.rpartition("/")
@@ -122,7 +126,7 @@ def list_source(source: SourceConfig) -> Listing:
                     f"data.sources: {path} is given twice, by {source.paths[first]} and by {given} of `paths`; "
                     f"every file is read once, so let them not overlap"
                 )
-            name = _unused(short, path, given, names)
+            name = _unused(short, conceal(path), redact(given), names)
             names.add(name)
             files.append(SourceFile(fs, path, name, int(info["size"] or 0), _version(info)))
     return Listing(files, sorted(set(passed_over) - {file.path for file in files}))
@@ -190,14 +194,14 @@ def describe_paths(paths: Sequence[str]) -> str:
     endings = Counter(map(_ending, paths)).most_common()
     kinds = [f"{count:,} {ending}" for ending, count in sorted(endings[:5], key=lambda item: (-item[1], item[0]))]
     kinds += [f"{sum(count for _, count in endings[5:]):,} others"] if len(endings) > 5 else []
-    names = [printable(path.rsplit("/", 1)[-1]) for path in paths[:_FEW]]
+    names = [printable(redact(path).rsplit("/", 1)[-1]) for path in paths[:_FEW]]
     few = " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
     return f"{len(paths):,} file{'s' * (len(paths) > 1)} ({', '.join(kinds)}), {'such as ' * (len(paths) > _FEW)}{few}"
 
 
 def _ending(path: str) -> str:
     """`.json.gz` of `x.json.gz`."""
-    suffixes = PurePosixPath(path).suffixes[-2:]
+    suffixes = PurePosixPath(redact(path)).suffixes[-2:]
     packed = len(suffixes) == 2 and suffixes[1].lower() in (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
     return printable("".join(suffixes if packed else suffixes[-1:])) or "without an ending"
 
@@ -214,7 +218,7 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
     """
     wanted: tuple[str, ...] = ("*",)
     try:
-        fs, path = fsspec.core.url_to_fs(given)
+        fs, path = fsspec.core.url_to_fs(fill_in(given))
         if fs.isdir(path):
             root, found = path, walk(fs, path, source.exclude)
             wanted = folder_patterns(source)
@@ -231,15 +235,17 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
             raise
         detail = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"data.sources: cannot read {given}: {detail}; check `paths`, the connection and who may read it") from error
-    files, others = {}, []
-    for file, info in found.items():
-        name = below(root, file)
+    files: dict[str, tuple[str, FileInfo]] = {}
+    others: list[str] = []
+    conceal = concealer([given])
+    for file, info in sorted(found.items()):
+        name = conceal(below(root, file))
         if is_excluded(name, source.exclude):
             continue
         if info["type"] == NOWHERE:
             raise DataError(f"data.sources: {file} is a link that leads nowhere; restore what it points to, or leave it out with `exclude`")
         if info["type"] == "file" and _matches(name, wanted):
-            files[name] = (file, info)
+            files[_another(name, files)] = (file, info)
         elif not is_hidden(name):
             others.append(file)
     if not files:
@@ -261,7 +267,13 @@ def _unused(name: str, path: str, given: str, names: set[str]) -> str:
         return name
     parts = path.split("/")
     tails = ("/".join(parts[-count:]) for count in range(1, len(parts) + 1))
-    return next((tail for tail in tails if len(tail) > len(name) and tail not in names), f"{given}/{name}")
+    return _another(next((tail for tail in tails if len(tail) > len(name) and tail not in names), f"{given}/{name}"), names)
+
+
+def _another(name: str, names: Container[str]) -> str:
+    """`name`, with a number behind it where it is among `names`: without their secrets, two addresses may be one."""
+    numbered = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
+    return next(each for each in numbered if each not in names)
 
 
 def _installing(message: str) -> str:

@@ -1,0 +1,69 @@
+"""Addresses of files, and the secrets in them: `s3://key:secret@host/x`, `https://host/x?token=...`, `${NAME}` of the environment.
+
+What is written or shown has no secret in it: `***` stands in its place, and `${NAME}` stays as it is. A value of the environment is
+filled in when files are opened, and goes no further.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from urllib.parse import unquote
+
+from data_pipeline.errors import HIDDEN, DataError, redact, secret_parts
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_LEAST = 4
+"""Characters of the shortest secret that is looked for in a text: shorter ones are found in any."""
+
+
+def fill_in(address: str, setting: str = "data.sources", environment: Mapping[str, str] = os.environ) -> str:
+    """The address with the values of `${NAME}`, as it is opened.
+
+    Raises:
+        DataError: the environment has no such variable, or the address comes from where secrets were left out.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in environment:
+            raise DataError(f"{setting}: {address} needs {match[0]}, which the environment does not have; export {match[1]}=...")
+        return environment[match[1]]
+
+    if HIDDEN in secret_parts(address):
+        raise DataError(
+            f"{setting}: {address} was written without its secret; put the secret into an environment variable, and ${{NAME}} in "
+            f"the place of {HIDDEN}"
+        )
+    return _VARIABLE.sub(value, address)
+
+
+def concealer(addresses: Iterable[str], environment: Mapping[str, str] = os.environ) -> Callable[[str], str]:
+    """A function that takes the secrets of these addresses out of a text, also where a library tells a password without its address."""
+    found: dict[str, str] = {}
+    for address in addresses:
+        named = {environment[name]: f"${{{name}}}" for name in _VARIABLE.findall(address) if name in environment}
+        literal = _VARIABLE.sub(lambda match: environment.get(match[1], match[0]), address)
+        found |= dict.fromkeys(secret_parts(literal), HIDDEN) | named
+    forms = {form: instead for secret, instead in found.items() for form in (secret, unquote(secret)) if len(form) >= _LEAST}
+    longest_first = sorted(forms, key=len, reverse=True)
+
+    def conceal(text: str) -> str:
+        for form in longest_first:
+            text = text.replace(form, forms[form])
+        return redact(text)
+
+    return conceal
+
+
+@contextmanager
+def concealing(addresses: Iterable[str]) -> Iterator[None]:
+    """Errors that leave the block tell no secret of these addresses."""
+    try:
+        yield
+    except DataError as error:
+        concealed = concealer(addresses)(str(error))
+        if concealed == str(error):
+            raise
+        raise DataError(concealed) from None
