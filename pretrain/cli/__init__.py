@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, redact
 from parallel.errors import LayoutError
 from parallel.world import World, fail_together
 from pretrain.cli import config, data, layout, run
@@ -41,10 +41,12 @@ def main() -> None:
     processes that torchrun started, the one that fails first shows its error, and all end with its exit code.
 
     A command whose reader left (`| head`) ends without a word, unless its result lies on the disk: then it goes on."""
+    words, sys.argv[1:] = sys.argv[1:], [redact(word) for word in sys.argv[1:]]  # which wandb writes down
+    sys.excepthook = lambda _, error, __: show_traceback(error)
     with tolerant_streams():
         try:
             with fail_together(World.from_environment(), show):
-                code = command_line()
+                code = command_line(words)
             sys.stdout.flush()
         except OutputLost as lost:
             code = 0 if lost.reader_left else show(lost)
@@ -53,10 +55,10 @@ def main() -> None:
     sys.exit(code)
 
 
-def command_line() -> int:
+def command_line(words: list[str]) -> int:
     """Do what the command line says, and return the exit code. UserError where it does not say it right."""
     try:
-        code: int | None = app(standalone_mode=False)  # else it would show its errors itself, on every rank
+        code: int | None = app(args=words, standalone_mode=False)  # else it would show its errors itself, on every rank
         return code or 0
     except UsageError as error:
         message = error.format_message().rstrip(".")
@@ -68,9 +70,14 @@ def command_line() -> int:
 def show(error: BaseException) -> int:
     """Show an error on stderr, in one line if it is an expected one, and return the exit code."""
     if not isinstance(error, (*WRONG_INPUT, Diverged, OutputLost)):
-        traceback.print_exception(error)
+        show_traceback(error)
         return EXIT_FAILED
     where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     line = " ".join(f"{error}{where}".splitlines())
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", line), highlight=False)
     return EXIT_WRONG_INPUT if isinstance(error, WRONG_INPUT) else EXIT_FAILED
+
+
+def show_traceback(error: BaseException) -> None:
+    """On stderr, without the secrets of addresses in its messages."""
+    print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
