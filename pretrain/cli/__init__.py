@@ -42,7 +42,6 @@ def main() -> None:
 
     A command whose reader left (`| head`) ends without a word, unless its result lies on the disk: then it goes on."""
     words, sys.argv[1:] = sys.argv[1:], [redact(word) for word in sys.argv[1:]]  # which wandb writes down
-    sys.excepthook = lambda _, error, __: show_traceback(error)
     with tolerant_streams():
         try:
             with fail_together(World.from_environment(), show):
@@ -52,6 +51,9 @@ def main() -> None:
             code = 0 if lost.reader_left else show(lost)
         except (*WRONG_INPUT, Diverged) as error:
             code = show(error)
+        except Exception:
+            sys.excepthook = lambda _, error, __: show_traceback(error)  # not before: typer sets one of its own
+            raise
     sys.exit(code)
 
 

@@ -1,0 +1,116 @@
+"""Addresses of files lose their secrets wherever they are written or shown."""
+
+import pickle
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from data_pipeline.addresses import concealer, fill_in
+from data_pipeline.errors import DataError, redact
+from data_pipeline.settings import PrepareConfig, SourceConfig, source_names
+from data_pipeline.text.chunks import cut, read_chunk
+from data_pipeline.text.files import list_files
+
+REDACTED = {
+    "s3://key:secret@host/x.jsonl": "s3://***:***@host/x.jsonl",
+    "s3://AKIA:wJal/rXU/tn@bucket/path": "s3://***:***@bucket/path",
+    "https://user:p@ss@host/x.jsonl?token=abc&sig=a/b%3D#f": "https://***:***@host/x.jsonl?token=***&sig=***",
+    "https://token@host/x": "https://***@host/x",
+    "simplecache::s3://a:b@h/x": "simplecache::s3://***:***@h/x",
+    "zip://a.txt::https://u:p@h/x.zip?X-Amz-Signature=1;y=2": "zip://a.txt::https://***:***@h/x.zip?X-Amz-Signature=***;y=***",
+    "s3://${KEY}:${SECRET}@host/x?token=${T}&v=1": "s3://${KEY}:${SECRET}@host/x?token=${T}&v=***",
+    "s3://u:${S}x@h": "s3://***:***@h",
+    "cannot read 's3://k:se@h/x', nor ftp://u:pw@h/y.": "cannot read 's3://***:***@h/x', nor ftp://***:***@h/y.",
+}
+KEPT = [
+    *("/tmp/a@b/c?d=e", "C:/x", "s3://bucket/part-?.jsonl", "https://host:8080/a@b/c", "hf://datasets/O/N@main/x.parquet"),
+    *("github://owner:repository@main/p", "file:///tmp/a@b/x?y", "https://host/a?b", "${HOME}/x", "s3://bucket/[ab]*/x{1,2}.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("text", "redacted"), [*REDACTED.items(), *((text, text) for text in KEPT)])
+def test_addresses_are_redacted_once_and_for_all(text: str, redacted: str) -> None:
+    assert redact(text) == redacted
+    assert redact(redacted) == redacted
+
+
+def test_what_settings_are_written_as_has_no_secret() -> None:
+    source = SourceConfig(kind="jsonl", paths=("s3://key:secret@bucket/web/*.jsonl", "s3://${K}:${S}@bucket/b.jsonl", "my/folder"))
+    config = PrepareConfig.model_validate({"sources": [source], "decontaminate": {"paths": ["ftp://u:secret@h/e.txt"]}})
+    for written in (config.model_dump_json(), str(config.model_dump())):
+        assert "secret" not in written
+        assert all(kept in written for kept in ("s3://***:***@bucket/web/*.jsonl", "s3://${K}:${S}@bucket/b.jsonl", "my/folder"))
+    assert config.sources[0].paths[0] == "s3://key:secret@bucket/web/*.jsonl"
+    assert PrepareConfig.model_validate(config.model_dump()).model_dump() == config.model_dump()
+
+
+def test_no_source_is_named_by_a_secret() -> None:
+    secret = ("https://user:secret@host", "s3://k:se/cret@b/web/*.jsonl", "https://h/d/x?sig=ab/secret")
+    paths = (*secret, "s3://bucket/web-2/*.jsonl", "c/code.txt")
+    names = source_names([SourceConfig(kind="text", paths=(path,)) for path in paths])
+    assert names == ("source", "web", "d", "web-2", "code")
+
+
+def test_variables_are_filled_in_from_the_environment() -> None:
+    assert fill_in("s3://${K}:${S}@b/${K}", environment={"K": "key", "S": "secret"}) == "s3://key:secret@b/key"
+    assert fill_in("$K/{K}/x", environment={}) == "$K/{K}/x"
+    with pytest.raises(DataError) as caught:
+        fill_in("s3://${K}@b", environment={})
+    assert str(caught.value) == "data.sources: s3://${K}@b needs ${K}, which the environment does not have; export K=..."
+    with pytest.raises(DataError, match=r"s3://\*\*\*:\*\*\*@b was written without its secret; put the secret into an environment"):
+        fill_in("s3://***:***@b")
+
+
+def test_what_libraries_say_is_concealed_whatever_form_the_secret_has() -> None:
+    conceal = concealer(["ftp://bob:pa%2Fssword@h/x?sig=signature", "s3://${K}@b", "x://a:b@c"], {"K": "value of K"})
+    said = "530 Login of bob with pa/ssword or pa%2Fssword failed; signature, value of K; ftp://other:secret@h; abc"
+    assert conceal(said) == "530 Login of bob with *** or *** failed; ***, ${K}; ftp://***:***@h; abc"
+
+
+def test_errors_have_no_addresses_with_secrets_and_cross_processes() -> None:
+    error = DataError("cannot read s3://key:secret@h/x")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "cannot read s3://***:***@h/x"
+
+
+class Vault(MemoryFileSystem):
+    """Takes the user and the password from the address, as ftp and sftp do, and tells them when it fails."""
+
+    protocol = "vault"
+    store: dict = {}  # noqa: RUF012  # of the class, as in its parent
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("vault://").rpartition("@")[2])
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        user, _, password = path.removeprefix("vault://").rpartition("@")[0].partition(":")
+        return {"user": user, "password": password}
+
+    def _open(self, path: str, *args: object, **kwargs: object) -> object:
+        if path.endswith("broken.txt") and kwargs["mode"] == "rb":
+            raise PermissionError(f"user {self.storage_options['user']} with password {self.storage_options['password']} may not")
+        return super()._open(path, *args, **kwargs)
+
+
+def test_a_driver_that_tells_the_password_is_concealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("vault", Vault, clobber=True)
+    monkeypatch.setenv("VAULT_PASSWORD", "opensesame")
+    Vault.store.clear()
+    vault = fsspec.filesystem("vault", user="alice", password="opensesame")
+    vault.pipe("/docs/a.txt", b"the first")
+    vault.pipe("/docs/broken.txt", b"the second")
+    for address in ("vault://alice:opensesame@docs", "vault://alice:${VAULT_PASSWORD}@docs"):
+        source = SourceConfig(kind="text", paths=(address,))
+        files = list_files(source)
+        assert [file.name for file in files] == ["a.txt", "broken.txt"]
+        (chunk,) = cut(0, "docs", source, files, 1000)
+        documents = read_chunk(chunk, source)
+        assert next(documents).text == "the first"
+        with pytest.raises(DataError) as caught:
+            next(documents)
+        assert "opensesame" not in str(caught.value)
+        assert "user alice with password" in str(caught.value)
+    assert "${VAULT_PASSWORD} may not" in str(caught.value)
