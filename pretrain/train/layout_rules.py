@@ -137,7 +137,8 @@ def choices(values: Iterable[int]) -> str:
 
 def divisors(number: int) -> list[int]:
     """All of them, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
 
 
 def _left(config: RunConfig, axis: str, world_size: int) -> tuple[object, str]:

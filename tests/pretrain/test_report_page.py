@@ -156,6 +156,25 @@ def test_smoothing_keeps_a_steady_slope_and_skips_gaps() -> None:
     assert smooth(np.array([4.0]), 5).tolist() == [4.0]
 
 
+@pytest.mark.parametrize(("n", "reach"), [(1, 1), (7, 2), (100, 5), (100, 200), (1000, 37)])
+def test_smoothing_is_the_mean_written_out(n: int, reach: int) -> None:
+    values = np.random.default_rng(0).normal(3, 1, n)
+    windows = [values[max(0, i - min(i, reach)) : i + min(i, reach) + 1] for i in range(n)]
+    np.testing.assert_allclose(smooth(values, reach), [window.mean() for window in windows], rtol=1e-12)
+
+
+def test_a_spike_is_smoothed_where_it_is_and_nowhere_else() -> None:
+    """A gradient norm of 1e20 once: a running sum would hold nothing of what comes after it."""
+    values = np.full(1000, 3.0)
+    values[100] = 1e20
+    smoothed = smooth(values, 20)
+    assert (smoothed[121:] == 3.0).all()
+    assert (smoothed[:50] == 3.0).all()
+    assert smoothed[100] > 1e18
+    running = np.concatenate([[0.0], np.cumsum(values)])
+    assert running[541] - running[500] == 0.0
+
+
 # What a browser draws
 
 
