@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from data_pipeline.settings import AUTO, SourceConfig
 from data_pipeline.settings_base import NONE_WORDS
 from pretrain.checkpoint.record import MANIFEST, read_manifest
-from pretrain.config import RunConfig, walk
+from pretrain.config import RunConfig, RunSettings, walk
 from pretrain.errors import UserError
 
 Tree = dict[str, Any]  # YAML, before pydantic has seen it
@@ -81,7 +81,8 @@ def load(source: str | Path | None, overrides: Sequence[str] = ()) -> Loaded:
     preset = _get("model", "preset", word_tree, file_tree)
     preset_tree: Tree = {} if preset is None else {"model": _read_yaml(_find(str(preset), "configs.models"))}
     parent = _get("run", "init_from", word_tree, file_tree)
-    parent_tree = {} if parent is None else _model_of_parent(str(parent), _get("run", "dir", word_tree, file_tree))
+    run_dir = _get("run", "dir", word_tree, file_tree) or RunSettings().dir
+    parent_tree = {} if parent is None else _model_of_parent(str(parent), Path(str(run_dir)))
     layers = [
         ("run.init_from", parent_tree),
         (f"preset {preset}", preset_tree),
@@ -182,12 +183,12 @@ def split_init_from(text: str) -> tuple[Path, int | None]:
     return (Path(run), int(step)) if at and step.isascii() and step.isdigit() else (Path(text), None)
 
 
-def _model_of_parent(init_from: str, run_dir: object) -> Tree:
+def _model_of_parent(init_from: str, run_dir: Path) -> Tree:
     """The model of the run that `run.init_from` names, as a tree of settings.
 
     A run that is there already has its own copy: the other one may be gone by the time that it resumes.
     """
-    own = {} if run_dir is None else _config_file_tree(Path(str(run_dir)))
+    own = _config_file_tree(run_dir)
     if _get("run", "init_from", own):
         return {"model": own["model"]}
     parent, _ = split_init_from(init_from)

@@ -33,6 +33,9 @@ class Record(BaseModel):
     dataset: str
     """Hash of the data set's manifest."""
 
+    tokenizer: str | None = None
+    """Fingerprint of the tokenizer that made the data; None in checkpoints of earlier versions."""
+
     order: str
     """Hash of all that decided which samples were consumed: a run may only go on if it would consume the same ones again."""
 

@@ -214,6 +214,7 @@ class Loop:
                 samples=self._samples_before(step + 1),
                 config=config.model_dump(mode="json"),
                 dataset=self.train.fingerprint,
+                tokenizer=self.train.manifest.tokenizer,
                 order=self.train.past(self._samples_before(step + 1)),
                 layout=place.sizes,
                 rng=dict(states),

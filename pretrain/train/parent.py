@@ -126,19 +126,19 @@ def check_parent(parent: Parent, config: RunConfig, tokenizer: Tokenizer, data: 
 
 
 def _check_tokenizer(parent: Parent, tokenizer: Tokenizer, data: Loader, named: str) -> None:
-    """The same ids must mean the same text. The parent's tokenizer is in its run directory; a checkpoint alone knows
-    its data."""
+    """The same ids must mean the same text."""
     if parent.manifest.dataset == data.fingerprint:
         return
     candidates = (parent.home / "tokenizer.json", Path(parent.config.data.tokenizer))
-    file = next((file for file in candidates if file.exists()), None)
-    if file is None:
+    files = {load_tokenizer(file).fingerprint: file for file in reversed(candidates) if file.exists()}
+    theirs = parent.manifest.tokenizer or next(reversed(files), None)
+    if theirs is None:
         raise UserError(f"{named}: its tokenizer is not at {' or '.join(map(str, candidates))}; put it there, so that it can be compared")
-    theirs = load_tokenizer(file)
-    if theirs.fingerprint != tokenizer.fingerprint:
+    if theirs != tokenizer.fingerprint:
+        way_out = f"prepare the data with data.tokenizer={files[theirs]}" if theirs in files else "use data made with it"
         raise UserError(
-            f"{named} was trained with the tokenizer {file} ({theirs.fingerprint}), and data.path was made with "
-            f"another one ({tokenizer.fingerprint}); prepare the data with data.tokenizer={file}"
+            f"{named} was trained with another tokenizer ({theirs}) than the one that made the data here "
+            f"({tokenizer.fingerprint}); {way_out}"
         )
 
 

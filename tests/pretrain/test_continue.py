@@ -94,13 +94,16 @@ def refusal(run: Callable[[], object]) -> str:
 # Longer
 
 
-@pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
+@pytest.mark.parametrize(
+    "words",
+    [["optim.schedule=constant"], ["optim.schedule=inverse_sqrt"], ["optim.schedule=wsd", "optim.decay=0"]],
+)
 def test_a_finished_run_made_longer_is_the_run_that_was_as_long_from_the_start(
     tmp_path: Path,
     run_tiny: RunTiny,
-    schedule: str,
+    words: list[str],
 ) -> None:
-    words = (f"optim.schedule={schedule}", "checkpoint.every=10")
+    words = [*words, "checkpoint.every=10"]
     run_tiny(tmp_path / "whole", *words, "train.steps=20")
     run_tiny(tmp_path / "run", *words, "train.steps=10")
     assert run_tiny(tmp_path / "run", *words, "train.steps=20") is Outcome.FINISHED
@@ -206,6 +209,13 @@ def test_a_schedule_that_the_steps_taken_did_not_follow_is_refused_with_the_reas
     message = refusal(lambda: run_tiny(tmp_path, "train.steps=10", *then))
     assert told.format(run=tmp_path) in message
     assert contents(tmp_path) == before
+
+
+def test_a_cosine_run_in_its_warmup_may_be_made_longer(tmp_path: Path, run_tiny: RunTiny) -> None:
+    run_tiny(tmp_path / "whole", "train.steps=12")
+    run_tiny(tmp_path / "run", "train.steps=10", observers=[StopAfter(4)])
+    run_tiny(tmp_path / "run", "train.steps=12")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
 def test_growth_by_numbers_of_sequences_may_be_followed_by_more_steps(tmp_path: Path, run_tiny: RunTiny) -> None:
@@ -474,8 +484,12 @@ def test_full_wants_the_same_data_and_weights_the_same_tokenizer(
     assert f"reads on where that run stopped, but data.path={other_data}" in told
     assert "or run.init_mode=weights to begin with other data" in told
     told = refusal(lambda: train(tmp_path / "run", parent, f"data.path={other_tokenizer}"))
-    assert f"run.init_from={parent}@20 was trained with the tokenizer {parent / 'tokenizer.json'}" in told
+    assert f"run.init_from={parent}@20 was trained with another tokenizer (" in told
     assert f"prepare the data with data.tokenizer={parent / 'tokenizer.json'}" in told
+    alone = shutil.copytree(checkpoint_path(parent / "checkpoints", 20), tmp_path / "kept" / "step")
+    shutil.copy(other_tokenizer / "tokenizer.json", tmp_path)  # beside it lies one that is not its own
+    told = refusal(lambda: train(tmp_path / "run", alone, f"data.path={other_tokenizer}"))
+    assert f"run.init_from={alone} was trained with another tokenizer (" in told
     assert not (tmp_path / "run").exists()
 
 
