@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,6 +50,9 @@ from data_pipeline.workers import Done, Tell, cores, run_jobs
 Stage = Literal[
     "cleaning", "comparing documents", "reading a sample", "counting words", "training the tokenizer", "checking tokens", "tokenizing"
 ]
+
+
+_CONVERT = "convert it to UTF-8 if it is text (iconv -f LATIN1 -t UTF-8, or from UTF-16LE, SHIFT-JIS, ...)"
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,12 @@ def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: OnPr
             tokenizer = load_tokenizer(file)
             if read_record(record) == f"{key} {tokenizer.fingerprint}".encode():
                 return tokenizer
-    texts = sample_texts(_kept_documents(corpus, verdicts, progress), config.tokenizer_sample_mb * 1e6)
+    dropped = Counter[str]()
+    texts = sample_texts(_kept_documents(corpus, verdicts, dropped, progress), config.tokenizer_sample_mb * 1e6)
     if not texts:
         fraction = config.validation_fraction
         held_out = f" once data.validation_fraction={fraction} of the documents is held out" if fraction else ""
-        raise DataError(f"data.sources hold no text to train a tokenizer on{held_out}: {corpus}")
+        raise DataError(f"data.sources hold no text to train a tokenizer on{held_out} {_found_instead(corpus, dropped)}")
     tokenizer = train_tokenizer(_counting(texts, progress), config.vocab_size, file, config.tokenizer_kind)
     write_record(record, f"{key} {tokenizer.fingerprint}".encode())
     return tokenizer
@@ -172,15 +176,17 @@ def _counting(texts: Sequence[str], progress: OnProgress) -> Iterator[str]:
     progress(Progress("training the tokenizer", len(texts)))
 
 
-def _kept_documents(corpus: Corpus, verdicts: dict[str, Path], progress: OnProgress) -> Iterator[Document]:
-    """Training documents of enough chunks, evenly over the sources, for the tokenizer's sample."""
+def _kept_documents(corpus: Corpus, verdicts: dict[str, Path], dropped: Counter[str], progress: OnProgress) -> Iterator[Document]:
+    """Training documents of enough chunks, evenly over the sources, for the tokenizer's sample. Counts in `dropped` those left out."""
     chunks = corpus.sampled()
     tell = _counter("reading a sample", chunks, progress)
     editors = [build_editor(source, corpus.config) for source in corpus.config.sources]
     for chunk in chunks:
         for batch in read_judged(chunk, corpus.source(chunk), verdicts.get(chunk.name), tell):
             for document, reason, _ in batch:
-                if reason is None and place(document) >= corpus.config.validation_fraction:
+                if reason is not None:
+                    dropped[reason] += 1
+                elif place(document) >= corpus.config.validation_fraction:
                     yield editors[chunk.index](document)[0]
 
 
@@ -234,8 +240,7 @@ def _undecodable(corpus: Corpus, results: dict[str, ChunkResult]) -> list[str]:
             counts[chunk.source] += sum(split.dropped.get(defect, 0) for defect in DEFECTS)
     return [
         f"{name}: {count:,} document{'s' * (count > 1)} dropped as no text, because more than {MAX_UNDECODED:.0%} of the characters could "
-        f"not be decoded or are NUL; if it is text, convert it (iconv -f LATIN1 -t UTF-8, or from UTF-16LE, SHIFT-JIS, ...); "
-        f"--keep-rejects shows which"
+        f"not be decoded or are NUL; {_CONVERT}; --keep-rejects shows which"
         for name, count in (+counts).items()
     ]
 
@@ -261,6 +266,12 @@ def _notes(corpus: Corpus, results: dict[str, ChunkResult]) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _found_instead(corpus: Corpus, dropped: Mapping[str, int]) -> str:
+    """What became of the documents where none is left."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none at all"
+    return f"(documents read: {counts}): {corpus}" + (f"; {_CONVERT}" if any(defect in dropped for defect in DEFECTS) else "")
+
+
 def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
     """DataError where a split would be empty."""
     config, n_train, n_held_out = corpus.config, _documents(results, "train"), _documents(results, "validation")
@@ -268,8 +279,7 @@ def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
         return
     if not n_train + n_held_out:
         dropped = _total(split.dropped for result in results.values() for split in result.splits.values())
-        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none at all"
-        raise DataError(f"data.sources hold no text to keep (documents read: {counts}): {corpus}")
+        raise DataError(f"data.sources hold no text to keep {_found_instead(corpus, dropped)}")
     if config.validation_fraction > 0 and n_train + n_held_out == 1:
         raise DataError(
             "data.sources hold a single document to keep, so none can be held out; set data.validation_fraction=0, or split it (for "

@@ -61,9 +61,8 @@ _FORMATS: tuple[tuple[int, bytes, Format], ...] = (
     (8, b"WEBP", Format("a WebP image", _LEAVE_OUT)),
     (0, b"II*\x00", Format("a TIFF image", _LEAVE_OUT)),
     (0, b"MM\x00*", Format("a TIFF image", _LEAVE_OUT)),
-    (0, b"BM", Format("a BMP image", _LEAVE_OUT)),
     (8, b"WAVE", Format("a WAV sound", _LEAVE_OUT)),
-    (0, b"ID3", Format("an MP3 sound", _LEAVE_OUT)),
+    *((0, b"ID3" + bytes([version]), Format("an MP3 sound", _LEAVE_OUT)) for version in (2, 3, 4)),
     (0, b"fLaC", Format("a FLAC sound", _LEAVE_OUT)),
     (0, b"OggS", Format("an Ogg sound or film", _LEAVE_OUT)),
     (4, b"ftyp", Format("an MP4 film", _LEAVE_OUT)),
@@ -82,13 +81,15 @@ _FORMATS: tuple[tuple[int, bytes, Format], ...] = (
     (0, b"GGUF", Format("a GGUF model", _LEAVE_OUT)),
     (0, b"MMIDIDX\x00", Format("a Megatron index", "set kind: megatron for it")),
     (0, b"\x7fELF", Format("an ELF program", _LEAVE_OUT)),
-    (0, b"MZ", Format("a Windows program", _LEAVE_OUT)),
     (0, b"\x00asm", Format("a WebAssembly program", _LEAVE_OUT)),
     *((0, magic, Format("a macOS program", _LEAVE_OUT)) for magic in (b"\xcf\xfa\xed\xfe", b"\xce\xfa\xed\xfe")),
     (0, b"\xca\xfe\xba\xbe", Format("a Java class or macOS program", _LEAVE_OUT)),
     (0, b"version https://git-lfs.github.com/spec/", _LFS),
 )
 """(place, bytes that stand there, what that is). The first that fits is right."""
+
+_TWO_LETTERS = {b"BM": Format("a BMP image", _LEAVE_OUT), b"MZ": Format("a Windows program", _LEAVE_OUT)}
+"""Marks so short that NULs must follow at once."""
 
 _SURE = (b"%PDF-", b"1AY&SY", b"!<arch>\n", b"version https://git-lfs.github.com/spec/")
 """Marks of printable characters that no text has there. All others count only where control characters follow: `BMW` is no image."""
@@ -114,6 +115,8 @@ def binary_format(head: bytes) -> Format | None:
     for place, magic, found in _FORMATS:
         if head.startswith(magic, place) and (has_control or magic in _SURE or not magic.isascii()):
             return found
+    if b"\0" in head[2:16] and head[:2] in _TWO_LETTERS:
+        return _TWO_LETTERS[head[:2]]
     if head[8:10] == b'{"' and head[4:8] == bytes(4):
         return Format("a safetensors file", _LEAVE_OUT)
     return None

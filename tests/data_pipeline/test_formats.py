@@ -146,6 +146,7 @@ OTHERS = {
     "a safetensors file": struct.pack("<Q", 20) + b'{"__metadata__":{}}',
     "an ELF program": b"\x7fELF\2\1\1\0",
     "a Windows program": b"MZ\x90\0\3\0",
+    "a BMP image": b"BM\x46\0\0\0\0\0\0\0\x36",
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n",
 }
 
@@ -167,7 +168,8 @@ def test_a_file_that_is_no_text_is_refused_by_name_with_a_way_out(tmp_path: Path
     "text", ["BMW is not a bitmap", "MZ", "GIF89a is a format", "ORC", "ID3 tags", "PAR1", "PK", "RIFF and WEBP", "ustar" * 60, "x" * 600]
 )
 def test_text_that_begins_like_another_format_is_text(text: str) -> None:
-    for raw in (text.encode(), f"{text} für".encode("latin-1"), f"{text} für".encode()):
+    controls = [f"{text} a stray\x08control character".encode()] if len(text) > 2 and text.split()[0] in ("BMW", "MZ", "ID3") else []
+    for raw in (text.encode(), f"{text} für".encode("latin-1"), f"{text} für".encode(), *controls):
         assert binary_format(raw[:HEAD_BYTES]) is None
 
 
@@ -342,3 +344,22 @@ def test_a_preparation_of_a_file_that_is_no_text_ends_with_2_one_line_and_nothin
     assert end.value.code == 2
     assert capfd.readouterr().err == f"error: {tmp_path}/raw/b.txt is a PNG image, not text; leave it out with `exclude`\n"
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["trained", "there"])
+def test_where_nothing_is_left_the_reasons_and_the_way_out_are_told(tmp_path: Path, tokenizer: str) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "a.txt").write_text("some text to train a tokenizer on")
+    prepare(
+        tmp_path / "first", PrepareConfig(sources=(SourceConfig(kind="text", paths=(str(raw),)),), vocab_size=300, validation_fraction=0)
+    )
+    (raw / "a.txt").write_bytes("Größe Äpfel".encode("latin-1"))
+    (raw / "b.txt").write_bytes(b"")
+    settings = {"tokenizer": tmp_path / "first" / "tokenizer.json"} if tokenizer == "there" else {"vocab_size": 300}
+    config = PrepareConfig(sources=(SourceConfig(kind="text", paths=(str(raw),)),), validation_fraction=0, workers=1, **settings)
+    message = (
+        r"hold no text to .* \(documents read: 1 empty, 1 undecodable\): text .*raw; convert it to UTF-8 if it is text \(iconv -f LATIN1"
+    )
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path / "data", config)
