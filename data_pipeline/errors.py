@@ -1,7 +1,9 @@
-"""The one error that the data pipeline raises for input it cannot use. No message of it tells the secrets of an address."""
+"""The errors that end the program with one line: input that cannot be used, and a disk that fails for now. No message of them tells the
+secrets of an address."""
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable
 
@@ -14,6 +16,15 @@ _ADDRESS = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'<>]+""")
 _USER = re.compile(r"(?<!\bgithub)(?<!\bgist)://((?:[^/\s]*|[^/@\s:]*:(?!\d+/)(?:(?!::|://)[^@\s])*))@")
 _QUERY = re.compile(r"(\?(?=[^/?&]*=))(.+)")  # another `?` is a wildcard
 _ONLY_VARIABLES = re.compile(r"(\$\{[A-Za-z_][A-Za-z0-9_]*\})*")
+
+DISK_ERRNOS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBUSY, errno.ELOOP),
+    }
+)
+"""Errors that come from a disk, a mount, permissions or a limit, and not from a mistake in the program."""
 
 
 class DataError(Exception):
@@ -32,6 +43,21 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+class StorageError(DataError):
+    """A disk, a mount or a permission is in the way: exit code 1. It tells nothing about what the files hold.
+
+    The message is one line that names the path, the reason and the way out; the same command may work later.
+    """
+
+
+def unreadable(path: object, error: OSError, what: str = "opened") -> StorageError:
+    """That a file could not be opened, or read or whatever `what` says. It tells nothing about what the file holds."""
+    return StorageError(
+        f"{path} cannot be {what} ({error.strerror or error}); nothing is known to be damaged: check the disk or mount, the "
+        f"permissions, memory and the limit of open files (`ulimit -n`), and start again"
+    )
 
 
 def redact(text: str) -> str:

@@ -6,16 +6,26 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from pretrain.checkpoint.ranks import gather, on_first
-from pretrain.checkpoint.record import verify
+from data_pipeline.errors import StorageError, unreadable
+from pretrain.checkpoint.ranks import gather, on_first, together
+from pretrain.checkpoint.record import GONE, MANIFEST, read_manifest, verify
 from pretrain.errors import UserError
 
-_NAME = re.compile(r"step-(\d{8,})(\.tmp-.+)?")
+_NAME = re.compile(r"step-(\d{8,})(?:\.tmp-(.+))?")
+_DAMAGED = "damaged-"
+
+
+class NoneWhole(UserError):
+    """There are checkpoints, and none of them is whole. Made with the sentence that says why."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}. Restore one of them from a copy"
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -29,15 +39,20 @@ def partial_path(directory: Path, step: int, attempt: str) -> Path:
 
 
 def newest(directory: Path, on_problem: Callable[[Path, list[str]], None], group: ProcessGroup | None = None) -> Path | None:
-    """The newest committed checkpoint in `directory` that verifies; None where there is none at all.
+    """The newest committed checkpoint in `directory` that verifies; None where there is none at all. Nothing is changed.
 
     The ranks of `group` share the reading and find the same one; None is this process alone. Each one that fails is reported to
-    `on_problem` with the problems that `record.verify` found, and the next older one is tried. Raises UserError where there are
-    checkpoints and none is whole: starting over by itself would throw the run away.
+    `on_problem` with the problems that `record.verify` found, and the next older one is tried.
+
+    Raises:
+        NoneWhole: there are checkpoints, and none is whole: starting over by itself would throw the run away.
+        UserError: a checkpoint has the name of another step.
+        StorageError: something cannot be read now: an older checkpoint would throw away what may be whole.
     """
     first_problem = ""
-    candidates = on_first(group, lambda: _committed(directory))
+    candidates = on_first(group, lambda: committed(directory))
     for path in candidates:
+        on_first(group, partial(_check_name, path))
         problems = problems_of(path, group)
         if not problems:
             return path
@@ -45,42 +60,60 @@ def newest(directory: Path, on_problem: Callable[[Path, list[str]], None], group
         first_problem = first_problem or problems[0]
     if not candidates:
         return None
-    raise UserError(
-        f"none of the {len(candidates)} checkpoints in {directory} is whole; the newest fails because {first_problem}. "
-        f"Start over in another run.dir, or delete {directory} to start over here"
-    )
+    raise NoneWhole(f"none of the {len(candidates)} checkpoints in {directory} is whole; the newest fails because {first_problem}")
 
 
 def problems_of(path: Path, group: ProcessGroup | None) -> list[str]:
     """What `record.verify` finds wrong with the checkpoint at `path`, the same on all ranks of `group`, which share
-    the reading."""
+    the reading. StorageError, on all of them, where one cannot read now."""
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    return [problem for found in gather(verify(path, rank, ranks), group) for problem in found]
+    found = together(group, lambda: verify(path, rank, ranks))
+    return [problem for of_rank in gather(found, group) for problem in of_rank]
 
 
-def retain(directory: Path, keep: int) -> None:
-    """Delete all committed checkpoints but the `keep` newest, and what crashes left behind.
+def retain(directory: Path, keep: int, group: ProcessGroup | None = None) -> list[str]:
+    """Delete all committed checkpoints but the `keep` newest, and what crashes left behind. All ranks of `group` call it.
 
     A checkpoint is renamed before its files go, so that a half-deleted one never looks whole. Unfinished ones of later steps than
-    the newest committed one stay: another process may be writing them.
+    the newest committed one stay: another process may be writing them. What was set aside as damaged goes when the newest one is of the
+    same step or a later one, and has been read back and found whole.
+
+    Returns why damaged ones had to stay: a line for each problem of the newest one, nothing as a rule.
     """
-    committed = _committed(directory)
-    for path in committed[keep:]:
-        path.rename(partial_path(directory, step_of(path), f"deleted-{uuid.uuid4().hex[:8]}"))
-    for path in list(directory.glob("step-*.tmp-*")):
-        if _NAME.fullmatch(path.name) and committed and step_of(path) <= step_of(committed[0]):
-            shutil.rmtree(path, ignore_errors=True)
+    aside = on_first(group, lambda: _tidy(directory, keep))
+    if not aside:
+        return []
+    target = on_first(group, lambda: committed(directory)[0])
+    try:
+        problems = problems_of(target, group)
+    except StorageError as error:
+        return [str(error)]
+    if not problems:
+        on_first(group, lambda: _delete(aside))
+    return problems
 
 
 def kept_steps(directory: Path) -> list[int]:
     """Steps of the committed checkpoints in `directory`, whole or not, newest first."""
-    return [step_of(path) for path in _committed(directory)]
+    return [step_of(path) for path in committed(directory)]
 
 
-def _committed(directory: Path) -> list[Path]:
-    """Newest first."""
-    found = [path for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name)) and not match[2]]
-    return sorted(found, key=step_of, reverse=True)
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint to a name that is not read. `retain` deletes it once the run has gone past it."""
+    path.rename(partial_path(path.parent, step_of(path), f"{_DAMAGED}{uuid.uuid4().hex[:8]}"))
+
+
+def committed(directory: Path) -> list[Path]:
+    """Checkpoints by their names, newest first. Files and dangling links of such a name are none.
+
+    StorageError where it cannot be listed.
+    """
+    return sorted((path for path, attempt in _folders(directory) if attempt is None), key=step_of, reverse=True)
+
+
+def steps_there(directory: Path) -> set[int]:
+    """Steps of which there is a checkpoint, whole or not, or one that was set aside as damaged."""
+    return {step_of(path) for path, attempt in _folders(directory) if attempt is None or _is_set_aside(attempt)}
 
 
 def step_of(path: Path) -> int:
@@ -89,3 +122,52 @@ def step_of(path: Path) -> int:
     if not match:
         raise ValueError(f"{path} is not named like a checkpoint")
     return int(match[1])
+
+
+def _folders(directory: Path) -> list[tuple[Path, str | None]]:
+    """(path, attempt) of each folder that is named like a checkpoint; the attempt is None for a committed one."""
+    try:
+        found = [(path, match[2]) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [(path, attempt) for path, attempt in found if path.is_dir()]
+    except GONE:
+        return []
+    except OSError as error:
+        raise unreadable(directory, error, "listed") from error
+
+
+def _is_set_aside(attempt: str) -> bool:
+    return attempt.startswith(_DAMAGED) or attempt.endswith("-replaced")  # earlier versions named some like this
+
+
+def _check_name(path: Path) -> None:
+    """UserError where a whole manifest is of another step than the name says: somebody has renamed or copied it."""
+    try:
+        step = read_manifest(path).step
+    except UserError:
+        return
+    if step != step_of(path):
+        right = checkpoint_path(path.parent, step)
+        rename = "" if right.exists() else f"rename it to {right.name}, or "
+        raise UserError(
+            f"{path} is named like the checkpoint of step {step_of(path)}, but its {MANIFEST} says step {step}; "
+            f"{rename}move it out of {path.parent}"
+        )
+
+
+def _tidy(directory: Path, keep: int) -> list[Path]:
+    """Delete what may go unseen, and return what was set aside as damaged and may go if the newest checkpoint is whole."""
+    whole = committed(directory)
+    for path in whole[keep:]:
+        path.rename(partial_path(directory, step_of(path), f"deleted-{uuid.uuid4().hex[:8]}"))
+    old = [(path, attempt) for path, attempt in _folders(directory) if attempt and whole and step_of(path) <= step_of(whole[0])]
+    _delete([path for path, attempt in old if not _is_set_aside(attempt)])
+    return [path for path, attempt in old if _is_set_aside(attempt)]
+
+
+def _delete(paths: list[Path]) -> None:
+    """Of a link to a folder elsewhere, the link alone."""
+    for path in paths:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)

@@ -8,11 +8,12 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from data_pipeline.errors import StorageError
 from pretrain.errors import UserError
 
 T = TypeVar("T")
 
-EXPECTED = (OSError, UserError, ValueError, TypeError, RuntimeError)
+EXPECTED = (OSError, UserError, StorageError, ValueError, TypeError, RuntimeError)
 """What disks, torch.distributed.checkpoint and the checks of this package raise. Anything else ends its own rank, which ends the others."""
 
 

@@ -11,9 +11,13 @@ from typing import Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from data_pipeline.errors import unreadable
 from pretrain.errors import UserError
 
 MANIFEST = "manifest.json"
+
+GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What opening a file raises when it is not there. Any other OSError may pass: a bad network mount, permissions, a failing disk."""
 
 
 class Record(BaseModel):
@@ -81,7 +85,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at `path`. Raises UserError where there is none or it is damaged."""
+    """The manifest of the checkpoint at `path`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+        StorageError: it cannot be read now, which says nothing about what it holds.
+    """
     file = path / MANIFEST
     try:
         content = json.loads(file.read_bytes())
@@ -90,31 +99,45 @@ def read_manifest(path: Path) -> Manifest:
         if content.pop("checksum", None) != _checksum(content):
             raise ValueError("its own checksum does not match")
         return Manifest.model_validate(content)
-    except FileNotFoundError:
+    except GONE:
         raise UserError(f"{path} is no checkpoint: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise unreadable(file, error, "read") from error
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{file} cannot be read by this version: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from error
 
 
 def verify(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     """Compare every file of the checkpoint at `path` with its manifest, reading all of them, or one part in `ranks`, that of `rank`.
 
-    Returns one line for each problem, and an empty list for a checkpoint that is whole. It runs no code of the checkpoint.
+    Returns one line for each problem, and an empty list for a checkpoint that is whole. It runs no code of the checkpoint. Files that
+    the manifest does not list are ignored; `extra_files` names them.
+
+    Raises:
+        StorageError: a file cannot be read now. It may be whole, so that is no problem of the checkpoint.
     """
     try:
         manifest = read_manifest(path)
     except UserError as error:
         return [str(error)] if rank == 0 else []
     files = sorted(manifest.files.items())[rank::ranks]
-    problems = [problem for name, expected in files if (problem := _problem(path / name, expected))]
-    if rank > 0:
-        return problems
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
-    extra = sorted(present - manifest.files.keys() - {MANIFEST})
-    return problems + [f"{path / name} does not belong to the checkpoint: its {MANIFEST} does not list it" for name in extra]
+    return [problem for name, expected in files if (problem := _problem(path / name, expected))]
+
+
+def extra_files(path: Path) -> list[str]:
+    """Names in the folder of a checkpoint that its manifest does not list: left by a file manager or by NFS, say. They are never read.
+
+    Raises:
+        UserError, StorageError: as `read_manifest`.
+    """
+    listed = {Path(name).parts[0] for name in read_manifest(path).files} | {MANIFEST}
+    try:
+        return sorted({entry.name for entry in path.iterdir()} - listed)
+    except OSError as error:
+        raise unreadable(path, error, "listed") from error
 
 
 def check_file(path: Path, name: str) -> None:
@@ -132,10 +155,10 @@ def _problem(file: Path, expected: FileSum) -> str | None:
             if size != expected.size:
                 return f"{file} has {size} bytes instead of {expected.size}"
             digest = hashlib.file_digest(stream, xxhash.xxh3_64).hexdigest()
-    except FileNotFoundError:
+    except GONE:
         return f"{file} is missing"
     except OSError as error:
-        return f"{file} cannot be read: {error.strerror}"
+        raise unreadable(file, error, "read") from error
     return None if digest == expected.xxh3 else f"{file} is damaged: its checksum is {digest} instead of {expected.xxh3}"
 
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from data_pipeline.durable import sync_folder
-from pretrain.checkpoint.directory import checkpoint_path, partial_path
+from pretrain.checkpoint.directory import checkpoint_path, partial_path, set_aside
 from pretrain.checkpoint.files import HashingFileSystem
 from pretrain.checkpoint.ranks import gather, is_first, on_first, together
 from pretrain.checkpoint.record import FileSum, Manifest, Record, check_file, verify, write_manifest
@@ -87,11 +87,11 @@ def load(path: Path, state: StateDict, group: ProcessGroup | None = None) -> Non
 
 
 def _make_room(target: Path, partial: Path) -> None:
-    """Make the folder to write into. A damaged checkpoint of the same step gets a name that is not read and that `retain` deletes."""
+    """Make the folder to write into. A damaged checkpoint of the same step gets a name that is not read."""
     if target.exists():
         if not verify(target):
             raise UserError(_two_writers(target))
-        target.rename(partial.with_name(f"{partial.name}-replaced"))
+        set_aside(target)
     partial.mkdir(parents=True)
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from data_pipeline.errors import DataError, redact
+from data_pipeline.errors import DISK_ERRNOS, DataError, StorageError, redact
 from parallel.errors import LayoutError
 from parallel.world import World, fail_together
 from pretrain.cli import config, data, layout, run
@@ -37,10 +37,10 @@ app.add_typer(config.app, name="config")
 
 
 def main() -> None:
-    """Entry point: a wrong input or a diverged run is one line on stderr; anything else that fails keeps its traceback. Of several
-    processes that torchrun started, the one that fails first shows its error, and all end with its exit code.
+    """Entry point: a wrong input, a diverged run or a failing disk is one line on stderr; anything else keeps its traceback.
 
-    A command whose reader left (`| head`) ends without a word, unless its result lies on the disk: then it goes on."""
+    Of several processes that torchrun started, the one that fails first shows its error, and all end with its exit code. A command
+    whose reader left (`| head`) ends without a word, unless its result lies on the disk: then it goes on."""
     words, sys.argv[1:] = sys.argv[1:], [redact(word) for word in sys.argv[1:]]  # which wandb writes down
     with tolerant_streams():
         try:
@@ -51,9 +51,11 @@ def main() -> None:
             code = 0 if lost.reader_left else show(lost)
         except (*WRONG_INPUT, Diverged) as error:
             code = show(error)
-        except Exception:
-            sys.excepthook = lambda _, error, __: show_traceback(error)  # not before: typer sets one of its own
-            raise
+        except Exception as error:
+            if not isinstance(error, OSError) or error.errno not in DISK_ERRNOS:
+                sys.excepthook = lambda _, error, __: show_traceback(error)  # not before: typer sets one of its own
+                raise
+            code = show(error)
     sys.exit(code)
 
 
@@ -71,13 +73,15 @@ def command_line(words: list[str]) -> int:
 
 def show(error: BaseException) -> int:
     """Show an error on stderr, in one line if it is an expected one, and return the exit code."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:  # met where nobody expected it: the place is in the message
+        error = StorageError(f"{error}; check the disk, the mount, permissions and limits, and start again")
     if not isinstance(error, (*WRONG_INPUT, Diverged, OutputLost)):
         show_traceback(error)
         return EXIT_FAILED
     where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     line = " ".join(f"{error}{where}".splitlines())
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", line), highlight=False)
-    return EXIT_WRONG_INPUT if isinstance(error, WRONG_INPUT) else EXIT_FAILED
+    return EXIT_WRONG_INPUT if isinstance(error, WRONG_INPUT) and not isinstance(error, StorageError) else EXIT_FAILED
 
 
 def show_traceback(error: BaseException) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, computed_field
 
+from data_pipeline.errors import unreadable
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
 
@@ -30,6 +31,9 @@ def _exp(loss: float) -> float:
 def _null_is_nan(value: object) -> object:
     return math.nan if value is None else value
 
+
+LAST_SECTION = "log"
+"""Of a `config.yaml`, which always holds all sections in one order: where this one is missing, the end of the file is."""
 
 Number = Annotated[float, BeforeValidator(_null_is_nan)]
 
@@ -105,8 +109,8 @@ class ValidationRecord(Record):
 
 
 class Event(Record):
-    """Something that happened, in `events.jsonl`: start, resume, settings, save, skip_checkpoint, skip_data, stop, finish, sample,
-    output_lost, logger_failed."""
+    """Something that happened, in `events.jsonl`: start, resume, settings, save, skip_checkpoint, skip_data, notice, stop,
+    finish, sample, output_lost, logger_failed."""
 
     time: float
     """Unix time."""
@@ -151,9 +155,15 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def read_config(path: Path) -> RunConfig:
-    """Read a `config.yaml`. UserError where it is missing or holds no settings."""
+    """Read a `config.yaml`. UserError where it is missing, cut short or holds no settings, StorageError where it cannot be read now."""
     try:
-        return RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(tree, dict) and "run" in tree and LAST_SECTION not in tree:
+            raise UserError(
+                f"{path} is cut short: it ends before its last section, {LAST_SECTION}. Restore it (the manifest.json of each "
+                f"checkpoint holds the same settings under `config`), or choose another run.dir"
+            )
+        return RunConfig.model_validate(tree)
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a run directory: it holds no {path.name}") from None
     except ValidationError as error:
@@ -162,6 +172,8 @@ def read_config(path: Path) -> RunConfig:
         raise UserError(f"{path} cannot be read as the settings of a run ({reason}); restore it, or choose another run.dir") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML; restore it, or choose another run.dir") from error
+    except OSError as error:
+        raise unreadable(path, error, "read") from error
 
 
 def read_events(path: Path) -> list[Event]:
@@ -179,9 +191,12 @@ def step_of_line(line: str, path: Path, number: int) -> int:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file that got their newline; what follows the last newline is a write cut short. Empty where there is no file."""
-    if not path.exists():
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except FileNotFoundError:
         return []
-    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except OSError as error:
+        raise unreadable(path, error, "read") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from pretrain.model.flops import flops_per_token
 from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
 from pretrain.report.records import SourceLoss, StepRecord, ValidationRecord
 from pretrain.train.books import Books
+from pretrain.train.disk import cannot_save
 from pretrain.train.feed import HostBatch, fill_up, microbatches, to_host
 from pretrain.train.growth import seq_len_at
 from pretrain.train.metrics import Meter
@@ -219,8 +220,14 @@ class Loop:
                 layout=place.sizes,
                 rng=dict(states),
             )
-            path = store.save(self.checkpoints, self.engine.state(), record, place.group)
+            target = directory.checkpoint_path(self.checkpoints, step)
+            try:
+                path = store.save(self.checkpoints, self.engine.state(), record, place.group)
+            except OSError as error:
+                raise cannot_save(config, target, error) from error
+            for problem in directory.retain(self.checkpoints, config.checkpoint.keep, place.group):
+                text = f"damaged checkpoints are kept, as {path.name} does not verify: {problem}"
+                self.books.event("notice", text, step)
             if place.world.is_main:
-                directory.retain(self.checkpoints, config.checkpoint.keep)
                 size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
                 self.books.event("save", f"{path.name}, {size:.0f} MB in {time.perf_counter() - began:.1f} s", step)

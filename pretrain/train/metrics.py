@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from data_pipeline.errors import StorageError
 from pretrain.hardware import Accelerator
 from pretrain.report.records import Record, step_of_line, whole_lines, write_whole
 
@@ -19,12 +20,23 @@ class RecordFile:
     """A record file opened for appending. Every record reaches the operating system as one line, at once."""
 
     def __init__(self, path: Path) -> None:
-        _cut_torn_line(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        """Open it, and make it where there is none. StorageError where that is not possible."""
+        self.path = path
+        try:
+            _cut_torn_line(path)
+            self._file = path.open("ab", buffering=0)  # what Python buffered and the disk refused would be written again when closed
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     def append(self, record: Record) -> None:
-        """Write one record."""
-        self._file.write(record.line())
+        """Write one record. StorageError where the disk does not take it; the file then ends with the record before."""
+        line, written = record.line().encode(), 0
+        try:
+            while written < len(line):  # of a disk that is nearly full the first write takes a part, the second says why
+                written += self._file.write(line[written:])
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - written)
+            raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -46,6 +58,20 @@ def truncate_after(path: Path, step: int) -> None:
     kept = [line for number, line in enumerate(lines, 1) if step_of_line(line, path, number) <= step]
     if len(kept) < len(lines):
         write_whole(path, "".join(line + "\n" for line in kept))
+
+
+def copy_aside(path: Path, attempt: int) -> None:
+    """Keep a copy of a record file as it was before this attempt, beside it; one that is there already stays."""
+    aside = path.with_name(f"{path.stem}.before-attempt-{attempt}{path.suffix}")
+    if path.exists() and not aside.exists():
+        write_whole(aside, path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _unwritable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path} cannot be written ({error.strerror or error}): make room or make it writable, and start the same command again; "
+        f"it goes on from the newest checkpoint"
+    )
 
 
 def _cut_torn_line(path: Path) -> None:

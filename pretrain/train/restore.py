@@ -3,9 +3,10 @@ has none yet begins from the checkpoint of another run that `run.init_from` name
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_pipeline.errors import StorageError
 from data_pipeline.reading.loader import Loader
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 from parallel.engine import Engine
@@ -17,8 +18,9 @@ from pretrain.config_loading import validate
 from pretrain.errors import UserError
 from pretrain.optim.schedule import samples_before
 from pretrain.report.records import read_events
+from pretrain.train.consistency import check_records
 from pretrain.train.growth import check_growth
-from pretrain.train.metrics import truncate_after
+from pretrain.train.metrics import copy_aside, truncate_after
 from pretrain.train.parent import Parent, check_parent, find_parent, load_parent
 from pretrain.train.place import Place
 from pretrain.train.rundir import RunDirectory
@@ -42,6 +44,8 @@ class Beginning:
     """Whether it goes on from a checkpoint of this run."""
     parent: Parent | None = None
     """The checkpoint of another run that this one begins from; None where it resumes."""
+    notices: tuple[str, ...] = ()
+    """What else the user should know of what was found."""
 
 
 def restore(
@@ -56,18 +60,43 @@ def restore(
     checkpoints set aside.
 
     Raises:
-        UserError: there are checkpoints but none is whole; or data or schedule are not those of the steps taken; or
-            the checkpoint of another run that `run.init_from` names does not fit. Nothing was changed then.
+        UserError: the run has lost checkpoints, and `checkpoint.on_loss` does not accept that; or data or schedule are
+            not those of the steps taken; or the checkpoint of another run that `run.init_from` names does not fit.
+            Nothing was changed then.
+        StorageError: something cannot be read now, or the records cannot be written.
     """
     skipped: list[tuple[Path, str]] = []
-    path = directory.newest(run_dir.checkpoints, lambda path, problems: skipped.append((path, problems[0])), place.group)
-    if path is None:
+    none_whole = ""
+    go_back = config.checkpoint.on_loss == "go_back"
+    try:
+        path = directory.newest(run_dir.checkpoints, lambda path, problems: skipped.append((path, problems[0])), place.group)
+    except directory.NoneWhole as error:
+        path, none_whole = None, str(error.args[0])
+    manifest = None if path is None else read_manifest(path)
+    findings = on_first(place.group, lambda: check_records(run_dir.path, path, manifest, none_whole, go_back=go_back))
+    if path is not None and manifest is not None:
+        beginning = _resume(path, manifest, run_dir, engine, data, config, place)
+    elif config.run.init_from is not None:
+        beginning = _begin_from_parent(engine, data, config, tokenizer, place)
+    else:
         beginning = Beginning()
-        if config.run.init_from is not None:
-            beginning = _begin_from_parent(engine, data, config, tokenizer, place)
-        truncate_after(run_dir.metrics, BEFORE_ANY_STEP)
-        return beginning
-    manifest = read_manifest(path)
+    if place.world.is_main:
+        try:
+            if findings.lost:
+                copy_aside(run_dir.metrics, run_dir.attempt)
+            truncate_after(run_dir.metrics, beginning.step if path else BEFORE_ANY_STEP)
+            for damaged, _ in skipped:  # `directory.retain` would count them as the newest, and delete what is saved now
+                directory.set_aside(damaged)
+        except OSError as error:
+            raise StorageError(f"run.dir={run_dir.path} cannot be written ({error}); mend that, and start again") from error
+    directory.retain(run_dir.checkpoints, config.checkpoint.keep, place.group)  # a smaller `keep` makes room for the next
+    return replace(beginning, skipped=tuple(skipped), notices=findings.notices)
+
+
+def _resume(
+    path: Path, manifest: Manifest, run_dir: RunDirectory, engine: Engine, data: Loader, config: RunConfig, place: Place
+) -> Beginning:
+    """Fill the engine from a checkpoint of this run."""
     kept = on_first(place.group, lambda: directory.kept_steps(run_dir.checkpoints))
     check_schedule(run_dir.path, validate(manifest.config), config, manifest.step, manifest.samples, kept)
     _check_data(path, manifest, data)
@@ -76,11 +105,7 @@ def restore(
     store.load(path, engine.state(), place.group)
     engine.loaded()
     _restore_rng(manifest, place)
-    truncate_after(run_dir.metrics, manifest.step)
-    if place.world.is_main:
-        for damaged, _ in skipped:  # among the newest ones, `directory.retain` would keep them and delete those that are saved from now on
-            damaged.rename(directory.partial_path(run_dir.checkpoints, directory.step_of(damaged), f"damaged-{run_dir.attempt}"))
-    return Beginning(manifest.step, ahead, tuple(skipped), resumed=True)
+    return Beginning(manifest.step, ahead, resumed=True)
 
 
 def _begin_from_parent(engine: Engine, data: Loader, config: RunConfig, tokenizer: Tokenizer, place: Place) -> Beginning:
@@ -102,10 +127,10 @@ def _restore_rng(manifest: Manifest, place: Place) -> None:
     rng.restore(manifest.rng.get(place.position) or next(iter(manifest.rng.values())))
 
 
-def is_finished(run_dir: RunDirectory, step: int) -> bool:
+def is_finished(events: Path, step: int) -> bool:
     """Whether the run has told its end after `step` steps, and nothing since; one that was killed between its last
     checkpoint and that has not, and one that was made longer has told an earlier end."""
-    told = [event for event in read_events(run_dir.events) if event.kind in {"start", "resume", "finish"}]
+    told = [event for event in read_events(events) if event.kind in {"start", "resume", "finish"}]
     return bool(told) and told[-1].kind == "finish" and told[-1].step == step
 
 

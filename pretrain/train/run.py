@@ -29,6 +29,7 @@ from pretrain.report.words import amount, duration
 from pretrain.streams import reason, tolerant_console
 from pretrain.train.books import QUIET, Books, open_books
 from pretrain.train.build import blueprint_of, build_engine
+from pretrain.train.disk import check_room
 from pretrain.train.display import Display
 from pretrain.train.growth import window_of
 from pretrain.train.layout import layout_of, microbatch_counts
@@ -68,6 +69,8 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     )
     place = Place(world, layout_of(config, world.size))
     check_memory(config, place.layout, device_bytes(config))
+    finished = is_finished(config.run.dir / "events.jsonl", config.train.steps)
+    shortage = check_room(config) if world.is_main and not finished else ""
     train_data, validation = open_data(config)
     _check_tokenizer(config, tokenizer, train_data)
     _check_parent(config, tokenizer, train_data)
@@ -87,7 +90,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
                 keep_tokenizer(config.data.tokenizer, run_dir.path)
                 # whatever becomes of the attempt
                 stack.push(lambda kind, error, trace: _report(run_dir.path, console, error))
-            if on_first(place.group, lambda: beginning.step == config.train.steps and is_finished(run_dir, beginning.step)):
+            if on_first(place.group, lambda: beginning.step == config.train.steps and is_finished(run_dir.events, beginning.step)):
                 _tell_finished(console, run_dir, beginning.step)
                 return Outcome.FINISHED
             meter, statement = _meter(config, beginning, world.size)
@@ -95,6 +98,8 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             loggers = [*open_loggers(config, run_dir.path, beginning.step), *observers] if world.is_main else []
             books = stack.enter_context(open_books(run_dir, display, loggers, output))
             _tell_start(books, config, beginning, train_data, statement, place)
+            if shortage:
+                books.event("notice", shortage, beginning.step)
             loop = Loop(config, engine, train_data, validation, run_dir.checkpoints, books, meter, stop, place, beginning.ahead)
             outcome = loop.run(beginning.step, validate_first=not beginning.resumed)
             del loop, engine  # the samples need their memory
@@ -235,6 +240,8 @@ def _tell_start(books: Books, config: RunConfig, beginning: Beginning, data: Loa
     """What was passed over, what is trained on what, and on which machines."""
     for path, problem in beginning.skipped:
         books.event("skip_checkpoint", f"{path.name}: {problem}", directory.step_of(path))
+    for notice in beginning.notices:
+        books.event("notice", notice, beginning.step)
     parameters, step = parameter_count(config.model), beginning.step
     samples = samples_before(config.train.steps + 1, config.train) + beginning.ahead
     begin = f"{amount(parameters)} parameters on {amount(samples * config.data.seq_len)} tokens of {config.data.path}"

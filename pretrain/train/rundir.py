@@ -53,7 +53,7 @@ class RunDirectory:
         except OSError as error:
             os.close(lock)
             raise _unusable(path, error) from error
-        except UserError:
+        except Exception:
             os.close(lock)
             raise
         return cls(path, starts + 1, lock, changes)
@@ -134,7 +134,7 @@ def _changes(path: Path, config: RunConfig) -> tuple[str, ...]:
     """How the settings differ from those of the run that is there. UserError where they must not."""
     file = path / CONFIG_FILE
     if not file.exists():
-        left_over = [name for name in ("metrics.jsonl", "checkpoints") if (path / name).exists()]
+        left_over = [name for name in ("metrics.jsonl", "events.jsonl", "checkpoints") if (path / name).exists()]
         if left_over:
             raise UserError(f"run.dir={path} holds {left_over[0]} but no config.yaml, so nobody knows its settings; choose another run.dir")
         return ()

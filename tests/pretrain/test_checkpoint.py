@@ -1,7 +1,11 @@
 """Each corruption that torch.distributed.checkpoint accepts in silence must be noticed here; that it does is the negative control."""
 
+import errno
+import io
 import json
+import os
 import pickle
+import re
 import resource
 import shutil
 import warnings
@@ -12,9 +16,10 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from data_pipeline.errors import StorageError
 from pretrain.checkpoint import rng
-from pretrain.checkpoint.directory import checkpoint_path, newest, partial_path, retain
-from pretrain.checkpoint.record import Record, read_manifest, verify
+from pretrain.checkpoint.directory import checkpoint_path, newest, partial_path, retain, set_aside, steps_there
+from pretrain.checkpoint.record import Record, extra_files, read_manifest, verify
 from pretrain.checkpoint.store import load, save
 from pretrain.errors import UserError
 
@@ -141,10 +146,6 @@ def lose_the_metadata(path):
     (path / ".metadata").unlink()
 
 
-def leave_a_stray_file(path):
-    (path / "__1_0.distcp").write_bytes(b"left over")
-
-
 @pytest.mark.parametrize("corrupt", [flip_a_bit, zero_the_middle, take_the_shard_of_another_step])
 def test_dcp_alone_accepts_in_silence(tmp_path, corrupt):
     """Negative control: the damage below is real, and without our checksums it would go into the run."""
@@ -164,7 +165,6 @@ def test_dcp_alone_accepts_in_silence(tmp_path, corrupt):
         (truncate, f"{SHARD} has "),
         (lose_the_shard, f"{SHARD} is missing"),
         (lose_the_metadata, ".metadata is missing"),
-        (leave_a_stray_file, "__1_0.distcp does not belong to the checkpoint"),
     ],
 )
 def test_verification_names_the_damaged_file(tmp_path, corrupt, problem):
@@ -269,8 +269,9 @@ def test_no_checkpoint_at_all_is_none_and_only_broken_ones_are_an_error_with_a_w
     assert newest(tmp_path, no_problem_expected) is None
     for step in (1, 2):
         lose_the_shard(save(tmp_path, make_state(step), make_record(step)))
-    with pytest.raises(UserError, match=r"none of the 2 checkpoints .*/step-00000002/__0_0\.distcp is missing\. .*run\.dir.*delete"):
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints .*/step-00000002/__0_0\.distcp is missing\. Restore") as refusal:
         newest(tmp_path, lambda path, problems: None)
+    assert "delete" not in str(refusal.value)
 
 
 def test_a_whole_checkpoint_is_never_replaced(tmp_path):
@@ -309,6 +310,111 @@ def test_a_damaged_checkpoint_of_the_same_step_makes_way(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     retain(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def leave_stray_files(folder):
+    """What file managers, NFS and people leave behind. The third name is that of a rank that the save did not have."""
+    for name in (".DS_Store", ".nfs0001", "__1_0.distcp"):
+        (folder / name).write_bytes(b"left over")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").touch()
+    (folder / "dangling").symlink_to("/nowhere")
+
+
+def test_stray_files_are_named_and_change_nothing(tmp_path):
+    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    assert extra_files(paths[1]) == []
+    leave_stray_files(paths[1])
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "step-00000003").touch()  # a file, a dangling link and a folder of another name are no checkpoints
+    (tmp_path / "step-00000004").symlink_to("/nowhere")
+    (tmp_path / "step-00000005 (copy)").mkdir()
+    assert verify(paths[1]) == []
+    assert extra_files(paths[1]) == [".DS_Store", ".nfs0001", "__1_0.distcp", "dangling", "notes"]
+    assert newest(tmp_path, no_problem_expected) == paths[1]
+    loaded = empty_like(make_state())
+    load(paths[1], loaded)
+    assert equal(loaded, make_state(2))
+    assert retain(tmp_path, keep=2) == []
+    assert (paths[1] / "notes" / "mine.txt").exists()
+    flip_a_bit(paths[1])  # negative control: among stray files, damage is still damage
+    assert [f"{SHARD} is damaged" in line for line in verify(paths[1])] == [True]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN])
+@pytest.mark.parametrize("name", [SHARD, ".metadata", "manifest.json", None])
+def test_what_cannot_be_read_for_a_moment_is_not_damage(tmp_path, monkeypatch, number, name):
+    """No older checkpoint is taken for it, and nothing is renamed. None: the folder of all checkpoints."""
+    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    where = tmp_path if name is None else paths[1] / name
+    opened, listed = io.open, Path.iterdir
+
+    def refuse(file, *arguments, **options):
+        if Path(file) == where:
+            raise OSError(number, os.strerror(number), str(file))
+        return opened(file, *arguments, **options)
+
+    def refuse_to_list(self):
+        if self == where:
+            raise OSError(number, os.strerror(number), str(self))
+        return listed(self)
+
+    monkeypatch.setattr(io, "open", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse_to_list)
+    what = "listed" if name is None else "read"
+    told = f"{where} cannot be {what} ({os.strerror(number)}); nothing is known to be damaged: check the disk or mount"
+    with pytest.raises(StorageError, match=re.escape(told)):
+        newest(tmp_path, no_problem_expected)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    assert newest(tmp_path, no_problem_expected) == paths[1]
+    (paths[1] / SHARD).unlink()  # negative control: what is missing is damage
+    reported = []
+    assert newest(tmp_path, lambda path, problems: reported.append(path)) == paths[0]
+    assert reported == [paths[1]]
+
+
+def test_a_checkpoint_in_a_folder_of_another_step_is_refused(tmp_path):
+    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (15, 30)]
+    renamed = paths[1].rename(checkpoint_path(tmp_path, 45))
+    told = f"{renamed} is named like the checkpoint of step 45, but its manifest.json says step 30; rename it to step-00000030, or move"
+    with pytest.raises(UserError, match=re.escape(told)):
+        newest(tmp_path, no_problem_expected)
+    shutil.copytree(renamed, paths[1])
+    with pytest.raises(UserError, match=re.escape(f"says step 30; move it out of {tmp_path}")):
+        newest(tmp_path, no_problem_expected)
+    shutil.rmtree(renamed)
+    assert newest(tmp_path, no_problem_expected) == paths[1]
+
+
+def test_what_was_set_aside_stays_until_a_newer_checkpoint_is_committed_and_verified(tmp_path):
+    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2, 3)]
+    set_aside(paths[2])
+    assert steps_there(tmp_path) == {1, 2, 3}
+    (aside,) = tmp_path.glob("step-00000003.tmp-damaged-*")
+    assert retain(tmp_path, keep=3) == []
+    assert aside.exists()  # the newest is of an earlier step
+
+    later = save(tmp_path, make_state(4), make_record(4))
+    flip_a_bit(later)
+    (problem,) = retain(tmp_path, keep=4)
+    assert f"step-00000004/{SHARD} is damaged" in problem
+    assert aside.exists()
+
+    flip_a_bit(later)
+    assert retain(tmp_path, keep=4) == []
+    assert not aside.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002", "step-00000004"]
+
+
+def test_a_checkpoint_that_is_a_link_to_another_disk_loses_only_its_link(tmp_path):
+    elsewhere = save(tmp_path / "elsewhere", make_state(1), make_record(1))
+    there = tmp_path / "checkpoints"
+    save(there, make_state(2), make_record(2))
+    checkpoint_path(there, 1).symlink_to(elsewhere)
+    retain(there, keep=1)
+    assert [path.name for path in there.iterdir()] == ["step-00000002"]
+    assert verify(elsewhere) == []
 
 
 def test_a_full_disk_is_an_os_error_and_leaves_nothing_behind(tmp_path):

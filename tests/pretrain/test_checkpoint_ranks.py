@@ -14,10 +14,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from workers import CaseFailed, WorkerPool
 
+from data_pipeline.errors import StorageError
 from parallel.layout import Layout
 from parallel.mesh import build_mesh, data_mesh
 from pretrain.checkpoint import store
-from pretrain.checkpoint.directory import newest
+from pretrain.checkpoint.directory import newest, retain, set_aside
 from pretrain.checkpoint.record import Record, read_manifest, verify
 from pretrain.errors import UserError
 
@@ -146,21 +147,70 @@ def find_newest(folder: Path) -> tuple[Path | None, list[list[str]]]:
     return newest(folder, lambda path, problems: reported.append(problems), group.WORLD), reported
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(3))
 def test_the_ranks_share_the_verification_and_find_the_same_checkpoint(workers: WorkerPool, tmp_path: Path, number: int) -> None:
     """Whichever file is damaged, one rank reads it, and all pass the checkpoint over."""
     paths = [save(ALONE, tmp_path, step) for step in (1, 2)]
     files = sorted(file.name for file in paths[1].iterdir())
     assert files == [".metadata", "__0_0.distcp", "manifest.json"]
     assert workers.run(find_newest, 2, tmp_path) == [(paths[1], [])] * 2
-    file = paths[1] / (files[number] if number < 3 else "stray")
-    file.write_bytes(file.read_bytes()[:-1] if number < 3 else b"left over")
+    (paths[1] / ".DS_Store").write_bytes(b"left over")
+    assert workers.run(find_newest, 2, tmp_path) == [(paths[1], [])] * 2
+    file = paths[1] / files[number]
+    file.write_bytes(file.read_bytes()[:-1])
     told = workers.run(find_newest, 2, tmp_path)
     assert told[0] == told[1]
     assert told[0][0] == paths[0]
     assert [len(problems) for problems in told[0][1]] == [1]
     assert str(file) in told[0][1][0][0]
     assert sum(len(verify(paths[1], rank, 2)) for rank in range(2)) == 1
+
+
+def find_newest_where_rank_1_cannot_read(folder: Path) -> str:
+    import errno
+    import io
+    import os
+
+    opened = io.open
+
+    def refuse(file: Any, *arguments: Any, **options: Any) -> Any:
+        if torch.distributed.get_rank() == 1 and str(file).endswith("step-00000002/__0_0.distcp"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(file))
+        return opened(file, *arguments, **options)
+
+    io.open = refuse
+    try:
+        return str(find_newest(folder))
+    except StorageError as error:
+        return str(error)
+    finally:
+        io.open = opened
+
+
+def test_what_one_rank_cannot_read_for_a_moment_stops_all_ranks_and_changes_nothing(workers: WorkerPool, tmp_path: Path) -> None:
+    paths = [save(ALONE, tmp_path, step) for step in (1, 2)]
+    told = workers.run(find_newest_where_rank_1_cannot_read, 2, tmp_path)
+    assert told[0] == told[1]
+    assert told[0].startswith(f"{paths[1] / '__0_0.distcp'} cannot be read (Stale file handle); nothing is known to be damaged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def retain_on_all(folder: Path) -> list[str]:
+    return retain(folder, 3, group.WORLD)
+
+
+def test_the_ranks_verify_together_before_damaged_checkpoints_go(workers: WorkerPool, tmp_path: Path) -> None:
+    paths = [save(ALONE, tmp_path, step) for step in (1, 2)]
+    set_aside(paths[0])
+    shard = paths[1] / "__0_0.distcp"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    told = workers.run(retain_on_all, 2, tmp_path)
+    assert [len(problems) for problems in told] == [1, 1]
+    assert len(list(tmp_path.glob("step-00000001.tmp-damaged-*"))) == 1
+    shard.write_bytes(content)
+    assert workers.run(retain_on_all, 2, tmp_path) == [[], []]
+    assert list(tmp_path.iterdir()) == [paths[1]]
 
 
 def save_where_the_disk_of_rank_1_is_full(layout: Layout, folder: Path) -> str:
