@@ -197,7 +197,7 @@ class CheckpointConfig(Settings):
     keep: int = Field(default=3, gt=0)
     """Newest checkpoints kept; older ones are deleted after the next was committed."""
 
-    on_loss: Annotated[Literal["stop", "go_back"], MayChange()] = "stop"
+    on_loss: Literal["stop", "go_back"] = "stop"
     """When a checkpoint that events.jsonl tells of is gone, or none is whole: stop and say so, or go back to the newest
     whole one, to step 0 if there is none. Going back sets damaged checkpoints and the old records aside. It does nothing
     where no checkpoint is lost."""

@@ -193,7 +193,7 @@ def whole_lines(path: Path) -> list[str]:
     """The lines of a file that got their newline; what follows the last newline is a write cut short. Empty where there is no file."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise unreadable(path, error, "read") from error

@@ -45,10 +45,11 @@ def check_records(run_dir: Path, path: Path | None, manifest: Manifest | None, d
     events, metrics = read_events(run_dir / "events.jsonl"), read_metrics(run_dir / "metrics.jsonl")
     lost = damaged or _what_is_lost(run_dir, events, metrics, manifest)
     step = 0 if manifest is None else manifest.step
+    beginning = f"step {step}" if manifest else "its beginning"
     if lost and not go_back:
         raise UserError(
-            f"{lost}. Put back what is missing (is a disk not mounted?), or set another run.dir. To train again from step {step} "
-            f"here, set {GO_BACK}: it deletes nothing and sets the old records aside"
+            f"{lost}. {'Restore one of them from a copy' if damaged else 'Put back what is missing (is a disk not mounted?)'}, "
+            f"or set another run.dir. To train again from {beginning} here, set {GO_BACK}: it sets the old files and records aside"
         )
     told = []
     if path is not None and manifest is not None:
@@ -59,7 +60,7 @@ def check_records(run_dir: Path, path: Path | None, manifest: Manifest | None, d
     known = {event.text for event in events}
     told = [line for line in told if line not in known]
     if lost:
-        told.insert(0, f"{lost}. By {GO_BACK} the run goes back to step {step}; its old records stay beside metrics.jsonl")
+        told.insert(0, f"{lost}. By {GO_BACK} the run goes back to {beginning}; its old records stay beside metrics.jsonl")
     return Findings(lost, tuple(told))
 
 

@@ -122,7 +122,7 @@ def test_without_its_checkpoints_a_run_does_not_start_over_by_itself(
     old = (stopped / "metrics.jsonl").read_bytes()
     told = refused(stopped)
     assert f"{stopped}/checkpoints is not there, but events.jsonl tells that step 30 was saved. Put back what is missing" in told
-    assert f"To train again from step 0 here, set {GO_BACK}" in told
+    assert f"To train again from its beginning here, set {GO_BACK}" in told
     (stopped / "checkpoints").mkdir()
     assert f"{stopped}/checkpoints holds no checkpoint, but events.jsonl tells that step 30" in refused(stopped)
     (stopped / "checkpoints").rmdir()
@@ -166,7 +166,7 @@ def test_where_no_checkpoint_is_whole_all_stay_and_starting_over_sets_them_aside
         (checkpoint_path(stopped / "checkpoints", step) / "__0_0.distcp").write_bytes(b"damaged")
     told = refused(stopped)
     assert f"none of the 3 checkpoints in {stopped}/checkpoints is whole; the newest fails because" in told
-    assert f"To train again from step 0 here, set {GO_BACK}" in told
+    assert f"To train again from its beginning here, set {GO_BACK}" in told
     assert run_tiny(stopped, *WORDS, GO_BACK, observers=[StopAt(5)]) is Outcome.STOPPED
     names = sorted(path.name for path in (stopped / "checkpoints").iterdir())
     assert names[0] == "step-00000005"
