@@ -30,10 +30,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.durable import sync_folder
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, unreadable
 from data_pipeline.reading.packing import NO_LABEL, Batch, number_documents
 from data_pipeline.storage.manifest import BLOCK_BYTES
-from data_pipeline.storage.mapped import CheckedArray, Damage, unreadable
+from data_pipeline.storage.mapped import CheckedArray, Damage
 from data_pipeline.storage.shards import ShardSet
 
 _MAGIC = b"BESTFIT1"

@@ -65,7 +65,7 @@ def read_concatenated(sources: Sequence[ShardSet], rows: Sequence[tuple[int, int
     tokens = np.empty((len(rows), seq_len + 1), np.int32)
     lengths: list[int] = []  # of each row, at most seq_len + 1: the label of the last token is there as well
     starts: list[NDArray[np.int64]] = []  # byte offsets in a shard at which documents start, a superset
-    places: list[tuple[int, int, int, int]] = []  # how many those are, itemsize, from a token of the shard to its place, row's place
+    places: list[int] = []  # four a piece: how many those are, itemsize, from a token of the shard to its place, row's place
     damaged: list[str] = []
     for row, (source, start) in enumerate(rows):
         shards, done, whole = sources[source], 0, len(starts)
@@ -73,13 +73,13 @@ def read_concatenated(sources: Sequence[ShardSet], rows: Sequence[tuple[int, int
             for file, low, high in shards.spans(min(start, shards.n_tokens), min(start + seq_len + 1, shards.n_tokens)):
                 tokens[row, done : done + high - low] = file.tokens(low, high)
                 starts.append(near := file.starts_near(low, high))
-                places.append((len(near), file.itemsize, row * seq_len + done - low, row * seq_len))
+                places += (len(near), file.itemsize, row * seq_len + done - low, row * seq_len)
                 done += high - low
         except Damage as error:
             if not skip:
                 raise
             damaged.append(str(error))
-            del starts[whole:], places[whole:]
+            del starts[whole:], places[4 * whole :]
             done = 0
         lengths.append(done)
     labels, cuts = tokens[:, 1:], _cuts(starts, places, seq_len) if starts else np.empty(0, np.int64)
@@ -114,9 +114,9 @@ def _runs(cuts: NDArray[np.int64], rows: int, seq_len: int) -> tuple[NDArray[np.
     return starts[once], lengths[once]
 
 
-def _cuts(starts: list[NDArray[np.int64]], places: list[tuple[int, int, int, int]], seq_len: int) -> NDArray[np.int64]:
+def _cuts(starts: list[NDArray[np.int64]], places: list[int], seq_len: int) -> NDArray[np.int64]:
     """The document starts near some places as `number_documents` wants them; what lies outside of a row is moved to its edge."""
-    each = np.array(places)
+    each = np.array(places).reshape(-1, 4)
     itemsize, shift, low = each.repeat(each[:, 0], axis=0).T[1:]
     cuts: NDArray[np.int64] = np.concatenate(starts) // itemsize + shift
     np.maximum(cuts, low, out=cuts)

@@ -25,7 +25,7 @@ from pydantic import (
     model_serializer,
 )
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, unreadable
 from data_pipeline.settings import PrepareConfig
 
 BLOCK_BYTES = 1 << 20
@@ -196,7 +196,7 @@ def load_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder} holds no prepared data (no {MANIFEST}); run `pretrain data prepare`, or set data.path") from None
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+        raise unreadable(file, error, "read") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

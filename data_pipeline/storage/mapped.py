@@ -1,33 +1,37 @@
-"""Files of tokens as memory: mapped when first touched, the least recently used let go of, every MiB compared with its checksum once.
+"""Files of tokens as memory: mapped when first touched, those open longest let go of, every MiB compared with its checksum once.
 
-A mapping holds a descriptor as long as it lives, and of those a process has few. So of all that is mapped here only MOST_OPEN are at a
-time, in the whole process; one that was let go of is mapped again when it is wanted. What was checked stays checked.
+A file that is mapped holds two descriptors, and of those a process has few. So of all that is mapped here only MOST_OPEN / 2 files are at
+a time, in the whole process; one that was let go of is mapped again when it is wanted. What was checked stays checked.
+
+Touching a mapping where the file has been cut off, or where the disk fails, ends the process with SIGBUS. So the file's size is looked at
+each time (0.3 us), and checksums are taken over what is read, not mapped: a disk that fails then is an error like any other.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable
-from itertools import count
+from io import SEEK_END, FileIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-from weakref import WeakSet
+from weakref import ref
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, unreadable
 from data_pipeline.storage.manifest import BLOCK_BYTES
 
-MOST_OPEN = 128
-"""Files mapped at a time."""
+MOST_OPEN = 192
+"""Descriptors held at a time."""
 
 T = TypeVar("T")
 _BLOCK_BITS = BLOCK_BYTES.bit_length() - 1
-_clock = count(1)
-_open: WeakSet[Reopened[Any]] = WeakSet()  # Any: whatever each opens
+_open: OrderedDict[ref[Reopened[Any]], None] = OrderedDict()  # the first was opened first. Any: whatever each opens
 _open_lock = threading.Lock()
 
 
@@ -35,31 +39,55 @@ class Damage(DataError):
     """A file was read, and it does not hold what it did. A file that cannot be opened is no damage: what it holds may well be whole."""
 
 
-class Reopened(ABC, Generic[T]):
-    """What holds a file open and can open it again."""
+def _forget(gone: ref[Reopened[Any]]) -> None:
+    _open.pop(gone, None)
 
-    def __init__(self) -> None:
-        """Open nothing yet."""
-        self._value: T | None = None
-        self._used = 0
+
+class Reopened(ABC, Generic[T]):
+    """What holds a file mapped and can map it again."""
+
+    def __init__(self, file: Path, start: int, size: int, way_out: str) -> None:
+        """Open nothing yet.
+
+        Args:
+            file: to map.
+            start: first byte to map.
+            size: bytes to map.
+            way_out: what to do when it is damaged.
+        """
+        self._file, self._start, self._size, self._way_out = file, start, size, way_out
+        self._end = start + size
+        self._held: tuple[T, FileIO] | None = None
 
     @abstractmethod
-    def _make(self) -> T:
-        """Open it."""
+    def _make(self) -> tuple[T, FileIO]:
+        """Map it. Returns it and the file, by `map_file`."""
 
     def get(self) -> T:
-        """It, opened if it is not. Whoever keeps it, or a view of it, keeps the file open."""
-        value = self._value
-        self._used = next(_clock)
-        if value is None:
-            self._value = value = self._make()
-            with _open_lock:
-                _open.add(self)
-                while len(_open) > MOST_OPEN:
-                    oldest = min(_open, key=lambda one: one._used)
-                    oldest._value = None
-                    _open.remove(oldest)
-        return value
+        """It, opened if it is not. Whoever keeps it, or a view of it, keeps the file open.
+
+        Raises:
+            Damage: the file is shorter than it was, or what `_make` says.
+            StorageError: the file cannot be opened.
+        """
+        held = self._held
+        value, stream = self._open() if held is None else held
+        try:
+            if (size := stream.seek(0, SEEK_END)) >= self._end:
+                return value
+        except OSError as error:
+            raise unreadable(self._file, error, "read") from error
+        raise Damage(f"{self._file} was cut off to {size} bytes while it was in use, and needs {self._end}; {self._way_out}")
+
+    def _open(self) -> tuple[T, FileIO]:
+        self._held = held = self._make()
+        with _open_lock:
+            _open[ref(self, _forget)] = None
+            while 2 * len(_open) > MOST_OPEN:
+                oldest = _open.popitem(last=False)[0]()
+                if oldest is not None:
+                    oldest._held = None
+        return held
 
 
 Array = NDArray[Any]  # Any: of the type that was asked for
@@ -81,58 +109,62 @@ class CheckedArray(Reopened[Array]):
             checksums: XXH3-64 of each MiB.
             way_out: what to do when it is damaged.
         """
-        super().__init__()
-        self._file, self._start, self._size, self._dtype = file, start, size, dtype
-        self._checksums, self._way_out = checksums, way_out
+        super().__init__(file, start, size, way_out)
+        self._dtype, self._checksums = dtype, checksums
         self._checked = bytearray(-(-size // BLOCK_BYTES))
+        self._unchecked = len(self._checked)
         self._itemsize = dtype.itemsize
 
-    def _make(self) -> Array:
-        return np.frombuffer(map_file(self._file, self._start, self._size, self._way_out), self._dtype, self._size // self._itemsize)
+    def _make(self) -> tuple[Array, FileIO]:
+        raw, stream = map_file(self._file, self._start, self._size, self._way_out)
+        return np.frombuffer(raw, self._dtype, self._size // self._itemsize), stream
 
     def read(self, low: int, high: int) -> Array:
         """Items [low, high), at least one, read-only.
 
         Raises:
             Damage: a block does not match its checksum, or the file is shorter by now.
-            DataError: the file cannot be opened.
+            StorageError: the file cannot be opened or read.
         """
         array = self.get()
-        first, last = low * self._itemsize >> _BLOCK_BITS, high * self._itemsize - 1 >> _BLOCK_BITS
-        if self._checked.find(0, first, last + 1) >= 0:
-            self._compare(array, first, last)
+        if self._unchecked:
+            first, last = low * self._itemsize >> _BLOCK_BITS, high * self._itemsize - 1 >> _BLOCK_BITS
+            if self._checked.find(0, first, last + 1) >= 0:
+                self._compare(first, last)
         return array[low:high]
 
-    def _compare(self, array: Array, first: int, last: int) -> None:
-        expected, raw = self._checksums(), array.view(np.uint8).data
+    def _compare(self, first: int, last: int) -> None:
+        expected = self._checksums()
         for block in range(first, last + 1):
             low = block * BLOCK_BYTES
-            if not self._checked[block] and xxhash.xxh3_64_intdigest(raw[low : low + BLOCK_BYTES]) != expected[block]:
+            if not self._checked[block] and xxhash.xxh3_64_intdigest(self._read(low)) != expected[block]:
                 raise Damage(
                     f"{self._file} is damaged: block {block} of {len(expected)} (1 MiB from byte {self._start + low}) does not "
                     f"match its checksum; {self._way_out}"
                 )
             self._checked[block] = 1
+        self._unchecked = self._checked.count(0)
+
+    def _read(self, low: int) -> bytes:
+        """The block from byte `low` on."""
+        _, stream = self._held or self._open()
+        try:
+            return os.pread(stream.fileno(), min(BLOCK_BYTES, self._size - low), self._start + low)
+        except OSError as error:
+            raise unreadable(self._file, error, "read") from error
 
 
-def map_file(file: Path, start: int, size: int, way_out: str) -> memoryview:
-    """Bytes [start, start + size) of a file, mapped.
+def map_file(file: Path, start: int, size: int, way_out: str) -> tuple[memoryview, FileIO]:
+    """(bytes [start, start + size) of a file, mapped; the file, which knows how long it is now).
 
     Raises:
         Damage: the file is shorter.
-        DataError: it cannot be opened.
+        StorageError: it cannot be opened.
     """
     try:
-        return np.memmap(file, np.uint8, "r", start, (size,)).data
+        stream = FileIO(file)
+        return np.memmap(stream, np.uint8, "r", start, (size,)).data, stream
     except OSError as error:
         raise unreadable(file, error) from error
     except ValueError as error:
         raise Damage(f"{file} cannot be read ({error}); {way_out}") from None
-
-
-def unreadable(file: Path, error: OSError) -> DataError:
-    """That a file could not be opened, which tells nothing about what it holds."""
-    return DataError(
-        f"{file} cannot be opened ({error.strerror or error}); nothing is known to be damaged: look after the disk or mount, the "
-        f"permissions, memory and the limit of open files (`ulimit -n`), and start again"
-    )

@@ -228,6 +228,7 @@ def commit(work: Path, path: Path, manifests: Sequence[Manifest], rejects: Colle
 
 
 def _keep_only(folder: Path, names: Collection[str]) -> None:
+    """Delete the files of earlier attempts. What is no file is not ours."""
     for file in folder.iterdir():
-        if file.name not in names:
+        if file.name not in names and not file.is_dir():
             file.unlink()

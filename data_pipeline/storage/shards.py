@@ -10,9 +10,11 @@ The tokens of a source are one stream: its shards one after the other, in manife
 from __future__ import annotations
 
 import bisect
+import hashlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,8 +22,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_pipeline.errors import unreadable
 from data_pipeline.storage.manifest import DTYPES, Manifest, Shard, SourceManifest, TokenDtype, load_manifest
-from data_pipeline.storage.mapped import CheckedArray, Damage, Reopened, map_file, unreadable
+from data_pipeline.storage.mapped import CheckedArray, Damage, Reopened, map_file
 
 Tokens = NDArray[np.integer]
 Span = tuple["ShardFile", int, int]
@@ -127,8 +130,10 @@ class ShardSet:
         """The parts of shards that tokens [start, stop) of the stream are."""
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.n_tokens}")
-        spans = []
         k = bisect.bisect_right(self._token_starts, start) - 1
+        if start < stop <= self._token_starts[k + 1]:  # as a rule
+            return [(self.files[k], start - self._token_starts[k], stop - self._token_starts[k])]
+        spans = []
         while start < stop:
             base, end = self._token_starts[k], self._token_starts[k + 1]
             spans.append((self.files[k], start - base, (stop if stop < end else end) - base))
@@ -153,17 +158,9 @@ class ShardFile:
         bytes_there = _size(idx_file, way_out)
         if bytes_there != shard.idx_bytes:
             raise Damage(f"{idx_file} has {bytes_there} bytes where the manifest says {shard.idx_bytes}; {way_out}")
-        self._bin = CheckedArray(bin_file, shard.bin_start, shard.bin_bytes, DTYPES[dtype], shard.blocks, way_out)
+        self.tokens = CheckedArray(bin_file, shard.bin_start, shard.bin_bytes, DTYPES[dtype], shard.blocks, way_out).read
+        """`tokens(start, stop)`: tokens [start, stop) of this shard, at least one, read-only."""
         self._idx = CheckedIndex(idx_file, shard, dtype, way_out)
-
-    def tokens(self, start: int, stop: int) -> Tokens:
-        """Tokens [start, stop) of this shard, at least one, read-only.
-
-        Raises:
-            Damage: a block does not match its checksum.
-            DataError: the file cannot be opened.
-        """
-        return self._bin.read(start, stop)
 
     def starts_near(self, start: int, stop: int) -> NDArray[np.int64]:
         """Byte offsets of all documents that start in [start, stop), and of some that start less than 4096 tokens away from it.
@@ -219,21 +216,26 @@ class CheckedIndex(Reopened[Index]):
     """The `.idx` of a shard, compared with its checksum as a whole, a few per cent of the tokens, when it is first opened."""
 
     def __init__(self, file: Path, shard: Shard, dtype: TokenDtype, way_out: str) -> None:
-        super().__init__()
-        self._file, self._shard, self._dtype, self._way_out = file, shard, dtype, way_out
+        super().__init__(file, 0, shard.idx_bytes, way_out)
+        self._shard, self._dtype = shard, dtype
         self._is_sound = self._is_damaged = False  # not known yet
 
-    def _make(self) -> Index:
+    def _make(self) -> tuple[Index, FileIO]:
         if not self._is_damaged:
-            raw = map_file(self._file, 0, self._shard.idx_bytes, self._way_out)
-            if self._is_sound or self._compare(raw):
-                return Index(raw, self._shard, DTYPES[self._dtype].itemsize)
+            raw, stream = map_file(self._file, 0, self._shard.idx_bytes, self._way_out)
+            if self._is_sound or self._compare(raw, stream):
+                return Index(raw, self._shard, DTYPES[self._dtype].itemsize), stream
         raise Damage(f"{self._file} is damaged: it does not match its checksum; {self._way_out}")
 
-    def _compare(self, raw: memoryview) -> bool:
+    def _compare(self, raw: memoryview, stream: FileIO) -> bool:
         n_documents = self._shard.documents
         header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[self._dtype], n_documents, n_documents + 1)
-        self._is_sound = xxhash.xxh3_128_hexdigest(raw) == self._shard.idx_xxh3_128 and bytes(raw[: _HEADER.size]) == header
+        try:
+            stream.seek(0)
+            digest = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+        except OSError as error:
+            raise unreadable(self._file, error, "read") from error
+        self._is_sound = digest == self._shard.idx_xxh3_128 and bytes(raw[: _HEADER.size]) == header
         self._is_damaged = not self._is_sound
         return self._is_sound
 

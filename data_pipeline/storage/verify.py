@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StorageError, unreadable
 from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES, MANIFEST, SPLITS, Manifest, Shard, SourceManifest, load_manifest
 from data_pipeline.storage.shards import index_bytes, index_lengths
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
@@ -38,6 +38,7 @@ def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> Veri
 
     Raises:
         DataError: there is nothing prepared at `path`.
+        StorageError: a file cannot be read now, so that nothing can be said of it.
     """
     is_split = (path / MANIFEST).is_file()
     folders = [path] if is_split else [path / name for name in reversed(SPLITS) if (path / name).is_dir()]
@@ -54,6 +55,8 @@ def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> Veri
     for folder in folders:
         try:
             manifest = load_manifest(folder)
+        except StorageError:
+            raise
         except DataError as error:
             problems.append(str(error))
             continue
@@ -117,8 +120,10 @@ def _check_shard(folder: Path, shard: Shard, source: SourceManifest, manifest: M
         else:
             problems, ends = _check_index(file, index, shard, source)
         return problems + _check_bin(folder, shard, source, manifest, ends, count)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return [f"{error.filename}: cannot be read: {error.strerror}"]
+    except OSError as error:
+        raise unreadable(error.filename or folder / shard.name, error, "read") from error
 
 
 def _check_index(file: Path, index: bytes, shard: Shard, source: SourceManifest) -> tuple[list[str], NDArray[np.int64] | None]:

@@ -1,7 +1,10 @@
 import errno
+import hashlib
 import itertools
 import json
+import mmap
 import os
+import re
 import resource
 import shutil
 import struct
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StorageError
 from data_pipeline.reading.loader import Loader
 from data_pipeline.storage import mapped
 from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Manifest, Shard, SourceManifest, load_manifest
@@ -238,6 +241,52 @@ def test_a_file_that_cannot_be_opened_is_no_damage(
     monkeypatch.undo()
     flip(folder / "web-00000.bin", 0)
     assert Loader(folder, seq_len=8, seed=0, packing=packing, on_damage="skip").batch(0, loader.n_sequences).damaged
+
+
+@pytest.mark.parametrize(("ending", "packing"), [(".bin", "concatenate"), (".idx", "concatenate"), (".bin", "best_fit")])
+def test_a_file_that_is_cut_off_while_it_is_in_use_is_one_line(
+    write_split: WriteSplit, random_documents: Draw, ending: str, packing: str
+) -> None:
+    """Where a page of the mapping is touched that lies behind the end of the file, this process ends with SIGBUS."""
+    folder = write_split({"web": random_documents(3000, 40)}, shard_tokens=10**6).folder
+    loader = Loader(folder, seq_len=64, seed=0, packing=packing)
+    expected = loader.batch(0, loader.n_sequences)
+    file = folder / f"web-00000{ending}"
+    whole = file.read_bytes()
+    assert len(whole) > 2 * mmap.PAGESIZE
+    os.truncate(file, 100)
+    told = f"{file} was cut off to 100 bytes while it was in use, and needs {len(whole)}; restore it from a copy"
+    with pytest.raises(Damage, match=re.escape(told)):
+        loader.batch(0, loader.n_sequences)
+    file.write_bytes(whole)
+    assert np.array_equal(loader.batch(0, loader.n_sequences).input_ids, expected.input_ids)
+
+
+def test_a_plan_that_is_cut_off_while_it_is_in_use_is_made_again(write_split: WriteSplit, random_documents: Draw) -> None:
+    folder = write_split({"web": random_documents(3000, 40)}, shard_tokens=10**6).folder
+    loader = Loader(folder, seq_len=64, seed=0, packing="best_fit")
+    expected = loader.batch(0, loader.n_sequences)
+    (plan,) = folder.glob("*.plan")
+    os.truncate(plan, 100)
+    assert np.array_equal(loader.batch(0, loader.n_sequences).input_ids, expected.input_ids)
+    assert plan.stat().st_size > 100
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_a_disk_that_fails_while_a_block_is_read_is_no_damage(
+    write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    folder = write_split({"web": [[1, 2, 0], [3, 0]] * 10}).folder
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    loader = Loader(folder, seq_len=8, seed=0, on_damage="skip")
+    monkeypatch.setattr(*((os, "pread") if ending == ".bin" else (hashlib, "file_digest")), fail)
+    with pytest.raises(StorageError, match=rf"web-00000\{ending} cannot be read \(Input/output error\); nothing is known to be damaged"):
+        loader.batch(0, 2)
+    monkeypatch.undo()
+    assert loader.batch(0, 2).damaged == ()
 
 
 def test_a_damaged_index_is_hashed_once(write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch) -> None:
