@@ -342,4 +342,6 @@ def document(name: str, text: str, origin: str, metadata: Mapping[str, object], 
 def _defect(text: str, lost: int) -> str | None:
     """Why it is no text. Bytes of UTF-16 taken for UTF-8 are NULs by half, where they are Latin, and else mostly undecodable."""
     most = max(1.0, MAX_UNDECODED * len(text))
-    return NULS if text.count("\0") > most else UNDECODED if lost > most else None
+    if "\0" in text and text.count("\0") > most:  # the first question is quick, and nearly always answered by no
+        return NULS
+    return UNDECODED if lost > most else None

@@ -186,7 +186,13 @@ class TestFailure:
         lines[31] = json.dumps({"text": "one three two", "id": "page 31"})
         (tmp_path / "x.jsonl").write_text("\n".join(lines))
         sources = [{"kind": "jsonl", "paths": [str(tmp_path / "x.jsonl")], "id_field": "id"}]
-        settings = {"sources": sources, "tokenizer": str(tmp_path / "tokenizer.json"), "filters": {}, "dedup": {}}
+        settings = {
+            "sources": sources,
+            "tokenizer": str(tmp_path / "tokenizer.json"),
+            "filters": {},
+            "dedup": {},
+            "allow_lossy_tokenizer": True,
+        }
         with preparing(tmp_path / "data", tmp_path, **settings) as process:
             wait_until(lambda: len(children(process.pid)) >= 2 or process.poll() is not None)
             workers = children(process.pid)
