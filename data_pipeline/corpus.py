@@ -36,7 +36,8 @@ _SAMPLE_EXCESS = 8
 
 @dataclass(frozen=True)
 class Corpus:
-    """The sources as they were found: listed once, because a folder of a million files takes its time."""
+    """The sources as they were found, those of held-out text behind the others: listed once, because a folder of a million files takes its
+    time."""
 
     config: PrepareConfig
     names: tuple[str, ...]
@@ -55,7 +56,7 @@ class Corpus:
     def chunks(self) -> tuple[Chunk, ...]:
         """All text in the order of the sources. Looks into large parquet and Arrow files."""
         text_bytes = _CHUNK_BYTES_PER_TOKEN * self.config.shard_tokens
-        sources = zip(self.names, self.config.sources, self.files, strict=True)
+        sources = zip(self.names, self.config.all_sources, self.files, strict=True)
         return tuple(
             chunk
             for index, (name, source, files) in enumerate(sources)
@@ -65,7 +66,11 @@ class Corpus:
 
     def source(self, chunk: Chunk) -> SourceConfig:
         """The settings of its source."""
-        return self.config.sources[chunk.index]
+        return self.config.all_sources[chunk.index]
+
+    def is_held_out(self, index: int) -> bool:
+        """Whether a source is held-out text of its own."""
+        return index >= len(self.config.sources)
 
     def recipe(self, *, trained_tokenizer: bool) -> Recipe:
         """What is to be done, for the manifests."""
@@ -93,7 +98,7 @@ class Corpus:
     @cached_property
     def _data_sets(self) -> list[list[tuple[str, str, str]]]:
         """Of each source of kind `hf` (path, name, version) of its data sets. Asks the hub, so not before there is work to do."""
-        of_sources = [source.paths if source.kind == "hf" else () for source in self.config.sources]
+        of_sources = [source.paths if source.kind == "hf" else () for source in self.config.all_sources]
         return [
             [(path, name, data_set_version(path)) for path, name in zip(paths, data_set_names(paths), strict=True)] for paths in of_sources
         ]
@@ -104,22 +109,23 @@ class Corpus:
         shared = digest(_READERS, self.config.filters.model_dump(mode="json"), self.lists, self.made_with)
         return [
             digest(shared, source.model_dump(mode="json", exclude={"name", "paths", "pattern", "exclude"}))
-            for source in self.config.sources
+            for source in self.config.all_sources
         ]
 
     def sampled(self) -> list[Chunk]:
         """The chunks to draw a tokenizer's sample from: all, or the same share of those of each source, chosen by hash."""
         wanted = _SAMPLE_EXCESS * self.config.tokenizer_sample_mb * 1e6
-        share = min(1.0, wanted / max(1, sum(chunk.bytes or 0 for chunk in self.chunks)))
+        chunks = [chunk for chunk in self.chunks if not self.is_held_out(chunk.index)]
+        share = min(1.0, wanted / max(1, sum(chunk.bytes or 0 for chunk in chunks)))
         of_source: dict[int, list[str]] = {}
-        for chunk in self.chunks:
+        for chunk in chunks:
             of_source.setdefault(chunk.index, []).append(chunk.name)
         chosen = {
             name
             for names in of_source.values()
             for name in sorted(names, key=lambda name: document_hash(name, salt=2))[: math.ceil(share * len(names))]
         }
-        return [chunk for chunk in self.chunks if chunk.name in chosen]
+        return [chunk for chunk in chunks if chunk.name in chosen]
 
     def __str__(self) -> str:
         """The sources, a few words each."""
@@ -134,18 +140,20 @@ def find(config: PrepareConfig) -> Corpus:
     """
     if not config.sources:
         raise DataError("data.sources is empty; name the text to prepare, e.g. `sources: [{kind: text, paths: [my/folder]}]`")
-    names = source_names(config.sources)
-    for name, source in zip(names, config.sources, strict=True):
+    names = source_names(config)
+    for i, (name, source) in enumerate(zip(names, config.all_sources, strict=True)):
         if not source.paths:
-            raise DataError(f"data.sources: {name} of kind {source.kind} has no paths; name its files, folders or globs")
+            raise DataError(
+                f"{config.setting_of(i).rpartition('.')[0]}: {name} of kind {source.kind} has no paths; name its files, folders or globs"
+            )
     check_filters(config)
-    listed = [list_source(source) if source.is_text else Listing([], []) for source in config.sources]
+    listed = [list_source(source) if source.is_text else Listing([], []) for source in config.all_sources]
     files = tuple(tuple(found.files) for found in listed)
     return Corpus(
         config=config,
         names=names,
         files=files,
-        listings=tuple(_listing(source, found) for source, found in zip(config.sources, files, strict=True)),
+        listings=tuple(_listing(source, found) for source, found in zip(config.all_sources, files, strict=True)),
         passed_over=_passed_over(listed),
         lists=f"{lists_hash(config.filters)} {evaluation_hash(config.decontaminate)}",
         made_with=_made_with(config),
@@ -173,7 +181,7 @@ def digest(*things: object) -> str:
 
 def _made_with(config: PrepareConfig) -> dict[str, str]:
     """Versions by package, of Python itself the first two numbers. A package that is not installed decides nothing."""
-    kinds = {source.kind for source in config.sources}
+    kinds = {source.kind for source in config.all_sources}
     packages = ["tokenizers", "gigatoken"]
     packages += ["pyarrow"] if kinds & {"parquet", "arrow"} else []
     packages += ["datasets"] if "hf" in kinds else []

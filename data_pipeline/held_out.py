@@ -8,10 +8,16 @@ from math import ceil, floor, log10
 from data_pipeline.reading.mixture import in_turn
 from data_pipeline.reading.packing import count_sequences
 from data_pipeline.settings import PrepareConfig, source_names
-from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.manifest import SPLITS, Manifest
 
 LEAST_SEQUENCES = 8
 """The loss over fewer held-out sequences than this says little about a source."""
+
+LEAST_DOCUMENTS = 4
+"""The same for documents: one long document is not its source."""
+
+_AIM = 2
+"""A warning proposes to hold out this many times the least, because the hash draws now more and now fewer documents."""
 
 _LARGEST_FRACTION = 0.2
 """The largest data.validation_fraction that a warning proposes."""
@@ -46,43 +52,49 @@ def held_out_line(splits: Mapping[str, Manifest], seq_len: int) -> str:
 
 
 def held_out_warnings(splits: Mapping[str, Manifest], seq_len: int) -> list[str]:
-    """A line for each source of which fewer than LEAST_SEQUENCES are held out, with what to set. Nothing where none was asked for.
+    """A line for each source of which too little is held out, with what to set. Nothing where no text was to be held out.
 
     Args:
         splits: the manifests of a prepared data set.
         seq_len: `data.seq_len`.
     """
     settings = splits["train"].recipe.settings
-    held_out = {source.name: source for source in splits["validation"].sources} if "validation" in splits else {}
-    training = {source.name: source.tokens for source in splits["train"].sources}
-    asked = {*held_out, *training} if settings.validation_fraction else {name for name, source in held_out.items() if source.documents}
+    training, held_out = ({source.name: source for source in splits[split].sources} if split in splits else {} for split in SPLITS[::-1])
+    asked = set(source_names(settings)[len(settings.sources) :])  # named in data.validation
+    asked |= {*held_out, *training} if settings.validation_fraction else {name for name, source in held_out.items() if source.documents}
     told = []
     for name in dict.fromkeys((*training, *held_out)):
         documents, tokens = (held_out[name].documents, held_out[name].tokens) if name in held_out else (0, 0)
         sequences = count_sequences(tokens, seq_len)
-        if name not in asked or sequences >= LEAST_SEQUENCES:
+        if name not in asked or (sequences >= LEAST_SEQUENCES and documents >= LEAST_DOCUMENTS):
             continue
-        way_out = _way_out(name, training.get(name, 0) + tokens, seq_len, settings)
-        if not documents:
-            told.append(f"{name}: no document is held out, so there is no validation loss of it; {way_out}")
-            continue
-        what = f"{_count(documents, 'document')}, {tokens:,} tokens, {_count(sequences, 'sequence')} of data.seq_len={seq_len}"
-        told.append(f"{name}: only {what}, held out, so its validation loss says little; {way_out}")
+        if documents:
+            are = "is" if documents == 1 else "are"
+            what = f"only {_count(documents, 'document')} with {tokens:,} tokens {are} held out"
+            what += f" ({_count(sequences, 'sequence')} of data.seq_len={seq_len}): its validation loss says little"
+        else:
+            what = "no document is held out: there is no validation loss of it"
+        all_documents, all_tokens = documents, tokens
+        if name in training:
+            all_documents, all_tokens = documents + training[name].documents, tokens + training[name].tokens
+        told.append(f"{name}: {what}; {_way_out(name, all_documents, all_tokens, seq_len, settings)}")
     return told
 
 
-def _way_out(name: str, tokens: int, seq_len: int, settings: PrepareConfig) -> str:
-    """What to set to hold out more of a source of so many tokens."""
-    kinds = {name: source.kind for name, source in zip(source_names(settings.sources), settings.sources, strict=True)}
-    if kinds.get(name) == "prepared":
-        return "prepare that data with a larger data.validation_fraction"
-    fraction = LEAST_SEQUENCES * seq_len / max(1, tokens)
-    if fraction <= settings.validation_fraction:  # the hash drew few of them
-        fraction = 2 * settings.validation_fraction
+def _way_out(name: str, documents: int, tokens: int, seq_len: int, settings: PrepareConfig) -> str:
+    """What to set to hold out more of a source that holds so much in all."""
+    index = {name: i for i, name in enumerate(source_names(settings))}.get(name)
+    if index is not None and index >= len(settings.sources):
+        return f"name more text in {settings.setting_of(index)}"
+    if index is not None and settings.sources[index].kind == "prepared":
+        return "prepare that data with a larger data.validation_fraction, or name held-out text in data.validation"
+    fraction = _AIM * max(LEAST_SEQUENCES * seq_len / max(1, tokens), LEAST_DOCUMENTS / max(1, documents))
+    fraction = max(fraction, _AIM * settings.validation_fraction)  # the hash may have drawn few
     if fraction > _LARGEST_FRACTION:
-        return f"it holds {tokens:,} tokens in all: add text, or lower data.seq_len"
+        return f"it is small ({_count(documents, 'document')}, {tokens:,} tokens): add text, or name held-out text in data.validation"
     digit = 10.0 ** (floor(log10(fraction)) - 1)
-    return f"data.validation_fraction={ceil(fraction / digit - 1e-9) * digit:.2g} would hold out about {LEAST_SEQUENCES} sequences"
+    rounded = f"{ceil(fraction / digit - 1e-9) * digit:.2g}"
+    return f"prepare it with data.validation_fraction={rounded}, or name held-out text in data.validation"
 
 
 def _count(number: int, what: str) -> str:

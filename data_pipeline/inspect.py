@@ -140,7 +140,7 @@ class SourceDescription:
         for reason, count in self._counts("dropped"):
             kind, _, kept_in = reason.partition(": ")
             if kind in _KINDS:
-                counts[kind, kept_in] += count
+                counts[kind.removesuffix("_of_held_out"), kept_in] += count
         sources = dict.fromkeys(kept_in for _, kept_in in counts)
         return tuple(Duplicates(self.name, to, counts["exact_duplicate", to], counts["near_duplicate", to]) for to in sources)
 
@@ -154,7 +154,12 @@ class SourceDescription:
         return [item for part in self.splits.values() for item in getattr(part, what).items()]
 
 
-_KINDS = {"exact_duplicate": "exact duplicate", "near_duplicate": "near duplicate"}
+_KINDS = {
+    "exact_duplicate": "exact duplicate",
+    "near_duplicate": "near duplicate",
+    "exact_duplicate_of_held_out": "exact duplicate of held-out text",
+    "near_duplicate_of_held_out": "near duplicate of held-out text",
+}
 """Reasons that name the source of the document that is kept."""
 
 

@@ -24,6 +24,7 @@ from data_pipeline.corpus import Corpus, digest, find, total_bytes
 from data_pipeline.errors import DataError
 from data_pipeline.records import read_record, write_record
 from data_pipeline.settings import AUTO, PrepareConfig
+from data_pipeline.splitting import EVERYTHING, chunks_to_hold_out_from, count_documents, notes_on_held_out, total_by_reason
 from data_pipeline.storage.manifest import MANIFEST, SPLITS, Manifest, Recipe, SourceManifest
 from data_pipeline.storage.prepared import (
     DONE,
@@ -92,7 +93,7 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
         more = "; rejects are written only while it is prepared" if keep_rejects and not (path / REJECTS).exists() else ""
         return open_prepared(path, (f"{path} is prepared already, with these very settings{more}", *_passed_over(corpus)))
     with working_folder(path) as work:
-        lossy_is_fine = config.allow_lossy_tokenizer or not any(source.is_text for source in config.sources)
+        lossy_is_fine = config.allow_lossy_tokenizer or not any(source.is_text for source in config.all_sources)
         is_there = tokenizer is not None or (path / "tokenizer.json").is_file()
         made = (
             bring_tokenizer(path, tokenizer or path, work, lossy_is_fine) if is_there else None
@@ -130,7 +131,7 @@ def _clean(corpus: Corpus, work: Path, progress: OnProgress) -> dict[str, Path]:
     config = corpus.config
     if not corpus.chunks or not needs_cleaning(config):
         return {}
-    decides = digest(config.dedup.model_dump(mode="json", exclude={"memory_mb"}), config.decontaminate)
+    decides = digest(config.dedup.model_dump(mode="json", exclude={"memory_mb"}), config.decontaminate, bool(config.validation))
     jobs = [CleanJob(chunk, corpus.key(chunk, decides)) for chunk in corpus.chunks]
 
     def comparing(share: float) -> None:
@@ -193,8 +194,12 @@ def _kept_documents(corpus: Corpus, verdicts: dict[str, Path], dropped: Counter[
 def _adopt(corpus: Corpus, work: Path, tokenizer: Tokenizer, progress: OnProgress) -> dict[str, dict[str, SourceManifest]]:
     """The parts of each source of tokens that are there already. As soon as there is a tokenizer: a wrong one is found in no time."""
     tell, fraction = _counter("checking tokens", None, progress), corpus.config.validation_fraction
-    sources = zip(corpus.names, corpus.config.sources, strict=True)
-    return {name: adopt(source, name, tokenizer, work, fraction, tell) for name, source in sources if not source.is_text}
+    sources = enumerate(zip(corpus.names, corpus.config.all_sources, strict=True))
+    return {
+        name: adopt(source, name, tokenizer, work, fraction, tell, is_held_out=corpus.is_held_out(index))
+        for index, (name, source) in sources
+        if not source.is_text
+    }
 
 
 def _tokenize(
@@ -205,18 +210,16 @@ def _tokenize(
     file = file if file.is_file() else work.parent / "tokenizer.json"
     begin = partial(begin_tokenizing, Tokenizing(config, work, work / DONE, file, tokenizer.fingerprint, keep_rejects))
 
-    def jobs_of(chunks: Iterable[Chunk], fraction: float) -> list[TokenizeJob]:
+    def job(chunk: Chunk, fraction: float) -> TokenizeJob:
         decides = digest(tokenizer.fingerprint, fraction, config.shard_tokens, keep_rejects)
-        return [TokenizeJob(chunk, fraction, verdicts.get(chunk.name), corpus.key(chunk, decides)) for chunk in chunks]
+        return TokenizeJob(chunk, fraction, verdicts.get(chunk.name), corpus.key(chunk, decides))
 
-    jobs = jobs_of(corpus.chunks, config.validation_fraction)
+    jobs = [job(chunk, EVERYTHING if corpus.is_held_out(chunk.index) else config.validation_fraction) for chunk in corpus.chunks]
     found = {result.chunk: result for result in run_jobs(begin, jobs, _workers(config), _counter("tokenizing", corpus.chunks, progress))}
     results = {chunk.name: found[chunk.name] for chunk in corpus.chunks}
-    if config.validation_fraction > 0 and not _documents(results, "validation") and _documents(results, "train") > 1:
-        # A small corpus, of which the hash holds out nothing: hold out the document of lowest hash.
-        chunk = min(corpus.chunks, key=lambda chunk: results[chunk.name].lowest)
-        again = jobs_of([chunk], math.nextafter(results[chunk.name].lowest, 2.0))
-        results |= {result.chunk: result for result in run_jobs(begin, again, 1, lambda _: None)}
+    if config.validation_fraction > 0:
+        again = [job(chunk, math.nextafter(results[chunk.name].lowest, 2.0)) for chunk in chunks_to_hold_out_from(corpus, results)]
+        results |= {result.chunk: result for result in run_jobs(begin, again, _workers(config), lambda _: None)}
     _check_not_empty(corpus, results)
     return results
 
@@ -263,23 +266,30 @@ def _notes(corpus: Corpus, results: dict[str, ChunkResult]) -> tuple[str, ...]:
         notes.append(f"compared with {evaluation.n_texts:,} evaluation texts; {evaluation.n_too_short:,} more are too short for that")
         if evaluation.passed_over:
             notes.append(f"data.decontaminate.paths: passed over {evaluation.passed_over}: only {', '.join(ENDINGS)} are read there")
-    return tuple(notes)
+    return (*notes, *notes_on_held_out(corpus, results))
+
+
+def _in_words(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none at all"
 
 
 def _found_instead(corpus: Corpus, dropped: Mapping[str, int]) -> str:
     """What became of the documents where none is left."""
-    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none at all"
-    return f"(documents read: {counts}): {corpus}" + (f"; {_CONVERT}" if any(defect in dropped for defect in DEFECTS) else "")
+    return f"(documents read: {_in_words(dropped)}): {corpus}" + (f"; {_CONVERT}" if any(defect in dropped for defect in DEFECTS) else "")
 
 
 def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
     """DataError where a split would be empty."""
-    config, n_train, n_held_out = corpus.config, _documents(results, "train"), _documents(results, "validation")
+    config = corpus.config
+    own = {chunk.name: results[chunk.name] for chunk in corpus.chunks if not corpus.is_held_out(chunk.index)}
+    named = {name: result for name, result in results.items() if name not in own}
+    n_train, n_held_out = count_documents(own, "train"), count_documents(own, "validation")
+    if config.validation and all(source.is_text for source in config.validation) and not count_documents(named, "validation"):
+        raise DataError(f"data.validation holds no text to keep (documents read: {_in_words(_dropped(named))}); name other text, or leave it out")
     if any(not source.is_text for source in config.sources):
         return
     if not n_train + n_held_out:
-        dropped = _total(split.dropped for result in results.values() for split in result.splits.values())
-        raise DataError(f"data.sources hold no text to keep {_found_instead(corpus, dropped)}")
+        raise DataError(f"data.sources hold no text to keep {_found_instead(corpus, _dropped(own))}")
     if config.validation_fraction > 0 and n_train + n_held_out == 1:
         raise DataError(
             "data.sources hold a single document to keep, so none can be held out; set data.validation_fraction=0, or split it (for "
@@ -292,6 +302,11 @@ def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
         )
 
 
+def _dropped(results: Mapping[str, ChunkResult]) -> dict[str, int]:
+    """Documents dropped by reason."""
+    return total_by_reason(split.dropped for result in results.values() for split in result.splits.values())
+
+
 def _manifests(
     corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe, results: dict[str, ChunkResult], adopted: dict[str, dict[str, SourceManifest]]
 ) -> list[Manifest]:
@@ -300,8 +315,14 @@ def _manifests(
     for chunk in corpus.chunks:
         chunks[chunk.index].append(results[chunk.name])
     sources: dict[str, list[SourceManifest]] = {split: [] for split in SPLITS}
-    for name, found in zip(corpus.names, chunks, strict=True):
-        for split, manifest in (adopted.get(name) or _text_manifests(name, tokenizer, found)).items():
+    holds_out = not corpus.config.validation or corpus.config.validation_fraction > 0
+    for index, (name, found) in enumerate(zip(corpus.names, chunks, strict=True)):
+        parts = adopted.get(name) or _text_manifests(name, tokenizer, found)
+        if corpus.is_held_out(index):
+            parts = {"validation": parts["validation"]}
+        elif name not in adopted and not holds_out:
+            parts = {"train": parts["train"]}
+        for split, manifest in parts.items():
             sources[split].append(manifest)
     if not any(source.documents for source in sources["validation"]):
         _join(sources["train"], sources.pop("validation"))
@@ -333,9 +354,9 @@ def _text_manifests(name: str, tokenizer: Tokenizer, chunks: Sequence[ChunkResul
             text_bytes=sum(part.text_bytes for part in found),
             dtype=token_dtype(tokenizer.vocab_size),
             ends_with_eot=True,
-            dropped=_total(part.dropped for part in found),
-            repaired=_total(part.repaired for part in found),
-            marked=_total(part.marked for part in found),
+            dropped=total_by_reason(part.dropped for part in found),
+            repaired=total_by_reason(part.repaired for part in found),
+            marked=total_by_reason(part.marked for part in found),
             unknown_tokens=sum(part.unknown_tokens for part in found),
             lost_characters=sum(part.lost_characters for part in found),
             shards=tuple(shard for part in found for shard in part.shards),
@@ -348,7 +369,7 @@ def _join(train: list[SourceManifest], validation: list[SourceManifest]) -> None
     """Nothing is held out: what was dropped from there is counted with the rest."""
     dropped = {source.name: source.dropped for source in validation}
     for i, source in enumerate(train):
-        train[i] = source.model_copy(update={"dropped": _total([source.dropped, dropped.get(source.name, {})])})
+        train[i] = source.model_copy(update={"dropped": total_by_reason([source.dropped, dropped.get(source.name, {})])})
 
 
 def _counter(stage: Stage, chunks: Iterable[Chunk] | None, progress: OnProgress) -> Tell:
@@ -365,15 +386,3 @@ def _counter(stage: Stage, chunks: Iterable[Chunk] | None, progress: OnProgress)
 
 def _workers(config: PrepareConfig) -> int:
     return config.workers or cores()
-
-
-def _documents(results: dict[str, ChunkResult], split: str) -> int:
-    return sum(result.splits[split].documents for result in results.values() if split in result.splits)
-
-
-def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """Counts by reason, added up; the order does not depend on which came first."""
-    total = Counter[str]()
-    for count in counts:
-        total.update(count)
-    return dict(sorted(total.items()))

@@ -25,8 +25,10 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
     coverage = tokenizer.coverage
     recipe, settings = manifest.recipe, manifest.recipe.settings
     filters, dedup, clean = settings.filters, settings.dedup, settings.decontaminate
-    sections: dict[str, tuple[Entry, ...]] = {"sources": _recipe_sources(manifest)}
-    own = {name for source in settings.sources for name in source.filters or ()}
+    entries = _recipe_sources(manifest)
+    n_sources = len(settings.sources)
+    sections: dict[str, tuple[Entry, ...]] = {"sources": entries[:n_sources], "held-out text": entries[n_sources:]}
+    own = {name for source in settings.all_sources for name in source.filters or ()}
     used = [*filters.apply, *(name for name in type(filters).model_fields if name in own - set(filters.apply))]
     sections["filters"] = (Entry("apply", ", ".join(filters.apply) or "none", bool(filters.apply)),)
     if used:
@@ -54,8 +56,8 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
 def _recipe_sources(manifest: Manifest) -> tuple[Entry, ...]:
     settings: PrepareConfig = manifest.recipe.settings
     entries = []
-    passed_over = manifest.recipe.passed_over or (None,) * len(settings.sources)
-    of_sources = zip(source_names(settings.sources), settings.sources, manifest.recipe.listings, passed_over, strict=True)
+    passed_over = manifest.recipe.passed_over or (None,) * len(settings.all_sources)
+    of_sources = zip(source_names(settings), settings.all_sources, manifest.recipe.listings, passed_over, strict=True)
     for name, source, listing, others in of_sources:
         own = "" if source.filters is None else f"; filters: {', '.join(source.filters) or 'none'}"
         own += f"; passed over: {others}" if others else ""
@@ -67,7 +69,11 @@ def _entries(settings: Settings, *names: str) -> tuple[Entry, ...]:
     """Some fields, or all."""
     fields = type(settings).model_fields
     return tuple(
-        Entry(name, _word(value := getattr(settings, name)), value != fields[name].get_default(call_default_factory=True))
+        Entry(
+            name,
+            _word(value := getattr(settings, name)),
+            value != fields[name].get_default(call_default_factory=True, validated_data=dict(settings)),
+        )
         for name in names or fields
     )
 

@@ -6,7 +6,6 @@ The sentence under a field is its `--help`, its description in the JSON schema, 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -77,17 +76,17 @@ class SourceConfig(Settings):
         return self.kind in ("text", "jsonl", "parquet", "arrow", "hf")
 
 
-def source_names(sources: Sequence[SourceConfig]) -> tuple[str, ...]:
-    """The name of each source: given, or made of its first path.
+def source_names(config: PrepareConfig) -> tuple[str, ...]:
+    """The name of each of `all_sources`: given, or made of its first path.
 
     Raises:
         DataError: two sources have one name.
     """
     names: list[str] = []
-    for i, source in enumerate(sources):
+    for i, source in enumerate(config.all_sources):
         name = source.name or _name_of(source.paths[0] if source.paths else source.kind)
         if name in names:
-            raise DataError(f"data.sources.{i} and data.sources.{names.index(name)} are both called {name}; give each a `name`")
+            raise DataError(f"{config.setting_of(i)} and {config.setting_of(names.index(name))} are both called {name}; give each a `name`")
         names.append(name)
     return tuple(names)
 
@@ -360,11 +359,19 @@ class MixtureConfig(Settings):
     """Later weights. Appending a stage leaves what was read before as it was."""
 
 
+def _default_fraction(settings: dict[str, Any]) -> float:  # Any: the fields before it, as pydantic gives them
+    return 0.0 if settings.get("validation") else 0.005
+
+
 class PrepareConfig(Settings):
     """What `pretrain data prepare` does: where the text comes from, what of it is kept, and how it becomes tokens."""
 
     sources: tuple[SourceConfig, ...] = ()
     """What to prepare; not read in training."""
+
+    validation: tuple[SourceConfig, ...] = ()
+    """Held-out text of its own: sources as in data.sources, of which every document is for validation. They are filtered as all text is.
+    Documents of data.sources that repeat one of them, exactly or nearly (see data.dedup), are dropped and counted."""
 
     filters: FilterConfig = FilterConfig()
 
@@ -388,12 +395,23 @@ class PrepareConfig(Settings):
     tokenizer_sample_mb: float = Field(default=200, gt=0, le=1e9)
     """Megabytes of text (evenly over the documents) that a new tokenizer is trained on."""
 
-    validation_fraction: float = Field(default=0.005, ge=0, lt=1)
-    """Share of the documents held out for validation, chosen by the hash of their id; one document at least, unless it is 0. Of tokens
-    that other tools made: the last documents, up to this share of the tokens."""
+    validation_fraction: float = Field(default_factory=_default_fraction, ge=0, lt=1)
+    """Share of the documents of data.sources held out for validation, chosen by the hash of their id; one document of each source at
+    least, if it has several, unless this is 0. Of tokens that other tools made: the last documents, up to this share of the tokens. Where
+    data.validation names held-out text, nothing else is held out unless this is set."""
 
     shard_tokens: int = Field(default=128_000_000, gt=0)
     """Tokens a shard holds at most (256 MB of 16-bit tokens); a longer document has a shard of its own. A worker holds one in memory."""
 
     workers: int | None = Field(default=None, gt=0)
     """Processes that prepare; none is one a core. The result does not depend on it."""
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources, and then those of held-out text."""
+        return (*self.sources, *self.validation)
+
+    def setting_of(self, index: int) -> str:
+        """Where one of `all_sources` is set: `data.sources.1`, `data.validation.0`."""
+        n = len(self.sources)
+        return f"data.sources.{index}" if index < n else f"data.validation.{index - n}"

@@ -221,7 +221,8 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, object]]:
 def _one_line(error: ValidationError) -> str:
     """The first complaint, in the user's words; how many others there are."""
     complaints: dict[str, str] = {}
-    for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):  # a typo explains what is missing
+    told = [item for item in error.errors() if item["type"] != "default_factory_not_called"]  # follows from another error
+    for item in sorted(told, key=lambda item: item["type"] != "extra_forbidden"):  # a typo explains what is missing
         key = _key(item["loc"])
         if item["type"] == "extra_forbidden":
             complaints[key] = f"{key} is not a setting; {_did_you_mean(key)}"
@@ -244,7 +245,7 @@ def _key(location: tuple[int | str, ...]) -> str:
 
 
 def _did_you_mean(key: str) -> str:
-    source = re.match(r"data\.sources\.\d+\.", key)
+    source = re.match(r"data\.(sources|validation)\.\d+\.", key)
     keys = [source[0] + name for name in SourceConfig.model_fields] if source else [known for known, _ in walk()]
     names = [*keys, *sorted(_SECTIONS)]
     elsewhere = [known for known in names if known.rpartition(".")[2] == key.rpartition(".")[2]]  # right, in the wrong section

@@ -21,7 +21,7 @@ from data_pipeline.cleaning.filters import EDITS, Judge, Verdict, build_judge
 from data_pipeline.cleaning.minhash import Signer, text_hash
 from data_pipeline.cleaning.verdicts import KEPT, TextsHash, Verdicts, encode_reasons, read_verdicts, write_verdicts
 from data_pipeline.errors import DataError
-from data_pipeline.settings import FilterName, PrepareConfig, SourceConfig
+from data_pipeline.settings import FilterName, PrepareConfig, SourceConfig, source_names
 from data_pipeline.text.chunks import Chunk, read_batches
 from data_pipeline.text.sources import Document
 from data_pipeline.workers import Done, Tell, run_jobs
@@ -62,13 +62,15 @@ def unreadable(document: Document) -> str | None:
 
 def needs_cleaning(config: PrepareConfig) -> bool:
     """Whether anything but `unreadable` can drop a document."""
-    return bool(config.filters.apply or any(source.filters for source in config.sources) or _signs(config) or config.decontaminate.paths)
+    return bool(
+        config.filters.apply or any(source.filters for source in config.all_sources) or _signs(config) or config.decontaminate.paths
+    )
 
 
 def clean(
     jobs: Sequence[CleanJob], config: PrepareConfig, folder: Path, workers: int, tell: Tell, comparing: Callable[[float], None]
 ) -> dict[str, Path]:
-    """Judge every chunk, then compare all that is kept.
+    """Judge every chunk, then compare all that is kept. Held-out text of its own comes first: what repeats it goes, and it stays.
 
     Args:
         jobs: the chunks in order; what an earlier attempt finished with the same key is not done again.
@@ -90,9 +92,12 @@ def clean(
     key = _comparison_key(config, judged)
     if all((there := read_verdicts(file)) is not None and there.key == key for file in compared.values()):
         return compared
-    signatures = [_signatures_file(folder, job.name) for job in jobs]
-    found = find_duplicates(signatures, [job.chunk.source for job in jobs], config.dedup, comparing)
-    for job, codes in zip(jobs, found.codes, strict=True):
+    n_sources = len(config.sources)
+    ordered = sorted(jobs, key=lambda job: job.chunk.index < n_sources)
+    signatures = [_signatures_file(folder, job.name) for job in ordered]
+    n_held_out = len({job.chunk.index for job in jobs if job.chunk.index >= n_sources})
+    found = find_duplicates(signatures, [job.chunk.source for job in ordered], config.dedup, comparing, n_held_out=n_held_out)
+    for job, codes in zip(ordered, found.codes, strict=True):
         verdicts = _need_verdicts(judged[job.name]).with_reasons(codes, found.reasons)
         write_verdicts(compared[job.name], replace(verdicts, key=key))
     return compared
@@ -101,6 +106,7 @@ def clean(
 def _comparison_key(config: PrepareConfig, judged: Mapping[str, Path]) -> str:
     """Hash of all that decides which documents are duplicates: it is compared again only if one chunk was judged anew."""
     whole = xxhash.xxh3_128(config.dedup.model_dump_json(exclude={"memory_mb"}).encode())
+    whole.update(repr(source_names(config)[len(config.sources) :]).encode())
     for name, file in judged.items():
         verdicts = _need_verdicts(file)
         whole.update(f"{name} {verdicts.digest()} {verdicts.signatures}\n".encode())
@@ -127,14 +133,15 @@ def _begin(config: PrepareConfig, folder: Path) -> Callable[[CleanJob, Tell], No
     """What does the jobs of one process: word lists, models and evaluation texts are read once, when they are needed."""
     judge_by = functools.cache(functools.partial(build_judge, config.filters))
     contamination = functools.cache(functools.partial(Contamination.load, config.decontaminate))
-    signer = Signer(config.dedup.ngram, config.dedup.bands, config.dedup.rows) if config.dedup.minhash else None
+    near = config.dedup.minhash or config.validation
+    signer = Signer(config.dedup.ngram, config.dedup.bands, config.dedup.rows) if near else None
 
     def do(job: CleanJob, tell: Tell) -> None:
         there = _finished(job, folder)
         if there is not None:
             tell(Done(len(there.codes), job.chunk.bytes or 0))
             return
-        source = config.sources[job.chunk.index]
+        source = config.all_sources[job.chunk.index]
         _judge_chunk(job, source, config, folder, _Tools(judge_by(filters_of(source, config)), contamination(), signer), tell)
 
     return do
@@ -152,6 +159,7 @@ def _finished(job: CleanJob, folder: Path) -> Verdicts | None:
 def _judge_chunk(job: CleanJob, source: SourceConfig, config: PrepareConfig, folder: Path, tools: _Tools, tell: Tell) -> None:
     """Read a chunk, apply the filters, sign what they keep; write the signatures and then the verdicts."""
     judge, contamination, signer = tools
+    exact = config.dedup.exact or config.validation
     reasons: list[str | None] = []
     marks, hashes, bands = [np.zeros(0, np.bool_)], [np.zeros(0, np.uint64)], [np.zeros((0, signer.bands if signer else 0), np.uint64)]
     seen, read = TextsHash(), 0
@@ -163,7 +171,7 @@ def _judge_chunk(job: CleanJob, source: SourceConfig, config: PrepareConfig, fol
             verdicts = [verdict or (CONTAMINATED if hit else None) for verdict, hit in zip(verdicts, hits.tolist(), strict=True)]
         reasons += verdicts
         marks.append(hits & (config.decontaminate.action == "mark"))
-        hashes.append(np.array([text_hash(text) if config.dedup.exact else 0 for text in texts], np.uint64))
+        hashes.append(np.array([text_hash(text) if exact else 0 for text in texts], np.uint64))
         bands.append(signer.sign(texts) if signer else np.zeros((len(batch), 0), np.uint64))
         for document in batch:
             seen.add(document.text)
@@ -237,7 +245,7 @@ def build_editor(source: SourceConfig, config: PrepareConfig) -> Callable[[Docum
 
 
 def _signs(config: PrepareConfig) -> bool:
-    return config.dedup.exact or config.dedup.minhash
+    return bool(config.dedup.exact or config.dedup.minhash or config.validation)
 
 
 def _hash(file: Path) -> str:

@@ -3,6 +3,8 @@
 A document is dropped if one before it, in the order of the files, has the same text hash (exact) or shares a band (near). The first of
 its kind therefore stays, however the documents were cut into files. One before it counts even if it is dropped itself.
 
+Held-out text of its own is compared whatever the settings are: documents that repeat it are dropped for reasons of their own.
+
 A signature file is a `.npy` of 64-bit numbers, [1 + bands, documents]: the text hashes, then each band, each in one piece, so that one
 column of all files can be read without the others. 0 takes no part: a document that a filter dropped, a text without words.
 
@@ -25,6 +27,9 @@ from data_pipeline.durable import sync_folder, write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.settings import DedupConfig
 
+OF_HELD_OUT = ("exact_duplicate_of_held_out", "near_duplicate_of_held_out")
+"""Why a document for training is dropped that repeats held-out text; behind it stands the name of the held-out source."""
+
 Codes = NDArray[np.uint8 | np.uint16]
 Numbers = NDArray[np.uint64]
 Positions = NDArray[np.int64]
@@ -44,7 +49,8 @@ class Duplicates:
     """For each file one number a document, an index of `reasons`; 0 stays."""
 
     reasons: tuple[str | None, ...]
-    """`exact_duplicate: web`: the text of a document of source `web`, the first that has it. `near_duplicate: web`: likewise."""
+    """`exact_duplicate: web`: the text of a document of source `web`, the first that has it. `near_duplicate: web`: likewise. Of a document
+    for training that repeats held-out text: `exact_duplicate_of_held_out: NAME`, `near_duplicate_of_held_out: NAME`."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +88,19 @@ def find_duplicates(
     sources: Sequence[str],
     config: DedupConfig,
     progress: Callable[[float], None] = lambda _: None,
+    *,
+    n_held_out: int = 0,
 ) -> Duplicates:
     """Which documents of all files repeat earlier ones. A document that does so both ways is an exact duplicate.
+
+    Documents for training are compared with held-out ones in both ways, whether or not the settings ask for one of them.
 
     Args:
         files: signature files in the order of the documents.
         sources: the source of each file; those of one source stand together.
         config: what to compare, and the memory for it. The bands must be those of the files.
         progress: is given the share that is done, from 0 to 1.
+        n_held_out: how many of the sources are held-out text of its own; they come first.
 
     Raises:
         DataError: a file is damaged or was written with another number of bands.
@@ -99,21 +110,39 @@ def find_duplicates(
     source_of_file = [names.index(source) for source in sources]
     if source_of_file != sorted(source_of_file):
         raise ValueError(f"the files of a source must stand together, got {', '.join(sources)}")
-    found = _open_all(files, 1 + config.bands if config.minhash else None)
+    found = _open_all(files, 1 + config.bands if config.minhash or n_held_out else None)
     documents = sum(file.documents for file in found)
     source_starts = np.array([found[source_of_file.index(source)].first for source in range(len(names))])
-    codes: Codes = np.zeros(documents, np.uint8 if 2 * len(names) < 256 else np.uint16)
+    first_training = next((file.first for file, source in zip(found, source_of_file, strict=True) if source >= n_held_out), documents)
+    codes: Codes = np.zeros(documents, np.uint8 if 2 * (n_held_out + len(names)) < 256 else np.uint16)
     room = max(MIN_ENTRIES, int(config.memory_mb * 1e6 / ENTRY_BYTES))
     parts = max(1, ceil(documents / (0.8 * room)))
-    columns = [*((0,) if config.exact else ()), *(range(1, 1 + config.bands) if config.minhash else ())]
+    columns = [
+        *((0,) if config.exact or n_held_out else ()),
+        *(range(1, 1 + config.bands) if config.minhash or n_held_out else ()),
+    ]
     for done, column in enumerate(columns):
         for part in range(parts):
             for repeats, firsts in _repeated(_read(found, column, part, parts, room // 16), room):
-                code = 1 + (column > 0) * len(names) + np.searchsorted(source_starts, firsts, "right") - 1
+                code = np.searchsorted(source_starts, firsts, "right") - 1
+                near, asked = int(column > 0), config.minhash if column else config.exact
+                if n_held_out:
+                    of_held_out = code < n_held_out
+                    of_held_out &= repeats >= first_training
+                    code[of_held_out] -= 2 * n_held_out + near * (len(names) - n_held_out)  # the lowest codes: this reason goes first
+                    if not asked:
+                        repeats, code = repeats[of_held_out], code[of_held_out]
+                code += 1 + 2 * n_held_out + near * len(names)
                 before = codes[repeats]
                 codes[repeats] = np.where(before == 0, code, np.minimum(before, code))
             progress((done + (part + 1) / parts) / len(columns))
-    reasons = (None, *(f"exact_duplicate: {name}" for name in names), *(f"near_duplicate: {name}" for name in names))
+    held_out = names[:n_held_out]
+    reasons = (
+        None,
+        *(f"{kind}: {name}" for kind in OF_HELD_OUT for name in held_out),
+        *(f"exact_duplicate: {name}" for name in names),
+        *(f"near_duplicate: {name}" for name in names),
+    )
     return Duplicates(tuple(codes[file.first : file.first + file.documents] for file in found), reasons)
 
 

@@ -169,7 +169,10 @@ class Manifest(Record):
 
     def to_bytes(self) -> bytes:
         """The file's contents; the same manifest gives the same bytes."""
-        return (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode()
+        tree = self.model_dump(mode="json")
+        if not self.recipe.settings.validation:  # so that data without it has the manifest that earlier versions wrote
+            del tree["recipe"]["settings"]["validation"]
+        return (json.dumps(tree, indent=1) + "\n").encode()
 
     def fingerprint(self) -> str:
         """XXH3-128 of the bytes of the file; a checkpoint stores it to know its data again."""

@@ -100,10 +100,10 @@ def _settings(recipe: Recipe) -> dict[str, object]:
             named[prefix] = value
 
     tree = recipe.settings.model_dump(mode="json")
-    for i, source in enumerate(tree.pop("sources")):
-        walk(f"data.sources.{i}", source)
+    for i, source in enumerate((*tree.pop("sources"), *tree.pop("validation"))):
+        walk(recipe.settings.setting_of(i), source)
     walk("data", tree)
-    named |= {f"what data.sources.{i} holds": listing for i, listing in enumerate(recipe.listings)}
+    named |= {f"what {recipe.settings.setting_of(i)} holds": listing for i, listing in enumerate(recipe.listings)}
     named["what the files of data.filters and data.decontaminate hold"] = recipe.lists
     return named
 

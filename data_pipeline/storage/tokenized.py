@@ -29,7 +29,14 @@ from data_pipeline.workers import Done, Tell
 
 
 def adopt(
-    source: SourceConfig, name: str, tokenizer: Tokenizer, work: Path, validation_fraction: float, progress: Tell = lambda _: None
+    source: SourceConfig,
+    name: str,
+    tokenizer: Tokenizer,
+    work: Path,
+    validation_fraction: float,
+    progress: Tell = lambda _: None,
+    *,
+    is_held_out: bool = False,
 ) -> dict[str, SourceManifest]:
     """The parts that a tokenized source has in each split; the `.idx` files are written to `work/<split>/`.
 
@@ -47,11 +54,14 @@ def adopt(
         work: the folder that becomes the prepared data.
         validation_fraction: share of the tokens to hold out.
         progress: is told what was read, a MiB at a time.
+        is_held_out: all of it is held-out text, both splits of a `prepared` source too; `validation_fraction` does not count then.
 
     Raises:
         DataError: a file is missing, damaged or not of this kind, or its tokens were made with another tokenizer.
     """
     parts = {split: _Part(name, work / split) for split in SPLITS}
+    if is_held_out:  # documents that would be for training go there too
+        parts["train"], validation_fraction = parts["validation"], 0.0
     if source.kind == "prepared":
         for split, folder in _prepared_splits(source):
             _adopt_split(parts[split], folder, tokenizer)
@@ -59,8 +69,10 @@ def adopt(
         files = [open_token_file(source, Path(file.path), tokenizer.eot_id) for file in list_token_files(source)]
         _adopt_files(parts, files, tokenizer, validation_fraction, progress)
     if not parts["train"].shards:
-        raise DataError(f"data.sources: {name} ({', '.join(source.paths)}) holds no tokens; leave it out")
-    return {split: part.manifest() for split, part in parts.items() if part.shards}
+        raise DataError(
+            f"data.{'validation' if is_held_out else 'sources'}: {name} ({', '.join(source.paths)}) holds no tokens; leave it out"
+        )
+    return {split: part.manifest() for split, part in parts.items() if part.shards and not (is_held_out and split == "train")}
 
 
 def describe_tokens(source: SourceConfig) -> str:
@@ -176,7 +188,7 @@ def _adopt_files(
         for split, low, high in (("train", 0, kept), ("validation", kept, len(ends))):
             if low < high:
                 _adopt_documents(parts[split], number, file, ends[low:high], int(starts[low]), tokenizer, progress)
-    for part in parts.values():
+    for part in {id(part): part for part in parts.values()}.values():  # held-out text has one for both splits
         part.shards.reverse()
 
 

@@ -111,7 +111,7 @@ def begin_tokenizing(setup: Tokenizing) -> Callable[[TokenizeJob, Tell], ChunkRe
     tokenizer = load_tokenizer(setup.tokenizer)
     if tokenizer.fingerprint != setup.fingerprint:
         raise DataError(f"{setup.tokenizer} changed while it was used; run the command again")
-    editors = functools.cache(lambda index: build_editor(setup.config.sources[index], setup.config))
+    editors = functools.cache(lambda index: build_editor(setup.config.all_sources[index], setup.config))
 
     def do(job: TokenizeJob, tell: Tell) -> ChunkResult:
         key = xxhash.xxh3_128_hexdigest(f"{job.key} {digest_of(job.verdicts)}".encode())
@@ -160,7 +160,7 @@ def _tokenize_chunk(
     encoder: Encoder | None = None
     why, lowest, read = "", 2.0, 0
     with RejectWriter(_rejects_file(setup, chunk.name) if setup.keep_rejects else None) as rejects:
-        for batch in read_judged(chunk, config.sources[chunk.index], job.verdicts, tell):
+        for batch in read_judged(chunk, config.all_sources[chunk.index], job.verdicts, tell):
             kept: list[_Kept] = []
             for document, reason, marked in batch:
                 here = place(document)

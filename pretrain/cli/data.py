@@ -54,7 +54,7 @@ def prepare(
     """
     data, console = _data_config(words), Console()
     with resumable():
-        tell_prepared(prepare_data(data, console, keep_rejects), console)
+        tell_prepared(prepare_data(data, console, keep_rejects), data.seq_len, console)
 
 
 @app.command()
@@ -128,10 +128,11 @@ def prepare_data(data: DataConfig, console: Console, keep_rejects: bool = False)
         return run(data.path, data, keep_rejects=keep_rejects, progress=progress)
 
 
-def tell_prepared(prepared: Prepared, console: Console) -> None:
-    """What was read, dropped and written: one table a split, a line a source."""
+def tell_prepared(prepared: Prepared, seq_len: int, console: Console) -> None:
+    """What was read, dropped and written: one table a split, a line a source; and what is held out, in sequences of `seq_len` tokens."""
     from rich.table import Table
 
+    from data_pipeline.held_out import held_out_line, held_out_warnings
     from pretrain.report.data_rows import losses
 
     for note in prepared.notes:
@@ -153,6 +154,10 @@ def tell_prepared(prepared: Prepared, console: Console) -> None:
                     console.print(f"  {source.name}: {count:,} {what} ({reason})", highlight=False, markup=False)
         for sentence in losses(manifest.sources):
             console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
+    if line := held_out_line(prepared.splits, seq_len):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for warning in held_out_warnings(prepared.splits, seq_len):
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

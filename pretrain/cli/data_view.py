@@ -12,7 +12,7 @@ from rich.text import Text
 from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, PackedSequence, SampleDocument, SourceDescription
 from data_pipeline.reading.forecast import Forecast, Stretch, warning
 from data_pipeline.storage.manifest import Manifest
-from pretrain.report.data_rows import losses, places, split_rows, stretch_rows
+from pretrain.report.data_rows import held_out, losses, places, split_rows, stretch_rows
 
 BAR = 24
 """Characters of the longest bar."""
@@ -28,6 +28,10 @@ def draw(description: Description, forecast: Forecast | None, console: Console) 
         console.print(_split_table(manifest))
     for sentence in [*places(description.sources), *losses([part for s in description.sources for part in s.splits.values()])]:
         _line(console, sentence)
+    line, warnings = held_out(description, forecast)
+    _line(console, line)
+    for sentence in warnings:
+        _line(console, f"warning: {sentence}", "yellow")
     if forecast is not None:
         _draw_forecast(forecast, console)
     _draw_drops(description.sources, console)

@@ -55,7 +55,7 @@ def demo(directory: Path, console: Console) -> Outcome:
     _chapter(
         console, "Text -> tokenizer -> shards", f"the text: {config.data.sources[0].paths[0]}, the sources of Python's standard library"
     )
-    tell_prepared(prepare_data(config.data, console), console)
+    tell_prepared(prepare_data(config.data, console), config.data.seq_len, console)
 
     half = config.train.steps // 2
     done = any(record.step >= half for record in read_metrics(config.run.dir / "metrics.jsonl").steps)

@@ -12,7 +12,7 @@ from pretrain.errors import UserError
 from pretrain.report import frame
 from pretrain.report.charts import themes
 from pretrain.report.data_charts import drops, lengths
-from pretrain.report.data_rows import losses, places, split_rows, stretch_rows
+from pretrain.report.data_rows import held_out, losses, places, split_rows, stretch_rows
 from pretrain.report.frame import text
 from pretrain.report.records import write_whole
 from pretrain.report.words import amount
@@ -35,10 +35,12 @@ def data_page(description: Description, forecast: Forecast | None) -> str:
     figures = {"lengths": lengths([source for source in sources if source.lengths])}
     if dropping:
         figures["drops"] = drops(dropping)
+    held_out_line, warnings = held_out(description, forecast)
+    warnings += [warning(source) for source in forecast.read_often] if forecast else []
     body = [
         frame.tiles(_tiles(description)),
-        frame.notices(warning(source) for source in forecast.read_often) if forecast else "",
-        _splits(description),
+        frame.notices(warnings),
+        _splits(description, held_out_line),
         _forecast(forecast) if forecast else "",
         frame.card("lengths", "Document lengths", frame.chart("lengths", "documents and tokens by length")),
         _dropped(dropping) if dropping else "",
@@ -65,9 +67,9 @@ def _tiles(description: Description) -> list[tuple[str, str, str]]:
     ]
 
 
-def _splits(description: Description) -> str:
+def _splits(description: Description, held_out_line: str) -> str:
     tables = "".join(f'<h3>{text(name)}</h3><div class="scroll">{_split(m)}</div>' for name, m in description.splits.items())
-    sentences = [*places(description.sources), *losses([part for s in description.sources for part in s.splits.values()])]
+    sentences = [*places(description.sources), *losses([part for s in description.sources for part in s.splits.values()]), held_out_line]
     lines = "".join(f'<p class="note">{text(sentence)}</p>' for sentence in sentences)
     return frame.card("splits", "What it holds", tables + lines)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data_pipeline.inspect import SourceDescription, fertility
-from data_pipeline.reading.forecast import Stretch
+from data_pipeline.held_out import held_out_line, held_out_warnings
+from data_pipeline.inspect import Description, SourceDescription, fertility
+from data_pipeline.reading.forecast import Forecast, Stretch
 from data_pipeline.storage.manifest import Manifest, SourceManifest
 from data_pipeline.tokenizing.coverage import LOST, UNKNOWN
+from pretrain.config import DataConfig
 from pretrain.report.frame import Row
 
 
@@ -53,6 +55,14 @@ def losses(sources: Sequence[SourceManifest]) -> list[str]:
 
 def _documents(count: int) -> str:
     return f"{count:,} document{'s' * (count != 1)}"
+
+
+def held_out(description: Description, forecast: Forecast | None) -> tuple[str, list[str]]:
+    """(how many sequences of each source are held out, a warning for each of which there are few). Sequences are those of the run, or of
+    the usual length."""
+    seq_len = DataConfig().seq_len if forecast is None else forecast.seq_len
+    line = held_out_line(description.splits, seq_len) or "nothing is held out for validation"
+    return line, held_out_warnings(description.splits, seq_len)
 
 
 def _counts(sources: Sequence[SourceManifest], all_tokens: int) -> Row:

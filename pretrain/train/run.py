@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from data_pipeline.held_out import held_out_warnings
 from data_pipeline.reading.loader import Loader
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from parallel.layout import Layout
@@ -77,6 +78,8 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(tolerant_console(console))
         _tell_decisions(console, config, decisions, place.layout)
+        for warning in _data_warnings(config, train_data, validation):
+            _say(console, Text(f"warning: {warning}", style="yellow"))
         stop = stack.enter_context(stop_on_signals(aloud=world.is_main))
         run_dir = stack.enter_context(RunDirectory.open(config) if world.is_main else RunDirectory.beside_main(config))
         with start(world, config.train.device, even_alone=place.layout.offload):
@@ -120,6 +123,12 @@ def _tell_decisions(console: Console, config: RunConfig, decisions: Sequence[Dec
         _say(console, Text.assemble(("note: ", "dim"), note))
     if layout.pipeline > 1:
         _say(console, Text.assemble(("pipeline: ", "dim"), _pipeline(config, layout)))
+
+
+def _data_warnings(config: RunConfig, train_data: Loader, validation: Loader | None) -> list[str]:
+    """What there is to say of the held-out text before training begins."""
+    splits = {data.manifest.split: data.manifest for data in (train_data, validation) if data is not None}
+    return held_out_warnings(splits, config.data.seq_len)
 
 
 def _tell_finished(console: Console, run_dir: RunDirectory, step: int) -> None:

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from conftest import DOES, WHAT, WHO
 
 from data_pipeline.held_out import sequences_to_read
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
+from data_pipeline.storage.prepared import open_prepared
 from parallel.world import World
 from pretrain.config import RunConfig
 from pretrain.config_loading import load
@@ -24,6 +25,7 @@ from pretrain.train.resolve import resolve
 from pretrain.train.run import open_data
 
 TinyWords = Callable[..., list[str]]
+WHO, DOES = ("the model", "a reader", "every rank", "one shard"), ("reads", "writes", "skips", "remembers", "follows")
 WORDS = ("train.steps=2", "optim.warmup=0", "eval.every=2", "eval.batches=100", "model.n_kv_heads=2", "model.init_std=0.3")
 
 
@@ -36,7 +38,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceConfig]:
         folder.mkdir()
         for number in range(documents):
             lines = (
-                f"{random.choice(WHO)} {random.choice(DOES)} {random.choice(WHAT)}.\n"
+                f"{random.choice(WHO)} {random.choice(DOES)} it.\n"
                 if name == "prose"
                 else f"{random.randint(0, 99)} + {random.randint(0, 99)} = {random.randint(0, 198)}\n"
                 for _ in range(random.randint(2, 8))
@@ -122,3 +124,44 @@ def test_a_budget_for_all_reads_all_and_a_smaller_one_a_share_of_each() -> None:
     assert sequences_to_read({"web": 500, "code": 5}, 4) == {"web": 4, "code": 2}
     assert sequences_to_read({"web": 500, "code": 5, "tiny": 1}, 1) == {"web": 1, "code": 1, "tiny": 1}
     assert sequences_to_read({"web": 0}, 4) == {}
+
+
+def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
+    tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_words: TinyWords
+) -> None:
+    sources = "data.sources=[" + ", ".join(f"{{kind: text, paths: [{source.paths[0]}]}}" for source in texts.values()) + "]"
+    words = (sources, f"data.path={tmp_path / 'data'}", "data.vocab_size=300", "data.seq_len=32", "data.validation_fraction=1e-9")
+    prepared = pretrain("data", "prepare", *words)
+    told = [line for line in prepared.out.splitlines() if line.startswith("warning: ")]
+    held_out = open_prepared(tmp_path / "data").splits["validation"].sources
+    assert [(source.name, source.documents) for source in held_out] == [("prose", 1), ("sums", 1)]  # of 120 and 40
+    begins = [
+        f"warning: {s.name}: only 1 document with {s.tokens} tokens is held out ({-(-s.tokens // 32)} sequence{'s' * (s.tokens > 32)} of "
+        "data.seq_len=32): its validation loss says little; "
+        for s in held_out
+    ]
+    assert told[0] == begins[0] + "prepare it with data.validation_fraction=0.12, or name held-out text in data.validation"
+    assert told[1].startswith(begins[1])
+    assert len(told) == 2
+    trained = pretrain("train", *tiny_words(tmp_path / "run", f"data.path={tmp_path / 'data'}", *WORDS))
+    assert [line for line in trained.out.splitlines() if line.startswith("warning: ")] == told
+    assert "by source: prose " in trained.out
+    inspected = pretrain("data", "inspect", tmp_path / "data", "data.seq_len=32", "--samples", "0")
+    assert [line for line in inspected.out.splitlines() if line.startswith("warning: ")] == told
+    assert (
+        f"held out, in sequences of 32 tokens: prose {-(-held_out[0].tokens // 32)}, sums {-(-held_out[1].tokens // 32)}\n" in inspected.out
+    )
+
+
+def test_named_held_out_text_has_its_loss_in_the_run(
+    tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_words: TinyWords
+) -> None:
+    prose, sums = (f"[{{kind: text, paths: [{source.paths[0]}]}}]" for source in texts.values())
+    words = (f"data.sources={prose}", f"data.validation={sums}", f"data.path={tmp_path / 'data'}", "data.vocab_size=300")
+    assert pretrain("data", "prepare", *words).code == 0
+    answer = pretrain("train", *tiny_words(tmp_path / "run", f"data.path={tmp_path / 'data'}", *WORDS))
+    assert (answer.code, answer.err) == (0, "")
+    assert "warning" not in answer.out
+    assert [list(record.by_source) for record in read_metrics(tmp_path / "run" / "metrics.jsonl").validations] == [["sums"], ["sums"]]
+    typo = pretrain("data", "prepare", f"data.sources={prose}", "data.validation=[{kind: text, path: [a]}]")
+    assert (typo.code, typo.err) == (2, "error: data.validation.0.path is not a setting; did you mean data.validation.0.paths?\n")

@@ -75,10 +75,10 @@ def check_filters(config: PrepareConfig) -> None:
         DataError: as `build_judge`; or addresses are to be judged of a source that does not say where they are.
     """
     field = config.filters.url.field
-    for i, source in enumerate(config.sources):
+    for i, source in enumerate(config.all_sources):
         if source.is_text and "url" in _names(config, i) and (source.kind == "text" or field not in source.metadata_fields):
             way_out = "its kind `text` has no fields; give it `filters` without url" if source.kind == "text" else "name it there"
-            raise DataError(f"data.sources.{i}: the filter url reads {field}, which is not in its metadata_fields; {way_out}")
+            raise DataError(f"{config.setting_of(i)}: the filter url reads {field}, which is not in its metadata_fields; {way_out}")
     build_judge(config.filters, _all_names(config))
 
 
@@ -102,13 +102,13 @@ def filter_versions(config: PrepareConfig) -> dict[str, str]:
 
 
 def _names(config: PrepareConfig, source: int) -> tuple[FilterName, ...]:
-    own = config.sources[source].filters
+    own = config.all_sources[source].filters
     return config.filters.apply if own is None else own
 
 
 def _all_names(config: PrepareConfig) -> tuple[FilterName, ...]:
     """Every filter that judges some source."""
-    return tuple(dict.fromkeys(name for i, source in enumerate(config.sources) if source.is_text for name in _names(config, i)))
+    return tuple(dict.fromkeys(name for i, source in enumerate(config.all_sources) if source.is_text for name in _names(config, i)))
 
 
 def _build(name: FilterName, config: FilterConfig) -> Judge:

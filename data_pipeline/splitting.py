@@ -1,0 +1,67 @@
+"""Which documents are held out while text is prepared: a share of each source, and all of data.validation.
+
+The share is drawn by the hash of a document's name, see `place`, so that neither its neighbours nor the number of workers matter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from data_pipeline.cleaning.dedup import OF_HELD_OUT
+from data_pipeline.cleaning.minhash import threshold
+from data_pipeline.corpus import Corpus
+from data_pipeline.text.chunks import Chunk
+from data_pipeline.tokenizing.tokenize import ChunkResult
+
+EVERYTHING = 2.0
+"""The fraction of documents that are held out of a source of data.validation: above every place of a document."""
+
+
+def chunks_to_hold_out_from(corpus: Corpus, results: Mapping[str, ChunkResult]) -> list[Chunk]:
+    """The chunks whose document of lowest hash is held out although the fraction alone would not: one of each source of several documents,
+    of which nothing is held out so far. Where every source has a single document, one of all."""
+    sources: dict[int, list[Chunk]] = {}
+    for chunk in corpus.chunks:
+        if not corpus.is_held_out(chunk.index):
+            sources.setdefault(chunk.index, []).append(chunk)
+
+    def is_missing(chunks: Iterable[Chunk]) -> bool:
+        own = {chunk.name: results[chunk.name] for chunk in chunks}
+        return not count_documents(own, "validation") and count_documents(own, "train") > 1
+
+    everything = [chunk for chunks in sources.values() for chunk in chunks]
+    missing = [chunks for chunks in sources.values() if is_missing(chunks)] or ([everything] if is_missing(everything) else [])
+    return [min(chunks, key=lambda chunk: results[chunk.name].lowest) for chunks in missing]
+
+
+def notes_on_held_out(corpus: Corpus, results: Mapping[str, ChunkResult]) -> list[str]:
+    """What the comparison with data.validation found, and which sources it could not look into."""
+    config = corpus.config
+    if not config.validation:
+        return []
+    dropped = total_by_reason(split.dropped for result in results.values() for split in result.splits.values())
+    exact, near = (sum(count for reason, count in dropped.items() if reason.startswith(f"{kind}: ")) for kind in OF_HELD_OUT)
+    held_out = {chunk.name: results[chunk.name] for chunk in corpus.chunks if corpus.is_held_out(chunk.index)}
+    notes = [
+        f"compared with {count_documents(held_out, 'validation'):,} held-out documents of data.validation: {exact:,} training documents "
+        f"dropped as exact duplicates, {near:,} as near-duplicates (half of those of Jaccard similarity "
+        f"{threshold(config.dedup.bands, config.dedup.rows):.2f} are found, and more of closer ones)"
+    ]
+    tokens = [name for name, source in zip(corpus.names, config.all_sources, strict=True) if not source.is_text]
+    if tokens:
+        notes.append(f"not compared: {', '.join(tokens)} hold{'s' * (len(tokens) == 1)} tokens, not text")
+    return notes
+
+
+def count_documents(results: Mapping[str, ChunkResult], split: str) -> int:
+    """Documents written to a split."""
+    return sum(result.splits[split].documents for result in results.values() if split in result.splits)
+
+
+def total_by_reason(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Counts by reason, added up; the order does not depend on which came first."""
+    total = Counter[str]()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))
