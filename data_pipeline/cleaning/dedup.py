@@ -117,10 +117,7 @@ def find_duplicates(
     codes: Codes = np.zeros(documents, np.uint8 if 2 * (n_held_out + len(names)) < 256 else np.uint16)
     room = max(MIN_ENTRIES, int(config.memory_mb * 1e6 / ENTRY_BYTES))
     parts = max(1, ceil(documents / (0.8 * room)))
-    columns = [
-        *((0,) if config.exact or n_held_out else ()),
-        *(range(1, 1 + config.bands) if config.minhash or n_held_out else ()),
-    ]
+    columns = range(0 if config.exact or n_held_out else 1, 1 + (config.bands if config.minhash or n_held_out else 0))
     for done, column in enumerate(columns):
         for part in range(parts):
             for repeats, firsts in _repeated(_read(found, column, part, parts, room // 16), room):
@@ -136,13 +133,8 @@ def find_duplicates(
                 before = codes[repeats]
                 codes[repeats] = np.where(before == 0, code, np.minimum(before, code))
             progress((done + (part + 1) / parts) / len(columns))
-    held_out = names[:n_held_out]
-    reasons = (
-        None,
-        *(f"{kind}: {name}" for kind in OF_HELD_OUT for name in held_out),
-        *(f"exact_duplicate: {name}" for name in names),
-        *(f"near_duplicate: {name}" for name in names),
-    )
+    kinds = [*((kind, names[:n_held_out]) for kind in OF_HELD_OUT), ("exact_duplicate", names), ("near_duplicate", names)]
+    reasons = (None, *(f"{kind}: {name}" for kind, those in kinds for name in those))
     return Duplicates(tuple(codes[file.first : file.first + file.documents] for file in found), reasons)
 
 

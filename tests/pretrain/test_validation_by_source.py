@@ -23,6 +23,7 @@ from pretrain.train.metrics import Meter
 from pretrain.train.place import Place
 from pretrain.train.resolve import resolve
 from pretrain.train.run import open_data
+from pretrain.train.stop import StopRequest
 
 TinyWords = Callable[..., list[str]]
 WHO, DOES = ("the model", "a reader", "every rank", "one shard"), ("reads", "writes", "skips", "remembers", "follows")
@@ -98,7 +99,7 @@ def validate_on(config: RunConfig) -> ValidationRecord:
     books = SimpleNamespace(log=records.append, display=SimpleNamespace(validation=lambda _: None))
     meter = Meter(total_tokens=1, peak_flops=None)
     engine = build_engine(config, place.layout, world.rank)
-    Loop(config, engine, *open_data(config), config.run.dir, books, meter, None, place)._validate(0)  # type: ignore[arg-type]  # stand-ins
+    Loop(config, engine, *open_data(config), config.run.dir, books, meter, StopRequest(), place)._validate(0)  # type: ignore[arg-type]  # stand-ins
     return records[0]
 
 
