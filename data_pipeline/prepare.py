@@ -226,7 +226,7 @@ def _tokenize(
 
 def _passed_over(corpus: Corpus) -> list[str]:
     """A note for each source with files in its folders that are not read."""
-    sources = zip(corpus.names, corpus.config.sources, corpus.passed_over, strict=True)
+    sources = zip(corpus.names, corpus.config.all_sources, corpus.passed_over, strict=True)
     return [
         f"{name}: passed over {others}: what does not match {', '.join(folder_patterns(source))} is not read; name it in `paths` or set "
         f"`pattern` to read it, `exclude` to do without this note"

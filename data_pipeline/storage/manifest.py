@@ -124,6 +124,9 @@ class Recipe(Record):
         fields: dict[str, object] = serialize(self)
         if not self.passed_over:
             del fields["passed_over"]
+        settings = fields["settings"]
+        if not self.settings.validation and isinstance(settings, dict):  # always one; its type is not known here
+            del settings["validation"]
         return fields
 
     @field_validator("settings", mode="wrap")
@@ -169,10 +172,7 @@ class Manifest(Record):
 
     def to_bytes(self) -> bytes:
         """The file's contents; the same manifest gives the same bytes."""
-        tree = self.model_dump(mode="json")
-        if not self.recipe.settings.validation:  # so that data without it has the manifest that earlier versions wrote
-            del tree["recipe"]["settings"]["validation"]
-        return (json.dumps(tree, indent=1) + "\n").encode()
+        return (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode()
 
     def fingerprint(self) -> str:
         """XXH3-128 of the bytes of the file; a checkpoint stores it to know its data again."""
