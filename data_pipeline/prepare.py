@@ -285,7 +285,8 @@ def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
     named = {name: result for name, result in results.items() if name not in own}
     n_train, n_held_out = count_documents(own, "train"), count_documents(own, "validation")
     if config.validation and all(source.is_text for source in config.validation) and not count_documents(named, "validation"):
-        raise DataError(f"data.validation holds no text to keep (documents read: {_in_words(_dropped(named))}); name other text, or leave it out")
+        counts = _in_words(_dropped(named))
+        raise DataError(f"data.validation holds no text to keep (documents read: {counts}); name other text, or leave it out")
     if any(not source.is_text for source in config.sources):
         return
     if not n_train + n_held_out:

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from data_pipeline.held_out import held_out_warnings
 from data_pipeline.reading.loader import Loader
-from data_pipeline.storage.manifest import Manifest
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from parallel.layout import Layout
 from parallel.pipeline import describe
