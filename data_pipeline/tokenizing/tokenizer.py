@@ -157,7 +157,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, file: Path, kind: Lit
     temporary = file.with_name(f".{file.name}.tmp")
     write_synced(temporary, (json.dumps(config, ensure_ascii=False, indent=1) + "\n").encode())
     temporary.replace(file)
-    cut = f"cut for the training of the tokenizer, and only there: {n_cut:,} unbroken runs of more than {MAX_PIECE} characters"
+    runs = f"{n_cut:,} unbroken run{'s' * (n_cut != 1)} of more than {MAX_PIECE} characters"
+    cut = f"cut for the training of the tokenizer, and only there: {runs}"
     return replace(load_tokenizer(file), notes=(cut,) if n_cut else ())
 
 

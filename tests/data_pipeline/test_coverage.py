@@ -338,6 +338,15 @@ def test_what_changes_a_text_before_it_is_encoded_is_told(tmp_path: Path, parts:
     assert load(tmp_path, tokenizer_of(bpe(BYTES), **parts)).coverage.changes == told
 
 
+def test_an_added_token_that_takes_white_space_is_told_unless_it_is_special(tmp_path: Path) -> None:
+    config = tokenizer_of(bpe(BYTES), pre_tokenizer=byte_level(SPLIT))
+    flags = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
+    config["added_tokens"] += [{"id": 257 + i, "content": name, "special": name == "<s>", **flags} for i, name in enumerate(["<s>", "<t>"])]
+    tokenizer = load(tmp_path, config)
+    assert tokenizer.coverage.changes == ("added token '<t>' takes the white space beside it",)
+    assert [tokenizer.encode(text).count(BYTES["Ġ"]) for text in ("a  <s>", "a  <t>")] == [2, 0]
+
+
 def test_a_sentencepiece_model_tells_its_changes_and_its_unknown_token(tmp_path: Path) -> None:
     model = io.BytesIO()
     lines = [f"step {i} of the loss" for i in range(50)]
