@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
@@ -52,10 +53,10 @@ def walk(
 def find_glob(fs: fsspec.AbstractFileSystem, glob: str, exclude: tuple[str, ...]) -> dict[str, FileInfo]:
     """What a glob matches. Its wildcards match linked folders as well, where a file system is local.
 
-    fsspec's own glob leaves out a folder that may not be read, without a word. Over HTTP it is used all the same: there paths are whole
-    addresses, and only the driver knows which of them belong to a page.
+    fsspec's own glob leaves out a folder that may not be read, without a word. It is used all the same where paths are whole addresses
+    (HTTP), and for object stores: they list all that lies below a prefix in one answer, and have no folders that could be closed.
     """
-    if "http" in fs.protocol:
+    if "http" in fs.protocol or _lists_flat(fs):
         return {path: _followed(fs, path, info) for path, info in fs.glob(glob, detail=True).items()}
     parts = glob.split("/")
 
@@ -64,6 +65,12 @@ def find_glob(fs: fsspec.AbstractFileSystem, glob: str, exclude: tuple[str, ...]
         return "**" in parts[:depth] or (depth < len(parts) and _match("/".join(parts[:depth]), folder))
 
     return {path: info for path, info in walk(fs, fixed_part(glob), exclude, leads).items() if _match(glob, path)}
+
+
+def _lists_flat(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether it finds files in a way of its own, not folder by folder: s3fs, gcsfs, adlfs and the one of huggingface_hub."""
+    own = type(fs).find is not fsspec.AbstractFileSystem.find
+    return own or (isinstance(fs, AsyncFileSystem) and type(fs)._find is not AsyncFileSystem._find)
 
 
 def _match(glob: str, path: str) -> bool:

@@ -317,7 +317,11 @@ def test_what_is_no_file_is_passed_over_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["memory://far", "memory://far/*/y.txt", "memory://far/**/*.txt"])
-def test_a_folder_that_may_not_be_read_is_an_error_for_folders_and_globs_alike(far: Far, given: str) -> None:
+def test_a_folder_that_may_not_be_read_is_an_error_for_folders_and_globs_alike(
+    far: Far, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryFileSystem, "find", fsspec.AbstractFileSystem.find)  # which passes over what it may not list
+    assert fsspec.filesystem("memory").glob("/far/*/y.txt") == []
     far.error = PermissionError("no permission")
     with pytest.raises(DataError, match=r"^data\.sources: cannot read memory://far.*: no permission; check `paths`"):
         listed(given)
@@ -338,3 +342,30 @@ def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: py
         list(read_chunk(chunk, source))
     monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "open", real)
     assert [document.text for document in read_chunk(chunk, source)] == ["x.txt"]
+
+
+def test_object_stores_answer_a_glob_by_one_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An own walk would ask for every folder of `hf://datasets/ORG/NAME/**/*.parquet`."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe({f"/store/{i}/x.txt": b"x" for i in range(3)})
+    asked: list[str] = []
+    real_ls, real_find = MemoryFileSystem.ls, MemoryFileSystem.find
+
+    def ls(fs: MemoryFileSystem, path: str, *given: object, **more: object) -> object:
+        asked.append(path)
+        return real_ls(fs, path, *given, **more)
+
+    def find(fs: MemoryFileSystem, path: str, *given: object, **more: object) -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MemoryFileSystem, "ls", real_ls)
+            return real_find(fs, path, *given, **more)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", ls)
+    monkeypatch.setattr(MemoryFileSystem, "find", fsspec.AbstractFileSystem.find)
+    expected = [f"{i}/x.txt" for i in range(3)]
+    assert names("memory://store/**/*.txt") == expected
+    assert len(asked) == 4  # the folder and those in it
+    asked.clear()
+    monkeypatch.setattr(MemoryFileSystem, "find", find)
+    assert names("memory://store/**/*.txt") == expected
+    assert asked == []
