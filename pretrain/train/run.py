@@ -78,8 +78,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(tolerant_console(console))
         _tell_decisions(console, config, decisions, place.layout)
-        for warning in _data_warnings(config, train_data, validation):
-            _say(console, Text(f"warning: {warning}", style="yellow"))
+        _warn_of_data(console, config, train_data, validation)
         stop = stack.enter_context(stop_on_signals(aloud=world.is_main))
         run_dir = stack.enter_context(RunDirectory.open(config) if world.is_main else RunDirectory.beside_main(config))
         with start(world, config.train.device, even_alone=place.layout.offload):
@@ -125,10 +124,11 @@ def _tell_decisions(console: Console, config: RunConfig, decisions: Sequence[Dec
         _say(console, Text.assemble(("pipeline: ", "dim"), _pipeline(config, layout)))
 
 
-def _data_warnings(config: RunConfig, train_data: Loader, validation: Loader | None) -> list[str]:
-    """What there is to say of the held-out text before training begins."""
+def _warn_of_data(console: Console, config: RunConfig, train_data: Loader, validation: Loader | None) -> None:
+    """Of which sources too little is held out."""
     splits = {data.manifest.split: data.manifest for data in (train_data, validation) if data is not None}
-    return held_out_warnings(splits, config.data.seq_len)
+    for warning in held_out_warnings(splits, config.data.seq_len):
+        _say(console, Text(f"warning: {warning}", style="yellow"))
 
 
 def _tell_finished(console: Console, run_dir: RunDirectory, step: int) -> None:
