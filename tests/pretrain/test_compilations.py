@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from flash import flash_on_a_cpu
+from flash import flash_on_a_cpu, reference_varlen
 from rich.console import Console
+from torch import Tensor
 from torch._dynamo import config as dynamo
 from torch._dynamo.backends.debugging import aot_eager  # by its name, "aot_eager", it could not be counted
 from workers import WorkerPool
@@ -23,6 +25,7 @@ from workers import WorkerPool
 from data_pipeline.reading.packing import Batch
 from parallel.layout import Layout
 from pretrain.config_loading import load
+from pretrain.model import kernels
 from pretrain.report.records import StepRecord, ValidationRecord
 from pretrain.train import loop
 from pretrain.train.build import build_engine
@@ -156,6 +159,22 @@ def test_varlen_attention_is_compiled_once_for_any_number_of_documents(recompute
     assert compiled.graphs == 5  # softmax, and a block and the norm with gradients and without: all of the first batch
     eager = varlen_losses("train.attention=sdpa", "train.compile=false")
     assert losses == [pytest.approx(pair, rel=1e-5) for pair in eager]
+
+
+def test_flash_attn_is_not_compiled_again_for_other_documents(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler leaves it out: blocks are compiled in pieces, none of which may depend on the documents."""
+
+    def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **documents: Any) -> Tensor:
+        assert causal
+        return reference_varlen(q, k, v, *list(documents.values())[:4], window_size=(-1, 0))
+
+    monkeypatch.setattr(kernels, "flash_attn_version", lambda _index: 2)
+    monkeypatch.setattr(kernels, "_flash_attn_function", lambda _version: flash_attn_varlen_func)
+    losses = varlen_losses("train.attention=flash_attn", documents=DOCUMENTS[:1])
+    graphs = compiled.graphs
+    torch.compiler.reset()
+    assert varlen_losses("train.attention=flash_attn", documents=DOCUMENTS[:4])[:1] == losses
+    assert compiled.graphs == 2 * graphs
 
 
 def test_without_marks_other_documents_are_other_graphs(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:

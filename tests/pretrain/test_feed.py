@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flash import flash_on_a_cpu
 
 from data_pipeline.reading.loader import Loader
 from data_pipeline.reading.packing import NO_LABEL, Batch
@@ -15,6 +16,7 @@ from parallel.world import World
 from pretrain.config import RunConfig
 from pretrain.config_loading import load
 from pretrain.optim.schedule import batch_size_at, samples_before
+from pretrain.train.build import build_engine, compute
 from pretrain.train.feed import Share, fill_up, microbatches, to_host
 from pretrain.train.growth import seq_len_at, window_of
 from pretrain.train.loop import Loop
@@ -63,6 +65,31 @@ def test_rows_that_fill_up_have_no_targets_and_positions_that_a_model_can_take(t
         parts = list(microbatches(to_host(filled, CPU), 3, CPU))
         assert [len(part.input_ids) for part in parts] == [3, 3]
         assert sum(part.n_targets for part in parts) == np.count_nonzero(batch.labels != NO_LABEL)
+
+
+MODEL = (
+    *("model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=64", "model.vocab_size=300"),
+    *("train.device=cpu", "train.compile=false", "train.z_loss=1e-3", "optim.warmup=0", "optim.decay=1"),
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "blocked", "varlen"])
+def test_rows_that_fill_up_add_exactly_nothing(attention: str, precision: str, tiny_data: Path) -> None:
+    config = load(None, [*MODEL, f"train.attention={attention}", f"train.precision={precision}"]).config
+    engine, batch = build_engine(config), Loader(tiny_data / "train", seq_len=32, seed=0).batch(0, 2)
+    whole, empty = microbatches(to_host(fill_up(batch, 4), CPU), 2, CPU)
+    with flash_on_a_cpu():
+        for microbatch, adds in ((empty, False), (whole, True)):
+            engine.model.zero_grad()
+            sums = compute(engine.model, None, microbatch, config=config)
+            assert not isinstance(sums, torch.Tensor)
+            sums.total.backward()
+            gradients = [master.grad for master in engine.masters.values() if master.grad is not None]
+            assert len(gradients) == len(engine.masters)
+            assert all(gradient.isfinite().all() for gradient in gradients)
+            assert any(gradient.any() for gradient in gradients) == adds
+            assert bool(sums.total) == bool(sums.cross_entropy) == bool(sums.z_loss) == adds
 
 
 def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:

@@ -64,6 +64,20 @@ def test_fp32_loss_and_gradients_equal_fp64_autograd_to_1e6(z_loss: float) -> No
     assert relative(gradients[1] * 10, grad_weight) < 1e-6
 
 
+@pytest.mark.usefixtures("chunks")
+def test_the_softmax_gets_chunks_of_one_size_however_many_tokens_are_left() -> None:
+    sizes = []
+
+    def softmax(logits_CV: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        sizes.append(len(logits_CV))
+        return softmax_gradient_(logits_CV, *given)
+
+    hidden, weight, labels = problem()
+    linear_cross_entropy(hidden[:49], weight, labels[:49], softmax=softmax)
+    chunks = loss_module._CHUNKS
+    assert sizes == {1: [49], 4: [13] * 4, 50: [1] * 49}[chunks]  # four whole ones of 13 hold 52 tokens: three are filled up
+
+
 def test_the_losses_of_tokens_are_added_up_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     """20,000 chunks of a token of 0.1 nats each. In fp32 the sum is 1e-5 off, which is more than rounding a token's loss can be."""
     many, tenth = 20_000, torch.tensor(0.1)
