@@ -90,8 +90,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             if world.is_main:
                 run_dir.settle(config)
                 keep_tokenizer(config.data.tokenizer, run_dir.path)
-                # whatever becomes of the attempt
-                stack.push(lambda kind, error, trace: _report(run_dir.path, console, error))
+                stack.push(lambda kind, error, trace: _report(run_dir.path, console, error))  # whatever becomes of the attempt
             if on_first(place.group, lambda: beginning.step == config.train.steps and is_finished(run_dir.events, beginning.step)):
                 _tell_finished(console, run_dir, beginning.step)
                 return Outcome.FINISHED
