@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import xxhash
 from pydantic import BaseModel
@@ -19,7 +20,7 @@ from data_pipeline.cleaning.filters import check_filters, filter_versions, lists
 from data_pipeline.errors import DataError, redact
 from data_pipeline.settings import AUTO, DedupConfig, PrepareConfig, SourceConfig, source_names
 from data_pipeline.storage.manifest import Recipe
-from data_pipeline.storage.tokenized import describe_tokens
+from data_pipeline.storage.tokenized import describe_tokens, trusted_places
 from data_pipeline.text.chunks import Chunk, cut
 from data_pipeline.text.files import Listing, SourceFile, data_set_names, data_set_version, describe_files, describe_paths, list_source
 from data_pipeline.tokenizing.tokenizer import document_hash
@@ -78,7 +79,9 @@ class Corpus:
         settings = {name: getattr(config, name) for name in PrepareConfig.model_fields}
         dedup = config.dedup.model_copy(update={"memory_mb": DedupConfig().memory_mb})
         return Recipe(
-            settings=PrepareConfig(**(settings | {"workers": None, "tokenizer": AUTO, "dedup": dedup, "allow_lossy_tokenizer": False})),
+            settings=PrepareConfig(
+                **(settings | {"workers": None, "tokenizer": AUTO, "dedup": dedup, "allow_lossy_tokenizer": False, "external": ()})
+            ),
             trained_tokenizer=trained_tokenizer,
             listings=self.listings,
             passed_over=self.passed_over if any(self.passed_over) else (),
@@ -149,11 +152,12 @@ def find(config: PrepareConfig) -> Corpus:
     check_filters(config)
     listed = [list_source(source) if source.is_text else Listing([], []) for source in config.all_sources]
     files = tuple(tuple(found.files) for found in listed)
+    trusted = trusted_places(config)
     return Corpus(
         config=config,
         names=names,
         files=files,
-        listings=tuple(_listing(source, found) for source, found in zip(config.all_sources, files, strict=True)),
+        listings=tuple(_listing(source, found, trusted) for source, found in zip(config.all_sources, files, strict=True)),
         passed_over=_passed_over(listed),
         lists=f"{lists_hash(config.filters)} {evaluation_hash(config.decontaminate)}",
         made_with=_made_with(config),
@@ -192,9 +196,9 @@ def _made_with(config: PrepareConfig) -> dict[str, str]:
     return made_with | filter_versions(config)
 
 
-def _listing(source: SourceConfig, files: tuple[SourceFile, ...]) -> str | None:
+def _listing(source: SourceConfig, files: tuple[SourceFile, ...], trusted: Sequence[Path]) -> str | None:
     if not source.is_text:
-        return describe_tokens(source)
+        return describe_tokens(source, trusted)
     return None if source.kind == "hf" else describe_files(files)
 
 

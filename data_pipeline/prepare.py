@@ -38,7 +38,7 @@ from data_pipeline.storage.prepared import (
     working_folder,
 )
 from data_pipeline.storage.shards import token_dtype
-from data_pipeline.storage.tokenized import adopt
+from data_pipeline.storage.tokenized import adopt, trusted_places
 from data_pipeline.text.chunks import Chunk
 from data_pipeline.text.files import folder_patterns
 from data_pipeline.text.sources import DEFECTS, MAX_UNDECODED, Document
@@ -91,7 +91,8 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
         check_same_settings(path, corpus.recipe(trained_tokenizer=tokenizer is None), tokenizer)
         tidy(path)
         more = "; rejects are written only while it is prepared" if keep_rejects and not (path / REJECTS).exists() else ""
-        return open_prepared(path, (f"{path} is prepared already, with these very settings{more}", *_passed_over(corpus)))
+        notes = (f"{path} is prepared already, with these very settings{more}", *_passed_over(corpus))
+        return open_prepared(path, notes, trusted_places(config))
     with working_folder(path) as work:
         lossy_is_fine = config.allow_lossy_tokenizer or not any(source.is_text for source in config.all_sources)
         is_there = tokenizer is not None or (path / "tokenizer.json").is_file()
@@ -108,7 +109,7 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
         notes = (*_passed_over(corpus), *made.notes, *notes_on(made.coverage), *_notes(corpus, results))
         recipe = corpus.recipe(trained_tokenizer=not is_there)
         commit(work, path, _manifests(corpus, made, recipe, results, adopted), rejects)
-    return open_prepared(path, notes)
+    return open_prepared(path, notes, trusted_places(config))
 
 
 def build_tokenizer(file: Path, config: PrepareConfig, *, progress: OnProgress = lambda _: None) -> Tokenizer:
@@ -195,8 +196,9 @@ def _adopt(corpus: Corpus, work: Path, tokenizer: Tokenizer, progress: OnProgres
     """The parts of each source of tokens that are there already. As soon as there is a tokenizer: a wrong one is found in no time."""
     tell, fraction = _counter("checking tokens", None, progress), corpus.config.validation_fraction
     sources = enumerate(zip(corpus.names, corpus.config.all_sources, strict=True))
+    trusted = trusted_places(corpus.config)
     return {
-        name: adopt(source, name, tokenizer, work, fraction, tell, is_held_out=corpus.is_held_out(index))
+        name: adopt(source, name, tokenizer, work, fraction, tell, is_held_out=corpus.is_held_out(index), trusted=trusted)
         for index, (name, source) in sources
         if not source.is_text
     }

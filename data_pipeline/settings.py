@@ -340,6 +340,10 @@ class PrepareConfig(Settings):
     """Held-out text of its own: sources as in data.sources, of which every document is for validation. They are filtered as all text is.
     Documents of data.sources that repeat one of them, exactly or nearly (see data.dedup), are dropped and counted."""
 
+    external: tuple[Path, ...] = ()
+    """Folders and files whose tokens prepared data may name though they lie outside of it; those of `sources` may be named always.
+    Without it, data from a stranger could have any file of this machine read."""
+
     filters: FilterConfig = FilterConfig()
 
     dedup: DedupConfig = DedupConfig()

@@ -7,7 +7,7 @@ for that part of the slice; nothing here knows how many ranks there are.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,7 @@ class Loader:
         longest: int | None = None,
         total_samples: int | None = None,
         on_damage: Literal["stop", "skip"] = "stop",
+        trusted: Sequence[Path] | None = None,
     ) -> None:
         """Open the split in `folder`; reads its manifest and no token. With `best_fit` it also makes the plan where there is none.
 
@@ -61,6 +62,7 @@ class Loader:
             longest: the longest sequence that the run ever asks for, a multiple of `seq_len`; None is `seq_len`.
             total_samples: what the run reads, for the stages and the limit of the mixture; None is not known.
             on_damage: whether damaged tokens are an error or a row without labels.
+            trusted: folders and files outside of it whose tokens the split may name; None trusts every place.
 
         Raises:
             DataError: the split is not there or incomplete, or the training split holds less than one sequence (a held-out split
@@ -73,7 +75,7 @@ class Loader:
             raise DataError(
                 f"data.packing=best_fit packs for one length, and the run asks for {seq_len} to {self.longest} tokens; use concatenate"
             )
-        split = open_split(folder)
+        split = open_split(folder, trusted)
         self.manifest, self.sources = split.manifest, split.sources
         self.n_tokens = self.manifest.tokens
         if self.n_tokens < (self.longest if self.manifest.split == "train" else 1):

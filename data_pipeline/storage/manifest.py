@@ -6,9 +6,10 @@ It is written last, so a folder with a manifest is a whole split.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -204,8 +205,39 @@ def load_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{file} is damaged or of another version ({where or 'JSON'}: {first['msg']}); prepare the data again") from error
+    _check_names(file, manifest)
     manifest._fingerprint = xxhash.xxh3_128_hexdigest(content)
     return manifest
+
+
+def _check_names(file: Path, manifest: Manifest) -> None:
+    """DataError where the manifest, which may be a stranger's, leads out of its folder by a name."""
+    shards = [shard.name for source in manifest.sources for shard in source.shards]
+    outside = [name for name in shards if PurePath(name).name != name or name.startswith(".") or "\0" in name]
+    outside += [name for name in (manifest.split, *manifest.splits) if name not in SPLITS]
+    if outside:
+        raise DataError(
+            f"{file} names {outside[0]!r}, which is no file of its folder: somebody changed it, so do not use this data; prepare it again"
+        )
+
+
+def check_external(folder: Path, manifest: Manifest, trusted: Sequence[Path] | None) -> None:
+    """DataError where the manifest of the split in `folder` has tokens read in place that lie in none of these folders and files.
+
+    None trusts every place.
+    """
+    if trusted is None:
+        return
+    places = [Path(os.path.realpath(place.expanduser())) for place in trusted]
+    named = sorted({shard.external_bin for source in manifest.sources for shard in source.shards if shard.external_bin is not None})
+    others = [name for name in named if not any(Path(os.path.realpath(name)).is_relative_to(place) for place in places)]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        folders = ", ".join(sorted({str(PurePath(name).parent) for name in others}))
+        raise DataError(
+            f"{folder / MANIFEST} has tokens read from {others[0]}{more}, outside of its folder: only if you know who prepared it, set "
+            f"data.external=[{folders}], or name the sources in data.sources as they were when it was prepared"
+        )
 
 
 def _remove(tree: Any, where: tuple[int | str, ...]) -> bool:  # Any: JSON

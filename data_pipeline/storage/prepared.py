@@ -44,13 +44,13 @@ class Prepared:
     """What whoever prepared it should know, a line each."""
 
 
-def open_prepared(path: Path, notes: tuple[str, ...] = ()) -> Prepared:
-    """Open a prepared data set: manifests, file sizes and the tokenizer are checked, no token is read.
+def open_prepared(path: Path, notes: tuple[str, ...] = (), trusted: Sequence[Path] | None = None) -> Prepared:
+    """Open a prepared data set: manifests, file sizes and the tokenizer are checked, no token is read. `trusted` as in `open_split`.
 
     Raises:
         DataError: part of it is missing, cut off, or does not belong to the rest.
     """
-    train = open_split(path / "train").manifest
+    train = open_split(path / "train", trusted).manifest
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != train.tokenizer:
         raise DataError(
@@ -58,7 +58,7 @@ def open_prepared(path: Path, notes: tuple[str, ...] = ()) -> Prepared:
         )
     splits = {"train": train}
     if "validation" in train.splits:
-        splits["validation"] = open_split(path / "validation").manifest
+        splits["validation"] = open_split(path / "validation", trusted).manifest
         if splits["validation"].recipe != train.recipe:
             raise DataError(f"{path}: train/ and validation/ were not made together; delete {path} and prepare again")
     return Prepared(path, tokenizer, splits, notes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from itertools import accumulate
@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.errors import unreadable
-from data_pipeline.storage.manifest import DTYPES, Manifest, Shard, SourceManifest, TokenDtype, load_manifest
+from data_pipeline.storage.manifest import DTYPES, Manifest, Shard, SourceManifest, TokenDtype, check_external, load_manifest
 from data_pipeline.storage.mapped import CheckedArray, Damage, Reopened, map_file
 
 Tokens = NDArray[np.integer]
@@ -70,13 +70,18 @@ class Split:
     """In the order of the manifest."""
 
 
-def open_split(folder: Path) -> Split:
+def open_split(folder: Path, trusted: Sequence[Path] | None = None) -> Split:
     """Open the split in `folder`: reads its manifest and the sizes of its files, and no token.
 
+    Args:
+        folder: of the split.
+        trusted: folders and files outside of it whose tokens it may name; None trusts every place.
+
     Raises:
-        DataError: it is not there, a file is missing or has another size than the manifest says.
+        DataError: it is not there, a file is missing or has another size than the manifest says, or lies where it may not.
     """
     manifest = load_manifest(folder)
+    check_external(folder, manifest, trusted)
     return Split(folder, manifest, tuple(ShardSet(folder, source) for source in manifest.sources))
 
 

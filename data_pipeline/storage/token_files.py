@@ -57,14 +57,17 @@ def list_token_files(source: SourceConfig) -> list[SourceFile]:
         if "://" in given and not given.startswith("file://"):
             raise DataError(f"data.sources: {given} is not a local file; tokens are read in place, so copy them to a disk first")
     pattern = source.pattern or _PATTERNS[source.kind]
-    paths = tuple(given.removeprefix("file://") for given in source.paths)
-    if source.kind == "megatron":
-        paths = tuple(map(_megatron_bin, paths))
-    listed = list_files(source.model_copy(update={"paths": paths, "pattern": pattern}))
+    listed = list_files(source.model_copy(update={"paths": token_paths(source), "pattern": pattern}))
     files = [file for file in listed if fnmatch.fnmatchcase(Path(file.path).name, pattern)]
     if not files:
         raise DataError(f"data.sources: no file of {', '.join(source.paths)} matches {pattern}; set `pattern` if they are called otherwise")
     return files
+
+
+def token_paths(source: SourceConfig) -> tuple[str, ...]:
+    """The files, folders and globs that `paths` of a source of tokens mean."""
+    paths = tuple(given.removeprefix("file://") for given in source.paths)
+    return tuple(map(_megatron_bin, paths)) if source.kind == "megatron" else paths
 
 
 def open_token_file(source: SourceConfig, path: Path, eot_id: int) -> TokenFile:

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.durable import write_synced
 from data_pipeline.errors import DataError
-from data_pipeline.settings import SourceConfig
+from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.manifest import MANIFEST, SPLITS, Shard, SourceManifest, TokenDtype, load_manifest
 from data_pipeline.storage.shard_writer import describe_shard
 from data_pipeline.storage.shards import index_bytes, open_split
-from data_pipeline.storage.token_files import TokenFile, list_token_files, open_token_file
+from data_pipeline.storage.token_files import TokenFile, list_token_files, open_token_file, token_paths
 from data_pipeline.storage.verify import largest_id, unended
 from data_pipeline.text.files import describe_files
+from data_pipeline.text.walk import fixed_part
 from data_pipeline.tokenizing.coverage import UNKNOWN
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 from data_pipeline.workers import Done, Tell
@@ -37,6 +38,7 @@ def adopt(
     progress: Tell = lambda _: None,
     *,
     is_held_out: bool = False,
+    trusted: Sequence[Path] | None = None,
 ) -> dict[str, SourceManifest]:
     """The parts that a tokenized source has in each split; the `.idx` files are written to `work/<split>/`.
 
@@ -55,6 +57,7 @@ def adopt(
         validation_fraction: share of the tokens to hold out.
         progress: is told what was read, a MiB at a time.
         is_held_out: all of it is held-out text, both splits of a `prepared` source too; `validation_fraction` does not count then.
+        trusted: of a `prepared` source, as in `shards.open_split`.
 
     Raises:
         DataError: a file is missing, damaged or not of this kind, or its tokens were made with another tokenizer.
@@ -64,7 +67,7 @@ def adopt(
         parts["train"], validation_fraction = parts["validation"], 0.0
     if source.kind == "prepared":
         for split, folder in _prepared_splits(source):
-            _adopt_split(parts[split], folder, tokenizer)
+            _adopt_split(parts[split], folder, tokenizer, trusted)
     else:
         files = [open_token_file(source, Path(file.path), tokenizer.eot_id) for file in list_token_files(source)]
         _adopt_files(parts, files, tokenizer, validation_fraction, progress)
@@ -75,11 +78,18 @@ def adopt(
     return {split: part.manifest() for split, part in parts.items() if part.shards and not (is_held_out and split == "train")}
 
 
-def describe_tokens(source: SourceConfig) -> str:
+def trusted_places(config: PrepareConfig) -> list[Path]:
+    """Where prepared data may have tokens read that lie outside of it: what the user's own settings name."""
+    sources = [source for source in config.all_sources if not source.is_text]
+    named = [name for source in sources for name in token_paths(source)]
+    return [*config.external, *(Path(fixed_part(name) if set(name) & set("*?[") else name) for name in named)]
+
+
+def describe_tokens(source: SourceConfig, trusted: Sequence[Path] | None = None) -> str:
     """What a tokenized source holds now, for the recipe: the manifests' fingerprints, or count, bytes and a hash of names and sizes."""
     if source.kind != "prepared":
         return describe_files(list_token_files(source))
-    return "prepared data " + ", ".join(open_split(folder).manifest.fingerprint() for _, folder in _prepared_splits(source))
+    return "prepared data " + ", ".join(open_split(folder, trusted).manifest.fingerprint() for _, folder in _prepared_splits(source))
 
 
 @dataclass
@@ -141,9 +151,9 @@ def _prepared_splits(source: SourceConfig) -> list[tuple[str, Path]]:
     return found
 
 
-def _adopt_split(part: _Part, folder: Path, tokenizer: Tokenizer) -> None:
+def _adopt_split(part: _Part, folder: Path, tokenizer: Tokenizer, trusted: Sequence[Path] | None) -> None:
     """Take over all sources of a prepared split."""
-    manifest = open_split(folder).manifest
+    manifest = open_split(folder, trusted).manifest
     if manifest.tokenizer != tokenizer.fingerprint:
         raise DataError(
             f"{folder / MANIFEST}: a manifest of another tokenizer: {manifest.tokenizer}, where data.tokenizer is "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,17 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, StorageError, unreadable
-from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES, MANIFEST, SPLITS, Manifest, Shard, SourceManifest, load_manifest
+from data_pipeline.storage.manifest import (
+    BLOCK_BYTES,
+    DTYPES,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    Shard,
+    SourceManifest,
+    check_external,
+    load_manifest,
+)
 from data_pipeline.storage.shards import index_bytes, index_lengths
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
@@ -27,7 +37,7 @@ class VerifyReport:
     """One line for each thing that is wrong; empty if all is well."""
 
 
-def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> VerifyReport:
+def verify(path: Path, progress: Callable[[int], None] = lambda _: None, trusted: Sequence[Path] | None = None) -> VerifyReport:
     """Check a prepared data set (or one split of it) byte by byte: sizes, checksums, counts, document ends, the tokenizer.
 
     Tokens that are read in place are read as well, where they are.
@@ -35,6 +45,7 @@ def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> Veri
     Args:
         path: `data.path`, or one split's folder.
         progress: is given the bytes read so far, after every MiB and every `.idx`.
+        trusted: as in `shards.open_split`; what lies elsewhere is a problem, and is not read.
 
     Raises:
         DataError: there is nothing prepared at `path`.
@@ -55,6 +66,7 @@ def verify(path: Path, progress: Callable[[int], None] = lambda _: None) -> Veri
     for folder in folders:
         try:
             manifest = load_manifest(folder)
+            check_external(folder, manifest, trusted)
         except StorageError:
             raise
         except DataError as error:

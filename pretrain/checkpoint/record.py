@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import xxhash
@@ -98,7 +98,11 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError("not a JSON object")
         if content.pop("checksum", None) != _checksum(content):
             raise ValueError("its own checksum does not match")
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
+        for name in manifest.files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"it names a file outside of the checkpoint, {name!r}")
+        return manifest
     except GONE:
         raise UserError(f"{path} is no checkpoint: it has no {MANIFEST}") from None
     except OSError as error:

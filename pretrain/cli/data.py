@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Turn raw text into token shards, and look at them.", no_args_is_help=True)
 Words = Annotated[list[str], typer.Argument(metavar="[CONFIG] [key=value]...", help=CONFIG_HELP)]
 RUN_HELP = "A run's config and settings, as for `pretrain train`: shows what that run would read of DATA, whatever its data.path says."
+External = Annotated[
+    list[Path] | None,
+    typer.Option("--external", metavar="FOLDER", help="A folder or file outside of DATA whose tokens it may name; as data.external."),
+]
 DataPath = Annotated[Path, typer.Argument(metavar="DATA", help="A prepared data set: the `data.path` of its config.")]
 
 BAR_WIDTH = 40
@@ -63,14 +67,17 @@ def inspect(
     words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value]...", help=RUN_HELP)] = None,
     samples: Annotated[int, typer.Option(min=0, help="Documents of each source to show.")] = 3,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it to a page instead, which needs no network.")] = None,
+    external: External = None,
 ) -> None:
     """Show what a prepared data set holds: documents, tokens, drops, lengths, samples; and what a run would read of it.
 
     `pretrain data inspect data/my my.yaml train.steps=5000` adds what that run reads: tokens, epochs and repeats by source.
     """
     from data_pipeline.inspect import describe
+    from data_pipeline.storage.tokenized import trusted_places
 
-    description = describe(path, samples)
+    trusted = [*(external or ()), *(trusted_places(_data_config(words)) if words else ())]
+    description = describe(path, samples, trusted)
     forecast = _forecast(path, words) if words else None
     if html is None:
         from pretrain.cli.data_view import draw
@@ -99,7 +106,7 @@ def _forecast(path: Path, words: list[str]) -> Forecast:
 
 
 @app.command()
-def verify(path: DataPath) -> None:
+def verify(path: DataPath, external: External = None) -> None:
     """Read every byte of a prepared data set and hold it against its checksums."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TransferSpeedColumn
 
@@ -111,7 +118,7 @@ def verify(path: DataPath) -> None:
     columns = (BarColumn(BAR_WIDTH), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("verify", total=None)
-        report = check(path, lambda n_bytes: bar.update(task, completed=n_bytes))
+        report = check(path, lambda n_bytes: bar.update(task, completed=n_bytes), external or ())
     if report.problems:
         for problem in report.problems[1:]:
             console.print(problem, highlight=False, markup=False, soft_wrap=True)

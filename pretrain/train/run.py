@@ -13,6 +13,7 @@ from rich.text import Text
 
 from data_pipeline.held_out import held_out_warnings
 from data_pipeline.reading.loader import Loader
+from data_pipeline.storage.tokenized import trusted_places
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from parallel.layout import Layout
 from parallel.pipeline import describe
@@ -150,7 +151,7 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
 
 def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
     """The training data, and the held-out documents if some were held out."""
-    data, seed = config.data, config.run.seed
+    data, seed, trusted = config.data, config.run.seed, trusted_places(config.data)
     train_data = Loader(
         data.path / "train",
         seq_len=data.seq_len,
@@ -160,10 +161,11 @@ def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
         longest=window_of(config),
         total_samples=samples_before(config.train.steps + 1, config.train),
         on_damage=data.on_damage,
+        trusted=trusted,
     )
     if "validation" not in train_data.manifest.splits:
         return train_data, None
-    return train_data, Loader(data.path / "validation", seq_len=data.seq_len, seed=seed, on_damage=data.on_damage)
+    return train_data, Loader(data.path / "validation", seq_len=data.seq_len, seed=seed, on_damage=data.on_damage, trusted=trusted)
 
 
 def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
