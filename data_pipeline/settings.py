@@ -9,17 +9,15 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field, PlainSerializer
+from pydantic import Field
 
 from data_pipeline.errors import DataError, redact
 from data_pipeline.settings_base import AUTO as AUTO
+from data_pipeline.settings_base import Address
 from data_pipeline.settings_base import OrAuto as OrAuto
 from data_pipeline.settings_base import Settings as Settings
 from data_pipeline.settings_mixture import MixtureConfig as MixtureConfig
 from data_pipeline.settings_mixture import MixtureStage as MixtureStage
-
-Address = Annotated[str, PlainSerializer(redact, return_type=str)]
-"""Of files. It is written without its secrets: into config.yaml, manifests, reports, loggers and keys alike."""
 
 TextKind = Literal["text", "jsonl", "parquet", "arrow", "hf"]
 TokenizedKind = Literal["prepared", "megatron", "datatrove", "olmo"]
@@ -39,8 +37,8 @@ class SourceConfig(Settings):
 
     paths: tuple[Address, ...] = ()
     """Files, folders or globs, local or any fsspec address; read in the order given, the files of each sorted by name. A folder
-    means all files below it of this kind. For `hf`: the data set's name or folder. Tokens are local files. In an address `${NAME}` is
-    a variable of the environment, for passwords; one that stands there itself is left out wherever the settings are written."""
+    means all files below it of this kind. For `hf`: the data set's name or folder. Tokens are local files. In an address `${NAME}` is a
+    variable of the environment, for passwords; one that stands there itself is written down nowhere."""
 
     pattern: str | None = None
     """Which files of a folder to take, as a glob such as `*.py`; none takes the usual endings of the kind. The others are noted."""
@@ -341,8 +339,7 @@ class PrepareConfig(Settings):
     Documents of data.sources that repeat one of them, exactly or nearly (see data.dedup), are dropped and counted."""
 
     external: tuple[Path, ...] = ()
-    """Folders and files whose tokens prepared data may name though they lie outside of it; those of `sources` may be named always.
-    Without it, data from a stranger could have any file of this machine read."""
+    """Folders and files outside of prepared data whose tokens it may name, besides those of `sources`. A stranger's may name any file."""
 
     filters: FilterConfig = FilterConfig()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from data_pipeline.errors import redact
 
 T = TypeVar("T")
 AUTO: Any = "auto"  # Any: it stands in for a value of every type until it is resolved
@@ -49,3 +51,7 @@ class Settings(BaseModel):
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise PydanticCustomError("truth_value", "is a truth value, which this setting does not take")
         return value
+
+
+Address = Annotated[str, PlainSerializer(redact, return_type=str)]
+"""Of files. It is written without its secrets: into config.yaml, manifests, reports, loggers and keys alike."""
