@@ -66,4 +66,4 @@ def concealing(addresses: Iterable[str]) -> Iterator[None]:
         concealed = concealer(addresses)(str(error))
         if concealed == str(error):
             raise
-        raise DataError(concealed) from None
+        raise type(error)(concealed) from None
