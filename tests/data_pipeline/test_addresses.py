@@ -48,7 +48,7 @@ def test_what_settings_are_written_as_has_no_secret() -> None:
 def test_no_source_is_named_by_a_secret() -> None:
     secret = ("https://user:secret@host", "s3://k:se/cret@b/web/*.jsonl", "https://h/d/x?sig=ab/secret")
     paths = (*secret, "s3://bucket/web-2/*.jsonl", "c/code.txt")
-    names = source_names([SourceConfig(kind="text", paths=(path,)) for path in paths])
+    names = source_names(PrepareConfig(sources=tuple(SourceConfig(kind="text", paths=(path,)) for path in paths)))
     assert names == ("source", "web", "d", "web-2", "code")
 
 
