@@ -14,6 +14,7 @@ from pathlib import Path
 import xxhash
 from torch.distributed import ProcessGroup
 
+from data_pipeline.errors import StorageError
 from data_pipeline.reading.loader import Loader
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from parallel.engine import Engine
@@ -194,7 +195,7 @@ def load_parent(parent: Parent, engine: Engine, mode: str, group: ProcessGroup |
     state = engine.state()
     try:
         store.load(parent.path, state if mode == "full" else {"model": state["model"]}, group)
-    except (OSError, UserError):
+    except (OSError, StorageError, UserError):
         _refuse_if_gone(parent, group)
         raise
     engine.loaded()
