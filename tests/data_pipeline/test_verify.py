@@ -1,16 +1,20 @@
 """A data set of two sources, one written by us and one read in place, of which each test damages something."""
 
+import errno
+import io
 import itertools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers.models import WordLevel
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StorageError
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Manifest, Recipe, Shard, SourceManifest, load_manifest
 from data_pipeline.storage.shard_writer import write_shard
@@ -173,3 +177,16 @@ def test_unended_documents_are_counted_in_pieces_as_in_one() -> None:
     assert 0 < expected < 90
     for step in (1, 7, 64, 500):
         assert sum(unended(tokens[at : at + step], at, ends, 0) for at in range(0, 500, step)) == expected
+
+
+def test_a_file_that_cannot_be_read_now_is_no_problem_of_the_data(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = io.open
+
+    def fail(file: Any, *arguments: Any, **options: Any) -> Any:
+        if str(file).endswith("/train/ours-00000.bin"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", fail)
+    with pytest.raises(StorageError, match=r"train/ours-00000\.bin cannot be read \(Input/output error\); nothing is known to be damaged"):
+        verify(data)

@@ -1,0 +1,168 @@
+"""A disk without room for checkpoints or records: asked before a run begins, and one line with what is safe when it fills up."""
+
+import errno
+import os
+import re
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import StorageError
+from pretrain.checkpoint.directory import checkpoint_path
+from pretrain.config import RunConfig
+from pretrain.config_loading import load
+from pretrain.errors import UserError
+from pretrain.report.records import Event, read_events, read_metrics
+from pretrain.train.disk import check_room, checkpoint_bytes, free_bytes
+from pretrain.train.loop import Outcome
+from pretrain.train.metrics import RecordFile
+
+Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
+RunTiny = Callable[..., Outcome]
+TinyWords = Callable[..., list[str]]
+
+
+@contextmanager
+def files_up_to(n_bytes: int) -> Iterator[None]:
+    """A limit on the size of files, which a write meets like a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def disk_of(monkeypatch: pytest.MonkeyPatch, free: int, blocks: int = 10**9) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 512, f_frsize=512, f_blocks=blocks))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    model = "model={n_layers: 12, d_model: 768, n_heads: 12, n_kv_heads: 12, d_ff: 2048, vocab_size: 32768, tie_embeddings: true}"
+    words = ["train.micro_batch_size=4", "train.precision=bf16", "train.recompute=none"]
+    return load(None, [model, *words, f"run.dir={tmp_path / 'run'}", "checkpoint.keep=3"]).config
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(
+    tmp_path: Path, run_tiny: RunTiny, tiny_words: TinyWords, kind: str
+) -> None:
+    words = ("train.steps=1", "optim.warmup=0", "model.d_model=128", "model.d_ff=256", f"optim.kind={kind}")
+    run_tiny(tmp_path, *words)
+    size = sum(file.stat().st_size for file in checkpoint_path(tmp_path / "checkpoints", 1).iterdir())
+    told = checkpoint_bytes(load(tmp_path / "config.yaml").config)
+    assert told == pytest.approx(size, rel=0.03)
+
+
+def test_parameters_of_a_checkpoint_count_12_bytes_with_adamw(config: RunConfig) -> None:
+    parameters = 32768 * 768 + 12 * (4 * 768**2 + 3 * 768 * 2048 + 2 * 768) + 768  # the tied embedding once
+    assert checkpoint_bytes(config) == 12 * parameters + 4 * 2048 * (2 + 12 * 9)
+
+
+def test_a_run_whose_first_checkpoint_does_not_fit_is_refused(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = checkpoint_bytes(config)
+    assert size // 10**8 == 13
+    disk_of(monkeypatch, 1_299_000_000)
+    told = rf"run.dir={config.run.dir}: a checkpoint takes 1\.3 GB, and 1\.2 GB are free there: make room"
+    with pytest.raises(UserError, match=told):
+        check_room(config)
+    assert not config.run.dir.exists()
+
+
+def test_a_run_whose_last_checkpoints_do_not_fit_is_warned(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = checkpoint_bytes(config)
+    disk_of(monkeypatch, 4 * size + 512)
+    assert check_room(config) == ""
+    disk_of(monkeypatch, 4 * size - 512)
+    told = r"checkpoint\.keep=3 will need 5\.2 GB more \(4 checkpoints of 1\.3 GB; .*5\.2 GB are free .* lower checkpoint\.keep"
+    assert re.match(told, check_room(config))
+    for step in (1, 2, 3, 4):  # those that are there already take no more
+        checkpoint_path(config.run.dir / "checkpoints", step).mkdir(parents=True)
+    disk_of(monkeypatch, size + 512)
+    assert check_room(config) == ""
+    disk_of(monkeypatch, size - 1024)
+    (checkpoint_path(config.run.dir / "checkpoints", 1) / "file").write_bytes(bytes(2048))
+    assert check_room(config) == ""  # the fourth goes when the run goes on
+
+
+def test_a_file_system_that_tells_no_sizes_is_not_asked(config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert free_bytes(tmp_path / "not" / "there") == free_bytes(tmp_path)
+    disk_of(monkeypatch, 0, blocks=0)
+    assert check_room(config) == ""
+
+
+def test_a_finished_run_is_not_asked_for_room(
+    tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_words: TinyWords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_tiny(tmp_path, "train.steps=2", "optim.warmup=0")
+    disk_of(monkeypatch, 0)
+    answer = pretrain("train", *tiny_words(tmp_path, "train.steps=2", "optim.warmup=0"))
+    assert (answer.code, "is finished, all 2 steps of it" in answer.out) == (0, True)
+    answer = pretrain("train", *tiny_words(tmp_path / "other", "train.steps=2", "optim.warmup=0"))
+    assert (answer.code, "a checkpoint takes" in answer.err) == (2, True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_words: TinyWords
+) -> None:
+    words = ("train.steps=8", "checkpoint.every=4")
+    with files_up_to(100_000):  # records fit, checkpoints do not
+        answer = pretrain("train", *tiny_words(tmp_path, *words))
+    path = checkpoint_path(tmp_path / "checkpoints", 4)
+    told = rf"error: {path} cannot be written \(File too large\): it takes 640,896 bytes, and .* are free\. No checkpoint is there yet: "
+    assert answer.code == 1
+    assert re.match(told, answer.err.splitlines()[-1])
+    assert "Traceback" not in answer.err
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+    assert run_tiny(tmp_path, *words) is Outcome.FINISHED
+    (checkpoint_path(tmp_path / "checkpoints", 8)).rename(tmp_path / "away")
+    with files_up_to(100_000):
+        answer = pretrain("train", *tiny_words(tmp_path, *words, "checkpoint.on_loss=go_back"))
+    assert answer.code == 1
+    assert "Safe is step-00000004, from which the same command goes on: make room or make it writable first" in answer.err
+    assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl").steps] == list(range(1, 9))
+
+
+def test_records_that_cannot_be_written_end_the_run_in_one_line(tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords) -> None:
+    with files_up_to(9_000):  # the settings fit, the records of 40 steps do not
+        answer = pretrain("train", *tiny_words(tmp_path, "checkpoint.every=1000"))
+    assert answer.code == 1
+    told = f"error: {tmp_path}/metrics.jsonl cannot be written (File too large): make room or make it writable"
+    assert answer.err.splitlines()[-1].startswith(told)
+    assert "Traceback" not in answer.err
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    assert content.endswith(b"\n")  # no torn line
+    assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl").steps][:3] == [1, 2, 3]
+
+
+def test_a_record_that_did_not_fit_leaves_no_part_of_itself(tmp_path: Path) -> None:
+    event = Event(time=0, kind="save", step=1, text="x" * 100)
+    with RecordFile(tmp_path / "events.jsonl") as file:
+        file.append(event)
+        with files_up_to(len(event.line()) + 50), pytest.raises(StorageError, match=r"events\.jsonl cannot be written \(File too large\)"):
+            file.append(event)
+        file.append(event)
+    assert (tmp_path / "events.jsonl").read_text() == 2 * event.line()
+    assert len(read_events(tmp_path / "events.jsonl")) == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.ESTALE, 1)])
+def test_a_failing_disk_that_nobody_expected_is_one_line_too(
+    tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "/far/away")
+
+    monkeypatch.setattr("pretrain.train.run.keep_tokenizer", fail)
+    answer = pretrain("train", *tiny_words(tmp_path, "train.steps=1", "optim.warmup=0"))
+    assert answer.code == code
+    assert answer.err.splitlines()[-1].startswith(f"error: [Errno {number}] {os.strerror(number)}: '/far/away'; check the disk")
+    assert "Traceback" not in answer.err
