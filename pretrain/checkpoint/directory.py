@@ -52,7 +52,7 @@ def newest(directory: Path, on_problem: Callable[[Path, list[str]], None], group
     first_problem = ""
     candidates = on_first(group, lambda: committed(directory))
     for path in candidates:
-        on_first(group, partial(_check_name, path))
+        on_first(group, partial(check_name, path))
         problems = problems_of(path, group)
         if not problems:
             return path
@@ -139,7 +139,7 @@ def _is_set_aside(attempt: str) -> bool:
     return attempt.startswith(_DAMAGED) or attempt.endswith("-replaced")  # earlier versions named some like this
 
 
-def _check_name(path: Path) -> None:
+def check_name(path: Path) -> None:
     """UserError where a whole manifest is of another step than the name says: somebody has renamed or copied it."""
     try:
         step = read_manifest(path).step

@@ -110,7 +110,9 @@ def _in_run(run: Path, step: int | None, named: str) -> Path:
     if step is not None and step not in kept:
         shown = ", ".join(str(other) for other in sorted(kept))
         raise UserError(f"{named}: there is no checkpoint of step {step}; kept are {shown} (checkpoint.keep says how many a run keeps)")
-    return directory.checkpoint_path(run / "checkpoints", kept[0] if step is None else step)
+    path = directory.checkpoint_path(run / "checkpoints", kept[0] if step is None else step)
+    directory.check_name(path)
+    return path
 
 
 def check_parent(parent: Parent, config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:

@@ -71,8 +71,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     )
     place = Place(world, layout_of(config, world.size))
     check_memory(config, place.layout, device_bytes(config))
-    finished = is_finished(config.run.dir / "events.jsonl", config.train.steps)
-    shortage = check_room(config) if world.is_main and not finished else ""
+    shortage = _shortage(config) if world.is_main else ""
     train_data, validation = open_data(config)
     _check_tokenizer(config, tokenizer, train_data)
     _check_parent(config, tokenizer, train_data)
@@ -99,9 +98,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             display = Display(config.train.steps, console=console, mfu_statement=statement, stop=stop)
             loggers = [*open_loggers(config, run_dir.path, beginning.step), *observers] if world.is_main else []
             books = stack.enter_context(open_books(run_dir, display, loggers, output))
-            _tell_start(books, config, beginning, train_data, statement, place)
-            if shortage:
-                books.event("notice", shortage, beginning.step)
+            _tell_start(books, config, beginning, train_data, statement, place, shortage)
             loop = Loop(config, engine, train_data, validation, run_dir.checkpoints, books, meter, stop, place, beginning.ahead)
             outcome = loop.run(beginning.step, validate_first=not beginning.resumed)
             del loop, engine  # the samples need their memory
@@ -202,6 +199,11 @@ def _check_agreement(config: RunConfig, data: Loader, validation: Loader | None,
             )
 
 
+def _shortage(config: RunConfig) -> str:
+    """What `check_room` warns of. A finished run needs no room."""
+    return "" if is_finished(config.run.dir / "events.jsonl", config.train.steps) else check_room(config)
+
+
 def _say(console: Console, line: Text) -> None:
     """One line of a log; on a terminal broken between words."""
     console.print(line, soft_wrap=not console.is_terminal)
@@ -246,11 +248,13 @@ def _meter(config: RunConfig, beginning: Beginning, devices: int) -> tuple[Meter
     return meter, mfu_statement(flops, name, accelerator, devices)
 
 
-def _tell_start(books: Books, config: RunConfig, beginning: Beginning, data: Loader, statement: str, place: Place) -> None:
-    """What was passed over, what is trained on what, and on which machines."""
+def _tell_start(
+    books: Books, config: RunConfig, beginning: Beginning, data: Loader, statement: str, place: Place, shortage: str
+) -> None:
+    """What was passed over, what is short, what is trained on what, and on which machines."""
     for path, problem in beginning.skipped:
         books.event("skip_checkpoint", f"{path.name}: {problem}", directory.step_of(path))
-    for notice in beginning.notices:
+    for notice in (*beginning.notices, *filter(None, [shortage])):
         books.event("notice", notice, beginning.step)
     parameters, step = parameter_count(config.model), beginning.step
     samples = samples_before(config.train.steps + 1, config.train) + beginning.ahead
