@@ -248,9 +248,7 @@ def _meter(config: RunConfig, beginning: Beginning, devices: int) -> tuple[Meter
     return meter, mfu_statement(flops, name, accelerator, devices)
 
 
-def _tell_start(
-    books: Books, config: RunConfig, beginning: Beginning, data: Loader, statement: str, place: Place, shortage: str
-) -> None:
+def _tell_start(books: Books, config: RunConfig, beginning: Beginning, data: Loader, statement: str, place: Place, shortage: str) -> None:
     """What was passed over, what is short, what is trained on what, and on which machines."""
     for path, problem in beginning.skipped:
         books.event("skip_checkpoint", f"{path.name}: {problem}", directory.step_of(path))
