@@ -1,10 +1,12 @@
 """Files of tokens as memory: mapped when first touched, those open longest let go of, every MiB compared with its checksum once.
 
-A file that is mapped holds two descriptors, and of those a process has few. So of all that is mapped here only MOST_OPEN / 2 files are at
-a time, in the whole process; one that was let go of is mapped again when it is wanted. What was checked stays checked.
+A file that is mapped holds two descriptors, and of those a process has few. So of all that is mapped here only MOST_OPEN / 2
+files are at a time, in the whole process; one that was let go of is mapped again when it is wanted. What was checked stays
+checked.
 
-Touching a mapping where the file has been cut off, or where the disk fails, ends the process with SIGBUS. So the file's size is looked at
-each time (0.3 us), and checksums are taken over what is read, not mapped: a disk that fails then is an error like any other.
+Touching a mapping where the file has been cut off, or where the disk fails, ends the process with SIGBUS. So the file's size is
+looked at each time (0.3 us), and checksums are taken over what is read, not mapped: a disk that fails then is an error like any
+other.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def partial_path(directory: Path, step: int, attempt: str) -> Path:
 
 
 def newest(directory: Path, on_problem: Callable[[Path, list[str]], None], group: ProcessGroup | None = None) -> Path | None:
-    """The newest committed checkpoint in `directory` that verifies; None where there is none at all. Nothing is changed.
+    """The newest committed checkpoint in `directory` that verifies; None where there is none. Nothing is changed.
 
     The ranks of `group` share the reading and find the same one; None is this process alone. Each one that fails is reported to
     `on_problem` with the problems that `record.verify` found, and the next older one is tried.
@@ -72,11 +72,11 @@ def problems_of(path: Path, group: ProcessGroup | None) -> list[str]:
 
 
 def retain(directory: Path, keep: int, group: ProcessGroup | None = None) -> list[str]:
-    """Delete all committed checkpoints but the `keep` newest, and what crashes left behind. All ranks of `group` call it.
+    """Delete all committed checkpoints but the `keep` newest, and what crashes left. All ranks of `group` call it.
 
     A checkpoint is renamed before its files go, so that a half-deleted one never looks whole. Unfinished ones of later steps than
-    the newest committed one stay: another process may be writing them. What was set aside as damaged goes when the newest one is of the
-    same step or a later one, and has been read back and found whole.
+    the newest committed one stay: another process may be writing them. What was set aside as damaged goes when the newest
+    one is of the same step or a later one, and has been read back and found whole.
 
     Returns why damaged ones had to stay: a line for each problem of the newest one, nothing as a rule.
     """

@@ -17,7 +17,7 @@ from pretrain.errors import UserError
 MANIFEST = "manifest.json"
 
 GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""What opening a file raises when it is not there. Any other OSError may pass: a bad network mount, permissions, a failing disk."""
+"""What opening a file raises when it is not there. Any other OSError may pass: a network mount, permissions, a failing disk."""
 
 
 class Record(BaseModel):
@@ -117,8 +117,8 @@ def read_manifest(path: Path) -> Manifest:
 def verify(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     """Compare every file of the checkpoint at `path` with its manifest, reading all of them, or one part in `ranks`, that of `rank`.
 
-    Returns one line for each problem, and an empty list for a checkpoint that is whole. It runs no code of the checkpoint. Files that
-    the manifest does not list are ignored; `extra_files` names them.
+    Returns one line for each problem, and an empty list for a checkpoint that is whole. It runs no code of the checkpoint.
+    Files that the manifest does not list are ignored; `extra_files` names them.
 
     Raises:
         StorageError: a file cannot be read now. It may be whole, so that is no problem of the checkpoint.
@@ -132,7 +132,9 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
 
 
 def extra_files(path: Path) -> list[str]:
-    """Names in the folder of a checkpoint that its manifest does not list: left by a file manager or by NFS, say. They are never read.
+    """Names in the folder of a checkpoint that its manifest does not list, as a file manager or NFS leaves them.
+
+    They are never read.
 
     Raises:
         UserError, StorageError: as `read_manifest`.

@@ -1,7 +1,7 @@
 """What a run's records tell is compared with the checkpoint it would go on from, before anything is changed.
 
-`events.jsonl` tells which steps were saved, `metrics.jsonl` which were trained. Where they show that a checkpoint is gone, going on would
-train steps a second time and throw their records away, so that has to be asked for (`checkpoint.on_loss`).
+`events.jsonl` tells which steps were saved, `metrics.jsonl` which were trained. Where they show that a checkpoint is gone,
+going on would train steps a second time and throw their records away, so that has to be asked for (`checkpoint.on_loss`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether the disk has room for the checkpoints of a run, asked before it trains, and what to say when one cannot be written."""
+"""Whether the disk has room for the checkpoints of a run, and what to say when one cannot be written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def free_bytes(path: Path) -> int | None:
-    """What may still be written where `path` is, or will be made; None where the file system does not tell. Quotas are not seen."""
+    """What may still be written where `path` is, or will be made; None where the file system does not tell.
+
+    Quotas are not seen.
+    """
     for folder in (path.resolve(), *path.resolve().parents):
         try:
             found = os.statvfs(folder)
