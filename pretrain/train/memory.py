@@ -1,4 +1,4 @@
-"""Whether what a rank certainly holds fits onto its device: asked when the config is read, where the device is here to be asked.
+"""Whether what a rank certainly holds fits onto its device, and its batches into the host's memory: asked before anything is written.
 
 Only what is counted in parameters is certain. Activations are not refused: their estimate may be wrong, and smaller microbatches help.
 """
@@ -6,6 +6,7 @@ Only what is counted in parameters is certain. Activations are not refused: thei
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -24,6 +25,18 @@ RANKS_OF_A_NODE = 8
 """Tensor ranks that a way out may ask for: beyond a node's they are slow."""
 
 GIB = 2**30
+
+BYTES_PER_TOKEN = 4 * 4
+"""Of a batch on the host: token id, label, position and document number, int32 each."""
+
+BATCHES_IN_MEMORY = 2
+"""One is trained on while the next is read."""
+
+
+def check_fits(config: RunConfig, layout: Layout) -> None:
+    """Refuse what this machine's memory certainly cannot hold; see `check_memory` and `check_batch`."""
+    check_memory(config, layout, device_bytes(config))
+    check_batch(config, layout, host_bytes())
 
 
 def device_bytes(config: RunConfig) -> int | None:
@@ -51,6 +64,36 @@ def check_memory(config: RunConfig, layout: Layout, available: int | None) -> No
         f"the fullest rank would hold {needed / GIB:,.1f} GiB of parameters, gradients and optimizer state ({layout}, "
         f"parallel.zero={layout.zero}), and a device has {available / GIB:,.1f} GiB: {next(fits, 'use a smaller model')}"
     )
+
+
+def host_bytes() -> int | None:
+    """Memory of this machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def check_batch(config: RunConfig, layout: Layout, available: int | None) -> None:
+    """Refuse a global batch of which one process's rows do not fit into the host's memory.
+
+    Args:
+        config: resolved.
+        layout: of `layout_of`.
+        available: bytes, of `host_bytes`; None checks nothing.
+
+    Raises:
+        UserError: with the largest batch that fits.
+    """
+    ranks = layout.replicate * layout.shard
+    bytes_per_sequence = BATCHES_IN_MEMORY * BYTES_PER_TOKEN * config.data.seq_len
+    needed = -(-config.train.batch_size // ranks) * bytes_per_sequence
+    if available is not None and needed > available:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} sequences of data.seq_len={config.data.seq_len} tokens need "
+            f"{needed / GIB:,.0f} GiB of memory in each process, and this machine has {available / GIB:,.0f} GiB: "
+            f"at most {available // bytes_per_sequence * ranks} fit"
+        )
 
 
 def _static_bytes(config: RunConfig, layout: Layout) -> int:

@@ -38,7 +38,7 @@ from pretrain.train.layout import layout_of, microbatch_counts
 from pretrain.train.layout_rules import padding_note
 from pretrain.train.loggers import Logger, open_loggers
 from pretrain.train.loop import Loop, Outcome
-from pretrain.train.memory import check_memory, device_bytes
+from pretrain.train.memory import check_fits
 from pretrain.train.metrics import Meter, mfu_statement
 from pretrain.train.parent import check_parent, find_parent, hold_parent, tell_parent, with_ancestry
 from pretrain.train.place import Place
@@ -70,7 +70,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         hold_parent(config, previous), tokenizer_size=tokenizer.vocab_size, previous=previous, world_size=world.size
     )
     place = Place(world, layout_of(config, world.size))
-    check_memory(config, place.layout, device_bytes(config))
+    check_fits(config, place.layout)
     shortage = _shortage(config) if world.is_main else ""
     train_data, validation = open_data(config)
     _check_tokenizer(config, tokenizer, train_data)

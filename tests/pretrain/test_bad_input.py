@@ -120,6 +120,11 @@ SETTINGS = {
     "sequence longer than the model's": (["data.seq_len=128"], "data.seq_len=128 is longer than model.max_seq_len=64; lower the first"),
     "warm-up longer than the run": (["optim.warmup=40"], "optim.warmup=40 is not below train.steps=40: .* try optim.warmup=4"),
     "microbatch larger than the batch": (["train.micro_batch_size=9"], "train.micro_batch_size=9 is larger than train.batch_size=4"),
+    "a batch that fits into no memory": (
+        ["train.batch_size=999999999989"],
+        r"train.batch_size=999999999989 sequences of data.seq_len=32 tokens need 953,674 GiB of memory in each process, "
+        r"and this machine has [\d,]+ GiB: at most \d+ fit",
+    ),
     "kernels of a GPU": (["train.attention=varlen"], "train.attention=varlen does not run here with train.device=cpu, .* use sdpa or auto"),
     "a GPU that is not there": (["train.device=cuda", "train.precision=auto", "train.compile=auto", "train.attention=auto"], NO_GPU),
     "no data": (["data.path=nowhere"], "data.path=nowhere holds no prepared data; run `pretrain data prepare`"),

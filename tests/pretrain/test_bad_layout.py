@@ -12,7 +12,7 @@ from pretrain.config import RunConfig
 from pretrain.config_loading import load
 from pretrain.errors import UserError
 from pretrain.train.layout import layout_of
-from pretrain.train.memory import GIB, check_memory
+from pretrain.train.memory import GIB, check_batch, check_memory
 from pretrain.train.resolve import plan
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
@@ -307,3 +307,11 @@ def test_a_model_that_does_not_fit_is_refused_with_the_smallest_change_that_does
         check_memory(config, layout, 39 * GIB)
     check_memory(config, layout, None)
     check_memory(*planned(8, *BIG), 39 * GIB)
+
+
+def test_a_batch_that_does_not_fit_into_the_host_is_refused_with_the_largest_that_does() -> None:
+    config, layout = planned(8, *BIG, "parallel.zero=1", "parallel.tensor=2")  # 4 data ranks of 16 sequences, each 2 x 16 x 8,192 bytes
+    check_batch(config, layout, 16 * 2 * 16 * 8192)
+    check_batch(config, layout, None)
+    with pytest.raises(UserError, match=r"train\.batch_size=64 .* data\.seq_len=8192 tokens need .*: at most 60 fit"):
+        check_batch(config, layout, 15 * 2 * 16 * 8192)
