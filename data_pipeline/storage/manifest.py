@@ -93,6 +93,12 @@ class SourceManifest(Record):
     """Characters that the tokenizer does not know and left out, as a whole or in part; `marked` has the documents that they were in."""
     shards: tuple[Shard, ...]
 
+    @model_serializer(mode="wrap")
+    def _leave_out_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """What versions without these counts wrote, where there is nothing to count."""
+        fields: dict[str, object] = serialize(self)
+        return {name: value for name, value in fields.items() if value or name not in ("unknown_tokens", "lost_characters")}
+
     @property
     def read(self) -> int:
         """Documents read: written or dropped."""
@@ -126,8 +132,10 @@ class Recipe(Record):
         if not self.passed_over:
             del fields["passed_over"]
         settings = fields["settings"]
-        if not self.settings.validation and isinstance(settings, dict):  # always one; its type is not known here
-            del settings["validation"]
+        assert isinstance(settings, dict)
+        for name in ("validation", "external", "allow_lossy_tokenizer"):  # settings that earlier versions did not have
+            if not getattr(self.settings, name):
+                del settings[name]
         return fields
 
     @field_validator("settings", mode="wrap")
