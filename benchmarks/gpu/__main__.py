@@ -28,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 WHEELS = ROOT / ".wheels"
 SITE = WHEELS / "site"
+INSTALLED = SITE / ".installed"
+"""Written when all wheels are in `SITE`."""
 
 NEEDED = ("torch", "numpy", "pydantic", "yaml", "typer", "rich", "tokenizers", "gigatoken", "fsspec", "pyarrow", "zstandard", "xxhash")
 NEEDED_TOO = ("safetensors", "plotly", "pytest", "pytest_timeout")
@@ -88,13 +90,14 @@ STAGES = (
 def install_wheels() -> None:
     """Put the wheels that were brought along into `.wheels/site`, once, and let every stage find them there."""
     wheels = sorted(WHEELS.glob("*.whl"))
-    if wheels and (not SITE.is_dir() or SITE.stat().st_mtime < max(wheel.stat().st_mtime for wheel in wheels)):
+    newest = max((wheel.stat().st_mtime for wheel in wheels), default=0.0)
+    if wheels and (not INSTALLED.is_file() or INSTALLED.stat().st_mtime < newest):
         options = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--disable-pip-version-check")
         command = [sys.executable, "-m", "pip", "install", *options, "--target", str(SITE), *map(str, wheels)]
         done = subprocess.run(command, check=False)
         if done.returncode:
             sys.exit(f"gpu-check: the wheels in {WHEELS} could not be installed (see above)")
-        SITE.touch()
+        INSTALLED.touch()
     if SITE.is_dir():
         sys.path.insert(0, str(SITE))
 
@@ -204,6 +207,7 @@ def main() -> int:
             continue
         left = options.seconds - (time.monotonic() - began)
         if left > GRACE:
+            left -= GRACE  # a stage that hangs takes that long to be ended
             seconds = left if options.rehearse else min(stage.seconds, left)  # a busy CPU has no stage's timeout
             result = run_stage(stage, out, seconds, small=options.rehearse)
         else:
