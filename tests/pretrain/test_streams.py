@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -251,7 +252,9 @@ class Terminal:
 
     def exit_code(self) -> int | None:
         self.process.join(120)
-        return self.process.exitcode
+        code = self.process.exitcode
+        self.process.kill()  # where it did not end
+        return code
 
 
 def on_terminal(name: str, words: list[str], function: Callable[[], None] | None) -> None:
@@ -260,6 +263,7 @@ def on_terminal(name: str, words: list[str], function: Callable[[], None] | None
     for standard in (0, 1, 2):
         os.dup2(number, standard)
     os.close(number)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup, which is inherited
     os.environ |= {"TERM": "xterm"}
     sys.stdout, sys.stderr, sys.argv = os.fdopen(1, "w"), os.fdopen(2, "w"), ["pretrain", *words]
     torch.set_num_threads(1)
