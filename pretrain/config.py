@@ -185,7 +185,8 @@ class EvalConfig(Settings):
 
     batches: int = Field(default=20, gt=0)
     """Batches of `train.batch_size` sequences, shared out over the sources in proportion to their held-out text, but at least 8
-    sequences of each; the same ones each time, fewer if the held-out documents hold fewer."""
+    sequences of each; the same ones each time, fewer if the held-out documents hold fewer. In each validation a source takes
+    at least one microbatch on every data rank: many sources make it longer."""
 
 
 class CheckpointConfig(Settings):

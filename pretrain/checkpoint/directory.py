@@ -93,6 +93,17 @@ def retain(directory: Path, keep: int, group: ProcessGroup | None = None) -> lis
     return problems
 
 
+def unfinished(directory: Path) -> list[Path]:
+    """What crashes left: checkpoints that were being saved or deleted, of any step. Not those set aside as damaged."""
+    return [path for path, attempt in _folders(directory) if attempt is not None and not _is_set_aside(attempt)]
+
+
+def delete_unfinished(directory: Path) -> None:
+    """Delete what crashes left, of later steps than the newest committed one as well. Only the process that holds the
+    lock of the run directory may call it: to any other, an unfinished checkpoint may be one that is being written."""
+    _delete(unfinished(directory))
+
+
 def kept_steps(directory: Path) -> list[int]:
     """Steps of the committed checkpoints in `directory`, whole or not, newest first."""
     return [step_of(path) for path in committed(directory)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from data_pipeline.errors import StorageError
 from parallel.layout import Layout
-from pretrain.checkpoint.directory import committed
+from pretrain.checkpoint.directory import committed, partial_path, unfinished
+from pretrain.checkpoint.record import GONE
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
 from pretrain.planner.holdings import hold, weights
@@ -51,7 +53,7 @@ def check_room(config: RunConfig) -> str:
     if free is None:
         return ""
     there = committed(checkpoints)
-    free += sum(_bytes_of(path) for path in there[keep:])  # they are deleted when the run goes on
+    free += sum(_bytes_of(path) for path in (*there[keep:], *unfinished(checkpoints)))  # deleted when the run goes on
     if free < size:
         raise UserError(
             f"run.dir={config.run.dir}: a checkpoint takes {_amount(size)}, and {_amount(free)} are free there: make room, choose "
@@ -64,6 +66,30 @@ def check_room(config: RunConfig) -> str:
             f"before the oldest is deleted), and {_amount(free)} are free in {config.run.dir}: make room, or lower checkpoint.keep"
         )
     return ""
+
+
+def check_writable(checkpoints: Path) -> None:
+    """Make and remove an empty folder where checkpoints will be saved: better refused now than at the first save.
+
+    Room is not asked for here: `check_room` has done that, and `directory.retain` makes some.
+
+    Raises:
+        UserError: no folder can be made there.
+    """
+    probe = partial_path(checkpoints, 0, "probe") if os.path.lexists(checkpoints) else checkpoints
+    try:
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return
+        what = error.strerror or str(error)
+        if checkpoints.is_symlink() and not checkpoints.exists():
+            what = f"a link to {os.readlink(checkpoints)}, which is not there"
+        raise UserError(
+            f"{checkpoints} cannot hold checkpoints ({what}), and nothing was trained: make it a folder that can be "
+            "written (is a disk not mounted, or mounted read-only?), or choose another run.dir"
+        ) from error
 
 
 def cannot_save(config: RunConfig, path: Path, error: OSError) -> StorageError:
@@ -82,7 +108,11 @@ def cannot_save(config: RunConfig, path: Path, error: OSError) -> StorageError:
 
 
 def _bytes_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    """Size of its files; 0 where another process has deleted or renamed it meanwhile."""
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    except GONE:
+        return 0
 
 
 def _amount(n_bytes: int) -> str:

@@ -21,7 +21,7 @@ MICRO_BATCH_TOKENS = 16_384
 """Tokens in one forward and backward pass of a rank that keep a GPU busy and a laptop's memory free."""
 
 RAMP_PADDING = 0.1
-"""Part of the sequences that a run computes that may fill up microbatches in its batch ramp, where the size of microbatches is chosen."""
+"""Largest share of padding sequences, over the whole run, that `auto` accepts for a batch ramp."""
 
 
 def replicate_rule(config: RunConfig, world_size: int) -> tuple[object, str]:

@@ -19,6 +19,7 @@ from pretrain.errors import UserError
 from pretrain.optim.schedule import samples_before
 from pretrain.report.records import read_events
 from pretrain.train.consistency import check_records
+from pretrain.train.disk import check_writable
 from pretrain.train.growth import check_growth
 from pretrain.train.metrics import copy_aside, truncate_after
 from pretrain.train.parent import Parent, check_parent, find_parent, load_parent
@@ -46,6 +47,8 @@ class Beginning:
     """The checkpoint of another run that this one begins from; None where it resumes."""
     notices: tuple[str, ...] = ()
     """What else the user should know of what was found."""
+    finished: bool = False
+    """Whether the run has told its end, and nothing is left to do."""
 
 
 def restore(
@@ -61,8 +64,8 @@ def restore(
 
     Raises:
         UserError: the run has lost checkpoints, and `checkpoint.on_loss` does not accept that; or data or schedule are
-            not those of the steps taken; or the checkpoint of another run that `run.init_from` names does not fit.
-            Nothing was changed then.
+            not those of the steps taken; or the checkpoint of another run that `run.init_from` names does not fit;
+            or no checkpoint can be written. Nothing was changed then, but for remains of unfinished checkpoints.
         StorageError: something cannot be read now, or the records cannot be written.
     """
     skipped: list[tuple[Path, str]] = []
@@ -80,6 +83,8 @@ def restore(
         beginning = _begin_from_parent(engine, data, config, tokenizer, place)
     else:
         beginning = Beginning()
+    finished = beginning.step == config.train.steps and on_first(place.group, lambda: is_finished(run_dir.events, beginning.step))
+    on_first(place.group, lambda: _ready_to_save(run_dir.checkpoints, finished=finished))
     if place.world.is_main:
         try:
             if findings.lost:
@@ -90,7 +95,15 @@ def restore(
         except OSError as error:
             raise StorageError(f"run.dir={run_dir.path} cannot be written ({error}); mend that, and start again") from error
     directory.retain(run_dir.checkpoints, config.checkpoint.keep, place.group)  # a smaller `keep` makes room for the next
-    return replace(beginning, skipped=tuple(skipped), notices=findings.notices)
+    return replace(beginning, skipped=tuple(skipped), notices=findings.notices, finished=finished)
+
+
+def _ready_to_save(checkpoints: Path, *, finished: bool) -> None:
+    """Delete what crashes left, which no other process can be writing: this one holds the lock. UserError where no
+    checkpoint can be written; a finished run saves none."""
+    directory.delete_unfinished(checkpoints)
+    if not finished:
+        check_writable(checkpoints)
 
 
 def _resume(

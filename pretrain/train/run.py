@@ -19,7 +19,7 @@ from parallel.layout import Layout
 from parallel.pipeline import describe
 from parallel.world import World, start
 from pretrain.checkpoint import directory
-from pretrain.checkpoint.ranks import gather, on_first
+from pretrain.checkpoint.ranks import gather
 from pretrain.config import AUTO, RunConfig, flatten
 from pretrain.errors import UserError
 from pretrain.hardware import find_accelerator
@@ -91,7 +91,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
                 run_dir.settle(config)
                 keep_tokenizer(config.data.tokenizer, run_dir.path)
                 stack.push(lambda kind, error, trace: _report(run_dir.path, console, error))  # whatever becomes of the attempt
-            if on_first(place.group, lambda: beginning.step == config.train.steps and is_finished(run_dir.events, beginning.step)):
+            if beginning.finished:
                 _tell_finished(console, run_dir, beginning.step)
                 return Outcome.FINISHED
             meter, statement = _meter(config, beginning, world.size)

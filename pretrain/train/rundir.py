@@ -36,7 +36,7 @@ class RunDirectory:
     lock: int | None
     """File descriptor that holds the lock; None on the processes of a run that do not write."""
     changes: tuple[str, ...]
-    """Settings that differ from those on disk, one sentence each; none of them is one that never may."""
+    """Settings that differ from those on disk, one sentence each. Settings that must not change were already refused."""
 
     @classmethod
     def open(cls, config: RunConfig) -> RunDirectory:

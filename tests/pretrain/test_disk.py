@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import StorageError
-from pretrain.checkpoint.directory import checkpoint_path
+from pretrain.checkpoint.directory import checkpoint_path, partial_path
 from pretrain.config import RunConfig
 from pretrain.config_loading import load
 from pretrain.errors import UserError
@@ -89,6 +90,86 @@ def test_a_run_whose_last_checkpoints_do_not_fit_is_warned(config: RunConfig, mo
     disk_of(monkeypatch, size - 1024)
     (checkpoint_path(config.run.dir / "checkpoints", 1) / "file").write_bytes(bytes(2048))
     assert check_room(config) == ""  # the fourth goes when the run goes on
+
+
+def test_remains_of_a_killed_save_take_no_room_and_go_before_the_run_goes_on(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_tiny: RunTiny
+) -> None:
+    size = checkpoint_bytes(config)
+    disk_of(monkeypatch, size - 1024)
+    later = partial_path(config.run.dir / "checkpoints", 60, "1a2b3c4d")
+    aside = partial_path(config.run.dir / "checkpoints", 60, "damaged-1a2b3c4d")
+    for folder, held in ((aside, 2048), (later, 0)):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(bytes(held))
+    with pytest.raises(UserError, match="a checkpoint takes"):
+        check_room(config)  # what was set aside stays
+    (later / "file").write_bytes(bytes(2048))
+    assert "checkpoint.keep=3 will need" in check_room(config)
+    monkeypatch.undo()
+
+    words = ("train.steps=2", "optim.warmup=0", "checkpoint.every=1", "checkpoint.keep=1")
+    run_tiny(tmp_path / "tiny", *words)
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    shutil.copytree(aside, checkpoints / aside.name)
+    for step in (1, 60):  # before and after the newest one
+        shutil.copytree(later, partial_path(checkpoints, step, "1a2b3c4d"))
+    run_tiny(tmp_path / "tiny", *words)
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000002", aside.name}
+
+
+def a_file(checkpoints: Path) -> str:
+    checkpoints.write_text("")
+    return "Not a directory"
+
+
+def a_dangling_link(checkpoints: Path) -> str:
+    checkpoints.symlink_to("/not/mounted")
+    return "a link to /not/mounted, which is not there"
+
+
+@pytest.mark.parametrize("make", [a_file, a_dangling_link])
+def test_checkpoints_that_cannot_be_written_are_told_before_training(
+    tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords, run_tiny: RunTiny, make: Callable[[Path], str]
+) -> None:
+    words, checkpoints = ("train.steps=2", "optim.warmup=0"), tmp_path / "run" / "checkpoints"
+    run_tiny(tmp_path / "whole", *words)
+    checkpoints.parent.mkdir()
+    shutil.copy(tmp_path / "whole" / "config.yaml", checkpoints.parent)  # a run that was killed before its first checkpoint
+    (checkpoints.parent / "config.yaml").write_text(
+        (checkpoints.parent / "config.yaml").read_text().replace(str(tmp_path / "whole"), str(tmp_path / "run"))
+    )
+    reason = make(checkpoints)
+    answer = pretrain("train", *tiny_words(tmp_path / "run", *words))
+    told = f"error: {checkpoints} cannot hold checkpoints ({reason}), and nothing was trained: make it a folder that can be written ("
+    assert (answer.code, answer.err.splitlines()[-1][: len(told)]) == (2, told)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    checkpoints.unlink()
+    assert run_tiny(tmp_path / "run", *words) is Outcome.FINISHED
+
+
+def test_a_read_only_mount_refuses_a_run_that_would_save_and_not_a_finished_one(
+    tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, checkpoints = ("optim.warmup=0", "optim.schedule=constant"), tmp_path / "checkpoints"
+    run_tiny(tmp_path, *words, "train.steps=2")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    mkdir = Path.mkdir
+
+    def refuse(self: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        if self.parent == checkpoints:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        mkdir(self, mode, parents, exist_ok)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    answer = pretrain("train", *tiny_words(tmp_path, *words, "train.steps=4"))
+    assert (answer.code, f"error: {checkpoints} cannot hold checkpoints (Read-only file system), and" in answer.err) == (2, True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    answer = pretrain("train", *tiny_words(tmp_path, *words, "train.steps=2"))
+    assert (answer.code, "is finished, all 2 steps of it" in answer.out) == (0, True)
+    monkeypatch.undo()
+    assert run_tiny(tmp_path, *words, "train.steps=4") is Outcome.FINISHED
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-00000002", "step-00000004"]
 
 
 def test_a_file_system_that_tells_no_sizes_is_not_asked(config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
