@@ -17,11 +17,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from data_pipeline.errors import StorageError
 from data_pipeline.settings import AUTO, SourceConfig
 from data_pipeline.settings_base import NONE_WORDS
 from pretrain.checkpoint.record import MANIFEST, read_manifest
 from pretrain.config import RunConfig, RunSettings, walk
 from pretrain.errors import UserError
+from pretrain.report.records import read_config
 
 Tree = dict[str, Any]  # YAML, before pydantic has seen it
 
@@ -82,7 +84,7 @@ def load(source: str | Path | None, overrides: Sequence[str] = ()) -> Loaded:
     preset_tree: Tree = {} if preset is None else {"model": _read_yaml(_find(str(preset), "configs.models"))}
     parent = _get("run", "init_from", word_tree, file_tree)
     run_dir = _get("run", "dir", word_tree, file_tree) or RunSettings().dir
-    parent_tree = {} if parent is None else _model_of_parent(str(parent), Path(str(run_dir)))
+    parent_tree = _model_of_parent(None if parent is None else str(parent), Path(str(run_dir)))
     layers = [
         ("run.init_from", parent_tree),
         (f"preset {preset}", preset_tree),
@@ -183,30 +185,42 @@ def split_init_from(text: str) -> tuple[Path, int | None]:
     return (Path(run), int(step)) if at and step.isascii() and step.isdigit() else (Path(text), None)
 
 
-def _model_of_parent(init_from: str, run_dir: Path) -> Tree:
-    """The model of the run that `run.init_from` names, as a tree of settings.
+def _model_of_parent(init_from: str | None, run_dir: Path) -> Tree:
+    """The model of the run that `run.init_from` names, as a tree of settings; empty where the run began from none.
 
-    A run that is there already has its own copy: the other one may be gone by the time that it resumes.
+    A run that is there already has its own copy, and `run.init_from` need not be set again: the other run may be gone
+    by the time that this one resumes.
     """
-    own = _config_file_tree(run_dir)
-    if _get("run", "init_from", own):
-        return {"model": own["model"]}
+    try:
+        own = _config_of_run(run_dir)
+    except (UserError, StorageError, OSError):
+        if init_from is not None:
+            raise
+        own = None  # `pretrain train` tells it; other commands do not need that run
+    if own is not None and own.run.init_from is not None:
+        return _model_tree(own)
+    if init_from is None:
+        return {}
     parent, _ = split_init_from(init_from)
     if (parent / MANIFEST).is_file():
         return {"model": read_manifest(parent).config["model"]}
-    tree = _config_file_tree(parent)
-    if "model" not in tree:
+    theirs = _config_of_run(parent)
+    if theirs is None:
         raise UserError(
             f"run.init_from={init_from}: {parent} is neither a run directory with a config.yaml nor the folder of a "
             "checkpoint; write RUN or RUN@STEP, such as runs/default@1000"
         )
-    return {"model": tree["model"]}
+    return _model_tree(theirs)
 
 
-def _config_file_tree(run_dir: Path) -> Tree:
-    """What the config.yaml of a run directory says; nothing where there is none."""
+def _config_of_run(run_dir: Path) -> RunConfig | None:
+    """What the config.yaml of a run directory says; None where there is none."""
     file = run_dir / "config.yaml"
-    return _read_yaml(file) if file.is_file() else {}
+    return read_config(file) if file.is_file() else None
+
+
+def _model_tree(config: RunConfig) -> Tree:
+    return {"model": config.model.model_dump(mode="json")}
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, object]]:

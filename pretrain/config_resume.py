@@ -21,7 +21,7 @@ class Ancestor(Settings):
     """A checkpoint that a run began from."""
 
     run: str
-    """Run directory of the checkpoint, an absolute path at that time."""
+    """Run directory of the checkpoint, or its own folder where that lay in none; an absolute path at that time."""
 
     step: int
     """Steps that it had taken."""

@@ -85,7 +85,7 @@ def check_writable(checkpoints: Path) -> None:
             return
         what = error.strerror or str(error)
         if checkpoints.is_symlink() and not checkpoints.exists():
-            what = f"a link to {os.readlink(checkpoints)}, which is not there"
+            what = f"a link to {checkpoints.readlink()}, which is not there"
         raise UserError(
             f"{checkpoints} cannot hold checkpoints ({what}), and nothing was trained: make it a folder that can be "
             "written (is a disk not mounted, or mounted read-only?), or choose another run.dir"

@@ -41,9 +41,11 @@ class Parent:
     """Settings of the run when it was saved."""
 
     @property
-    def home(self) -> Path:
-        """Its run directory, if it lies in one."""
-        return self.path.parent.parent
+    def home(self) -> Path | None:
+        """Its run directory; None where it lies in none, as a copy of a checkpoint does."""
+        checkpoints = self.path.absolute().parent
+        lies_in_run = checkpoints.name == "checkpoints" and (checkpoints.parent / "config.yaml").is_file()
+        return checkpoints.parent if lies_in_run else None
 
     @property
     def told(self) -> str:
@@ -52,8 +54,7 @@ class Parent:
 
 
 def hold_parent(config: RunConfig, previous: RunConfig | None) -> RunConfig:
-    """The config of a run that is resumed: what it began from is in its config.yaml, and need not be named again to
-    the step.
+    """On resume, `run.init_from` without @STEP means the step recorded in config.yaml.
 
     Raises:
         UserError: `run.init_from` names the run directory itself.
@@ -132,7 +133,8 @@ def _check_tokenizer(parent: Parent, tokenizer: Tokenizer, data: Loader, named: 
     """The same ids must mean the same text."""
     if parent.manifest.dataset == data.fingerprint:
         return
-    candidates = (parent.home / "tokenizer.json", Path(parent.config.data.tokenizer))
+    kept = [] if parent.home is None else [parent.home / "tokenizer.json"]
+    candidates = [*kept, Path(parent.config.data.tokenizer)]
     files = {load_tokenizer(file).fingerprint: file for file in reversed(candidates) if file.exists()}
     theirs = parent.manifest.tokenizer or next(reversed(files), None)
     if theirs is None:
@@ -217,7 +219,7 @@ def with_ancestry(config: RunConfig, parent: Parent) -> RunConfig:
     manifest = parent.manifest
     content = json.dumps(manifest.config, sort_keys=True).encode()
     ancestor = Ancestor(
-        run=str(parent.home.resolve()),
+        run=str((parent.home or parent.path).resolve()),
         step=manifest.step,
         samples=manifest.samples,
         mode=config.run.init_mode,

@@ -6,7 +6,7 @@ read, by the hash of the order.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pretrain.config import RunConfig, flatten, on_resume
@@ -54,36 +54,36 @@ def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, sam
             "run.init_mode=full)"
         )
     rules = on_resume()
-    changed = [line for key, line in differences(before, now).items() if rules[key] == "ahead"]
+    changed = {key: line for key, line in differences(before, now).items() if rules[key] == "ahead"}
     inherited = next((a.step for a in before.run.ancestry[:1] if a.mode == "full"), 0)  # taken by the run it began from
-    found = _first_difference(before, now, range(inherited + 1, taken + 1)) if changed else None
+    found = _first_difference(before, now, range(inherited + 1, taken + 1), changed) if changed else None
     if found is not None:
-        step, had, would_have = found
+        step, had, would_have, reason = found
         earlier = max((other for other in kept if other < step), default=None)
         branch = ""
         if earlier is not None:
             branch = f", or before that step with run.init_from={run}@{earlier} run.init_mode=full"
         raise UserError(
-            f"{'; '.join(changed)}: of the {taken} steps that run.dir={run} has taken, step {step} had {had} and "
-            f"would have had {would_have}{_reason(before)}. Put the old value back; or begin another run.dir from "
+            f"{'; '.join(changed.values())}: of the {taken} steps that run.dir={run} has taken, step {step} had {had} and "
+            f"would have had {would_have}{reason}. Put the old value back; or begin another run.dir from "
             f"these weights with run.init_from={run}{branch}"
         )
     _check_growth(before, now, samples)
 
 
-def _first_difference(before: RunConfig, now: RunConfig, taken: range) -> tuple[int, str, str] | None:
-    """(step, what it had, what it would have had) of the first of these steps that `now` would have taken otherwise."""
+def _first_difference(before: RunConfig, now: RunConfig, taken: range, changed: Iterable[str]) -> tuple[int, str, str, str] | None:
+    """(step, what it had, what it would have had, why) of the first of these steps that `now` would have taken otherwise."""
     if _ramp(before) != _ramp(now):  # only then: train.batch_size, to which a ramp leads, may change on purpose
         for step in taken:
             batches = batch_size_at(step, before.train), batch_size_at(step, now.train)
             if batches[0] != batches[1]:
-                return step, f"a batch of {batches[0]} sequences", f"one of {batches[1]}"
+                return step, f"a batch of {batches[0]} sequences", f"one of {batches[1]}", ""
     rates = _rates(before), _rates(now)
     for step in taken:
         had, would_have = rates[0](step), rates[1](step)
         if had != would_have:
             digits = ".6g" if f"{had:.6g}" != f"{would_have:.6g}" else ".17g"
-            return step, f"the learning rate {had:{digits}}", f"{would_have:{digits}}"
+            return step, f"the learning rate {had:{digits}}", f"{would_have:{digits}}", _reason(before, now, step, changed)
     return None
 
 
@@ -96,14 +96,25 @@ def _rates(config: RunConfig) -> Callable[[int], float]:
     return lambda step: lr_scale(step, config.train.steps, config.optim) * config.optim.lr
 
 
-def _reason(before: RunConfig) -> str:
-    """Why the learning rate depends on the length of the run, where it does."""
+def _reason(before: RunConfig, now: RunConfig, step: int, changed: Iterable[str]) -> str:
+    """Which of the `changed` settings gives `step` another learning rate by itself; of train.steps, why it does."""
+    rate, changed = _rates(before)(step), [key for key in changed if key.startswith(("optim.", "train."))]
+    causes = [key for key in changed if _rates(_with_setting(before, now, key))(step) != rate]
+    if "train.steps" not in causes:
+        return f" (because of {' and '.join(causes)})" if causes else ""
     optim, steps = before.optim, before.train.steps
     if optim.schedule in ("cosine", "linear"):
         return f" (optim.schedule={optim.schedule} falls over all of train.steps={steps})"
     if optim.schedule == "wsd" and (length := wsd_decay_steps(steps, optim)):
         return f" (the decay of optim.schedule=wsd began at step {steps - length + 1} of {steps})"
     return ""
+
+
+def _with_setting(before: RunConfig, now: RunConfig, key: str) -> RunConfig:
+    """`before` with the value that `section.name` has `now`."""
+    section, name = key.split(".")
+    changed = getattr(before, section).model_copy(update={name: getattr(getattr(now, section), name)})
+    return before.model_copy(update={section: changed})
 
 
 def _check_growth(before: RunConfig, now: RunConfig, samples: int) -> None:

@@ -178,9 +178,24 @@ def test_wsd_is_made_longer_before_its_decay_and_refused_in_it(tmp_path: Path, r
         (
             CONSTANT,
             (*CONSTANT, "optim.lr=0.02"),
-            "step 1 had the learning rate 0.0025 and would have had 0.005. Put the old value back",
+            "step 1 had the learning rate 0.0025 and would have had 0.005 (because of optim.lr). Put the old value back",
         ),
-        (CONSTANT, (*CONSTANT, "optim.warmup=3"), "step 1 had the learning rate 0.0025 and would have had 0.00333333."),
+        (CONSTANT, (*CONSTANT, "optim.warmup=3"), "would have had 0.00333333 (because of optim.warmup)."),
+        (  # not because of train.steps
+            ("optim.schedule=cosine", "train.batch_ramp_steps=4", "train.micro_batch_size=1"),
+            ("optim.schedule=cosine", "train.batch_ramp_steps=4", "train.micro_batch_size=1", "optim.lr=0.02"),
+            "step 1 had the learning rate 0.0025 and would have had 0.005 (because of optim.lr). Put",
+        ),
+        (  # both differ at step 5, the first one after the warm-up
+            ("optim.schedule=cosine",),
+            ("optim.schedule=linear", "optim.min_lr_ratio=0.2", "optim.decay_shape=sqrt", "train.batch_size=2"),
+            "would have had 0.00866667 (because of optim.schedule and optim.min_lr_ratio). Put",
+        ),
+        (
+            ("optim.schedule=cosine", "train.batch_ramp_steps=4", "train.micro_batch_size=1"),
+            ("optim.schedule=cosine", "train.batch_ramp_steps=8", "train.micro_batch_size=1"),
+            "step 3 had a batch of 2 sequences and would have had one of 1. Put",
+        ),
         (
             CONSTANT,
             (*CONSTANT, "train.steps=9"),
@@ -373,6 +388,35 @@ def test_a_run_resumes_from_its_own_checkpoints_when_the_other_run_is_gone(
     assert f"run.init_from: {gone}@20 in the run, {parent} now" in told
 
 
+def test_a_run_that_began_from_another_resumes_where_init_from_is_left_out(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome], child: Callable[..., list[str]]
+) -> None:
+    gone = shutil.copytree(parent, tmp_path / "gone")
+    train(tmp_path / "run", f"{gone}@10", "train.steps=6", observers=(StopAfter(3),))
+    shutil.rmtree(gone)
+    words = [word for word in child(tmp_path / "run", "", "train.steps=6") if not word.startswith("run.init_from")]
+    assert train_run(load(None, words).config, Console(file=io.StringIO())) is Outcome.FINISHED
+    assert read_config(tmp_path / "run" / "config.yaml").run.init_from == f"{gone}@10"
+    train(tmp_path / "whole", f"{parent}@10", "train.steps=6")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("end", ["model:", "data:", "log:"])
+def test_a_config_of_a_run_that_is_cut_short_is_told_as_that(
+    tmp_path: Path, parent: Path, child: Callable[..., list[str]], end: str
+) -> None:
+    text = (parent / "config.yaml").read_text()
+    (tmp_path / "parent").mkdir()
+    cut = tmp_path / "parent" / "config.yaml"
+    cut.write_text(text[: text.index(f"\n{end}") + 1])
+    told = f"{cut} is cut short: it ends before its last section, log. Restore it"
+    assert refusal(lambda: load(None, child(tmp_path / "run", cut.parent))).startswith(told)
+    assert refusal(lambda: load(None, child(cut.parent, parent))).startswith(told)
+    assert load(None, [f"run.dir={cut.parent}"]).config.model == load(None).config.model  # of commands that need no run
+    cut.write_text(text)
+    assert load(None, child(tmp_path / "run", cut.parent)).config.model.n_layers == 2
+
+
 def test_before_its_first_checkpoint_a_run_begins_from_the_recorded_one_again_or_not_at_all(
     tmp_path: Path, parent: Path, run_tiny: RunTiny, train: Callable[..., Outcome]
 ) -> None:
@@ -396,11 +440,19 @@ def test_before_its_first_checkpoint_a_run_begins_from_the_recorded_one_again_or
     )
 
 
-def test_the_folder_of_a_checkpoint_may_be_named(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
-    copy = shutil.copytree(checkpoint_path(parent / "checkpoints", 10), tmp_path / "kept")
+def test_the_folder_of_a_checkpoint_may_be_named(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(checkpoint_path(parent / "checkpoints", 10), tmp_path / "kept" / "step-00000010")
     train(tmp_path / "run", copy, "train.steps=2")
     assert validations(tmp_path / "run")[0] == validations(parent)[10]
-    assert read_config(tmp_path / "run" / "config.yaml").run.init_from == str(copy)
+    config = read_config(tmp_path / "run" / "config.yaml")
+    assert (config.run.init_from, config.run.ancestry[0].run) == (str(copy), str(copy))  # it lies in no run directory
+    shutil.copy(parent / "config.yaml", tmp_path)  # nor does it here: it is not in a folder `checkpoints`
+    assert find_parent(config).home is None
+    monkeypatch.chdir(parent / "checkpoints")
+    run = config.run.model_copy(update={"init_from": "step-00000010"})
+    assert find_parent(config.model_copy(update={"run": run})).home == parent
 
 
 @pytest.fixture(scope="module")
