@@ -15,11 +15,17 @@ from urllib.parse import unquote
 from data_pipeline.errors import HIDDEN, DataError, redact, secret_parts
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_FIXED = re.compile(r"[*?\[]")
+"""Ends the part of an address that is the same for all files of a glob."""
+
+SOURCES = "data.sources"
+"""The setting that errors on sources name, unless `concealing` knows of another."""
+
 _LEAST = 4
 """Characters of the shortest secret that is looked for in a text: shorter ones are found in any."""
 
 
-def fill_in(address: str, setting: str = "data.sources", environment: Mapping[str, str] = os.environ) -> str:
+def fill_in(address: str, setting: str = SOURCES, environment: Mapping[str, str] = os.environ) -> str:
     """The address with the values of `${NAME}`, as it is opened.
 
     Raises:
@@ -37,6 +43,17 @@ def fill_in(address: str, setting: str = "data.sources", environment: Mapping[st
             f"the place of {HIDDEN}"
         )
     return _VARIABLE.sub(value, address)
+
+
+def as_given(path: str, given: str) -> str:
+    """A path that is an address, as HTTP has it, in the spelling of the setting it came from: only the address changes, not the name of
+    a file below it.
+    """
+    filled = fill_in(given)
+    for whole, spelt in ((filled, given), (_FIXED.split(filled)[0], _FIXED.split(given)[0])):
+        if path.startswith(whole):
+            return redact(spelt + path.removeprefix(whole))
+    return redact(path)
 
 
 def concealer(addresses: Iterable[str], environment: Mapping[str, str] = os.environ) -> Callable[[str], str]:
@@ -58,12 +75,14 @@ def concealer(addresses: Iterable[str], environment: Mapping[str, str] = os.envi
 
 
 @contextmanager
-def concealing(addresses: Iterable[str]) -> Iterator[None]:
-    """Errors that leave the block tell no secret of these addresses."""
+def concealing(addresses: Iterable[str], setting: str = SOURCES) -> Iterator[None]:
+    """Errors that leave the block tell no secret of these addresses, and name the setting that they stand in."""
     try:
         yield
     except DataError as error:
         concealed = concealer(addresses)(str(error))
+        if concealed.startswith(f"{SOURCES}: "):
+            concealed = setting + concealed.removeprefix(SOURCES)
         if concealed == str(error):
             raise
         raise type(error)(concealed) from None

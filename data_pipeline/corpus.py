@@ -15,6 +15,7 @@ from pathlib import Path
 import xxhash
 from pydantic import BaseModel
 
+from data_pipeline.addresses import concealing
 from data_pipeline.cleaning.decontaminate import evaluation_hash
 from data_pipeline.cleaning.filters import check_filters, filter_versions, lists_hash
 from data_pipeline.errors import DataError, redact
@@ -62,7 +63,7 @@ class Corpus:
             chunk
             for index, (name, source, files) in enumerate(sources)
             if source.is_text
-            for chunk in cut(index, name, source, files, text_bytes)
+            for chunk in cut(index, name, source, files, text_bytes, self.config.list_of(index))
         )
 
     def source(self, chunk: Chunk) -> SourceConfig:
@@ -102,9 +103,11 @@ class Corpus:
     def _data_sets(self) -> list[list[tuple[str, str, str]]]:
         """Of each source of kind `hf` (path, name, version) of its data sets. Asks the hub, so not before there is work to do."""
         of_sources = [source.paths if source.kind == "hf" else () for source in self.config.all_sources]
-        return [
-            [(path, name, data_set_version(path)) for path, name in zip(paths, data_set_names(paths), strict=True)] for paths in of_sources
-        ]
+        found: list[list[tuple[str, str, str]]] = []
+        for index, paths in enumerate(of_sources):
+            with concealing(paths, self.config.list_of(index)):
+                found.append([(path, name, data_set_version(path)) for path, name in zip(paths, data_set_names(paths), strict=True)])
+        return found
 
     @cached_property
     def _settings(self) -> list[str]:
@@ -146,18 +149,19 @@ def find(config: PrepareConfig) -> Corpus:
     names = source_names(config)
     for i, (name, source) in enumerate(zip(names, config.all_sources, strict=True)):
         if not source.paths:
-            raise DataError(
-                f"{config.setting_of(i).rpartition('.')[0]}: {name} of kind {source.kind} has no paths; name its files, folders or globs"
-            )
+            raise DataError(f"{config.list_of(i)}: {name} of kind {source.kind} has no paths; name its files, folders or globs")
     check_filters(config)
-    listed = [list_source(source) if source.is_text else Listing([], []) for source in config.all_sources]
+    listed = []
+    for i, source in enumerate(config.all_sources):
+        with concealing(source.paths, config.list_of(i)):
+            listed.append(list_source(source) if source.is_text else Listing([], []))
     files = tuple(tuple(found.files) for found in listed)
     trusted = trusted_places(config)
     return Corpus(
         config=config,
         names=names,
         files=files,
-        listings=tuple(_listing(source, found, trusted) for source, found in zip(config.all_sources, files, strict=True)),
+        listings=tuple(_listing(config, i, found, trusted) for i, found in enumerate(files)),
         passed_over=_passed_over(listed),
         lists=f"{lists_hash(config.filters)} {evaluation_hash(config.decontaminate)}",
         made_with=_made_with(config),
@@ -196,9 +200,11 @@ def _made_with(config: PrepareConfig) -> dict[str, str]:
     return made_with | filter_versions(config)
 
 
-def _listing(source: SourceConfig, files: tuple[SourceFile, ...], trusted: Sequence[Path]) -> str | None:
+def _listing(config: PrepareConfig, index: int, files: tuple[SourceFile, ...], trusted: Sequence[Path]) -> str | None:
+    source = config.all_sources[index]
     if not source.is_text:
-        return describe_tokens(source, trusted)
+        with concealing(source.paths, config.list_of(index)):
+            return describe_tokens(source, trusted)
     return None if source.kind == "hf" else describe_files(files)
 
 

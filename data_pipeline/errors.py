@@ -14,6 +14,8 @@ _ADDRESS = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'<>]+""")
 # `user:password@`: up to the last `@` before a slash; also over slashes, which secret keys may hold, unless it is a port.
 # Not `github://owner:repository@version`.
 _USER = re.compile(r"(?<!\bgithub)(?<!\bgist)://((?:[^/\s]*|[^/@\s:]*:(?!\d+/)(?:(?!::|://)[^@\s])*))@")
+# The container of a storage account, or a login name: without a password behind it, it is no secret.
+_NAMES_A_USER = re.compile(r"\b(?:abfss?|wasbs?|sftp|ssh|ftp|hdfs)$", re.IGNORECASE)
 _QUERY = re.compile(r"(\?(?=[^/?&]*=))(.+)")  # another `?` is a wildcard
 _ONLY_VARIABLES = re.compile(r"(\$\{[A-Za-z_][A-Za-z0-9_]*\})*")
 
@@ -66,7 +68,8 @@ def redact(text: str) -> str:
 
 
 def secret_parts(address: str) -> set[str]:
-    """The literal passwords and values behind `?` of an address; a user without a password is one as well."""
+    """The literal passwords and values behind `?` of an address; a user without a password is one as well, except where it is a
+    container or a login name, as of `abfs` and `ssh`."""
     found: set[str] = set()
 
     def note(part: str, is_secret: bool) -> str:
@@ -86,6 +89,8 @@ def _in_parts(address: str, instead: Callable[[str, bool], str]) -> str:
 
     def user(match: re.Match[str]) -> str:
         name, colon, password = match[1].partition(":")
+        if not colon and _NAMES_A_USER.search(match.string, 0, match.start()):
+            return match[0]
         return f"://{put(name, not colon)}{colon}{put(password)}@"
 
     def query(match: re.Match[str]) -> str:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.addresses import concealing
 from data_pipeline.cleaning.clean import CleanJob, build_editor, clean, digest_of, needs_cleaning, read_judged
 from data_pipeline.cleaning.decontaminate import ENDINGS, Contamination
 from data_pipeline.cleaning.minhash import threshold
@@ -150,8 +151,9 @@ def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: OnPr
     if file.is_file():
         with suppress(DataError):  # it may be damaged, or of an attempt that was killed before it wrote its record
             tokenizer = load_tokenizer(file)
-            if read_record(record) == f"{key} {tokenizer.fingerprint}".encode():
-                return tokenizer
+            made, *notes = (read_record(record) or b"").decode().split("\n")
+            if made == f"{key} {tokenizer.fingerprint}":
+                return replace(tokenizer, notes=tuple(notes))
     dropped = Counter[str]()
     texts = sample_texts(_kept_documents(corpus, verdicts, dropped, progress), config.tokenizer_sample_mb * 1e6)
     if not texts:
@@ -159,7 +161,7 @@ def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: OnPr
         held_out = f" once data.validation_fraction={fraction} of the documents is held out" if fraction else ""
         raise DataError(f"data.sources hold no text to train a tokenizer on{held_out} {_found_instead(corpus, dropped)}")
     tokenizer = train_tokenizer(_counting(texts, progress), config.vocab_size, file, config.tokenizer_kind)
-    write_record(record, f"{key} {tokenizer.fingerprint}".encode())
+    write_record(record, "\n".join([f"{key} {tokenizer.fingerprint}", *tokenizer.notes]).encode())
     return tokenizer
 
 
@@ -197,11 +199,13 @@ def _adopt(corpus: Corpus, work: Path, tokenizer: Tokenizer, progress: OnProgres
     tell, fraction = _counter("checking tokens", None, progress), corpus.config.validation_fraction
     sources = enumerate(zip(corpus.names, corpus.config.all_sources, strict=True))
     trusted = trusted_places(corpus.config)
-    return {
-        name: adopt(source, name, tokenizer, work, fraction, tell, is_held_out=corpus.is_held_out(index), trusted=trusted)
-        for index, (name, source) in sources
-        if not source.is_text
-    }
+    adopted: dict[str, dict[str, SourceManifest]] = {}
+    for index, (name, source) in sources:
+        if not source.is_text:
+            with concealing(source.paths, corpus.config.list_of(index)):
+                held_out = corpus.is_held_out(index)
+                adopted[name] = adopt(source, name, tokenizer, work, fraction, tell, is_held_out=held_out, trusted=trusted)
+    return adopted
 
 
 def _tokenize(

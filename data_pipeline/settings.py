@@ -379,6 +379,10 @@ class PrepareConfig(Settings):
         """The sources, and then those of held-out text."""
         return (*self.sources, *self.validation)
 
+    def list_of(self, index: int) -> str:
+        """The setting that one of `all_sources` stands in: `data.sources` or `data.validation`."""
+        return self.setting_of(index).rpartition(".")[0]
+
     def setting_of(self, index: int) -> str:
         """Where one of `all_sources` is set: `data.sources.1`, `data.validation.0`."""
         n = len(self.sources)

@@ -267,6 +267,6 @@ def _changed(chunk: Chunk, source: SourceConfig, file: Path | None) -> DataError
     files = [part.file.path for part in chunk.parts] or [source.paths[chunk.number]]
     more = f" and {len(files) - 2} more" if len(files) > 2 else ""
     return DataError(
-        f"data.sources: {', '.join(files[:2])}{more} changed while it was prepared (it was cleaned and then read again, and the texts "
+        f"{chunk.setting}: {', '.join(files[:2])}{more} changed while it was prepared (it was cleaned and then read again, and the texts "
         f"are others now); run the command again"
     )

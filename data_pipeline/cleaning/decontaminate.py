@@ -26,7 +26,7 @@ from data_pipeline.addresses import concealing, fill_in
 from data_pipeline.errors import DataError
 from data_pipeline.hashing import hash_ngrams, word_batches
 from data_pipeline.settings import DecontaminateConfig
-from data_pipeline.text.files import SourceFile, describe_paths, from_library, is_hidden
+from data_pipeline.text.files import SourceFile, describe_paths, file_name, from_library, is_hidden
 from data_pipeline.text.sources import decode, document, other_format, read_lines, text_of
 from data_pipeline.text.walk import NOWHERE, find_glob, walk
 
@@ -171,19 +171,20 @@ def _find(given: str) -> tuple[list[SourceFile], list[str]]:
             raise
         raise DataError(f"{SETTING}: cannot read {given}: {error}") from error
     for file, info in found.items():
-        if info["type"] == NOWHERE:
+        if info["type"] == NOWHERE and _ending(file) in ENDINGS and not is_hidden(file.rsplit("/", 1)[-1]):
             raise DataError(f"{SETTING}: {file} is a link that leads nowhere; restore what it points to, or remove it")
     files = [file for file, info in sorted(found.items()) if info["type"] == "file" and _ending(file) in ENDINGS]
     if not files:
         what = f"holds no file that ends with {', '.join(ENDINGS)}" if found else "does not exist or matches no file"
         raise DataError(f"{SETTING}: {given} {what}")
-    others = sorted(file for file in found if file not in files and not is_hidden(file.rsplit("/", 1)[-1]))
+    read = set(files)
+    others = sorted(file for file in found if file not in read and not is_hidden(file.rsplit("/", 1)[-1]))
     return [SourceFile(fs, file, file.rsplit("/", 1)[-1], 0, "") for file in files], others
 
 
 def _ending(file: str) -> str:
     """Of a text or jsonl file the one in front of .gz and .zst."""
-    path = PurePosixPath(file)
+    path = PurePosixPath(file_name(file))
     inside = PurePosixPath(path.stem).suffix
     return inside if path.suffix in _PACKED and inside != ".parquet" else path.suffix
 
@@ -196,7 +197,7 @@ def _read_txt(stream: BinaryIO, file: SourceFile) -> Iterator[str]:
 
 
 def _read_jsonl(stream: BinaryIO, file: SourceFile) -> Iterator[str]:
-    for number, (_, line, _) in enumerate(read_lines(stream, file.name, 0, None), start=1):
+    for number, (_, line, _) in enumerate(read_lines(stream, file.file_name, 0, None), start=1):
         line = line.removeprefix(BOM_UTF8)
         if line.strip():
             try:

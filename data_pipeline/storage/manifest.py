@@ -124,7 +124,7 @@ class Recipe(Record):
     """Versions of what decides the bytes."""
     passed_over: tuple[str | None, ...] = ()
     """The files in each source's folders that were not read: count, endings and the names of a few. Empty where all were, and then not
-    written."""
+    written. No part of the fingerprint: they change no data."""
 
     @model_serializer(mode="wrap")
     def _leave_out_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
@@ -181,11 +181,11 @@ class Manifest(Record):
 
     def to_bytes(self) -> bytes:
         """The file's contents; the same manifest gives the same bytes."""
-        return (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode()
+        return _spelt(self.model_dump(mode="json"))
 
     def fingerprint(self) -> str:
-        """XXH3-128 of the bytes of the file; a checkpoint stores it to know its data again."""
-        return self._fingerprint or xxhash.xxh3_128_hexdigest(self.to_bytes())
+        """XXH3-128 of the bytes of the file, without `recipe.passed_over`; a checkpoint stores it to know its data again."""
+        return self._fingerprint or _fingerprint(self.to_bytes())
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Manifest:  # Any: as in pydantic
         """One with other values is another file."""
@@ -214,8 +214,21 @@ def load_manifest(folder: Path) -> Manifest:
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{file} is damaged or of another version ({where or 'JSON'}: {first['msg']}); prepare the data again") from error
     _check_names(file, manifest)
-    manifest._fingerprint = xxhash.xxh3_128_hexdigest(content)
+    manifest._fingerprint = _fingerprint(content)
     return manifest
+
+
+def _fingerprint(content: bytes) -> str:
+    """Of the bytes of a manifest as they would be if no file had been passed over."""
+    if b'"passed_over": [' in content:
+        tree = json.loads(content)
+        tree["recipe"].pop("passed_over", None)
+        content = _spelt(tree)
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def _spelt(tree: object) -> bytes:
+    return (json.dumps(tree, indent=1) + "\n").encode()
 
 
 def _check_names(file: Path, manifest: Manifest) -> None:

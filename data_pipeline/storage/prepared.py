@@ -54,13 +54,17 @@ def open_prepared(path: Path, notes: tuple[str, ...] = (), trusted: Sequence[Pat
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != train.tokenizer:
         raise DataError(
-            f"{path / 'tokenizer.json'} is not the tokenizer that made {path / 'train'}; restore it, or delete {path} and prepare again"
+            f"{path / 'tokenizer.json'} is not the tokenizer that made {path / 'train'}; restore it from a copy, or prepare the data "
+            f"again in another data.path"
         )
     splits = {"train": train}
     if "validation" in train.splits:
         splits["validation"] = open_split(path / "validation", trusted).manifest
         if splits["validation"].recipe != train.recipe:
-            raise DataError(f"{path}: train/ and validation/ were not made together; delete {path} and prepare again")
+            raise DataError(
+                f"{path}: train/ and validation/ were not made together; restore them from a copy, or prepare the data again in another "
+                f"data.path"
+            )
     return Prepared(path, tokenizer, splits, notes)
 
 
@@ -194,7 +198,7 @@ def bring_tokenizer(path: Path, given: Path, work: Path, allow_lossy: bool) -> T
         write_synced(work / "tokenizer.json", tokenizer.to_json().encode())
         return tokenizer
     if load_tokenizer(own).fingerprint != tokenizer.fingerprint:
-        raise DataError(f"data.tokenizer={given} is not the tokenizer in data.path={path}; delete {own}, or set another data.path")
+        raise DataError(f"data.tokenizer={given} is not the tokenizer in data.path={path}; set another data.path, or data.tokenizer={own}")
     (work / "tokenizer.json").unlink(missing_ok=True)  # an earlier attempt may have trained one
     return tokenizer
 

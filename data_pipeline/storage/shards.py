@@ -151,7 +151,7 @@ class ShardFile:
 
     def __init__(self, folder: Path, shard: Shard, dtype: TokenDtype) -> None:
         self.shard, self.itemsize = shard, DTYPES[dtype].itemsize
-        way_out = f"restore it from a copy, or delete {folder.parent} and run `pretrain data prepare` again"
+        way_out = "restore it from a copy, or prepare the data again in another data.path"
         idx_file, bin_file = folder / f"{shard.name}.idx", folder / f"{shard.name}.bin"
         external = shard.external_bin is not None
         if shard.external_bin is not None:

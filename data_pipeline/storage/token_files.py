@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.addresses import concealing, fill_in
 from data_pipeline.errors import DataError
 from data_pipeline.settings import SourceConfig
 from data_pipeline.storage.manifest import BLOCK_BYTES
@@ -53,11 +54,12 @@ def list_token_files(source: SourceConfig) -> list[SourceFile]:
     Raises:
         DataError: a path is not local, does not exist, or there is no such file.
     """
-    for given in source.paths:
-        if "://" in given and not given.startswith("file://"):
+    for given, path in zip(source.paths, token_paths(source), strict=True):
+        if "://" in path:
             raise DataError(f"data.sources: {given} is not a local file; tokens are read in place, so copy them to a disk first")
     pattern = source.pattern or _PATTERNS[source.kind]
-    listed = list_files(source.model_copy(update={"paths": token_paths(source), "pattern": pattern}))
+    with concealing(source.paths):
+        listed = list_files(source.model_copy(update={"paths": token_paths(source), "pattern": pattern}))
     files = [file for file in listed if fnmatch.fnmatchcase(Path(file.path).name, pattern)]
     if not files:
         raise DataError(f"data.sources: no file of {', '.join(source.paths)} matches {pattern}; set `pattern` if they are called otherwise")
@@ -65,8 +67,8 @@ def list_token_files(source: SourceConfig) -> list[SourceFile]:
 
 
 def token_paths(source: SourceConfig) -> tuple[str, ...]:
-    """The files, folders and globs that `paths` of a source of tokens mean."""
-    paths = tuple(given.removeprefix("file://") for given in source.paths)
+    """The files, folders and globs that `paths` of a source of tokens mean, `${NAME}` filled in."""
+    paths = tuple(fill_in(given).removeprefix("file://") for given in source.paths)
     return tuple(map(_megatron_bin, paths)) if source.kind == "megatron" else paths
 
 

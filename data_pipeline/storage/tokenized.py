@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_pipeline.addresses import concealing
 from data_pipeline.durable import write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.settings import PrepareConfig, SourceConfig
@@ -80,8 +81,10 @@ def adopt(
 
 def trusted_places(config: PrepareConfig) -> list[Path]:
     """Where prepared data may have tokens read that lie outside of it: what the user's own settings name."""
-    sources = [source for source in config.all_sources if not source.is_text]
-    named = [name for source in sources for name in token_paths(source)]
+    named: list[str] = []
+    for i, source in enumerate(config.all_sources):
+        with concealing(source.paths, config.list_of(i)):
+            named += () if source.is_text else token_paths(source)
     return [*config.external, *(Path(fixed_part(name) if set(name) & set("*?[") else name) for name in named)]
 
 
@@ -142,7 +145,7 @@ class _Part:
 def _prepared_splits(source: SourceConfig) -> list[tuple[str, Path]]:
     """(our split, folder of a split of theirs)."""
     found: list[tuple[str, Path]] = []
-    for given in source.paths:
+    for given in token_paths(source):
         path = Path(given).expanduser().absolute()
         if (path / MANIFEST).is_file():
             found.append(("train", path))

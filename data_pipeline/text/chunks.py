@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from data_pipeline.addresses import concealing
+from data_pipeline.addresses import SOURCES, concealing
 from data_pipeline.text.columnar import Blocks, read_arrow, read_parquet, record_batches, row_groups
 from data_pipeline.text.data_sets import read_hf
 from data_pipeline.text.files import Part, SourceFile
@@ -48,6 +48,8 @@ class Chunk:
     """Which chunk of the source; for `hf` which of `paths`."""
     parts: tuple[Part, ...]
     """Where the documents are; empty for `hf`."""
+    setting: str = SOURCES
+    """What names the source, for errors."""
 
     @property
     def name(self) -> str:
@@ -60,7 +62,7 @@ class Chunk:
         return sum(part.bytes for part in self.parts) if self.parts else None
 
 
-def cut(index: int, name: str, source: SourceConfig, files: Sequence[SourceFile], text_bytes: int) -> list[Chunk]:
+def cut(index: int, name: str, source: SourceConfig, files: Sequence[SourceFile], text_bytes: int, setting: str = SOURCES) -> list[Chunk]:
     """Cut a source into chunks of about `text_bytes` of text, in reading order.
 
     Small files go together. Large ones are cut: plain jsonl anywhere, parquet between row groups, local Arrow files between record
@@ -72,15 +74,16 @@ def cut(index: int, name: str, source: SourceConfig, files: Sequence[SourceFile]
         source: its settings.
         files: of `list_files(source)`.
         text_bytes: size to aim for, > 0. Compressed files are taken for four times their size.
+        setting: what names the source, for errors.
 
     Raises:
         DataError: a large parquet or Arrow file is corrupt.
     """
     if source.kind == "hf":
-        return [Chunk(name, index, number, ()) for number in range(len(source.paths))]
+        return [Chunk(name, index, number, (), setting) for number in range(len(source.paths))]
     groups: list[list[Part]] = []
     filled = 0
-    for part, estimate in _pieces(source, files, text_bytes):
+    for part, estimate in _pieces(source, files, text_bytes, setting):
         if not groups or filled + estimate > text_bytes:
             groups.append([part])
             filled = estimate
@@ -91,7 +94,7 @@ def cut(index: int, name: str, source: SourceConfig, files: Sequence[SourceFile]
             groups[-1][-1] = replace(last, stop=part.stop, bytes=last.bytes + part.bytes)
         else:
             groups[-1].append(part)
-    return [Chunk(name, index, number, tuple(parts)) for number, parts in enumerate(groups)]
+    return [Chunk(name, index, number, tuple(parts), setting) for number, parts in enumerate(groups)]
 
 
 def read_chunk(chunk: Chunk, source: SourceConfig) -> Iterator[Document]:
@@ -108,7 +111,7 @@ def read_chunk(chunk: Chunk, source: SourceConfig) -> Iterator[Document]:
     Raises:
         DataError: a file is missing, unreadable, corrupt or of another kind, or a document lacks the text field.
     """
-    with concealing(source.paths):
+    with concealing(source.paths, chunk.setting):
         if source.kind == "hf":
             yield from read_hf(source.paths[chunk.number], source, chunk.source)
         before = 0
@@ -117,18 +120,18 @@ def read_chunk(chunk: Chunk, source: SourceConfig) -> Iterator[Document]:
             before += part.bytes
 
 
-def _pieces(source: SourceConfig, files: Sequence[SourceFile], text_bytes: int) -> Iterator[tuple[Part, int]]:
+def _pieces(source: SourceConfig, files: Sequence[SourceFile], text_bytes: int, setting: str) -> Iterator[tuple[Part, int]]:
     """The smallest pieces that may go to different chunks, and the bytes of text that each is taken for."""
-    estimates = [file.size * (_UNPACKED if source.kind == "parquet" or is_packed(file.name) else 1) for file in files]
+    estimates = [file.size * (_UNPACKED if source.kind == "parquet" or is_packed(file.file_name) else 1) for file in files]
     large = [i for i, estimate in enumerate(estimates) if estimate > text_bytes]
     blocks: dict[int, Blocks] = {}
     if source.kind in _BLOCKS:
-        with concealing(source.paths), ThreadPoolExecutor(16) as pool:  # far away files are waited for side by side
+        with concealing(source.paths, setting), ThreadPoolExecutor(16) as pool:  # far away files are waited for side by side
             blocks = dict(zip(large, pool.map(lambda i: _BLOCKS[source.kind](files[i], source), large), strict=True))
     for i, (file, estimate) in enumerate(zip(files, estimates, strict=True)):
         if blocks.get(i):
             yield from _block_pieces(file, blocks[i])
-        elif source.kind == "jsonl" and estimate > text_bytes and not is_packed(file.name):
+        elif source.kind == "jsonl" and estimate > text_bytes and not is_packed(file.file_name):
             bounds = _shares(file.size, math.ceil(file.size / text_bytes))
             yield from ((Part(file, start, stop, 0, stop - start), stop - start) for start, stop in itertools.pairwise(bounds))
         else:

@@ -148,17 +148,30 @@ def _raw(column: pyarrow.Array) -> list[bytes | None]:
     import pyarrow
     import pyarrow.compute
 
+    column.validate()  # a damaged Arrow file may tell of more values than it has bytes for
     if isinstance(column, pyarrow.ExtensionArray):
         return _raw(column.storage)
     if pyarrow.types.is_dictionary(column.type):
-        column.validate(full=True)  # an index may point outside the dictionary
-        return _raw(column.dictionary_decode())
+        return _looked_up(column)
     if pyarrow.types.is_run_end_encoded(column.type):
         return _raw(pyarrow.compute.run_end_decode(column))
     raw = column.cast(pyarrow.large_binary())
     raw.validate(full=True)  # nothing else notices that the offsets in a damaged Arrow file point anywhere
     values: list[bytes | None] = raw.to_pylist()
     return values
+
+
+def _looked_up(column: pyarrow.DictionaryArray) -> list[bytes | None]:
+    """The bytes of a column with a dictionary. Only the entries in use are looked at: a large dictionary belongs to many small batches."""
+    import pyarrow
+
+    dictionary, found = column.dictionary, dict[int, bytes | None]()
+    indices: list[int | None] = column.indices.to_pylist()
+    for index in {index for index in indices if index is not None}:
+        if not 0 <= index < len(dictionary):
+            raise pyarrow.ArrowInvalid(f"index {index} is outside of a dictionary of {len(dictionary)} values")
+        (found[index],) = _raw(dictionary.slice(index, 1))
+    return [None if index is None else found[index] for index in indices]
 
 
 def _values(batch: pyarrow.RecordBatch, name: str, path: str) -> list[object]:

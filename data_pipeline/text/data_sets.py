@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.addresses import fill_in
 from data_pipeline.errors import DataError
 from data_pipeline.text.files import data_set_names
 from data_pipeline.text.sources import Document, document, fields_of, reading, wanted_columns
@@ -38,12 +39,13 @@ def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.Ite
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it prints the errors that it raises
+    path = fill_in(name)
     what = f"data set {name} (subset={source.subset}, split={source.split})"
     try:
-        if any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(name)
+        if any((Path(path) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(path)
         else:
-            saved = datasets.load_dataset(name, name=source.subset, split=source.split, streaming=source.streaming)
+            saved = datasets.load_dataset(path, name=source.subset, split=source.split, streaming=source.streaming)
     except Exception as error:  # only datasets' own code runs here; it raises TypeError and KeyError on folders it does not understand
         cause = error.__cause__ or error  # its own error may say no more than that there was one
         detail = " ".join(str(cause).split()) or type(cause).__name__

@@ -16,7 +16,7 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from data_pipeline.addresses import concealer, concealing, fill_in
+from data_pipeline.addresses import as_given, concealing, fill_in
 from data_pipeline.errors import DataError, printable, redact
 from data_pipeline.text.walk import NOWHERE, FileInfo, below, find_glob, fixed_part, is_excluded, real_folder, walk
 
@@ -61,6 +61,11 @@ class SourceFile:
     """Bytes, compressed if the file is; 0 where the file system does not know."""
     version: str
     """What changes when the file is written anew at the same size: time, ETag or checksum, as the file system has it; else empty."""
+
+    @property
+    def file_name(self) -> str:
+        """Its own name, whose ending tells how it is packed."""
+        return file_name(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,6 @@ def list_source(source: SourceConfig) -> Listing:
     names: set[str] = set()
     real = cache(real_folder)
     for number, given in enumerate(source.paths):
-        conceal = concealer([given])
         with concealing([given]):
             fs, found, others = _find(given, source)
         passed_over += others
@@ -126,7 +130,7 @@ def list_source(source: SourceConfig) -> Listing:
                     f"data.sources: {path} is given twice, by {source.paths[first]} and by {given} of `paths`; "
                     f"every file is read once, so let them not overlap"
                 )
-            name = _unused(short, conceal(path), redact(given), names)
+            name = _unused(short, as_given(path, given) if "://" in path else path, redact(given), names)
             names.add(name)
             files.append(SourceFile(fs, path, name, int(info["size"] or 0), _version(info)))
     return Listing(files, sorted(set(passed_over) - {file.path for file in files}))
@@ -144,8 +148,9 @@ def data_set_version(name: str) -> str:
     """What tells whether a Hugging Face data set is still the same: the commit on the hub, or for files a hash of what lies there.
 
     Empty where nobody can tell: without a connection (what is read then is the copy on this machine), or where there is no such data
-    set, which whoever opens it says. Data that a data set's own files only point to is not looked at.
+    set, which whoever opens it says. `${NAME}` is filled in. Data that a data set's own files only point to is not looked at.
     """
+    name = fill_in(name)
     if Path(name).exists():
         fs = LocalFileSystem()
         try:
@@ -194,14 +199,19 @@ def describe_paths(paths: Sequence[str]) -> str:
     endings = Counter(map(_ending, paths)).most_common()
     kinds = [f"{count:,} {ending}" for ending, count in sorted(endings[:5], key=lambda item: (-item[1], item[0]))]
     kinds += [f"{sum(count for _, count in endings[5:]):,} others"] if len(endings) > 5 else []
-    names = [printable(redact(path).rsplit("/", 1)[-1]) for path in paths[:_FEW]]
+    names = [printable(file_name(redact(path))) for path in paths[:_FEW]]
     few = " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
     return f"{len(paths):,} file{'s' * (len(paths) > 1)} ({', '.join(kinds)}), {'such as ' * (len(paths) > _FEW)}{few}"
 
 
+def file_name(path: str) -> str:
+    """The name behind the last `/`; of an address, as HTTP has for a path, without what stands behind `?`."""
+    return (path.partition("?")[0] if "://" in path else path).rsplit("/", 1)[-1]
+
+
 def _ending(path: str) -> str:
     """`.json.gz` of `x.json.gz`."""
-    suffixes = PurePosixPath(redact(path)).suffixes[-2:]
+    suffixes = PurePosixPath(file_name(redact(path))).suffixes[-2:]
     packed = len(suffixes) == 2 and suffixes[1].lower() in (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
     return printable("".join(suffixes if packed else suffixes[-1:])) or "without an ending"
 
@@ -237,12 +247,12 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
         raise DataError(f"data.sources: cannot read {given}: {detail}; check `paths`, the connection and who may read it") from error
     files: dict[str, tuple[str, FileInfo]] = {}
     others: list[str] = []
-    conceal = concealer([given])
     for file, info in sorted(found.items()):
-        name = conceal(below(root, file))
+        name = below(root, file)
+        name = as_given(file, given) if "://" in name else name  # all of the address, as of a glob of HTTP
         if is_excluded(name, source.exclude):
             continue
-        if info["type"] == NOWHERE:
+        if info["type"] == NOWHERE and _matches(name, wanted) and not is_hidden(name):
             raise DataError(f"data.sources: {file} is a link that leads nowhere; restore what it points to, or leave it out with `exclude`")
         if info["type"] == "file" and _matches(name, wanted):
             files[_another(name, files)] = (file, info)

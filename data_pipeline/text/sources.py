@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data_pipeline.errors import DataError
@@ -100,8 +101,8 @@ def _unpacked(raw: bytes, file: SourceFile) -> bytes:
             raise DataError(f"{file.path} is compressed twice, the second time by {found.name}; unpack it once")
     if found is not None and encoding_of(raw) == ("utf-8", 0):
         raise DataError(f"{file.path} is {found.name}{', compressed' if packed else ''}, not text; {_leaving_out(found)}")
-    if raw and not packed and is_packed(file.name):
-        raise DataError(f"{file.path} is not compressed, although it is named {file.name[file.name.rindex('.') :]}; rename it")
+    if raw and not packed and is_packed(file.file_name):
+        raise DataError(f"{file.path} is not compressed, although it is named {PurePosixPath(file.file_name).suffix}; rename it")
     return raw
 
 
@@ -113,7 +114,7 @@ def read_jsonl(part: Part, source: SourceConfig, origin: str, before: int) -> It
         return f"{file.path}, byte {offset}" if start else f"{file.path}:{number}"
 
     with reading(file.path, file, source.kind), file.fs.open(file.path, "rb") as stream:
-        for offset, line, read in read_lines(stream, file.name, start, part.stop):
+        for offset, line, read in read_lines(stream, file.file_name, start, part.stop):
             number += 1
             line = line.removeprefix(_BOM)
             if not line or line.isspace():
@@ -156,10 +157,12 @@ def other_format(file: SourceFile, kind: str) -> Format | None:
         with file.fs.open(file.path, "rb") as stream:
             head = stream.read(HEAD_BYTES)
         found = format_of(head)
-        named = _packing(file.name)
+        named = _packing(file.file_name)
         if kind == "jsonl" and named is not None and found == named:
             with file.fs.open(file.path, "rb") as stream:
-                found = format_of(next(_blocks(stream, file.name), (0, b""))[1][:HEAD_BYTES])
+                found = format_of(next(_blocks(stream, file.file_name), (0, b""))[1][:HEAD_BYTES])
+            if found in (GZIP, ZSTD):
+                return Format(f"compressed twice, the second time by {found.name}", "unpack it once")
         elif kind == "jsonl" and named is not None and head and (found is None or found.kind == kind):
             return Format(f"not {named.name}, although its name says so", "rename it")
     except Exception:  # whatever a driver or a decompressor raises: the error that is to be explained says it

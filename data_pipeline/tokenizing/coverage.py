@@ -18,7 +18,10 @@ LOST = "lost characters"
 NOTHING = "encodes to nothing"
 """What the manifest calls documents that a tokenizer did not know, in part or as a whole."""
 
-_FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+_IN_UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
+"""The 243 bytes that UTF-8 has (RFC 3629): no text needs a token of another."""
+
+_FALLBACK = [f"<0x{byte:02X}>" for byte in _IN_UTF8]
 _CHANGING = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents")
 
 
@@ -30,7 +33,7 @@ class Coverage:
     """Id that stands for what it does not know; None where it has no such token."""
     unknown_token: str | None
     missing_bytes: int | None
-    """How many of the 256 bytes have no token; None where it does not work on bytes at all."""
+    """How many of the 243 bytes of UTF-8 have no token; None where it does not work on bytes at all."""
     vanishes: bool
     """The model drops what it does not know; other models without an unknown token refuse the text."""
     changes: tuple[str, ...]
@@ -49,7 +52,7 @@ class Coverage:
     def describe(self) -> str:
         """What becomes of characters that have no id, in words."""
         if self.complete:
-            return "none: every byte has a token"
+            return "none: every byte of UTF-8 has a token"
         if not self.lossy:
             return f"become {self.unknown_token}"
         return "vanish" if self.vanishes else "are refused"
@@ -80,7 +83,7 @@ def check_coverage(coverage: Coverage, name: str, allow_lossy: bool) -> None:
     """
     if allow_lossy or not coverage.lossy:
         return
-    lacking = f" ({coverage.missing_bytes} of the 256 bytes are missing)" if coverage.missing_bytes else ""
+    lacking = f" ({coverage.missing_bytes} of the 243 bytes of UTF-8 are missing)" if coverage.missing_bytes else ""
     then, why = ("vanish", "prepare without them") if coverage.vanishes else ("stop the preparation", "try it all the same")
     raise DataError(
         f"data.tokenizer={name} has neither an unknown token nor all bytes{lacking}: characters that it does not know would {then}; "
@@ -105,7 +108,7 @@ def _kind(model: Mapping[str, Any]) -> str:
 
 
 def _missing_bytes(config: Mapping[str, Any], ids: Mapping[str, int]) -> int | None:
-    """How many of the 256 bytes have no token, whichever way bytes are spelt; None where they are not."""
+    """How many of the 243 bytes of UTF-8 have no token, whichever way bytes are spelt; None where they are not."""
     model = config["model"]
     if _kind(model) not in ("BPE", "Unigram"):  # the others know whole words only
         return None
@@ -113,7 +116,8 @@ def _missing_bytes(config: Mapping[str, Any], ids: Mapping[str, int]) -> int | N
     if model.get("byte_fallback"):
         ways.append(_FALLBACK)
     if any(step.get("type") == "ByteLevel" for part in ("normalizer", "pre_tokenizer") for step in steps(config, part)):
-        ways.append(list(byte_characters().values()))
+        letters = byte_characters()
+        ways.append([letters[byte] for byte in _IN_UTF8])
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     forms = {(before, after) for before in ("", prefix) for after in ("", suffix)}
     missing = [

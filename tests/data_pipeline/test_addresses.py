@@ -1,7 +1,11 @@
 """Addresses of files lose their secrets wherever they are written or shown."""
 
+import gzip
+import io
 import pickle
+from pathlib import Path
 
+import datasets
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -9,14 +13,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 from data_pipeline.addresses import concealer, fill_in
 from data_pipeline.errors import DataError, redact
 from data_pipeline.settings import PrepareConfig, SourceConfig, source_names
+from data_pipeline.storage.token_files import list_token_files, token_paths
+from data_pipeline.storage.tokenized import trusted_places
 from data_pipeline.text.chunks import cut, read_chunk
-from data_pipeline.text.files import list_files
+from data_pipeline.text.files import data_set_version, describe_paths, list_files
 
 REDACTED = {
     "s3://key:secret@host/x.jsonl": "s3://***:***@host/x.jsonl",
     "s3://AKIA:wJal/rXU/tn@bucket/path": "s3://***:***@bucket/path",
     "https://user:p@ss@host/x.jsonl?token=abc&sig=a/b%3D#f": "https://***:***@host/x.jsonl?token=***&sig=***",
     "https://token@host/x": "https://***@host/x",
+    "sftp://alice:secret@host/x": "sftp://***:***@host/x",
     "simplecache::s3://a:b@h/x": "simplecache::s3://***:***@h/x",
     "zip://a.txt::https://u:p@h/x.zip?X-Amz-Signature=1;y=2": "zip://a.txt::https://***:***@h/x.zip?X-Amz-Signature=***;y=***",
     "s3://${KEY}:${SECRET}@host/x?token=${T}&v=1": "s3://${KEY}:${SECRET}@host/x?token=${T}&v=***",
@@ -26,6 +33,7 @@ REDACTED = {
 KEPT = [
     *("/tmp/a@b/c?d=e", "C:/x", "s3://bucket/part-?.jsonl", "https://host:8080/a@b/c", "hf://datasets/O/N@main/x.parquet"),
     *("github://owner:repository@main/p", "file:///tmp/a@b/x?y", "https://host/a?b", "${HOME}/x", "s3://bucket/[ab]*/x{1,2}.jsonl"),
+    *("abfs://texts@account.dfs.core.windows.net/x", "wasbs://c@a/x", "sftp://alice@host/x", "hdfs://alice@host:9000/x", "ftp://me@h/x"),
 ]
 
 
@@ -71,6 +79,72 @@ def test_what_libraries_say_is_concealed_whatever_form_the_secret_has() -> None:
 def test_errors_have_no_addresses_with_secrets_and_cross_processes() -> None:
     error = DataError("cannot read s3://key:secret@h/x")
     assert str(pickle.loads(pickle.dumps(error))) == str(error) == "cannot read s3://***:***@h/x"
+
+
+class Web(fsspec.AbstractFileSystem):
+    """Its paths are whole addresses, as those of HTTP."""
+
+    protocol = "web"
+    files: dict = {}  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path
+
+    def isdir(self, path: str) -> bool:
+        return False
+
+    def info(self, path: str, **_: object) -> dict[str, object]:
+        return {"name": path, "type": "file", "size": len(self.files[path])}
+
+    def open(self, path: str, mode: str = "rb", **_: object) -> io.BytesIO:
+        return io.BytesIO(self.files[path])
+
+
+def test_a_query_hides_no_packing_and_a_name_in_an_address_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("web", Web, clobber=True)
+    monkeypatch.setenv("TOKEN", "jsonl")  # a secret that stands in the file's name as well
+    packed = gzip.compress(b'{"text": "a"}\n')
+    monkeypatch.setattr(Web, "files", {"web://h/d/x.jsonl.gz?token=jsonl": packed, "web://h/d/y.jsonl.gz": packed})
+    for address, name in (
+        ("web://h/d/x.jsonl.gz?token=${TOKEN}", "web://h/d/x.jsonl.gz?token=${TOKEN}"),
+        ("web://h/d/x.jsonl.gz?token=jsonl", "web://h/d/x.jsonl.gz?token=***"),
+        ("web://h/d/y.jsonl.gz", "web://h/d/y.jsonl.gz"),
+    ):
+        source = SourceConfig(kind="jsonl", paths=(address,))
+        (chunk,) = cut(0, "s", source, list_files(source), 1)
+        assert [(document.id, document.text) for document in read_chunk(chunk, source)] == [(f"{name}@0", "a")]
+    assert describe_paths(["web://h/d/y.jsonl.gz?token=jsonl"]) == "1 file (1 .jsonl.gz), y.jsonl.gz"
+
+
+def test_no_secret_renames_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("vault", Vault, clobber=True)
+    Vault.store.clear()
+    fsspec.filesystem("vault", user="docs", password="chapter").pipe("/texts/docs/chapter.txt", b"the first")
+    monkeypatch.setenv("PASSWORD", "chapter")
+    for password in ("chapter", "${PASSWORD}"):
+        (file,) = list_files(SourceConfig(kind="text", paths=(f"vault://docs:{password}@texts",)))
+        assert file.name == "docs/chapter.txt"
+
+
+def test_every_kind_of_source_is_found_by_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA", str(tmp_path))
+    monkeypatch.delenv("ELSEWHERE", raising=False)
+    (tmp_path / "x.bin").write_bytes(b"12")
+    megatron = SourceConfig(kind="megatron", paths=("${DATA}/x",))
+    prepared = SourceConfig(kind="prepared", paths=("${DATA}/p",))
+    assert token_paths(megatron) == (f"{tmp_path}/x.bin",)
+    assert [file.path for file in list_token_files(megatron)] == [f"{tmp_path}/x.bin"]
+    assert trusted_places(PrepareConfig(sources=(megatron, prepared))) == [tmp_path / "x.bin", tmp_path / "p"]
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    saved = SourceConfig(kind="hf", paths=("${DATA}/saved",))
+    (chunk,) = cut(0, "s", saved, [], 1)
+    assert [document.text for document in read_chunk(chunk, saved)] == ["a"]
+    assert data_set_version("${DATA}/saved") == data_set_version(f"{tmp_path}/saved") != ""
+    for kind in ("prepared", "olmo"):
+        elsewhere = SourceConfig.model_validate({"kind": kind, "paths": ["${ELSEWHERE}/x"]})
+        with pytest.raises(DataError, match=r"^data\.validation: \$\{ELSEWHERE\}/x needs \$\{ELSEWHERE\}, which the environment does not"):
+            trusted_places(PrepareConfig(sources=(megatron,), validation=(elsewhere,)))
 
 
 class Vault(MemoryFileSystem):

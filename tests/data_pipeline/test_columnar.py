@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -292,3 +293,36 @@ def test_the_reader_of_columns_is_the_one_that_is_used(tmp_path: Path, monkeypat
     monkeypatch.setattr(columnar, "_check_columns", lambda schema, path, source: ["text"])
     with pytest.raises(DataError, match=r"cannot be read, it may be corrupt or out of reach \('Field \"text\" exists 2 times in schema'\)"):
         read(path)
+
+
+@pytest.mark.parametrize("ending", ["arrow", "arrows"])  # pyarrow itself refuses such a dictionary in parquet
+@pytest.mark.parametrize("offsets", [pa.binary(), pa.large_binary()])
+def test_a_bad_byte_in_a_dictionary_is_a_repaired_document_as_in_plain_strings(tmp_path: Path, ending: str, offsets: pa.DataType) -> None:
+    raw = pa.array([b"one", b"zw\xffei ist eine Zahl " * 9, b"never used \xff"], offsets)
+    words = raw.view(pa.string() if offsets == pa.binary() else pa.large_string())
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 0, 1]), words)
+    plain = read(write(pa.table({"text": words.take(column.indices)}), tmp_path, ending))
+    encoded = read(write(pa.table({"text": column}), tmp_path, ending))
+    assert [replace(document, read=0) for document in encoded] == [replace(document, read=0) for document in plain]
+    assert [document.repaired for document in encoded] == [False, True, False, False, True]
+
+
+def test_a_dictionary_is_not_looked_through_for_every_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 4999] * 500), pa.array([f"text {i}" for i in range(5000)]))
+    path, seen, raw_of = write(pa.table({"text": column}), tmp_path, "arrow"), 0, columnar._raw
+
+    def counting(values: pa.Array) -> list[bytes | None]:
+        nonlocal seen
+        seen += len(values)
+        return raw_of(values)
+
+    monkeypatch.setattr(columnar, "_raw", counting)
+    assert [document.text for document in read(path)] == ["text 0", "text 4999"] * 500
+    assert seen <= 2 * 1000  # rows, and the entries that they use
+
+
+def test_an_index_outside_of_its_dictionary_is_told() -> None:
+    for index in (-1, 2):
+        damaged = pa.DictionaryArray.from_arrays(pa.array([0, index]), pa.array(["a", "b"]), safe=False)
+        with pytest.raises(pa.ArrowInvalid, match=f"index {index} is outside of a dictionary of 2 values"):
+            columnar._raw(damaged)

@@ -20,7 +20,7 @@ from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.manifest import MANIFEST, load_manifest
 from data_pipeline.storage.prepared import Prepared
-from data_pipeline.tokenizing.coverage import LOST, NOTHING, UNKNOWN
+from data_pipeline.tokenizing.coverage import LOST, NOTHING, UNKNOWN, coverage_of
 from data_pipeline.tokenizing.encoder import GigaEncoder, ReferenceEncoder, fastest_encoder
 from data_pipeline.tokenizing.losses import LossCounter
 from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
@@ -161,8 +161,8 @@ def test_a_tokenizer_of_all_bytes_loses_nothing_and_is_not_looked_at_twice(tmp_p
     ("name", "missing"),
     [
         ("characters", ""),
-        ("byte fallback of 253", " (3 of the 256 bytes are missing)"),
-        ("253 bytes", " (3 of the 256 bytes are missing)"),
+        ("byte fallback of 253", " (3 of the 243 bytes of UTF-8 are missing)"),
+        ("253 bytes", " (2 of the 243 bytes of UTF-8 are missing)"),
     ],
 )
 def test_a_tokenizer_with_neither_is_refused_before_anything_is_written(tmp_path: Path, name: str, missing: str) -> None:
@@ -289,7 +289,7 @@ def test_tokenizers_of_ours_know_every_text_and_change_none(tmp_path: Path, kind
     for texts in (["abc abc abd"], ["漢字"], []):
         coverage = train_tokenizer(texts, 270, tmp_path / "t.json", kind).coverage
         assert (coverage.complete, coverage.lossy, coverage.changes) == (True, False, ())
-        assert coverage.describe() == "none: every byte has a token"
+        assert coverage.describe() == "none: every byte of UTF-8 has a token"
 
 
 @pytest.mark.parametrize("name", [*LOSSY, *UNKNOWING, *COMPLETE])
@@ -436,3 +436,14 @@ def test_a_bpe_with_dropout_gives_the_same_ids_every_time(tmp_path: Path) -> Non
     config["model"]["dropout"] = 0.5
     random = load(tmp_path, config)
     assert [random.encode("the loss of the model") for _ in range(20)] == [expected] * 20
+
+
+def test_bytes_that_utf8_never_has_need_no_token() -> None:
+    never = [0xC0, 0xC1, *range(0xF5, 0x100)]
+    fallback = [f"<0x{byte:02X}>" for byte in never]
+    assert coverage_of(spelt(*never)).complete
+    assert coverage_of(tokenizer_of(bpe(LETTERS | without(FALLBACK, *fallback), byte_fallback=True))).complete
+    for byte in (0xC2, 0xF4):  # the nearest that it has
+        assert coverage_of(spelt(*never, byte)).missing_bytes == 1
+        one_less = without(FALLBACK, *fallback, f"<0x{byte:02X}>")
+        assert coverage_of(tokenizer_of(bpe(LETTERS | one_less, byte_fallback=True))).missing_bytes == 1

@@ -122,7 +122,10 @@ class TestOtherTokenizer:
         prepare_here(tmp_path / "one", short.jsonl)
         other = prepare_here(tmp_path / "two", short.jsonl, vocab_size=290).path
         (tmp_path / "one" / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
-        with pytest.raises(DataError, match=r"tokenizer\.json is not the tokenizer that made .*train; restore it, or delete"):
+        with pytest.raises(
+            DataError,
+            match=r"tokenizer\.json is not the tokenizer that made .*train; restore it from a copy, or prepare",
+        ):
             open_prepared(tmp_path / "one")
         with pytest.raises(DataError, match="is not the tokenizer that made"):
             prepare_here(tmp_path / "one", short.jsonl)

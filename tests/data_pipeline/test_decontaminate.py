@@ -182,6 +182,13 @@ def test_evaluation_texts_behind_links_and_in_columns_of_one_name_are_found(tmp_
         load(tmp_path / "sets")
 
 
+def test_a_dangling_link_that_would_not_be_read_is_no_matter(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(QUESTION)
+    for name in (".#a.txt", "latest", "old.json"):  # the first is how an editor locks a file
+        (tmp_path / name).symlink_to("gone")
+    assert load(tmp_path).passed_over == "2 files (1 .json, 1 without an ending), latest and old.json"
+
+
 def test_evaluation_files_that_are_passed_over_are_told(tmp_path: Path) -> None:
     for name in ("a.txt", "b.json", "c.JSONL", "d.parquet.gz", ".DS_Store"):
         (tmp_path / name).write_text(QUESTION)

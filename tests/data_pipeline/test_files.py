@@ -94,6 +94,13 @@ def test_a_link_that_leads_nowhere_is_named_unless_it_is_excluded(tmp_path: Path
     assert names(tmp_path / "x*.txt") == ["x.txt"]
 
 
+def test_a_dangling_link_that_would_not_be_read_is_no_matter(tmp_path: Path) -> None:
+    write(tmp_path / "x.txt")
+    for name in (".#x.txt", "latest"):  # the first is how an editor locks a file
+        (tmp_path / name).symlink_to("gone")
+    assert names(tmp_path) == ["x.txt"]
+
+
 def test_excluded_folders_are_not_looked_into_by_globs_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt", tmp_path / "c" / "deep" / "x.txt")
     looked: list[str] = []

@@ -197,6 +197,8 @@ def test_a_compressed_text_that_is_not_what_its_name_says_or_cut_off_is_one_line
         ("x.jsonl", gzip.compress(LINES.encode()), "the file is gzip: name it .gz"),
         ("x.jsonl", zstd(LINES), "the file is zstd: name it .zst"),
         ("x.jsonl.gz", zstd(LINES), "it is zstd: name it .zst"),
+        ("x.jsonl.gz", gzip.compress(gzip.compress(LINES.encode())), "is compressed twice, the second time by gzip: unpack it once"),
+        ("x.jsonl.zst", zstandard.compress(gzip.compress(LINES.encode())), "is compressed twice, the second time by gzip: unpack it once"),
         ("x.jsonl.gz", LINES.encode(), "it is not gzip, although its name says so: rename it"),
         ("x.jsonl.zst", LINES.encode(), "it is not zstd, although its name says so: rename it"),
         ("x.jsonl", LINES.encode("utf-16"), "the file is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),

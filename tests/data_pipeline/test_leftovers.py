@@ -1,5 +1,6 @@
 """What an earlier attempt left is used if it is whole and was decided by the same, and made again otherwise."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from attempts import Text, contents, finished, interrupt, looks_prepared, prepar
 
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import Progress, Stage
+from data_pipeline.storage.prepared import Prepared
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,24 @@ def test_a_trained_tokenizer_is_used_again_only_if_it_is_the_one_of_its_record(t
     file.write_bytes(other.read_bytes() if what == "another" else file.read_bytes()[:-100])
     prepare_here(tmp_path / "data", short.jsonl)
     assert contents(tmp_path / "data") == short.prepared
+
+
+def test_notes_on_the_training_of_a_tokenizer_outlive_an_interruption(
+    tmp_path: Path, prepare_at: Callable[..., Prepared], corpus: Path
+) -> None:
+    (corpus / "dna.txt").write_text("ACGT" * 500)
+    note = "cut for the training of the tokenizer, and only there: 1 unbroken runs of more than 512 characters"
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "tokenizing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_at(tmp_path / "data", corpus, progress=stop, shard_tokens=100)
+    again: set[str] = set()
+    made = prepare_at(tmp_path / "data", corpus, progress=lambda progress: again.add(progress.stage), shard_tokens=100)
+    assert "training the tokenizer" not in again
+    assert note in made.notes
 
 
 def test_a_tokenizer_that_was_put_there_meanwhile_is_used_and_not_the_trained_one(tmp_path: Path, short: Text) -> None:

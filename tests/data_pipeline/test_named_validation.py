@@ -187,6 +187,24 @@ def test_a_name_stands_for_one_source(tmp_path: Path, web_and_exam: tuple[Source
         prepare(tmp_path / "data", PrepareConfig(sources=web_and_exam[:1], validation=(nowhere,), **SETTINGS))
 
 
+def test_errors_of_held_out_sources_name_their_setting(tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]) -> None:
+    web, exam = web_and_exam
+
+    def failure(**settings: Any) -> str:
+        with pytest.raises(DataError) as error:
+            prepare(tmp_path / "data", PrepareConfig(**({"sources": (web,), "validation": (exam,)} | SETTINGS | settings)))
+        return str(error.value)
+
+    gone = str(tmp_path / "gone")
+    for kind in ("text", "jsonl", "olmo"):
+        source = SourceConfig.model_validate({"name": "gone", "kind": kind, "paths": [gone]})
+        assert failure(validation=(source,)) == f"data.validation: {gone} does not exist; correct `paths`"
+        assert failure(sources=(source,)) == f"data.sources: {gone} does not exist; correct `paths`"
+    source = SourceConfig(name="gone", kind="hf", paths=(gone,))
+    assert failure(validation=(source,)).startswith(f"data.validation: cannot open data set {gone} ")
+    assert failure(sources=(source,)).startswith(f"data.sources: cannot open data set {gone} ")
+
+
 def test_tokens_are_held_out_where_they_are(tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]) -> None:
     web, exam = web_and_exam
     there = prepare(tmp_path / "there", PrepareConfig(sources=(exam,), validation_fraction=0.5, **SETTINGS))

@@ -11,13 +11,14 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from data_pipeline.corpus import find
 from data_pipeline.errors import DataError
 from data_pipeline.inspect import describe
 from data_pipeline.prepare import Progress, build_tokenizer
 from data_pipeline.settings import DedupConfig, PrepareConfig, SourceConfig
-from data_pipeline.storage.manifest import MANIFEST, Manifest
+from data_pipeline.storage.manifest import MANIFEST, Manifest, load_manifest
 from data_pipeline.storage.prepared import Prepared, open_prepared
 from data_pipeline.storage.shards import ShardSet, open_split
 from data_pipeline.storage.verify import verify
@@ -372,4 +373,9 @@ def test_files_that_are_passed_over_are_noted_recorded_and_shown(tmp_path: Path,
     assert build_tokenizer(tmp_path / "alone" / "tokenizer.json", config).notes[0] == told
     shards = [{file.name: file.read_bytes() for file in (tmp_path / name / "train").glob("*.bin")} for name in ("quiet", "data")]
     assert shards[0] == shards[1]
+    for split in ("train", "validation"):  # so a run on the one goes on with the other
+        file = tmp_path / "data" / split / MANIFEST
+        assert b"passed_over" in file.read_bytes()
+        assert load_manifest(file.parent).fingerprint() == made.splits[split].fingerprint() == quiet.splits[split].fingerprint()
+        assert quiet.splits[split].fingerprint() == xxhash.xxh3_128_hexdigest((tmp_path / "quiet" / split / MANIFEST).read_bytes())
     assert prepare_at(tmp_path / "quiet", corpus).notes[0].endswith("is prepared already, with these very settings")
