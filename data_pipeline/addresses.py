@@ -46,14 +46,22 @@ def fill_in(address: str, setting: str = SOURCES, environment: Mapping[str, str]
 
 
 def as_given(path: str, given: str) -> str:
-    """A path that is an address, as HTTP has it, in the spelling of the setting it came from: only the address changes, not the name of
-    a file below it.
+    """A path that a file system has for an address, or for a file below it, with the address spelt as given and without its secrets.
+
+    Some file systems keep user, password and query in their paths. Only the address changes, whatever a file below it is called.
     """
-    filled = fill_in(given)
-    for whole, spelt in ((filled, given), (_FIXED.split(filled)[0], _FIXED.split(given)[0])):
+    filled, bare = fill_in(given), path.lstrip("/")
+    if "://" not in given or redact(given) == filled:  # nothing to conceal
+        return path
+    for whole, spelt in ((filled, redact(given)), (_FIXED.split(filled)[0], redact(_FIXED.split(given)[0]))):
         if path.startswith(whole):
-            return redact(spelt + path.removeprefix(whole))
-    return redact(path)
+            return spelt + path.removeprefix(whole)
+        address = whole.rpartition("://")[2].lstrip("/")
+        if address and bare.startswith(address):
+            return spelt.rpartition("://")[2] + bare.removeprefix(address)
+    if filled.endswith(bare):  # without user and password, perhaps with a query
+        return redact(f"file://host/{bare}").removeprefix("file://host/")
+    return path
 
 
 def concealer(addresses: Iterable[str], environment: Mapping[str, str] = os.environ) -> Callable[[str], str]:

@@ -130,7 +130,7 @@ def list_source(source: SourceConfig) -> Listing:
                     f"data.sources: {path} is given twice, by {source.paths[first]} and by {given} of `paths`; "
                     f"every file is read once, so let them not overlap"
                 )
-            name = _unused(short, as_given(path, given) if "://" in path else path, redact(given), names)
+            name = _unused(short, as_given(path, given), redact(given), names)
             names.add(name)
             files.append(SourceFile(fs, path, name, int(info["size"] or 0), _version(info)))
     return Listing(files, sorted(set(passed_over) - {file.path for file in files}))
@@ -249,7 +249,8 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
     others: list[str] = []
     for file, info in sorted(found.items()):
         name = below(root, file)
-        name = as_given(file, given) if "://" in name else name  # all of the address, as of a glob of HTTP
+        if (told := as_given(file, given)) != file:
+            name = "/".join(told.split("/")[-1 - name.count("/") :])
         if is_excluded(name, source.exclude):
             continue
         if info["type"] == NOWHERE and _matches(name, wanted) and not is_hidden(name):

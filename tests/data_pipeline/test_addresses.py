@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data_pipeline.addresses import concealer, fill_in
+from data_pipeline.addresses import as_given, concealer, fill_in
 from data_pipeline.errors import DataError, redact
 from data_pipeline.settings import PrepareConfig, SourceConfig, source_names
 from data_pipeline.storage.token_files import list_token_files, token_paths
@@ -115,6 +115,23 @@ def test_a_query_hides_no_packing_and_a_name_in_an_address_no_secret(monkeypatch
         (chunk,) = cut(0, "s", source, list_files(source), 1)
         assert [(document.id, document.text) for document in read_chunk(chunk, source)] == [(f"{name}@0", "a")]
     assert describe_paths(["web://h/d/y.jsonl.gz?token=jsonl"]) == "1 file (1 .jsonl.gz), y.jsonl.gz"
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "told"),
+    [
+        ("/a:b@c/d.txt?s=t0", "memory://a:b@c/d.txt?s=t0", "***:***@c/d.txt?s=***"),
+        ("k:x/y@c/x/y.txt", "s3://k:x/y@c/x/*.txt", "***:***@c/x/y.txt"),
+        ("/d.txt?s=t0", "ftp://a:b@c/d.txt?s=t0", "d.txt?s=***"),
+        ("https://h/value/value.txt", "https://h/${V}/*.txt", "https://h/${V}/value.txt"),
+        ("https://h/d/e?f=g.txt", "https://h/d/*.txt", "https://h/d/e?f=g.txt"),
+        ("texts/d?e=f.txt", "abfs://texts@account/", "texts/d?e=f.txt"),
+        ("/value/value.txt", "/${V}", "/value/value.txt"),
+    ],
+)
+def test_in_a_path_only_the_address_is_concealed(path: str, given: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("V", "value")
+    assert as_given(path, given) == told
 
 
 def test_no_secret_renames_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
