@@ -77,6 +77,8 @@ def run_jobs(begin: Callable[[], Callable[[J, Tell], R]], jobs: Sequence[J], wor
     Raises:
         DataError: from a job, or because a worker was killed. The other jobs are given up.
     """
+    if not jobs:  # `begin` may be dear: it loads a tokenizer and checks an encoder
+        return
     if workers == 1 or len(jobs) <= 1:
         work = begin()
         for job in jobs:

@@ -241,3 +241,12 @@ def test_who_stops_listening_stops_the_workers(tmp_path: Path) -> None:
     results.close()  # type: ignore[attr-defined]  # it is a generator
     assert len(pids(tmp_path)) == 2
     assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+def test_without_jobs_nothing_is_begun() -> None:
+    def begin() -> Callable[[int, Tell], int]:
+        raise AssertionError("begun")
+
+    assert list(run_jobs(begin, [], 4, lambda _: None)) == []
+    with pytest.raises(AssertionError, match="begun"):  # what has a job begins
+        list(run_jobs(begin, [1], 4, lambda _: None))
