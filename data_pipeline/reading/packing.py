@@ -6,6 +6,7 @@ once. The last sequence is filled up with end-of-text tokens under a document id
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,7 +71,10 @@ def read_concatenated(sources: Sequence[ShardSet], rows: Sequence[tuple[int, int
     for row, (source, start) in enumerate(rows):
         shards, done, whole = sources[source], 0, len(starts)
         try:
-            for file, low, high in shards.spans(min(start, shards.n_tokens), min(start + seq_len + 1, shards.n_tokens)):
+            end = start + seq_len + 1
+            if end > shards.n_tokens:
+                start, end = min(start, shards.n_tokens), shards.n_tokens
+            for file, low, high in shards.spans(start, end):
                 tokens[row, done : done + high - low] = file.tokens(low, high)
                 starts.append(near := file.starts_near(low, high))
                 places += (len(near), file.itemsize, row * seq_len + done - low, row * seq_len)
@@ -100,27 +104,36 @@ def number_documents(cuts: NDArray[np.int64], rows: int, seq_len: int) -> NDArra
         seq_len: their length.
     """
     starts, lengths = _runs(cuts, rows, seq_len)
-    first_of_row = starts.searchsorted(np.arange(0, rows * seq_len, seq_len))
+    first_of_row = starts.searchsorted(_edges(rows, seq_len)[:-1])
     ids = np.arange(len(starts)) - first_of_row[starts // seq_len]
     return ids.astype(np.int32).repeat(lengths).reshape(rows, seq_len)
 
 
 def _runs(cuts: NDArray[np.int64], rows: int, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(starts, lengths) of what `rows` rows, one after the other, are cut into at these places and where a row starts."""
-    starts = np.concatenate((np.arange(0, rows * seq_len + 1, seq_len), cuts))
+    starts = np.concatenate((_edges(rows, seq_len), cuts))
     starts.sort()
     lengths = starts[1:] - starts[:-1]
     once = lengths.nonzero()[0]
     return starts[once], lengths[once]
 
 
+@functools.lru_cache(maxsize=8)
+def _edges(rows: int, seq_len: int) -> NDArray[np.int64]:
+    """Where each of `rows` rows begins, one after the other, and where the last one ends. Nobody writes into it."""
+    return np.arange(0, rows * seq_len + 1, seq_len)
+
+
 def _cuts(starts: list[NDArray[np.int64]], places: list[int], seq_len: int) -> NDArray[np.int64]:
     """The document starts near some places as `number_documents` wants them; what lies outside of a row is moved to its edge."""
     each = np.array(places).reshape(-1, 4)
     itemsize, shift, low = each.repeat(each[:, 0], axis=0).T[1:]
-    cuts: NDArray[np.int64] = np.concatenate(starts) // itemsize + shift
+    cuts = np.concatenate(starts)
+    cuts //= itemsize
+    cuts += shift
     np.maximum(cuts, low, out=cuts)
-    np.minimum(cuts, low + seq_len, out=cuts)
+    low += seq_len
+    np.minimum(cuts, low, out=cuts)
     return cuts
 
 
