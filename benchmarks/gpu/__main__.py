@@ -31,8 +31,10 @@ SITE = WHEELS / "site"
 INSTALLED = SITE / ".installed"
 """Written when all wheels are in `SITE`."""
 
-NEEDED = ("torch", "numpy", "pydantic", "yaml", "typer", "rich", "tokenizers", "gigatoken", "fsspec", "pyarrow", "zstandard", "xxhash")
-NEEDED_TOO = ("safetensors", "plotly", "pytest", "pytest_timeout")
+NEEDED = (
+    *("torch", "numpy", "pydantic", "yaml", "typer", "rich", "tokenizers", "gigatoken", "fsspec", "pyarrow", "zstandard", "xxhash"),
+    *("safetensors", "plotly", "pytest", "pytest_timeout"),
+)
 """What the stages import. `make gpu-wheels` brings those that a stock image with PyTorch lacks."""
 
 GRACE = 5.0
@@ -88,7 +90,10 @@ STAGES = (
 
 
 def install_wheels() -> None:
-    """Put the wheels that were brought along into `.wheels/site`, once, and let every stage find them there."""
+    """Put the wheels that were brought along into `.wheels/site`, once, and let every stage find them there.
+
+    Only for a Python that lacks packages: they are built for one version, and would hide what another one has.
+    """
     wheels = sorted(WHEELS.glob("*.whl"))
     newest = max((wheel.stat().st_mtime for wheel in wheels), default=0.0)
     if wheels and (not INSTALLED.is_file() or INSTALLED.stat().st_mtime < newest):
@@ -98,18 +103,18 @@ def install_wheels() -> None:
         if done.returncode:
             sys.exit(f"gpu-check: the wheels in {WHEELS} could not be installed (see above)")
         INSTALLED.touch()
-    if SITE.is_dir():
+    if INSTALLED.is_file():
         sys.path.insert(0, str(SITE))
 
 
 def missing_packages() -> list[str]:
     """Packages that the stages import and that are not there."""
-    return [name for name in NEEDED + NEEDED_TOO if find_spec(name) is None]
+    return [name for name in NEEDED if find_spec(name) is None]
 
 
 def environment_of_stages(out: Path, *, small: bool = False) -> dict[str, str]:
     """Variables of every stage. The user's own come first."""
-    path = os.pathsep.join(part for part in (str(SITE) if SITE.is_dir() else "", os.environ.get("PYTHONPATH", "")) if part)
+    path = os.pathsep.join(part for part in (str(SITE) if str(SITE) in sys.path else "", os.environ.get("PYTHONPATH", "")) if part)
     defaults = {
         "GLOO_SOCKET_IFNAME": "lo",  # all ranks are on this machine, whose own name may not resolve
         "NCCL_SOCKET_IFNAME": "lo",
@@ -188,7 +193,8 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="run every stage small, on a CPU")
     options = parser.parse_args()
     began = time.monotonic()
-    install_wheels()
+    if missing_packages():
+        install_wheels()
     if missing := missing_packages():
         print(
             f"gpu-check: {sys.executable} has no {', '.join(missing)}; bring them as wheels (`make gpu-wheels` where there is a network, "

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.stage import StageContext
 from pretrain.report.records import read_events, read_metrics
 
 STOP_AFTER, STEPS = 40, 120
@@ -36,7 +36,7 @@ def run(*words: str, stop: tuple[Path, int] | None = None) -> tuple[int, float]:
 
 
 def main() -> None:
-    stage = Stage(__doc__)
+    stage = StageContext(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         run_dir, data = Path(folder, "run"), Path(folder, "data")
         library = sysconfig.get_paths()["stdlib"]

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import machine
-from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.stage import StageContext
+from parallel.world import World, start
 from pretrain.hardware import find_accelerator
 from pretrain.model.kernels import flash_attn_version
 
@@ -51,12 +52,10 @@ def driver() -> str | None:
 def group_of_one(device: torch.device) -> float:
     """Seconds to start the group that a training process starts, and to add up a number in it."""
     began = time.monotonic()
-    backend, device_id = ("cpu:gloo,cuda:nccl", torch.device("cuda", 0)) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id, timeout=timedelta(seconds=20))
-    total = torch.ones(1, device=device)
-    dist.all_reduce(total)
-    assert total.item() == 1
-    dist.destroy_process_group()
+    with start(World.from_environment(), device.type, even_alone=True):
+        total = torch.ones(1, device=device)
+        dist.all_reduce(total)
+        assert total.item() == 1
     return time.monotonic() - began
 
 
@@ -81,7 +80,7 @@ def two_gloo_ranks() -> float:
 
 
 def main() -> None:
-    stage = Stage(__doc__)
+    stage = StageContext(__doc__)
     stage.row(what="gloo, two processes over loopback", seconds=two_gloo_ranks())  # first: forking is not safe once CUDA is in use
     versions = {name.replace("-", "_"): version_of(name) for name in PACKAGES}
     stage.row(what="software", **machine(), **versions, compiler=shutil.which("g++"), driver=driver(), kernel=platform.release())

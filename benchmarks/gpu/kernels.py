@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import matmul_peak
-from benchmarks.gpu.stage import Stage, loss_in_chunks, seconds_of
+from benchmarks.gpu.stage import MEAN_DOCUMENT, StageContext, loss_in_chunks, seconds_of
 from pretrain.config import ModelConfig
 from pretrain.model import loss
 from pretrain.model.attention import attention, document_mask
@@ -43,15 +43,12 @@ SMALL = Sizes(rows=256, seq_len=128, width=64, hidden=128, heads=4, kv_heads=2, 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [B, S, H, K], k and v [B, S, G, K] -> [B, S, H, K]."""
 
-MEAN_DOCUMENT = 500
-"""Tokens of a document in packed rows."""
 
-
-def random(stage: Stage, *shape: int) -> Tensor:
+def random(stage: StageContext, *shape: int) -> Tensor:
     return torch.randn(shape, device=stage.device).bfloat16()
 
 
-def products(stage: Stage, sizes: Sizes, peak: float) -> None:
+def products(stage: StageContext, sizes: Sizes, peak: float) -> None:
     """y = x W' for each weight of a block, and the two products of its backward pass."""
     kv_width = sizes.kv_heads * (sizes.width // sizes.heads)
     weights = {
@@ -73,7 +70,7 @@ def products(stage: Stage, sizes: Sizes, peak: float) -> None:
             stage.row(what=f"product {name}, {which}", ms=seconds * 1e3, TFLOPs=rate / 1e12, of_peak=rate / peak)
 
 
-def attention_cases(stage: Stage, sizes: Sizes, peak: float) -> None:
+def attention_cases(stage: StageContext, sizes: Sizes, peak: float) -> None:
     """Forward and backward of every kernel that runs here, at the preset's head width and twice that."""
     for head_dim in (sizes.width // sizes.heads, 2 * sizes.width // sizes.heads):
         H, G = sizes.width // head_dim, max(1, sizes.kv_heads * sizes.width // sizes.heads // head_dim)
@@ -94,7 +91,7 @@ def attention_cases(stage: Stage, sizes: Sizes, peak: float) -> None:
             stage.row(what=label, ms=seconds * 1e3, **rates)
 
 
-def attention_kernels(stage: Stage, config: ModelConfig, B: int, S: int) -> dict[str, Forward]:
+def attention_kernels(stage: StageContext, config: ModelConfig, B: int, S: int) -> dict[str, Forward]:
     """Every kernel by name, with the mask of one document a row and of packed rows where it takes one."""
     cuda = stage.device.type == "cuda"
     positions = torch.arange(S, dtype=torch.int32).expand(B, S)
@@ -123,7 +120,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def loss_cases(stage: Stage, sizes: Sizes, peak: float) -> None:
+def loss_cases(stage: StageContext, sizes: Sizes, peak: float) -> None:
     """The output layer with its loss, forward and backward, at each chunk size, and at the one that training takes."""
     hidden = random(stage, sizes.rows, sizes.width).requires_grad_()
     weight = (torch.randn(sizes.vocabulary, sizes.width, device=stage.device) / sizes.width**0.5).bfloat16().requires_grad_()
@@ -152,7 +149,7 @@ def peak_gib(step: Callable[[], object], device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def copy_case(stage: Stage, sizes: Sizes) -> None:
+def copy_case(stage: StageContext, sizes: Sizes) -> None:
     """Memory bandwidth of a large copy on the device."""
     source = random(stage, sizes.copied)
     target = torch.empty_like(source)
@@ -161,7 +158,7 @@ def copy_case(stage: Stage, sizes: Sizes) -> None:
 
 
 def main() -> None:
-    stage = Stage(__doc__)
+    stage = StageContext(__doc__)
     sizes = SMALL if stage.small else Sizes()
     torch.manual_seed(0)
     peak = matmul_peak(stage.device, torch.bfloat16)

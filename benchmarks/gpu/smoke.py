@@ -6,12 +6,12 @@ import math
 import time
 
 import torch
-import torch.distributed as dist
 
-from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.stage import StageContext
 from benchmarks.gpu.training import Case, config_of, microbatches_of
 from parallel.build import divided
 from parallel.layout import Layout
+from parallel.world import World, start
 from pretrain.train.build import blueprint_of, build_engine, numbers_of
 
 STEPS = 3
@@ -21,7 +21,7 @@ TOLERANCE = 5e-3
 MODEL = ("model.n_layers=2", "model.d_model=256", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=512")
 
 
-def losses(stage: Stage, *, compiled: bool, sharded: bool) -> list[float]:
+def losses(stage: StageContext, *, compiled: bool, sharded: bool) -> list[float]:
     seq_len = 64 if stage.small else 512
     compiled = compiled and not stage.small  # on a CPU the compiler would take most of the time
     case = Case("smoke", preset=None, vocabulary=4096, seq_len=seq_len, rows=2, model=MODEL, compiled=compiled)
@@ -45,16 +45,11 @@ def losses(stage: Stage, *, compiled: bool, sharded: bool) -> list[float]:
 
 
 def main() -> None:
-    stage = Stage(__doc__)
+    stage = StageContext(__doc__)
     eager = losses(stage, compiled=False, sharded=False)
     others = [losses(stage, compiled=True, sharded=False)]
-    cuda = stage.device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(0)
-    backend, device_id = ("cpu:gloo,cuda:nccl", torch.device("cuda", 0)) if cuda else ("gloo", None)
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
-    others += [losses(stage, compiled=compiled, sharded=True) for compiled in (False, True)]
-    dist.destroy_process_group()
+    with start(World.from_environment(), stage.device.type, even_alone=True):
+        others += [losses(stage, compiled=compiled, sharded=True) for compiled in (False, True)]
     worst = max(abs(a - b) / b for other in others for a, b in zip(other, eager, strict=True))
     stage.row(what="largest relative difference of a loss", value=worst, tolerance=TOLERANCE)
     assert worst < TOLERANCE

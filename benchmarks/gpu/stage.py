@@ -15,8 +15,11 @@ import torch
 from benchmarks.common import synchronize
 from pretrain.model import loss
 
+MEAN_DOCUMENT = 500
+"""Tokens of a document in packed rows; a place between tokens begins another one with probability 1 / MEAN_DOCUMENT."""
 
-class Stage:
+
+class StageContext:
     """The options of a stage's command line, and where its results go."""
 
     def __init__(self, description: str | None, add: Callable[[argparse.ArgumentParser], object] = lambda _: None) -> None:

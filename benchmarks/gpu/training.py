@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import matmul_peak, synchronize
-from benchmarks.gpu.stage import Stage, loss_in_chunks
+from benchmarks.gpu.stage import MEAN_DOCUMENT, StageContext, loss_in_chunks
 from data_pipeline.reading.packing import NO_LABEL, Batch
 from parallel.engine import Engine, Microbatch
 from pretrain.config import RunConfig
@@ -33,7 +33,6 @@ from pretrain.train.build import build_engine
 from pretrain.train.feed import microbatches, to_host
 from pretrain.train.resolve import resolve
 
-MEAN_DOCUMENT = 500
 WARM_UP = 2
 """Steps before the timed ones: the first compiles, the second fills the allocator's cache."""
 
@@ -179,7 +178,7 @@ class Engines:
             torch.cuda.empty_cache()
 
 
-def measure(stage: Stage, case: Case, engines: Engines, peak: float, steps: int, folder: Path) -> None:
+def measure(stage: StageContext, case: Case, engines: Engines, peak: float, steps: int, folder: Path) -> None:
     """The row of one case, and its profile if it asks for one."""
     config = config_of(case, stage.device)
     tokens = config.train.micro_batch_size * config.data.seq_len
@@ -224,7 +223,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    stage = Stage(__doc__, add_options)
+    stage = StageContext(__doc__, add_options)
     options = stage.options
     folder = options.profile or (options.rows.parent if options.rows else Path())
     peak = matmul_peak(stage.device, torch.bfloat16, repeats=5)

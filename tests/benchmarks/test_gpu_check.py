@@ -16,6 +16,12 @@ from benchmarks.gpu import __main__ as check
 HOUSE = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def no_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Wheels that were fetched for another machine are not this test's."""
+    monkeypatch.setattr(check, "WHEELS", tmp_path / "wheels")
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *map(str, words)])
     return check.main()
@@ -86,6 +92,16 @@ def test_a_missing_package_is_one_line_with_the_way_out(
     (line,) = capsys.readouterr().err.splitlines()
     assert "has no no_such_package; bring them as wheels (`make gpu-wheels`" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_wheels_are_left_alone_where_nothing_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check.WHEELS.mkdir()
+    (check.WHEELS / "pydantic-0-cp1-cp1-other.whl").write_text("for another Python")
+    monkeypatch.setattr(check, "_sees_gpu", lambda: False)
+    assert run(monkeypatch, "--out", tmp_path / "out") == 0
+    monkeypatch.setattr(check, "NEEDED", (*check.NEEDED, "no_such_package"))
+    with pytest.raises(SystemExit, match="could not be installed"):  # they are tried where something is
+        run(monkeypatch, "--out", tmp_path / "out")
 
 
 def test_without_a_gpu_nothing_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
