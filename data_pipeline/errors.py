@@ -47,6 +47,11 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, without line breaks; the name of its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class StorageError(DataError):
     """A disk, a mount or a permission is in the way: exit code 1. It tells nothing about what the files hold.
 

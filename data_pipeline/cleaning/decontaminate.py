@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.addresses import concealing, fill_in
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, one_line
 from data_pipeline.hashing import hash_ngrams, word_batches
 from data_pipeline.settings import DecontaminateConfig
 from data_pipeline.text.files import SourceFile, describe_paths, file_name, from_library, is_hidden
@@ -151,7 +151,7 @@ def _texts(files: Sequence[SourceFile]) -> Iterator[str]:
                 raise
             other = other_format(file, _ending(file.path)[1:])
             advice = f"; it is {other.name}{'' if other.kind else f': {other.way_out}'}" if other else ""
-            raise DataError(f"{SETTING}: cannot read {file.path}: {' '.join(str(error).split())}{advice}") from error
+            raise DataError(f"{SETTING}: cannot read {file.path}: {one_line(error)}{advice}") from error
 
 
 def _find(given: str) -> tuple[list[SourceFile], list[str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from fsspec.implementations.local import LocalFileSystem
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, one_line
 from data_pipeline.text.sources import Document, decode, document, reading, wanted_columns
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _values(batch: pyarrow.RecordBatch, name: str, path: str) -> list[object]:
     try:
         values: list[object] = column.to_pylist()
     except (ArithmeticError, ValueError, KeyError, NotImplementedError, pyarrow.ArrowException) as error:
-        detail = " ".join(str(error).split())
+        detail = one_line(error)
         raise DataError(
             f"{path}: column {name} of type {column.type} has a value that cannot be read ({detail}); leave it out of metadata_fields "
             f"and id_field"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.addresses import fill_in
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, one_line
 from data_pipeline.text.files import data_set_names
 from data_pipeline.text.sources import Document, document, fields_of, reading, wanted_columns
 
@@ -48,7 +48,7 @@ def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.Ite
             saved = datasets.load_dataset(path, name=source.subset, split=source.split, streaming=source.streaming)
     except Exception as error:  # only datasets' own code runs here; it raises TypeError and KeyError on folders it does not understand
         cause = error.__cause__ or error  # its own error may say no more than that there was one
-        detail = " ".join(str(cause).split()) or type(cause).__name__
+        detail = one_line(cause)
         raise DataError(f"data.sources: cannot open {what}: {detail}; check `paths`, `subset`, `split` and the connection") from error
     if isinstance(saved, dict):
         if source.split not in saved:

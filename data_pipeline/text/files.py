@@ -17,7 +17,7 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from data_pipeline.addresses import as_given, concealing, fill_in
-from data_pipeline.errors import DataError, printable, redact
+from data_pipeline.errors import DataError, one_line, printable, redact
 from data_pipeline.text.walk import NOWHERE, FileInfo, below, find_glob, fixed_part, is_excluded, real_folder, walk
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
     except Exception as error:  # a driver raises what its HTTP client does, see from_library
         if not (isinstance(error, OSError | ValueError) or from_library(error)):
             raise
-        detail = " ".join(str(error).split()) or type(error).__name__
+        detail = one_line(error)
         raise DataError(f"data.sources: cannot read {given}: {detail}; check `paths`, the connection and who may read it") from error
     files: dict[str, tuple[str, FileInfo]] = {}
     others: list[str] = []

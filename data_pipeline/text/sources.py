@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, one_line
 from data_pipeline.text.files import from_library
 from data_pipeline.text.formats import GZIP, HEAD_BYTES, ZSTD, Format, binary_format, encoding_of, format_of
 
@@ -146,7 +146,7 @@ def reading(what: str, file: SourceFile | None = None, kind: str = "") -> Iterat
         found = None if file is None else other_format(file, kind)
         if found is not None:
             raise DataError(f"{what}: cannot be read, it is {found.name}: {found.way_out}") from error
-        detail = " ".join(str(error).split()) or type(error).__name__
+        detail = one_line(error)
         way_out = "restore it, or leave it out with `exclude`"
         raise DataError(f"{what}: cannot be read, it may be corrupt or out of reach ({detail}); {way_out}") from error
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from data_pipeline.cleaning.clean import build_editor, digest_of, read_judged
 from data_pipeline.cleaning.rejects import REJECTS, RejectWriter
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, one_line
 from data_pipeline.records import read_record, write_record
 from data_pipeline.settings import PrepareConfig
 from data_pipeline.storage.manifest import SPLITS, Record
@@ -256,7 +256,7 @@ def _ids(encoder: Encoder, documents: Sequence[Document]) -> tuple[NDArray[np.ui
             raise
         first = documents[0]
         if len(documents) == 1:
-            detail = " ".join(str(error).split()) or type(error).__name__
+            detail = one_line(error)
             raise DataError(
                 f"document {first.id} of source {first.source} cannot be encoded ({detail}); leave it out, or use another data.tokenizer"
             ) from error
