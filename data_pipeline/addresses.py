@@ -65,7 +65,7 @@ def as_given(path: str, given: str) -> str:
 
 
 def concealer(addresses: Iterable[str], environment: Mapping[str, str] = os.environ) -> Callable[[str], str]:
-    """A function that takes the secrets of these addresses out of a text, also where a library tells a password without its address."""
+    """A function that redacts the secrets of these addresses in a text, even where only the password appears without its address."""
     found: dict[str, str] = {}
     for address in addresses:
         named = {environment[name]: f"${{{name}}}" for name in _VARIABLE.findall(address) if name in environment}

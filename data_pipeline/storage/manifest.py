@@ -243,9 +243,9 @@ def _check_names(file: Path, manifest: Manifest) -> None:
 
 
 def check_external(folder: Path, manifest: Manifest, trusted: Sequence[Path] | None) -> None:
-    """DataError where the manifest of the split in `folder` has tokens read in place that lie in none of these folders and files.
+    """Raise DataError if a manifest refers to token files outside of the trusted places.
 
-    None trusts every place.
+    folder: of the split. trusted: folders and files that may be read, beside `folder`; None trusts every place.
     """
     if trusted is None:
         return

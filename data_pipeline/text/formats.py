@@ -1,4 +1,4 @@
-"""What a file holds, told by its first bytes, and what a user can do about a file that is not what its source says."""
+"""Detect a file's format from its first bytes, and say what to do if it is not the format of its source."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def committed(directory: Path) -> list[Path]:
 
 
 def steps_there(directory: Path) -> set[int]:
-    """Steps of which there is a checkpoint, whole or not, or one that was set aside as damaged."""
+    """Steps with a checkpoint on disk: committed ones, valid or not, and those set aside as damaged."""
     return {step_of(path) for path, attempt in _folders(directory) if attempt is None or _is_set_aside(attempt)}
 
 
@@ -166,7 +166,7 @@ def check_name(path: Path) -> None:
 
 
 def _tidy(directory: Path, keep: int) -> list[Path]:
-    """Delete what may go unseen, and return what was set aside as damaged and may go if the newest checkpoint is whole."""
+    """Delete old and unfinished checkpoints. Return the damaged ones, which may be deleted once the newest checkpoint verifies."""
     whole = committed(directory)
     for path in whole[keep:]:
         path.rename(partial_path(directory, step_of(path), f"deleted-{uuid.uuid4().hex[:8]}"))

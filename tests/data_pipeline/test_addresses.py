@@ -165,7 +165,7 @@ def test_every_kind_of_source_is_found_by_variables(tmp_path: Path, monkeypatch:
 
 
 class Vault(MemoryFileSystem):
-    """Takes the user and the password from the address, as ftp and sftp do, and tells them when it fails."""
+    """Read user and password from the address, as ftp and sftp do, and repeat them in every error."""
 
     protocol = "vault"
     store: dict = {}  # noqa: RUF012  # of the class, as in its parent

@@ -89,7 +89,7 @@ def no_weight_pass(patch: pytest.MonkeyPatch) -> None:
 
 
 def naive_norm(patch: pytest.MonkeyPatch) -> None:
-    """Squares are added up in fp32, one after the other, as a CPU does it unless it is told otherwise."""
+    """Sum the squares in fp32, one after the other: a CPU's default."""
     norm = torch._foreach_norm
     patch.setattr(parallel.gradients, "_pieces", lambda gradient: (gradient,))
     patch.setattr(torch, "_foreach_norm", lambda tensors, *_, **__: norm(tensors))
