@@ -70,11 +70,15 @@ def report(title: str, rows: list[dict[str, object]], json_file: Path | None) ->
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     console = Console()
-    console.print(", ".join(f"{key} {value}" for key, value in where.items()), style="dim", highlight=False, soft_wrap=True)
+    console.print(
+        ", ".join(f"{key} {value}" for key, value in where.items()), style="dim", highlight=False, soft_wrap=True
+    )
     console.print(table)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"title": title, "machine": where, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(
+            json.dumps({"title": title, "machine": where, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def _cell(value: object) -> str:

@@ -42,7 +42,10 @@ Figures = dict[str, Any]  # Any: what a case measured goes through JSON
 
 def cpu_seconds() -> float:
     """Of this process and its children that have ended."""
-    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def timed(work: Callable[[], object]) -> Figures:
@@ -85,7 +88,11 @@ def encode_batch_fast(folder: Path) -> Figures:
 
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = texts_of(folder, "part")
-    return timed(lambda: [backend.encode_batch_fast(texts[i : i + 100], add_special_tokens=False) for i in range(0, len(texts), 100)])
+    return timed(
+        lambda: [
+            backend.encode_batch_fast(texts[i : i + 100], add_special_tokens=False) for i in range(0, len(texts), 100)
+        ]
+    )
 
 
 def datatrove(folder: Path) -> Figures:
@@ -97,7 +104,9 @@ def datatrove(folder: Path) -> Figures:
     out = folder / "datatrove"
     shutil.rmtree(out, ignore_errors=True)
     reader = JsonlReader(str(folder), glob_pattern="part.jsonl", default_metadata={})
-    tokenizer = DocumentTokenizer(str(out / "tokens"), tokenizer_name_or_path=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
+    tokenizer = DocumentTokenizer(
+        str(out / "tokens"), tokenizer_name_or_path=str(folder / "tokenizer.json"), eos_token="<|endoftext|>"
+    )
     return timed(LocalPipelineExecutor([reader, tokenizer], logging_dir=str(out / "logs")).run)
 
 
@@ -112,7 +121,9 @@ def datasets_map(folder: Path) -> Figures:
         return {"ids": [encoding.ids for encoding in backend.encode_batch_fast(rows["text"], add_special_tokens=False)]}
 
     def work() -> None:
-        rows = datasets.load_dataset("json", data_files=str(folder / "part.jsonl"), split="train", cache_dir=tempfile.mkdtemp(dir=folder))
+        rows = datasets.load_dataset(
+            "json", data_files=str(folder / "part.jsonl"), split="train", cache_dir=tempfile.mkdtemp(dir=folder)
+        )
         rows.map(encode, batched=True, remove_columns=["text"]).save_to_disk(tempfile.mkdtemp(dir=folder))
 
     return timed(work)
@@ -177,7 +188,15 @@ def write_set(folder: Path, shards: dict[str, int], write: Callable[[Path, str],
             )
         )
     recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=False, listings=(), lists="", made_with={})
-    manifest = Manifest(split="train", splits=("train",), vocab_size=60_000, eot_id=0, tokenizer="", recipe=recipe, sources=tuple(sources))
+    manifest = Manifest(
+        split="train",
+        splits=("train",),
+        vocab_size=60_000,
+        eot_id=0,
+        tokenizer="",
+        recipe=recipe,
+        sources=tuple(sources),
+    )
     (split / MANIFEST).write_bytes(manifest.to_bytes())
     return split
 
@@ -315,13 +334,25 @@ def reading_rows(folder: Path) -> Iterator[dict[str, object]]:
     """A row for each claim about reading."""
     read, large = measure("gather", folder), measure("large", folder)
     yield {"reading": "bare memmap gather, M tokens/CPU-s", "value": read["gather"] / 1e6, "wanted": ""}
-    yield {"reading": "batches with labels and document ids, M tokens/CPU-s", "value": read["batches"] / 1e6, "wanted": ""}
+    yield {
+        "reading": "batches with labels and document ids, M tokens/CPU-s",
+        "value": read["batches"] / 1e6,
+        "wanted": "",
+    }
     yield {"reading": "ratio", "value": read["batches"] / read["gather"], "wanted": ">= 0.25"}
     name = f"{large['documents'] / 1e6:.0f}M documents, {large['tokens'] / 1e9:.0f}B tokens"
     yield {"reading": f"opening {name}, ms", "value": large["open_ms"], "wanted": "< 50"}
     yield {"reading": f"opening {name}, growth in MB", "value": large["growth_mb"], "wanted": "< 50"}
-    yield {"reading": "order of first, middle and last batch of 20 epochs, ms, median", "value": median(large["order_ms"]), "wanted": ""}
-    yield {"reading": "order of first, middle and last batch of 20 epochs, ms, worst", "value": max(large["order_ms"]), "wanted": "< 5"}
+    yield {
+        "reading": "order of first, middle and last batch of 20 epochs, ms, median",
+        "value": median(large["order_ms"]),
+        "wanted": "",
+    }
+    yield {
+        "reading": "order of first, middle and last batch of 20 epochs, ms, worst",
+        "value": max(large["order_ms"]),
+        "wanted": "< 5",
+    }
 
 
 def main() -> None:
@@ -331,7 +362,9 @@ def main() -> None:
     command_line = parser(__doc__)
     command_line.add_argument("--mb", type=float, default=100, help="megabytes of text to tokenize")
     command_line.add_argument("--rounds", type=int, default=3)
-    command_line.add_argument("--folder", type=Path, help="where to work and leave everything; default: a temporary folder")
+    command_line.add_argument(
+        "--folder", type=Path, help="where to work and leave everything; default: a temporary folder"
+    )
     arguments = command_line.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)

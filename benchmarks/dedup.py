@@ -101,7 +101,13 @@ def curve(documents: int, pairs: int, config: DedupConfig, folder: Path) -> list
         )
     alone = np.delete(dropped, np.concatenate([numbers.ravel() for numbers in planted.values()]))
     return [
-        {"jaccard": 0.0, "documents": len(alone), "found": float(alone.mean()), "theory": 0.0, "curve": bar(float(alone.mean()), 0)},
+        {
+            "jaccard": 0.0,
+            "documents": len(alone),
+            "found": float(alone.mean()),
+            "theory": 0.0,
+            "curve": bar(float(alone.mean()), 0),
+        },
         *rows,
     ]
 
@@ -115,8 +121,14 @@ def bar(found: float, theory: float) -> str:
 
 def cost(config: DedupConfig, folder: Path) -> list[dict[str, object]]:
     """CPU seconds and the peak of what numpy and Python hold, stage by stage."""
-    source = [file.read_text("utf-8", errors="replace") for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))[:3000]]
-    rng, words = np.random.default_rng(3), np.array([word for text in source[:300] for word in text.split() if word.isalpha()])
+    source = [
+        file.read_text("utf-8", errors="replace")
+        for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))[:3000]
+    ]
+    rng, words = (
+        np.random.default_rng(3),
+        np.array([word for text in source[:300] for word in text.split() if word.isalpha()]),
+    )
     prose = [" ".join(rng.choice(words, 600).tolist()) for _ in range(5000)]
     evaluation = folder / "evaluation.txt"
     evaluation.write_text(" ".join(prose[:500]), encoding="utf-8")
@@ -133,7 +145,9 @@ def cost(config: DedupConfig, folder: Path) -> list[dict[str, object]]:
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         for stage, work in stages.items():
             seconds, peak = measured(partial(work, texts))
-            rows.append({"stage": stage, "text": kind, "MB": megabytes, "MB_per_cpu_s": megabytes / seconds, "peak_MB": peak})
+            rows.append(
+                {"stage": stage, "text": kind, "MB": megabytes, "MB_per_cpu_s": megabytes / seconds, "peak_MB": peak}
+            )
     return rows
 
 
@@ -146,7 +160,12 @@ def cost_of_comparing(config: DedupConfig, folder: Path, documents: int = 2_000_
         files.append(folder / f"{start:08d}.random")
         write_signatures(files[-1], columns[:, 0], columns[:, 1:], np.ones(len(columns), np.bool_))
     seconds, peak = measured(lambda: find_duplicates(files, ["random"] * len(files), config), repeats=1)
-    return {"stage": f"compare {documents:,} documents", "text": f"memory_mb={config.memory_mb:g}", "cpu_s": seconds, "peak_MB": peak}
+    return {
+        "stage": f"compare {documents:,} documents",
+        "text": f"memory_mb={config.memory_mb:g}",
+        "cpu_s": seconds,
+        "peak_MB": peak,
+    }
 
 
 def measured(work: Callable[[], object], repeats: int = 3) -> tuple[float, float]:
@@ -174,7 +193,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         rows = curve(options.documents, options.pairs, config, Path(name))
         half = f"half are found at J={threshold(config.bands, config.rows):.3f}"
-        report(f"MinHash on {options.documents:,} documents, {config.bands} bands of {config.rows}: {half}", rows, options.json)
+        report(
+            f"MinHash on {options.documents:,} documents, {config.bands} bands of {config.rows}: {half}",
+            rows,
+            options.json,
+        )
         rows = [*cost(config, Path(name)), cost_of_comparing(config, Path(name))]
         second = options.json and options.json.with_stem(f"{options.json.stem}-cost")
         report("What it costs, one process", rows, second)

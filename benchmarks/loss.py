@@ -23,7 +23,9 @@ from pretrain.model.loss import linear_cross_entropy
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "pretrain": lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels).total,
-    "materialised": lambda hidden, weight, labels: F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum"),
+    "materialised": lambda hidden, weight, labels: F.cross_entropy(
+        (hidden @ weight.T).float(), labels, reduction="sum"
+    ),
 }
 
 STATUS = Path("/proc/self/status")
@@ -74,7 +76,9 @@ def main() -> None:
     options = arguments.parse_args()
     V, S, D = options.vocabulary, options.sequence, options.width
     if not torch.cuda.is_available() and not STATUS.exists():
-        print(f"No measurement: there is neither CUDA nor {STATUS}, and nothing else here tells the peak of the memory.")
+        print(
+            f"No measurement: there is neither CUDA nor {STATUS}, and nothing else here tells the peak of the memory."
+        )
         return
     if options.only:
         print(*measure(options.only, V, S, D))
@@ -95,7 +99,11 @@ def main() -> None:
                 "seconds": float(seconds),
             }
         )
-    report(f"Loss over V={V:,}, S={S:,}, B=1, D={D:,}, bf16; fp32 logits + gradient are {limit / 1e6:,.0f} MB", rows, options.json)
+    report(
+        f"Loss over V={V:,}, S={S:,}, B=1, D={D:,}, bf16; fp32 logits + gradient are {limit / 1e6:,.0f} MB",
+        rows,
+        options.json,
+    )
 
 
 if __name__ == "__main__":

@@ -47,10 +47,24 @@ CPU = torch.device("cpu")
 ROWS, SEQ_LEN, VOCABULARY = 8, 64, 160
 CLIP = 1.0
 MODEL = (
-    *("model.n_layers=4", "model.d_model=64", "model.n_heads=8", "model.n_kv_heads=4", "model.head_dim=8", "model.d_ff=96"),
+    *(
+        "model.n_layers=4",
+        "model.d_model=64",
+        "model.n_heads=8",
+        "model.n_kv_heads=4",
+        "model.head_dim=8",
+        "model.d_ff=96",
+    ),
     *(f"model.vocab_size={VOCABULARY}", "model.max_seq_len=64", "model.qk_norm=true", "model.qkv_bias=true"),
     *("train.device=cpu", "train.precision=fp32", "train.compile=false", "train.attention=sdpa"),
-    *("optim.lr=1e-3", "optim.eps=1e-5", f"optim.clip={CLIP}", "train.z_loss=1e-4", f"data.seq_len={SEQ_LEN}", f"train.batch_size={ROWS}"),
+    *(
+        "optim.lr=1e-3",
+        "optim.eps=1e-5",
+        f"optim.clip={CLIP}",
+        "train.z_loss=1e-4",
+        f"data.seq_len={SEQ_LEN}",
+        f"train.batch_size={ROWS}",
+    ),
 )
 DEEP = ("model.n_layers=8",)
 UNEVEN = ("model.n_layers=5",)
@@ -82,7 +96,11 @@ class Case:
     def name(self) -> str:
         """The layout and what is special about it."""
         layout, plain = self.layout, Layout()
-        how = [f"{key}={getattr(layout, key)}" for key in ("zero", "schedule", "context_method", "reshard_to") if _matters(layout, key)]
+        how = [
+            f"{key}={getattr(layout, key)}"
+            for key in ("zero", "schedule", "context_method", "reshard_to")
+            if _matters(layout, key)
+        ]
         how += [key for key in ("sequence", "replicate_kv") if getattr(layout, key)]
         how += [f"stages_per_rank={layout.stages_per_rank}"] if layout.stages_per_rank > plain.stages_per_rank else []
         words = [word.split(".")[-1] for word in (*self.words, *self.own)]
@@ -95,7 +113,12 @@ class Case:
 
 
 def _matters(layout: Layout, key: str) -> bool:
-    axis = {"zero": layout.shard, "schedule": layout.pipeline, "context_method": layout.context, "reshard_to": layout.reshard_to or 1}
+    axis = {
+        "zero": layout.shard,
+        "schedule": layout.pipeline,
+        "context_method": layout.context,
+        "reshard_to": layout.reshard_to or 1,
+    }
     return axis[key] > 1
 
 
@@ -142,7 +165,9 @@ def cases() -> list[Case]:
     for schedule in ("gpipe", "1f1b"):
         found += [Case(Layout(pipeline=n, schedule=schedule), UNEVEN if n == 2 else (), micro_batch=1) for n in (2, 4)]
     for schedule in ("interleaved", "interleaved_zero_bubble", "zbv"):
-        found += [Case(Layout(pipeline=n, schedule=schedule, stages_per_rank=2, zero=2), DEEP, micro_batch=1) for n in (2, 4)]
+        found += [
+            Case(Layout(pipeline=n, schedule=schedule, stages_per_rank=2, zero=2), DEEP, micro_batch=1) for n in (2, 4)
+        ]
     found += [
         Case(Layout(pipeline=2, schedule=schedule, stages_per_rank=k, zero=2), TIED, micro_batch=1)
         for schedule, k in (("1f1b", 1), ("zbv", 2))
@@ -162,14 +187,22 @@ def cases() -> list[Case]:
         Layout(shard=2, tensor=2, sequence=True, pipeline=2),
         Layout(shard=2, tensor=2, pipeline=2, schedule="zbv", stages_per_rank=2),
     ]
-    found += [Case(layout, TIED if layout.pipeline > 1 and layout.tensor > 1 else (), micro_batch=1) for layout in pairs]
+    found += [
+        Case(layout, TIED if layout.pipeline > 1 and layout.tensor > 1 else (), micro_batch=1) for layout in pairs
+    ]
     found += [
         Case(Layout(shard=2), own=("train.recompute=full",)),
         Case(Layout(shard=2, tensor=2, sequence=True), own=("train.recompute=selective",)),
         Case(Layout(tensor=2, context=2), own=("train.recompute=full", "train.recompute_every=2")),
         Case(Layout(pipeline=2, shard=2), TIED, own=("train.recompute=selective",), micro_batch=1),
-        Case(Layout(pipeline=2, schedule="interleaved", stages_per_rank=2, zero=2), own=("train.recompute=full",), micro_batch=1),
-        Case(Layout(pipeline=2, schedule="zbv", stages_per_rank=2, zero=2), own=("train.recompute=full",), micro_batch=1),
+        Case(
+            Layout(pipeline=2, schedule="interleaved", stages_per_rank=2, zero=2),
+            own=("train.recompute=full",),
+            micro_batch=1,
+        ),
+        Case(
+            Layout(pipeline=2, schedule="zbv", stages_per_rank=2, zero=2), own=("train.recompute=full",), micro_batch=1
+        ),
         Case(
             Layout(tensor=2, pipeline=2, schedule="interleaved_zero_bubble", stages_per_rank=2),
             own=("train.recompute=selective",),
@@ -187,7 +220,10 @@ def cases() -> list[Case]:
         Layout(shard=2, tensor=2, sequence=True, pipeline=2),
     ]
     found += [Case(layout, BF16, micro_batch=1) for layout in in_bf16]
-    return found + [Case(layout, MUON, micro_batch=1) for layout in (Layout(shard=2), Layout(tensor=2, sequence=True), Layout(pipeline=2))]
+    return found + [
+        Case(layout, MUON, micro_batch=1)
+        for layout in (Layout(shard=2), Layout(tensor=2, sequence=True), Layout(pipeline=2))
+    ]
 
 
 def batch_of(step: int) -> Batch:
@@ -253,7 +289,9 @@ def course(config: RunConfig, layout: Layout, rank: int, micro_batch: int, steps
         return recorders[0]
 
     build: BuildOptimizer = build_recorder
-    engine = build_engine(replace(blueprint, build_optimizer=build), numbers_of(config), layout=layout, rank=rank, device=CPU)
+    engine = build_engine(
+        replace(blueprint, build_optimizer=build), numbers_of(config), layout=layout, rank=rank, device=CPU
+    )
     mine = (part_of(batch_of(step), layout.data_rank(rank), layout.data, micro_batch) for step in range(steps))
     results = [engine.train_step(microbatches, lr_scale=1.0) for microbatches in mine]
     parameters = {name: whole(parameter) for name, parameter in recorders[0].parameters.items()}
@@ -268,7 +306,9 @@ def alone(words: tuple[str, ...], steps: int) -> Course:
 
 def on_rank(case: Case, steps: int) -> Course | None:
     """What a worker runs. Of ranks that hold the same layers only the first one answers."""
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # it minds how whole tensors are put together
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(
+        logging.ERROR
+    )  # it minds how whole tensors are put together
     rank = torch.distributed.get_rank()
     at = case.layout.coordinates(rank)
     trained = course(config_of([*case.words, *case.own]), case.layout, rank, case.micro_batch, steps)
@@ -304,7 +344,9 @@ def _distances(stages: Sequence[Mapping[str, Tensor]], expected: Mapping[str, Te
     found = [(name, tensor) for stage in stages for name, tensor in stage.items()]
     if {name for name, _ in found} != expected.keys():
         return [float("inf")]
-    return [((tensor - expected[name]).norm() / expected[name].norm().clamp(min=1e-12)).item() for name, tensor in found]
+    return [
+        ((tensor - expected[name]).norm() / expected[name].norm().clamp(min=1e-12)).item() for name, tensor in found
+    ]
 
 
 def run(case: Case, pool: WorkerPool, steps: int) -> Row:
@@ -324,10 +366,15 @@ def table(rows: Sequence[Row], steps: int) -> str:
     assert __doc__ is not None
     title, _, rest = __doc__.partition("\n\n")
     head = [f"# {title}", "", rest.partition("    python")[0].strip(), ""]
-    head += [f"{sum(row.holds for row in rows)} of {len(rows)} layouts hold, over {steps} steps, torch {torch.__version__}.", ""]
+    head += [
+        f"{sum(row.holds for row in rows)} of {len(rows)} layouts hold, over {steps} steps, torch {torch.__version__}.",
+        "",
+    ]
     lines = ["| layout | loss | gradients | norm | parameters | |", "|---|---|---|---|---|---|"]
     for row in rows:
-        errors = " | ".join(f"{error:.1e}" for error in (row.loss_error, row.gradient_error, row.norm_error, row.parameter_error))
+        errors = " | ".join(
+            f"{error:.1e}" for error in (row.loss_error, row.gradient_error, row.norm_error, row.parameter_error)
+        )
         lines.append(f"| {row.layout} | {errors} | {'holds' if row.holds else 'FAILS'} |")
     return "\n".join([*head, *lines, "", "Made by `python -m benchmarks.parity --table docs/parity.md`.", ""])
 
@@ -342,7 +389,9 @@ def main() -> int:
     torch.set_num_threads(1)
     chosen = [case for case in cases() if all(word in case.name.split() for word in options.only)]
     if not chosen:
-        arguments.error(f"no case has all of the words {' '.join(options.only)}; words are such as pipeline=2 or schedule=zbv")
+        arguments.error(
+            f"no case has all of the words {' '.join(options.only)}; words are such as pipeline=2 or schedule=zbv"
+        )
     rows = []
     with WorkerPool() as pool:
         for case in chosen:

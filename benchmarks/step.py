@@ -25,7 +25,16 @@ from pretrain.model.kernels import choose_backend
 from pretrain.train.build import DTYPES, build_engine
 
 SHAPES = {
-    "cpu": {"d_model": 384, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2, "d_ff": 1024, "vocab_size": 8192, "seq_len": 512, "batch": 8},
+    "cpu": {
+        "d_model": 384,
+        "n_layers": 6,
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "d_ff": 1024,
+        "vocab_size": 8192,
+        "seq_len": 512,
+        "batch": 8,
+    },
     "cuda": {
         "d_model": 1024,
         "n_layers": 24,
@@ -44,7 +53,9 @@ WARM_UP = 3
 
 def our_config(shape: dict[str, int], device: str, precision: str) -> RunConfig:
     """The shape as a resolved config."""
-    attention, _ = choose_backend(device, precision=precision, compiled=True, head_dim=shape["d_model"] // shape["n_heads"])
+    attention, _ = choose_backend(
+        device, precision=precision, compiled=True, head_dim=shape["d_model"] // shape["n_heads"]
+    )
     model = {key: shape[key] for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab_size")}
     return validate(
         {
@@ -81,7 +92,9 @@ def their_step(config: RunConfig, ids: torch.Tensor) -> Callable[[], float]:
     )
     model = LlamaForCausalLM(llama).to(ids.device, DTYPES[config.train.precision])
     compiled = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=0.1, fused=True
+    )
 
     def step() -> float:
         loss = compiled(input_ids=ids, labels=ids).loss

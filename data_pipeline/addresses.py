@@ -34,7 +34,9 @@ def fill_in(address: str, setting: str = SOURCES, environment: Mapping[str, str]
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in environment:
-            raise DataError(f"{setting}: {address} needs {match[0]}, which the environment does not have; export {match[1]}=...")
+            raise DataError(
+                f"{setting}: {address} needs {match[0]}, which the environment does not have; export {match[1]}=..."
+            )
         return environment[match[1]]
 
     if HIDDEN in secret_parts(address):
@@ -71,7 +73,9 @@ def concealer(addresses: Iterable[str], environment: Mapping[str, str] = os.envi
         named = {environment[name]: f"${{{name}}}" for name in _VARIABLE.findall(address) if name in environment}
         literal = _VARIABLE.sub(lambda match: environment.get(match[1], match[0]), address)
         found |= dict.fromkeys(secret_parts(literal), HIDDEN) | named
-    forms = {form: instead for secret, instead in found.items() for form in (secret, unquote(secret)) if len(form) >= _LEAST}
+    forms = {
+        form: instead for secret, instead in found.items() for form in (secret, unquote(secret)) if len(form) >= _LEAST
+    }
     longest_first = sorted(forms, key=len, reverse=True)
 
     def conceal(text: str) -> str:

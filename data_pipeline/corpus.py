@@ -23,7 +23,15 @@ from data_pipeline.settings import AUTO, DedupConfig, PrepareConfig, SourceConfi
 from data_pipeline.storage.manifest import Recipe
 from data_pipeline.storage.tokenized import describe_tokens, trusted_places
 from data_pipeline.text.chunks import Chunk, cut
-from data_pipeline.text.files import Listing, SourceFile, data_set_names, data_set_version, describe_files, describe_paths, list_source
+from data_pipeline.text.files import (
+    Listing,
+    SourceFile,
+    data_set_names,
+    data_set_version,
+    describe_files,
+    describe_paths,
+    list_source,
+)
 from data_pipeline.tokenizing.tokenizer import document_hash
 
 _CHUNK_BYTES_PER_TOKEN = 3
@@ -81,7 +89,16 @@ class Corpus:
         dedup = config.dedup.model_copy(update={"memory_mb": DedupConfig().memory_mb})
         return Recipe(
             settings=PrepareConfig(
-                **(settings | {"workers": None, "tokenizer": AUTO, "dedup": dedup, "allow_lossy_tokenizer": False, "external": ()})
+                **(
+                    settings
+                    | {
+                        "workers": None,
+                        "tokenizer": AUTO,
+                        "dedup": dedup,
+                        "allow_lossy_tokenizer": False,
+                        "external": (),
+                    }
+                )
             ),
             trained_tokenizer=trained_tokenizer,
             listings=self.listings,
@@ -95,7 +112,10 @@ class Corpus:
 
         It tells a file that was written anew, as far as its file system does; the recipe does not, because equal files give equal bytes.
         """
-        where = [(redact(part.file.path), part.file.name, part.file.size, part.file.version, part.start, part.stop) for part in chunk.parts]
+        where = [
+            (redact(part.file.path), part.file.name, part.file.size, part.file.version, part.start, part.stop)
+            for part in chunk.parts
+        ]
         found = where or self._data_sets[chunk.index][chunk.number]
         return digest(chunk.name, found, self._settings[chunk.index], decides)
 
@@ -106,7 +126,12 @@ class Corpus:
         found: list[list[tuple[str, str, str]]] = []
         for index, paths in enumerate(of_sources):
             with concealing(paths, self.config.list_of(index)):
-                found.append([(path, name, data_set_version(path)) for path, name in zip(paths, data_set_names(paths), strict=True)])
+                found.append(
+                    [
+                        (path, name, data_set_version(path))
+                        for path, name in zip(paths, data_set_names(paths), strict=True)
+                    ]
+                )
         return found
 
     @cached_property
@@ -145,11 +170,15 @@ def find(config: PrepareConfig) -> Corpus:
         DataError: there are none, one has no paths or does not exist, or a filter cannot do its work.
     """
     if not config.sources:
-        raise DataError("data.sources is empty; name the text to prepare, e.g. `sources: [{kind: text, paths: [my/folder]}]`")
+        raise DataError(
+            "data.sources is empty; name the text to prepare, e.g. `sources: [{kind: text, paths: [my/folder]}]`"
+        )
     names = source_names(config)
     for i, (name, source) in enumerate(zip(names, config.all_sources, strict=True)):
         if not source.paths:
-            raise DataError(f"{config.list_of(i)}: {name} of kind {source.kind} has no paths; name its files, folders or globs")
+            raise DataError(
+                f"{config.list_of(i)}: {name} of kind {source.kind} has no paths; name its files, folders or globs"
+            )
     check_filters(config)
     listed = []
     for i, source in enumerate(config.all_sources):

@@ -22,7 +22,16 @@ _ONLY_VARIABLES = re.compile(r"(\$\{[A-Za-z_][A-Za-z0-9_]*\})*")
 DISK_ERRNOS = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-        *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO),
+        *(
+            errno.EIO,
+            errno.ESTALE,
+            errno.ENOTCONN,
+            errno.ENODEV,
+            errno.ENXIO,
+            errno.ETIMEDOUT,
+            errno.EHOSTDOWN,
+            errno.EREMOTEIO,
+        ),
         *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBUSY, errno.ELOOP),
     }
 )

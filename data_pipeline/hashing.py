@@ -91,7 +91,9 @@ def word_batches(texts: Sequence[str], overlap: int) -> Iterator[tuple[int, NDAr
         yield first, *_hash_words(texts[first:])
 
 
-def hash_ngrams(words: NDArray[np.uint64], counts: NDArray[np.int64], n: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+def hash_ngrams(
+    words: NDArray[np.uint64], counts: NDArray[np.int64], n: int
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """(hashes of all runs of n words, how many of them each text has). A text of fewer words has one run: all its words.
 
     Args:
@@ -100,7 +102,9 @@ def hash_ngrams(words: NDArray[np.uint64], counts: NDArray[np.int64], n: int) ->
         n: words in a run.
     """
     grams = np.where(counts > 0, np.maximum(counts - n + 1, 1), 0)
-    shifts = (counts.cumsum() - counts) - (grams.cumsum() - grams)  # from the number of a text's first n-gram to its first word's
+    shifts = (counts.cumsum() - counts) - (
+        grams.cumsum() - grams
+    )  # from the number of a text's first n-gram to its first word's
     starts = np.arange(grams.sum()) + np.repeat(shifts, grams)
     ends = starts + np.repeat(np.minimum(counts, n), grams)
     return _hash_ranges(words, starts, ends), grams
@@ -124,7 +128,9 @@ def _hash_words(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.in
     return _hash_ranges(folded, starts, ends), np.diff(np.searchsorted(starts, bounds))
 
 
-def _hash_ranges(values: NDArray[np.uint64] | NDArray[np.uint32], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.uint64]:
+def _hash_ranges(
+    values: NDArray[np.uint64] | NDArray[np.uint32], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> NDArray[np.uint64]:
     """A hash of each range [start, end) of `values`, which depends on the values in it and on nothing else."""
     up, down = _powers(max(16, len(values).bit_length()))
     prefix = np.empty(len(values) + 1, np.uint64)

@@ -59,9 +59,15 @@ def held_out_warnings(splits: Mapping[str, Manifest], seq_len: int) -> list[str]
         seq_len: `data.seq_len`.
     """
     settings = splits["train"].recipe.settings
-    training, held_out = ({source.name: source for source in splits[split].sources} if split in splits else {} for split in SPLITS[::-1])
+    training, held_out = (
+        {source.name: source for source in splits[split].sources} if split in splits else {} for split in SPLITS[::-1]
+    )
     asked = set(source_names(settings)[len(settings.sources) :])  # named in data.validation
-    asked |= {*held_out, *training} if settings.validation_fraction else {name for name, source in held_out.items() if source.documents}
+    asked |= (
+        {*held_out, *training}
+        if settings.validation_fraction
+        else {name for name, source in held_out.items() if source.documents}
+    )
     told = []
     for name in dict.fromkeys((*training, *held_out)):
         documents, tokens = (held_out[name].documents, held_out[name].tokens) if name in held_out else (0, 0)

@@ -27,7 +27,11 @@ PACKED_TOKENS = 64
 _HEAD_TOKENS = 64
 _TAIL_TOKENS = 16
 
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+_VISIBLE = (
+    {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    | {127: 0x2421}
+    | dict.fromkeys(range(128, 160), 0xFFFD)
+)
 """Control characters of a text become their pictures: nothing that a terminal would obey."""
 
 Decoded = tuple[str | None, ...]
@@ -126,12 +130,16 @@ class SourceDescription:
     @property
     def drops(self) -> dict[str, int]:
         """Documents dropped by reason, the most frequent first; duplicates of whatever source are one reason."""
-        return _most_first((_KINDS.get(reason.partition(": ")[0], reason), count) for reason, count in self._counts("dropped"))
+        return _most_first(
+            (_KINDS.get(reason.partition(": ")[0], reason), count) for reason, count in self._counts("dropped")
+        )
 
     @property
     def changes(self) -> dict[str, int]:
         """Documents that are kept with a remark: repaired or marked, by reason."""
-        return _most_first((f"{what}: {reason}", count) for what in ("repaired", "marked") for reason, count in self._counts(what))
+        return _most_first(
+            (f"{what}: {reason}", count) for what in ("repaired", "marked") for reason, count in self._counts(what)
+        )
 
     @property
     def duplicates(self) -> tuple[Duplicates, ...]:
@@ -142,12 +150,19 @@ class SourceDescription:
             if kind in _KINDS:
                 counts[kind.removesuffix("_of_held_out"), kept_in] += count
         sources = dict.fromkeys(kept_in for _, kept_in in counts)
-        return tuple(Duplicates(self.name, to, counts["exact_duplicate", to], counts["near_duplicate", to]) for to in sources)
+        return tuple(
+            Duplicates(self.name, to, counts["exact_duplicate", to], counts["near_duplicate", to]) for to in sources
+        )
 
     @property
     def in_place(self) -> tuple[int, str] | None:
         """(shards whose tokens are files of others, the folder or file that holds them all); None if all are our own."""
-        files = [shard.external_bin for part in self.splits.values() for shard in part.shards if shard.external_bin is not None]
+        files = [
+            shard.external_bin
+            for part in self.splits.values()
+            for shard in part.shards
+            if shard.external_bin is not None
+        ]
         return (len(files), os.path.commonpath(files)) if files else None
 
     def _counts(self, what: str) -> list[tuple[str, int]]:
@@ -219,7 +234,9 @@ def _most_first(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _describe_source(path: Path, name: str, splits: Mapping[str, Manifest], tokenizer: Tokenizer, samples: int) -> SourceDescription:
+def _describe_source(
+    path: Path, name: str, splits: Mapping[str, Manifest], tokenizer: Tokenizer, samples: int
+) -> SourceDescription:
     parts = {split: source for split, manifest in splits.items() for source in manifest.sources if source.name == name}
     shown = next((split for split, part in parts.items() if part.documents and samples), None)
     documents: tuple[SampleDocument, ...] = ()
@@ -241,7 +258,11 @@ def _length_bins(path: Path, parts: Mapping[str, SourceManifest]) -> tuple[Lengt
             documents += np.bincount(power, minlength=32)
             tokens += np.bincount(power, lengths, minlength=32).astype(np.int64)
     used = np.flatnonzero(documents).tolist()
-    return tuple(LengthBin(1 << k, int(documents[k]), int(tokens[k])) for k in range(used[0], used[-1] + 1)) if used else ()
+    return (
+        tuple(LengthBin(1 << k, int(documents[k]), int(tokens[k])) for k in range(used[0], used[-1] + 1))
+        if used
+        else ()
+    )
 
 
 def _sample(shards: ShardSet, split: str, tokenizer: Tokenizer, number: int) -> SampleDocument:
@@ -266,7 +287,9 @@ def _packed(shards: ShardSet, tokenizer: Tokenizer) -> PackedSequence:
         number = known + piece - int(documents[known_start - start])
         low, high = np.searchsorted(documents, [piece, piece + 1]).tolist()
         first, last = shards.document_span(number)
-        pieces.append(PackedPiece(number, start + low - first, high - low, last - first, _decode(ids[low:high], tokenizer)))
+        pieces.append(
+            PackedPiece(number, start + low - first, high - low, last - first, _decode(ids[low:high], tokenizer))
+        )
     return PackedSequence(start, tuple(pieces), start + PACKED_TOKENS - stop)
 
 

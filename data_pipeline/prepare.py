@@ -25,7 +25,13 @@ from data_pipeline.corpus import Corpus, digest, find, total_bytes
 from data_pipeline.errors import DataError
 from data_pipeline.records import read_record, write_record
 from data_pipeline.settings import AUTO, PrepareConfig
-from data_pipeline.splitting import EVERYTHING, chunks_to_hold_out_from, count_documents, notes_on_held_out, total_by_reason
+from data_pipeline.splitting import (
+    EVERYTHING,
+    chunks_to_hold_out_from,
+    count_documents,
+    notes_on_held_out,
+    total_by_reason,
+)
 from data_pipeline.storage.manifest import MANIFEST, SPLITS, Manifest, Recipe, SourceManifest
 from data_pipeline.storage.prepared import (
     DONE,
@@ -50,7 +56,13 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, sample
 from data_pipeline.workers import Done, Tell, cores, run_jobs
 
 Stage = Literal[
-    "cleaning", "comparing documents", "reading a sample", "counting words", "training the tokenizer", "checking tokens", "tokenizing"
+    "cleaning",
+    "comparing documents",
+    "reading a sample",
+    "counting words",
+    "training the tokenizer",
+    "checking tokens",
+    "tokenizing",
 ]
 
 
@@ -73,7 +85,9 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, progress: OnProgress = lambda _: None) -> Prepared:
+def prepare(
+    path: Path, config: PrepareConfig, *, keep_rejects: bool = False, progress: OnProgress = lambda _: None
+) -> Prepared:
     """Turn the sources into `<path>/train/`, `<path>/validation/` and `<path>/tokenizer.json`.
 
     Args:
@@ -91,7 +105,9 @@ def prepare(path: Path, config: PrepareConfig, *, keep_rejects: bool = False, pr
     if (path / "train" / MANIFEST).is_file():
         check_same_settings(path, corpus.recipe(trained_tokenizer=tokenizer is None), tokenizer)
         tidy(path)
-        more = "; rejects are written only while it is prepared" if keep_rejects and not (path / REJECTS).exists() else ""
+        more = (
+            "; rejects are written only while it is prepared" if keep_rejects and not (path / REJECTS).exists() else ""
+        )
         notes = (f"{path} is prepared already, with these very settings{more}", *_passed_over(corpus))
         return open_prepared(path, notes, trusted_places(config))
     with working_folder(path) as work:
@@ -133,7 +149,9 @@ def _clean(corpus: Corpus, work: Path, progress: OnProgress) -> dict[str, Path]:
     config = corpus.config
     if not corpus.chunks or not needs_cleaning(config):
         return {}
-    decides = digest(config.dedup.model_dump(mode="json", exclude={"memory_mb"}), config.decontaminate, bool(config.validation))
+    decides = digest(
+        config.dedup.model_dump(mode="json", exclude={"memory_mb"}), config.decontaminate, bool(config.validation)
+    )
     jobs = [CleanJob(chunk, corpus.key(chunk, decides)) for chunk in corpus.chunks]
 
     def comparing(share: float) -> None:
@@ -159,7 +177,9 @@ def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: OnPr
     if not texts:
         fraction = config.validation_fraction
         held_out = f" once data.validation_fraction={fraction} of the documents is held out" if fraction else ""
-        raise DataError(f"data.sources hold no text to train a tokenizer on{held_out} {_found_instead(corpus, dropped)}")
+        raise DataError(
+            f"data.sources hold no text to train a tokenizer on{held_out} {_found_instead(corpus, dropped)}"
+        )
     tokenizer = train_tokenizer(_counting(texts, progress), config.vocab_size, file, config.tokenizer_kind)
     write_record(record, "\n".join([f"{key} {tokenizer.fingerprint}", *tokenizer.notes]).encode())
     return tokenizer
@@ -180,7 +200,9 @@ def _counting(texts: Sequence[str], progress: OnProgress) -> Iterator[str]:
     progress(Progress("training the tokenizer", len(texts)))
 
 
-def _kept_documents(corpus: Corpus, verdicts: dict[str, Path], dropped: Counter[str], progress: OnProgress) -> Iterator[Document]:
+def _kept_documents(
+    corpus: Corpus, verdicts: dict[str, Path], dropped: Counter[str], progress: OnProgress
+) -> Iterator[Document]:
     """Training documents of enough chunks, evenly over the sources, for the tokenizer's sample. Counts in `dropped` those left out."""
     chunks = corpus.sampled()
     tell = _counter("reading a sample", chunks, progress)
@@ -194,7 +216,9 @@ def _kept_documents(corpus: Corpus, verdicts: dict[str, Path], dropped: Counter[
                     yield editors[chunk.index](document)[0]
 
 
-def _adopt(corpus: Corpus, work: Path, tokenizer: Tokenizer, progress: OnProgress) -> dict[str, dict[str, SourceManifest]]:
+def _adopt(
+    corpus: Corpus, work: Path, tokenizer: Tokenizer, progress: OnProgress
+) -> dict[str, dict[str, SourceManifest]]:
     """The parts of each source of tokens that are there already. As soon as there is a tokenizer: a wrong one is found in no time."""
     tell, fraction = _counter("checking tokens", None, progress), corpus.config.validation_fraction
     sources = enumerate(zip(corpus.names, corpus.config.all_sources, strict=True))
@@ -204,12 +228,19 @@ def _adopt(corpus: Corpus, work: Path, tokenizer: Tokenizer, progress: OnProgres
         if not source.is_text:
             with concealing(source.paths, corpus.config.list_of(index)):
                 held_out = corpus.is_held_out(index)
-                adopted[name] = adopt(source, name, tokenizer, work, fraction, tell, is_held_out=held_out, trusted=trusted)
+                adopted[name] = adopt(
+                    source, name, tokenizer, work, fraction, tell, is_held_out=held_out, trusted=trusted
+                )
     return adopted
 
 
 def _tokenize(
-    corpus: Corpus, work: Path, tokenizer: Tokenizer, verdicts: dict[str, Path], keep_rejects: bool, progress: OnProgress
+    corpus: Corpus,
+    work: Path,
+    tokenizer: Tokenizer,
+    verdicts: dict[str, Path],
+    keep_rejects: bool,
+    progress: OnProgress,
 ) -> dict[str, ChunkResult]:
     """The result of every chunk, in order. DataError if a split would be empty."""
     config, file = corpus.config, work / "tokenizer.json"
@@ -220,11 +251,20 @@ def _tokenize(
         decides = digest(tokenizer.fingerprint, fraction, config.shard_tokens, keep_rejects)
         return TokenizeJob(chunk, fraction, verdicts.get(chunk.name), corpus.key(chunk, decides))
 
-    jobs = [job(chunk, EVERYTHING if corpus.is_held_out(chunk.index) else config.validation_fraction) for chunk in corpus.chunks]
-    found = {result.chunk: result for result in run_jobs(begin, jobs, _workers(config), _counter("tokenizing", corpus.chunks, progress))}
+    jobs = [
+        job(chunk, EVERYTHING if corpus.is_held_out(chunk.index) else config.validation_fraction)
+        for chunk in corpus.chunks
+    ]
+    found = {
+        result.chunk: result
+        for result in run_jobs(begin, jobs, _workers(config), _counter("tokenizing", corpus.chunks, progress))
+    }
     results = {chunk.name: found[chunk.name] for chunk in corpus.chunks}
     if config.validation_fraction > 0:
-        again = [job(chunk, math.nextafter(results[chunk.name].lowest, 2.0)) for chunk in chunks_to_hold_out_from(corpus, results)]
+        again = [
+            job(chunk, math.nextafter(results[chunk.name].lowest, 2.0))
+            for chunk in chunks_to_hold_out_from(corpus, results)
+        ]
         results |= {result.chunk: result for result in run_jobs(begin, again, _workers(config), lambda _: None)}
     _check_not_empty(corpus, results)
     return results
@@ -266,12 +306,18 @@ def _notes(corpus: Corpus, results: dict[str, ChunkResult]) -> tuple[str, ...]:
     dedup = corpus.config.dedup
     if dedup.minhash:
         half = threshold(dedup.bands, dedup.rows)
-        notes.append(f"near-duplicates: half of the pairs of Jaccard similarity {half:.2f} are found, and more of closer ones")
+        notes.append(
+            f"near-duplicates: half of the pairs of Jaccard similarity {half:.2f} are found, and more of closer ones"
+        )
     evaluation = Contamination.load(corpus.config.decontaminate)
     if evaluation is not None:
-        notes.append(f"compared with {evaluation.n_texts:,} evaluation texts; {evaluation.n_too_short:,} more are too short for that")
+        notes.append(
+            f"compared with {evaluation.n_texts:,} evaluation texts; {evaluation.n_too_short:,} more are too short for that"
+        )
         if evaluation.passed_over:
-            notes.append(f"data.decontaminate.paths: passed over {evaluation.passed_over}: only {', '.join(ENDINGS)} are read there")
+            notes.append(
+                f"data.decontaminate.paths: passed over {evaluation.passed_over}: only {', '.join(ENDINGS)} are read there"
+            )
     return (*notes, *notes_on_held_out(corpus, results))
 
 
@@ -281,7 +327,9 @@ def _in_words(dropped: Mapping[str, int]) -> str:
 
 def _found_instead(corpus: Corpus, dropped: Mapping[str, int]) -> str:
     """What became of the documents where none is left."""
-    return f"(documents read: {_in_words(dropped)}): {corpus}" + (f"; {_CONVERT}" if any(defect in dropped for defect in DEFECTS) else "")
+    return f"(documents read: {_in_words(dropped)}): {corpus}" + (
+        f"; {_CONVERT}" if any(defect in dropped for defect in DEFECTS) else ""
+    )
 
 
 def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
@@ -290,9 +338,15 @@ def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
     own = {chunk.name: results[chunk.name] for chunk in corpus.chunks if not corpus.is_held_out(chunk.index)}
     named = {name: result for name, result in results.items() if name not in own}
     n_train, n_held_out = count_documents(own, "train"), count_documents(own, "validation")
-    if config.validation and all(source.is_text for source in config.validation) and not count_documents(named, "validation"):
+    if (
+        config.validation
+        and all(source.is_text for source in config.validation)
+        and not count_documents(named, "validation")
+    ):
         counts = _in_words(_dropped(named))
-        raise DataError(f"data.validation holds no text to keep (documents read: {counts}); name other text, or leave it out")
+        raise DataError(
+            f"data.validation holds no text to keep (documents read: {counts}); name other text, or leave it out"
+        )
     if any(not source.is_text for source in config.sources):
         return
     if not n_train + n_held_out:
@@ -315,7 +369,11 @@ def _dropped(results: Mapping[str, ChunkResult]) -> dict[str, int]:
 
 
 def _manifests(
-    corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe, results: dict[str, ChunkResult], adopted: dict[str, dict[str, SourceManifest]]
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    results: dict[str, ChunkResult],
+    adopted: dict[str, dict[str, SourceManifest]],
 ) -> list[Manifest]:
     """The manifest of each split, with every source in the order of the config."""
     chunks: list[list[ChunkResult]] = [[] for _ in corpus.names]
@@ -376,7 +434,9 @@ def _join(train: list[SourceManifest], validation: list[SourceManifest]) -> None
     """Nothing is held out: what was dropped from there is counted with the rest."""
     dropped = {source.name: source.dropped for source in validation}
     for i, source in enumerate(train):
-        train[i] = source.model_copy(update={"dropped": total_by_reason([source.dropped, dropped.get(source.name, {})])})
+        train[i] = source.model_copy(
+            update={"dropped": total_by_reason([source.dropped, dropped.get(source.name, {})])}
+        )
 
 
 def _counter(stage: Stage, chunks: Iterable[Chunk] | None, progress: OnProgress) -> Tell:

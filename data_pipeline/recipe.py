@@ -38,7 +38,9 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
     sections["dedup"] = _entries(dedup, "exact", "minhash", *(("ngram", "bands", "rows") if dedup.minhash else ()))
     if dedup.minhash:
         half = threshold(dedup.bands, dedup.rows)
-        sections["dedup"] += (Entry("found", f"half of the pairs of Jaccard similarity {half:.2f}, more of closer ones"),)
+        sections["dedup"] += (
+            Entry("found", f"half of the pairs of Jaccard similarity {half:.2f}, more of closer ones"),
+        )
     sections["decontaminate"] = _entries(clean, "paths", *(("ngram", "action") if clean.paths else ()))
     sections["tokenizer"] = (
         Entry("fingerprint", tokenizer.fingerprint),
@@ -46,7 +48,11 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
         Entry("unknown characters", coverage.describe(), coverage.lossy),
         *((Entry("changes text", "; ".join(coverage.changes), True),) if coverage.changes else ()),
         Entry("made", "trained on these sources" if recipe.trained_tokenizer else "there before"),
-        *(_entries(settings, "tokenizer_kind", "vocab_size", "tokenizer_sample_mb") if recipe.trained_tokenizer else ()),
+        *(
+            _entries(settings, "tokenizer_kind", "vocab_size", "tokenizer_sample_mb")
+            if recipe.trained_tokenizer
+            else ()
+        ),
     )
     sections["shards"] = _entries(settings, "validation_fraction", "shard_tokens")
     sections["made with"] = tuple(Entry(name, version) for name, version in recipe.made_with.items())

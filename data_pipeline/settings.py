@@ -86,7 +86,9 @@ def source_names(config: PrepareConfig) -> tuple[str, ...]:
     for i, source in enumerate(config.all_sources):
         name = source.name or _name_of(source.paths[0] if source.paths else source.kind)
         if name in names:
-            raise DataError(f"{config.setting_of(i)} and {config.setting_of(names.index(name))} are both called {name}; give each a `name`")
+            raise DataError(
+                f"{config.setting_of(i)} and {config.setting_of(names.index(name))} are both called {name}; give each a `name`"
+            )
         names.append(name)
     return tuple(names)
 
@@ -191,7 +193,11 @@ class GopherRepetitionFilter(Settings):
     dup_para_char_frac: float = Field(default=0.2, ge=0)
     """Largest share of characters in such paragraphs."""
 
-    top_n_grams: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[float, Field(ge=0)]], ...] = ((2, 0.2), (3, 0.18), (4, 0.16))
+    top_n_grams: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[float, Field(ge=0)]], ...] = (
+        (2, 0.2),
+        (3, 0.18),
+        (4, 0.16),
+    )
     """Pairs of n and the largest share of characters in the most frequent run of n words; an empty list turns it off."""
 
     dup_n_grams: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[float, Field(ge=0)]], ...] = (

@@ -31,7 +31,9 @@ def chunks_to_hold_out_from(corpus: Corpus, results: Mapping[str, ChunkResult]) 
         return not count_documents(own, "validation") and count_documents(own, "train") > 1
 
     everything = [chunk for chunks in sources.values() for chunk in chunks]
-    missing = [chunks for chunks in sources.values() if is_missing(chunks)] or ([everything] if is_missing(everything) else [])
+    missing = [chunks for chunks in sources.values() if is_missing(chunks)] or (
+        [everything] if is_missing(everything) else []
+    )
     return [min(chunks, key=lambda chunk: results[chunk.name].lowest) for chunks in missing]
 
 
@@ -41,7 +43,9 @@ def notes_on_held_out(corpus: Corpus, results: Mapping[str, ChunkResult]) -> lis
     if not config.validation:
         return []
     dropped = total_by_reason(split.dropped for result in results.values() for split in result.splits.values())
-    exact, near = (sum(count for reason, count in dropped.items() if reason.startswith(f"{kind}: ")) for kind in OF_HELD_OUT)
+    exact, near = (
+        sum(count for reason, count in dropped.items() if reason.startswith(f"{kind}: ")) for kind in OF_HELD_OUT
+    )
     held_out = {chunk.name: results[chunk.name] for chunk in corpus.chunks if corpus.is_held_out(chunk.index)}
     notes = [
         f"compared with {count_documents(held_out, 'validation'):,} held-out documents of data.validation: {exact:,} training documents "

@@ -65,7 +65,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_jobs(begin: Callable[[], Callable[[J, Tell], R]], jobs: Sequence[J], workers: int, progress: Tell) -> Iterator[R]:
+def run_jobs(
+    begin: Callable[[], Callable[[J, Tell], R]], jobs: Sequence[J], workers: int, progress: Tell
+) -> Iterator[R]:
     """Yield the result of each job, in the order in which they finish.
 
     Args:

@@ -23,7 +23,9 @@ from parallel.shard import shard
 from parallel.stages import assign, splits_backward, stages_of
 
 
-def build_engine(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int, device: torch.device) -> TorchEngine:
+def build_engine(
+    blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int, device: torch.device
+) -> TorchEngine:
     """The engine of `rank`, with the initial weights of its parts.
 
     Shapes come first, then how they are split, then memory, then values: no rank ever holds more than its part. With more than one rank
@@ -36,7 +38,9 @@ def build_engine(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank
     return divided(blueprint, numbers, layout=layout, rank=rank, device=device)
 
 
-def one_process(model: nn.Module, compute: Compute, build_optimizer: BuildOptimizer, numbers: Numbers, device: torch.device) -> TorchEngine:
+def one_process(
+    model: nn.Module, compute: Compute, build_optimizer: BuildOptimizer, numbers: Numbers, device: torch.device
+) -> TorchEngine:
     """The engine of a whole model that has its values already: no process group, nothing is divided."""
     masters, refresh = split_masters(model, numbers.dtype)
     optimizer, runner = build_optimizer(masters.items()), OnePart(model, compute)
@@ -50,10 +54,15 @@ def divided(blueprint: Blueprint, numbers: Numbers, *, layout: Layout, rank: int
     ranges = assign(blueprint.n_layers, layout.n_stages, first_cost=blueprint.first_cost, last_cost=blueprint.last_cost)
     parts = {stage: _shapes(blueprint, ranges[stage], numbers, layout) for stage in stages_of(at["pipeline"], layout)}
     # Before they are split: zero bubble changes the class of linear layers, and what splits them makes subclasses of that.
-    stages = {stage: Stage(part, blueprint.compute, layout) for stage, part in parts.items()} if layout.pipeline > 1 else {}
+    stages = (
+        {stage: Stage(part, blueprint.compute, layout) for stage, part in parts.items()} if layout.pipeline > 1 else {}
+    )
     for part in parts.values():
         _split(part, mesh, layout)
-    sharded = [shard(stages.get(stage, part), cast(Part, part).units, mesh, layout, numbers.dtype) for stage, part in parts.items()]
+    sharded = [
+        shard(stages.get(stage, part), cast(Part, part).units, mesh, layout, numbers.dtype)
+        for stage, part in parts.items()
+    ]
     for part in parts.values():
         _give_values(part, blueprint, torch.device("cpu") if layout.offload else device)
     masters, twins = _masters(parts.values())
@@ -106,7 +115,9 @@ def _shapes(blueprint: Blueprint, layers: range, numbers: Numbers, layout: Layou
     with torch.device("meta"):
         part = blueprint.build(layers)
     described = cast(Part, part)
-    recomputed = partial(recompute, described.layers, numbers.recompute, layers.start, numbers.recompute_every, numbers.recompute_keep)
+    recomputed = partial(
+        recompute, described.layers, numbers.recompute, layers.start, numbers.recompute_every, numbers.recompute_keep
+    )
     splits = splits_backward(layout.pipeline, layout.schedule)
     if not splits:
         recomputed()
@@ -120,7 +131,9 @@ def _shapes(blueprint: Blueprint, layers: range, numbers: Numbers, layout: Layou
 def _split(part: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
     """Divide what is computed; what is stored is divided by `shard`."""
     if layout.tensor > 1:
-        tensor.split(part, mesh["tensor"], cast(Part, part).plan, sequence=layout.sequence, replicate_kv=layout.replicate_kv)
+        tensor.split(
+            part, mesh["tensor"], cast(Part, part).plan, sequence=layout.sequence, replicate_kv=layout.replicate_kv
+        )
         if layout.async_tensor:
             tensor.enable_async(mesh["tensor"])
     if layout.context > 1:

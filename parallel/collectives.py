@@ -28,7 +28,9 @@ def exchange(x: Tensor, group: ProcessGroup, split_dim: int, concat_dim: int) ->
     The gradient goes back the same way. Raises ValueError unless the group's size divides `split_dim`.
     """
     if x.shape[split_dim] % group.size():
-        raise ValueError(f"{x.shape[split_dim]} parts along dimension {split_dim} cannot be shared out to {group.size()} ranks")
+        raise ValueError(
+            f"{x.shape[split_dim]} parts along dimension {split_dim} cannot be shared out to {group.size()} ranks"
+        )
     name, size = group.group_name, group.size()
     out: Tensor = _Exchange.apply(x, name, size, split_dim % x.ndim, concat_dim % x.ndim)  # type: ignore[no-untyped-call]  # as above
     return out
@@ -38,7 +40,9 @@ class _Gather(torch.autograd.Function):
     """All-gather, and reduce-scatter for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group_name: str, size: int, dim: int) -> Tensor:  # Any: torch's context takes any attribute
+    def forward(
+        ctx: Any, x: Tensor, group_name: str, size: int, dim: int
+    ) -> Tensor:  # Any: torch's context takes any attribute
         ctx.where = group_name, size, dim
         parts = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group_name)
         return _join(_wait(parts), size, dim)
@@ -56,7 +60,9 @@ class _Exchange(torch.autograd.Function):
     """All-to-all; its gradient is the all-to-all with the dimensions the other way round."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group_name: str, size: int, split_dim: int, concat_dim: int) -> Tensor:  # Any: as above
+    def forward(
+        ctx: Any, x: Tensor, group_name: str, size: int, split_dim: int, concat_dim: int
+    ) -> Tensor:  # Any: as above
         ctx.where = group_name, size, split_dim, concat_dim
         return _all_to_all(x, group_name, size, split_dim, concat_dim)
 

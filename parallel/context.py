@@ -52,7 +52,9 @@ def held(seq_len: int, layout: Layout, context_rank: int) -> Held:
     if chunks == ranks:
         return Held(((context_rank * size, (context_rank + 1) * size),), whole_rows=True)
     mirrored = chunks - 1 - context_rank
-    return Held(((context_rank * size, (context_rank + 1) * size), (mirrored * size, (mirrored + 1) * size)), whole_rows=False)
+    return Held(
+        ((context_rank * size, (context_rank + 1) * size), (mirrored * size, (mirrored + 1) * size)), whole_rows=False
+    )
 
 
 def chunks_of_row(layout: Layout) -> int:
@@ -78,7 +80,9 @@ def split(module: nn.Module, mesh: DeviceMesh, method: str) -> None:
             part.attend = partial(around, part.attend, mesh.get_group())
 
 
-def gathered(attend: Attend, group: ProcessGroup, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object) -> Tensor:
+def gathered(
+    attend: Attend, group: ProcessGroup, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object
+) -> Tensor:
     """Attention of the held queries over the keys and values of whole rows; the mask says where in the row the queries stand."""
     k_BRGK, v_BRGK = _in_order(gather(torch.stack((k_BSGK, v_BSGK))[None], group, 0))  # one message for both
     return attend(q_BSHK, k_BRGK, v_BRGK, mask)
@@ -90,7 +94,9 @@ def _in_order(parts_C2BSGK: Tensor) -> Tensor:
     return torch.cat((*early, *reversed(late.unbind())), dim=2)
 
 
-def exchanged(attend: Attend, group: ProcessGroup, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object) -> Tensor:
+def exchanged(
+    attend: Attend, group: ProcessGroup, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object
+) -> Tensor:
     """Attention of whole rows in this rank's share of the heads. Raises ValueError unless the ranks divide the key/value heads."""
     if k_BSGK.shape[2] % group.size():
         raise ValueError(

@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._guards import active_fake_mode  # private; what is public says only whether some mode of any kind is active
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # documented, under this very name
-from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend "fake" known; there is no public way
+from torch.testing._internal.distributed.fake_pg import (
+    FakeStore,
+)  # importing it makes the backend "fake" known; there is no public way
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from parallel.mesh import forget_meshes
@@ -49,7 +51,9 @@ class _Pretence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped 
         self._fake = fake
 
     # Any: what torch dispatches to a mode, operators and their arguments, has no public type.
-    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # a DTensor: it asks again with its local tensors

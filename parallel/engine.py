@@ -154,7 +154,9 @@ class Numbers:
 class Engine(Protocol):
     """A model and its optimizer on their devices."""
 
-    def train_step(self, microbatches: Sequence[Microbatch], lr_scale: float, asks: Callable[[], bool] = lambda: False) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Microbatch], lr_scale: float, asks: Callable[[], bool] = lambda: False
+    ) -> StepResult:
         """One optimizer step over the global batch, of which each data rank gives its own microbatches, all ranks equally many.
 
         What one rank `asks` for at the end of its passes, all hear of in the result: a request to stop travels with the sums of the step.

@@ -31,7 +31,9 @@ def local_part(parameter: Tensor) -> LocalPart:
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     local = cast(DTensor, parameter.detach()).to_local()
     if tuple(local.shape) != tuple(shape):
-        raise ValueError(f"a part of shape {tuple(local.shape)} is where {parameter.placements} of {tuple(parameter.shape)} puts {shape}")
+        raise ValueError(
+            f"a part of shape {tuple(local.shape)} is where {parameter.placements} of {tuple(parameter.shape)} puts {shape}"
+        )
     return LocalPart(local, tuple(offset), tuple(parameter.shape))
 
 

@@ -21,7 +21,9 @@ def split_masters(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, nn.Pa
         parameter.data = parameter.data.to(dtype)  # new memory: what it had is the master's alone from here on
         parameter.register_post_accumulate_grad_hook(_collect_into(masters[name]))  # type: ignore[no-untyped-call]  # untyped in torch
     copies, originals = list[Tensor](model.parameters()), list[Tensor](masters.values())
-    return masters, lambda: torch._foreach_copy_(copies, originals)  # no public name; a loop of copy_() does the same, slower
+    return masters, lambda: torch._foreach_copy_(
+        copies, originals
+    )  # no public name; a loop of copy_() does the same, slower
 
 
 def _collect_into(master: nn.Parameter) -> Callable[[Tensor], None]:

@@ -55,7 +55,9 @@ def near_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     """
     assert layout.reshard_to is not None
     sizes = (layout.fsdp // layout.reshard_to, layout.reshard_to)
-    near = mesh._get_root_mesh()._unflatten(2, sizes, ("apart", "near"))["apart", "near"]  # private, and by number, as in `build_mesh`
+    near = mesh._get_root_mesh()._unflatten(2, sizes, ("apart", "near"))[
+        "apart", "near"
+    ]  # private, and by number, as in `build_mesh`
     _bound(near)
     return near
 

@@ -85,7 +85,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
         return found
 
     # Any: what torch dispatches to a mode, operators and their arguments, has no public type.
-    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # a DTensor: it asks again with its local tensors
         result = operator(*args, **(kwargs or {}))
@@ -158,7 +160,9 @@ def _whole_gradients(modules: Iterable[FSDPModule], adds_up: bool) -> Iterator[T
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local() would be an operator of its own, seen by meters
+    return (
+        tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    )  # to_local() would be an operator of its own, seen by meters
 
 
 ALL = "all ranks"
@@ -217,7 +221,9 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in
         """{axis: {operation: how often}}."""
 
     # Any: as in Meter.
-    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented
         if operator.namespace in ("c10d", "_c10d_functional"):

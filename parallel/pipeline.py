@@ -54,7 +54,9 @@ class Stage(nn.Module):
         super().__init__()
         self.part = part
         self._compute = compute
-        self.weight_pass = WeightPass(cast(Part, part).layers) if splits_backward(layout.pipeline, layout.schedule) else None
+        self.weight_pass = (
+            WeightPass(cast(Part, part).layers) if splits_backward(layout.pipeline, layout.schedule) else None
+        )
         self._microbatches: Iterator[Microbatch] = iter(())
         self._scale: Tensor | None = None
         self.sums: tuple[Tensor, Tensor] | None = None
@@ -120,7 +122,9 @@ class Pipeline:
         Returns the sums of cross-entropy and z-loss, without `scale`, fp64; zeros on ranks that do not hold the last stage.
         """
         shape = len(microbatches), *microbatches[0].input_ids.shape
-        if self._built is None or self._built[0] != shape:  # only the last one is kept: each holds memory for its activations
+        if (
+            self._built is None or self._built[0] != shape
+        ):  # only the last one is kept: each holds memory for its activations
             self._built = None
             self._built = shape, self._schedule(*shape)
         for stage in self._stages.values():
@@ -192,9 +196,13 @@ class Pipeline:
         return MULTI[self._layout.schedule](list(stages), n_microbatches, loss_fn=_loss, scale_grads=False)
 
     def _activations(self, b: int, S: int, device: torch.device | str | None = None) -> Tensor:
-        return torch.empty(b, S // self._sequence_split, self._width, dtype=self._activation, device=device or self._device)
+        return torch.empty(
+            b, S // self._sequence_split, self._width, dtype=self._activation, device=device or self._device
+        )
 
-    def _transfer(self, direction: Any, activation: Tensor, peer_stage: int) -> dist.P2POp:  # Any: P2POp compares functions by identity
+    def _transfer(
+        self, direction: Any, activation: Tensor, peer_stage: int
+    ) -> dist.P2POp:  # Any: P2POp compares functions by identity
         return dist.P2POp(direction, activation, group=self._group, group_peer=rank_of(peer_stage, self._layout))
 
     def _sums(self) -> tuple[Tensor, Tensor]:
@@ -285,19 +293,28 @@ def order(layout: Layout, n_microbatches: int) -> dict[int, list[Action]]:
     """What each rank of the pipeline does, in its order."""
     p = layout.pipeline
     if layout.schedule in SINGLE:
-        ahead = {rank: n_microbatches if layout.schedule == "gpipe" else min(n_microbatches, p - rank) for rank in range(p)}
+        ahead = {
+            rank: n_microbatches if layout.schedule == "gpipe" else min(n_microbatches, p - rank) for rank in range(p)
+        }
         return {rank: _one_stage(rank, n_microbatches, ahead[rank]) for rank in range(p)}
     # Torch makes the order of all ranks when a schedule is made, for which three numbers of a stage are enough; it has no function for it.
     shape = SimpleNamespace(num_stages=layout.n_stages, group_size=p, group_rank=0, submod=None)
     stages: list[Any] = [shape] * layout.stages_per_rank  # Any: not a stage, see above
     actions = MULTI[layout.schedule](stages, n_microbatches).pipeline_order
     return {
-        rank: [Action(_KINDS[a.computation_type.name], a.stage_index, a.microbatch_index or 0) for a in actions[rank] if a]
+        rank: [
+            Action(_KINDS[a.computation_type.name], a.stage_index, a.microbatch_index or 0) for a in actions[rank] if a
+        ]
         for rank in range(p)
     }
 
 
-_KINDS: dict[str, Kind] = {"FORWARD": "forward", "FULL_BACKWARD": "backward", "BACKWARD_INPUT": "input", "BACKWARD_WEIGHT": "weight"}
+_KINDS: dict[str, Kind] = {
+    "FORWARD": "forward",
+    "FULL_BACKWARD": "backward",
+    "BACKWARD_INPUT": "input",
+    "BACKWARD_WEIGHT": "weight",
+}
 
 
 def _one_stage(stage: int, n_microbatches: int, ahead: int) -> list[Action]:

@@ -43,7 +43,9 @@ OPERATORS: dict[str, frozenset[str]] = {
 """Operators whose results each word of `train.recompute_keep` keeps, by their names in PyTorch's dispatcher."""
 
 
-def recompute(blocks: Sequence[nn.Module], mode: str, first: int = 0, every: int = 1, keep: Collection[str] = ()) -> None:
+def recompute(
+    blocks: Sequence[nn.Module], mode: str, first: int = 0, every: int = 1, keep: Collection[str] = ()
+) -> None:
     """Have every `every`-th block of the model recompute its activations, in place.
 
     Args:
@@ -74,7 +76,11 @@ def _wrapped(forward: Forward, wrap: Callable[..., Tensor]) -> Forward:
 
 
 def _policy(kept: frozenset[str]) -> Callable[..., CheckpointPolicy]:
-    def keep_or_recompute(_: object, operator: Any, *args: object, **options: object) -> CheckpointPolicy:  # Any: an OpOverload, not public
-        return CheckpointPolicy.MUST_SAVE if operator.name().split(".")[0] in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    def keep_or_recompute(
+        _: object, operator: Any, *args: object, **options: object
+    ) -> CheckpointPolicy:  # Any: an OpOverload, not public
+        return (
+            CheckpointPolicy.MUST_SAVE if operator.name().split(".")[0] in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
     return keep_or_recompute

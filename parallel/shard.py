@@ -81,7 +81,13 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout:
     some = layout.reshard_to if layout.zero == 3 and layout.reshard_to != layout.fsdp else None
     with nullcontext() if some is None else _resharded_over(near_mesh(mesh, layout)):
         for unit in units:
-            fully_shard(unit, mesh=data, reshard_after_forward=some or layout.zero == 3, mp_policy=precision, offload_policy=offload)
+            fully_shard(
+                unit,
+                mesh=data,
+                reshard_after_forward=some or layout.zero == 3,
+                mp_policy=precision,
+                offload_policy=offload,
+            )
     fully_shard(root, mesh=data, reshard_after_forward=False, mp_policy=precision, offload_policy=offload)
     # Split modules return views; nothing writes into what a unit returned.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)

@@ -9,7 +9,13 @@ from typing import Literal, NamedTuple
 from parallel.errors import LayoutError
 from parallel.layout import Layout
 
-STAGES_PER_RANK = {"gpipe": (1, 1), "1f1b": (1, 1), "interleaved": (2, None), "interleaved_zero_bubble": (2, None), "zbv": (2, 2)}
+STAGES_PER_RANK = {
+    "gpipe": (1, 1),
+    "1f1b": (1, 1),
+    "interleaved": (2, None),
+    "interleaved_zero_bubble": (2, None),
+    "zbv": (2, 2),
+}
 """Fewest and most stages on a rank, by schedule."""
 
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")

@@ -54,7 +54,9 @@ def split(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str], *, seque
     Raises ValueError for an unknown word, a pattern that finds nothing, a parameter that no pattern finds, and sizes that t cannot divide.
     """
     ranks = _Ranks(mesh, sequence, replicate_kv)
-    classes: dict[tuple[object, ...], type[nn.Module]] = {}  # few: a class of its own for each layer would be compiled anew
+    classes: dict[
+        tuple[object, ...], type[nn.Module]
+    ] = {}  # few: a class of its own for each layer would be compiled anew
     for pattern, word in plan.items():
         if word not in _ROLES:
             raise ValueError(f"the plan says {word!r} for {pattern}; words are {', '.join(_ROLES)}")
@@ -79,7 +81,9 @@ def enable_async(mesh: DeviceMesh) -> None:
     Raises LayoutError off CUDA: there is no symmetric memory.
     """
     if mesh.device_type != "cuda":
-        raise LayoutError(f"parallel.async_tensor=true needs CUDA, and this run is on {mesh.device_type}; set it to false")
+        raise LayoutError(
+            f"parallel.async_tensor=true needs CUDA, and this run is on {mesh.device_type}; set it to false"
+        )
     import torch._inductor.config as inductor  # slow to import, and no public name: the option exists nowhere else in 2.11 to 2.13
 
     inductor._micro_pipeline_tp = True
@@ -110,7 +114,11 @@ class _Ranks:
     def reduce(self, x_BSD: Tensor) -> Tensor:
         """Each rank's addend -> the sum, as it lies between blocks."""
         held: Placement = Shard(1) if self.sequence else Replicate()
-        return DTensor.from_local(x_BSD, self.mesh, [Partial()], run_check=False).redistribute(placements=[held]).to_local()
+        return (
+            DTensor.from_local(x_BSD, self.mesh, [Partial()], run_check=False)
+            .redistribute(placements=[held])
+            .to_local()
+        )
 
 
 class _Role(NamedTuple):
@@ -155,7 +163,9 @@ def _kv_rows(ranks: _Ranks, parent: nn.Module, part: nn.Module) -> _Role:
     if n_heads % n_ranks == 0:
         return _Role(Shard(0), Shard(0))
     if not ranks.replicate_kv or n_ranks % n_heads:
-        raise ValueError(f"{n_heads} key/value heads cannot be shared out to {n_ranks} ranks with replicate_kv={ranks.replicate_kv}")
+        raise ValueError(
+            f"{n_heads} key/value heads cannot be shared out to {n_ranks} ranks with replicate_kv={ranks.replicate_kv}"
+        )
     first = ranks.mesh.get_local_rank() * n_heads // n_ranks * head_dim
     return _Role(Replicate(), Partial(), rows=slice(first, first + head_dim))
 

@@ -19,7 +19,9 @@ from parallel.engine import LossSum
 class LinearLoss(Protocol):
     """A model's loss: hidden states [..., D], output weight [V, D], labels [...], weight of the z-loss -> sums over the labels."""
 
-    def __call__(self, hidden: Tensor, weight_VD: Tensor, labels: Tensor, z_loss: float, /, **options: object) -> LossSum:
+    def __call__(
+        self, hidden: Tensor, weight_VD: Tensor, labels: Tensor, z_loss: float, /, **options: object
+    ) -> LossSum:
         """The option `vocabulary` is a `Part`: the weight then has its rows alone."""
 
 

@@ -61,7 +61,9 @@ class _Product(NamedTuple):
 
     def add(self) -> None:
         grad_OI = self.grad_y.flatten(0, -2).T @ self.x.flatten(0, -2)
-        torch.autograd.backward(self.weight_OI, grad_OI)  # to where the parameter lies, if this is a tensor rank's part of it
+        torch.autograd.backward(
+            self.weight_OI, grad_OI
+        )  # to where the parameter lies, if this is a tensor rank's part of it
 
 
 class _Linear(nn.Linear):

@@ -94,7 +94,9 @@ def start(world: World, device: str, *, even_alone: bool = False) -> Iterator[No
         return
     import torch
     from torch import distributed
-    from torch._C._distributed_c10d import HashStore  # torch.distributed has it too, but does not say so to type checkers
+    from torch._C._distributed_c10d import (
+        HashStore,
+    )  # torch.distributed has it too, but does not say so to type checkers
 
     # A stage that raises would have every rank print the whole schedule; and every rank says how DTensor puts matrices together for Muon.
     logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
@@ -124,7 +126,9 @@ def _allow_files(wanted: int) -> None:
     """Let this process have so many files open, as far as the system allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY != soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 @contextmanager
@@ -145,14 +149,18 @@ def fail_together(world: World, show: Callable[[BaseException], int]) -> Iterato
 
     fate = _Fate.of(world)
     done, failing = threading.Event(), threading.Event()
-    watcher = threading.Thread(target=_end_with_the_others, args=(fate.for_another_thread(), show, done, failing), daemon=True)
+    watcher = threading.Thread(
+        target=_end_with_the_others, args=(fate.for_another_thread(), show, done, failing), daemon=True
+    )
     watcher.start()
     try:
         yield
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # whatever it is, the other ranks must not wait for this one
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that saw another rank end sends it, and would cut the message off
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # a launcher that saw another rank end sends it, and would cut the message off
         code = 1
         failing.set()
         try:
@@ -182,7 +190,9 @@ class _Fate:
         from torch.distributed.rendezvous import rendezvous
 
         store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=5)))
-        fate = cls(world, store, f"fate/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")  # the store may be older than this attempt
+        fate = cls(
+            world, store, f"fate/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        )  # the store may be older than this attempt
         fate.mark("joined", f"{os.getpid()} {_process_namespace()}")
         return fate
 
@@ -227,7 +237,9 @@ class _Fate:
 
     def silent(self) -> list[int]:
         """Ranks that were there, have not left, and do not hear of the failure."""
-        waiting = [rank for rank in range(self.world.size) if self._is_marked("joined", rank) and not self.has_left(rank)]
+        waiting = [
+            rank for rank in range(self.world.size) if self._is_marked("joined", rank) and not self.has_left(rank)
+        ]
         deadline = time.monotonic() + HEARD_WITHIN
         while waiting and not self._are_marked("heard", waiting) and time.monotonic() < deadline:
             time.sleep(self.glance)
@@ -271,7 +283,9 @@ def _tell(fate: _Fate, error: BaseException, show: Callable[[BaseException], int
     """Show the first error, and let the other ranks end."""
     world = fate.world
     error.add_note(f"on rank {world.rank} of {world.size}, {socket.gethostname()}")
-    if isinstance(error, RuntimeError) and (silent := fate.silent()):  # what gloo and NCCL raise when a peer's connection closes
+    if isinstance(error, RuntimeError) and (
+        silent := fate.silent()
+    ):  # what gloo and NCCL raise when a peer's connection closes
         error.add_note(f"rank {', '.join(map(str, silent))} {LOST}")
     code = show(error)
     sys.stdout.flush()
@@ -280,7 +294,9 @@ def _tell(fate: _Fate, error: BaseException, show: Callable[[BaseException], int
     return code
 
 
-def _end_with_the_others(fate: _Fate, show: Callable[[BaseException], int], done: threading.Event, failing: threading.Event) -> None:
+def _end_with_the_others(
+    fate: _Fate, show: Callable[[BaseException], int], done: threading.Event, failing: threading.Event
+) -> None:
     """Thread of every rank: end the process when some rank has failed and shown its error. The main thread may hang anywhere.
 
     A rank that was killed shows none: its neighbour sees that it is gone, and speaks for it. Where connections do not break of themselves,

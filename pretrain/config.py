@@ -165,7 +165,11 @@ class TrainConfig(Settings):
     recompute_every: Annotated[int, MayChange()] = Field(default=1, gt=0)
     """Recompute only in every k-th block; 1 is all of them."""
 
-    recompute_keep: Annotated[tuple[Literal["attention", "matmul", "collective"], ...], MayChange()] = ("attention", "matmul", "collective")
+    recompute_keep: Annotated[tuple[Literal["attention", "matmul", "collective"], ...], MayChange()] = (
+        "attention",
+        "matmul",
+        "collective",
+    )
     """`selective`: operators whose results are kept."""
 
     compile: Annotated[OrAuto[bool], MayChange()] = AUTO

@@ -127,7 +127,9 @@ def dump(config: RunConfig) -> str:
 
 def presets(package: str = "configs") -> list[str]:
     """Names that `load` and `model.preset` find without a path."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in resources.files(package).iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in resources.files(package).iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def _find(name: str, package: str) -> Path:
@@ -144,7 +146,12 @@ def _find(name: str, package: str) -> Path:
 def _read_yaml(path: Path) -> Tree:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # of bytes that are no UTF-8, of numbers of 5,000 digits
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # of bytes that are no UTF-8, of numbers of 5,000 digits
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -235,7 +242,9 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, object]]:
 def _one_line(error: ValidationError) -> str:
     """The first complaint, in the user's words; how many others there are."""
     complaints: dict[str, str] = {}
-    told = [item for item in error.errors() if item["type"] != "default_factory_not_called"]  # follows from another error
+    told = [
+        item for item in error.errors() if item["type"] != "default_factory_not_called"
+    ]  # follows from another error
     for item in sorted(told, key=lambda item: item["type"] != "extra_forbidden"):  # a typo explains what is missing
         key = _key(item["loc"])
         if item["type"] == "extra_forbidden":
@@ -262,10 +271,14 @@ def _did_you_mean(key: str) -> str:
     source = re.match(r"data\.(sources|validation)\.\d+\.", key)
     keys = [source[0] + name for name in SourceConfig.model_fields] if source else [known for known, _ in walk()]
     names = [*keys, *sorted(_SECTIONS)]
-    elsewhere = [known for known in names if known.rpartition(".")[2] == key.rpartition(".")[2]]  # right, in the wrong section
+    elsewhere = [
+        known for known in names if known.rpartition(".")[2] == key.rpartition(".")[2]
+    ]  # right, in the wrong section
     near = elsewhere or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(near)}?"
     section = key.rpartition(".")[0]
-    siblings = sorted({known.split(".")[0] for known in keys} if not section else {k for k in keys if k.startswith(f"{section}.")})
+    siblings = sorted(
+        {known.split(".")[0] for known in keys} if not section else {k for k in keys if k.startswith(f"{section}.")}
+    )
     return f"known are {', '.join(siblings)}" if siblings else "`pretrain config show` lists all"

@@ -58,7 +58,9 @@ class RopeConfig(Settings):
         for high, low in (("high_freq_factor", "low_freq_factor"), ("beta_fast", "beta_slow")):
             above, below = getattr(self, high), getattr(self, low)
             if above <= below:
-                raise ValueError(f"model.rope.{high}={above} must be greater than model.rope.{low}={below}; swap them or change one")
+                raise ValueError(
+                    f"model.rope.{high}={above} must be greater than model.rope.{low}={below}; swap them or change one"
+                )
         return self
 
 
@@ -119,7 +121,9 @@ class ModelConfig(Settings):
     def _heads_fit(self) -> ModelConfig:
         if self.n_heads % self.n_kv_heads:
             fits = ", ".join(str(g) for g in range(1, self.n_heads + 1) if self.n_heads % g == 0)
-            raise ValueError(f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads={self.n_kv_heads}; try {fits}")
+            raise ValueError(
+                f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads={self.n_kv_heads}; try {fits}"
+            )
         if self.head_dim == AUTO:
             if self.d_model % self.n_heads:
                 raise ValueError(
@@ -129,5 +133,7 @@ class ModelConfig(Settings):
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} is odd; RoPE rotates pairs, use an even width")
         if self.head_dim == 2 and self.rope.kind in ("ntk", "dynamic_ntk"):
-            raise ValueError(f"model.head_dim=2 is a single pair, which model.rope.kind={self.rope.kind} cannot stretch; use at least 4")
+            raise ValueError(
+                f"model.head_dim=2 is a single pair, which model.rope.kind={self.rope.kind} cannot stretch; use at least 4"
+            )
         return self

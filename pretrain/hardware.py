@@ -27,7 +27,9 @@ B200 = Accelerator("B200", 2250e12, "NVIDIA DGX B200 datasheet: half of the spar
 GB200 = Accelerator("GB200", 2500e12, "NVIDIA GB200 NVL72 datasheet: half of the sparse 360 PFLOP/s over 72 GPUs")
 MI300X = Accelerator("MI300X", 1307.4e12, "AMD Instinct MI300X datasheet")
 MI325X = Accelerator("MI325X", 1307.4e12, "AMD Instinct MI325X datasheet")
-MI355X = Accelerator("MI355X", 2516.6e12, "AMD Instinct MI355X datasheet: 256 compute units at 2.4 GHz, 4096 FLOP a clock")
+MI355X = Accelerator(
+    "MI355X", 2516.6e12, "AMD Instinct MI355X datasheet: 256 compute units at 2.4 GHz, 4096 FLOP a clock"
+)
 
 BY_NAME = {
     "A100-SXM4-40GB": A100,

@@ -147,7 +147,11 @@ def output_is_extra() -> None:
 def tolerant_console(console: Console) -> Iterator[TolerantStream]:
     """Inside the block, `console` goes quiet instead of raising when its file cannot be written. Gives what it writes to."""
     before = console.file
-    stream = before if isinstance(before, TolerantStream) else TolerantStream(cast("TextIO", before), "the display", needed=False)
+    stream = (
+        before
+        if isinstance(before, TolerantStream)
+        else TolerantStream(cast("TextIO", before), "the display", needed=False)
+    )
     stream.needed = False
     console.file = cast("TextIO", stream)
     try:

@@ -49,7 +49,9 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 300 documents of 2 to 8 simple sentences, the same on every machine."""
     folder, random = tmp_path_factory.mktemp("text"), Random(0)
     for number in range(300):
-        sentences = (f"{random.choice(WHO)} {random.choice(DOES)} {random.choice(WHAT)}.\n" for _ in range(random.randint(2, 8)))
+        sentences = (
+            f"{random.choice(WHO)} {random.choice(DOES)} {random.choice(WHAT)}.\n" for _ in range(random.randint(2, 8))
+        )
         (folder / f"{number:03d}.txt").write_text("".join(sentences))
     return folder
 
@@ -60,7 +62,15 @@ def tiny_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("prepared") / "data"
     source = SourceConfig(kind="text", paths=(str(tiny_text),))
     prepare(
-        path, PrepareConfig(sources=(source,), vocab_size=300, tokenizer_sample_mb=1, validation_fraction=0.1, shard_tokens=4000, workers=1)
+        path,
+        PrepareConfig(
+            sources=(source,),
+            vocab_size=300,
+            tokenizer_sample_mb=1,
+            validation_fraction=0.1,
+            shard_tokens=4000,
+            workers=1,
+        ),
     )
     return path
 
@@ -74,9 +84,22 @@ def tiny_words(tiny_data: Path) -> Callable[..., list[str]]:
             f"run.dir={run_dir}",
             f"data.path={tiny_data}",
             "data.seq_len=32",
-            *("model.n_layers=2", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64", "model.max_seq_len=64"),
+            *(
+                "model.n_layers=2",
+                "model.d_model=32",
+                "model.n_heads=2",
+                "model.n_kv_heads=1",
+                "model.d_ff=64",
+                "model.max_seq_len=64",
+            ),
             *("optim.lr=0.01", "optim.warmup=4"),
-            *("train.steps=40", "train.batch_size=4", "train.device=cpu", "train.precision=fp32", "train.compile=false"),
+            *(
+                "train.steps=40",
+                "train.batch_size=4",
+                "train.device=cpu",
+                "train.precision=fp32",
+                "train.compile=false",
+            ),
             *("eval.every=10", "eval.batches=2", "checkpoint.every=20"),
             *more,
         ]

@@ -46,7 +46,13 @@ def flash_on_a_cpu() -> Iterator[None]:
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, *documents: object, window_size_left: int, window_size_right: int, **_: object
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *documents: object,
+    window_size_left: int,
+    window_size_right: int,
+    **_: object,
 ) -> tuple[Tensor, ...]:
     """(output, log-sum-exp, and three that nobody reads); without autograd, as a kernel is."""
     window = window_size_left, window_size_right

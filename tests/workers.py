@@ -35,7 +35,13 @@ START_TIMEOUT = 120.0
 PROCESSES = multiprocessing.get_context("forkserver")
 """Starts processes as forks of one that has imported what takes long, and nothing else: none of them pays for it again."""
 PROCESSES.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.pipelining", "pretrain.cli", "pytest"]
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.distributed.pipelining",
+        "pretrain.cli",
+        "pytest",
+    ]
 )
 GRACE = 2.0
 """Seconds in which the peers of a failed rank may answer; those that do not are replaced."""
@@ -105,12 +111,16 @@ class WorkerPool:
     def __enter__(self) -> WorkerPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         while self._workers:
             self._workers.pop().end()
         self._folder.cleanup()
 
-    def run(self, function: Callable[..., R], world_size: int, /, *args: object, timeout: float = 60.0, **kwargs: object) -> list[R]:
+    def run(
+        self, function: Callable[..., R], world_size: int, /, *args: object, timeout: float = 60.0, **kwargs: object
+    ) -> list[R]:
         """Call `function` on every rank of a fresh gloo group, with the same seed and one thread.
 
         Args:
@@ -225,7 +235,10 @@ def _stacks(team: Sequence[Worker], answers: dict[int, Returned | Raised]) -> li
         if rank not in answers and worker.process.pid is not None:
             os.kill(worker.process.pid, signal.SIGUSR1)
     time.sleep(STACK_WAIT)  # faulthandler writes in the signal handler itself, even below a blocked call
-    return [f"rank {rank}: " + ("has returned" if rank in answers else "\n" + worker.stack.read_text()) for rank, worker in enumerate(team)]
+    return [
+        f"rank {rank}: " + ("has returned" if rank in answers else "\n" + worker.stack.read_text())
+        for rank, worker in enumerate(team)
+    ]
 
 
 def _serve(pipe: Connection, port: int, stack: Path) -> None:

@@ -32,7 +32,20 @@ INSTALLED = SITE / ".installed"
 """Written when all wheels are in `SITE`."""
 
 NEEDED = (
-    *("torch", "numpy", "pydantic", "yaml", "typer", "rich", "tokenizers", "gigatoken", "fsspec", "pyarrow", "zstandard", "xxhash"),
+    *(
+        "torch",
+        "numpy",
+        "pydantic",
+        "yaml",
+        "typer",
+        "rich",
+        "tokenizers",
+        "gigatoken",
+        "fsspec",
+        "pyarrow",
+        "zstandard",
+        "xxhash",
+    ),
     *("safetensors", "plotly", "pytest", "pytest_timeout"),
 )
 """What the stages import. `make gpu-wheels` brings those that a stock image with PyTorch lacks."""
@@ -72,7 +85,15 @@ class Result:
 
 
 def _tests(expression: str) -> tuple[str, ...]:
-    options = ("-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "--timeout=90", "--durations=8", "--color=no")
+    options = (
+        "-o",
+        "addopts=-ra --strict-markers",
+        "-p",
+        "no:cacheprovider",
+        "--timeout=90",
+        "--durations=8",
+        "--color=no",
+    )
     return ("-m", "pytest", *options, "tests/gpu", "-m", expression)
 
 
@@ -97,7 +118,15 @@ def install_wheels() -> None:
     wheels = sorted(WHEELS.glob("*.whl"))
     newest = max((wheel.stat().st_mtime for wheel in wheels), default=0.0)
     if wheels and (not INSTALLED.is_file() or INSTALLED.stat().st_mtime < newest):
-        options = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--disable-pip-version-check")
+        options = (
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--no-compile",
+            "--no-cache-dir",
+            "--upgrade",
+            "--disable-pip-version-check",
+        )
         command = [sys.executable, "-m", "pip", "install", *options, "--target", str(SITE), *map(str, wheels)]
         done = subprocess.run(command, check=False)
         if done.returncode:
@@ -114,7 +143,9 @@ def missing_packages() -> list[str]:
 
 def environment_of_stages(out: Path, *, small: bool = False) -> dict[str, str]:
     """Variables of every stage. The user's own come first."""
-    path = os.pathsep.join(part for part in (str(SITE) if str(SITE) in sys.path else "", os.environ.get("PYTHONPATH", "")) if part)
+    path = os.pathsep.join(
+        part for part in (str(SITE) if str(SITE) in sys.path else "", os.environ.get("PYTHONPATH", "")) if part
+    )
     defaults = {
         "GLOO_SOCKET_IFNAME": "lo",  # all ranks are on this machine, whose own name may not resolve
         "NCCL_SOCKET_IFNAME": "lo",
@@ -137,7 +168,12 @@ def run_stage(stage: Stage, out: Path, seconds: float, *, small: bool) -> Result
     began = time.monotonic()
     with (out / f"{stage.name}.log").open("wb") as log:
         process = subprocess.Popen(
-            words, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment_of_stages(out, small=small), start_new_session=True
+            words,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment_of_stages(out, small=small),
+            start_new_session=True,
         )
         try:
             code = process.wait(max(1.0, seconds))
@@ -203,7 +239,9 @@ def main() -> int:
         )
         return 2
     if not options.rehearse and not _sees_gpu():
-        print("gpu-check: PyTorch sees no CUDA GPU here, so nothing was run; `--rehearse` runs every stage small on a CPU")
+        print(
+            "gpu-check: PyTorch sees no CUDA GPU here, so nothing was run; `--rehearse` runs every stage small on a CPU"
+        )
         return 0
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -221,14 +259,19 @@ def main() -> int:
         results.append(result)
         summarize(out, results, rehearsed=options.rehearse)
         tell(result, out)
-    print(f"\n{sum(result.status == 'passed' for result in results)} of {len(results)} stages passed; results in {out}/summary.json")
+    print(
+        f"\n{sum(result.status == 'passed' for result in results)} of {len(results)} stages passed; results in {out}/summary.json"
+    )
     return int(any(result.status != "passed" for result in results))
 
 
 def _sees_gpu() -> bool:
     """Asked in a process of its own: this one must not hold GPU memory while the stages run."""
     question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", question], check=False, env=environment_of_stages(Path.cwd())).returncode == 0
+    return (
+        subprocess.run([sys.executable, "-c", question], check=False, env=environment_of_stages(Path.cwd())).returncode
+        == 0
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,14 @@ from pretrain.report.records import read_events, read_metrics
 
 STOP_AFTER, STEPS = 40, 120
 SMALL_STOP_AFTER, SMALL_STEPS = 4, 24
-SMALL_MODEL = ("model.preset=tiny", "data.seq_len=64", "train.batch_size=4", "optim.lr=1e-2", "train.compile=false", "eval.batches=2")
+SMALL_MODEL = (
+    "model.preset=tiny",
+    "data.seq_len=64",
+    "train.batch_size=4",
+    "optim.lr=1e-2",
+    "train.compile=false",
+    "eval.batches=2",
+)
 MODEL = ("model.preset=demo", "data.seq_len=512", "train.batch_size=16", "optim.lr=3e-3", "eval.batches=4")
 
 
@@ -41,9 +48,7 @@ def main() -> None:
         run_dir, data = Path(folder, "run"), Path(folder, "data")
         library = sysconfig.get_paths()["stdlib"]
         pattern = "a*.py" if stage.small else "*.py"
-        source = (
-            f'[{{"name": "stdlib", "kind": "text", "paths": ["{library}"], "pattern": "{pattern}", "exclude": ["site-packages", "test"]}}]'
-        )
+        source = f'[{{"name": "stdlib", "kind": "text", "paths": ["{library}"], "pattern": "{pattern}", "exclude": ["site-packages", "test"]}}]'
         words = (f"data.sources={source}", f"data.path={data}", "data.vocab_size=2048", "data.tokenizer_sample_mb=2")
         code, seconds = run("data", "prepare", *words)
         stage.row(what="prepare", exit_code=code, seconds=seconds)

@@ -45,7 +45,9 @@ def driver() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.memory,power.limit,memory.total"
-    done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=10)
+    done = subprocess.run(
+        ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=10
+    )
     return done.stdout.strip() or done.stderr.strip()
 
 
@@ -81,9 +83,18 @@ def two_gloo_ranks() -> float:
 
 def main() -> None:
     stage = StageContext(__doc__)
-    stage.row(what="gloo, two processes over loopback", seconds=two_gloo_ranks())  # first: forking is not safe once CUDA is in use
+    stage.row(
+        what="gloo, two processes over loopback", seconds=two_gloo_ranks()
+    )  # first: forking is not safe once CUDA is in use
     versions = {name.replace("-", "_"): version_of(name) for name in PACKAGES}
-    stage.row(what="software", **machine(), **versions, compiler=shutil.which("g++"), driver=driver(), kernel=platform.release())
+    stage.row(
+        what="software",
+        **machine(),
+        **versions,
+        compiler=shutil.which("g++"),
+        driver=driver(),
+        kernel=platform.release(),
+    )
     if stage.device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         known = find_accelerator(torch.cuda.get_device_name())
@@ -99,7 +110,9 @@ def main() -> None:
             flash_attn_package=flash_attn_version(),
             published_bf16_TFLOPs=None if known is None else known.bf16_flops / 1e12,
         )
-    stage.row(what=f"group of one, {'NCCL' if stage.device.type == 'cuda' else 'gloo'}", seconds=group_of_one(stage.device))
+    stage.row(
+        what=f"group of one, {'NCCL' if stage.device.type == 'cuda' else 'gloo'}", seconds=group_of_one(stage.device)
+    )
 
 
 if __name__ == "__main__":

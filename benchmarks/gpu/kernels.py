@@ -39,7 +39,9 @@ class Sizes:
     """Rows of logits at a time."""
 
 
-SMALL = Sizes(rows=256, seq_len=128, width=64, hidden=128, heads=4, kv_heads=2, vocabulary=512, copied=2**16, chunks=(32, 128))
+SMALL = Sizes(
+    rows=256, seq_len=128, width=64, hidden=128, heads=4, kv_heads=2, vocabulary=512, copied=2**16, chunks=(32, 128)
+)
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [B, S, H, K], k and v [B, S, G, K] -> [B, S, H, K]."""
 
@@ -79,7 +81,9 @@ def attention_cases(stage: StageContext, sizes: Sizes, peak: float) -> None:
         grad = random(stage, B, S, H, head_dim)
         # Forward: two products over half of the S x S scores. Backward: five.
         flops = (2 + 5) * 2 * B * H * S * S * head_dim / 2
-        for name, forward in attention_kernels(stage, ModelConfig(n_heads=H, n_kv_heads=G, head_dim=head_dim), B, S).items():
+        for name, forward in attention_kernels(
+            stage, ModelConfig(n_heads=H, n_kv_heads=G, head_dim=head_dim), B, S
+        ).items():
             label = f"attention {name}, head width {head_dim}"
             try:
                 seconds = seconds_of(partial(forward_backward, forward, q, k, v, grad), stage.device)
@@ -123,12 +127,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend) -> Tensor:
 def loss_cases(stage: StageContext, sizes: Sizes, peak: float) -> None:
     """The output layer with its loss, forward and backward, at each chunk size, and at the one that training takes."""
     hidden = random(stage, sizes.rows, sizes.width).requires_grad_()
-    weight = (torch.randn(sizes.vocabulary, sizes.width, device=stage.device) / sizes.width**0.5).bfloat16().requires_grad_()
+    weight = (
+        (torch.randn(sizes.vocabulary, sizes.width, device=stage.device) / sizes.width**0.5).bfloat16().requires_grad_()
+    )
     labels = torch.randint(sizes.vocabulary, (sizes.rows,), device=stage.device)
     softmax = torch.compile(loss.softmax_gradient_, disable=stage.small)
 
     def step() -> object:
-        return torch.autograd.grad(loss.linear_cross_entropy(hidden, weight, labels, 0.0, softmax).total, (hidden, weight))
+        return torch.autograd.grad(
+            loss.linear_cross_entropy(hidden, weight, labels, 0.0, softmax).total, (hidden, weight)
+        )
 
     for rows in (None, *sizes.chunks):
         with loss_in_chunks(None if rows is None else sizes.rows // rows):

@@ -27,7 +27,13 @@ def losses(stage: StageContext, *, compiled: bool, sharded: bool) -> list[float]
     case = Case("smoke", preset=None, vocabulary=4096, seq_len=seq_len, rows=2, model=MODEL, compiled=compiled)
     config = config_of(case, stage.device)
     if sharded:
-        engine = divided(blueprint_of(config), numbers_of(config), layout=Layout(zero=3), rank=0, device=torch.device(stage.device.type, 0))
+        engine = divided(
+            blueprint_of(config),
+            numbers_of(config),
+            layout=Layout(zero=3),
+            rank=0,
+            device=torch.device(stage.device.type, 0),
+        )
     else:
         engine = build_engine(config)
     found = []
@@ -37,7 +43,8 @@ def losses(stage: StageContext, *, compiled: bool, sharded: bool) -> list[float]
         assert math.isfinite(result.grad_norm)
         found.append(result.loss)
         print(
-            f"step {step + 1}: loss {result.loss:.5f}, gradient norm {result.grad_norm:.5f}, {time.monotonic() - began:.2f} s", flush=True
+            f"step {step + 1}: loss {result.loss:.5f}, gradient norm {result.grad_norm:.5f}, {time.monotonic() - began:.2f} s",
+            flush=True,
         )
     how = f"{'compiled' if compiled else 'eager'}{', FSDP2 of one rank' if sharded else ''}, {config.train.attention}"
     stage.row(what=how, losses=[round(loss, 5) for loss in found])

@@ -22,10 +22,14 @@ MEAN_DOCUMENT = 500
 class StageContext:
     """The options of a stage's command line, and where its results go."""
 
-    def __init__(self, description: str | None, add: Callable[[argparse.ArgumentParser], object] = lambda _: None) -> None:
+    def __init__(
+        self, description: str | None, add: Callable[[argparse.ArgumentParser], object] = lambda _: None
+    ) -> None:
         """Parse the command line. `add`: adds the stage's own options."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--rows", type=Path, metavar="FILE", help="append each result to this file, as a line of JSON")
+        parser.add_argument(
+            "--rows", type=Path, metavar="FILE", help="append each result to this file, as a line of JSON"
+        )
         parser.add_argument("--small", action="store_true", help="sizes for a CPU, to see that the code runs")
         add(parser)
         self.options = parser.parse_args()

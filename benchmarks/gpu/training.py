@@ -74,7 +74,12 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case("32k tokens, loss in chunks of 1,024", chunk_rows=1024),
         Case("32k tokens, loss in chunks of 4,096", chunk_rows=4096),
         Case("32k tokens, recompute=full", model=("train.recompute=full",)),
-        Case("32k tokens, SDPA without document masks", packed=False, attention="sdpa", model=("model.document_mask=false",)),
+        Case(
+            "32k tokens, SDPA without document masks",
+            packed=False,
+            attention="sdpa",
+            model=("model.document_mask=false",),
+        ),
     ),
     "presets": (
         Case("125m", preset="125m", vocabulary=50_304, seq_len=2048, rows=16),
@@ -92,7 +97,16 @@ TINY = ("model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.n_kv_h
 def shrink(case: Case) -> Case:
     """The same case in a size for a CPU, without the compiler, which would take most of the time."""
     chunk_rows = None if case.chunk_rows is None else 64
-    return replace(case, preset=None, vocabulary=512, seq_len=64, rows=2, chunk_rows=chunk_rows, model=TINY + case.model, compiled=False)
+    return replace(
+        case,
+        preset=None,
+        vocabulary=512,
+        seq_len=64,
+        rows=2,
+        chunk_rows=chunk_rows,
+        model=TINY + case.model,
+        compiled=False,
+    )
 
 
 def config_of(case: Case, device: torch.device) -> RunConfig:
@@ -118,12 +132,16 @@ def microbatches_of(config: RunConfig, case: Case, seed: int) -> list[Microbatch
     starts[:, 0] = True
     ids = random.integers(config.model.vocab_size, size=shape, dtype=np.int32)
     ends = np.roll(starts, -1, axis=1)
-    batch = Batch(ids, np.where(ends, NO_LABEL, np.roll(ids, -1, axis=1)).astype(np.int32), starts.cumsum(1, dtype=np.int32))
+    batch = Batch(
+        ids, np.where(ends, NO_LABEL, np.roll(ids, -1, axis=1)).astype(np.int32), starts.cumsum(1, dtype=np.int32)
+    )
     device = torch.device(config.train.device)
     return list(microbatches(to_host(batch, device), config.train.micro_batch_size, device))
 
 
-def timed_steps(engine: Engine, config: RunConfig, case: Case, steps: int, report: Callable[[str, float], None]) -> float:
+def timed_steps(
+    engine: Engine, config: RunConfig, case: Case, steps: int, report: Callable[[str, float], None]
+) -> float:
     """Median seconds of a step, each on other documents. `report` hears of the first step and of the slowest later one."""
     device, seconds = torch.device(config.train.device), []
     for step in range(WARM_UP + steps):
@@ -219,7 +237,9 @@ def speed(config: RunConfig, seconds: float, peak: float) -> dict[str, object]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=sorted(SUITES), required=True)
     parser.add_argument("--steps", type=int, default=5, help=f"steps timed, after {WARM_UP} for warming up")
-    parser.add_argument("--profile", type=Path, help="folder for the trace and the kernel table (default: that of --rows)")
+    parser.add_argument(
+        "--profile", type=Path, help="folder for the trace and the kernel table (default: that of --rows)"
+    )
 
 
 def main() -> None:
@@ -230,7 +250,9 @@ def main() -> None:
     stage.row(what="matmul peak", TFLOPs=peak / 1e12)
     engines = Engines()
     for case in SUITES[options.suite]:
-        measure(stage, shrink(case) if stage.small else case, engines, peak, 2 if stage.small else options.steps, folder)
+        measure(
+            stage, shrink(case) if stage.small else case, engines, peak, 2 if stage.small else options.steps, folder
+        )
 
 
 if __name__ == "__main__":

@@ -63,12 +63,20 @@ def unreadable(document: Document) -> str | None:
 def needs_cleaning(config: PrepareConfig) -> bool:
     """Whether anything but `unreadable` can drop a document."""
     return bool(
-        config.filters.apply or any(source.filters for source in config.all_sources) or _signs(config) or config.decontaminate.paths
+        config.filters.apply
+        or any(source.filters for source in config.all_sources)
+        or _signs(config)
+        or config.decontaminate.paths
     )
 
 
 def clean(
-    jobs: Sequence[CleanJob], config: PrepareConfig, folder: Path, workers: int, tell: Tell, comparing: Callable[[float], None]
+    jobs: Sequence[CleanJob],
+    config: PrepareConfig,
+    folder: Path,
+    workers: int,
+    tell: Tell,
+    comparing: Callable[[float], None],
 ) -> dict[str, Path]:
     """Judge every chunk, then compare all that is kept. Held-out text of its own comes first: what repeats it goes, and it stays.
 
@@ -96,7 +104,9 @@ def clean(
     ordered = sorted(jobs, key=lambda job: job.chunk.index < n_sources)
     signatures = [_signatures_file(folder, job.name) for job in ordered]
     n_held_out = len({job.chunk.index for job in jobs if job.chunk.index >= n_sources})
-    found = find_duplicates(signatures, [job.chunk.source for job in ordered], config.dedup, comparing, n_held_out=n_held_out)
+    found = find_duplicates(
+        signatures, [job.chunk.source for job in ordered], config.dedup, comparing, n_held_out=n_held_out
+    )
     for job, codes in zip(ordered, found.codes, strict=True):
         verdicts = _need_verdicts(judged[job.name]).with_reasons(codes, found.reasons)
         write_verdicts(compared[job.name], replace(verdicts, key=key))
@@ -142,7 +152,9 @@ def _begin(config: PrepareConfig, folder: Path) -> Callable[[CleanJob, Tell], No
             tell(Done(len(there.codes), job.chunk.bytes or 0))
             return
         source = config.all_sources[job.chunk.index]
-        _judge_chunk(job, source, config, folder, _Tools(judge_by(filters_of(source, config)), contamination(), signer), tell)
+        _judge_chunk(
+            job, source, config, folder, _Tools(judge_by(filters_of(source, config)), contamination(), signer), tell
+        )
 
     return do
 
@@ -156,19 +168,27 @@ def _finished(job: CleanJob, folder: Path) -> Verdicts | None:
     return there if not there.signatures or (file.is_file() and _hash(file) == there.signatures) else None
 
 
-def _judge_chunk(job: CleanJob, source: SourceConfig, config: PrepareConfig, folder: Path, tools: _Tools, tell: Tell) -> None:
+def _judge_chunk(
+    job: CleanJob, source: SourceConfig, config: PrepareConfig, folder: Path, tools: _Tools, tell: Tell
+) -> None:
     """Read a chunk, apply the filters, sign what they keep; write the signatures and then the verdicts."""
     judge, contamination, signer = tools
     exact = config.dedup.exact or config.validation
     reasons: list[str | None] = []
-    marks, hashes, bands = [np.zeros(0, np.bool_)], [np.zeros(0, np.uint64)], [np.zeros((0, signer.bands if signer else 0), np.uint64)]
+    marks, hashes, bands = (
+        [np.zeros(0, np.bool_)],
+        [np.zeros(0, np.uint64)],
+        [np.zeros((0, signer.bands if signer else 0), np.uint64)],
+    )
     seen, read = TextsHash(), 0
     for batch in read_batches(job.chunk, source):
         judged = [Verdict(document.text, no) if (no := unreadable(document)) else judge(document) for document in batch]
         verdicts, texts = [verdict.reason for verdict in judged], [verdict.text for verdict in judged]
         hits = contamination.hits(texts) if contamination else np.zeros(len(batch), np.bool_)
         if config.decontaminate.action == "drop":
-            verdicts = [verdict or (CONTAMINATED if hit else None) for verdict, hit in zip(verdicts, hits.tolist(), strict=True)]
+            verdicts = [
+                verdict or (CONTAMINATED if hit else None) for verdict, hit in zip(verdicts, hits.tolist(), strict=True)
+            ]
         reasons += verdicts
         marks.append(hits & (config.decontaminate.action == "mark"))
         hashes.append(np.array([text_hash(text) if exact else 0 for text in texts], np.uint64))
@@ -183,7 +203,10 @@ def _judge_chunk(job: CleanJob, source: SourceConfig, config: PrepareConfig, fol
     if _signs(config):
         write_signatures(file, np.concatenate(hashes), np.concatenate(bands), codes == KEPT)
     signed = _hash(file) if _signs(config) else ""
-    write_verdicts(_verdicts_file(folder, job.name), Verdicts(codes, table, np.concatenate(marks), seen.hexdigest(), signed, job.key))
+    write_verdicts(
+        _verdicts_file(folder, job.name),
+        Verdicts(codes, table, np.concatenate(marks), seen.hexdigest(), signed, job.key),
+    )
 
 
 def read_judged(chunk: Chunk, source: SourceConfig, file: Path | None, tell: Tell) -> Iterator[list[Judged]]:
@@ -208,7 +231,9 @@ def read_judged(chunk: Chunk, source: SourceConfig, file: Path | None, tell: Tel
         else:
             for document in batch:
                 seen.add(document.text)
-            yield [Judged(document, verdicts.reason(i), bool(verdicts.marks[i])) for i, document in enumerate(batch, first)]
+            yield [
+                Judged(document, verdicts.reason(i), bool(verdicts.marks[i])) for i, document in enumerate(batch, first)
+            ]
         tell(Done(len(batch), batch[-1].read - read))
         first, read = first + len(batch), batch[-1].read
     tell(Done(0, (chunk.bytes or read) - read))

@@ -92,9 +92,15 @@ class Contamination:
             n_texts += int((n_words >= least).sum())
             n_too_short += int(((n_words > 0) & (n_words < least)).sum())
         if not n_texts:
-            raise DataError(f"{SETTING}: none of the texts in {', '.join(config.paths)} has {least} words ({n_too_short} have fewer)")
+            raise DataError(
+                f"{SETTING}: none of the texts in {', '.join(config.paths)} has {least} words ({n_too_short} have fewer)"
+            )
         return Contamination(
-            np.unique(np.concatenate(found)), tuple(sorted(lengths)), n_texts, n_too_short, describe_paths(others) if others else None
+            np.unique(np.concatenate(found)),
+            tuple(sorted(lengths)),
+            n_texts,
+            n_too_short,
+            describe_paths(others) if others else None,
         )
 
     @property

@@ -63,7 +63,9 @@ class _File:
     """Byte at which the numbers begin."""
 
 
-def write_signatures(file: Path, text_hashes: NDArray[np.uint64], bands: NDArray[np.uint64], kept: NDArray[np.bool_]) -> None:
+def write_signatures(
+    file: Path, text_hashes: NDArray[np.uint64], bands: NDArray[np.uint64], kept: NDArray[np.bool_]
+) -> None:
     """Write the signatures of some documents; the file is there whole or not at all.
 
     Args:
@@ -113,7 +115,9 @@ def find_duplicates(
     found = _open_all(files, 1 + config.bands if config.minhash or n_held_out else None)
     documents = sum(file.documents for file in found)
     source_starts = np.array([found[source_of_file.index(source)].first for source in range(len(names))])
-    first_training = next((file.first for file, source in zip(found, source_of_file, strict=True) if source >= n_held_out), documents)
+    first_training = next(
+        (file.first for file, source in zip(found, source_of_file, strict=True) if source >= n_held_out), documents
+    )
     codes: Codes = np.zeros(documents, np.uint8 if 2 * (n_held_out + len(names)) < 256 else np.uint16)
     room = max(MIN_ENTRIES, int(config.memory_mb * 1e6 / ENTRY_BYTES))
     parts = max(1, ceil(documents / (0.8 * room)))
@@ -126,14 +130,20 @@ def find_duplicates(
                 if n_held_out:
                     of_held_out = code < n_held_out
                     of_held_out &= repeats >= first_training
-                    code[of_held_out] -= 2 * n_held_out + near * (len(names) - n_held_out)  # the lowest codes: this reason goes first
+                    code[of_held_out] -= 2 * n_held_out + near * (
+                        len(names) - n_held_out
+                    )  # the lowest codes: this reason goes first
                     if not asked:
                         repeats, code = repeats[of_held_out], code[of_held_out]
                 code += 1 + 2 * n_held_out + near * len(names)
                 before = codes[repeats]
                 codes[repeats] = np.where(before == 0, code, np.minimum(before, code))
             progress((done + (part + 1) / parts) / len(columns))
-    kinds = [*((kind, names[:n_held_out]) for kind in OF_HELD_OUT), ("exact_duplicate", names), ("near_duplicate", names)]
+    kinds = [
+        *((kind, names[:n_held_out]) for kind in OF_HELD_OUT),
+        ("exact_duplicate", names),
+        ("near_duplicate", names),
+    ]
     reasons = (None, *(f"{kind}: {name}" for kind, those in kinds for name in those))
     return Duplicates(tuple(codes[file.first : file.first + file.documents] for file in found), reasons)
 
@@ -150,7 +160,9 @@ def _open_all(files: Sequence[Path], columns: int | None) -> list[_File]:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: not a signature file ({error}); remove it and prepare again") from error
         if dtype != np.uint64 or len(shape) != 2 or columns not in (None, shape[0]):
-            raise DataError(f"{path}: has shape {shape}, not {columns or 1} columns of hashes; remove it and prepare again")
+            raise DataError(
+                f"{path}: has shape {shape}, not {columns or 1} columns of hashes; remove it and prepare again"
+            )
         if path.stat().st_size != data + 8 * shape[0] * shape[1]:
             raise DataError(
                 f"{path}: not whole, {path.stat().st_size} bytes, not {data + 8 * shape[0] * shape[1]}; remove it and prepare again"
@@ -160,7 +172,9 @@ def _open_all(files: Sequence[Path], columns: int | None) -> list[_File]:
     return found
 
 
-def _read(files: Sequence[_File], column: int, part: int, parts: int, block: int) -> Iterator[tuple[Numbers, Positions]]:
+def _read(
+    files: Sequence[_File], column: int, part: int, parts: int, block: int
+) -> Iterator[tuple[Numbers, Positions]]:
     """(values, numbers of their documents) of one of `parts` equal ranges of a column's values, a block of documents at a time."""
     lowest, highest = np.uint64(max(1, -(-(part << 64) // parts))), np.uint64(-(-((part + 1) << 64) // parts) - 1)
     for file in files:

@@ -27,7 +27,9 @@ class RejectWriter:
     def __enter__(self) -> RejectWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._stream is not None and self._raw is not None:
             with self._raw:
                 self._stream.close()  # type: ignore[no-untyped-call]  # of zstandard
@@ -45,7 +47,9 @@ class RejectWriter:
             "metadata": dict(document.metadata),
         }
         line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
-        self._open(self.file).write(line.encode(errors="backslashreplace"))  # a file's name, and so an id, may be no Unicode
+        self._open(self.file).write(
+            line.encode(errors="backslashreplace")
+        )  # a file's name, and so an id, may be no Unicode
         self.written += 1
 
     def _open(self, file: Path) -> zstandard.ZstdCompressionWriter:

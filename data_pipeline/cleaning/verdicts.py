@@ -48,7 +48,9 @@ class Verdicts:
         more = [reason for reason in (reasons[code] for code in found.tolist()) if reason is not None]
         shift = len(self.reasons) + (0 if codes.size and found[0] == 0 else 1)
         late = (self.codes == KEPT) & (codes > 0)
-        return replace(self, codes=np.where(late, places + shift, self.codes).astype(np.uint16), reasons=(*self.reasons, *more))
+        return replace(
+            self, codes=np.where(late, places + shift, self.codes).astype(np.uint16), reasons=(*self.reasons, *more)
+        )
 
     def digest(self) -> str:
         """Hash of what they say."""

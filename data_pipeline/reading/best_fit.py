@@ -112,7 +112,9 @@ class BestFit:
         if checksum != _checksum(header + checksums):
             return False
         way_out = "delete it: it is made again"
-        self._body = CheckedArray(self.file, size - body, body, np.dtype(np.uint8), lambda: np.frombuffer(checksums, "<u8"), way_out)
+        self._body = CheckedArray(
+            self.file, size - body, body, np.dtype(np.uint8), lambda: np.frombuffer(checksums, "<u8"), way_out
+        )
         self.n_sequences = n_sequences
         return True
 
@@ -190,7 +192,9 @@ def _stable_order(numbers: NDArray[np.int32]) -> NDArray[np.int64]:
     return order[np.argsort(high[order], kind="stable")] if high.any() else order
 
 
-def read_best_fit(plans: Sequence[BestFit], rows: Sequence[tuple[int, int]], seq_len: int, eot_id: int, skip: bool) -> Batch:
+def read_best_fit(
+    plans: Sequence[BestFit], rows: Sequence[tuple[int, int]], seq_len: int, eot_id: int, skip: bool
+) -> Batch:
     """Read sequences as planned.
 
     Args:
@@ -249,7 +253,9 @@ def _one_at_a_time(file: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock_file.unlink(missing_ok=True)  # who waited for it finds the plan; if that failed, two may make it, which does no harm
+            lock_file.unlink(
+                missing_ok=True
+            )  # who waited for it finds the plan; if that failed, two may make it, which does no harm
 
 
 def _write_plan(file: Path, starts: NDArray[np.int64], pieces: NDArray[np.void]) -> None:

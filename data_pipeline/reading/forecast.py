@@ -75,7 +75,9 @@ def forecast(loader: Loader, samples: int) -> Forecast:
     """What the first `samples` samples, at least one, read."""
     mixture, parts = loader.mixture, loader.longest // loader.seq_len
     starts = [start for stage in mixture.stages if (start := stage.start * parts) < samples]
-    stages = tuple(_stretch(loader, mixture, start, stop) for start, stop in zip(starts, [*starts[1:], samples], strict=True))
+    stages = tuple(
+        _stretch(loader, mixture, start, stop) for start, stop in zip(starts, [*starts[1:], samples], strict=True)
+    )
     return Forecast(loader.seq_len, loader.packing, _stretch(loader, mixture, 0, samples), stages)
 
 
@@ -97,7 +99,9 @@ def _stretch(loader: Loader, mixture: Mixture, start: int, stop: int) -> Stretch
         tokens = [round(rounds * shards.n_tokens) for rounds in (before, after)]
         again = [max(0, read - shards.n_tokens) for read in tokens]
         readings.append(
-            SourceReading(shards.source.name, counts[1] - counts[0], tokens[1] - tokens[0], after - before, again[1] - again[0])
+            SourceReading(
+                shards.source.name, counts[1] - counts[0], tokens[1] - tokens[0], after - before, again[1] - again[0]
+            )
         )
     return Stretch(start, stop, tuple(readings))
 

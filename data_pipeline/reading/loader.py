@@ -100,7 +100,9 @@ class Loader:
     @property
     def sizes(self) -> dict[str, int]:
         """Samples in which each source is read once; 0 where the split holds nothing of it."""
-        return {name: windows * self._parts for name, windows in zip(self.mixture.names, self.mixture.sizes, strict=True)}
+        return {
+            name: windows * self._parts for name, windows in zip(self.mixture.names, self.mixture.sizes, strict=True)
+        }
 
     @cached_property
     def fingerprint(self) -> str:
@@ -119,7 +121,9 @@ class Loader:
     def past(self, samples: int) -> str:
         """Hash of all that decides the first `samples` samples: loaders of equal pasts give the same ones."""
         mixture = self.mixture.past(-(-samples // self._parts))
-        return xxhash.xxh3_128_hexdigest(repr((self.fingerprint, self.seq_len, self.longest, self.packing, mixture)).encode())
+        return xxhash.xxh3_128_hexdigest(
+            repr((self.fingerprint, self.seq_len, self.longest, self.packing, mixture)).encode()
+        )
 
     def batch(self, first: int, count: int, seq_len: int | None = None) -> Batch:
         """Samples [first, first + count) of the endless shuffled stream.
@@ -136,7 +140,9 @@ class Loader:
         """
         together, rest = divmod(seq_len or self.seq_len, self.seq_len)
         if rest or not together or self._parts % together or first % together or count % together:
-            raise ValueError(f"samples {first} to {first + count} of {self.seq_len} tokens are not rows of {seq_len}, up to {self.longest}")
+            raise ValueError(
+                f"samples {first} to {first + count} of {self.seq_len} tokens are not rows of {seq_len}, up to {self.longest}"
+            )
         return self._read(self._shuffled, first, count, together)
 
     def sequential(self, source: str, first: int, count: int) -> Batch:
@@ -168,7 +174,9 @@ class Loader:
     def _rows(self, sources: list[int], samples: list[int], together: int) -> Batch:
         """A row for each (number of the source, number of its sample), of `together` samples from there on."""
         if self._plans:
-            return read_best_fit(self._plans, list(zip(sources, samples, strict=True)), self.seq_len, self.manifest.eot_id, self._skip)
+            return read_best_fit(
+                self._plans, list(zip(sources, samples, strict=True)), self.seq_len, self.manifest.eot_id, self._skip
+            )
         rows = [(source, sample * self.seq_len) for source, sample in zip(sources, samples, strict=True)]
         return read_concatenated(self.sources, rows, together * self.seq_len, self.manifest.eot_id, self._skip)
 
@@ -201,7 +209,9 @@ class _Order:
         return new
 
 
-def prefetch(read: Callable[..., Batch], requests: Iterable[tuple[int, ...]], transform: Callable[[Batch], T]) -> Iterator[T]:
+def prefetch(
+    read: Callable[..., Batch], requests: Iterable[tuple[int, ...]], transform: Callable[[Batch], T]
+) -> Iterator[T]:
     """`transform(read(*request))` for each of `requests`, done ahead by one thread.
 
     An error in the thread is raised here, at its batch. Closing the generator ends the thread.

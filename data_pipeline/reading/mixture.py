@@ -95,7 +95,9 @@ class Mixture:
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often the first `samples` samples read each source."""
-        return {name: n / max(size, 1) for name, n, size in zip(self.names, self.counts(samples), self.sizes, strict=True)}
+        return {
+            name: n / max(size, 1) for name, n, size in zip(self.names, self.counts(samples), self.sizes, strict=True)
+        }
 
     def past(self, samples: int) -> str:
         """Hash of all that decides the first `samples` samples: equal pasts are equal samples. Later stages are no part of it."""
@@ -190,7 +192,9 @@ def mix(config: MixtureConfig, sizes: Mapping[str, int], seed: int, total: int |
         setting = f"data.mixture.stages.{i}"
         start = -(-sample_at(stage.start, total, setting) // unit)
         if start < stages[-1].start:
-            raise DataError(f"{setting}.from={stage.start} lies before the stage in front of it; put the stages in order")
+            raise DataError(
+                f"{setting}.from={stage.start} lies before the stage in front of it; put the stages in order"
+            )
         if start == stages[-1].start:
             stages.pop()  # it had no sample
         stages.append(Stage(start, _weights(config, stage.weights, sizes, f"{setting}.weights")))
@@ -205,7 +209,9 @@ def mix(config: MixtureConfig, sizes: Mapping[str, int], seed: int, total: int |
     return mixture
 
 
-def _weights(config: MixtureConfig, weights: Mapping[str, float], sizes: Mapping[str, int], setting: str) -> tuple[int, ...]:
+def _weights(
+    config: MixtureConfig, weights: Mapping[str, float], sizes: Mapping[str, int], setting: str
+) -> tuple[int, ...]:
     """Samples of each source in a cycle."""
     for name, weight in weights.items():
         if name not in sizes:
@@ -213,12 +219,17 @@ def _weights(config: MixtureConfig, weights: Mapping[str, float], sizes: Mapping
         if weight > 0 and not sizes[name]:
             raise DataError(f"{setting}.{name}={weight:g}, but {name} holds no tokens; set 0 or leave it out")
     if weights and config.by == "temperature":
-        raise DataError(f"{setting} is set, but data.mixture.by=temperature takes no weights; remove them, or use by=tokens or by=epochs")
+        raise DataError(
+            f"{setting} is set, but data.mixture.by=temperature takes no weights; remove them, or use by=tokens or by=epochs"
+        )
     if weights and not any(weights.values()):
         raise DataError(f"{setting} gives every source 0; give one of {', '.join(sizes)} a positive weight")
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}  # 0.1 is a tenth
     if config.by == "epochs" or (config.by == "tokens" and not weights):
-        parts, scale = [exact.get(name, Fraction(0 if weights else 1)) * size for name, size in sizes.items()], Fraction(1)
+        parts, scale = (
+            [exact.get(name, Fraction(0 if weights else 1)) * size for name, size in sizes.items()],
+            Fraction(1),
+        )
     else:
         if config.by == "tokens":
             parts = [exact.get(name, Fraction(0)) for name in sizes]
@@ -227,7 +238,9 @@ def _weights(config: MixtureConfig, weights: Mapping[str, float], sizes: Mapping
         scale = _SHARES / sum(parts, Fraction(0))
     cycle = tuple(max(1, round(part * scale)) if part else 0 for part in parts)
     if sum(cycle) > _LARGEST_CYCLE:
-        raise DataError(f"{setting} asks for {sum(cycle):.3g} sequences in an epoch of everything; divide all weights by a number")
+        raise DataError(
+            f"{setting} asks for {sum(cycle):.3g} sequences in an epoch of everything; divide all weights by a number"
+        )
     return cycle
 
 
@@ -244,5 +257,7 @@ def sample_at(start: str | int, total: int | None, setting: str) -> int:
     if share is None:
         return number
     if total is None:
-        raise DataError(f"{setting}.from={start} is a share of the run, whose length is not known here; give a number of sequences")
+        raise DataError(
+            f"{setting}.from={start} is a share of the run, whose length is not known here; give a number of sequences"
+        )
     return -(-share.numerator * total // share.denominator)

@@ -67,6 +67,8 @@ def _feistel(x: NDArray[np.uint64], a: int, b: int, keys: NDArray[np.uint64]) ->
         hashed = splitmix64((keys + np.uint64(turn * GOLDEN & _MASK64)) ^ other)
         change = ((hashed >> np.uint64(32)) * base) >> np.uint64(32)  # from 0 to base - 1
         change += digit
-        np.minimum(change, change - base, out=change)  # modulo base: below it, the difference wraps around to a huge number
+        np.minimum(
+            change, change - base, out=change
+        )  # modulo base: below it, the difference wraps around to a huge number
         digit, other, base, other_base = other, change, other_base, base
     return digit * other_base + other

@@ -49,7 +49,9 @@ def count_sequences(n_tokens: int, seq_len: int) -> int:
     return -(-n_tokens // seq_len)
 
 
-def read_concatenated(sources: Sequence[ShardSet], rows: Sequence[tuple[int, int]], seq_len: int, eot_id: int, skip: bool) -> Batch:
+def read_concatenated(
+    sources: Sequence[ShardSet], rows: Sequence[tuple[int, int]], seq_len: int, eot_id: int, skip: bool
+) -> Batch:
     """Read rows of `seq_len` tokens from the streams of the sources.
 
     Args:
@@ -66,7 +68,9 @@ def read_concatenated(sources: Sequence[ShardSet], rows: Sequence[tuple[int, int
     tokens = np.empty((len(rows), seq_len + 1), np.int32)
     lengths: list[int] = []  # of each row, at most seq_len + 1: the label of the last token is there as well
     starts: list[NDArray[np.int64]] = []  # byte offsets in a shard at which documents start, a superset
-    places: list[int] = []  # four a piece: how many those are, itemsize, from a token of the shard to its place, row's place
+    places: list[
+        int
+    ] = []  # four a piece: how many those are, itemsize, from a token of the shard to its place, row's place
     damaged: list[str] = []
     for row, (source, start) in enumerate(rows):
         shards, done, whole = sources[source], 0, len(starts)

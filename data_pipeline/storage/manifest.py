@@ -97,7 +97,9 @@ class SourceManifest(Record):
     def _leave_out_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
         """What versions without these counts wrote, where there is nothing to count."""
         fields: dict[str, object] = serialize(self)
-        return {name: value for name, value in fields.items() if value or name not in ("unknown_tokens", "lost_characters")}
+        return {
+            name: value for name, value in fields.items() if value or name not in ("unknown_tokens", "lost_characters")
+        }
 
     @property
     def read(self) -> int:
@@ -187,7 +189,9 @@ class Manifest(Record):
         """XXH3-128 of the bytes of the file, without `recipe.passed_over`; a checkpoint stores it to know its data again."""
         return self._fingerprint or _fingerprint(self.to_bytes())
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Manifest:  # Any: as in pydantic
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> Manifest:  # Any: as in pydantic
         """One with other values is another file."""
         copied = super().model_copy(update=update, deep=deep)
         if update:
@@ -206,13 +210,17 @@ def load_manifest(folder: Path) -> Manifest:
         content = file.read_bytes()
         manifest = Manifest.model_validate_json(content)
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{folder} holds no prepared data (no {MANIFEST}); run `pretrain data prepare`, or set data.path") from None
+        raise DataError(
+            f"{folder} holds no prepared data (no {MANIFEST}); run `pretrain data prepare`, or set data.path"
+        ) from None
     except OSError as error:
         raise unreadable(file, error, "read") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{file} is damaged or of another version ({where or 'JSON'}: {first['msg']}); prepare the data again") from error
+        raise DataError(
+            f"{file} is damaged or of another version ({where or 'JSON'}: {first['msg']}); prepare the data again"
+        ) from error
     _check_names(file, manifest)
     manifest._fingerprint = _fingerprint(content)
     return manifest
@@ -250,7 +258,9 @@ def check_external(folder: Path, manifest: Manifest, trusted: Sequence[Path] | N
     if trusted is None:
         return
     places = [Path(os.path.realpath(place.expanduser())) for place in trusted]
-    named = sorted({shard.external_bin for source in manifest.sources for shard in source.shards if shard.external_bin is not None})
+    named = sorted(
+        {shard.external_bin for source in manifest.sources for shard in source.shards if shard.external_bin is not None}
+    )
     others = [name for name in named if not any(Path(os.path.realpath(name)).is_relative_to(place) for place in places)]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""

@@ -79,7 +79,9 @@ class Reopened(ABC, Generic[T]):
                 return value
         except OSError as error:
             raise unreadable(self._file, error, "read") from error
-        raise Damage(f"{self._file} was cut off to {size} bytes while it was in use, and needs {self._end}; {self._way_out}")
+        raise Damage(
+            f"{self._file} was cut off to {size} bytes while it was in use, and needs {self._end}; {self._way_out}"
+        )
 
     def _open(self) -> tuple[T, FileIO]:
         self._held = held = self._make()
@@ -99,7 +101,13 @@ class CheckedArray(Reopened[Array]):
     """An array in a file, mapped when first touched, each MiB of it compared with its checksum when that is first touched."""
 
     def __init__(
-        self, file: Path, start: int, size: int, dtype: np.dtype[Any], checksums: Callable[[], NDArray[np.uint64]], way_out: str
+        self,
+        file: Path,
+        start: int,
+        size: int,
+        dtype: np.dtype[Any],
+        checksums: Callable[[], NDArray[np.uint64]],
+        way_out: str,
     ) -> None:
         """Open nothing yet.
 

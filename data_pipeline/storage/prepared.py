@@ -83,7 +83,9 @@ def check_same_settings(path: Path, recipe: Recipe, tokenizer: Path | None) -> N
             there.pop(name, None)
             now.pop(name, None)
     differences = [
-        f"{name} was {there.get(name)} and is {now.get(name)}" for name in dict.fromkeys([*there, *now]) if there.get(name) != now.get(name)
+        f"{name} was {there.get(name)} and is {now.get(name)}"
+        for name in dict.fromkeys([*there, *now])
+        if there.get(name) != now.get(name)
     ]
     if differences:
         raise DataError(
@@ -126,7 +128,9 @@ def working_folder(path: Path) -> Iterator[Path]:
     try:
         with _locked(path) as ours:
             if not ours:
-                raise DataError(f"data.path={path} is being prepared by another process; wait for it, or set another data.path")
+                raise DataError(
+                    f"data.path={path} is being prepared by another process; wait for it, or set another data.path"
+                )
             _take_back(path, work)
             try:
                 for folder in (JUDGED, DONE, *SPLITS):
@@ -198,7 +202,9 @@ def bring_tokenizer(path: Path, given: Path, work: Path, allow_lossy: bool) -> T
         write_synced(work / "tokenizer.json", tokenizer.to_json().encode())
         return tokenizer
     if load_tokenizer(own).fingerprint != tokenizer.fingerprint:
-        raise DataError(f"data.tokenizer={given} is not the tokenizer in data.path={path}; set another data.path, or data.tokenizer={own}")
+        raise DataError(
+            f"data.tokenizer={given} is not the tokenizer in data.path={path}; set another data.path, or data.tokenizer={own}"
+        )
     (work / "tokenizer.json").unlink(missing_ok=True)  # an earlier attempt may have trained one
     return tokenizer
 

@@ -14,7 +14,9 @@ from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES, Shard, TokenDtyp
 from data_pipeline.storage.shards import index_bytes
 
 
-def write_shard(folder: Path, name: str, tokens: NDArray[np.integer], lengths: NDArray[np.int32], dtype: TokenDtype) -> Shard:
+def write_shard(
+    folder: Path, name: str, tokens: NDArray[np.integer], lengths: NDArray[np.int32], dtype: TokenDtype
+) -> Shard:
     """Write `<name>.bin` and `<name>.idx` to `folder` and wait until they are on the disk.
 
     Args:

@@ -23,7 +23,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.errors import unreadable
-from data_pipeline.storage.manifest import DTYPES, Manifest, Shard, SourceManifest, TokenDtype, check_external, load_manifest
+from data_pipeline.storage.manifest import (
+    DTYPES,
+    Manifest,
+    Shard,
+    SourceManifest,
+    TokenDtype,
+    check_external,
+    load_manifest,
+)
 from data_pipeline.storage.mapped import CheckedArray, Damage, Reopened, map_file
 
 Tokens = NDArray[np.integer]
@@ -51,7 +59,9 @@ def index_bytes(lengths: NDArray[np.int32], dtype: TokenDtype) -> bytes:
     offsets = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
     documents = np.arange(n + 1, dtype=np.int64)
     header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[dtype], n, n + 1)
-    return header + lengths.astype("<i4").tobytes() + offsets.astype("<i8").tobytes() + documents.astype("<i8").tobytes()
+    return (
+        header + lengths.astype("<i4").tobytes() + offsets.astype("<i8").tobytes() + documents.astype("<i8").tobytes()
+    )
 
 
 def index_lengths(index: bytes | memoryview) -> NDArray[np.int32]:
@@ -159,11 +169,15 @@ class ShardFile:
             way_out = f"restore it from a copy, or prepare {folder.parent} again without it"
         bytes_there = _size(bin_file, way_out)
         if bytes_there < shard.bin_start + shard.bin_bytes or (not external and bytes_there != shard.bin_bytes):
-            raise Damage(f"{bin_file} has {bytes_there} bytes where the manifest says {shard.bin_start + shard.bin_bytes}; {way_out}")
+            raise Damage(
+                f"{bin_file} has {bytes_there} bytes where the manifest says {shard.bin_start + shard.bin_bytes}; {way_out}"
+            )
         bytes_there = _size(idx_file, way_out)
         if bytes_there != shard.idx_bytes:
             raise Damage(f"{idx_file} has {bytes_there} bytes where the manifest says {shard.idx_bytes}; {way_out}")
-        self.tokens = CheckedArray(bin_file, shard.bin_start, shard.bin_bytes, DTYPES[dtype], shard.blocks, way_out).read
+        self.tokens = CheckedArray(
+            bin_file, shard.bin_start, shard.bin_bytes, DTYPES[dtype], shard.blocks, way_out
+        ).read
         """`tokens(start, stop)`: tokens [start, stop) of this shard, at least one, read-only."""
         self._idx = CheckedIndex(idx_file, shard, dtype, way_out)
 
@@ -201,7 +215,9 @@ class Index:
         low = _HEADER.size + 4 * shard.documents
         self.offsets = np.frombuffer(raw, "<i8", shard.documents, low)
         """Byte offset of each document in the tokens."""
-        self._offsets = raw[low : low + 8 * shard.documents].cast("q")  # for Python integers, which an array gives slowly
+        self._offsets = raw[low : low + 8 * shard.documents].cast(
+            "q"
+        )  # for Python integers, which an array gives slowly
         self._n_tokens, self._itemsize = shard.tokens, itemsize
         self._searched = 0
         self.guide: memoryview | None = None

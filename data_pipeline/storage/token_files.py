@@ -56,13 +56,17 @@ def list_token_files(source: SourceConfig) -> list[SourceFile]:
     """
     for given, path in zip(source.paths, token_paths(source), strict=True):
         if "://" in path:
-            raise DataError(f"data.sources: {given} is not a local file; tokens are read in place, so copy them to a disk first")
+            raise DataError(
+                f"data.sources: {given} is not a local file; tokens are read in place, so copy them to a disk first"
+            )
     pattern = source.pattern or _PATTERNS[source.kind]
     with concealing(source.paths):
         listed = list_files(source.model_copy(update={"paths": token_paths(source), "pattern": pattern}))
     files = [file for file in listed if fnmatch.fnmatchcase(Path(file.path).name, pattern)]
     if not files:
-        raise DataError(f"data.sources: no file of {', '.join(source.paths)} matches {pattern}; set `pattern` if they are called otherwise")
+        raise DataError(
+            f"data.sources: no file of {', '.join(source.paths)} matches {pattern}; set `pattern` if they are called otherwise"
+        )
     return files
 
 
@@ -103,10 +107,14 @@ def _open_megatron(path: Path) -> TokenFile:
         raise DataError(f"{index} is not a Megatron index of version 1")
     name = _MEGATRON_DTYPES.get(code, f"code {code}")
     if name not in ("<u2", "<i4"):
-        raise DataError(f"{index}: its tokens are {name}; only uint16 and int32 can be read in place, so write them as one of these")
+        raise DataError(
+            f"{index}: its tokens are {name}; only uint16 and int32 can be read in place, so write them as one of these"
+        )
     size, expected = index.stat().st_size, len(head) + 12 * sequences + 8 * entries
     if size != expected or not entries:
-        raise DataError(f"{index}: {size} bytes, where {sequences} sequences and {entries} document entries of text take {expected}")
+        raise DataError(
+            f"{index}: {size} bytes, where {sequences} sequences and {entries} document entries of text take {expected}"
+        )
     stored = np.dtype(name)
     n_bytes = path.stat().st_size
     ends = partial(_megatron_ends, index, sequences, entries, stored.itemsize, n_bytes)
@@ -120,7 +128,9 @@ def _megatron_ends(index: Path, sequences: int, entries: int, itemsize: int, n_b
     documents = np.frombuffer(raw, "<i8", entries, 12 * sequences)
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
     if (lengths < 0).any() or (pointers != ends[:-1] * itemsize).any() or ends[-1] * itemsize != n_bytes:
-        raise DataError(f"{index}: its sequences do not fill the {n_bytes} bytes of the .bin one after the other; write the pair anew")
+        raise DataError(
+            f"{index}: its sequences do not fill the {n_bytes} bytes of the .bin one after the other; write the pair anew"
+        )
     if documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
         raise DataError(f"{index}: its documents do not divide its {sequences} sequences; write the pair anew")
     document_ends: Ends = ends[documents[1:]]
@@ -135,7 +145,9 @@ def _open_datatrove(path: Path) -> TokenFile:
         n_tokens = int.from_bytes(stream.read(), "little")
     itemsize = n_bytes // n_tokens if n_tokens else 2
     if index_bytes % 8 or itemsize not in (2, 4) or itemsize * n_tokens != n_bytes:
-        raise DataError(f"{index}: {n_tokens} tokens by its last entry, but {path.name} has {n_bytes} bytes, not 2 or 4 for each")
+        raise DataError(
+            f"{index}: {n_tokens} tokens by its last entry, but {path.name} has {n_bytes} bytes, not 2 or 4 for each"
+        )
     return TokenFile(path, 0, np.dtype(f"<u{itemsize}"), n_tokens, partial(_datatrove_ends, index))
 
 
@@ -158,9 +170,13 @@ def _open_olmo(path: Path, stored: np.dtype[np.integer], eot_id: int) -> TokenFi
         start, stored = array.offset, array.dtype
         n_bytes = array.nbytes
         if array.ndim != 1 or stored.str not in ("<u2", "<u4", "<i4"):
-            raise DataError(f"{path}: an array of {stored} in {array.ndim} dimensions; tokens are one of uint16, uint32 or int32 in one")
+            raise DataError(
+                f"{path}: an array of {stored} in {array.ndim} dimensions; tokens are one of uint16, uint32 or int32 in one"
+            )
     if n_bytes % stored.itemsize:
-        raise DataError(f"{path}: {n_bytes} bytes are no whole number of {stored}; set dtype of this source, or restore the file")
+        raise DataError(
+            f"{path}: {n_bytes} bytes are no whole number of {stored}; set dtype of this source, or restore the file"
+        )
     n_tokens = n_bytes // stored.itemsize
     metadata = path.with_suffix(".csv.gz")
     if metadata.is_file():
@@ -177,9 +193,13 @@ def _olmo_ends(metadata: Path, n_tokens: int) -> Ends:
                     raise ValueError(f"a document from {row[0]} to {row[1]} follows one that ends at {ends[-1]}")
                 ends.append(int(row[1]))
         if ends[-1] != n_tokens:
-            raise ValueError(f"its last document ends at {ends[-1]}, but there are {n_tokens} tokens; is dtype of this source right?")
+            raise ValueError(
+                f"its last document ends at {ends[-1]}, but there are {n_tokens} tokens; is dtype of this source right?"
+            )
     except (OSError, EOFError, ValueError, IndexError, zlib.error, csv.Error) as error:
-        raise DataError(f"{metadata}: {error}; restore it, or move it away to have documents found by the end-of-text token") from None
+        raise DataError(
+            f"{metadata}: {error}; restore it, or move it away to have documents found by the end-of-text token"
+        ) from None
     return np.array(ends[1:], np.int64)
 
 

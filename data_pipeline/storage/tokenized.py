@@ -76,7 +76,11 @@ def adopt(
         raise DataError(
             f"data.{'validation' if is_held_out else 'sources'}: {name} ({', '.join(source.paths)}) holds no tokens; leave it out"
         )
-    return {split: part.manifest() for split, part in parts.items() if part.shards and not (is_held_out and split == "train")}
+    return {
+        split: part.manifest()
+        for split, part in parts.items()
+        if part.shards and not (is_held_out and split == "train")
+    }
 
 
 def trusted_places(config: PrepareConfig) -> list[Path]:
@@ -92,7 +96,9 @@ def describe_tokens(source: SourceConfig, trusted: Sequence[Path] | None = None)
     """What a tokenized source holds now, for the recipe: the manifests' fingerprints, or count, bytes and a hash of names and sizes."""
     if source.kind != "prepared":
         return describe_files(list_token_files(source))
-    return "prepared data " + ", ".join(open_split(folder, trusted).manifest.fingerprint() for _, folder in _prepared_splits(source))
+    return "prepared data " + ", ".join(
+        open_split(folder, trusted).manifest.fingerprint() for _, folder in _prepared_splits(source)
+    )
 
 
 @dataclass
@@ -174,14 +180,20 @@ def _adopt_split(part: _Part, folder: Path, tokenizer: Tokenizer, trusted: Seque
         for shard in source.shards:
             index = (folder / f"{shard.name}.idx").read_bytes()
             if xxhash.xxh3_128_hexdigest(index) != shard.idx_xxh3_128:
-                raise DataError(f"{folder / shard.name}.idx is damaged: it does not match its checksum; restore it, or prepare it again")
+                raise DataError(
+                    f"{folder / shard.name}.idx is damaged: it does not match its checksum; restore it, or prepare it again"
+                )
             name = part.write_index(len(part.shards), index)
             tokens = shard.external_bin or str(folder / f"{shard.name}.bin")
             part.shards.append(shard.model_copy(update={"name": name, "external_bin": tokens}))
 
 
 def _adopt_files(
-    parts: dict[str, _Part], files: Sequence[TokenFile], tokenizer: Tokenizer, validation_fraction: float, progress: Tell
+    parts: dict[str, _Part],
+    files: Sequence[TokenFile],
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    progress: Tell,
 ) -> None:
     """Adopt files of other tools, the last one first: it is the one to hold out from, so one file's documents are in memory at a time."""
     held_out = parts["validation"].shards
@@ -212,7 +224,9 @@ def _adopt_documents(
     itemsize = file.stored.itemsize
     lengths = np.diff(ends, prepend=start)
     if lengths.max() > np.iinfo(np.int32).max:
-        raise DataError(f"{file.path}: a document of {lengths.max()} tokens is more than a .idx can hold; is it really one?")
+        raise DataError(
+            f"{file.path}: a document of {lengths.max()} tokens is more than a .idx can hold; is it really one?"
+        )
     bin_start = file.start + start * itemsize
     ids = np.memmap(file.path, file.stored, "r", bin_start, (int(ends[-1]) - start,))
     at, without_end, with_unknown = 0, 0, set[int]()
@@ -241,7 +255,14 @@ def _adopt_documents(
     name = part.write_index(number, index)
     raw = ids.view(np.uint8).data
     shard = describe_shard(
-        name, raw, index, tokens=len(ids), documents=len(ends), external_bin=file.path, bin_start=bin_start, progress=look
+        name,
+        raw,
+        index,
+        tokens=len(ids),
+        documents=len(ends),
+        external_bin=file.path,
+        bin_start=bin_start,
+        progress=look,
     )
     progress(Done(documents=len(ends)))
     part.shards.append(shard)

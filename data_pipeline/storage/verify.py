@@ -37,7 +37,9 @@ class VerifyReport:
     """One line for each thing that is wrong; empty if all is well."""
 
 
-def verify(path: Path, progress: Callable[[int], None] = lambda _: None, trusted: Sequence[Path] | None = None) -> VerifyReport:
+def verify(
+    path: Path, progress: Callable[[int], None] = lambda _: None, trusted: Sequence[Path] | None = None
+) -> VerifyReport:
     """Check a prepared data set (or one split of it) byte by byte: sizes, checksums, counts, document ends, the tokenizer.
 
     Tokens that are read in place are read as well, where they are.
@@ -107,7 +109,9 @@ def _check_totals(folder: Path, source: SourceManifest) -> list[str]:
     for what in ("tokens", "documents"):
         total, parts = getattr(source, what), sum(getattr(shard, what) for shard in source.shards)
         if total != parts:
-            problems.append(f"{folder / MANIFEST}: {source.name} has {total} {what} in all, but its shards list {parts}")
+            problems.append(
+                f"{folder / MANIFEST}: {source.name} has {total} {what} in all, but its shards list {parts}"
+            )
     return problems
 
 
@@ -117,11 +121,15 @@ def _check_tokenizer(path: Path, manifest: Manifest) -> list[str]:
     except DataError as error:
         return [str(error)]
     if tokenizer.fingerprint != manifest.tokenizer:
-        return [f"{path / 'tokenizer.json'} did not make {manifest.split}/: fingerprint {tokenizer.fingerprint}, not {manifest.tokenizer}"]
+        return [
+            f"{path / 'tokenizer.json'} did not make {manifest.split}/: fingerprint {tokenizer.fingerprint}, not {manifest.tokenizer}"
+        ]
     return []
 
 
-def _check_shard(folder: Path, shard: Shard, source: SourceManifest, manifest: Manifest, count: Callable[[int], None]) -> list[str]:
+def _check_shard(
+    folder: Path, shard: Shard, source: SourceManifest, manifest: Manifest, count: Callable[[int], None]
+) -> list[str]:
     """Problems of one pair of files."""
     file = folder / f"{shard.name}.idx"
     try:
@@ -138,7 +146,9 @@ def _check_shard(folder: Path, shard: Shard, source: SourceManifest, manifest: M
         raise unreadable(error.filename or folder / shard.name, error, "read") from error
 
 
-def _check_index(file: Path, index: bytes, shard: Shard, source: SourceManifest) -> tuple[list[str], NDArray[np.int64] | None]:
+def _check_index(
+    file: Path, index: bytes, shard: Shard, source: SourceManifest
+) -> tuple[list[str], NDArray[np.int64] | None]:
     """(problems, where each document ends unless there are some)."""
     lengths = index_lengths(index)
     ends = np.cumsum(lengths, dtype=np.int64)
@@ -153,7 +163,12 @@ def _check_index(file: Path, index: bytes, shard: Shard, source: SourceManifest)
 
 
 def _check_bin(
-    folder: Path, shard: Shard, source: SourceManifest, manifest: Manifest, ends: NDArray[np.int64] | None, count: Callable[[int], None]
+    folder: Path,
+    shard: Shard,
+    source: SourceManifest,
+    manifest: Manifest,
+    ends: NDArray[np.int64] | None,
+    count: Callable[[int], None],
 ) -> list[str]:
     """Problems of the tokens, read a MiB at a time. Document ends are looked at if they are known and ought to be end-of-text."""
     file = Path(shard.external_bin or folder / f"{shard.name}.bin")
@@ -169,7 +184,9 @@ def _check_bin(
                 problems.append(f"{file}: block {number} of {len(expected)} does not match its checksum")
             tokens = np.frombuffer(block, dtype, len(block) // dtype.itemsize)
             if largest_id(tokens) >= manifest.vocab_size:
-                problems.append(f"{file}: block {number} holds token {largest_id(tokens)}, the vocabulary has {manifest.vocab_size}")
+                problems.append(
+                    f"{file}: block {number} holds token {largest_id(tokens)}, the vocabulary has {manifest.vocab_size}"
+                )
             if ends is not None and source.ends_with_eot:
                 without_end += unended(tokens, size // dtype.itemsize, ends, manifest.eot_id)
             size += len(block)
@@ -180,5 +197,7 @@ def _check_bin(
     elif not problems and whole.hexdigest() != shard.bin_xxh3_128:
         problems.append(f"{file}: does not match its checksum")
     elif without_end:
-        problems.append(f"{folder / shard.name}.idx: {without_end} documents do not end with the end-of-text token {manifest.eot_id}")
+        problems.append(
+            f"{folder / shard.name}.idx: {without_end} documents do not end with the end-of-text token {manifest.eot_id}"
+        )
     return problems

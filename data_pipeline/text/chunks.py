@@ -62,7 +62,9 @@ class Chunk:
         return sum(part.bytes for part in self.parts) if self.parts else None
 
 
-def cut(index: int, name: str, source: SourceConfig, files: Sequence[SourceFile], text_bytes: int, setting: str = SOURCES) -> list[Chunk]:
+def cut(
+    index: int, name: str, source: SourceConfig, files: Sequence[SourceFile], text_bytes: int, setting: str = SOURCES
+) -> list[Chunk]:
     """Cut a source into chunks of about `text_bytes` of text, in reading order.
 
     Small files go together. Large ones are cut: plain jsonl anywhere, parquet between row groups, local Arrow files between record
@@ -120,20 +122,29 @@ def read_chunk(chunk: Chunk, source: SourceConfig) -> Iterator[Document]:
             before += part.bytes
 
 
-def _pieces(source: SourceConfig, files: Sequence[SourceFile], text_bytes: int, setting: str) -> Iterator[tuple[Part, int]]:
+def _pieces(
+    source: SourceConfig, files: Sequence[SourceFile], text_bytes: int, setting: str
+) -> Iterator[tuple[Part, int]]:
     """The smallest pieces that may go to different chunks, and the bytes of text that each is taken for."""
-    estimates = [file.size * (_UNPACKED if source.kind == "parquet" or is_packed(file.file_name) else 1) for file in files]
+    estimates = [
+        file.size * (_UNPACKED if source.kind == "parquet" or is_packed(file.file_name) else 1) for file in files
+    ]
     large = [i for i, estimate in enumerate(estimates) if estimate > text_bytes]
     blocks: dict[int, Blocks] = {}
     if source.kind in _BLOCKS:
-        with concealing(source.paths, setting), ThreadPoolExecutor(16) as pool:  # far away files are waited for side by side
+        with (
+            concealing(source.paths, setting),
+            ThreadPoolExecutor(16) as pool,
+        ):  # far away files are waited for side by side
             blocks = dict(zip(large, pool.map(lambda i: _BLOCKS[source.kind](files[i], source), large), strict=True))
     for i, (file, estimate) in enumerate(zip(files, estimates, strict=True)):
         if blocks.get(i):
             yield from _block_pieces(file, blocks[i])
         elif source.kind == "jsonl" and estimate > text_bytes and not is_packed(file.file_name):
             bounds = _shares(file.size, math.ceil(file.size / text_bytes))
-            yield from ((Part(file, start, stop, 0, stop - start), stop - start) for start, stop in itertools.pairwise(bounds))
+            yield from (
+                (Part(file, start, stop, 0, stop - start), stop - start) for start, stop in itertools.pairwise(bounds)
+            )
         else:
             yield Part(file, None, None, 0, file.size), estimate
 

@@ -54,7 +54,9 @@ def read_arrow(part: Part, source: SourceConfig, origin: str, before: int) -> It
                 continue
             columns = _check_columns(batch.schema, path, source)
             # Nobody knows how many batches a stream has, but its position tells how much of the file was read.
-            read = part.bytes * number // (part.stop - (part.start or 0)) if part.stop else min(stream.tell(), part.bytes)
+            read = (
+                part.bytes * number // (part.stop - (part.start or 0)) if part.stop else min(stream.tell(), part.bytes)
+            )
             for start in range(0, batch.num_rows, _ROWS):
                 rows = batch.select(columns).slice(start, _ROWS)
                 yield from _documents(rows, part.file, row + start, source, origin, before + read)
@@ -80,7 +82,10 @@ def record_batches(file: SourceFile, source: SourceConfig) -> Blocks:
         return []
     with reading(file.path, file, source.kind), _opened(file) as stream:
         return [
-            (batch.num_rows, batch.column(source.text_field).nbytes if batch.schema.names.count(source.text_field) == 1 else 0)
+            (
+                batch.num_rows,
+                batch.column(source.text_field).nbytes if batch.schema.names.count(source.text_field) == 1 else 0,
+            )
             for batch in _batches(stream, None, None)
         ]
 
@@ -90,7 +95,11 @@ def _opened(file: SourceFile) -> Iterator[BinaryIO]:
     """The file's bytes; those of a local one are mapped, so that what is passed over costs nothing."""
     import pyarrow
 
-    with pyarrow.memory_map(file.path) if isinstance(file.fs, LocalFileSystem) else file.fs.open(file.path, "rb") as stream:
+    with (
+        pyarrow.memory_map(file.path)
+        if isinstance(file.fs, LocalFileSystem)
+        else file.fs.open(file.path, "rb") as stream
+    ):
         yield stream
 
 
@@ -128,7 +137,9 @@ def _check_columns(schema: pyarrow.Schema, path: str, source: SourceConfig) -> l
     columns = wanted_columns(schema.names, path, source)
     kind = schema.field(source.text_field).type
     if not _is_text(kind):
-        raise DataError(f"{path}: column {source.text_field} holds {kind}, not text; set text_field to a column of strings")
+        raise DataError(
+            f"{path}: column {source.text_field} holds {kind}, not text; set text_field to a column of strings"
+        )
     return columns
 
 

@@ -46,12 +46,18 @@ def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.Ite
             saved = datasets.load_from_disk(path)
         else:
             saved = datasets.load_dataset(path, name=source.subset, split=source.split, streaming=source.streaming)
-    except Exception as error:  # only datasets' own code runs here; it raises TypeError and KeyError on folders it does not understand
+    except (
+        Exception
+    ) as error:  # only datasets' own code runs here; it raises TypeError and KeyError on folders it does not understand
         cause = error.__cause__ or error  # its own error may say no more than that there was one
         detail = one_line(cause)
-        raise DataError(f"data.sources: cannot open {what}: {detail}; check `paths`, `subset`, `split` and the connection") from error
+        raise DataError(
+            f"data.sources: cannot open {what}: {detail}; check `paths`, `subset`, `split` and the connection"
+        ) from error
     if isinstance(saved, dict):
         if source.split not in saved:
-            raise DataError(f"data.sources: cannot open {what}: it has the splits {', '.join(map(str, saved))}; set `split` to one of them")
+            raise DataError(
+                f"data.sources: cannot open {what}: it has the splits {', '.join(map(str, saved))}; set `split` to one of them"
+            )
         return saved[source.split]
     return saved

@@ -112,7 +112,9 @@ def list_source(source: SourceConfig) -> Listing:
     if source.kind == "hf":
         twice = next((given for i, given in enumerate(source.paths) if given in source.paths[:i]), None)
         if twice is not None:
-            raise DataError(f"data.sources: the data set {twice} is given twice by `paths`; every one is read once, so name it once")
+            raise DataError(
+                f"data.sources: the data set {twice} is given twice by `paths`; every one is read once, so name it once"
+            )
         return Listing(files, [])
     passed_over: list[str] = []
     entries: dict[tuple[fsspec.AbstractFileSystem, str, str], int] = {}
@@ -156,8 +158,12 @@ def data_set_version(name: str) -> str:
         try:
             found = walk(fs, str(Path(name).absolute()), ()) if Path(name).is_dir() else {name: fs.info(name)}
         except OSError as error:
-            raise DataError(f"data.sources: cannot read {error.filename}: {error.strerror}; check who may read it") from error
-        return xxhash.xxh3_64_hexdigest(repr([(path, info["size"], _version(info)) for path, info in sorted(found.items())]).encode())
+            raise DataError(
+                f"data.sources: cannot read {error.filename}: {error.strerror}; check who may read it"
+            ) from error
+        return xxhash.xxh3_64_hexdigest(
+            repr([(path, info["size"], _version(info)) for path, info in sorted(found.items())]).encode()
+        )
     import huggingface_hub
 
     try:
@@ -222,7 +228,9 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in parts) or parts[-1] in _BOOKKEEPING
 
 
-def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, dict[str, tuple[str, FileInfo]], list[str]]:
+def _find(
+    given: str, source: SourceConfig
+) -> tuple[fsspec.AbstractFileSystem, dict[str, tuple[str, FileInfo]], list[str]]:
     """What one entry of `paths` stands for: its file system, {name below the folder: (path, what is known of it)}, and the paths of the
     files that are passed over.
     """
@@ -244,7 +252,9 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
         if not (isinstance(error, OSError | ValueError) or from_library(error)):
             raise
         detail = one_line(error)
-        raise DataError(f"data.sources: cannot read {given}: {detail}; check `paths`, the connection and who may read it") from error
+        raise DataError(
+            f"data.sources: cannot read {given}: {detail}; check `paths`, the connection and who may read it"
+        ) from error
     files: dict[str, tuple[str, FileInfo]] = {}
     others: list[str] = []
     for file, info in sorted(found.items()):
@@ -254,7 +264,9 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
         if is_excluded(name, source.exclude):
             continue
         if info["type"] == NOWHERE and _matches(name, wanted) and not is_hidden(name):
-            raise DataError(f"data.sources: {file} is a link that leads nowhere; restore what it points to, or leave it out with `exclude`")
+            raise DataError(
+                f"data.sources: {file} is a link that leads nowhere; restore what it points to, or leave it out with `exclude`"
+            )
         if info["type"] == "file" and _matches(name, wanted):
             files[_another(name, files)] = (file, info)
         elif not is_hidden(name):
@@ -263,7 +275,10 @@ def _find(given: str, source: SourceConfig) -> tuple[fsspec.AbstractFileSystem, 
         what = f"no file below {given} matches {', '.join(wanted)}" if wanted != ("*",) else f"no file matches {given}"
         excluded = f" (exclude: {', '.join(source.exclude)})" if source.exclude else ""
         there = f"; it holds {describe_paths(sorted(others))}" if others else ""
-        raise DataError(f"data.sources: {what}{excluded}{there}; correct `paths`" + (", or set `pattern`" if wanted != ("*",) else ""))
+        raise DataError(
+            f"data.sources: {what}{excluded}{there}; correct `paths`"
+            + (", or set `pattern`" if wanted != ("*",) else "")
+        )
     return fs, files, others
 
 
@@ -278,7 +293,9 @@ def _unused(name: str, path: str, given: str, names: set[str]) -> str:
         return name
     parts = path.split("/")
     tails = ("/".join(parts[-count:]) for count in range(1, len(parts) + 1))
-    return _another(next((tail for tail in tails if len(tail) > len(name) and tail not in names), f"{given}/{name}"), names)
+    return _another(
+        next((tail for tail in tails if len(tail) > len(name) and tail not in names), f"{given}/{name}"), names
+    )
 
 
 def _another(name: str, names: Container[str]) -> str:

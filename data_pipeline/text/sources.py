@@ -100,9 +100,13 @@ def _unpacked(raw: bytes, file: SourceFile) -> bytes:
         if found in (GZIP, ZSTD):
             raise DataError(f"{file.path} is compressed twice, the second time by {found.name}; unpack it once")
     if found is not None and encoding_of(raw) == ("utf-8", 0):
-        raise DataError(f"{file.path} is {found.name}{', compressed' if packed else ''}, not text; {_leaving_out(found)}")
+        raise DataError(
+            f"{file.path} is {found.name}{', compressed' if packed else ''}, not text; {_leaving_out(found)}"
+        )
     if raw and not packed and is_packed(file.file_name):
-        raise DataError(f"{file.path} is not compressed, although it is named {PurePosixPath(file.file_name).suffix}; rename it")
+        raise DataError(
+            f"{file.path} is not compressed, although it is named {PurePosixPath(file.file_name).suffix}; rename it"
+        )
     return raw
 
 
@@ -139,7 +143,9 @@ def reading(what: str, file: SourceFile | None = None, kind: str = "") -> Iterat
     except FileNotFoundError:
         raise DataError(f"data.sources: {what} does not exist; restore it, or correct `paths`") from None
     except MemoryError:
-        raise DataError(f"{what}: reading it takes more memory than there is; lower data.workers, or split the file") from None
+        raise DataError(
+            f"{what}: reading it takes more memory than there is; lower data.workers, or split the file"
+        ) from None
     except Exception as error:  # zlib, pyarrow and every driver of fsspec raise kinds of their own, see from_library
         if not (isinstance(error, OSError | EOFError | ValueError) or from_library(error)):
             raise
@@ -290,7 +296,9 @@ def wanted_columns(there: Iterable[str], where: str, source: SourceConfig) -> li
     for column in wanted:
         if (times := there.count(column)) > 1:
             setting = next((setting for setting, needs in needed.items() if needs == column), "metadata_fields")
-            raise DataError(f"{where}: {times} columns are called {column}; set {setting} to another, or write the file with one of them")
+            raise DataError(
+                f"{where}: {times} columns are called {column}; set {setting} to another, or write the file with one of them"
+            )
     return wanted
 
 
@@ -311,7 +319,9 @@ def fields_of(
         wanted_columns(row, where(), source)
         raise
     if not isinstance(text, str | None):
-        raise DataError(f"{where()}: {source.text_field} is a {type(text).__name__}, not text; set text_field to another, or mend it")
+        raise DataError(
+            f"{where()}: {source.text_field} is a {type(text).__name__}, not text; set text_field to another, or mend it"
+        )
     metadata = {field: row.get(field) for field in source.metadata_fields}
     return None if identity is None else str(identity), text or "", metadata
 

@@ -45,7 +45,9 @@ def walk(
             info = _followed(fs, path, listed)
             if info["type"] != "directory":
                 found[path] = info
-            elif leads(path) and (real := real_folder(fs, path)) not in above:  # a link to a folder above would lead round for ever
+            elif (
+                leads(path) and (real := real_folder(fs, path)) not in above
+            ):  # a link to a folder above would lead round for ever
                 folders.append((path, (*above, real)))
     return found
 

@@ -61,7 +61,9 @@ class Coverage:
 def coverage_of(config: Mapping[str, Any]) -> Coverage:
     """What the tokenizer of the contents of a `tokenizer.json` does to text that it does not know."""
     model = config["model"]
-    ids = model["vocab"] if isinstance(model["vocab"], dict) else {name: i for i, (name, _) in enumerate(model["vocab"])}
+    ids = (
+        model["vocab"] if isinstance(model["vocab"], dict) else {name: i for i, (name, _) in enumerate(model["vocab"])}
+    )
     unknown_id = model.get("unk_id") if _kind(model) == "Unigram" else ids.get(model.get("unk_token"))
     unknown_token = next((name for name, number in ids.items() if number == unknown_id), None)
     return Coverage(
@@ -84,7 +86,9 @@ def check_coverage(coverage: Coverage, name: str, allow_lossy: bool) -> None:
     if allow_lossy or not coverage.lossy:
         return
     lacking = f" ({coverage.missing_bytes} of the 243 bytes of UTF-8 are missing)" if coverage.missing_bytes else ""
-    then, why = ("vanish", "prepare without them") if coverage.vanishes else ("stop the preparation", "try it all the same")
+    then, why = (
+        ("vanish", "prepare without them") if coverage.vanishes else ("stop the preparation", "try it all the same")
+    )
     raise DataError(
         f"data.tokenizer={name} has neither an unknown token nor all bytes{lacking}: characters that it does not know would {then}; "
         f"use another data.tokenizer, or set data.allow_lossy_tokenizer=true to {why}"
@@ -95,9 +99,13 @@ def notes_on(coverage: Coverage) -> list[str]:
     """What whoever prepares data should know of its tokenizer, a line each."""
     notes = []
     if coverage.changes:
-        notes.append(f"the tokenizer changes text before it encodes it: {'; '.join(coverage.changes)}. Tokens decode to the changed text")
+        notes.append(
+            f"the tokenizer changes text before it encodes it: {'; '.join(coverage.changes)}. Tokens decode to the changed text"
+        )
     if coverage.lossy:
-        notes.append(f"the tokenizer has neither an unknown token nor all bytes: characters that it does not know {coverage.describe()}")
+        notes.append(
+            f"the tokenizer has neither an unknown token nor all bytes: characters that it does not know {coverage.describe()}"
+        )
     return notes
 
 
@@ -121,7 +129,12 @@ def _missing_bytes(config: Mapping[str, Any], ids: Mapping[str, int]) -> int | N
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     forms = {(before, after) for before in ("", prefix) for after in ("", suffix)}
     missing = [
-        sum(any(f"{before}{name}{after}" not in ids for before, after in (forms if way is not _FALLBACK else {("", "")})) for name in way)
+        sum(
+            any(
+                f"{before}{name}{after}" not in ids for before, after in (forms if way is not _FALLBACK else {("", "")})
+            )
+            for name in way
+        )
         for way in ways
     ]
     return min(missing, default=None)
@@ -143,7 +156,9 @@ def _changes(config: Mapping[str, Any]) -> Iterator[str]:
         elif kind == "BertNormalizer":
             accents = step["lowercase"] if step.get("strip_accents") is None else step["strip_accents"]
             flags = step | {"strip_accents": accents}
-            on = [name for name in ("clean_text", "handle_chinese_chars", "strip_accents", "lowercase") if flags.get(name)]
+            on = [
+                name for name in ("clean_text", "handle_chinese_chars", "strip_accents", "lowercase") if flags.get(name)
+            ]
             if on:
                 yield f"BertNormalizer ({', '.join(on)})"
         elif kind in _CHANGING:

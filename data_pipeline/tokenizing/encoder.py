@@ -77,7 +77,10 @@ class ReferenceEncoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """See `Encoder`."""
-        rows = [np.array(encoding.ids, np.uint32) for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        rows = [
+            np.array(encoding.ids, np.uint32)
+            for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         return np.concatenate([np.zeros(0, np.uint32), *rows]), offsets
@@ -167,7 +170,9 @@ def fastest_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Encode
 @functools.lru_cache(maxsize=1)
 def _checked_giga(tokenizer: Tokenizer) -> tuple[GigaEncoder | None, str]:
     """(gigatoken, the hard strings that it agrees on), or (None, what is wrong with it)."""
-    if not tokenizer.coverage.complete:  # it may load it, and then differ where a byte is missing that no string here has
+    if (
+        not tokenizer.coverage.complete
+    ):  # it may load it, and then differ where a byte is missing that no string here has
         return None, "gigatoken works on bytes, and not every byte has a token"
     hard = [*HARD_STRINGS, *hard_strings_of(json.loads(tokenizer.to_json()))]
     try:

@@ -61,9 +61,13 @@ class LossCounter:
             unknown += np.bincount(np.searchsorted(offsets, hits, side="right") - 1, minlength=len(texts))
         if self._twin is not None:
             suspects = [i for i, text in enumerate(texts) if self._may_lose(text)]
-            for i, encoding in zip(suspects, self._twin.encode_batch([texts[i] for i in suspects], add_special_tokens=False), strict=True):
+            for i, encoding in zip(
+                suspects, self._twin.encode_batch([texts[i] for i in suspects], add_special_tokens=False), strict=True
+            ):
                 pairs = zip(encoding.ids, encoding.offsets, strict=True)
-                lost[i] = len({place for number, place in pairs if number == _LOST_ID})  # several bytes may be of one character
+                lost[i] = len(
+                    {place for number, place in pairs if number == _LOST_ID}
+                )  # several bytes may be of one character
         return Losses(unknown, lost)
 
     def _may_lose(self, text: str) -> bool:

@@ -64,7 +64,9 @@ class SplitWriter:
         """Count a document that is left out."""
         self.dropped[reason] += 1
 
-    def note(self, document: Document, repairs: Sequence[str], *, marked: bool, unknown: int = 0, lost: int = 0) -> None:
+    def note(
+        self, document: Document, repairs: Sequence[str], *, marked: bool, unknown: int = 0, lost: int = 0
+    ) -> None:
         """Count a document that will be added, with `unknown` tokens for what the tokenizer does not know, or `lost` characters."""
         self.documents += 1
         self.text_bytes += document.n_bytes
@@ -129,7 +131,9 @@ def _permuted(tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> tuple[
     out = np.empty_like(tokens)
     stops = np.cumsum(lengths, dtype=np.int64)
     first = written = 0
-    while first < len(lengths):  # some millions of tokens at a time: the indices of all would take four times the tokens
+    while first < len(
+        lengths
+    ):  # some millions of tokens at a time: the indices of all would take four times the tokens
         last = max(first + 1, int(np.searchsorted(stops, written + _GATHER_TOKENS, side="right")))
         here, stop = lengths[first:last], int(stops[last - 1])
         if len(here) == 1:  # perhaps a very long one

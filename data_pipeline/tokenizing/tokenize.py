@@ -219,7 +219,9 @@ def _sample(documents: Iterator[Document]) -> Iterator[str]:
             return
 
 
-def _encode(encoder: Encoder, counter: LossCounter, kept: Sequence[_Kept], rejects: RejectWriter, eot_id: int) -> tuple[list[_Kept], int]:
+def _encode(
+    encoder: Encoder, counter: LossCounter, kept: Sequence[_Kept], rejects: RejectWriter, eot_id: int
+) -> tuple[list[_Kept], int]:
     """Encode a batch and hand each document with its end-of-text token to its split: (the documents that have tokens, all tokens)."""
     ids, offsets = _ids(encoder, [entry.edited for entry in kept])
     losses = counter.count([entry.edited.text for entry in kept], ids, offsets)
@@ -251,7 +253,9 @@ def _ids(encoder: Encoder, documents: Sequence[Document]) -> tuple[NDArray[np.ui
     """What `encoder` makes of the texts. Where it fails, each is tried alone, to name the document."""
     try:
         return encoder.encode([document.text for document in documents])
-    except BaseException as error:  # `tokenizers` raises bare Exceptions, and panics of its Rust code that are not even that
+    except (
+        BaseException
+    ) as error:  # `tokenizers` raises bare Exceptions, and panics of its Rust code that are not even that
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
             raise
         first = documents[0]
@@ -262,4 +266,6 @@ def _ids(encoder: Encoder, documents: Sequence[Document]) -> tuple[NDArray[np.ui
             ) from error
     for document in documents:
         _ids(encoder, [document])
-    raise DataError(f"{len(documents)} documents of source {first.source}, from {first.id} on, cannot be encoded together")
+    raise DataError(
+        f"{len(documents)} documents of source {first.source}, from {first.id} on, cannot be encoded together"
+    )

@@ -123,14 +123,20 @@ def _within_reach(config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> s
     """
     model = config["model"]
     vocab = model["vocab"] if isinstance(model["vocab"], dict) else {name for name, _ in model["vocab"]}
-    special = {token["content"] for token in config.get("added_tokens", ()) if token["special"] and token["content"] in vocab}
+    special = {
+        token["content"] for token in config.get("added_tokens", ()) if token["special"] and token["content"] in vocab
+    }
     if "merges" in model and not model.get("ignore_merges"):
-        special &= {merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]}
+        special &= {
+            merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]
+        }
     cut = backend.pre_tokenizer
     return {name for name in special if cut is None or any(name in piece for piece, _ in cut.pre_tokenize_str(name))}
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, file: Path, kind: Literal["bpe", "unigram"] = "bpe") -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, file: Path, kind: Literal["bpe", "unigram"] = "bpe"
+) -> Tokenizer:
     """Train a tokenizer over bytes and write it to `file`, whole or not at all.
 
     `bpe` is byte-pair encoding (arXiv:1508.07909, on bytes as GPT-2 does), `unigram` a unigram language model of the same bytes
@@ -167,7 +173,9 @@ def long_pieces(text: str) -> int:
     if len(text) <= MAX_PIECE:
         return 0
     raw = np.frombuffer(text.encode(), np.uint8)
-    edges = np.flatnonzero(np.diff(raw <= ord(" "), prepend=False, append=False))  # where runs of white space begin and end
+    edges = np.flatnonzero(
+        np.diff(raw <= ord(" "), prepend=False, append=False)
+    )  # where runs of white space begin and end
     bounds = np.concatenate([[0], edges, [len(raw)]])
     runs = [raw[bounds[i] : bounds[i + 1]].tobytes().decode() for i in np.flatnonzero(np.diff(bounds) > MAX_PIECE)]
     return sum(len(piece) > MAX_PIECE for run in runs for piece in _PIECES.findall(run))
@@ -181,7 +189,10 @@ def _untrained() -> tokenizers.Tokenizer:
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     backend = _untrained()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     model: dict[str, Any] = json.loads(backend.to_str())["model"]

@@ -100,7 +100,9 @@ class TorchEngine:
         self._clip = float("inf") if clip is None else clip
         self.layout = layout
         at = layout.coordinates(rank)
-        self._counts_targets = at["pipeline"] == at["context"] == at["tensor"] == 0  # one rank of all that read the same rows
+        self._counts_targets = (
+            at["pipeline"] == at["context"] == at["tensor"] == 0
+        )  # one rank of all that read the same rows
         self._n_copies = n_copies
         self._cut = cut
         self._finish_gradients = finish_gradients
@@ -113,7 +115,9 @@ class TorchEngine:
         (model,) = self.parts
         return model
 
-    def train_step(self, microbatches: Sequence[Microbatch], lr_scale: float, asks: Callable[[], bool] = lambda: False) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Microbatch], lr_scale: float, asks: Callable[[], bool] = lambda: False
+    ) -> StepResult:
         """One optimizer step; the loss is averaged over the targets of the global batch, however they are spread."""
         n_targets = self._count_targets(microbatches).clamp(min=1)
         cross_entropy, z_loss = self._runner.train([self._cut(m) for m in microbatches], n_targets.float().reciprocal())
@@ -153,7 +157,9 @@ class TorchEngine:
     def _count_targets(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """Labels of the global batch, int64, on the device: nobody waits for it."""
         mine = sum(microbatch.n_targets for microbatch in microbatches) if self._counts_targets else 0
-        return self._sum(torch.full((), mine, dtype=torch.int64, device=self._device))  # made there: torch.tensor() would wait to copy it
+        return self._sum(
+            torch.full((), mine, dtype=torch.int64, device=self._device)
+        )  # made there: torch.tensor() would wait to copy it
 
     def _sum(self, values: Tensor) -> Tensor:
         if self.layout.world_size > 1:

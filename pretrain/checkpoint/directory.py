@@ -38,7 +38,9 @@ def partial_path(directory: Path, step: int, attempt: str) -> Path:
     return directory / f"step-{step:08d}.tmp-{attempt}"
 
 
-def newest(directory: Path, on_problem: Callable[[Path, list[str]], None], group: ProcessGroup | None = None) -> Path | None:
+def newest(
+    directory: Path, on_problem: Callable[[Path, list[str]], None], group: ProcessGroup | None = None
+) -> Path | None:
     """The newest committed checkpoint in `directory` that verifies; None where there is none. Nothing is changed.
 
     The ranks of `group` share the reading and find the same one; None is this process alone. Each one that fails is reported to
@@ -60,7 +62,9 @@ def newest(directory: Path, on_problem: Callable[[Path, list[str]], None], group
         first_problem = first_problem or problems[0]
     if not candidates:
         return None
-    raise NoneWhole(f"none of the {len(candidates)} checkpoints in {directory} is whole; the newest fails because {first_problem}")
+    raise NoneWhole(
+        f"none of the {len(candidates)} checkpoints in {directory} is whole; the newest fails because {first_problem}"
+    )
 
 
 def problems_of(path: Path, group: ProcessGroup | None) -> list[str]:
@@ -170,7 +174,11 @@ def _tidy(directory: Path, keep: int) -> list[Path]:
     whole = committed(directory)
     for path in whole[keep:]:
         path.rename(partial_path(directory, step_of(path), f"deleted-{uuid.uuid4().hex[:8]}"))
-    old = [(path, attempt) for path, attempt in _folders(directory) if attempt and whole and step_of(path) <= step_of(whole[0])]
+    old = [
+        (path, attempt)
+        for path, attempt in _folders(directory)
+        if attempt and whole and step_of(path) <= step_of(whole[0])
+    ]
     _delete([path for path, attempt in old if not _is_set_aside(attempt)])
     return [path for path, attempt in old if _is_set_aside(attempt)]
 

@@ -109,7 +109,9 @@ def read_manifest(path: Path) -> Manifest:
         raise unreadable(file, error, "read") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{file} cannot be read by this version: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UserError(
+            f"{file} cannot be read by this version: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from error
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from error
 
@@ -165,7 +167,9 @@ def _problem(file: Path, expected: FileSum) -> str | None:
         return f"{file} is missing"
     except OSError as error:
         raise unreadable(file, error, "read") from error
-    return None if digest == expected.xxh3 else f"{file} is damaged: its checksum is {digest} instead of {expected.xxh3}"
+    return (
+        None if digest == expected.xxh3 else f"{file} is damaged: its checksum is {digest} instead of {expected.xxh3}"
+    )
 
 
 def _checksum(content: dict[str, JsonValue]) -> str:

@@ -143,7 +143,9 @@ def _refuse_shared_memory(tensors: Mapping[str, Tensor]) -> None:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         pointer = local.data_ptr()
         if pointer and local.numel() and names.setdefault(pointer, name) != name:
-            raise ValueError(f"{names[pointer]} and {name} are one tensor: a tied parameter is saved once, under one name")
+            raise ValueError(
+                f"{names[pointer]} and {name} are one tensor: a tied parameter is saved once, under one name"
+            )
 
 
 def _flat(state: StateDict, prefix: str = "") -> dict[str, Tensor]:
@@ -155,7 +157,9 @@ def _flat(state: StateDict, prefix: str = "") -> dict[str, Tensor]:
         elif isinstance(value, Mapping):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            raise TypeError(f"{prefix}{key} is a {type(value).__name__}; a checkpoint holds tensors, everything else belongs in its record")
+            raise TypeError(
+                f"{prefix}{key} is a {type(value).__name__}; a checkpoint holds tensors, everything else belongs in its record"
+            )
     return flat
 
 
@@ -192,9 +196,14 @@ def _differences(saved: Mapping[str, _Kind], here: Mapping[str, _Kind], group: P
     only_saved = [name for number, name in enumerate(names) if not found >> number & 1]
     only_here = sorted(others.keys() - saved.keys())
     changed = [
-        f"{key} is {_kind_text(saved[key])} there and {_kind_text(others[key])} here" for key in sorted(others.keys() & saved.keys())
+        f"{key} is {_kind_text(saved[key])} there and {_kind_text(others[key])} here"
+        for key in sorted(others.keys() & saved.keys())
     ]
-    parts = (("only in the checkpoint", only_saved), ("only in the run", only_here), ("of another shape or dtype", changed))
+    parts = (
+        ("only in the checkpoint", only_saved),
+        ("only in the run", only_here),
+        ("of another shape or dtype", changed),
+    )
     return [
         f"{len(found)} tensor{'s' * (len(found) > 1)} {what} ({', '.join(found[:2])}{', ...' * (len(found) > 2)})"
         for what, found in parts

@@ -20,7 +20,9 @@ from pretrain.streams import OutputLost, tolerant_streams
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 WRONG_INPUT = (UserError, DataError, LayoutError)
-UsageError = cast(type[typer.BadParameter], next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"))
+UsageError = cast(
+    type[typer.BadParameter], next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+)
 """What typer raises when it cannot take the command line; it exports no name for it, only for this kind of it."""
 
 app = typer.Typer(
@@ -73,7 +75,9 @@ def command_line(words: list[str]) -> int:
 
 def show(error: BaseException) -> int:
     """Show an error on stderr, in one line if it is an expected one, and return the exit code."""
-    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:  # met where nobody expected it: the place is in the message
+    if (
+        isinstance(error, OSError) and error.errno in DISK_ERRNOS
+    ):  # met where nobody expected it: the place is in the message
         error = StorageError(f"{error}; check the disk, the mount, permissions and limits, and start again")
     if not isinstance(error, (*WRONG_INPUT, Diverged, OutputLost)):
         show_traceback(error)

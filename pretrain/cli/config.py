@@ -15,7 +15,9 @@ app = typer.Typer(help="Show a config, or the schema of all configs.", no_args_i
 
 
 @app.command(cls=SettingsCommand)
-def show(words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value]...", help=CONFIG_HELP)] = None) -> None:
+def show(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value]...", help=CONFIG_HELP)] = None,
+) -> None:
     """Print every setting with its value and where the value comes from."""
     from pretrain.config import flatten
     from pretrain.config_loading import load_words

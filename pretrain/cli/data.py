@@ -25,7 +25,11 @@ Words = Annotated[list[str], typer.Argument(metavar="[CONFIG] [key=value]...", h
 RUN_HELP = "A run's config and settings, as for `pretrain train`: shows what that run would read of DATA, whatever its data.path says."
 External = Annotated[
     list[Path] | None,
-    typer.Option("--external", metavar="FOLDER", help="A folder or file outside of DATA whose tokens it may name; as data.external."),
+    typer.Option(
+        "--external",
+        metavar="FOLDER",
+        help="A folder or file outside of DATA whose tokens it may name; as data.external.",
+    ),
 ]
 DataPath = Annotated[Path, typer.Argument(metavar="DATA", help="A prepared data set: the `data.path` of its config.")]
 
@@ -43,13 +47,20 @@ def tokenizer(words: Words) -> None:
         made = build_tokenizer(file, data, progress=progress)
     for note in made.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{file}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{file}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @app.command(cls=DataCommand, no_args_is_help=True)
 def prepare(
     words: Words,
-    keep_rejects: Annotated[bool, typer.Option(help="Write dropped documents with their reasons to `rejects/` in `data.path`.")] = False,
+    keep_rejects: Annotated[
+        bool, typer.Option(help="Write dropped documents with their reasons to `rejects/` in `data.path`.")
+    ] = False,
 ) -> None:
     """Turn `data.sources` into shards of tokens in `data.path`: filtered, deduplicated, with a tokenizer trained on them if there is none.
 
@@ -66,7 +77,9 @@ def inspect(
     path: DataPath,
     words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value]...", help=RUN_HELP)] = None,
     samples: Annotated[int, typer.Option(min=0, help="Documents of each source to show.")] = 3,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it to a page instead, which needs no network.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it to a page instead, which needs no network.")
+    ] = None,
     external: External = None,
 ) -> None:
     """Show what a prepared data set holds: documents, tokens, drops, lengths, samples; and what a run would read of it.
@@ -146,14 +159,29 @@ def tell_prepared(prepared: Prepared, seq_len: int, console: Console) -> None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     for name, manifest in reversed(prepared.splits.items()):
         table = Table(
-            name, "documents read", "dropped", "written", "tokens", "bytes/token", box=None, padding=(0, 2, 0, 0), header_style="dim"
+            name,
+            "documents read",
+            "dropped",
+            "written",
+            "tokens",
+            "bytes/token",
+            box=None,
+            padding=(0, 2, 0, 0),
+            header_style="dim",
         )
         for column in table.columns[1:]:
             column.justify = "right"
         for source in manifest.sources:
             fertility = f"{source.text_bytes / source.tokens:.2f}" if source.text_bytes and source.tokens else ""
             dropped = sum(source.dropped.values())
-            table.add_row(source.name, f"{source.read:,}", f"{dropped:,}", f"{source.documents:,}", f"{source.tokens:,}", fertility)
+            table.add_row(
+                source.name,
+                f"{source.read:,}",
+                f"{dropped:,}",
+                f"{source.documents:,}",
+                f"{source.tokens:,}",
+                fertility,
+            )
         console.print(table)
         for source in manifest.sources:
             for what, counts in (("dropped", source.dropped), ("repaired", source.repaired), ("marked", source.marked)):
@@ -170,7 +198,15 @@ def tell_prepared(prepared: Prepared, seq_len: int, console: Console) -> None:
 @contextmanager
 def show_progress(console: Console) -> Iterator[OnProgress]:
     """A bar for each stage, with MB/s, tokens and time left. Without a terminal each stage is one line."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     from data_pipeline.prepare import Progress as Report
 

@@ -21,12 +21,17 @@ BAR = 24
 def draw(description: Description, forecast: Forecast | None, console: Console) -> None:
     """Everything, the figures first."""
     tokenizer = description.tokenizer
-    head = Text.assemble((str(description.path), "bold"), f"  tokenizer of {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint}")
+    head = Text.assemble(
+        (str(description.path), "bold"), f"  tokenizer of {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint}"
+    )
     console.print(head, soft_wrap=True)
     _line(console, "documents read, dropped and written; tokens with the end-of-text token of each document", "dim")
     for manifest in description.splits.values():
         console.print(_split_table(manifest))
-    for sentence in [*places(description.sources), *losses([part for s in description.sources for part in s.splits.values()])]:
+    for sentence in [
+        *places(description.sources),
+        *losses([part for s in description.sources for part in s.splits.values()]),
+    ]:
         _line(console, sentence)
     line, warnings = held_out(description, forecast)
     _line(console, line)
@@ -59,7 +64,9 @@ def _table(first: str, *numbers: str) -> Table:
 
 
 def _split_table(manifest: Manifest) -> Table:
-    table = _table(f"\n{manifest.split}", "\nread", "\ndropped", "\nwritten", "\ntokens", "\nshare", "bytes/\ntoken", "\nshards")
+    table = _table(
+        f"\n{manifest.split}", "\nread", "\ndropped", "\nwritten", "\ntokens", "\nshare", "bytes/\ntoken", "\nshards"
+    )
     table.columns[0].header_style = "bold"
     *rows, last = split_rows(manifest)
     for row in rows:
@@ -96,12 +103,20 @@ def _draw_drops(sources: Iterable[SourceDescription], console: Console) -> None:
     longest = max((count / source.read for source in shown for count in source.drops.values()), default=1.0)
     table = _table("", "documents", "share", "")
     table.columns[3].justify = "left"
-    reasons = [*(reason for source in shown for reason in source.drops), *(f"kept, {r}" for source in shown for r in source.changes)]
+    reasons = [
+        *(reason for source in shown for reason in source.drops),
+        *(f"kept, {r}" for source in shown for r in source.changes),
+    ]
     room = min(BAR, max(8, console.width - max(map(len, reasons)) - 24))
     for source in shown:
         table.add_row(Text(source.name, "dim"))
         for reason, count in source.drops.items():
-            table.add_row(Text(f"  {reason}"), f"{count:,}", f"{count / source.read:.2%}", _bar(count / source.read / longest, room))
+            table.add_row(
+                Text(f"  {reason}"),
+                f"{count:,}",
+                f"{count / source.read:.2%}",
+                _bar(count / source.read / longest, room),
+            )
         for reason, count in source.changes.items():
             table.add_row(Text(f"  kept, {reason}"), f"{count:,}", f"{count / source.read:.2%}", "")
     console.print(table)
@@ -126,7 +141,11 @@ def _draw_lengths(sources: Sequence[SourceDescription], console: Console) -> Non
     sources = [source for source in sources if source.lengths]
     if not sources:
         return
-    _heading(console, "Document lengths in tokens", "bars and first number: share of the source's documents; second: of its tokens")
+    _heading(
+        console,
+        "Document lengths in tokens",
+        "bars and first number: share of the source's documents; second: of its tokens",
+    )
     lows = sorted({entry.low for source in sources for entry in source.lengths})
     rows = [1 << k for k in range(lows[0].bit_length() - 1, lows[-1].bit_length())]
     longest = max(entry.documents / source.documents for source in sources for entry in source.lengths)
@@ -174,10 +193,16 @@ def _draw_sample(name: str, sample: SampleDocument, end: str, console: Console) 
 
 def _draw_packed(name: str, packed: PackedSequence, end: str, console: Console) -> None:
     stop = packed.start + PACKED_TOKENS
-    _heading(console, name, f"how documents meet in a sequence of {PACKED_TOKENS} tokens, here {packed.start:,} to {stop - 1:,}")
+    _heading(
+        console,
+        name,
+        f"how documents meet in a sequence of {PACKED_TOKENS} tokens, here {packed.start:,} to {stop - 1:,}",
+    )
     for piece in packed.pieces:
         last = piece.first + piece.count - 1
-        _line(console, f"  document {piece.number:,}, its tokens {piece.first:,} to {last:,} of {piece.length:,}", "dim")
+        _line(
+            console, f"  document {piece.number:,}, its tokens {piece.first:,} to {last:,} of {piece.length:,}", "dim"
+        )
         console.print(Padding(_decoded(piece.text, end), (0, 0, 0, 4), expand=False))
     if packed.padding:
         _line(console, f"  {packed.padding} tokens of padding", "dim")

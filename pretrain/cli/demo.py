@@ -53,13 +53,19 @@ def demo(directory: Path, console: Console) -> Outcome:
     began = time.monotonic()
     config = demo_config(directory)
     _chapter(
-        console, "Text -> tokenizer -> shards", f"the text: {config.data.sources[0].paths[0]}, the sources of Python's standard library"
+        console,
+        "Text -> tokenizer -> shards",
+        f"the text: {config.data.sources[0].paths[0]}, the sources of Python's standard library",
     )
     tell_prepared(prepare_data(config.data, console), config.data.seq_len, console)
 
     half = config.train.steps // 2
     done = any(record.step >= half for record in read_metrics(config.run.dir / "metrics.jsonl").steps)
-    _chapter(console, "Train", "" if done else f"this run will be stopped by Ctrl-C's signal after step {half}, to show what happens then")
+    _chapter(
+        console,
+        "Train",
+        "" if done else f"this run will be stopped by Ctrl-C's signal after step {half}, to show what happens then",
+    )
     stop = StopAt(half)
     outcome = train(config, console, [stop])
     if outcome is Outcome.STOPPED and stop.done:
@@ -79,7 +85,13 @@ def demo(directory: Path, console: Console) -> Outcome:
 
 def demo_config(directory: Path) -> RunConfig:
     """`configs/demo.yaml` on this machine's standard library, in the first run directory below `directory` that is not finished."""
-    source = {"name": "stdlib", "kind": "text", "paths": [sysconfig.get_paths()["stdlib"]], "pattern": "*.py", "exclude": NOT_SOURCES}
+    source = {
+        "name": "stdlib",
+        "kind": "text",
+        "paths": [sysconfig.get_paths()["stdlib"]],
+        "pattern": "*.py",
+        "exclude": NOT_SOURCES,
+    }
     data = f"data-python-{platform.python_version()}"  # another Python is another text
     words = [f"data.sources={json.dumps([source])}", f"data.path={directory / data}", f"run.dir={_next_run(directory)}"]
     return load("demo", words).config

@@ -33,7 +33,9 @@ def layout(
     from pretrain.train.resolve import plan
 
     if rank is not None and rank >= world_size:
-        raise UserError(f"--rank={rank} is not one of the ranks of --world-size={world_size}: use 0 to {world_size - 1}")
+        raise UserError(
+            f"--rank={rank} is not one of the ranks of --world-size={world_size}: use 0 to {world_size - 1}"
+        )
     config, decisions = plan(load_words(words).config, world_size)
     found = layout_of(config, world_size)
     console = Console(highlight=False)
@@ -42,7 +44,8 @@ def layout(
     for decision in decisions:
         if decision.key.startswith("parallel.") or decision.key == "train.micro_batch_size":
             console.print(
-                Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")), soft_wrap=True
+                Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")),
+                soft_wrap=True,
             )
     _draw_axes(config, found, ranks_per_node, console)
     if rank is not None:
@@ -108,7 +111,11 @@ def _draw_place(layout: Layout, rank: int, console: Console) -> None:
     for axis in AXES:
         peers = layout.peers(rank, axis)
         stride = layout.stride(axis)
-        told = ", ".join(map(str, peers)) if len(peers) <= 16 else f"{peers[0]}, {peers[1]}, ... {peers[-1]}, every {stride}"
+        told = (
+            ", ".join(map(str, peers))
+            if len(peers) <= 16
+            else f"{peers[0]}, {peers[1]}, ... {peers[-1]}, every {stride}"
+        )
         table.add_row(axis, f"{at[axis]} of {len(peers)}", told if len(peers) > 1 else "")
     console.print(table)
 
@@ -117,9 +124,21 @@ def _draw_holdings(config: RunConfig, layout: Layout, ranks: list[int], console:
     from pretrain.planner.holdings import hold
 
     _heading(
-        console, "Who holds what", "per rank; activations are an estimate, the rest is counted" + (", in host memory" * layout.offload)
+        console,
+        "Who holds what",
+        "per rank; activations are an estimate, the rest is counted" + (", in host memory" * layout.offload),
     )
-    headings = ("stages", "layers", "parameters", "masters", "copies", "gradients", "optimizer", "static", "activations")
+    headings = (
+        "stages",
+        "layers",
+        "parameters",
+        "masters",
+        "copies",
+        "gradients",
+        "optimizer",
+        "static",
+        "activations",
+    )
     first = "pipeline rank" if len(ranks) > 1 else "rank"
     table = _table(3, first, *headings)
     for rank in ranks:
@@ -158,10 +177,15 @@ def _draw_traffic(config: RunConfig, layout: Layout, ranks: list[int], ranks_per
                 most.setdefault(axis, {})[operation] = max(count, most.get(axis, {}).get(operation, 0))
     if not most:
         return
-    _heading(console, "What moves in a step", "bytes that a rank sends" + (", the most of any" if len(ranks) > 1 else ""))
+    _heading(
+        console, "What moves in a step", "bytes that a rank sends" + (", the most of any" if len(ranks) > 1 else "")
+    )
     table = _table(3, "axis", "inside a node", "operation", "ranks", "bytes a step")
     for axis, moved in most.items():
-        inside = all(layout.is_inside_node(part, ranks_per_node) for part in (("shard", "context") if axis == "fsdp" else (axis,)))
+        inside = all(
+            layout.is_inside_node(part, ranks_per_node)
+            for part in (("shard", "context") if axis == "fsdp" else (axis,))
+        )
         size = layout.fsdp if axis == "fsdp" else getattr(layout, axis)
         for i, (operation, count) in enumerate(entry for entry in moved.items() if entry[1]):
             name, where = (axis, "yes" if inside else "no") if i == 0 else ("", "")
@@ -176,4 +200,6 @@ def _draw_bubble(config: RunConfig, layout: Layout, console: Console) -> None:
     first, last = end_costs(config.model)
     count = n_microbatches(config, layout)
     _heading(console, "Pipeline")
-    console.print(Text(describe(layout, config.model.n_layers, count, first_cost=first, last_cost=last)), soft_wrap=True)
+    console.print(
+        Text(describe(layout, config.model.n_layers, count, first_cost=first, last_cost=last)), soft_wrap=True
+    )

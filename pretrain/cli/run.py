@@ -20,7 +20,9 @@ EXIT_STOPPED = 75
 
 
 @contextmanager
-def resumable(said: str = "stopped; what is finished is kept, and the same command goes on from there") -> Iterator[None]:
+def resumable(
+    said: str = "stopped; what is finished is kept, and the same command goes on from there",
+) -> Iterator[None]:
     """Ctrl-C is no failure: it is `said` and the exit code is 75. The command's result lies on the disk, so that it outlives its output."""
     output_is_extra()
     try:
@@ -34,10 +36,16 @@ def resumable(said: str = "stopped; what is finished is kept, and the same comma
 def train(
     words: Annotated[list[str], typer.Argument(metavar="[CONFIG] [key=value]...", help=CONFIG_HELP)],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Train nothing: print what a rank of --world-size would hold and send. Needs no GPU, no data.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train nothing: print what a rank of --world-size would hold and send. Needs no GPU, no data.",
+        ),
     ] = False,
     world_size: Annotated[int, typer.Option(min=1, help="With --dry-run: processes, one a GPU.")] = 1,
-    rank: Annotated[int | None, typer.Option(min=0, help="With --dry-run: the rank to tell of; without it, the fullest.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="With --dry-run: the rank to tell of; without it, the fullest.")
+    ] = None,
 ) -> None:
     """Train a model. The same command with the same run directory goes on from its newest checkpoint.
 
@@ -62,7 +70,9 @@ def train(
     if world_size != 1 or rank is not None:
         raise UserError("--world-size and --rank tell of a --dry-run; a run takes its processes from torchrun")
     with resumable(
-        "left without saving; the same command goes on from the last save, or starts over if there was none" if world.is_main else ""
+        "left without saving; the same command goes on from the last save, or starts over if there was none"
+        if world.is_main
+        else ""
     ):
         outcome = run(config, console)
     if outcome is Outcome.STOPPED:
@@ -79,14 +89,19 @@ def _finite(value: float | None) -> float | None:
 def generate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory; its newest checkpoint is taken.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; empty starts a new document.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most; the model's context ends the text too.")] = 200,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to write at most; the model's context ends the text too.")
+    ] = 200,
     temperature: Annotated[
-        float, typer.Option(min=0, callback=_finite, help="0 always takes the likeliest token; 1 samples as the model says.")
+        float,
+        typer.Option(min=0, callback=_finite, help="0 always takes the likeliest token; 1 samples as the model says."),
     ] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this many likeliest tokens only.")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0, max=1, callback=_finite, help="Sample among the likeliest tokens that hold this much probability."),
+        typer.Option(
+            min=0, max=1, callback=_finite, help="Sample among the likeliest tokens that hold this much probability."
+        ),
     ] = 0.95,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="Seed of the sampling.")] = 0,
 ) -> None:
@@ -108,7 +123,11 @@ def generate(
     typer.echo()
 
 
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, of a finished run or one in progress.")]) -> None:
+def report(
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run directory, of a finished run or one in progress.")
+    ],
+) -> None:
     """Write report.html, one self-contained page: curves, events, config, samples."""
     from pretrain.report.page import write_report
 
@@ -118,7 +137,10 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run dire
 
 def demo(
     directory: Annotated[
-        Path, typer.Option("--dir", help="Where the data and the runs go. A second demo finds the data there and trains anew.")
+        Path,
+        typer.Option(
+            "--dir", help="Where the data and the runs go. A second demo finds the data there and trains anew."
+        ),
     ] = Path("runs/demo"),
 ) -> None:
     """Raw text to trained model in minutes, on any machine: Python's own standard library is the text."""

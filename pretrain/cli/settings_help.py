@@ -15,7 +15,9 @@ from parallel.world import World
 DEFAULT_WIDTH = 34
 """Characters of a default in the column for it; longer ones follow the sentence."""
 
-CONFIG_HELP = "A YAML file or the name of a preset, then settings that win over it, such as `train.steps=5000 model.preset=125m`."
+CONFIG_HELP = (
+    "A YAML file or the name of a preset, then settings that win over it, such as `train.steps=5000 model.preset=125m`."
+)
 
 
 class SettingsCommand(TyperCommand):
@@ -27,7 +29,9 @@ class SettingsCommand(TyperCommand):
     preparing: bool = True
     """Whether to list what only `pretrain data prepare` reads."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # typer carries a private click: its types have no public name
+    def format_help(
+        self, ctx: Any, formatter: Any
+    ) -> None:  # typer carries a private click: its types have no public name
         """Typer's help, then the settings; of several processes that torchrun started, one shows it."""
         if World.from_environment().is_main:
             super().format_help(ctx, formatter)
@@ -52,7 +56,12 @@ def settings_table(sections: tuple[str, ...] | None, *, preparing: bool = True) 
 
     defaults = flatten(RunConfig())
     table = Table(
-        title="Settings, given as key=value", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        title="Settings, given as key=value",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
     )
     for heading, width in (("key", None), ("default", DEFAULT_WIDTH), ("", None)):
         table.add_column(heading, header_style="dim", overflow="fold", max_width=width)

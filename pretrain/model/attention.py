@@ -98,7 +98,9 @@ def document_mask(
     starts_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
     document_BT = starts_BT.flatten().cumsum(0).view(B, T) - 1
     lengths_BT = document_BT.flatten().bincount()[document_BT] if config.rope.kind == "dynamic_ntk" else None
-    mask = DocumentMask(kernel, window, _held(positions_BT, ranges), None if lengths_BT is None else _held(lengths_BT, ranges), ())
+    mask = DocumentMask(
+        kernel, window, _held(positions_BT, ranges), None if lengths_BT is None else _held(lengths_BT, ranges), ()
+    )
     if ranges is None or whole_rows:
         one_document_a_row = not config.document_mask if compiled else int(document_BT[-1, -1]) == B - 1
         plain = kernel == "sdpa" and one_document_a_row and (window is None or window >= T)
@@ -138,7 +140,9 @@ def _documents(document_BT: Tensor, n_before: int) -> Documents:
     return Documents.of(query_ends_N, key_ends_N, most_queries, most_keys)
 
 
-def continuation_mask(start: int, count: int, capacity: int, config: ModelConfig, device: torch.device | str) -> DocumentMask:
+def continuation_mask(
+    start: int, count: int, capacity: int, config: ModelConfig, device: torch.device | str
+) -> DocumentMask:
     """The mask of `count` tokens that follow `start` cached ones (batch of one document each, broadcast as B = 1).
 
     `dynamic_ntk` scales once, for the `capacity` of the cache: keys rotated by different bases do not belong together.

@@ -27,7 +27,9 @@ def block_size(n_keys: int) -> int:
     return max(128, -(-n_keys // 16))
 
 
-def blocked_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_ids_BT: Tensor | None, window: int | None) -> Tensor:
+def blocked_attention(
+    q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_ids_BT: Tensor | None, window: int | None
+) -> Tensor:
     """Causal attention within documents, [B, S, H, K] -> [B, S, H, K].
 
     `document_ids_BT` must not decrease along T; None means one document a row. With `window` a token sees that many tokens, itself
@@ -55,7 +57,10 @@ class _Block(NamedTuple):
 def _blocks(n_queries: int, n_keys: int, window: int | None) -> list[_Block]:
     size, before = block_size(n_keys), n_keys - n_queries
     ranges = [(start, min(start + size, n_queries)) for start in range(0, n_queries, size)]
-    return [_Block(start, end, 0 if window is None else max(0, before + start - window + 1), before + end) for start, end in ranges]
+    return [
+        _Block(start, end, 0 if window is None else max(0, before + start - window + 1), before + end)
+        for start, end in ranges
+    ]
 
 
 def _scores(q_NRPK: Tensor, k_NCK: Tensor, block: _Block, document_ids_BT: Tensor | None, window: int | None) -> Tensor:
@@ -70,7 +75,9 @@ def _scores(q_NRPK: Tensor, k_NCK: Tensor, block: _Block, document_ids_BT: Tenso
         allowed = allowed & (query - key < window)
     if document_ids_BT is None:
         return torch.where(allowed, scores, MASKED)
-    same_BPC = document_ids_BT[:, block.last - P : block.last, None] == document_ids_BT[:, None, block.first : block.last]
+    same_BPC = (
+        document_ids_BT[:, block.last - P : block.last, None] == document_ids_BT[:, None, block.first : block.last]
+    )
     B = document_ids_BT.shape[0]
     allowed_BPC = (same_BPC & allowed)[:, None, None]
     return torch.where(allowed_BPC, scores.view(B, N // B, R, P, C), MASKED).view(N, R, P, C)
@@ -124,7 +131,9 @@ class _BlockedAttention(torch.autograd.Function):
             probs = torch.exp(scores - lse_NRS1[:, :, start:end])
             grad_NPK = grad_NRSK[:, :, start:end].reshape(N, R * rows, K)
             grad_probs = torch.bmm(grad_NPK, v_NTK[:, first:last].transpose(1, 2)).view(N, R, rows, keys).float()
-            grad_scores = (probs * (grad_probs - delta_NRS1[:, :, start:end]) * K**-0.5).to(dtype).view(N, R * rows, keys)
+            grad_scores = (
+                (probs * (grad_probs - delta_NRS1[:, :, start:end]) * K**-0.5).to(dtype).view(N, R * rows, keys)
+            )
             grad_q.append(torch.bmm(grad_scores, k_NCK).view(N, R, rows, K))
             grad_k[:, first:last] += torch.bmm(grad_scores.transpose(1, 2), q_NRPK.reshape(N, R * rows, K))
             grad_v[:, first:last] += torch.bmm(probs.to(dtype).view(N, R * rows, keys).transpose(1, 2), grad_NPK)

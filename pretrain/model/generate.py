@@ -82,11 +82,15 @@ def next_token_logits(model: Transformer, token_ids: Sequence[int], cache: KVCac
         return model.logits(model(ids_1S, mask, cache)[0, -1]).float().cpu()
 
 
-def sample(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
+def sample(
+    logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
     """One token id drawn from the logits, after temperature, then top-k, then top-p."""
     if temperature == 0:
         return int(logits_V.argmax())
-    probabilities_V = torch.softmax((logits_V - logits_V.max()) / temperature, dim=-1)  # the largest at 0: none overflows
+    probabilities_V = torch.softmax(
+        (logits_V - logits_V.max()) / temperature, dim=-1
+    )  # the largest at 0: none overflows
     likeliest_V, ids_V = probabilities_V.sort(descending=True, stable=True)
     if top_k is not None:
         likeliest_V[top_k:] = 0

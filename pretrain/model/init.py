@@ -36,7 +36,9 @@ def initialise(model: Transformer, seed: int) -> None:
         fill(name, parameter.detach(), (0,) * parameter.ndim, tuple(parameter.shape), model.config, seed)
 
 
-def fill(name: str, local: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], config: ModelConfig, seed: int) -> None:
+def fill(
+    name: str, local: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], config: ModelConfig, seed: int
+) -> None:
     """Write the initial values of a box of a parameter, bit for bit those that the whole has there.
 
     Args:
@@ -57,7 +59,9 @@ def fill(name: str, local: Tensor, offset: tuple[int, ...], shape: tuple[int, ..
 
     def write(tile: _Tile) -> None:
         values = torch.from_numpy(tile.draw(key, shape)).mul_(std)
-        rows, columns = (_overlap(*where) for where in zip((tile.row, tile.column), offset, local.shape, values.shape, strict=True))
+        rows, columns = (
+            _overlap(*where) for where in zip((tile.row, tile.column), offset, local.shape, values.shape, strict=True)
+        )
         local[rows.of_box, columns.of_box] = values[rows.of_tile, columns.of_tile].to(local.device, local.dtype)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

@@ -69,7 +69,9 @@ def flash_attn(q_XHK: Tensor, k_YGK: Tensor, v_YGK: Tensor, documents: Documents
     """The flash-attn package, in the newest version that runs on this GPU."""
     version = flash_attn_version(q_XHK.device.index or 0)
     if version is None:
-        raise ValueError("attention=flash_attn needs the flash-attn package, version 2, 3 or 4; install it or use attention=varlen")
+        raise ValueError(
+            "attention=flash_attn needs the flash-attn package, version 2, 3 or 4; install it or use attention=varlen"
+        )
     unlimited = None if version == 4 else -1
     most_queries, most_keys, _ = documents.longest.shape
     out = _flash_attn_function(version)(
@@ -99,7 +101,9 @@ _FLASH_ATTN_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_att
 
 @cache
 def _flash_attn_function(version: int) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    function: Callable[..., Tensor | tuple[Tensor, ...]] = import_module(_FLASH_ATTN_MODULES[version]).flash_attn_varlen_func
+    function: Callable[..., Tensor | tuple[Tensor, ...]] = import_module(
+        _FLASH_ATTN_MODULES[version]
+    ).flash_attn_varlen_func
     return function
 
 

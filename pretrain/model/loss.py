@@ -19,7 +19,10 @@ IGNORE = -100
 """Label of a token without a target; `data_pipeline.reading.packing.NO_LABEL`, which this package may not import."""
 
 _CHUNKS = 16  # logits alive: 1/16 of all. More chunks read the weight more often and round its gradient more often
-_SMALLEST_CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits; a chunk of 8 MB in bf16 stays in a CPU's cache, a GPU wants large products
+_SMALLEST_CHUNK = {
+    "cpu": 2**22,
+    "cuda": 2**25,
+}  # logits; a chunk of 8 MB in bf16 stays in a CPU's cache, a GPU wants large products
 _BLOCK = 2**20  # fp32 numbers that the eager softmax works on at a time
 
 
@@ -71,9 +74,14 @@ def softmax_gradient_(
     # Not where each block would wait for other ranks: there the vocabulary is a part, and so are the temporaries.
     at_once = torch.compiler.is_compiling() or vocabulary is not None
     rows = len(logits_CV) if at_once else max(1, _BLOCK // logits_CV.shape[1])
-    scratch_RV = torch.empty(min(rows, len(logits_CV)), logits_CV.shape[1], dtype=torch.float32, device=logits_CV.device)
+    scratch_RV = torch.empty(
+        min(rows, len(logits_CV)), logits_CV.shape[1], dtype=torch.float32, device=logits_CV.device
+    )
     blocks = zip(torch.split(logits_CV, rows), torch.split(labels_C, rows), strict=True)
-    parts = [_softmax_gradient_block_(logits, labels, z_loss, vocabulary, scratch_RV[: len(logits)]) for logits, labels in blocks]
+    parts = [
+        _softmax_gradient_block_(logits, labels, z_loss, vocabulary, scratch_RV[: len(logits)])
+        for logits, labels in blocks
+    ]
     nll_C, z_C, column_C = (torch.cat(part) for part in zip(*parts, strict=True))
     return nll_C, z_C, column_C
 
@@ -86,7 +94,9 @@ def _softmax_gradient_block_(
     top_C = weights_CV.amax(-1)
     total_C = weights_CV.sub_(top_C[:, None]).exp_().sum(-1)
     own_C, own_total_C = valid_C, total_C
-    column_logit_C = label_logit_C = logits_CV.gather(1, _columns(labels_C, logits_CV.shape[1], vocabulary)[:, None]).squeeze(1).float()
+    column_logit_C = label_logit_C = (
+        logits_CV.gather(1, _columns(labels_C, logits_CV.shape[1], vocabulary)[:, None]).squeeze(1).float()
+    )
     if vocabulary is not None:
         own_C = valid_C * ((labels_C >= vocabulary.first) & (labels_C < vocabulary.first + logits_CV.shape[1])).float()
         own_top_C, top_C = top_C, vocabulary.all_max(top_C)
@@ -110,7 +120,12 @@ class LinearLoss(Protocol):
     """What a model calls for its loss: `linear_cross_entropy`, or what parallelism puts around it."""
 
     def __call__(
-        self, hidden: Tensor, weight_VD: Tensor, labels: Tensor, z_loss: float, softmax: SoftmaxGradient = softmax_gradient_
+        self,
+        hidden: Tensor,
+        weight_VD: Tensor,
+        labels: Tensor,
+        z_loss: float,
+        softmax: SoftmaxGradient = softmax_gradient_,
     ) -> LossSum:
         """Hidden states [..., D] and labels [...] -> the summed loss."""
 
@@ -209,7 +224,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_hidden_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
-        total, cross_entropy, z = _chunked(hidden_TD, weight_VD, labels_T, z_loss, softmax, vocabulary, grad_hidden_TD, grad_weight_VD)
+        total, cross_entropy, z = _chunked(
+            hidden_TD, weight_VD, labels_T, z_loss, softmax, vocabulary, grad_hidden_TD, grad_weight_VD
+        )
         ctx.gradients = grad_hidden_TD, grad_weight_VD
         ctx.mark_non_differentiable(cross_entropy, z)
         return total, cross_entropy, z
@@ -217,7 +234,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # Any: as above
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass; give the one before retain_graph=True")
+            raise RuntimeError(
+                "linear_cross_entropy keeps its gradients for one backward pass; give the one before retain_graph=True"
+            )
         gradients = ctx.gradients
         # Private: save_for_backward() is the public way to hear that a graph is kept, and would not let go of what it saved in time.
         if torch._C._autograd._get_current_graph_task_keep_graph():

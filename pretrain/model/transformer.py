@@ -68,7 +68,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, layers: range):
         super().__init__()
         first, last = layers.start == 0, layers.stop == config.n_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model) if first or (last and config.tie_embeddings) else None
+        self.embed_tokens = (
+            nn.Embedding(config.vocab_size, config.d_model) if first or (last and config.tie_embeddings) else None
+        )
         self.layers = nn.ModuleDict({str(i): Block(config) for i in layers})
         self.norm = RMSNorm(config.d_model, config.norm_eps) if last else None
 
@@ -138,7 +140,9 @@ class Transformer(nn.Module):
         whole_rows: bool = True,
     ) -> DocumentMask:
         """The mask of one batch of whole rows for this model's attention kernel; see `attention.document_mask`."""
-        return document_mask(document_ids_BS, positions_BS, self.attention, self.config, ranges, whole_rows, self.compiled)
+        return document_mask(
+            document_ids_BS, positions_BS, self.attention, self.config, ranges, whole_rows, self.compiled
+        )
 
     def forward(self, x: Tensor, mask: DocumentMask, cache: KVCache | None = None) -> Tensor:
         """Token ids [B, S], or what the layers before give [B, S, D] -> [B, S, D], after the final norm where this part has it.

@@ -64,7 +64,11 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: O
     by_adamw = [group for group in groups if group not in by_muon]
     parts: list[Optimizer] = []
     if by_adamw:
-        parts.append(AdamW(_torch_groups(by_adamw, config.lr, config.weight_decay), betas=config.betas, eps=config.eps, fused=True))
+        parts.append(
+            AdamW(
+                _torch_groups(by_adamw, config.lr, config.weight_decay), betas=config.betas, eps=config.eps, fused=True
+            )
+        )
     if by_muon:
         torch_groups = _torch_groups(by_muon, config.lr, config.weight_decay)
         parts.append(Muon(torch_groups, momentum=config.muon_momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"))

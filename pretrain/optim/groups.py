@@ -55,4 +55,6 @@ def _group_of(name: str, parameter: Tensor) -> GroupName:
         return "embeddings"
     if name == "lm_head.weight":
         return "head"
-    raise ValueError(f"no parameter group for {name} of shape {list(parameter.shape)}: add it to the table in pretrain.optim.groups")
+    raise ValueError(
+        f"no parameter group for {name} of shape {list(parameter.shape)}: add it to the table in pretrain.optim.groups"
+    )

@@ -64,13 +64,17 @@ class Pairs(NamedTuple):
     """They wait for the gradients of their weights, under zero bubble (`parallel.weight_pass`)."""
 
 
-def activation_bytes(config: RunConfig, layout: Layout, pipeline_rank: int, held: Sequence[range], n_microbatches: int) -> int:
+def activation_bytes(
+    config: RunConfig, layout: Layout, pipeline_rank: int, held: Sequence[range], n_microbatches: int
+) -> int:
     """The most that a rank has at one time; see `moments`."""
     times = most_pairs(layout, pipeline_rank, n_microbatches)
     return math.ceil(max(max(moments(config, layout, pairs, held, n_microbatches).values()) for pairs in times))
 
 
-def moments(config: RunConfig, layout: Layout, pairs: Pairs, held: Sequence[range], n_microbatches: int) -> dict[str, float]:
+def moments(
+    config: RunConfig, layout: Layout, pairs: Pairs, held: Sequence[range], n_microbatches: int
+) -> dict[str, float]:
     """Bytes at the moments of a step that may have most.
 
     Args:
@@ -83,7 +87,9 @@ def moments(config: RunConfig, layout: Layout, pairs: Pairs, held: Sequence[rang
     model, tokens, number = config.model, _tokens(config, layout), COMPUTE_BYTES[config.train.precision]
     x, keep = tensors_of(config, layout, number), _keep(config)
     units = Units.of(config, layout, held, n_microbatches, number)
-    waiting = tokens * kept_for_weights(x) * sum(map(len, held)) * pairs.waiting / len(held)  # stages have about as many layers each
+    waiting = (
+        tokens * kept_for_weights(x) * sum(map(len, held)) * pairs.waiting / len(held)
+    )  # stages have about as many layers each
     buffers = _pipeline_buffers(layout, held, model.n_layers, n_microbatches) * tokens * x.stream
     kept = tokens * _kept(config, layout, held, x) * pairs.begun / len(held) + waiting
 
@@ -97,7 +103,9 @@ def moments(config: RunConfig, layout: Layout, pairs: Pairs, held: Sequence[rang
     if units.head:
         input_of_norm = x.stream if x.compiled else x.stream_fp32
         normed = x.stream * (1 if x.compiled else 2)  # once more before the weight, uncompiled
-        others = (n_microbatches if layout.pipeline > 1 and layout.schedule == "gpipe" else 1) - 1  # between loss and backward pass
+        others = (
+            n_microbatches if layout.pipeline > 1 and layout.schedule == "gpipe" else 1
+        ) - 1  # between loss and backward pass
         kept += others * (tokens * (input_of_norm + normed - x.stream + x.whole) + number * units.head)
         loss = input_of_norm + normed + x.sequence * x.whole + x.whole  # hidden states gathered, and their gradients
         found["loss"] = kept + tokens * loss + number * units.head + _logit_bytes(config, layout, number)
@@ -114,7 +122,9 @@ def moments(config: RunConfig, layout: Layout, pairs: Pairs, held: Sequence[rang
     if units.gathers:
         found["last block arrives"] = kept + 2 * units.ahead + tokens * x.stream
     if layout.pipeline == 1 and layout.world_size > 1:
-        kept += units.ahead - of_block - units.reduced_before  # the last block is through, and its reduction the last one
+        kept += (
+            units.ahead - of_block - units.reduced_before
+        )  # the last block is through, and its reduction the last one
         found["last block's reduction"] = kept + tokens * x.stream + units.block_reduction
         if layout.zero > 1:
             found["block before it"] = kept + FP32 * units.block + beside
@@ -181,5 +191,7 @@ def _logit_bytes(config: RunConfig, layout: Layout, number: int) -> float:
     logits, chunks = _tokens(config, layout) * config.model.vocab_size / layout.tensor, 1
     while chunks < LOSS_CHUNKS and logits / chunks > FEW_LOGITS.get(config.train.device, FEW_LOGITS["cuda"]):
         chunks *= 2
-    fp32 = 0.0 if config.train.compile else logits / chunks if layout.tensor > 1 else min(SOFTMAX_BLOCK, logits / chunks)
+    fp32 = (
+        0.0 if config.train.compile else logits / chunks if layout.tensor > 1 else min(SOFTMAX_BLOCK, logits / chunks)
+    )
     return number * logits / chunks + FP32 * fp32

@@ -57,8 +57,12 @@ def tensors_of(config: RunConfig, layout: Layout, number: int) -> Tensors:
     sequence = t > 1 and layout.sequence is True
     query, key = model.n_heads / t * model.head_dim, max(1.0, model.n_kv_heads / t) * model.head_dim
     gather = c > 1 and layout.context_method == "gather"
-    seen = config.data.seq_len * (2 * c + 1) / (4 * c)  # a rank's i-th chunk of 2c sees the keys of i + 1, the mirrored one those of 2c - i
-    cut = gather and config.train.micro_batch_size > 1  # the keys that a chunk sees are views of one row, and copies of several
+    seen = (
+        config.data.seq_len * (2 * c + 1) / (4 * c)
+    )  # a rank's i-th chunk of 2c sees the keys of i + 1, the mirrored one those of 2c - i
+    cut = (
+        gather and config.train.micro_batch_size > 1
+    )  # the keys that a chunk sees are views of one row, and copies of several
     normed = query + key if model.qk_norm else 0.0
     return Tensors(
         stream=number * model.d_model / (t if sequence else 1),
@@ -119,5 +123,7 @@ def beside_block(x: Tensors, weight_gradient: float) -> float:
     """
     down = x.hidden + x.sequence * x.whole  # the gradient of the product, and the gathered one of the sum
     product = 2 * x.hidden + weight_gradient  # the gradients of the product, silu(gate) and up, less the product itself
-    norm = 3 * weight_gradient + (0 if x.compiled else NORM_BACKWARD * x.stream_fp32 - x.stream) - 4 * x.hidden - x.whole
+    norm = (
+        3 * weight_gradient + (0 if x.compiled else NORM_BACKWARD * x.stream_fp32 - x.stream) - 4 * x.hidden - x.whole
+    )
     return x.stream + max(down, product, norm)

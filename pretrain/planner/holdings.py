@@ -105,7 +105,9 @@ def hold(config: RunConfig, layout: Layout, rank: int) -> Holding:
     at, micro = layout.coordinates(rank), n_microbatches(config, layout)
     ranges, stages = layers_of_stages(config, layout), stages_of(at["pipeline"], layout)
     held = [weight for stage in stages for weight in weights(config.model, ranges[stage], layout)]
-    kept = {weight.name: weight.elements(layout, layout.fsdp_rank(rank)) for weight in held}  # a name once: twins share their state
+    kept = {
+        weight.name: weight.elements(layout, layout.fsdp_rank(rank)) for weight in held
+    }  # a name once: twins share their state
     parameters = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for weight in held:
         parameters[weight.kind] += weight.elements(layout, layout.fsdp_rank(rank))
@@ -114,7 +116,9 @@ def hold(config: RunConfig, layout: Layout, rank: int) -> Holding:
     alone = layout.world_size == 1 and not layout.offload
     stay_whole = number == 2 if alone else layout.zero < 3 or layout.pipeline > 1
     sums_whole = (layout.zero == 1 or layout.pipeline > 1) and micro > 1
-    matrices = sum(kept[weight.name] for weight in held if weight.name.startswith("model.layers.") and len(weight.shape) == 2)
+    matrices = sum(
+        kept[weight.name] for weight in held if weight.name.startswith("model.layers.") and len(weight.shape) == 2
+    )
     moments = OPTIMIZER_BYTES["adamw"] * sum(kept.values())
     if config.optim.kind == "muon":
         moments -= (OPTIMIZER_BYTES["adamw"] - OPTIMIZER_BYTES["muon"]) * matrices
@@ -162,13 +166,19 @@ def n_microbatches(config: RunConfig, layout: Layout) -> int:
 def weights(model: ModelConfig, layers: range, layout: Layout) -> Iterator[Weight]:
     """The parameters of `Transformer(model, layers=layers)`, and how tensor parallelism splits each."""
     D, q_width, kv_width = model.d_model, model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    kv_split = None if layout.tensor > model.n_kv_heads else 0  # ranks that share a head keep all of them, and sum their gradients
+    kv_split = (
+        None if layout.tensor > model.n_kv_heads else 0
+    )  # ranks that share a head keep all of them, and sum their gradients
     last = layers.stop == model.n_layers
     if layers.start == 0 or (last and model.tie_embeddings):
         yield Weight("model.embed_tokens.weight", (model.vocab_size, D), 0)
     for i in layers:
         block = f"model.layers.{i}"
-        for name, width, split in (("q_proj", q_width, 0), ("k_proj", kv_width, kv_split), ("v_proj", kv_width, kv_split)):
+        for name, width, split in (
+            ("q_proj", q_width, 0),
+            ("k_proj", kv_width, kv_split),
+            ("v_proj", kv_width, kv_split),
+        ):
             yield Weight(f"{block}.self_attn.{name}.weight", (width, D), split)
             if model.qkv_bias:
                 yield Weight(f"{block}.self_attn.{name}.bias", (width,), split)

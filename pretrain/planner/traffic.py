@@ -105,7 +105,9 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
         return {"all-reduce": 2 * once * (2 * ways + again + is_first + is_last) + statistics}
     micro = n_microbatches(config, layout)
     at_once = layout.zero == 1 or layout.pipeline > 1
-    reduced = FP32 if at_once and micro > 1 else COMPUTE_BYTES[train.precision] * micro  # just before FSDP2 reduces them further
+    reduced = (
+        FP32 if at_once and micro > 1 else COMPUTE_BYTES[train.precision] * micro
+    )  # just before FSDP2 reduces them further
     summed = sum(weight.elements(layout) for weight in _weights(config, layout, rank) if weight.split is None)
     return {
         "all-gather": once * (2 * ways + 2 * again + is_first + is_last),
@@ -144,7 +146,9 @@ def _pipeline(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     model, held = config.model, hold(config, layout, rank)
     here, ends = layout.coordinates(rank)["pipeline"], layout.n_stages
     cuts = sum(
-        0 <= neighbour < ends and rank_of(neighbour, layout) != here for stage in held.stages for neighbour in (stage - 1, stage + 1)
+        0 <= neighbour < ends and rank_of(neighbour, layout) != here
+        for stage in held.stages
+        for neighbour in (stage - 1, stage + 1)
     )
     split = layout.tensor if layout.sequence else 1
     sent = cuts * _tokens(config, layout) * model.d_model * COMPUTE_BYTES[config.train.precision] / split

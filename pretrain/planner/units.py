@@ -100,5 +100,7 @@ class Units:
         largest = max(self.head, self.embedding)
         if self.tied:
             return max(3 * self.number * self.head, largest * (FP32 + self._out))  # two gradients and their sum
-        own = 0 if self.sums_whole or self.fsdp == 1 else self.number  # FSDP2 lets go of the last gradient late; added up it is a gradient
+        own = (
+            0 if self.sums_whole or self.fsdp == 1 else self.number
+        )  # FSDP2 lets go of the last gradient late; added up it is a gradient
         return self.number * min(self.head, self.embedding) + largest * (FP32 + own + self._out)

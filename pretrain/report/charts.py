@@ -76,7 +76,9 @@ def charts(metrics: Metrics, events: Sequence[Event]) -> dict[str, go.Figure]:
     last = max([0, *steps, *marks, *(record.step for record in metrics.validations)])
     loss = _curves(steps, [record.loss for record in metrics.steps], "training loss", ".4f")
     rates = np.asarray([record.lr for record in metrics.steps], dtype=np.float64)
-    lr = _trace(steps, rates, "learning rate", ".2e", meta="smooth", mode="lines" if len(rates) > 1 else "markers", width=2)
+    lr = _trace(
+        steps, rates, "learning rate", ".2e", meta="smooth", mode="lines" if len(rates) > 1 else "markers", width=2
+    )
     grad_norm = _curves(steps, [record.grad_norm for record in metrics.steps], "gradient norm", ".3f")
     speed = _curves(steps, [record.tokens_per_s for record in metrics.steps], "tokens/s", ",.0f")
     figures = {
@@ -115,7 +117,9 @@ def smooth(values: FloatArray, reach: int) -> FloatArray:
     at = np.arange(len(values))
     width = np.minimum(reach, at)
     low, high = at - width, np.minimum(at + width + 1, len(values))
-    total, count = (_window_sums(addends, low, high) for addends in (np.where(finite, values, 0.0), finite.astype(np.float64)))
+    total, count = (
+        _window_sums(addends, low, high) for addends in (np.where(finite, values, 0.0), finite.astype(np.float64))
+    )
     return np.where(finite, total / np.maximum(1, count), np.nan)
 
 
@@ -137,11 +141,16 @@ def thin(values: FloatArray, most: int = MAX_POINTS) -> NDArray[np.intp]:
     """Which values to draw: all, or the first and last and the lowest and highest of each stretch. Gaps stay visible."""
     if len(values) <= most:
         return np.arange(len(values))
-    edges = np.linspace(0, len(values), most // 2, dtype=np.intp)  # one stretch fewer than edges leaves room for both ends
+    edges = np.linspace(
+        0, len(values), most // 2, dtype=np.intp
+    )  # one stretch fewer than edges leaves room for both ends
     keep = {0, len(values) - 1}
     for begin, end in pairwise(edges):
         stretch = values[begin:end]
-        keep |= {int(begin + np.argmin(stretch)), int(begin + np.argmax(stretch))}  # argmin and argmax answer the first NaN, if any
+        keep |= {
+            int(begin + np.argmin(stretch)),
+            int(begin + np.argmax(stretch)),
+        }  # argmin and argmax answer the first NaN, if any
     return np.array(sorted(keep), dtype=np.intp)
 
 
@@ -156,7 +165,9 @@ def _curves(steps: Sequence[int], values: Sequence[float], name: str, number: st
     ]
 
 
-def _trace(steps: Sequence[int], y: FloatArray, name: str, number: str, *, meta: str, mode: str, width: float) -> go.Scatter:
+def _trace(
+    steps: Sequence[int], y: FloatArray, name: str, number: str, *, meta: str, mode: str, width: float
+) -> go.Scatter:
     shown = thin(y)
     return go.Scatter(
         x=np.asarray(steps)[shown].tolist(),
@@ -197,7 +208,9 @@ def _by_source(metrics: Metrics) -> list[go.Scatter] | None:
         return None
     traces = []
     for i, name in enumerate(names):
-        told = [(record.step, record.by_source[name].loss) for record in metrics.validations if name in record.by_source]
+        told = [
+            (record.step, record.by_source[name].loss) for record in metrics.validations if name in record.by_source
+        ]
         traces.append(
             go.Scatter(
                 x=[step for step, _ in told],
@@ -223,7 +236,9 @@ def _event_lane(marks: Mapping[int, Sequence[Event]]) -> go.Scatter:
         mode="markers",
         meta="mark",
         marker={"size": 9, "symbol": [EVENT_SYMBOLS[events[-1].kind] for events in marks.values()]},
-        text=["<br>".join(f"{_label(event)}: {html.escape(event.text)}" for event in events) for events in marks.values()],
+        text=[
+            "<br>".join(f"{_label(event)}: {html.escape(event.text)}" for event in events) for events in marks.values()
+        ],
         hovertemplate="%{text}<extra></extra>",
         showlegend=False,
         cliponaxis=False,
@@ -232,9 +247,13 @@ def _event_lane(marks: Mapping[int, Sequence[Event]]) -> go.Scatter:
 
 def _turns(marks: Mapping[int, Sequence[Event]], last_step: int, *, named: bool) -> dict[str, list[dict[str, object]]]:
     """A dotted line at every stop and resume; on the large chart the line says why it is there."""
-    turns = {step: [_label(e) for e in events if e.kind in TURNING_POINTS] for step, events in marks.items() if step > 0}
+    turns = {
+        step: [_label(e) for e in events if e.kind in TURNING_POINTS] for step, events in marks.items() if step > 0
+    }
     turns = {step: kinds for step, kinds in turns.items() if kinds}
-    lines = [{"type": "line", "x0": step, "x1": step, "y0": 0, "y1": 1, "yref": "paper", "layer": "below"} for step in turns]
+    lines = [
+        {"type": "line", "x0": step, "x1": step, "y0": 0, "y1": 1, "yref": "paper", "layer": "below"} for step in turns
+    ]
     if not named:
         return {"shapes": lines}
     words = [
@@ -249,7 +268,9 @@ def _label(event: Event) -> str:
     return event.kind.replace("_", " ")
 
 
-def _figure(traces: Sequence[go.Scatter], marks: Mapping[int, Sequence[Event]], last_step: int, *, large: bool = False) -> go.Figure:
+def _figure(
+    traces: Sequence[go.Scatter], marks: Mapping[int, Sequence[Event]], last_step: int, *, large: bool = False
+) -> go.Figure:
     """Traces over the step, with the run's turning points. The large chart has a strip below for the marks of events."""
     figure = go.Figure(traces)
     margin = 0.015 * max(1, last_step)
@@ -265,7 +286,8 @@ def _figure(traces: Sequence[go.Scatter], marks: Mapping[int, Sequence[Event]], 
     if large:
         figure.update_xaxes(title={"text": "step"})
         figure.update_layout(
-            yaxis={"domain": [0.1, 1]}, yaxis2={"domain": [0, 0.06], "range": [0, 1], "visible": False, "fixedrange": True}
+            yaxis={"domain": [0.1, 1]},
+            yaxis2={"domain": [0, 0.06], "range": [0, 1], "visible": False, "fixedrange": True},
         )
     return figure
 

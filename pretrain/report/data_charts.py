@@ -75,7 +75,10 @@ def drops(sources: Sequence[SourceDescription]) -> go.Figure:
             x=[0] * len(reasons),
             y=reasons,
             mode="text",
-            text=[f"{reason}  {count:,} ({count / source.read:.2%})" for reason, count in zip(reasons, source.drops.values(), strict=True)],
+            text=[
+                f"{reason}  {count:,} ({count / source.read:.2%})"
+                for reason, count in zip(reasons, source.drops.values(), strict=True)
+            ],
             textposition="top right",
             cliponaxis=False,
             hoverinfo="skip",
@@ -101,7 +104,9 @@ def _panels(names: Sequence[str], heights: Sequence[int]) -> go.Figure:
         vertical_spacing=_GAP / inner if len(names) > 1 else 0,
     )
     figure.update_annotations(x=0, xanchor="left", font=None)
-    figure.update_layout(height=inner + _ABOVE + _BELOW, margin={"l": 48, "r": 12, "t": _ABOVE, "b": _BELOW}, template=None)
+    figure.update_layout(
+        height=inner + _ABOVE + _BELOW, margin={"l": 48, "r": 12, "t": _ABOVE, "b": _BELOW}, template=None
+    )
     figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"})
     return figure
 

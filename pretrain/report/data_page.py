@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, PackedSequence, SampleDocument, SourceDescription, fertility
+from data_pipeline.inspect import (
+    PACKED_TOKENS,
+    Decoded,
+    Description,
+    PackedSequence,
+    SampleDocument,
+    SourceDescription,
+    fertility,
+)
 from data_pipeline.reading.forecast import Forecast, Stretch, warning
 from data_pipeline.storage.manifest import Manifest
 from pretrain.errors import UserError
@@ -50,7 +58,9 @@ def data_page(description: Description, forecast: Forecast | None) -> str:
     ]
     subtitle = f"{description.path} · tokenizer of {description.tokenizer.vocab_size:,} tokens, {description.tokenizer.fingerprint}"
     state = " + ".join(description.splits)
-    return frame.page(description.path.resolve().name, state, subtitle, "\n".join(body), "the manifests and shards", figures, themes())
+    return frame.page(
+        description.path.resolve().name, state, subtitle, "\n".join(body), "the manifests and shards", figures, themes()
+    )
 
 
 def _tiles(description: Description) -> list[tuple[str, str, str]]:
@@ -59,7 +69,11 @@ def _tiles(description: Description) -> list[tuple[str, str, str]]:
     parts = [part for source in sources for part in source.splits.values()]
     known = fertility(parts)
     return [
-        ("Tokens", amount(description.tokens), ", ".join(f"{amount(m.tokens)} {name}" for name, m in description.splits.items())),
+        (
+            "Tokens",
+            amount(description.tokens),
+            ", ".join(f"{amount(m.tokens)} {name}" for name, m in description.splits.items()),
+        ),
         ("Documents", amount(description.documents), f"{description.documents:,} of {read:,} read"),
         ("Dropped", f"{dropped / max(1, read):.1%}", f"{dropped:,} documents"),
         ("Fertility", f"{known:.2f}" if known else "not known", "bytes of text by token"),
@@ -68,8 +82,14 @@ def _tiles(description: Description) -> list[tuple[str, str, str]]:
 
 
 def _splits(description: Description, held_out_line: str) -> str:
-    tables = "".join(f'<h3>{text(name)}</h3><div class="scroll">{_split(m)}</div>' for name, m in description.splits.items())
-    sentences = [*places(description.sources), *losses([part for s in description.sources for part in s.splits.values()]), held_out_line]
+    tables = "".join(
+        f'<h3>{text(name)}</h3><div class="scroll">{_split(m)}</div>' for name, m in description.splits.items()
+    )
+    sentences = [
+        *places(description.sources),
+        *losses([part for s in description.sources for part in s.splits.values()]),
+        held_out_line,
+    ]
     lines = "".join(f'<p class="note">{text(sentence)}</p>' for sentence in sentences)
     return frame.card("splits", "What it holds", tables + lines)
 
@@ -92,7 +112,9 @@ def _forecast(forecast: Forecast) -> str:
 
 
 def _stretch(stretch: Stretch) -> str:
-    return frame.table(("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), stretch_rows(stretch), total=True)
+    return frame.table(
+        ("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), stretch_rows(stretch), total=True
+    )
 
 
 def _dropped(sources: Sequence[SourceDescription]) -> str:
@@ -121,7 +143,9 @@ def _samples(description: Description) -> str:
     for number, source in enumerate(shown):
         documents = "".join(_sample(sample, end) for sample in source.samples)
         packed = _packed(source.packed, end) if source.packed else ""
-        parts.append(f"<details{' open' * (number == 0)}><summary>{text(source.name)}</summary>{documents}{packed}</details>")
+        parts.append(
+            f"<details{' open' * (number == 0)}><summary>{text(source.name)}</summary>{documents}{packed}</details>"
+        )
     return frame.card("samples", "Samples", "".join(parts), "Decoded; the end-of-text token is marked.")
 
 
@@ -138,7 +162,11 @@ def _packed(packed: PackedSequence, end: str) -> str:
         f"{piece.first + piece.count - 1:,} of {piece.length:,}</span>\n{_decoded(piece.text, end)}</div>"
         for piece in packed.pieces
     )
-    padding = f'<div class="piece"><span class="gap">{packed.padding} tokens of padding</span></div>' if packed.padding else ""
+    padding = (
+        f'<div class="piece"><span class="gap">{packed.padding} tokens of padding</span></div>'
+        if packed.padding
+        else ""
+    )
     note = f"How documents meet in a sequence of {PACKED_TOKENS} tokens, here {packed.start:,} to {packed.start + PACKED_TOKENS - 1:,}"
     return f'<p class="note">{note}</p><pre class="sample">{parts}{padding}</pre>'
 

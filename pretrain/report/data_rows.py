@@ -21,7 +21,10 @@ def split_rows(manifest: Manifest) -> list[Row]:
 
 def stretch_rows(stretch: Stretch) -> list[Row]:
     """Source, sequences, tokens, share of the tokens, epochs, repeated tokens; of several sources the sum as well."""
-    rows = [(source.name, source.sequences, source.tokens, f"{source.epochs:.2f}", source.repeats) for source in stretch.sources]
+    rows = [
+        (source.name, source.sequences, source.tokens, f"{source.epochs:.2f}", source.repeats)
+        for source in stretch.sources
+    ]
     if len(rows) > 1:
         rows.append(("all", stretch.stop - stretch.start, stretch.tokens, "", stretch.repeats))
     return [
@@ -33,7 +36,9 @@ def stretch_rows(stretch: Stretch) -> list[Row]:
 def places(sources: Sequence[SourceDescription]) -> list[str]:
     """A sentence for each source whose tokens are read where another tool put them."""
     found = [(source.name, *source.in_place) for source in sources if source.in_place is not None]
-    return [f"{name}: the tokens of {n:,} shard{'s' * (n > 1)} are read in place, from {where}" for name, n, where in found]
+    return [
+        f"{name}: the tokens of {n:,} shard{'s' * (n > 1)} are read in place, from {where}" for name, n, where in found
+    ]
 
 
 def losses(sources: Sequence[SourceManifest]) -> list[str]:

@@ -21,7 +21,9 @@ Themes = Mapping[str, Mapping[str, object]]
 Row = tuple[str, ...]
 
 
-def page(title: str, state: str, subtitle: str, body: str, source: str, figures: Mapping[str, go.Figure], themes: Themes) -> str:
+def page(
+    title: str, state: str, subtitle: str, body: str, source: str, figures: Mapping[str, go.Figure], themes: Themes
+) -> str:
     """A whole page.
 
     Args:
@@ -77,13 +79,18 @@ def table(head: Row, rows: Sequence[Row], words: int = 1, *, total: bool = False
         marked = (f"<{kind}{' class=number' * (i >= words)}>{text(cell)}</{kind}>" for i, cell in enumerate(cells))
         return f"<tr{mark}>{''.join(marked)}</tr>"
 
-    body = "".join(row(cells, "td", " class=total" * (total and i == len(rows) - 1 > 0)) for i, cells in enumerate(rows))
+    body = "".join(
+        row(cells, "td", " class=total" * (total and i == len(rows) - 1 > 0)) for i, cells in enumerate(rows)
+    )
     return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def settings(sections: Mapping[str, Iterable[tuple[str, str, bool]]]) -> str:
     """Sections that open and close, of (name, value, whether it differs from the default)."""
-    return "".join(f"<details><summary>{text(name)}</summary><dl>{_terms(terms)}</dl></details>" for name, terms in sections.items())
+    return "".join(
+        f"<details><summary>{text(name)}</summary><dl>{_terms(terms)}</dl></details>"
+        for name, terms in sections.items()
+    )
 
 
 def text(plain: str) -> str:

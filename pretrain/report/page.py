@@ -17,7 +17,15 @@ from pretrain.config import RunConfig, flatten
 from pretrain.report import frame
 from pretrain.report.charts import MAX_POINTS, charts, themes
 from pretrain.report.frame import text
-from pretrain.report.records import Event, Metrics, ValidationRecord, read_config, read_events, read_metrics, write_whole
+from pretrain.report.records import (
+    Event,
+    Metrics,
+    ValidationRecord,
+    read_config,
+    read_events,
+    read_metrics,
+    write_whole,
+)
 from pretrain.report.words import amount, decimal, duration
 
 SECTIONS = {
@@ -57,7 +65,9 @@ def write_report(run_dir: Path) -> Path:
 
 def _page(run: Run) -> str:
     figures = charts(run.metrics, run.events)
-    sections = "".join(frame.card(name, title, frame.chart(name, f"{title} over the steps")) for name, title in SECTIONS.items())
+    sections = "".join(
+        frame.card(name, title, frame.chart(name, f"{title} over the steps")) for name, title in SECTIONS.items()
+    )
     body = [
         frame.tiles(_tiles(run)),
         frame.notices(_notices(run)),
@@ -85,19 +95,29 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if validations:
         last = validations[-1]
         first = f"from {decimal(validations[0].val_loss)}, " if len(validations) > 1 else ""
-        tiles.append(("Validation loss", decimal(last.val_loss), f"{first}perplexity {decimal(last.val_perplexity, 2)}"))
+        tiles.append(
+            ("Validation loss", decimal(last.val_loss), f"{first}perplexity {decimal(last.val_perplexity, 2)}")
+        )
     if steps:
         tiles.append(("Training time", duration(_seconds_at_work(run)), _attempts(run.events)))
         speed = statistics.median(record.tokens_per_s for record in steps)
         shares = [record.mfu for record in steps if record.mfu is not None]
-        tiles.append(("Speed", f"{speed:,.0f} tokens/s", f"MFU {statistics.median(shares):.1%} (medians)" if shares else "median"))
+        tiles.append(
+            (
+                "Speed",
+                f"{speed:,.0f} tokens/s",
+                f"MFU {statistics.median(shares):.1%} (medians)" if shares else "median",
+            )
+        )
     return tiles
 
 
 def _seconds_at_work(run: Run) -> float:
     """From the start to the last sign of life of every attempt, without the time between attempts."""
     signs = [(event.time, event.kind in {"start", "resume"}) for event in run.events if event.kind != "settings"]
-    signs += [(record.time, False) for record in run.metrics.steps] + [(record.time, False) for record in run.metrics.validations]
+    signs += [(record.time, False) for record in run.metrics.steps] + [
+        (record.time, False) for record in run.metrics.validations
+    ]
     signs.sort()
     return sum(later - earlier for (earlier, _), (later, begins) in pairwise(signs) if not begins)
 
@@ -137,7 +157,9 @@ def _notices(run: Run) -> list[str]:
     by_source = run.metrics.validations[-1].by_source if run.metrics.validations else {}
     small = [f"{name} ({source.tokens:,} tokens)" for name, source in by_source.items() if source.tokens <= few]
     if small:
-        notices.append(f"The validation loss is over little text of {', '.join(small)}: hold out more of it, or raise eval.batches.")
+        notices.append(
+            f"The validation loss is over little text of {', '.join(small)}: hold out more of it, or raise eval.batches."
+        )
     return notices
 
 
@@ -145,7 +167,9 @@ def _remarks(run: Run) -> str:
     """What the curves leave out, and what MFU means here."""
     remarks = ["Drag over a chart to zoom in, double-click to see all again."]
     if len(run.metrics.steps) > MAX_POINTS:
-        remarks.append(f"Curves show {MAX_POINTS:,} of the {len(run.metrics.steps):,} steps: the lowest and the highest of every stretch.")
+        remarks.append(
+            f"Curves show {MAX_POINTS:,} of the {len(run.metrics.steps):,} steps: the lowest and the highest of every stretch."
+        )
     statement = next((event.mfu_statement for event in reversed(run.events) if event.mfu_statement), None)
     return " ".join([*remarks, f"{statement}."] if statement else remarks)
 
@@ -158,8 +182,18 @@ def _by_source(figures: Mapping[str, go.Figure], validations: Sequence[Validatio
     rows = []
     for name, source in last.by_source.items():
         first = next(record.by_source[name] for record in validations if name in record.by_source)
-        rows.append((name, f"{source.tokens:,}", decimal(first.loss), decimal(source.loss), decimal(source.perplexity, 2)))
-    rows.append(("all", f"{last.val_tokens:,}", decimal(validations[0].val_loss), decimal(last.val_loss), decimal(last.val_perplexity, 2)))
+        rows.append(
+            (name, f"{source.tokens:,}", decimal(first.loss), decimal(source.loss), decimal(source.perplexity, 2))
+        )
+    rows.append(
+        (
+            "all",
+            f"{last.val_tokens:,}",
+            decimal(validations[0].val_loss),
+            decimal(last.val_loss),
+            decimal(last.val_perplexity, 2),
+        )
+    )
     table = frame.table(("Source", "Tokens predicted", "First loss", "Last loss", "Perplexity"), rows, total=True)
     chart = frame.chart("by_source", "Validation loss by source over the steps")
     note = "The last row is the mean over all these tokens."

@@ -169,7 +169,9 @@ def read_config(path: Path) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-        raise UserError(f"{path} cannot be read as the settings of a run ({reason}); restore it, or choose another run.dir") from error
+        raise UserError(
+            f"{path} cannot be read as the settings of a run ({reason}); restore it, or choose another run.dir"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML; restore it, or choose another run.dir") from error
     except OSError as error:

@@ -52,7 +52,9 @@ class Books:
             if logger not in self._failed:
                 try:
                     logger.log(record)
-                except Exception as error:  # whatever a disk or a service of somebody else has: the run does not need it
+                except (
+                    Exception
+                ) as error:  # whatever a disk or a service of somebody else has: the run does not need it
                     self._leave_out(logger, error, record.step)
         self._tell_lost_output(record.step)
 
@@ -68,17 +70,27 @@ class Books:
     def _leave_out(self, logger: Logger, error: Exception, step: int | None = None) -> None:
         self._failed.append(logger)
         what = " ".join(reason(error).splitlines())
-        self.event("logger_failed", f"{type(logger).__name__}: {type(error).__name__}: {what}; the run goes on without it", step)
+        self.event(
+            "logger_failed",
+            f"{type(logger).__name__}: {type(error).__name__}: {what}; the run goes on without it",
+            step,
+        )
 
     def _tell_lost_output(self, step: int | None) -> None:
         """Tell once that the display went quiet. That happens inside of some write, perhaps of the thread that draws the panel."""
         if not self._output_lost and self.output is not None and self.output.error is not None:
             self._output_lost = True
-            self.event("output_lost", f"the display cannot be written ({reason(self.output.error)}): the run goes on without it", step)
+            self.event(
+                "output_lost",
+                f"the display cannot be written ({reason(self.output.error)}): the run goes on without it",
+                step,
+            )
 
 
 @contextmanager
-def open_books(run_dir: RunDirectory, display: Display, loggers: Sequence[Logger], output: TolerantStream | None = None) -> Iterator[Books]:
+def open_books(
+    run_dir: RunDirectory, display: Display, loggers: Sequence[Logger], output: TolerantStream | None = None
+) -> Iterator[Books]:
     """The books of one attempt; everything in them is closed after the block. `output`: what the display is written to."""
     with ExitStack() as stack:
         metrics, events = (stack.enter_context(RecordFile(path)) for path in (run_dir.metrics, run_dir.events))

@@ -32,13 +32,17 @@ def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) ->
     """What `rank` holds of the model of a resolved config, with its initial weights, and its optimizer."""
     if config.train.compile:
         _allow_compilations(config)
-    return build(blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=torch.device(config.train.device))
+    return build(
+        blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=torch.device(config.train.device)
+    )
 
 
 def _allow_compilations(config: RunConfig) -> None:
     """Let a block be compiled for every length of sequences, and for evaluation. Past its limit the compiler would run it uncompiled."""
     wanted = len(config.data.growth) + 2
-    dynamo.recompile_limit = max(dynamo.recompile_limit, wanted)  # torch 2.11 has this limit for the whole process alone
+    dynamo.recompile_limit = max(
+        dynamo.recompile_limit, wanted
+    )  # torch 2.11 has this limit for the whole process alone
 
 
 def blueprint_of(config: RunConfig) -> Blueprint:
@@ -70,7 +74,9 @@ def numbers_of(config: RunConfig) -> Numbers:
     )
 
 
-def compute(model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, config: RunConfig) -> Tensor | LossSum:
+def compute(
+    model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, config: RunConfig
+) -> Tensor | LossSum:
     """One part of the model over one microbatch: what the next part needs, or the loss if this is the last."""
     assert isinstance(model, Transformer)
     x = microbatch.input_ids if received is None else received

@@ -29,7 +29,9 @@ class Findings:
     """What to tell, a line for each thing that was not told before."""
 
 
-def check_records(run_dir: Path, path: Path | None, manifest: Manifest | None, damaged: str = "", *, go_back: bool = False) -> Findings:
+def check_records(
+    run_dir: Path, path: Path | None, manifest: Manifest | None, damaged: str = "", *, go_back: bool = False
+) -> Findings:
     """Compare the records in `run_dir` with the checkpoint at `path`, from which the run would go on.
 
     Args:
@@ -60,7 +62,9 @@ def check_records(run_dir: Path, path: Path | None, manifest: Manifest | None, d
     known = {event.text for event in events}
     told = [line for line in told if line not in known]
     if lost:
-        told.insert(0, f"{lost}. By {GO_BACK} the run goes back to {beginning}; its old records stay beside metrics.jsonl")
+        told.insert(
+            0, f"{lost}. By {GO_BACK} the run goes back to {beginning}; its old records stay beside metrics.jsonl"
+        )
     return Findings(lost, tuple(told))
 
 
@@ -82,7 +86,13 @@ def _what_is_lost(run_dir: Path, events: Sequence[Event], metrics: Metrics, mani
     gone = {saved for saved in told_saves(events) if saved > step} - steps_there(folder)
     if manifest is not None and gone:
         return f"{folder} has lost the checkpoint of step {max(gone)}, which events.jsonl tells of; its newest whole one is of step {step}"
-    place = "is a link to what is not there" if folder.is_symlink() else "is not there" if not folder.exists() else "holds no checkpoint"
+    place = (
+        "is a link to what is not there"
+        if folder.is_symlink()
+        else "is not there"
+        if not folder.exists()
+        else "holds no checkpoint"
+    )
     if gone:
         return f"{folder} {place}, but events.jsonl tells that step {max(gone)} was saved"
     if manifest is None and metrics.steps and not any(event.kind in {"start", "resume"} for event in events):
@@ -109,7 +119,9 @@ def _gaps(events: Sequence[Event], metrics: Metrics, step: int) -> list[str]:
     gaps = [(a + 1, b - 1) for a, b in pairwise([min(starts, default=0), *there, step + 1]) if b > a + 1]
     if gaps:
         ranges = _few([f"{a} to {b}" if b > a else str(a) for a, b in gaps])
-        told.append(f"metrics.jsonl has no records of steps {ranges}: curves have a gap there, nothing is trained twice")
+        told.append(
+            f"metrics.jsonl has no records of steps {ranges}: curves have a gap there, nothing is trained twice"
+        )
     if not any(event.kind in {"start", "resume"} for event in events):
         told.append(f"events.jsonl does not tell how the run came to step {step}: what it told before is lost")
     return told

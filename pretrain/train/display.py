@@ -71,7 +71,9 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended = True
         if self._live:
             self._live.stop()
@@ -113,10 +115,17 @@ class Display:
         """The notice of a stop, and how long the run has been in what is not a step or delays the stop."""
         if self._ended:
             return []
-        activity = "the first step" if self._step is None and self._stop.activity is Activity.STEP else self._stop.activity.value
+        activity = (
+            "the first step"
+            if self._step is None and self._stop.activity is Activity.STEP
+            else self._stop.activity.value
+        )
         waiting = duration(max(0.0, self._clock() - self._stop.since))
         if self._stop:
-            return [Text(self._stop.notice, style="bold yellow"), Text(f"waiting for {activity} ({waiting})", style="dim")]
+            return [
+                Text(self._stop.notice, style="bold yellow"),
+                Text(f"waiting for {activity} ({waiting})", style="dim"),
+            ]
         return [] if activity == Activity.STEP.value else [Text(f"{activity} is on its way ({waiting})", style="dim")]
 
     def _progress(self) -> list[RenderableType]:
@@ -151,7 +160,10 @@ class Display:
 
 def sources_line(record: ValidationRecord) -> str:
     """The validation loss and perplexity of each source; of very many only the first ones."""
-    cells = [f"{name} {decimal(source.loss)} (perplexity {decimal(source.perplexity, 2)})" for name, source in record.by_source.items()]
+    cells = [
+        f"{name} {decimal(source.loss)} (perplexity {decimal(source.perplexity, 2)})"
+        for name, source in record.by_source.items()
+    ]
     more = f", and {len(cells) - MOST_SOURCES} more in metrics.jsonl" if len(cells) > MOST_SOURCES else ""
     return "by source: " + ", ".join(cells[:MOST_SOURCES]) + more
 

@@ -66,17 +66,26 @@ def dry_run(config: RunConfig, world_size: int, rank: int | None, console: Conso
     held = hold(config, layout, rank)
     layers = ", ".join(f"{layers.start} to {layers.stop - 1}" for layers in held.layers)
     steps = n_microbatches(config, layout)
-    console.print(f"{layout}: rank {rank} of {world_size}" + (f", at {place}" if place else ""), highlight=False, soft_wrap=True)
-    console.print(f"layers {layers} of {config.model.n_layers}, {held.n_parameters:,} parameters", highlight=False, soft_wrap=True)
+    console.print(
+        f"{layout}: rank {rank} of {world_size}" + (f", at {place}" if place else ""), highlight=False, soft_wrap=True
+    )
+    console.print(
+        f"layers {layers} of {config.model.n_layers}, {held.n_parameters:,} parameters", highlight=False, soft_wrap=True
+    )
     shown = f"a step of {steps} microbatch{'es' * (steps > 1)}" + (
         f"; the {in_full - steps} others of a whole step are more of the same" * (in_full > steps)
     )
     console.print(Text(f"{shown}, uncompiled", "dim"), soft_wrap=True)
     if config.optim.kind == "muon":
-        console.print(Text("optim.kind=muon gathers what its products need; no formula counts that", "dim"), soft_wrap=True)
+        console.print(
+            Text("optim.kind=muon gathers what its products need; no formula counts that", "dim"), soft_wrap=True
+        )
     console.print(_held_table(measured, held))
     if layout.offload:
-        console.print(Text("parallel.offload=true: parameters, gradients and optimizer state are in host memory", "dim"), soft_wrap=True)
+        console.print(
+            Text("parallel.offload=true: parameters, gradients and optimizer state are in host memory", "dim"),
+            soft_wrap=True,
+        )
     if measured.sent:
         console.print(_sent_table(measured.sent, traffic(config, layout, rank)))
 
@@ -93,7 +102,9 @@ def shortened(config: RunConfig, layout: Layout) -> RunConfig:
 
 def measure(config: RunConfig, layout: Layout, rank: int) -> Measured:
     """Build a rank of a resolved config and take a step, in pretence; in a second or a minute, by its layers and microbatches."""
-    layout = replace(layout, offload=False, async_tensor=False)  # both are for devices that are not there, and change no size
+    layout = replace(
+        layout, offload=False, async_tensor=False
+    )  # both are for devices that are not there, and change no size
     with pretend(rank, layout.world_size), Meter() as meter:
         blueprint = _observed(blueprint_of(config), meter)
         engine = build_engine(blueprint, numbers_of(config), layout=layout, rank=rank, device=torch.device("cpu"))
@@ -177,5 +188,7 @@ def _compared(name: str, measured: float, formula: float) -> tuple[str, str, str
 
 def _size(count: float) -> str:
     """Bytes, as GPU memory is told."""
-    unit, name = next(((2**power, name) for power, name in ((30, "GiB"), (20, "MiB")) if count >= 2**power), (2**10, "KiB"))
+    unit, name = next(
+        ((2**power, name) for power, name in ((30, "GiB"), (20, "MiB")) if count >= 2**power), (2**10, "KiB")
+    )
     return f"{count / unit:,.3f} {name}"

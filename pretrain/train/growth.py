@@ -43,13 +43,19 @@ def check_growth(config: RunConfig, step: int = 0, ahead: int = 0) -> None:
     for i, (start, seq_len) in enumerate(_stages(config)[1:]):
         setting = f"data.growth.{i}"
         if start < before[0]:
-            raise UserError(f"{setting}.from={data.growth[i].start} lies before the stage in front of it; put the stages in order")
+            raise UserError(
+                f"{setting}.from={data.growth[i].start} lies before the stage in front of it; put the stages in order"
+            )
         if seq_len % before[1]:
-            raise UserError(f"{setting}.seq_len={seq_len} is not a multiple of the {before[1]} before it; use {before[1] * 2}, for example")
+            raise UserError(
+                f"{setting}.seq_len={seq_len} is not a multiple of the {before[1]} before it; use {before[1] * 2}, for example"
+            )
         _check_batches(config, setting, start, seq_len // data.seq_len, step, ahead)
         before = start, seq_len
     if data.window is not None and data.window % before[1]:
-        raise UserError(f"data.window={data.window} is not a multiple of the longest sequence, {before[1]}; use {before[1]}, for example")
+        raise UserError(
+            f"data.window={data.window} is not a multiple of the longest sequence, {before[1]}; use {before[1]}, for example"
+        )
     parts, smallest = window_of(config) // data.seq_len, batch_size_at(1, config.train)
     if smallest < parts:  # it could be the padding at the end of a source, and nothing else
         raise UserError(
@@ -65,7 +71,9 @@ def _check_batches(config: RunConfig, setting: str, start: int, factor: int, ste
     if first is None:  # the stage begins after the run
         return
     if first <= train.batch_ramp_steps:
-        raise UserError(f"{setting}.from={start} lies in the batch ramp of {train.batch_ramp_steps} steps; let sequences grow after it")
+        raise UserError(
+            f"{setting}.from={start} lies in the batch ramp of {train.batch_ramp_steps} steps; let sequences grow after it"
+        )
     begin = samples_before(first, train) + ahead
     if train.batch_size % factor or begin % factor:
         raise UserError(
@@ -77,5 +85,7 @@ def _check_batches(config: RunConfig, setting: str, start: int, factor: int, ste
 def _stages(config: RunConfig) -> list[tuple[int, int]]:
     """(first sample, seq_len) of each stage."""
     total = samples_before(config.train.steps + 1, config.train)
-    later = [(sample_at(stage.start, total, f"data.growth.{i}"), stage.seq_len) for i, stage in enumerate(config.data.growth)]
+    later = [
+        (sample_at(stage.start, total, f"data.growth.{i}"), stage.seq_len) for i, stage in enumerate(config.data.growth)
+    ]
     return [(0, config.data.seq_len), *later]

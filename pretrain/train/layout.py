@@ -100,7 +100,9 @@ def _check_tensor(config: RunConfig) -> None:
                 way_out = ", or let ranks share a head with parallel.replicate_kv=true"
             if name == "vocab_size":
                 way_out = f", or model.vocab_size={-(-size // math.lcm(64, tensor)) * math.lcm(64, tensor)}"
-            raise UserError(f"parallel.tensor={tensor} does not divide model.{name}={size}: use {choices(fits)}{way_out}")
+            raise UserError(
+                f"parallel.tensor={tensor} does not divide model.{name}={size}: use {choices(fits)}{way_out}"
+            )
     if replicated and tensor % kv_heads:
         multiples = [size for size in fits if size % kv_heads == 0 or kv_heads % size == 0]
         raise UserError(
@@ -125,7 +127,9 @@ def _check_sequences(config: RunConfig) -> None:
         pieces = pieces if parallel.context_method == "gather" else f"parallel.context={context} pieces"
         raise UserError(f"data.seq_len={seq_len} cannot be cut into {pieces}: {way_out}")
     if seq_len % needed:
-        held = f"data.seq_len={seq_len}" + (f" / parallel.context={context} = {seq_len // context}" if context > 1 else "")
+        held = f"data.seq_len={seq_len}" + (
+            f" / parallel.context={context} = {seq_len // context}" if context > 1 else ""
+        )
         raise UserError(
             f"{held} is not divisible by parallel.tensor={tensor}, as parallel.sequence=true wants: {way_out}, or parallel.sequence=false"
         )
@@ -135,9 +139,14 @@ def _check_ulysses(config: RunConfig) -> None:
     model, parallel = config.model, config.parallel
     if parallel.context_method != "ulysses":
         return
-    for name, heads in (("n_kv_heads", max(1, model.n_kv_heads // parallel.tensor)), ("n_heads", model.n_heads // parallel.tensor)):
+    for name, heads in (
+        ("n_kv_heads", max(1, model.n_kv_heads // parallel.tensor)),
+        ("n_heads", model.n_heads // parallel.tensor),
+    ):
         if heads % parallel.context:
-            held = f"model.{name}={getattr(model, name)}" + (f" on parallel.tensor={parallel.tensor}" if parallel.tensor > 1 else "")
+            held = f"model.{name}={getattr(model, name)}" + (
+                f" on parallel.tensor={parallel.tensor}" if parallel.tensor > 1 else ""
+            )
             divided = f"{heads} head{'s' * (heads > 1)}"
             raise UserError(
                 f"parallel.context={parallel.context} with parallel.context_method=ulysses does not divide the {divided} of a rank "
@@ -149,7 +158,9 @@ def _check_batches(config: RunConfig, layout: Layout) -> None:
     train, data = config.train, config.data
     rows, micro = sequences_per_rank(config), train.micro_batch_size
     if micro > rows:
-        share = f"train.batch_size={train.batch_size}" + (f" / {layout.data} data ranks = {rows}" if layout.data > 1 else "")
+        share = f"train.batch_size={train.batch_size}" + (
+            f" / {layout.data} data ranks = {rows}" if layout.data > 1 else ""
+        )
         raise UserError(f"train.micro_batch_size={micro} is larger than {share}; use at most that")
     for stage in data.growth:
         longer = train.batch_size * data.seq_len // stage.seq_len
@@ -169,13 +180,18 @@ def _check_batches(config: RunConfig, layout: Layout) -> None:
 def compiles(config: RunConfig) -> bool:
     """Whether blocks can be compiled. Where some of their layers are not (`parallel.weight_pass`), recomputation is around the pieces that
     are, sees operators inside of them, and would keep results in memory that the compiler uses again."""
-    return not (stages.splits_backward(config.parallel.pipeline, config.parallel.schedule) and config.train.recompute == "selective")
+    return not (
+        stages.splits_backward(config.parallel.pipeline, config.parallel.schedule)
+        and config.train.recompute == "selective"
+    )
 
 
 def _check_pipeline(config: RunConfig, layout: Layout) -> None:
     if layout.pipeline == 1:
         if layout.stages_per_rank > 1:
-            raise UserError(f"parallel.stages_per_rank={layout.stages_per_rank} needs a pipeline, and parallel.pipeline=1: use 1 or auto")
+            raise UserError(
+                f"parallel.stages_per_rank={layout.stages_per_rank} needs a pipeline, and parallel.pipeline=1: use 1 or auto"
+            )
         return
     if config.train.compile and not compiles(config):
         raise UserError(
@@ -224,4 +240,6 @@ def _check_device(config: RunConfig) -> None:
     }
     missing = [name for name, there in wanted.items() if not there]
     if missing:
-        raise UserError(f"parallel.async_tensor=true also wants {', '.join(missing)}: set that, or parallel.async_tensor=false")
+        raise UserError(
+            f"parallel.async_tensor=true also wants {', '.join(missing)}: set that, or parallel.async_tensor=false"
+        )

@@ -90,7 +90,9 @@ def _ramp_padding(config: RunConfig, micro_batch: int) -> float:
     steps_of_rows = Counter(-(-batch_size_at(step, train) // ranks) for step in range(1, ramped + 1))
     padding = sum(steps * (-rows % micro_batch) for rows, steps in steps_of_rows.items())
     return padding / (
-        padding + sum(steps * rows for rows, steps in steps_of_rows.items()) + (train.steps - ramped) * (train.batch_size // ranks)
+        padding
+        + sum(steps * rows for rows, steps in steps_of_rows.items())
+        + (train.steps - ramped) * (train.batch_size // ranks)
     )
 
 
@@ -147,7 +149,9 @@ def _left(config: RunConfig, axis: str, world_size: int) -> tuple[object, str]:
     product = math.prod(others.values())
     if world_size % product:
         way_out = f"use {choices(divisors(world_size))}" if len(others) == 1 else "change one of them"
-        raise UserError(f"{told(others)} does not divide the {processes(world_size)}: {way_out}, or start {product} or a multiple of that")
+        raise UserError(
+            f"{told(others)} does not divide the {processes(world_size)}: {way_out}, or start {product} or a multiple of that"
+        )
     left = world_size // product
     return left, f"what {told(others)} leaves of {processes(world_size)}" if others else f"all {processes(world_size)}"
 

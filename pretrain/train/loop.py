@@ -105,7 +105,9 @@ class Loop:
         """One step; whether any rank was asked to stop: one that is alone may have been after its passes."""
         config, seq_len = self.config, batch.input_ids.shape[1]
         if not self._agree_on_damage(batch, step):
-            raise UserError(f"every sequence of the batch of step {step} is damaged, so data.on_damage=skip has nothing left to train on")
+            raise UserError(
+                f"every sequence of the batch of step {step} is damaged, so data.on_damage=skip has nothing left to train on"
+            )
         scale = lr_scale(step, config.train.steps, config.optim)
         mine = list(microbatches(batch, self._micro_batch(seq_len), self.device))
         result = self.engine.train_step(mine, scale, asks=lambda: bool(self.stop))
@@ -159,7 +161,9 @@ class Loop:
         text = f"loss {result.loss} and gradient norm {result.grad_norm} at step {step}"
         self.books.event("stop", text, step)
         optim, saved = self.config.optim, directory.kept_steps(self.checkpoints)
-        branch = f"; run.init_from={self.config.run.dir} run.init_mode=full begins it at step {saved[0]}" if saved else ""
+        branch = (
+            f"; run.init_from={self.config.run.dir} run.init_mode=full begins it at step {saved[0]}" if saved else ""
+        )
         raise Diverged(
             f"{text}: the run diverged, and this step was not taken. In another run.dir, lower optim.lr={optim.lr}, "
             f"lengthen optim.warmup={optim.warmup} or set train.z_loss=1e-4{branch}"

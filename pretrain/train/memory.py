@@ -118,6 +118,9 @@ def _changes(config: RunConfig, layout: Layout) -> Iterator[tuple[str, Layout]]:
             size = getattr(layout, axis) << doublings
             if axis == "shard" or (size <= RANKS_OF_A_NODE and divided % size == 0):
                 processes = layout.world_size << doublings
-                yield f"use parallel.{axis}={size}{and_zero} on {processes} processes", replace(layout, zero=zero, **{axis: size})
+                yield (
+                    f"use parallel.{axis}={size}{and_zero} on {processes} processes",
+                    replace(layout, zero=zero, **{axis: size}),
+                )
     if not layout.offload:
         yield "use parallel.offload=true", replace(layout, offload=True)

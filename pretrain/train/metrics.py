@@ -24,7 +24,9 @@ class RecordFile:
         self.path = path
         try:
             _cut_torn_line(path)
-            self._file = path.open("ab", buffering=0)  # what Python buffered and the disk refused would be written again when closed
+            self._file = path.open(
+                "ab", buffering=0
+            )  # what Python buffered and the disk refused would be written again when closed
         except OSError as error:
             raise _unwritable(path, error) from error
 
@@ -32,7 +34,9 @@ class RecordFile:
         """Write one record. StorageError where the disk does not take it; the file then ends with the record before."""
         line, written = record.line().encode(), 0
         try:
-            while written < len(line):  # of a disk that is nearly full the first write takes a part, the second says why
+            while written < len(
+                line
+            ):  # of a disk that is nearly full the first write takes a part, the second says why
                 written += self._file.write(line[written:])
         except OSError as error:
             os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - written)
@@ -45,7 +49,9 @@ class RecordFile:
     def __enter__(self) -> RecordFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

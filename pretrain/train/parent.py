@@ -107,10 +107,14 @@ def _in_run(run: Path, step: int | None, named: str) -> Path:
     """The checkpoint of that step in a run directory; None is the newest."""
     kept = directory.kept_steps(run / "checkpoints")
     if not kept:
-        raise UserError(f"{named}: {run} holds no checkpoint; name a run directory that does, or the folder of one checkpoint")
+        raise UserError(
+            f"{named}: {run} holds no checkpoint; name a run directory that does, or the folder of one checkpoint"
+        )
     if step is not None and step not in kept:
         shown = ", ".join(str(other) for other in sorted(kept))
-        raise UserError(f"{named}: there is no checkpoint of step {step}; kept are {shown} (checkpoint.keep says how many a run keeps)")
+        raise UserError(
+            f"{named}: there is no checkpoint of step {step}; kept are {shown} (checkpoint.keep says how many a run keeps)"
+        )
     path = directory.checkpoint_path(run / "checkpoints", kept[0] if step is None else step)
     directory.check_name(path)
     return path
@@ -122,8 +126,12 @@ def check_parent(parent: Parent, config: RunConfig, tokenizer: Tokenizer, data: 
     theirs, ours = parent.config.model, config.model
     differ = [name for name in ARCHITECTURE if getattr(theirs, name) != getattr(ours, name)]
     if differ:
-        told = "; ".join(f"model.{name} is {getattr(theirs, name)} there and {getattr(ours, name)} here" for name in differ)
-        raise UserError(f"{named} has weights of another model: {told}; leave these settings out, the model is then that run's")
+        told = "; ".join(
+            f"model.{name} is {getattr(theirs, name)} there and {getattr(ours, name)} here" for name in differ
+        )
+        raise UserError(
+            f"{named} has weights of another model: {told}; leave these settings out, the model is then that run's"
+        )
     _check_tokenizer(parent, tokenizer, data, named)
     if config.run.init_mode == "full":
         _check_full(parent, config, data, named)
@@ -138,9 +146,13 @@ def _check_tokenizer(parent: Parent, tokenizer: Tokenizer, data: Loader, named: 
     files = {load_tokenizer(file).fingerprint: file for file in reversed(candidates) if file.exists()}
     theirs = parent.manifest.tokenizer or next(reversed(files), None)
     if theirs is None:
-        raise UserError(f"{named}: its tokenizer is not at {' or '.join(map(str, candidates))}; put it there, so that it can be compared")
+        raise UserError(
+            f"{named}: its tokenizer is not at {' or '.join(map(str, candidates))}; put it there, so that it can be compared"
+        )
     if theirs != tokenizer.fingerprint:
-        way_out = f"prepare the data with data.tokenizer={files[theirs]}" if theirs in files else "use data made with it"
+        way_out = (
+            f"prepare the data with data.tokenizer={files[theirs]}" if theirs in files else "use data made with it"
+        )
         raise UserError(
             f"{named} was trained with another tokenizer ({theirs}) than the one that made the data here "
             f"({tokenizer.fingerprint}); {way_out}"
@@ -177,7 +189,9 @@ def _order_differs(theirs: RunConfig, ours: RunConfig) -> str:
     """Settings that decide the order of the data and differ."""
     keys: tuple[str, ...] = ("run.seed", "data.seq_len", "data.window", "data.packing", "data.growth", "data.mixture.")
     data = theirs.data, ours.data
-    starts = [stage.start for of in data for stage in of.growth] + [stage.start for of in data for stage in of.mixture.stages]
+    starts = [stage.start for of in data for stage in of.growth] + [
+        stage.start for of in data for stage in of.mixture.stages
+    ]
     if any(str(start).endswith("%") for start in starts):  # shares of the run move with its length
         keys += ("train.steps", "train.batch_size")
     flat_theirs, flat_ours = flatten(theirs), flatten(ours)

@@ -56,7 +56,9 @@ Rule = Callable[[RunConfig], tuple[object, str]]
 """What a setting becomes, and why."""
 
 
-def resolve(config: RunConfig, *, tokenizer_size: int, previous: RunConfig | None, world_size: int = 1) -> tuple[RunConfig, list[Decision]]:
+def resolve(
+    config: RunConfig, *, tokenizer_size: int, previous: RunConfig | None, world_size: int = 1
+) -> tuple[RunConfig, list[Decision]]:
     """A config without `auto`, and the decisions made.
 
     Args:
@@ -114,7 +116,10 @@ def _rules(tokenizer_size: int, world_size: int) -> dict[str, Rule]:
             min(c.train.steps // WARMUP_SHARE, LONGEST_WARMUP),
             f"a tenth of the run, {LONGEST_WARMUP:,} steps at most",
         ),
-        "optim.decay": lambda c: (schedule.WSD_DECAY if c.optim.schedule == "wsd" else 1.0, f"the usual for {c.optim.schedule}"),
+        "optim.decay": lambda c: (
+            schedule.WSD_DECAY if c.optim.schedule == "wsd" else 1.0,
+            f"the usual for {c.optim.schedule}",
+        ),
         "parallel.replicate": partial(layout_rules.replicate_rule, world_size=world_size),
         "parallel.shard": partial(layout_rules.shard_rule, world_size=world_size),
         "parallel.zero": layout_rules.zero_rule,
@@ -128,7 +133,9 @@ def _rules(tokenizer_size: int, world_size: int) -> dict[str, Rule]:
     }
 
 
-def _apply(rules: Mapping[str, Rule], config: RunConfig, before: Mapping[str, object]) -> tuple[RunConfig, list[Decision]]:
+def _apply(
+    rules: Mapping[str, Rule], config: RunConfig, before: Mapping[str, object]
+) -> tuple[RunConfig, list[Decision]]:
     """Decide what says `auto`, by what was decided `before` or else by its rule."""
     decisions: list[Decision] = []
     for key, rule in rules.items():
@@ -170,13 +177,21 @@ def _precision(config: RunConfig) -> tuple[object, str]:
 
 def _compile(config: RunConfig) -> tuple[object, str]:
     if not compiles(config):
-        return False, f"what parallel.schedule={config.parallel.schedule} and train.recompute=selective keep cannot be compiled"
+        return (
+            False,
+            f"what parallel.schedule={config.parallel.schedule} and train.recompute=selective keep cannot be compiled",
+        )
     missing = _missing_compiler(config.train.device)
     if missing is not None:
         return False, missing
     if config.train.device == "cuda":
         return True, "on for GPUs"
-    flops = 6.0 * parameter_count(config.model) * schedule.samples_before(config.train.steps + 1, config.train) * config.data.seq_len
+    flops = (
+        6.0
+        * parameter_count(config.model)
+        * schedule.samples_before(config.train.steps + 1, config.train)
+        * config.data.seq_len
+    )
     if flops < COMPILE_WORTH_FLOPS:
         return False, f"{amount(flops)} FLOPs are too few to repay compiling"
     return True, f"{amount(flops)} FLOPs repay compiling"
@@ -199,7 +214,9 @@ def _missing_compiler(device: str) -> str | None:
 
 def _attention(config: RunConfig) -> tuple[object, str]:
     train = config.train
-    return choose_backend(train.device, precision=train.precision, compiled=train.compile, head_dim=config.model.head_dim)
+    return choose_backend(
+        train.device, precision=train.precision, compiled=train.compile, head_dim=config.model.head_dim
+    )
 
 
 def _micro_batch(config: RunConfig, *, world_size: int) -> tuple[object, str]:
@@ -223,7 +240,9 @@ def _check(config: RunConfig, tokenizer_size: int) -> None:
     if missing is not None:
         raise UserError(f"train.compile=true, but {missing}; install it, or use train.compile=false or auto")
     if train.attention in VARIABLE_LENGTH:
-        runs = available_backends(train.device, precision=train.precision, compiled=train.compile, head_dim=model.head_dim)
+        runs = available_backends(
+            train.device, precision=train.precision, compiled=train.compile, head_dim=model.head_dim
+        )
         if train.attention not in runs:
             raise UserError(
                 f"train.attention={train.attention} does not run here with train.device={train.device}, train.precision={train.precision} "
@@ -250,5 +269,7 @@ def _check_numbers(config: RunConfig) -> None:
     longest = longest_seq_len(config)
     if longest > model.max_seq_len:
         setting = "data.seq_len" if longest == data.seq_len else "data.growth: seq_len"
-        raise UserError(f"{setting}={longest} is longer than model.max_seq_len={model.max_seq_len}; lower the first or raise the second")
+        raise UserError(
+            f"{setting}={longest} is longer than model.max_seq_len={model.max_seq_len}; lower the first or raise the second"
+        )
     schedule.check(config.optim, config.train)

@@ -72,7 +72,9 @@ def restore(
     none_whole = ""
     go_back = config.checkpoint.on_loss == "go_back"
     try:
-        path = directory.newest(run_dir.checkpoints, lambda path, problems: skipped.append((path, problems[0])), place.group)
+        path = directory.newest(
+            run_dir.checkpoints, lambda path, problems: skipped.append((path, problems[0])), place.group
+        )
     except directory.NoneWhole as error:
         path, none_whole = None, str(error.args[0])
     manifest = None if path is None else read_manifest(path)
@@ -83,18 +85,27 @@ def restore(
         beginning = _begin_from_parent(engine, data, config, tokenizer, place)
     else:
         beginning = Beginning()
-    finished = beginning.step == config.train.steps and on_first(place.group, lambda: is_finished(run_dir.events, beginning.step))
+    finished = beginning.step == config.train.steps and on_first(
+        place.group, lambda: is_finished(run_dir.events, beginning.step)
+    )
     on_first(place.group, lambda: _ready_to_save(run_dir.checkpoints, finished=finished))
     if place.world.is_main:
         try:
             if findings.lost:
                 copy_aside(run_dir.metrics, run_dir.attempt)
             truncate_after(run_dir.metrics, beginning.step if path else BEFORE_ANY_STEP)
-            for damaged, _ in skipped:  # `directory.retain` would count them as the newest, and delete what is saved now
+            for (
+                damaged,
+                _,
+            ) in skipped:  # `directory.retain` would count them as the newest, and delete what is saved now
                 directory.set_aside(damaged)
         except OSError as error:
-            raise StorageError(f"run.dir={run_dir.path} cannot be written ({error}); mend that, and start again") from error
-    directory.retain(run_dir.checkpoints, config.checkpoint.keep, place.group)  # a smaller `keep` makes room for the next
+            raise StorageError(
+                f"run.dir={run_dir.path} cannot be written ({error}); mend that, and start again"
+            ) from error
+    directory.retain(
+        run_dir.checkpoints, config.checkpoint.keep, place.group
+    )  # a smaller `keep` makes room for the next
     return replace(beginning, skipped=tuple(skipped), notices=findings.notices, finished=finished)
 
 
@@ -121,7 +132,9 @@ def _resume(
     return Beginning(manifest.step, ahead, resumed=True)
 
 
-def _begin_from_parent(engine: Engine, data: Loader, config: RunConfig, tokenizer: Tokenizer, place: Place) -> Beginning:
+def _begin_from_parent(
+    engine: Engine, data: Loader, config: RunConfig, tokenizer: Tokenizer, place: Place
+) -> Beginning:
     """Fill the engine from another run's checkpoint. The first rank says which: that run may be saving others."""
     parent = on_first(place.group, lambda: find_parent(config))
     check_parent(parent, config, tokenizer, data)

@@ -90,7 +90,9 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             if world.is_main:
                 run_dir.settle(config)
                 keep_tokenizer(config.data.tokenizer, run_dir.path)
-                stack.push(lambda kind, error, trace: _report(run_dir.path, console, error))  # whatever becomes of the attempt
+                stack.push(
+                    lambda kind, error, trace: _report(run_dir.path, console, error)
+                )  # whatever becomes of the attempt
             if beginning.finished:
                 _tell_finished(console, run_dir, beginning.step)
                 return Outcome.FINISHED
@@ -99,7 +101,9 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             loggers = [*open_loggers(config, run_dir.path, beginning.step), *observers] if world.is_main else []
             books = stack.enter_context(open_books(run_dir, display, loggers, output))
             _tell_start(books, config, beginning, train_data, statement, place, shortage)
-            loop = Loop(config, engine, train_data, validation, run_dir.checkpoints, books, meter, stop, place, beginning.ahead)
+            loop = Loop(
+                config, engine, train_data, validation, run_dir.checkpoints, books, meter, stop, place, beginning.ahead
+            )
             outcome = loop.run(beginning.step, validate_first=not beginning.resumed)
             del loop, engine  # the samples need their memory
         if outcome is Outcome.FINISHED and world.is_main:
@@ -142,7 +146,9 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
         return load_tokenizer(config.data.tokenizer)
     file = config.data.path / "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"data.path={config.data.path} holds no prepared data; run `pretrain data prepare` with this config first")
+        raise UserError(
+            f"data.path={config.data.path} holds no prepared data; run `pretrain data prepare` with this config first"
+        )
     return load_tokenizer(file)
 
 
@@ -162,7 +168,9 @@ def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
     )
     if "validation" not in train_data.manifest.splits:
         return train_data, None
-    return train_data, Loader(data.path / "validation", seq_len=data.seq_len, seed=seed, on_damage=data.on_damage, trusted=trusted)
+    return train_data, Loader(
+        data.path / "validation", seq_len=data.seq_len, seed=seed, on_damage=data.on_damage, trusted=trusted
+    )
 
 
 def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
@@ -217,7 +225,9 @@ def _report(run_dir: Path, console: Console, error: BaseException | None) -> Non
         if error is None:
             what = " ".join((reason(failure) if isinstance(failure, Exception) else "interrupted").splitlines())
             line = f"{run_dir / 'report.html'} was not written ({what}); nothing else is missing: `pretrain report {run_dir}` tries again"
-            Console(stderr=True, soft_wrap=True).print(Text.assemble(("warning:", "bold yellow"), " ", line), highlight=False)
+            Console(stderr=True, soft_wrap=True).print(
+                Text.assemble(("warning:", "bold yellow"), " ", line), highlight=False
+            )
     else:
         if error is None:
             _say(console, Text.assemble(("report: ", "dim"), str(report)))
@@ -226,7 +236,9 @@ def _report(run_dir: Path, console: Console, error: BaseException | None) -> Non
 def _pipeline(config: RunConfig, layout: Layout) -> str:
     """The stages, and how long their ranks wait."""
     blueprint, n_microbatches = blueprint_of(config), microbatch_counts(config)[""]
-    return describe(layout, blueprint.n_layers, n_microbatches, first_cost=blueprint.first_cost, last_cost=blueprint.last_cost)
+    return describe(
+        layout, blueprint.n_layers, n_microbatches, first_cost=blueprint.first_cost, last_cost=blueprint.last_cost
+    )
 
 
 def _previous(run_dir: Path) -> RunConfig | None:
@@ -248,7 +260,9 @@ def _meter(config: RunConfig, beginning: Beginning, devices: int) -> tuple[Meter
     return meter, mfu_statement(flops, name, accelerator, devices)
 
 
-def _tell_start(books: Books, config: RunConfig, beginning: Beginning, data: Loader, statement: str, place: Place, shortage: str) -> None:
+def _tell_start(
+    books: Books, config: RunConfig, beginning: Beginning, data: Loader, statement: str, place: Place, shortage: str
+) -> None:
     """What was passed over, what is short, what is trained on what, and on which machines."""
     for path, problem in beginning.skipped:
         books.event("skip_checkpoint", f"{path.name}: {problem}", directory.step_of(path))
@@ -262,10 +276,19 @@ def _tell_start(books: Books, config: RunConfig, beginning: Beginning, data: Loa
         text = f"step {step} of {config.train.steps}, from the newest checkpoint"
     if beginning.parent is not None:
         text = f"{text}; {tell_parent(beginning.parent, config)}"
-    device = torch.cuda.get_device_name() if config.train.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name() if config.train.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     if place.world.size > 1:
         device = f"{place.world.size} processes ({place.layout}), each on {device}"
-    books.event("resume" if beginning.resumed else "start", text, step, parameters=parameters, device=device, mfu_statement=statement)
+    books.event(
+        "resume" if beginning.resumed else "start",
+        text,
+        step,
+        parameters=parameters,
+        device=device,
+        mfu_statement=statement,
+    )
 
 
 def _epochs(data: Loader, samples: int) -> str:

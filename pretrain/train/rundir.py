@@ -101,7 +101,9 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -119,7 +121,9 @@ def _lock(path: Path) -> int:
     except BlockingIOError:
         holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
-        raise UserError(f"run.dir={path} is in use by process {holder}; wait for it or stop it, or choose another run.dir") from None
+        raise UserError(
+            f"run.dir={path} is in use by process {holder}; wait for it or stop it, or choose another run.dir"
+        ) from None
     except OSError as error:  # a file system without locks, a full disk
         os.close(lock)
         raise _unusable(path, error) from error
@@ -136,7 +140,9 @@ def _changes(path: Path, config: RunConfig) -> tuple[str, ...]:
     if not file.exists():
         left_over = [name for name in ("metrics.jsonl", "events.jsonl", "checkpoints") if (path / name).exists()]
         if left_over:
-            raise UserError(f"run.dir={path} holds {left_over[0]} but no config.yaml, so nobody knows its settings; choose another run.dir")
+            raise UserError(
+                f"run.dir={path} holds {left_over[0]} but no config.yaml, so nobody knows its settings; choose another run.dir"
+            )
         return ()
     lines, rules = differences(read_config(file), config), on_resume()
     refused = [line for key, line in lines.items() if rules[key] == "never"]

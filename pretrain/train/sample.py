@@ -101,7 +101,9 @@ def open_trained(
     config = read_config(config_file)
     path = directory.newest(run_dir / "checkpoints", on_problem)
     if path is None:
-        raise UserError(f"{run_dir} has no checkpoint yet; the first comes after checkpoint.every={config.checkpoint.every} steps")
+        raise UserError(
+            f"{run_dir} has no checkpoint yet; the first comes after checkpoint.every={config.checkpoint.every} steps"
+        )
     tokenizer = load_tokenizer(run_dir)
     return trained_model(path, config, device), tokenizer, config, path
 

@@ -71,7 +71,9 @@ def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, sam
     _check_growth(before, now, samples)
 
 
-def _first_difference(before: RunConfig, now: RunConfig, taken: range, changed: Iterable[str]) -> tuple[int, str, str, str] | None:
+def _first_difference(
+    before: RunConfig, now: RunConfig, taken: range, changed: Iterable[str]
+) -> tuple[int, str, str, str] | None:
     """(step, what it had, what it would have had, why) of the first of these steps that `now` would have taken otherwise."""
     if _ramp(before) != _ramp(now):  # only then: train.batch_size, to which a ramp leads, may change on purpose
         for step in taken:
@@ -83,7 +85,12 @@ def _first_difference(before: RunConfig, now: RunConfig, taken: range, changed: 
         had, would_have = rates[0](step), rates[1](step)
         if had != would_have:
             digits = ".6g" if f"{had:.6g}" != f"{would_have:.6g}" else ".17g"
-            return step, f"the learning rate {had:{digits}}", f"{would_have:{digits}}", _reason(before, now, step, changed)
+            return (
+                step,
+                f"the learning rate {had:{digits}}",
+                f"{would_have:{digits}}",
+                _reason(before, now, step, changed),
+            )
     return None
 
 

@@ -74,7 +74,9 @@ class StopRequest:
         self.presses = max(1, self.presses)
         self.signal = signal.Signals(number)
         if self._aloud and not self.in_panel:
-            with suppress(OSError):  # nobody may be left to read it; an error raised here would come out of any line of the run
+            with suppress(
+                OSError
+            ):  # nobody may be left to read it; an error raised here would come out of any line of the run
                 os.write(2, f"\n{self.notice}\n".encode())  # print() is not safe in a handler
 
 

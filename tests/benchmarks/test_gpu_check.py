@@ -29,7 +29,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 @pytest.mark.timeout(900)
 def test_every_stage_runs_small_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert run(monkeypatch, "--out", tmp_path, "--rehearse", "--seconds", 850) == 0, (tmp_path / "summary.json").read_text()
+    assert run(monkeypatch, "--out", tmp_path, "--rehearse", "--seconds", 850) == 0, (
+        tmp_path / "summary.json"
+    ).read_text()
     summary = json.loads((tmp_path / "summary.json").read_text())
     stages = {stage["name"]: stage for stage in summary["stages"]}
     assert list(stages) == [stage.name for stage in check.STAGES]
@@ -47,7 +49,9 @@ def test_every_stage_runs_small_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_stage_that_fails_or_hangs_cancels_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hang = "import subprocess, sys, time; subprocess.Popen(['sleep', '987']); print('before', flush=True); time.sleep(60)"
+    hang = (
+        "import subprocess, sys, time; subprocess.Popen(['sleep', '987']); print('before', flush=True); time.sleep(60)"
+    )
     row = "import sys; open(sys.argv[2], 'w').write('{\"what\": 1}\\n{\"wh')"
     stages = (
         check.Stage("fails", ("-c", "raise SystemExit('no such kernel')"), 60, takes_rows=False),
@@ -73,7 +77,9 @@ def test_a_stage_that_fails_or_hangs_cancels_nothing(
     assert "before" in hung
     assert "most recent call first" in hung  # where it hung
     assert "no such kernel" in capsys.readouterr().out
-    assert not [file for file in Path("/proc").glob("[0-9]*/cmdline") if b"987" in read(file)]  # and what it started is gone
+    assert not [
+        file for file in Path("/proc").glob("[0-9]*/cmdline") if b"987" in read(file)
+    ]  # and what it started is gone
 
 
 def read(file: Path) -> bytes:
@@ -104,7 +110,9 @@ def test_wheels_are_left_alone_where_nothing_is_missing(monkeypatch: pytest.Monk
         run(monkeypatch, "--out", tmp_path / "out")
 
 
-def test_without_a_gpu_nothing_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_nothing_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert run(monkeypatch, "--out", tmp_path / "out") == 0
     assert "PyTorch sees no CUDA GPU here, so nothing was run" in capsys.readouterr().out

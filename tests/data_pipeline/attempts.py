@@ -66,7 +66,11 @@ def write_text(folder: Path, documents: int) -> Text:
     write_jsonl(folder / "words.jsonl", documents)
     prepare_here(folder / "data", folder / "words.jsonl")
     files = contents(folder / "data")
-    return Text(folder / "words.jsonl", len({name[:17] for name in files if name.endswith(".bin") and name.startswith("train/")}), files)
+    return Text(
+        folder / "words.jsonl",
+        len({name[:17] for name in files if name.endswith(".bin") and name.startswith("train/")}),
+        files,
+    )
 
 
 def prepare_here(
@@ -83,7 +87,9 @@ def preparing(path: Path, jsonl: Path, **settings: Any) -> Iterator[subprocess.P
     """`pretrain data prepare` with two workers in a process group of its own."""
     sources = [{"kind": "jsonl", "paths": [str(jsonl)]}]
     config = path.parent / "prepare.yaml"
-    config.write_text(yaml.safe_dump({"data": SETTINGS | {"path": str(path), "sources": sources, "workers": 2} | settings}))
+    config.write_text(
+        yaml.safe_dump({"data": SETTINGS | {"path": str(path), "sources": sources, "workers": 2} | settings})
+    )
     command = [sys.executable, "-c", "from pretrain.cli import main; main()", "data", "prepare", str(config)]
     with subprocess.Popen(
         command,
@@ -91,7 +97,9 @@ def preparing(path: Path, jsonl: Path, **settings: Any) -> Iterator[subprocess.P
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a shell's background jobs ignore it
     ) as process:
         try:
             yield process

@@ -13,7 +13,23 @@ from data_pipeline.storage.prepared import Prepared
 from data_pipeline.storage.shard_writer import write_shard
 from data_pipeline.storage.shards import Split, open_split, token_dtype
 
-WORDS = ["the", "a", "of", "model", "token", "shard", "loss", "data", "rank", "step", "mesh", "batch", "while", "return", "def"]
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "model",
+    "token",
+    "shard",
+    "loss",
+    "data",
+    "rank",
+    "step",
+    "mesh",
+    "batch",
+    "while",
+    "return",
+    "def",
+]
 
 
 def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
@@ -40,7 +56,9 @@ def corpus(tmp_path: Path) -> Path:
 def prepare_at() -> Callable[..., Prepared]:
     """`prepare` with small settings; keywords override them."""
 
-    def run(path: Path, folder: Path, *, keep_rejects: bool = False, progress: OnProgress = lambda _: None, **settings: Any) -> Prepared:
+    def run(
+        path: Path, folder: Path, *, keep_rejects: bool = False, progress: OnProgress = lambda _: None, **settings: Any
+    ) -> Prepared:
         defaults: dict[str, Any] = {
             "sources": [SourceConfig(kind="text", paths=(str(folder),))],
             "vocab_size": 300,
@@ -59,20 +77,37 @@ def write_split(tmp_path: Path) -> Callable[..., Split]:
     """A split of documents given as token lists by source."""
 
     def write(
-        documents: dict[str, list[list[int]]], vocab_size: int = 1000, shard_tokens: int = 50, eot_id: int = 0, name: str = "train"
+        documents: dict[str, list[list[int]]],
+        vocab_size: int = 1000,
+        shard_tokens: int = 50,
+        eot_id: int = 0,
+        name: str = "train",
     ) -> Split:
         folder = tmp_path / "split" / name
         folder.mkdir(parents=True)
         recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=False, listings=(), lists="", made_with={})
-        sources = tuple(_write_source(folder, source, lists, token_dtype(vocab_size), shard_tokens) for source, lists in documents.items())
-        manifest = Manifest(split=name, splits=(name,), vocab_size=vocab_size, eot_id=eot_id, tokenizer="", recipe=recipe, sources=sources)
+        sources = tuple(
+            _write_source(folder, source, lists, token_dtype(vocab_size), shard_tokens)
+            for source, lists in documents.items()
+        )
+        manifest = Manifest(
+            split=name,
+            splits=(name,),
+            vocab_size=vocab_size,
+            eot_id=eot_id,
+            tokenizer="",
+            recipe=recipe,
+            sources=sources,
+        )
         (folder / MANIFEST).write_bytes(manifest.to_bytes())
         return open_split(folder)
 
     return write
 
 
-def _write_source(folder: Path, name: str, documents: list[list[int]], dtype: TokenDtype, shard_tokens: int) -> SourceManifest:
+def _write_source(
+    folder: Path, name: str, documents: list[list[int]], dtype: TokenDtype, shard_tokens: int
+) -> SourceManifest:
     """Shards `<name>-00000`, ... of at most `shard_tokens` tokens, or of one longer document."""
     shards: list[list[list[int]]] = []
     for ids in documents:
@@ -90,7 +125,13 @@ def _write_source(folder: Path, name: str, documents: list[list[int]], dtype: To
         repaired={},
         marked={},
         shards=tuple(
-            write_shard(folder, f"{name}-{k:05d}", np.array(list(chain(*lists))), np.array(list(map(len, lists)), np.int32), dtype)
+            write_shard(
+                folder,
+                f"{name}-{k:05d}",
+                np.array(list(chain(*lists))),
+                np.array(list(map(len, lists)), np.int32),
+                dtype,
+            )
             for k, lists in enumerate(shards)
         ),
     )

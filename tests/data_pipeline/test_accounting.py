@@ -59,22 +59,40 @@ class Prepared:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     raw, path = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("mixture") / "data"
     stdlib, site = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    library = [text for name in ("json", "email", "asyncio", "unittest") for text in sources_below(stdlib / name, 300_000)]
+    library = [
+        text for name in ("json", "email", "asyncio", "unittest") for text in sources_below(stdlib / name, 300_000)
+    ]
     (raw / "library").mkdir()
     for number in range(3):  # the first file alone is larger than a chunk
         texts = library[number::3]
-        write_jsonl_zst(raw / "library" / f"{number}.jsonl.zst", ({"content": text, "path": str(i)} for i, text in enumerate(texts)))
+        write_jsonl_zst(
+            raw / "library" / f"{number}.jsonl.zst", ({"content": text, "path": str(i)} for i, text in enumerate(texts))
+        )
 
     packages = [text for name in PACKAGES for text in sources_below(site / name, 200_000)]
-    packages += [library[3].upper(), library[5] + "\n# one line more\n", packages[2], "x = 1\n", ""]  # two from the other source
+    packages += [
+        library[3].upper(),
+        library[5] + "\n# one line more\n",
+        packages[2],
+        "x = 1\n",
+        "",
+    ]  # two from the other source
     (raw / "packages").mkdir()
     for number in range(2):
-        pq.write_table(pa.table({"text": packages[number::2]}), raw / "packages" / f"{number}.parquet", row_group_size=20)
+        pq.write_table(
+            pa.table({"text": packages[number::2]}), raw / "packages" / f"{number}.parquet", row_group_size=20
+        )
 
     (raw / "docs").mkdir()
     metadata = [distribution.read_text("METADATA") or "" for distribution in importlib.metadata.distributions()]
-    files = [file for kind in ("LICENSE*", "*.rst", "*.md", "*.txt") for file in sorted(site.rglob(kind)) if file.is_file()]
-    texts = [text for text in (*sorted(metadata), *(file.read_text(errors="replace") for file in files)) if 100 < len(text) < 8000]
+    files = [
+        file for kind in ("LICENSE*", "*.rst", "*.md", "*.txt") for file in sorted(site.rglob(kind)) if file.is_file()
+    ]
+    texts = [
+        text
+        for text in (*sorted(metadata), *(file.read_text(errors="replace") for file in files))
+        if 100 < len(text) < 8000
+    ]
     for number, text in enumerate([*texts[:20], *texts[-60:]]):
         (raw / "docs" / f"{number}.md").write_text(text, errors="replace")
     (raw / "docs" / "empty.txt").write_text(" \n")
@@ -83,7 +101,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     config = {
         "path": str(path),
         "sources": [
-            {"kind": "jsonl", "paths": [str(raw / "library")], "text_field": "content", "id_field": "path", "filters": ["length"]},
+            {
+                "kind": "jsonl",
+                "paths": [str(raw / "library")],
+                "text_field": "content",
+                "id_field": "path",
+                "filters": ["length"],
+            },
             {"kind": "parquet", "paths": [str(raw / "packages")], "filters": ["length"]},
             {"kind": "text", "paths": [str(raw / "docs")]},
         ],
@@ -165,7 +189,9 @@ def test_every_dropped_document_is_among_the_rejects_with_its_reason(prepared: P
 
 def test_the_counts_are_told(prepared: Prepared) -> None:
     for name, documents in prepared.documents.items():
-        told = [int(line.split()[1].replace(",", "")) for line in prepared.out.splitlines() if line.split()[:1] == [name]]
+        told = [
+            int(line.split()[1].replace(",", "")) for line in prepared.out.splitlines() if line.split()[:1] == [name]
+        ]
         assert sum(told) == documents
         assert len(told) == 2
 
@@ -190,7 +216,9 @@ def test_an_epoch_reads_every_token_that_was_written_once(prepared: Prepared, sp
         files = [np.fromfile(folder / f"{shard.name}.bin", DTYPES[source.dtype]) for shard in source.shards]
         assert [len(file) for file in files] == [shard.tokens for shard in source.shards]
         assert sum(len(file) for file in files) == source.tokens
-        written[source.name] = np.bincount(np.concatenate([*files, np.zeros(0, np.int64)]).astype(np.int64), minlength=manifest.vocab_size)
+        written[source.name] = np.bincount(
+            np.concatenate([*files, np.zeros(0, np.int64)]).astype(np.int64), minlength=manifest.vocab_size
+        )
         assert written[source.name][manifest.eot_id] == source.documents
     loader = Loader(folder, seq_len=SEQ_LEN, seed=1)
     read = real_tokens(loader, loader.n_sequences)

@@ -31,9 +31,27 @@ REDACTED = {
     "cannot read 's3://k:se@h/x', nor ftp://u:pw@h/y.": "cannot read 's3://***:***@h/x', nor ftp://***:***@h/y.",
 }
 KEPT = [
-    *("/tmp/a@b/c?d=e", "C:/x", "s3://bucket/part-?.jsonl", "https://host:8080/a@b/c", "hf://datasets/O/N@main/x.parquet"),
-    *("github://owner:repository@main/p", "file:///tmp/a@b/x?y", "https://host/a?b", "${HOME}/x", "s3://bucket/[ab]*/x{1,2}.jsonl"),
-    *("abfs://texts@account.dfs.core.windows.net/x", "wasbs://c@a/x", "sftp://alice@host/x", "hdfs://alice@host:9000/x", "ftp://me@h/x"),
+    *(
+        "/tmp/a@b/c?d=e",
+        "C:/x",
+        "s3://bucket/part-?.jsonl",
+        "https://host:8080/a@b/c",
+        "hf://datasets/O/N@main/x.parquet",
+    ),
+    *(
+        "github://owner:repository@main/p",
+        "file:///tmp/a@b/x?y",
+        "https://host/a?b",
+        "${HOME}/x",
+        "s3://bucket/[ab]*/x{1,2}.jsonl",
+    ),
+    *(
+        "abfs://texts@account.dfs.core.windows.net/x",
+        "wasbs://c@a/x",
+        "sftp://alice@host/x",
+        "hdfs://alice@host:9000/x",
+        "ftp://me@h/x",
+    ),
 ]
 
 
@@ -44,11 +62,16 @@ def test_addresses_are_redacted_once_and_for_all(text: str, redacted: str) -> No
 
 
 def test_what_settings_are_written_as_has_no_secret() -> None:
-    source = SourceConfig(kind="jsonl", paths=("s3://key:secret@bucket/web/*.jsonl", "s3://${K}:${S}@bucket/b.jsonl", "my/folder"))
+    source = SourceConfig(
+        kind="jsonl", paths=("s3://key:secret@bucket/web/*.jsonl", "s3://${K}:${S}@bucket/b.jsonl", "my/folder")
+    )
     config = PrepareConfig.model_validate({"sources": [source], "decontaminate": {"paths": ["ftp://u:secret@h/e.txt"]}})
     for written in (config.model_dump_json(), str(config.model_dump())):
         assert "secret" not in written
-        assert all(kept in written for kept in ("s3://***:***@bucket/web/*.jsonl", "s3://${K}:${S}@bucket/b.jsonl", "my/folder"))
+        assert all(
+            kept in written
+            for kept in ("s3://***:***@bucket/web/*.jsonl", "s3://${K}:${S}@bucket/b.jsonl", "my/folder")
+        )
     assert config.sources[0].paths[0] == "s3://key:secret@bucket/web/*.jsonl"
     assert PrepareConfig.model_validate(config.model_dump()).model_dump() == config.model_dump()
 
@@ -65,8 +88,12 @@ def test_variables_are_filled_in_from_the_environment() -> None:
     assert fill_in("$K/{K}/x", environment={}) == "$K/{K}/x"
     with pytest.raises(DataError) as caught:
         fill_in("s3://${K}@b", environment={})
-    assert str(caught.value) == "data.sources: s3://${K}@b needs ${K}, which the environment does not have; export K=..."
-    with pytest.raises(DataError, match=r"s3://\*\*\*:\*\*\*@b was written without its secret; put the secret into an environment"):
+    assert (
+        str(caught.value) == "data.sources: s3://${K}@b needs ${K}, which the environment does not have; export K=..."
+    )
+    with pytest.raises(
+        DataError, match=r"s3://\*\*\*:\*\*\*@b was written without its secret; put the secret into an environment"
+    ):
         fill_in("s3://***:***@b")
 
 
@@ -129,7 +156,9 @@ def test_a_query_hides_no_packing_and_a_name_in_an_address_no_secret(monkeypatch
         ("/value/value.txt", "/${V}", "/value/value.txt"),
     ],
 )
-def test_in_a_path_only_the_address_is_concealed(path: str, given: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_path_only_the_address_is_concealed(
+    path: str, given: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("V", "value")
     assert as_given(path, given) == told
 
@@ -160,7 +189,10 @@ def test_every_kind_of_source_is_found_by_variables(tmp_path: Path, monkeypatch:
     assert data_set_version("${DATA}/saved") == data_set_version(f"{tmp_path}/saved") != ""
     for kind in ("prepared", "olmo"):
         elsewhere = SourceConfig.model_validate({"kind": kind, "paths": ["${ELSEWHERE}/x"]})
-        with pytest.raises(DataError, match=r"^data\.validation: \$\{ELSEWHERE\}/x needs \$\{ELSEWHERE\}, which the environment does not"):
+        with pytest.raises(
+            DataError,
+            match=r"^data\.validation: \$\{ELSEWHERE\}/x needs \$\{ELSEWHERE\}, which the environment does not",
+        ):
             trusted_places(PrepareConfig(sources=(megatron,), validation=(elsewhere,)))
 
 
@@ -182,7 +214,9 @@ class Vault(MemoryFileSystem):
 
     def _open(self, path: str, *args: object, **kwargs: object) -> object:
         if path.endswith("broken.txt") and kwargs["mode"] == "rb":
-            raise PermissionError(f"user {self.storage_options['user']} with password {self.storage_options['password']} may not")
+            raise PermissionError(
+                f"user {self.storage_options['user']} with password {self.storage_options['password']} may not"
+            )
         return super()._open(path, *args, **kwargs)
 
 

@@ -49,10 +49,28 @@ def test_packing_by_hand(write_split: WriteSplit) -> None:
     loader = Loader(write_split({"a": documents}).folder, seq_len=5, seed=0, packing="best_fit")
     batch = loader.sequential("a", 0, 9)
     no = NO_LABEL
-    assert batch.input_ids.tolist() == [[1, 2, 0, 6, 0], [3, 4, 5, 0, 0], [7, 8, 9, 10, 11], [12, 13, 0, 14, 0], [15, 16, 0, 0, 0]]
-    assert batch.labels.tolist() == [[2, 0, 6, 0, no], [4, 5, 0, no, no], [8, 9, 10, 11, 12], [13, 0, 14, 0, no], [16, 0, no, no, no]]
+    assert batch.input_ids.tolist() == [
+        [1, 2, 0, 6, 0],
+        [3, 4, 5, 0, 0],
+        [7, 8, 9, 10, 11],
+        [12, 13, 0, 14, 0],
+        [15, 16, 0, 0, 0],
+    ]
+    assert batch.labels.tolist() == [
+        [2, 0, 6, 0, no],
+        [4, 5, 0, no, no],
+        [8, 9, 10, 11, 12],
+        [13, 0, 14, 0, no],
+        [16, 0, no, no, no],
+    ]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0] * 5, [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]
-    assert batch.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0], [0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
+    assert batch.positions.tolist() == [
+        [0, 1, 2, 0, 1],
+        [0, 1, 2, 3, 0],
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 0, 1],
+        [0, 1, 2, 0, 1],
+    ]
     assert loader.fill == 22 / 25
 
 
@@ -112,9 +130,13 @@ def test_sequences_are_filled_to_99_per_cent_which_packing_in_order_is_not(seq_l
 def test_an_epoch_is_every_token_once_with_labels_from_its_own_document(write_split: WriteSplit) -> None:
     numbers = iter(range(1, 10**6))
     lengths = np.random.default_rng(1).integers(1, 60, 300).tolist()
-    documents = [[next(numbers) for _ in range(length)] for length in lengths]  # every token is its own place in the stream
+    documents = [
+        [next(numbers) for _ in range(length)] for length in lengths
+    ]  # every token is its own place in the stream
     sources = {"a": documents[:200], "b": documents[200:]}
-    loader = Loader(write_split(sources, vocab_size=70_000, shard_tokens=100).folder, seq_len=32, seed=2, packing="best_fit")
+    loader = Loader(
+        write_split(sources, vocab_size=70_000, shard_tokens=100).folder, seq_len=32, seed=2, packing="best_fit"
+    )
     batch = loader.batch(0, loader.n_sequences)
     ids = batch.input_ids[batch.input_ids > 0]
     assert sorted(ids.tolist()) == list(range(1, sum(lengths) + 1))
@@ -150,7 +172,14 @@ def test_a_plan_is_kept_and_made_again_where_it_is_damaged_or_of_other_data(
     assert first.file.parent == split.folder
     assert [BestFit(shards, 64).pieces(i) for i in range(n)] == sequences
     assert made == [64]
-    for damaged in (whole[:-1], b"", whole[:10], b"x" + whole[1:], whole[:26] + b"\xff" + whole[27:], whole[:9] + b"\xff" + whole[10:]):
+    for damaged in (
+        whole[:-1],
+        b"",
+        whole[:10],
+        b"x" + whole[1:],
+        whole[:26] + b"\xff" + whole[27:],
+        whole[:9] + b"\xff" + whole[10:],
+    ):
         made.clear()
         first.file.write_bytes(damaged)
         assert [BestFit(shards, 64).pieces(i) for i in range(n)] == sequences
@@ -173,7 +202,9 @@ def test_a_plan_for_other_documents_has_another_name(write_split: WriteSplit) ->
     assert BestFit(one, 8).file.name != BestFit(two, 8).file.name
 
 
-def test_a_disk_that_is_full_is_named_and_leaves_nothing(write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_is_named_and_leaves_nothing(
+    write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_split({"a": [[1, 0], [2, 2, 0]]}).folder
     before = sorted(folder.iterdir())
 
@@ -181,7 +212,9 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(write_split: WriteSplit
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"a-best_fit-4-.*\.plan cannot be written \(No space left.*data\.packing=concatenate"):
+    with pytest.raises(
+        DataError, match=r"a-best_fit-4-.*\.plan cannot be written \(No space left.*data\.packing=concatenate"
+    ):
         Loader(folder, seq_len=4, seed=0, packing="best_fit")
     assert sorted(folder.iterdir()) == before
 
@@ -200,7 +233,8 @@ def test_a_folder_that_cannot_be_written_is_told_to_plan_elsewhere_first_and_a_p
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", read_only)
         with pytest.raises(
-            DataError, match=r"\.plan cannot be written \(Read-only file system\); run once where the folder can be written"
+            DataError,
+            match=r"\.plan cannot be written \(Read-only file system\); run once where the folder can be written",
         ):
             Loader(folder, seq_len=4, seed=0, packing="best_fit")
     Loader(folder, seq_len=4, seed=0, packing="best_fit")
@@ -250,7 +284,9 @@ def test_a_plan_of_many_blocks_reads_back(tmp_path: Path) -> None:
         pieces["start"] = rng.integers(0, 1 << 40, len(pieces))
         best_fit._write_plan(file := tmp_path / "x.plan", starts, pieces)
         raw, body = file.read_bytes(), starts.tobytes() + pieces.tobytes()
-        checksums = [xxhash.xxh3_64_intdigest(body[low : low + BLOCK_BYTES]) for low in range(0, len(body), BLOCK_BYTES)]
+        checksums = [
+            xxhash.xxh3_64_intdigest(body[low : low + BLOCK_BYTES]) for low in range(0, len(body), BLOCK_BYTES)
+        ]
         assert raw[-len(body) :] == body
         assert raw[32 : -len(body)] == np.array(checksums, "<u8").tobytes()
 
@@ -274,6 +310,8 @@ def test_damaged_tokens_empty_their_rows_where_damage_is_skipped(write_split: Wr
 
 def test_it_packs_for_one_length_only(write_split: WriteSplit) -> None:
     folder = write_split({"a": [[1, 0]] * 40}).folder
-    with pytest.raises(DataError, match=r"data\.packing=best_fit packs for one length, and the run asks for 8 to 16 tokens"):
+    with pytest.raises(
+        DataError, match=r"data\.packing=best_fit packs for one length, and the run asks for 8 to 16 tokens"
+    ):
         Loader(folder, seq_len=8, seed=0, longest=16, packing="best_fit")
     assert open_split(folder).manifest.tokens == 80

@@ -61,7 +61,9 @@ def test_unigram_is_the_same_at_every_training_whatever_the_order(tmp_path: Path
     assert train_tokenizer(TEXTS[:150], 300, tmp_path / "three.json", "unigram").fingerprint != one.fingerprint
     model = json.loads(one.to_json())["model"]
     assert (model["type"], len(model["vocab"]), one.vocab_size, one.eot_id) == ("Unigram", 300, 300, 0)
-    assert {name for name, _ in model["vocab"]} > set(json.loads(train_tokenizer([], 257, tmp_path / "b.json").to_json())["model"]["vocab"])
+    assert {name for name, _ in model["vocab"]} > set(
+        json.loads(train_tokenizer([], 257, tmp_path / "b.json").to_json())["model"]["vocab"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -78,7 +80,9 @@ def test_unigram_tells_the_package_that_it_needs(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["plain", "ünï¢ödé 漢字 🎉", "\x00\x01 tabs\t\r\n  mixed \n\n", " ", "1234567890", END_OF_TEXT])
+@pytest.mark.parametrize(
+    "text", ["plain", "ünï¢ödé 漢字 🎉", "\x00\x01 tabs\t\r\n  mixed \n\n", " ", "1234567890", END_OF_TEXT]
+)
 def test_every_text_comes_back_as_it_was(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -120,17 +124,26 @@ def test_the_trainer_gets_no_piece_longer_than_max_piece(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_pieces_that_were_cut_for_the_training_are_told_and_are_whole_text_afterwards(tmp_path: Path, kind: str) -> None:
+def test_pieces_that_were_cut_for_the_training_are_told_and_are_whole_text_afterwards(
+    tmp_path: Path, kind: str
+) -> None:
     made = train_tokenizer([*TEXTS, *RUNS.values(), "x" * MAX_PIECE], 500, tmp_path / "t.json", kind)
-    assert made.notes == ("cut for the training of the tokenizer, and only there: 4 unbroken runs of more than 512 characters",)
+    assert made.notes == (
+        "cut for the training of the tokenizer, and only there: 4 unbroken runs of more than 512 characters",
+    )
     assert made.decode(made.encode(RUNS["DNA"])) == RUNS["DNA"]
     assert "FixedLength" not in made.to_json()
     model = json.loads(made.to_json())["model"]["vocab"]
-    assert any(len(piece) > 3 and set(piece) <= set("ACGT") for piece in (model if kind == "bpe" else [piece for piece, _ in model]))
+    assert any(
+        len(piece) > 3 and set(piece) <= set("ACGT")
+        for piece in (model if kind == "bpe" else [piece for piece, _ in model])
+    )
     assert train_tokenizer(TEXTS, 500, tmp_path / "u.json", kind).notes == ()
 
 
-def test_the_tokenizer_of_ordinary_text_is_the_one_without_any_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tokenizer_of_ordinary_text_is_the_one_without_any_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [*TEXTS, "=" * MAX_PIECE, " " * MAX_PIECE, "https://" + "a/b1" * 400]
     one = train_tokenizer(texts, 400, tmp_path / "one.json")
     assert one.notes == ()
@@ -146,14 +159,25 @@ def test_the_tokenizer_of_ordinary_text_is_the_one_without_any_cut(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("", 0), ("a" * 512, 0), ("a" * 513, 1), ("a" * 513 + "1" + "b" * 600, 2), ("漢" * 513, 1), ("漢" * 200 + "。" + "漢" * 400, 0)],
+    [
+        ("", 0),
+        ("a" * 512, 0),
+        ("a" * 513, 1),
+        ("a" * 513 + "1" + "b" * 600, 2),
+        ("漢" * 513, 1),
+        ("漢" * 200 + "。" + "漢" * 400, 0),
+    ],
 )
 def test_long_pieces_are_counted(text: str, count: int) -> None:
     assert long_pieces(text) == long_pieces(f"x {text}\ny") == count
 
 
 def test_a_file_and_its_folder_load_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(tmp_path / "tokenizer.json").fingerprint == tokenizer.fingerprint
+    assert (
+        load_tokenizer(tmp_path).fingerprint
+        == load_tokenizer(tmp_path / "tokenizer.json").fingerprint
+        == tokenizer.fingerprint
+    )
 
 
 def test_the_json_of_a_tokenizer_loads_as_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -185,9 +209,17 @@ def test_truncation_and_padding_of_a_foreign_file_are_off(tokenizer: Tokenizer, 
 
 
 def test_what_is_no_tokenizer_is_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no end-of-text token among its special tokens \(none\); it must be one of <\|endoftext\|>"):
+    with pytest.raises(
+        DataError, match=r"no end-of-text token among its special tokens \(none\); it must be one of <\|endoftext\|>"
+    ):
         load_tokenizer(edited(tmp_path, added_tokens=[]))
-    for broken in ('{"model": 3}', "[]", "{", '{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}', "\xff"):
+    for broken in (
+        '{"model": 3}',
+        "[]",
+        "{",
+        '{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}',
+        "\xff",
+    ):
         (tmp_path / "broken.json").write_text(broken, encoding="latin-1")
         with pytest.raises(DataError, match=r"broken\.json is not a tokenizer\.json"):
             load_tokenizer(tmp_path / "broken.json")

@@ -68,7 +68,9 @@ MARKS = st.sampled_from([b"", b"", b"\xef\xbb\xbf"])
 JSON_LINES = st.one_of(
     st.sampled_from([b"", b" ", b"\t"]),
     st.builds(
-        lambda text, url, plain: json.dumps({"text": text} | ({"url": url} if url is not None else {}), ensure_ascii=plain).encode(),
+        lambda text, url, plain: json.dumps(
+            {"text": text} | ({"url": url} if url is not None else {}), ensure_ascii=plain
+        ).encode(),
         st.text(st.sampled_from('ab\n\r\u2028ü漢🙂\\"'), max_size=40),
         st.sampled_from([None, "http://a", "ü"]),
         st.booleans(),
@@ -83,7 +85,9 @@ JSON_LINES = st.one_of(
     block=st.integers(1, 100),
 )
 @settings(max_examples=200, deadline=None)
-def test_jsonl_cut_anywhere_reads_as_the_whole(lines: list[tuple[bytes, bytes, bytes]], ends: bool, text_bytes: int, block: int) -> None:
+def test_jsonl_cut_anywhere_reads_as_the_whole(
+    lines: list[tuple[bytes, bytes, bytes]], ends: bool, text_bytes: int, block: int
+) -> None:
     raw = b"".join(mark + line + end for mark, line, end in lines)
     raw = raw if ends else raw.removesuffix(b"\n")
     fsspec.filesystem("memory").pipe("/cuts/x.jsonl", raw)
@@ -111,14 +115,18 @@ SCHEMA = pa.schema({"text": pa.string(), "url": pa.string()})
 
 @given(rows=ROWS, group=st.integers(1, 50), text_bytes=st.integers(1, 800))
 @settings(max_examples=60, deadline=None)
-def test_parquet_cut_between_row_groups_reads_as_the_whole(rows: list[dict[str, str | None]], group: int, text_bytes: int) -> None:
+def test_parquet_cut_between_row_groups_reads_as_the_whole(
+    rows: list[dict[str, str | None]], group: int, text_bytes: int
+) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, row_group_size=group)
     fsspec.filesystem("memory").pipe("/cuts/x.parquet", sink.getvalue().to_pybytes())
     source = source_of("parquet", "memory://cuts/x.parquet", metadata_fields=["url"])
     found = check_every_cut_reads_the_same(source, text_bytes)
     assert [document.id for document in found] == [f"x.parquet:{i}" for i in range(len(rows))]
-    assert [(document.text, document.metadata["url"]) for document in found] == [(row["text"] or "", row["url"]) for row in rows]
+    assert [(document.text, document.metadata["url"]) for document in found] == [
+        (row["text"] or "", row["url"]) for row in rows
+    ]
     if text_bytes == 1:
         assert len(cut_at(source, text_bytes)) == max(1, -(-len(rows) // group))
 
@@ -126,7 +134,12 @@ def test_parquet_cut_between_row_groups_reads_as_the_whole(rows: list[dict[str, 
 @given(rows=ROWS, batch=st.integers(1, 50), text_bytes=st.integers(1, 800), ending=ENDINGS, local=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_arrow_cut_between_record_batches_reads_as_the_whole(
-    rows: list[dict[str, str | None]], batch: int, text_bytes: int, ending: str, local: bool, tmp_path_factory: pytest.TempPathFactory
+    rows: list[dict[str, str | None]],
+    batch: int,
+    text_bytes: int,
+    ending: str,
+    local: bool,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     sink = pa.BufferOutputStream()
     with (pa.ipc.new_file if ending == "arrow" else pa.ipc.new_stream)(sink, SCHEMA) as writer:
@@ -137,7 +150,9 @@ def test_arrow_cut_between_record_batches_reads_as_the_whole(
     source = source_of("arrow", address, metadata_fields=["url"])
     found = check_every_cut_reads_the_same(source, text_bytes)
     assert [document.id for document in found] == [f"x.{ending}:{i}" for i in range(len(rows))]
-    assert [(document.text, document.metadata["url"]) for document in found] == [(row["text"] or "", row["url"]) for row in rows]
+    assert [(document.text, document.metadata["url"]) for document in found] == [
+        (row["text"] or "", row["url"]) for row in rows
+    ]
 
 
 def test_dictionaries_and_compressed_bodies_survive_a_cut_of_an_arrow_file(tmp_path: Path) -> None:
@@ -156,7 +171,9 @@ def test_small_files_go_together_and_large_ones_are_cut(tmp_path: Path) -> None:
         (tmp_path / f"{i}.jsonl").write_bytes(b"\n" * size)
     (tmp_path / "6.jsonl.gz").write_bytes(bytes(30))  # taken for 120
     source = source_of("jsonl", tmp_path)
-    parts = [[(part.file.name, part.start, part.stop, part.bytes) for part in chunk.parts] for chunk in cut_at(source, 100)]
+    parts = [
+        [(part.file.name, part.start, part.stop, part.bytes) for part in chunk.parts] for chunk in cut_at(source, 100)
+    ]
     assert parts == [
         [("0.jsonl", None, None, 40), ("1.jsonl", None, None, 40)],
         [("2.jsonl", None, None, 40)],
@@ -167,7 +184,9 @@ def test_small_files_go_together_and_large_ones_are_cut(tmp_path: Path) -> None:
         [("5.jsonl", None, None, 100)],
         [("6.jsonl.gz", None, None, 30)],
     ]
-    assert [(chunk.name, chunk.index, chunk.bytes) for chunk in cut(3, "web", source, list_files(source), 200)][1:3] == [
+    assert [(chunk.name, chunk.index, chunk.bytes) for chunk in cut(3, "web", source, list_files(source), 200)][
+        1:3
+    ] == [
         ("web-00001", 3, 125),
         ("web-00002", 3, 125),
     ]
@@ -194,7 +213,9 @@ def test_a_parquet_file_is_cut_by_the_bytes_of_its_text_alone(tmp_path: Path) ->
     assert parts == [[(0, 2, 0)], [(2, 4, 2000)]]
 
 
-def test_what_is_read_grows_with_every_block_up_to_the_bytes_of_the_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_grows_with_every_block_up_to_the_bytes_of_the_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "_BLOCK", 20)
     raw = b'{"text": "12345678"}\n' + b'{"text": "2"}\n' * 3
     (tmp_path / "a.jsonl").write_bytes(raw)
@@ -203,7 +224,12 @@ def test_what_is_read_grows_with_every_block_up_to_the_bytes_of_the_chunk(tmp_pa
     (chunk,) = cut_at(source, WHOLE)
     assert [document.read for document in read_chunk(chunk, source)] == [40, 40, 60, 63, 103, 103, 123, 126]
     assert chunk.bytes == 126
-    assert [[document.read for document in read_chunk(chunk, source)][-1] for chunk in cut_at(source, 32)] == [31, 32, 31, 32]
+    assert [[document.read for document in read_chunk(chunk, source)][-1] for chunk in cut_at(source, 32)] == [
+        31,
+        32,
+        31,
+        32,
+    ]
 
 
 def test_errors_inside_a_cut_file_tell_the_byte_and_at_its_beginning_the_line(tmp_path: Path) -> None:
@@ -215,7 +241,9 @@ def test_errors_inside_a_cut_file_tell_the_byte_and_at_its_beginning_the_line(tm
         documents_of(source, cut_at(source, 70))
 
 
-def test_a_line_over_many_parts_is_passed_over_by_those_in_its_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_over_many_parts_is_passed_over_by_those_in_its_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "%s"}\n{"text": "b"}' % (b"a" * 10_000))
     source = source_of("jsonl", tmp_path)
     read: list[int] = []
@@ -244,9 +272,15 @@ def test_a_data_set_is_one_chunk_for_each_path(tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": [name]}), tmp_path / name / "x.parquet")
     source = source_of("hf", tmp_path / "one", tmp_path / "two")
     chunks = cut(1, "hub", source, [], 1)
-    assert [(chunk.name, chunk.parts, chunk.bytes) for chunk in chunks] == [("hub-00000", (), None), ("hub-00001", (), None)]
+    assert [(chunk.name, chunk.parts, chunk.bytes) for chunk in chunks] == [
+        ("hub-00000", (), None),
+        ("hub-00001", (), None),
+    ]
     documents = list(itertools.chain.from_iterable(read_chunk(chunk, source) for chunk in chunks))
-    assert [(document.text, document.source, document.read) for document in documents] == [("one", "hub", 0), ("two", "hub", 0)]
+    assert [(document.text, document.source, document.read) for document in documents] == [
+        ("one", "hub", 0),
+        ("two", "hub", 0),
+    ]
 
 
 def test_a_truncated_parquet_file_is_named_when_it_is_cut(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ ENDINGS = ["parquet", "arrow", "arrows"]
 def read(path: Path, chunk: int = 1 << 30, **more: object) -> list[Document]:
     kind = {".parquet": "parquet", ".arrow": "arrow", ".arrows": "arrow"}.get(path.suffix, "hf")
     source = SourceConfig.model_validate({"kind": kind, "paths": [str(path)], **more})
-    return [document for chunk in cut(0, "s", source, list_files(source), chunk) for document in read_chunk(chunk, source)]
+    return [
+        document for chunk in cut(0, "s", source, list_files(source), chunk) for document in read_chunk(chunk, source)
+    ]
 
 
 def texts(path: Path, **more: object) -> list[str]:
@@ -65,7 +67,9 @@ def write(table: pa.Table, folder: Path, ending: str) -> Path:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_two_columns_of_the_name_that_is_asked_for_are_one_line_and_two_others_are_no_matter(tmp_path: Path, ending: str) -> None:
+def test_two_columns_of_the_name_that_is_asked_for_are_one_line_and_two_others_are_no_matter(
+    tmp_path: Path, ending: str
+) -> None:
     twice = pa.Table.from_arrays([TEXTS, TEXTS, pa.array([1, 2, 3])], names=["text", "text", "n"])
     path = write(twice, tmp_path, ending)
     message = "2 columns are called text; set {} to another, or write the file with one of them"
@@ -87,7 +91,9 @@ STRINGS = {
 
 @pytest.mark.parametrize(
     ("name", "ending"),
-    [(name, ending) for name in STRINGS for ending in ENDINGS if (name, ending) != ("run-end encoded", "parquet")],  # which has none
+    [
+        (name, ending) for name in STRINGS for ending in ENDINGS if (name, ending) != ("run-end encoded", "parquet")
+    ],  # which has none
 )
 def test_strings_are_read_however_they_are_encoded(tmp_path: Path, name: str, ending: str) -> None:
     path = write(pa.table({"text": STRINGS[name]}), tmp_path, ending)
@@ -119,7 +125,11 @@ def test_a_column_that_holds_no_strings_is_named_with_its_type(tmp_path: Path, k
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_files_without_rows_hold_no_documents_whatever_their_columns(tmp_path: Path, ending: str) -> None:
-    for table in (pa.table({"text": pa.array([], pa.string())}), pa.table({}), pa.table({"other": pa.array([], pa.int64())})):
+    for table in (
+        pa.table({"text": pa.array([], pa.string())}),
+        pa.table({}),
+        pa.table({"other": pa.array([], pa.int64())}),
+    ):
         assert texts(write(table, tmp_path, ending)) == []
     pd.DataFrame().to_parquet(tmp_path / "pandas.parquet")
     assert texts(tmp_path / "pandas.parquet") == []
@@ -143,7 +153,9 @@ def test_values_that_python_does_not_have_are_told_with_their_column(tmp_path: P
 
 
 def test_names_of_columns_are_told_on_one_line_of_bearable_length(tmp_path: Path) -> None:
-    path = write(pa.table({"a\nb": ["x"]} | {"c" * 10_000: ["x"]} | {f"d{i}": ["x"] for i in range(500)}), tmp_path, "parquet")
+    path = write(
+        pa.table({"a\nb": ["x"]} | {"c" * 10_000: ["x"]} | {f"d{i}": ["x"] for i in range(500)}), tmp_path, "parquet"
+    )
     line = failure(path)
     assert line.startswith(f"text_field=text is not there; it has: a\\nb, {'c' * 57}..., d0, d1, ")
     assert line.endswith(", d17 and 482 more. Set text_field")
@@ -152,7 +164,13 @@ def test_names_of_columns_are_told_on_one_line_of_bearable_length(tmp_path: Path
 @pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
 def test_every_codec_and_version_that_pyarrow_writes_is_read(tmp_path: Path, codec: str) -> None:
     for version in ("1.0", "2.6"):
-        pq.write_table(pa.table({"text": TEXTS}), tmp_path / "x.parquet", compression=codec, version=version, data_page_version="2.0")
+        pq.write_table(
+            pa.table({"text": TEXTS}),
+            tmp_path / "x.parquet",
+            compression=codec,
+            version=version,
+            data_page_version="2.0",
+        )
         assert texts(tmp_path / "x.parquet") == ["one", "zwei", ""]
     if codec in ("zstd", "lz4"):
         feather.write_feather(pa.table({"text": TEXTS}), tmp_path / "x.arrow", compression=codec)
@@ -171,11 +189,23 @@ def parquet_bytes() -> bytes:
         ("x.arrow", parquet_bytes(), "cannot be read, it is a parquet file: set kind: parquet for it"),
         ("x.parquet", b'{"text": "a"}\n', "cannot be read, it is JSON lines: set kind: jsonl for it"),
         ("x.parquet", b"\x1f\x8b\x08" + bytes(40), "cannot be read, it is gzip: unpack it"),
-        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 3\n", "cannot be read, it is a Git LFS pointer: "),
+        (
+            "x.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 3\n",
+            "cannot be read, it is a Git LFS pointer: ",
+        ),
         ("x.parquet", b"PARE" + bytes(40) + b"PARE", "cannot be read, it is an encrypted parquet file: decrypt it"),
-        ("x.arrow", b"FEA1" + bytes(40) + b"FEA1", "cannot be read, it is a Feather file of version 1: write it anew as parquet"),
+        (
+            "x.arrow",
+            b"FEA1" + bytes(40) + b"FEA1",
+            "cannot be read, it is a Feather file of version 1: write it anew as parquet",
+        ),
         ("x.parquet", b"", "cannot be read, it may be corrupt or out of reach (Parquet file size is 0 bytes)"),
-        ("x.parquet", parquet_bytes()[:-3], "cannot be read, it may be corrupt or out of reach (Parquet magic bytes not found in footer"),
+        (
+            "x.parquet",
+            parquet_bytes()[:-3],
+            "cannot be read, it may be corrupt or out of reach (Parquet magic bytes not found in footer",
+        ),
     ],
 )
 def test_a_file_of_another_format_is_told_by_its_first_bytes(tmp_path: Path, name: str, raw: bytes, line: str) -> None:
@@ -199,7 +229,10 @@ def whole_files() -> dict[str, bytes]:
 WHOLE = whole_files()
 
 
-@given(name=st.sampled_from(sorted(WHOLE)), places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
+@given(
+    name=st.sampled_from(sorted(WHOLE)),
+    places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4),
+)
 @settings(max_examples=80, deadline=None)
 def test_a_damaged_file_gives_documents_or_one_line(
     name: str, places: list[tuple[float, int]], tmp_path_factory: pytest.TempPathFactory
@@ -223,7 +256,10 @@ def test_a_damaged_file_gives_documents_or_one_line(
 def test_an_error_of_a_builtin_kind_counts_as_the_files_only_where_a_reader_raised_it() -> None:
     table = pa.Table.from_arrays([TEXTS, TEXTS], names=["a", "a"])
     with (
-        pytest.raises(DataError, match=r"x: cannot be read, it may be corrupt or out of reach \('Field \"a\" exists 2 times in schema'\)"),
+        pytest.raises(
+            DataError,
+            match=r"x: cannot be read, it may be corrupt or out of reach \('Field \"a\" exists 2 times in schema'\)",
+        ),
         reading("x"),
     ):
         table.column("a")
@@ -253,7 +289,10 @@ def with_features(features: object) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda folder: (folder / "dataset_info.json").unlink(), "neither a `Dataset` directory nor a `DatasetDict` directory"),
+        (
+            lambda folder: (folder / "dataset_info.json").unlink(),
+            "neither a `Dataset` directory nor a `DatasetDict` directory",
+        ),
         (lambda folder: (folder / "state.json").write_text("{"), "Expecting property name enclosed in double quotes"),
         (lambda folder: (folder / "state.json").write_text("[]"), "list indices must be integers"),
         (with_features({"text": {"_type": "NewThing"}}), "Feature type 'NewThing' not found"),
@@ -275,7 +314,10 @@ def test_a_saved_data_set_with_a_part_missing_or_unknown_is_one_line(
 
 
 def test_splits_and_columns_of_other_kinds_are_told_or_passed_by(tmp_path: Path) -> None:
-    assert [document.text for document in read(saved(tmp_path / "no state", lambda folder: (folder / "state.json").unlink()))] == ["a", "b"]
+    assert [
+        document.text
+        for document in read(saved(tmp_path / "no state", lambda folder: (folder / "state.json").unlink()))
+    ] == ["a", "b"]
     datasets.DatasetDict(train=DATA_SET, test=DATA_SET).save_to_disk(tmp_path / "dict")
     assert [document.text for document in read(tmp_path / "dict", split="test")] == ["a", "b"]
     assert failure(tmp_path / "dict", split="dev").endswith("it has the splits train, test; set `split` to one of them")
@@ -291,13 +333,18 @@ def test_the_reader_of_columns_is_the_one_that_is_used(tmp_path: Path, monkeypat
     """The negative control: without the check of names a second column ends in pyarrow's own words."""
     path = write(pa.Table.from_arrays([TEXTS, TEXTS], names=["text", "text"]), tmp_path, "arrow")
     monkeypatch.setattr(columnar, "_check_columns", lambda schema, path, source: ["text"])
-    with pytest.raises(DataError, match=r"cannot be read, it may be corrupt or out of reach \('Field \"text\" exists 2 times in schema'\)"):
+    with pytest.raises(
+        DataError,
+        match=r"cannot be read, it may be corrupt or out of reach \('Field \"text\" exists 2 times in schema'\)",
+    ):
         read(path)
 
 
 @pytest.mark.parametrize("ending", ["arrow", "arrows"])  # pyarrow itself refuses such a dictionary in parquet
 @pytest.mark.parametrize("offsets", [pa.binary(), pa.large_binary()])
-def test_a_bad_byte_in_a_dictionary_is_a_repaired_document_as_in_plain_strings(tmp_path: Path, ending: str, offsets: pa.DataType) -> None:
+def test_a_bad_byte_in_a_dictionary_is_a_repaired_document_as_in_plain_strings(
+    tmp_path: Path, ending: str, offsets: pa.DataType
+) -> None:
     raw = pa.array([b"one", b"zw\xffei ist eine Zahl " * 9, b"never used \xff"], offsets)
     words = raw.view(pa.string() if offsets == pa.binary() else pa.large_string())
     column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 0, 1]), words)

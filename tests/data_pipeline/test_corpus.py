@@ -36,7 +36,9 @@ def write(file: Path, documents: int, name: str) -> None:
 
 
 def corpus(folder: Path, source: dict[str, Any] | None = None, **settings: Any) -> Corpus:
-    sources = tuple(SourceConfig(kind="jsonl", paths=(str(folder / name),), **(source or {})) for name in ("news", "web"))
+    sources = tuple(
+        SourceConfig(kind="jsonl", paths=(str(folder / name),), **(source or {})) for name in ("news", "web")
+    )
     return find(PrepareConfig(**({"sources": sources, "shard_tokens": 1000} | settings)))
 
 
@@ -97,13 +99,17 @@ def touched(file: Path, content: bytes | None = None) -> None:
     os.utime(file, ns=(later, later))
 
 
-def test_a_file_written_anew_at_the_same_size_changes_the_keys_of_its_chunks_and_nothing_in_the_recipe(folder: Path) -> None:
+def test_a_file_written_anew_at_the_same_size_changes_the_keys_of_its_chunks_and_nothing_in_the_recipe(
+    folder: Path,
+) -> None:
     before = corpus(folder)
     assert keys(corpus(folder)) == keys(before)
     touched(folder / "news" / "2.jsonl")
     after = corpus(folder)
     changed = {name for name, key in keys(after).items() if keys(before)[name] != key}
-    assert changed == {chunk.name for chunk in after.chunks if any(part.file.path.endswith("news/2.jsonl") for part in chunk.parts)}
+    assert changed == {
+        chunk.name for chunk in after.chunks if any(part.file.path.endswith("news/2.jsonl") for part in chunk.parts)
+    }
     assert 1 < len(changed) < len(after.chunks) / 2
     assert after.recipe(trained_tokenizer=True) == before.recipe(trained_tokenizer=True)
 
@@ -136,7 +142,9 @@ def test_a_key_changes_with_the_files_of_a_data_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["version known", "version hidden"])
-def test_an_edit_of_the_same_size_between_two_attempts_is_redone(tmp_path: Path, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_of_the_same_size_between_two_attempts_is_redone(
+    tmp_path: Path, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jsonl = tmp_path / "words.jsonl"
     write_jsonl(jsonl, 100)
     plain: dict[str, Any] = {"filters": {}, "dedup": {}}
@@ -149,7 +157,9 @@ def test_an_edit_of_the_same_size_between_two_attempts_is_redone(tmp_path: Path,
     touched(jsonl, jsonl.read_bytes().replace(b"ba", b"de"))
     prepare_here(tmp_path / "data", jsonl, **settings)
     prepare_here(tmp_path / "fresh", jsonl, **settings)
-    assert (contents(tmp_path / "data") == contents(tmp_path / "fresh")) == told  # without versions, old and new text would be mixed
+    assert (
+        contents(tmp_path / "data") == contents(tmp_path / "fresh")
+    ) == told  # without versions, old and new text would be mixed
 
 
 def test_a_result_is_made_with_the_packages_that_its_sources_need(folder: Path) -> None:
@@ -186,7 +196,9 @@ def test_a_small_sample_is_drawn_from_the_same_share_of_every_source(folder: Pat
     drawn = few.sampled()
     of_source = Counter(chunk.source for chunk in found.chunks)
     assert Counter(chunk.source for chunk in drawn) == {name: -(-count // 4) for name, count in of_source.items()}
-    assert names(drawn) == sorted(names(drawn)) == names(corpus(folder, tokenizer_sample_mb=size / 8 / 4 / 1e6).sampled())
+    assert (
+        names(drawn) == sorted(names(drawn)) == names(corpus(folder, tokenizer_sample_mb=size / 8 / 4 / 1e6).sampled())
+    )
     assert names(drawn) != names(list(few.chunks[: len(drawn)]))
     assert set(names(drawn)) < set(names(corpus(folder, tokenizer_sample_mb=size / 8 / 2 / 1e6).sampled()))
 
@@ -195,7 +207,9 @@ def test_a_tokenizer_from_a_small_sample_is_the_same_every_time(folder: Path, tm
     config = corpus(folder, vocab_size=280, tokenizer_sample_mb=0.002).config
     read: list[int] = []
     for number in (1, 2):
-        build_tokenizer(tmp_path / str(number) / "tokenizer.json", config, progress=lambda progress: read.append(progress.read))
+        build_tokenizer(
+            tmp_path / str(number) / "tokenizer.json", config, progress=lambda progress: read.append(progress.read)
+        )
     assert (tmp_path / "1" / "tokenizer.json").read_bytes() == (tmp_path / "2" / "tokenizer.json").read_bytes()
     found = find(config)
     drawn = sum(chunk.bytes or 0 for chunk in found.sampled())
@@ -208,4 +222,7 @@ def test_what_another_source_reads_is_not_passed_over(tmp_path: Path) -> None:
     text, lines = (SourceConfig(name=kind, kind=kind, paths=(str(tmp_path),)) for kind in ("text", "jsonl"))
     assert find(PrepareConfig(sources=(text,))).passed_over == ("2 files (1 .json, 1 .jsonl), b.jsonl and c.json",)
     assert find(PrepareConfig(sources=(text, lines))).passed_over == ("1 file (1 .json), c.json",) * 2
-    assert find(PrepareConfig(sources=(text, lines))).recipe(trained_tokenizer=True).passed_over == ("1 file (1 .json), c.json",) * 2
+    assert (
+        find(PrepareConfig(sources=(text, lines))).recipe(trained_tokenizer=True).passed_over
+        == ("1 file (1 .json), c.json",) * 2
+    )

@@ -30,13 +30,28 @@ DOCUMENTS = ["abc abc", "ab 漢字 c", "漢字", "é abc é", "cab"]
 LETTERS = {name: number for number, name in enumerate([END_OF_TEXT, *"abc "])}
 FALLBACK = {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
 BYTES = {END_OF_TEXT: 0} | {name: byte + 1 for byte, name in byte_characters().items()}
-BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+BERT = {
+    "type": "BertNormalizer",
+    "clean_text": True,
+    "handle_chinese_chars": True,
+    "strip_accents": None,
+    "lowercase": True,
+}
 Config = dict[str, Any]  # Any: JSON
 
 
 def bpe(vocab: dict[str, int], **settings: object) -> Config:
     affixes = {"unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    return {"type": "BPE", "dropout": None, "fuse_unk": False, "byte_fallback": False, **affixes, "vocab": vocab, "merges": [], **settings}
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        **affixes,
+        "vocab": vocab,
+        "merges": [],
+        **settings,
+    }
 
 
 def tokenizer_of(model: Config, **parts: object) -> Config:
@@ -55,15 +70,20 @@ def spelt(*missing: int) -> Config:
 
 LOSSY: dict[str, Config] = {
     "characters": tokenizer_of(bpe(LETTERS)),
-    "byte fallback of 253": tokenizer_of(bpe(LETTERS | without(FALLBACK, "<0xE6>", "<0xE5>", "<0xC3>"), byte_fallback=True)),
+    "byte fallback of 253": tokenizer_of(
+        bpe(LETTERS | without(FALLBACK, "<0xE6>", "<0xE5>", "<0xC3>"), byte_fallback=True)
+    ),
     "253 bytes": spelt(0xE6, 0xA9, 0xC0),
 }
 UNKNOWING: dict[str, Config] = {
     "bpe": tokenizer_of(bpe(LETTERS | {"<unk>": 5}, unk_token="<unk>")),
     "bpe fused": tokenizer_of(bpe(LETTERS | {"<unk>": 5}, unk_token="<unk>", fuse_unk=True)),
-    "unigram": tokenizer_of({"type": "Unigram", "unk_id": 5, "byte_fallback": False, "vocab": [[c, -1.0] for c in [*LETTERS, "<unk>"]]}),
+    "unigram": tokenizer_of(
+        {"type": "Unigram", "unk_id": 5, "byte_fallback": False, "vocab": [[c, -1.0] for c in [*LETTERS, "<unk>"]]}
+    ),
     "wordlevel": tokenizer_of(
-        {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {END_OF_TEXT: 0, "abc": 1, "[UNK]": 2}}, pre_tokenizer={"type": "Whitespace"}
+        {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {END_OF_TEXT: 0, "abc": 1, "[UNK]": 2}},
+        pre_tokenizer={"type": "Whitespace"},
     ),
     "wordpiece": tokenizer_of(
         {
@@ -81,11 +101,20 @@ COMPLETE: dict[str, Config] = {
     "bytes": spelt(),
     "byte fallback": tokenizer_of(bpe(LETTERS | FALLBACK, byte_fallback=True)),
     "bytes with suffix, unknown is the end": tokenizer_of(
-        bpe(BYTES | {f"{name}</w>": 257 + i for i, name in enumerate(BYTES)}, end_of_word_suffix="</w>", unk_token=END_OF_TEXT),
+        bpe(
+            BYTES | {f"{name}</w>": 257 + i for i, name in enumerate(BYTES)},
+            end_of_word_suffix="</w>",
+            unk_token=END_OF_TEXT,
+        ),
         pre_tokenizer=byte_level(SPLIT),
     ),
     "unigram fallback": tokenizer_of(
-        {"type": "Unigram", "unk_id": 1, "byte_fallback": True, "vocab": [[c, -1.0] for c in [END_OF_TEXT, "<unk>", "a", *FALLBACK]]}
+        {
+            "type": "Unigram",
+            "unk_id": 1,
+            "byte_fallback": True,
+            "vocab": [[c, -1.0] for c in [END_OF_TEXT, "<unk>", "a", *FALLBACK]],
+        }
     ),
 }
 
@@ -141,8 +170,13 @@ def test_lost_characters_are_counted_where_the_user_asks_for_such_a_tokenizer(
     assert (source.documents, source.tokens, source.dropped) == (documents, tokens, dropped)
     assert (source.marked, source.lost_characters, source.unknown_tokens) == ({LOST: holding}, lost, 0)
     assert source.read == len(DOCUMENTS)
-    assert prepared.notes[0] == "the tokenizer has neither an unknown token nor all bytes: characters that it does not know vanish"
-    rejects = [zstandard.ZstdDecompressor().stream_reader(f.read_bytes()).read() for f in (tmp_path / "data").glob("rejects/*")]
+    assert (
+        prepared.notes[0]
+        == "the tokenizer has neither an unknown token nor all bytes: characters that it does not know vanish"
+    )
+    rejects = [
+        zstandard.ZstdDecompressor().stream_reader(f.read_bytes()).read() for f in (tmp_path / "data").glob("rejects/*")
+    ]
     rows = [json.loads(line) for raw in rejects for line in raw.splitlines()]
     assert [(row["text"], row["reason"]) for row in rows] == [("漢字", NOTHING)] * len(dropped)
 
@@ -165,7 +199,9 @@ def test_a_tokenizer_of_all_bytes_loses_nothing_and_is_not_looked_at_twice(tmp_p
         ("253 bytes", " (2 of the 243 bytes of UTF-8 are missing)"),
     ],
 )
-def test_a_tokenizer_with_neither_is_refused_before_anything_is_written(tmp_path: Path, name: str, missing: str) -> None:
+def test_a_tokenizer_with_neither_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str, missing: str
+) -> None:
     with pytest.raises(DataError) as refused:
         prepared_with(tmp_path, LOSSY[name])
     assert str(refused.value) == (
@@ -182,7 +218,12 @@ def test_the_command_line_refuses_it_in_one_line(
 
     with pytest.raises(DataError):
         prepared_with(tmp_path, LOSSY["characters"])
-    words = [f"data.path={tmp_path}/data", f"data.tokenizer={tmp_path}/given.json", "data.workers=1", "data.validation_fraction=0"]
+    words = [
+        f"data.path={tmp_path}/data",
+        f"data.tokenizer={tmp_path}/given.json",
+        "data.workers=1",
+        "data.validation_fraction=0",
+    ]
     words.append(f"data.sources=[{{kind: jsonl, paths: ['{tmp_path}/web.jsonl']}}]")
     monkeypatch.setenv("COLUMNS", "200")
     for more, code in (([], 2), (["data.allow_lossy_tokenizer=true"], 0)):
@@ -207,7 +248,9 @@ def test_other_models_without_an_unknown_token_are_refused_too(tmp_path: Path) -
         {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {END_OF_TEXT: 0, "abc": 1}},
         bpe(LETTERS, unk_token="<unk>"),  # named, and not there
     ):
-        with pytest.raises(DataError, match="has neither an unknown token nor all bytes: characters that it does not know would"):
+        with pytest.raises(
+            DataError, match="has neither an unknown token nor all bytes: characters that it does not know would"
+        ):
             prepared_with(tmp_path, tokenizer_of(model))
         assert not (tmp_path / "data").exists()
 
@@ -218,7 +261,9 @@ def test_a_corpus_of_nothing_but_unknown_characters_is_told(tmp_path: Path) -> N
 
 
 def test_what_encodes_to_nothing_is_dropped_for_other_causes_too(tmp_path: Path) -> None:
-    config = tokenizer_of(UNKNOWING["bpe"]["model"], normalizer={"type": "Replace", "pattern": {"Regex": "[x-z]"}, "content": ""})
+    config = tokenizer_of(
+        UNKNOWING["bpe"]["model"], normalizer={"type": "Replace", "pattern": {"Regex": "[x-z]"}, "content": ""}
+    )
     prepared = prepared_with(tmp_path, config, ["xyz", "axyz", "abc"])
     source = prepared.splits["train"].sources[0]
     assert (source.documents, source.tokens, source.dropped, source.marked) == (2, 6, {NOTHING: 1}, {})
@@ -254,8 +299,13 @@ def test_unknown_tokens_are_those_of_each_text(tmp_path_factory: pytest.TempPath
 
 def test_a_loss_that_depends_on_the_neighbours_is_counted_where_it_happens(tmp_path: Path) -> None:
     composing = tokenizer_of(bpe({END_OF_TEXT: 0, "e": 1, "\u0301": 2}), normalizer={"type": "NFC"})  # knows no é
-    prefixed = tokenizer_of(bpe({END_OF_TEXT: 0, "a": 1, "##a": 2, "b": 3}, continuing_subword_prefix="##"))  # b only begins words
-    for config, texts, lost in ((composing, ["e\u0301", "\u0301e", "ee"], [1, 0, 0]), (prefixed, ["ba", "ab", "abba"], [0, 1, 2])):
+    prefixed = tokenizer_of(
+        bpe({END_OF_TEXT: 0, "a": 1, "##a": 2, "b": 3}, continuing_subword_prefix="##")
+    )  # b only begins words
+    for config, texts, lost in (
+        (composing, ["e\u0301", "\u0301e", "ee"], [1, 0, 0]),
+        (prefixed, ["ba", "ab", "abba"], [0, 1, 2]),
+    ):
         tokenizer = load(tmp_path, config)
         assert LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts)).lost.tolist() == lost
 
@@ -296,7 +346,9 @@ def test_tokenizers_of_ours_know_every_text_and_change_none(tmp_path: Path, kind
 def test_an_old_file_that_does_not_name_its_kind_of_model_is_judged_alike(tmp_path: Path, name: str) -> None:
     config = (LOSSY | UNKNOWING | COMPLETE)[name]
     told = load(tmp_path, config).coverage
-    untold = load(tmp_path, config | {"model": {key: value for key, value in config["model"].items() if key != "type"}}).coverage
+    untold = load(
+        tmp_path, config | {"model": {key: value for key, value in config["model"].items() if key != "type"}}
+    ).coverage
     assert untold == told
 
 
@@ -319,7 +371,10 @@ def part(kind: str, **settings: object) -> Config:
         ({"normalizer": BERT | {"lowercase": False, "clean_text": False}}, ("BertNormalizer (handle_chinese_chars)",)),
         ({"pre_tokenizer": part("WhitespaceSplit")}, ("WhitespaceSplit drops white space",)),
         ({"pre_tokenizer": part("CharDelimiterSplit", delimiter="-")}, ("CharDelimiterSplit drops '-'",)),
-        ({"pre_tokenizer": part("Split", pattern={"String": "x"}, behavior="Removed", invert=False)}, ("Split drops 'x'",)),
+        (
+            {"pre_tokenizer": part("Split", pattern={"String": "x"}, behavior="Removed", invert=False)},
+            ("Split drops 'x'",),
+        ),
         ({"pre_tokenizer": part("Split", pattern={"String": "x"}, behavior="Isolated", invert=False)}, ()),
         ({"pre_tokenizer": part("Punctuation", behavior="Removed")}, ("Punctuation drops punctuation",)),
         (
@@ -341,7 +396,9 @@ def test_what_changes_a_text_before_it_is_encoded_is_told(tmp_path: Path, parts:
 def test_an_added_token_that_takes_white_space_is_told_unless_it_is_special(tmp_path: Path) -> None:
     config = tokenizer_of(bpe(BYTES), pre_tokenizer=byte_level(SPLIT))
     flags = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
-    config["added_tokens"] += [{"id": 257 + i, "content": name, "special": name == "<s>", **flags} for i, name in enumerate(["<s>", "<t>"])]
+    config["added_tokens"] += [
+        {"id": 257 + i, "content": name, "special": name == "<s>", **flags} for i, name in enumerate(["<s>", "<t>"])
+    ]
     tokenizer = load(tmp_path, config)
     assert tokenizer.coverage.changes == ("added token '<t>' takes the white space beside it",)
     assert [tokenizer.encode(text).count(BYTES["Ġ"]) for text in ("a  <s>", "a  <t>")] == [2, 0]

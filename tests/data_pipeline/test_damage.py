@@ -39,8 +39,17 @@ class TestText:
     """What a text may hold."""
 
     def test_an_end_of_text_token_spelt_out_ends_no_document(self, tmp_path: Path, prepare_at: Prepare) -> None:
-        texts = ["<|endoftext|>", "a<|endoftext|>b", "<|endoftext|><|endoftext|>" * 100, "<|end", "oftext|>", "the end<|endoftext|>"] * 5
-        (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i, text in enumerate(texts)))
+        texts = [
+            "<|endoftext|>",
+            "a<|endoftext|>b",
+            "<|endoftext|><|endoftext|>" * 100,
+            "<|end",
+            "oftext|>",
+            "the end<|endoftext|>",
+        ] * 5
+        (tmp_path / "x.jsonl").write_text(
+            "".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i, text in enumerate(texts))
+        )
         source = SourceConfig(kind="jsonl", paths=(str(tmp_path / "x.jsonl"),))
         made = prepare_at(tmp_path / "data", tmp_path, sources=[source], validation_fraction=0.0)
         shards = open_split(made.path / "train").sources[0]
@@ -58,15 +67,26 @@ class TestText:
         (tmp_path / "x.jsonl").write_bytes(b"\n".join(rows))
         source = SourceConfig(kind="jsonl", paths=(str(tmp_path / "x.jsonl"),))
         for name, settings in (("plain", {}), ("cleaned", {"dedup": {"exact": True}})):
-            made = prepare_at(tmp_path / name, tmp_path, sources=[source], validation_fraction=0.0, **settings).splits["train"].sources[0]
+            made = (
+                prepare_at(tmp_path / name, tmp_path, sources=[source], validation_fraction=0.0, **settings)
+                .splits["train"]
+                .sources[0]
+            )
             assert (made.documents, made.repaired, made.dropped) == (11, {"invalid Unicode": 11}, {"empty": 9})
 
     def test_a_file_name_that_is_no_unicode_is_an_id_like_others(self, tmp_path: Path, prepare_at: Prepare) -> None:
         folder = tmp_path / "text"
         folder.mkdir()
         for i in range(8):
-            (folder / os.fsdecode(b"caf\xe9%d.txt" % i)).write_text("too short" if i == 3 else f"long enough to be kept, number {i}")
-        made = prepare_at(tmp_path / "data", folder, filters={"apply": ["length"], "length": {"min_characters": 20}}, keep_rejects=True)
+            (folder / os.fsdecode(b"caf\xe9%d.txt" % i)).write_text(
+                "too short" if i == 3 else f"long enough to be kept, number {i}"
+            )
+        made = prepare_at(
+            tmp_path / "data",
+            folder,
+            filters={"apply": ["length"], "length": {"min_characters": 20}},
+            keep_rejects=True,
+        )
         assert sum(split.documents for split in made.splits.values()) == 7
         assert len(list((tmp_path / "data" / "rejects").iterdir())) == 1
 
@@ -88,7 +108,9 @@ class TestDamage:
         assert verify(split.folder).problems == (f"{file}: block 1 of 3 does not match its checksum",)
         itemsize = DTYPES[split.manifest.sources[0].dtype].itemsize
         touched = {
-            j for j in range(loader.n_sequences) if j * 1024 * itemsize < 2 * BLOCK_BYTES and (j + 1) * 1024 * itemsize >= BLOCK_BYTES
+            j
+            for j in range(loader.n_sequences)
+            if j * 1024 * itemsize < 2 * BLOCK_BYTES and (j + 1) * 1024 * itemsize >= BLOCK_BYTES
         }
         with pytest.raises(DataError, match=rf"{file} is damaged: block 1 of 3 \(1 MiB from byte {BLOCK_BYTES}\)"):
             Loader(split.folder, seq_len=1024, seed=0).batch(0, loader.n_sequences)
@@ -97,7 +119,11 @@ class TestDamage:
         assert len(batch.damaged) == np.count_nonzero(left_out) == len(touched) >= 512
         assert all("web-00000.bin is damaged: block 1 of 3" in message for message in batch.damaged)
         assert (batch.input_ids[left_out] == split.manifest.eot_id).all()
-        for ours, theirs in ((batch.input_ids, whole.input_ids), (batch.labels, whole.labels), (batch.document_ids, whole.document_ids)):
+        for ours, theirs in (
+            (batch.input_ids, whole.input_ids),
+            (batch.labels, whole.labels),
+            (batch.document_ids, whole.document_ids),
+        ):
             assert (ours[~left_out] == theirs[~left_out]).all()
 
     @pytest.mark.parametrize("ending", ["bin", "idx"])
@@ -106,7 +132,9 @@ class TestDamage:
         Loader(split.folder, seq_len=1024, seed=0)
         raw = file.read_bytes()
         file.write_bytes(raw[:-2])
-        with pytest.raises(DataError, match=rf"{file} has {len(raw) - 2} bytes where the manifest says {len(raw)}; restore it"):
+        with pytest.raises(
+            DataError, match=rf"{file} has {len(raw) - 2} bytes where the manifest says {len(raw)}; restore it"
+        ):
             Loader(split.folder, seq_len=1024, seed=0, on_damage="skip")
         assert any(str(file) in problem for problem in verify(split.folder).problems)
         file.unlink()
@@ -136,7 +164,8 @@ class TestOtherTokenizer:
         fingerprints = [load_tokenizer(path).fingerprint for path in (one, two)]
         sources = [SourceConfig(kind="prepared", paths=(str(one),))]
         with pytest.raises(
-            DataError, match=rf"a manifest of another tokenizer: {fingerprints[0]}, .* is {fingerprints[1]}; set data\.tokenizer"
+            DataError,
+            match=rf"a manifest of another tokenizer: {fingerprints[0]}, .* is {fingerprints[1]}; set data\.tokenizer",
         ):
             prepare_here(tmp_path / "both", short.jsonl, sources=sources, tokenizer=two)
         assert not (tmp_path / "both").exists()

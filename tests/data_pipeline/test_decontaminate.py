@@ -16,7 +16,9 @@ from data_pipeline.cleaning.decontaminate import Contamination, evaluation_hash
 from data_pipeline.errors import DataError
 from data_pipeline.settings import DecontaminateConfig
 
-QUESTION = "Which of the following planets, seen from Earth, crosses the disc of the Sun about thirteen times in a century?"
+QUESTION = (
+    "Which of the following planets, seen from Earth, crosses the disc of the Sun about thirteen times in a century?"
+)
 WORDS = QUESTION.split()
 
 
@@ -28,7 +30,9 @@ def load(*paths: Path, **settings: Any) -> Contamination:
 
 def write(file: Path, *texts: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts) if file.suffix == ".jsonl" else " ".join(texts))
+    file.write_text(
+        "".join(json.dumps({"question": text}) + "\n" for text in texts) if file.suffix == ".jsonl" else " ".join(texts)
+    )
     return file
 
 
@@ -41,9 +45,9 @@ def test_thirteen_words_in_a_row_are_found_and_twelve_are_not(tmp_path: Path) ->
     before, after = "some words of its own ", " and some that come after"
     for start in range(len(WORDS) - 12):
         thirteen, twelve = WORDS[start : start + 13], WORDS[start : start + 12]
-        assert hits(evaluation, before + " ".join(thirteen) + after, before + " ".join(twelve) + after, "", " ".join(twelve)) == [
-            *(True, False, False, False)
-        ]
+        assert hits(
+            evaluation, before + " ".join(thirteen) + after, before + " ".join(twelve) + after, "", " ".join(twelve)
+        ) == [*(True, False, False, False)]
     gap = [*WORDS[:7], "oddly", *WORDS[7:13]]
     assert hits(evaluation, " ".join(gap), " ".join(reversed(WORDS)), "nothing of the kind") == [False, False, False]
 
@@ -67,7 +71,9 @@ def test_every_string_in_jsonl_and_parquet_counts_however_deep(tmp_path: Path) -
     ]
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    pq.write_table(pa.table({"x": [1], "text": [sentences[3]], "many": [[sentences[4]]]}), tmp_path / "deep" / "b.parquet")
+    pq.write_table(
+        pa.table({"x": [1], "text": [sentences[3]], "many": [[sentences[4]]]}), tmp_path / "deep" / "b.parquet"
+    )
     (tmp_path / "deep" / "README.md").write_text(QUESTION)
     evaluation = load(tmp_path)
     assert hits(evaluation, *sentences, QUESTION) == [True, True, True, True, True, False]
@@ -80,7 +86,12 @@ def test_shorter_texts_count_as_a_whole_from_eight_words_on(tmp_path: Path) -> N
     evaluation = load(write(tmp_path / "a.jsonl", seven, eight, nine, QUESTION, ""))
     assert (evaluation.n_texts, evaluation.n_too_short, evaluation.n_ngrams) == (3, 1, 2 + len(WORDS) - 12)
     assert evaluation.lengths == (8, 9, 13)
-    assert hits(evaluation, f"well, {seven}", f"well, {eight}!", f"{nine}.", nine.rsplit(" ", 1)[0]) == [False, True, True, False]
+    assert hits(evaluation, f"well, {seven}", f"well, {eight}!", f"{nine}.", nine.rsplit(" ", 1)[0]) == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_documents_longer_than_a_batch_are_searched_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +137,10 @@ def test_the_hash_follows_what_the_files_hold(tmp_path: Path, monkeypatch: pytes
     def hashed(*paths: Path) -> str:
         return evaluation_hash(DecontaminateConfig(paths=tuple(map(str, paths))))
 
-    one, two = write(tmp_path / "a.jsonl", QUESTION, " ".join(WORDS[::-1])), write(tmp_path / "b.txt", QUESTION + " Venus")
+    one, two = (
+        write(tmp_path / "a.jsonl", QUESTION, " ".join(WORDS[::-1])),
+        write(tmp_path / "b.txt", QUESTION + " Venus"),
+    )
     before = hashed(one, two)
     monkeypatch.setattr(decontaminate, "AT_A_TIME", 1)
     assert hashed(two, one) == before != hashed(one)
@@ -145,7 +159,9 @@ def test_the_hash_follows_what_the_files_hold(tmp_path: Path, monkeypatch: pytes
         ("a.txt", b"too few words", "none of the texts in .*a.txt has 8 words .1 have fewer"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_setting(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_what_cannot_be_read_is_named_with_its_setting(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"^data.decontaminate.paths: .*{message}") as error:
@@ -199,9 +215,17 @@ def test_evaluation_files_that_are_passed_over_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
-        ("a.txt", "Größe Äpfel übermüdet".encode("latin-1") * 9, r"cannot read .*a\.txt: it is not UTF-8, so nothing would be found by it"),
+        (
+            "a.txt",
+            "Größe Äpfel übermüdet".encode("latin-1") * 9,
+            r"cannot read .*a\.txt: it is not UTF-8, so nothing would be found by it",
+        ),
         ("a.txt", b"%PDF-1.4\n", r"a\.txt is a PDF document, not text"),
-        ("a.jsonl", json.dumps({"q": QUESTION}).encode("utf-16"), r"a\.jsonl: broken JSON in line 1 .*; it is UTF-16: convert it"),
+        (
+            "a.jsonl",
+            json.dumps({"q": QUESTION}).encode("utf-16"),
+            r"a\.jsonl: broken JSON in line 1 .*; it is UTF-16: convert it",
+        ),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl: broken JSON in line 1 \(maximum recursion"),
         ("a.parquet", b"ARROW1\0\0" + bytes(99), r"a\.parquet: .*; it is an Arrow file$"),
         ("a.txt.gz", gzip.compress(QUESTION.encode())[:-9], r"cannot read .*a\.txt\.gz: Compressed file ended"),

@@ -110,7 +110,9 @@ def test_two_million_signatures_are_compared_within_the_memory(tmp_path: Path, c
 
 
 def test_the_first_is_kept_and_one_that_is_dropped_still_counts(tmp_path: Path) -> None:
-    columns = np.array([[1, 11, 21], [2, 11, 22], [3, 12, 22], [3, 13, 23], [4, 14, 24], [0, 0, 0], [0, 0, 0]], np.uint64)
+    columns = np.array(
+        [[1, 11, 21], [2, 11, 22], [3, 12, 22], [3, 13, 23], [4, 14, 24], [0, 0, 0], [0, 0, 0]], np.uint64
+    )
     found = find_duplicates(write(tmp_path, columns, [1]), ["a", "b"], settings(2))
     assert reasons_of(found) == [None, "near_duplicate: a", "near_duplicate: b", "exact_duplicate: b", None, None, None]
 
@@ -198,7 +200,9 @@ def shingles(text: str) -> set[tuple[str, ...]]:
     return set(zip(*(words[i:] for i in range(5)), strict=False))
 
 
-def found_of(folder: Path, texts: list[str], pairs: dict[float, NDArray[np.int64]], bands: int, rows: int) -> dict[float, float]:
+def found_of(
+    folder: Path, texts: list[str], pairs: dict[float, NDArray[np.int64]], bands: int, rows: int
+) -> dict[float, float]:
     """Share of the pairs whose second document is dropped, by similarity; under -1 that of the documents in no pair."""
     signer, files = Signer(5, bands, rows), []
     for start in range(0, len(texts), 10_000):
@@ -225,7 +229,9 @@ def test_planted_near_duplicates_are_found_and_others_are_not(
         assert abs(true.mean() - jaccard) < 0.002
         assert np.abs(true - jaccard).max() < 0.03  # words after the common ones may be equal by chance
     found = found_of(tmp_path, texts, pairs, bands=14, rows=8)
-    print(f"\nof the pairs at 0.85 found {found[0.85]:.2%}, at 0.4 {found[0.4]:.2%}, of other documents {found[-1]:.2%}")
+    print(
+        f"\nof the pairs at 0.85 found {found[0.85]:.2%}, at 0.4 {found[0.4]:.2%}, of other documents {found[-1]:.2%}"
+    )
     assert found[0.85] >= 0.95
     assert found[0.4] <= 0.02
     assert found[-1] == 0

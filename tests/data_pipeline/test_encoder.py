@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.tokenizing import encoder
-from data_pipeline.tokenizing.encoder import HARD_STRINGS, GigaEncoder, ReferenceEncoder, fastest_encoder, hard_strings_of
+from data_pipeline.tokenizing.encoder import (
+    HARD_STRINGS,
+    GigaEncoder,
+    ReferenceEncoder,
+    fastest_encoder,
+    hard_strings_of,
+)
 from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [f"def step_{i}(loss, rate):\n    return loss * {i} - rate\n" for i in range(300)]
@@ -38,7 +44,9 @@ def with_tokens(path: Path, tokenizer: Tokenizer, *tokens: tuple[str, bool]) -> 
     """The tokenizer with more added tokens, (content, special), which are not in the vocabulary of its model."""
     config = json.loads(tokenizer.to_json())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    config["added_tokens"] += [{"id": 400 + i, "content": name, "special": special, **flags} for i, (name, special) in enumerate(tokens)]
+    config["added_tokens"] += [
+        {"id": 400 + i, "content": name, "special": special, **flags} for i, (name, special) in enumerate(tokens)
+    ]
     (path / "more.json").write_text(json.dumps(config))
     return load_tokenizer(path / "more.json")
 
@@ -51,7 +59,9 @@ def rows(encoded: tuple[Any, Any]) -> list[list[int]]:
 
 @settings(deadline=None)
 @given(texts=st.lists(MIXED, max_size=5))
-def test_both_back_ends_give_the_ids_of_the_tokenizer_and_never_a_special_one(tokenizer: Tokenizer, texts: list[str]) -> None:
+def test_both_back_ends_give_the_ids_of_the_tokenizer_and_never_a_special_one(
+    tokenizer: Tokenizer, texts: list[str]
+) -> None:
     expected = [tokenizer.encode(text) for text in texts]
     assert rows(ReferenceEncoder(tokenizer).encode(texts)) == expected
     assert rows(GigaEncoder(tokenizer).try_encode(texts)) == expected
@@ -61,7 +71,10 @@ def test_both_back_ends_give_the_ids_of_the_tokenizer_and_never_a_special_one(to
 def test_gigatoken_is_chosen_where_its_ids_are_the_same(tokenizer: Tokenizer) -> None:
     chosen, why = fastest_encoder(tokenizer, TEXTS)
     assert chosen.name == "gigatoken"
-    assert why == f"gigatoken: its ids are those of tokenizers on 300 texts of the data and {len(HARD_STRINGS) + 6} hard ones"
+    assert (
+        why
+        == f"gigatoken: its ids are those of tokenizers on 300 texts of the data and {len(HARD_STRINGS) + 6} hard ones"
+    )
     assert fastest_encoder(tokenizer, TEXTS[:2])[0] is chosen  # loaded once
     assert rows(chosen.encode([])) == []
     assert rows(chosen.encode(["", "a", ""]))[::2] == [[], []]
@@ -79,7 +92,9 @@ def test_special_and_other_added_tokens_are_text_and_tokens(tokenizer: Tokenizer
 
 
 @pytest.mark.parametrize("ordinary", ["|>x", "im_start", "x<|"])
-def test_a_token_that_overlaps_a_special_one_gives_the_ids_of_the_reference(tokenizer: Tokenizer, tmp_path: Path, ordinary: str) -> None:
+def test_a_token_that_overlaps_a_special_one_gives_the_ids_of_the_reference(
+    tokenizer: Tokenizer, tmp_path: Path, ordinary: str
+) -> None:
     more = with_tokens(tmp_path, tokenizer, ("<|im_start|>", True), (ordinary, False))
     chosen, _ = fastest_encoder(more, [])
     texts = ["<|im_start|>x", "x<|im_start|>", "a|>x<|im_start|>im_start"]
@@ -90,7 +105,11 @@ def test_a_token_that_overlaps_a_special_one_gives_the_ids_of_the_reference(toke
 
 
 def test_hard_strings_hold_the_overlaps_of_special_tokens_with_others() -> None:
-    added = [{"content": "<|a|>", "special": True}, {"content": "|>x", "special": False}, {"content": "y<", "special": False}]
+    added = [
+        {"content": "<|a|>", "special": True},
+        {"content": "|>x", "special": False},
+        {"content": "y<", "special": False},
+    ]
     texts = hard_strings_of({"added_tokens": added})
     assert {"<|a|>", "<|a|>x", "y<|a|>", "<|a|><|a|>"} <= set(texts)
     assert hard_strings_of({"added_tokens": []}) == []
@@ -139,7 +158,9 @@ def test_a_missing_gigatoken_falls_back(tokenizer: Tokenizer, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("error", [PanicException("index out of bounds\nat src"), RuntimeError("no"), TypeError()])
-def test_a_panic_falls_back_at_any_time(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_a_panic_falls_back_at_any_time(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     giga = GigaEncoder(tokenizer)
 
     def panic(*args: object, **kwargs: object) -> None:
@@ -148,13 +169,18 @@ def test_a_panic_falls_back_at_any_time(tokenizer: Tokenizer, monkeypatch: pytes
     monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", panic)
     chosen, why = fastest_encoder(tokenizer, TEXTS)
     assert chosen.name == "tokenizers"
-    assert why == f"tokenizers: gigatoken broke on a text ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    assert (
+        why
+        == f"tokenizers: gigatoken broke on a text ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    )
     assert rows(giga.encode(TEXTS)) == tokenizer.encode_batch(TEXTS)
     assert giga.failures == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
-def test_an_interrupt_is_no_failure_of_gigatoken(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_an_interrupt_is_no_failure_of_gigatoken(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     def stop(*args: object, **kwargs: object) -> None:
         raise error
 

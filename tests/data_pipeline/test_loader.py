@@ -26,7 +26,12 @@ def same(one: Batch, two: Batch) -> bool:
 
 
 def rows(*batches: Batch) -> Batch:
-    return Batch(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in ("input_ids", "labels", "document_ids")))
+    return Batch(
+        *(
+            np.concatenate([getattr(batch, name) for batch in batches])
+            for name in ("input_ids", "labels", "document_ids")
+        )
+    )
 
 
 def part(batch: Batch, first: int, count: int) -> Batch:
@@ -121,7 +126,9 @@ def test_samples_behind_the_end_of_a_source_are_padding_and_no_damage(write_spli
 
 @pytest.mark.parametrize(("longest", "packing"), [(8, "concatenate"), (32, "concatenate"), (8, "best_fit")])
 def test_the_order_is_what_batches_read(write_split: WriteSplit, longest: int, packing: Any) -> None:
-    sources = {name: [[1000 * k + 8 * i + j for j in range(8)] for i in range(40)] for k, name in enumerate(("a", "b", "c"))}
+    sources = {
+        name: [[1000 * k + 8 * i + j for j in range(8)] for i in range(40)] for k, name in enumerate(("a", "b", "c"))
+    }
     folder = write_split(sources, vocab_size=5000).folder
     loader = Loader(folder, seq_len=8, seed=5, longest=longest, packing=packing)
     for first, count in ((0, loader.n_sequences), (7, 30), (3 * loader.n_sequences - 5, 9)):
@@ -191,7 +198,9 @@ def test_damage_stops_or_empties_the_rows_that_it_touches(write_split: WriteSpli
 def test_training_on_less_than_one_window_is_refused_and_validating_is_padded(write_split: WriteSplit) -> None:
     documents = {"a": [[1, 2, 0]], "b": [[3, 0]]}
     folder = write_split(documents).folder
-    with pytest.raises(DataError, match=r"data\.seq_len=6 is longer than the data: .*train holds 5 tokens; lower data\.seq_len"):
+    with pytest.raises(
+        DataError, match=r"data\.seq_len=6 is longer than the data: .*train holds 5 tokens; lower data\.seq_len"
+    ):
         Loader(folder, seq_len=6, seed=0)
     with pytest.raises(DataError, match=r"data\.seq_len=8 is longer"):
         Loader(folder, seq_len=4, seed=0, longest=8)
@@ -205,7 +214,9 @@ def test_training_on_less_than_one_window_is_refused_and_validating_is_padded(wr
 
 def test_a_mixture_is_read_in_its_proportions_exactly_at_its_blocks(write_split: WriteSplit) -> None:
     documents = {"web": [[1] * 64] * 5, "code": [[2] * 64] * 3, "books": [[3] * 64]}
-    config = MixtureConfig(by="tokens", weights={"web": 1, "books": 3}, stages=(MixtureStage(start="50%", weights={"code": 1}),))
+    config = MixtureConfig(
+        by="tokens", weights={"web": 1, "books": 3}, stages=(MixtureStage(start="50%", weights={"code": 1}),)
+    )
     loader = Loader(write_split(documents).folder, seq_len=16, seed=5, mixture=config, total_samples=2 * BLOCK)
     assert loader.epochs(BLOCK) == {"web": BLOCK / 4 / 20, "code": 0, "books": BLOCK * 3 / 4 / 4}
     assert Counter(loader.batch(0, BLOCK).input_ids[:, 0].tolist()) == {1: BLOCK // 4, 3: BLOCK * 3 // 4}
@@ -220,7 +231,13 @@ def test_equal_pasts_are_equal_samples_and_a_later_stage_is_no_part_of_it(three:
     later = MixtureConfig(stages=(MixtureStage(start=100, weights={"web": 1}),))
     assert past(100) == past(100) == past(100, mixture=later)
     assert past(101) != past(101, mixture=later)
-    changed = [{"seed": 6}, {"seq_len": 16}, {"longest": 16}, {"packing": "best_fit"}, {"mixture": MixtureConfig(weights={"web": 1})}]
+    changed = [
+        {"seed": 6},
+        {"seq_len": 16},
+        {"longest": 16},
+        {"packing": "best_fit"},
+        {"mixture": MixtureConfig(weights={"web": 1})},
+    ]
     assert len({past(100), *(past(100, **settings) for settings in changed)}) == 1 + len(changed)
 
 

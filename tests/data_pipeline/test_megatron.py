@@ -25,7 +25,9 @@ BOTH = pytest.mark.parametrize(("dtype", "vocab_size"), [("uint16", 1000), ("int
 
 def recorded_documents(vocab_size: int) -> list[list[int]]:
     """What the fixtures hold; fixtures/megatron/README.md says the same."""
-    return [[(7919 * i + 104_729 * k) % (vocab_size - 1) + 1 for k in range(n - 1)] + [0] for i, n in enumerate(LENGTHS)]
+    return [
+        [(7919 * i + 104_729 * k) % (vocab_size - 1) + 1 for k in range(n - 1)] + [0] for i, n in enumerate(LENGTHS)
+    ]
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
@@ -44,7 +46,9 @@ def write_ours(folder: Path, documents: list[list[int]], vocab_size: int) -> Pat
 
 
 @BOTH
-def test_our_shard_is_the_one_that_megatrons_builder_writes_to_the_byte(tmp_path: Path, dtype: str, vocab_size: int) -> None:
+def test_our_shard_is_the_one_that_megatrons_builder_writes_to_the_byte(
+    tmp_path: Path, dtype: str, vocab_size: int
+) -> None:
     ours = write_ours(tmp_path, recorded_documents(vocab_size), vocab_size)
     for ending in (".bin", ".idx"):
         assert ours.with_suffix(ending).read_bytes() == (FIXTURES / f"single-{dtype}{ending}").read_bytes()
@@ -55,7 +59,9 @@ def test_our_shard_is_the_one_that_megatrons_builder_writes_to_the_byte(tmp_path
 @BOTH
 @pytest.mark.parametrize("kind", ["single", "several"])
 @pytest.mark.parametrize("ending", ["", ".bin", ".idx"])
-def test_megatrons_files_read_back_document_by_document(tmp_path: Path, dtype: str, vocab_size: int, kind: str, ending: str) -> None:
+def test_megatrons_files_read_back_document_by_document(
+    tmp_path: Path, dtype: str, vocab_size: int, kind: str, ending: str
+) -> None:
     source = SourceConfig(kind="megatron", paths=(f"{FIXTURES}/{kind}-{dtype}{ending}",))
     part = adopt(source, "theirs", make_tokenizer(tmp_path, vocab_size), tmp_path, 0.0)["train"]
     shards = ShardSet(tmp_path / "train", part)
@@ -92,14 +98,20 @@ def test_a_negative_id_is_named(tmp_path: Path) -> None:
         (17, b"\x05", r"ours-00000\.idx: its tokens are int64; only uint16 and int32"),
         (17, b"\x09", r"ours-00000\.idx: its tokens are code 9; only uint16 and int32"),
         (17, b"\x04", r"ours-00000\.idx: its sequences do not fill the 10 bytes"),
-        (18, struct.pack("<Q", 3), r"ours-00000\.idx: 82 bytes, where 3 sequences and 3 document entries of text take 94"),
+        (
+            18,
+            struct.pack("<Q", 3),
+            r"ours-00000\.idx: 82 bytes, where 3 sequences and 3 document entries of text take 94",
+        ),
         (34, struct.pack("<i", 4), r"ours-00000\.idx: its sequences do not fill the 10 bytes"),
         (42, struct.pack("<q", 2), r"ours-00000\.idx: its sequences do not fill the 10 bytes"),
         (58, struct.pack("<q", 1), r"ours-00000\.idx: its documents do not divide its 2 sequences"),
         (74, struct.pack("<q", 1), r"ours-00000\.idx: its documents do not divide its 2 sequences"),
     ],
 )
-def test_an_index_that_does_not_tell_the_whole_file_is_refused(tmp_path: Path, at: int, value: bytes, message: str) -> None:
+def test_an_index_that_does_not_tell_the_whole_file_is_refused(
+    tmp_path: Path, at: int, value: bytes, message: str
+) -> None:
     ours = write_ours(tmp_path, [[5, 6, 0], [7, 0]], 1000)
     source, tokenizer = SourceConfig(kind="megatron", paths=(str(ours),)), make_tokenizer(tmp_path, 1000)
     assert adopt(source, "x", tokenizer, tmp_path, 0.0)["train"].documents == 2

@@ -13,7 +13,10 @@ from data_pipeline.cleaning.minhash import NOTHING, Signer, probability_found, t
 from data_pipeline.hashing import hash_ngrams, splitmix64, word_batches
 
 TEXT = st.text(
-    st.one_of(st.characters(), st.sampled_from("aAbZ019_-. \n\u00e9\u00c9\u03a3\u4e2d\u6587\u0e01\U0001f600\U00020000")), max_size=40
+    st.one_of(
+        st.characters(), st.sampled_from("aAbZ019_-. \n\u00e9\u00c9\u03a3\u4e2d\u6587\u0e01\U0001f600\U00020000")
+    ),
+    max_size=40,
 )
 
 
@@ -40,7 +43,9 @@ def hashes_of(texts: list[str]) -> list[list[int]]:
     return out
 
 
-def sets_of_similarity(jaccard: float, size: int, pairs: int, rng: np.random.Generator) -> tuple[list[str], list[str], float]:
+def sets_of_similarity(
+    jaccard: float, size: int, pairs: int, rng: np.random.Generator
+) -> tuple[list[str], list[str], float]:
     """Pairs of texts of `size` different words, and the Jaccard similarity of their sets of words, nearest to the one asked for."""
     shared = round(2 * size * jaccard / (1 + jaccard))
     drawn = splitmix64(np.arange(pairs * (2 * size - shared), dtype=np.uint64) + np.uint64(rng.integers(2**60)))
@@ -49,7 +54,9 @@ def sets_of_similarity(jaccard: float, size: int, pairs: int, rng: np.random.Gen
     return first, second, shared / (2 * size - shared)
 
 
-def curve(signer: Signer, points: Iterable[float], size: int = 60, pairs: int = 1500) -> list[tuple[float, float, float]]:
+def curve(
+    signer: Signer, points: Iterable[float], size: int = 60, pairs: int = 1500
+) -> list[tuple[float, float, float]]:
     """(similarity, share of pairs with a common band, standard errors by which theory differs)."""
     rng, rows = np.random.default_rng(0), []
     for point in points:
@@ -84,7 +91,11 @@ def test_words_are_runs_of_letters_in_lower_case_in_any_script(texts: list[str])
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.lists(st.sampled_from(["a", "of", "The", "\u4e2d\u6587", "-", "\n"]), max_size=60).map(" ".join), min_size=1, max_size=6),
+    st.lists(
+        st.lists(st.sampled_from(["a", "of", "The", "\u4e2d\u6587", "-", "\n"]), max_size=60).map(" ".join),
+        min_size=1,
+        max_size=6,
+    ),
     st.integers(1, 5),
     st.sampled_from([8, 16, 64, 1 << 17]),
 )
@@ -130,7 +141,12 @@ def test_near_means_the_same_words_whatever_stands_between() -> None:
 
 def test_a_text_shorter_than_a_shingle_is_one_and_one_without_words_is_none() -> None:
     signer = Signer(5, 4, 2)
-    assert (signer.minima(["", "+-*/ \u2026", "one", "one two"]) == NOTHING).all((0, 1)).tolist() == [True, True, False, False]
+    assert (signer.minima(["", "+-*/ \u2026", "one", "one two"]) == NOTHING).all((0, 1)).tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
     nothing, signs, one, two = signer.sign(["", "+-*/ \u2026", "one", "one two"])
     assert not nothing.any()
     assert not signs.any()

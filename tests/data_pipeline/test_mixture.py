@@ -32,12 +32,16 @@ def sized(weights: tuple[float, ...]) -> dict[str, float]:
 
 @settings(max_examples=100, deadline=None)
 @given(weights=WEIGHTS, n=st.integers(0, 10**12), size=st.integers(1, 300))
-def test_counts_are_near_their_shares_rise_by_single_steps_and_are_exact_after_a_cycle(weights: tuple[int, ...], n: int, size: int) -> None:
+def test_counts_are_near_their_shares_rise_by_single_steps_and_are_exact_after_a_cycle(
+    weights: tuple[int, ...], n: int, size: int
+) -> None:
     cycle, depth = sum(weights), ceil(log2(len(weights))) if len(weights) > 1 else 0
     before = counts(weights, n)
     assert sum(before) == n
     for count, weight in zip(before, weights, strict=True):
-        assert abs(count * cycle - n * weight) * 2 <= depth * cycle  # exact integers: within depth / 2 of n * weight / cycle
+        assert (
+            abs(count * cycle - n * weight) * 2 <= depth * cycle
+        )  # exact integers: within depth / 2 of n * weight / cycle
     seen = np.array(before)
     for i, source in enumerate(sources_of(weights, n, size).tolist()):
         seen[source] += 1
@@ -74,7 +78,9 @@ def mixtures(draw: st.DrawFn) -> tuple[Mixture, int]:
 
 @settings(max_examples=40, deadline=None)
 @given(drawn=mixtures())
-def test_every_round_through_a_source_visits_each_of_its_sequences_once_across_blocks_and_stages(drawn: tuple[Mixture, int]) -> None:
+def test_every_round_through_a_source_visits_each_of_its_sequences_once_across_blocks_and_stages(
+    drawn: tuple[Mixture, int],
+) -> None:
     mixture, samples = drawn
     read = stream(mixture, samples)
     for source, size in enumerate(mixture.sizes):
@@ -86,12 +92,18 @@ def test_every_round_through_a_source_visits_each_of_its_sequences_once_across_b
             assert len(part) < size or sorted(part) == list(range(size))
     middle = samples // 2
     assert stream(mixture, samples, middle) == read[middle:]
-    assert mixture.counts(middle) == [sum(s == source for s, _ in read[:middle]) for source in range(len(mixture.sizes))]
+    assert mixture.counts(middle) == [
+        sum(s == source for s, _ in read[:middle]) for source in range(len(mixture.sizes))
+    ]
 
 
 @settings(max_examples=40, deadline=None)
-@given(weights=st.tuples(*[st.integers(0, 3)] * 3), sizes=st.tuples(*[st.integers(1, 4000)] * 3), seed=st.integers(0, 1000))
-def test_after_a_cycle_each_source_was_read_exactly_its_weight_times(weights: tuple[int, ...], sizes: tuple[int, ...], seed: int) -> None:
+@given(
+    weights=st.tuples(*[st.integers(0, 3)] * 3), sizes=st.tuples(*[st.integers(1, 4000)] * 3), seed=st.integers(0, 1000)
+)
+def test_after_a_cycle_each_source_was_read_exactly_its_weight_times(
+    weights: tuple[int, ...], sizes: tuple[int, ...], seed: int
+) -> None:
     assume(any(weights))
     mixture = mix(MixtureConfig(weights=sized(weights)), dict(zip(NAMES, sizes, strict=True)), seed, None)
     cycle = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
@@ -103,7 +115,9 @@ def test_after_a_cycle_each_source_was_read_exactly_its_weight_times(weights: tu
 
 
 def test_sources_of_a_sequence_or_two_are_read_round_and_round() -> None:
-    read = stream(mix(MixtureConfig(by="tokens", weights=sized((1, 1, 0))), {"web": 1, "code": 2, "books": 5}, 0, None), 2 * BLOCK)
+    read = stream(
+        mix(MixtureConfig(by="tokens", weights=sized((1, 1, 0))), {"web": 1, "code": 2, "books": 5}, 0, None), 2 * BLOCK
+    )
     web, code = ([sequence for s, sequence in read if s == source] for source in (0, 1))
     assert web == [0] * BLOCK
     pairs = Counter(zip(code[::2], code[1::2], strict=True))
@@ -141,8 +155,12 @@ def test_an_appended_stage_leaves_the_past_as_it_was_and_sources_go_on_where_the
     start = 3 * BLOCK + 1234  # inside a block
     config = MixtureConfig(by="tokens", weights=sized((0.7, 0.2, 0.1)))
     plain = mix(config, sizes, 5, None)
-    staged = mix(config.model_copy(update={"stages": (MixtureStage(start=start, weights={"books": 1}),)}), sizes, 5, None)
-    again = mix(config.model_copy(update={"stages": (MixtureStage(start=start, weights=config.weights),)}), sizes, 5, None)
+    staged = mix(
+        config.model_copy(update={"stages": (MixtureStage(start=start, weights={"books": 1}),)}), sizes, 5, None
+    )
+    again = mix(
+        config.model_copy(update={"stages": (MixtureStage(start=start, weights=config.weights),)}), sizes, 5, None
+    )
     assert stream(staged, start) == stream(plain, start) == stream(again, start)
     after = stream(staged, start + 600, start)
     assert {source for source, _ in after} == {2}
@@ -192,7 +210,10 @@ def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_units() -> 
         ({"weights": {"web": 1e15}}, r"asks for 1e\+17 sequences in an epoch"),
         ({"by": "temperature", "weights": {"web": 1}}, r"data\.mixture\.by=temperature takes no weights"),
         ({"stages": [{"from": "50%", "weights": {"wiki": 1}}]}, r"data\.mixture\.stages\.0\.weights names wiki"),
-        ({"stages": [{"from": 9, "weights": {}}, {"from": 8, "weights": {}}]}, r"data\.mixture\.stages\.1\.from=8 lies before the stage"),
+        (
+            {"stages": [{"from": 9, "weights": {}}, {"from": 8, "weights": {}}]},
+            r"data\.mixture\.stages\.1\.from=8 lies before the stage",
+        ),
         ({"stages": [{"from": "half", "weights": {}}]}, r"data\.mixture\.stages\.0\.from=half is neither"),
         ({"stages": [{"from": "101%", "weights": {}}]}, r"data\.mixture\.stages\.0\.from=101% lies outside"),
         ({"stages": [{"from": -1, "weights": {}}]}, r"data\.mixture\.stages\.0\.from=-1 lies outside"),
@@ -229,7 +250,12 @@ def test_equal_pasts_are_equal_samples_and_other_pasts_are_not() -> None:
     assert plain.past(301) != later.past(301)
     assert stream(plain, 400) != stream(later, 400)
     assert plain.past(300) == make(weights=dict.fromkeys(NAMES, 1)).past(300)  # the same, said otherwise
-    others = [make(1), make(sizes=dict.fromkeys(NAMES, 600)), make(weights={"web": 1}), make(by="tokens", weights=dict.fromkeys(NAMES, 1))]
+    others = [
+        make(1),
+        make(sizes=dict.fromkeys(NAMES, 600)),
+        make(weights={"web": 1}),
+        make(by="tokens", weights=dict.fromkeys(NAMES, 1)),
+    ]
     assert len({plain.past(300), *(other.past(300) for other in others)}) == 5
     for other in others:
         assert stream(other, 300) != stream(plain, 300)

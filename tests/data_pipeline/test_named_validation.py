@@ -40,7 +40,9 @@ def documents(prepared: Prepared, split: str) -> dict[str, list[str]]:
     found = {}
     for shards in open_split(prepared.path / split).sources:
         spans = (shards.document_span(i) for i in range(shards.n_documents))
-        found[shards.source.name] = [prepared.tokenizer.decode(shards.tokens(start, stop - 1).tolist()) for start, stop in spans]
+        found[shards.source.name] = [
+            prepared.tokenizer.decode(shards.tokens(start, stop - 1).tolist()) for start, stop in spans
+        ]
     return found
 
 
@@ -54,7 +56,9 @@ def web_and_exam(tmp_path: Path) -> tuple[SourceConfig, SourceConfig]:
     """A source of 40 texts, five of which repeat the exam: two exactly, two but for case and spaces, one nearly; two repeat each other."""
     own, exam = random_texts(35, 0), random_texts(6, 1)
     repeats = [exam[0], exam[1], exam[2].upper(), exam[3].replace(" ", "\n  "), near(exam[4])]
-    return write_source(tmp_path, "web", [*own[:20], *repeats, *own[20:], own[0]]), write_source(tmp_path, "exam", [*exam, exam[5]])
+    return write_source(tmp_path, "web", [*own[:20], *repeats, *own[20:], own[0]]), write_source(
+        tmp_path, "exam", [*exam, exam[5]]
+    )
 
 
 def test_training_text_that_repeats_named_held_out_text_is_dropped_and_counted(
@@ -69,7 +73,9 @@ def test_training_text_that_repeats_named_held_out_text_is_dropped_and_counted(
     assert (validation[0].read, validation[0].documents, validation[0].dropped) == (7, 7, {})
     own, held_out = documents(prepared, "train")["web"], documents(prepared, "validation")["exam"]
     assert sorted(held_out) == sorted([*random_texts(6, 1), random_texts(6, 1)[5]])
-    assert sorted(own) == sorted([*random_texts(35, 0), random_texts(35, 0)[0]])  # repeats within a side stay: dedup is off
+    assert sorted(own) == sorted(
+        [*random_texts(35, 0), random_texts(35, 0)[0]]
+    )  # repeats within a side stay: dedup is off
     assert (
         "compared with 7 held-out documents of data.validation: 4 training documents dropped as exact duplicates, 1 as near-duplicates "
         "(half of those of Jaccard similarity 0.68 are found, and more of closer ones)"
@@ -80,7 +86,9 @@ def test_training_text_that_repeats_named_held_out_text_is_dropped_and_counted(
     assert [(entry.kept_in, entry.exact, entry.near) for entry in web_there.duplicates] == [("exam", 4, 1)]
 
 
-def test_without_being_named_the_same_text_is_trained_on(tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]) -> None:
+def test_without_being_named_the_same_text_is_trained_on(
+    tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]
+) -> None:
     """Negative control."""
     prepared = prepare(tmp_path / "data", PrepareConfig(sources=web_and_exam[:1], validation_fraction=0, **SETTINGS))
     exam = random_texts(6, 1)
@@ -105,11 +113,15 @@ def test_a_fraction_is_held_out_beside_named_text_only_where_it_is_asked_for(
     web, exam = web_and_exam
     assert PrepareConfig(sources=(web,)).validation_fraction == 0.005
     assert PrepareConfig(sources=(web,), validation=(exam,)).validation_fraction == 0
-    asked = prepare(tmp_path / "asked", PrepareConfig(sources=(web,), validation=(exam,), validation_fraction=0.2, **SETTINGS))
+    asked = prepare(
+        tmp_path / "asked", PrepareConfig(sources=(web,), validation=(exam,), validation_fraction=0.2, **SETTINGS)
+    )
     plain = prepare(tmp_path / "plain", PrepareConfig(sources=(web,), validation_fraction=0.2, **SETTINGS))
     assert [source.name for source in asked.splits["validation"].sources] == ["web", "exam"]
     drawn, drawn_alone = documents(asked, "validation")["web"], documents(plain, "validation")["web"]
-    exam_texts = {"".join(text.lower().split()) for text in random_texts(6, 1)} | {"".join(near(random_texts(6, 1)[4]).split())}
+    exam_texts = {"".join(text.lower().split()) for text in random_texts(6, 1)} | {
+        "".join(near(random_texts(6, 1)[4]).split())
+    }
     assert drawn
     assert sorted(drawn) == sorted(text for text in drawn_alone if "".join(text.lower().split()) not in exam_texts)
 
@@ -120,7 +132,10 @@ def test_filters_judge_held_out_text_and_what_they_drop_of_it_drops_nothing(
     web, exam = web_and_exam
     settings: dict[str, Any] = SETTINGS | {"filters": {"length": {"max_characters": 1}}}
     own = exam.model_copy(update={"filters": ("length",)})
-    with pytest.raises(DataError, match=r"data\.validation holds no text to keep \(documents read: 7 length: too long\); name other text"):
+    with pytest.raises(
+        DataError,
+        match=r"data\.validation holds no text to keep \(documents read: 7 length: too long\); name other text",
+    ):
         prepare(tmp_path / "none", PrepareConfig(sources=(web,), validation=(own,), **settings))
     short = write_source(tmp_path, "short", ["x"])
     splits = prepare(tmp_path / "data", PrepareConfig(sources=(web,), validation=(own, short), **settings)).splits
@@ -131,10 +146,14 @@ def test_filters_judge_held_out_text_and_what_they_drop_of_it_drops_nothing(
     ]
 
 
-def test_the_bytes_depend_neither_on_workers_nor_on_interruptions(tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]) -> None:
+def test_the_bytes_depend_neither_on_workers_nor_on_interruptions(
+    tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]
+) -> None:
     def config(workers: int) -> PrepareConfig:
         return PrepareConfig(
-            sources=web_and_exam[:1], validation=web_and_exam[1:], **(SETTINGS | {"workers": workers, "shard_tokens": 1000})
+            sources=web_and_exam[:1],
+            validation=web_and_exam[1:],
+            **(SETTINGS | {"workers": workers, "shard_tokens": 1000}),
         )
 
     prepare(tmp_path / "one", config(1))
@@ -158,11 +177,16 @@ def test_the_bytes_depend_neither_on_workers_nor_on_interruptions(tmp_path: Path
     assert contents(tmp_path / "two") == contents(tmp_path / "stopped") == one
 
 
-def test_a_prepared_path_knows_its_held_out_text(tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]) -> None:
+def test_a_prepared_path_knows_its_held_out_text(
+    tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]
+) -> None:
     web, exam = web_and_exam
     settings = SETTINGS | {"validation_fraction": 0.1}
     prepare(tmp_path / "data", PrepareConfig(sources=(web,), validation=(exam,), **settings))
-    assert "is prepared already" in prepare(tmp_path / "data", PrepareConfig(sources=(web,), validation=(exam,), **settings)).notes[0]
+    assert (
+        "is prepared already"
+        in prepare(tmp_path / "data", PrepareConfig(sources=(web,), validation=(exam,), **settings)).notes[0]
+    )
     with pytest.raises(DataError, match=r"data\.validation\.0\.name was exam and is None"):
         prepare(tmp_path / "data", PrepareConfig(sources=(web,), **settings))
     Path(exam.paths[0]).write_text('{"text": "another exam"}\n')
@@ -170,29 +194,43 @@ def test_a_prepared_path_knows_its_held_out_text(tmp_path: Path, web_and_exam: t
         prepare(tmp_path / "data", PrepareConfig(sources=(web,), validation=(exam,), **settings))
     own = prepare(tmp_path / "plain", PrepareConfig(sources=(web,), **settings))
     text = (tmp_path / "plain" / "train" / MANIFEST).read_text()
-    later = ('"validation": ', '"external": ', '"allow_lossy_tokenizer": ', '"unknown_tokens": ', '"lost_characters": ', '"passed_over": ')
+    later = (
+        '"validation": ',
+        '"external": ',
+        '"allow_lossy_tokenizer": ',
+        '"unknown_tokens": ',
+        '"lost_characters": ',
+        '"passed_over": ',
+    )
     assert [word for word in later if word in text] == []  # it is what versions without these would have written
     assert open_prepared(tmp_path / "plain").splits["train"].recipe.settings.validation == ()
     assert (
-        own.splits["train"].fingerprint() == Manifest.model_validate_json((tmp_path / "plain/train" / MANIFEST).read_bytes()).fingerprint()
+        own.splits["train"].fingerprint()
+        == Manifest.model_validate_json((tmp_path / "plain/train" / MANIFEST).read_bytes()).fingerprint()
     )
 
 
 def test_a_name_stands_for_one_source(tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]) -> None:
     twice = web_and_exam[1].model_copy(update={"name": "web"})
-    with pytest.raises(DataError, match=r"data\.validation\.0 and data\.sources\.0 are both called web; give each a `name`"):
+    with pytest.raises(
+        DataError, match=r"data\.validation\.0 and data\.sources\.0 are both called web; give each a `name`"
+    ):
         prepare(tmp_path / "data", PrepareConfig(sources=web_and_exam[:1], validation=(twice,), **SETTINGS))
     nowhere = SourceConfig(name="nowhere", kind="text")
     with pytest.raises(DataError, match=r"data\.validation: nowhere of kind text has no paths"):
         prepare(tmp_path / "data", PrepareConfig(sources=web_and_exam[:1], validation=(nowhere,), **SETTINGS))
 
 
-def test_errors_of_held_out_sources_name_their_setting(tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]) -> None:
+def test_errors_of_held_out_sources_name_their_setting(
+    tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]
+) -> None:
     web, exam = web_and_exam
 
     def failure(**settings: Any) -> str:
         with pytest.raises(DataError) as error:
-            prepare(tmp_path / "data", PrepareConfig(**({"sources": (web,), "validation": (exam,)} | SETTINGS | settings)))
+            prepare(
+                tmp_path / "data", PrepareConfig(**({"sources": (web,), "validation": (exam,)} | SETTINGS | settings))
+            )
         return str(error.value)
 
     gone = str(tmp_path / "gone")
@@ -214,9 +252,13 @@ def test_tokens_are_held_out_where_they_are(tmp_path: Path, web_and_exam: tuple[
         ("megatron", tuple(map(str, (there.path / "train").glob("*.bin"))), there.splits["train"].documents),
     ):
         tokens = SourceConfig(name="exam", kind=kind, paths=paths)
-        config = PrepareConfig(sources=(web,), validation=(tokens,), tokenizer=there.path / "tokenizer.json", **SETTINGS)
+        config = PrepareConfig(
+            sources=(web,), validation=(tokens,), tokenizer=there.path / "tokenizer.json", **SETTINGS
+        )
         prepared = prepare(tmp_path / kind, config)
-        assert [(source.name, source.documents) for source in prepared.splits["validation"].sources] == [("exam", n_documents)]
+        assert [(source.name, source.documents) for source in prepared.splits["validation"].sources] == [
+            ("exam", n_documents)
+        ]
         assert [(source.name, source.documents) for source in prepared.splits["train"].sources] == [("web", 41)]
         assert "not compared: exam holds tokens, not text" in prepared.notes
         assert verify(tmp_path / kind).problems == ()
@@ -228,16 +270,27 @@ def test_tokens_are_held_out_where_they_are(tmp_path: Path, web_and_exam: tuple[
 def test_every_source_of_several_documents_holds_out_one_at_least(
     tmp_path: Path, make_corpus: Callable[..., Path], prepare_at: Callable[..., Prepared]
 ) -> None:
-    folders = [make_corpus(tmp_path / name, count, seed) for seed, (name, count) in enumerate((("many", 30), ("few", 3), ("one", 1)))]
+    folders = [
+        make_corpus(tmp_path / name, count, seed)
+        for seed, (name, count) in enumerate((("many", 30), ("few", 3), ("one", 1)))
+    ]
     sources = [SourceConfig(kind="text", paths=(str(folder),)) for folder in folders]
     prepared = prepare_at(tmp_path / "data", tmp_path, sources=sources, validation_fraction=1e-9)
-    assert [(source.name, source.documents) for source in prepared.splits["validation"].sources] == [("many", 1), ("few", 1), ("one", 0)]
-    alone = prepare_at(tmp_path / "alone", tmp_path, sources=sources[:1], validation_fraction=1e-9, tokenizer=prepared.path)
+    assert [(source.name, source.documents) for source in prepared.splits["validation"].sources] == [
+        ("many", 1),
+        ("few", 1),
+        ("one", 0),
+    ]
+    alone = prepare_at(
+        tmp_path / "alone", tmp_path, sources=sources[:1], validation_fraction=1e-9, tokenizer=prepared.path
+    )
     assert documents(alone, "validation")["many"] == documents(prepared, "validation")["many"]
     assert verify(prepared.path).problems == ()
 
 
-def splits_of(held_out: dict[str, tuple[int, int]], training: dict[str, tuple[int, int]], **settings: Any) -> dict[str, Manifest]:
+def splits_of(
+    held_out: dict[str, tuple[int, int]], training: dict[str, tuple[int, int]], **settings: Any
+) -> dict[str, Manifest]:
     """Manifests of (documents, tokens) by source."""
     recipe = Recipe(settings=PrepareConfig(**settings), trained_tokenizer=False, listings=(), lists="", made_with={})
 
@@ -251,7 +304,9 @@ def splits_of(held_out: dict[str, tuple[int, int]], training: dict[str, tuple[in
         )  # fmt: skip
         return Manifest(split=split, splits=(), vocab_size=300, eot_id=0, tokenizer="", recipe=recipe, sources=sources)
 
-    return {"train": manifest("train", training)} | ({"validation": manifest("validation", held_out)} if held_out else {})
+    return {"train": manifest("train", training)} | (
+        {"validation": manifest("validation", held_out)} if held_out else {}
+    )
 
 
 def test_too_little_held_out_text_is_told_with_numbers_and_what_to_set() -> None:
@@ -277,7 +332,9 @@ def test_who_asked_for_no_held_out_text_is_not_warned_and_named_text_is_looked_a
     assert held_out_warnings(splits_of({}, training, validation_fraction=0), 2048) == []
     assert len(held_out_warnings(splits_of({}, training), 2048)) == 1  # negative control: 0.005 was to be held out
     sources = ({"name": "web", "kind": "text", "paths": ("a",)},)
-    named = splits_of({"exam": (3, 900)}, training, sources=sources, validation=({"name": "exam", "kind": "text", "paths": ("b",)},))
+    named = splits_of(
+        {"exam": (3, 900)}, training, sources=sources, validation=({"name": "exam", "kind": "text", "paths": ("b",)},)
+    )
     assert held_out_warnings(named, 2048) == [
         "exam: only 3 documents with 900 tokens are held out (1 sequence of data.seq_len=2048): its validation loss says little; "
         "name more text in data.validation.0"

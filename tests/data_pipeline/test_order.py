@@ -41,7 +41,9 @@ def test_a_key_for_each_sample_is_the_permutation_of_that_key() -> None:
     keys = np.array([order_key(7, "web", epoch) for epoch in range(100)], np.uint64)
     alone = [int(permute(index[i : i + 1], n, int(key))[0]) for i, key in enumerate(keys)]
     assert permute(index, n, keys).tolist() == alone
-    assert len({order_key(7, *parts) for parts in ((), (0,), (0, 0), ("web",), ("web", 0), ("code", 0), ("web", 1))}) == 7
+    assert (
+        len({order_key(7, *parts) for parts in ((), (0,), (0, 0), ("web",), ("web", 0), ("code", 0), ("web", 1))}) == 7
+    )
 
 
 def test_a_trillion_samples_need_no_memory() -> None:

@@ -20,7 +20,9 @@ def test_packing_by_hand(write_split: WriteSplit) -> None:
     assert batch.labels.tolist() == [[2, 0, 3, 4], [5, 6, 0, 7], [0, no, no, no]]
     assert batch.positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 1]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]]
-    assert {array.dtype for array in (batch.input_ids, batch.labels, batch.positions, batch.document_ids)} == {np.dtype(np.int32)}
+    assert {array.dtype for array in (batch.input_ids, batch.labels, batch.positions, batch.document_ids)} == {
+        np.dtype(np.int32)
+    }
     assert batch.damaged == ()
 
 
@@ -29,7 +31,10 @@ def test_packing_by_hand(write_split: WriteSplit) -> None:
 def test_packing_equals_a_plain_reading_of_the_documents(
     write_split: WriteSplit, random_documents: Draw, seq_len: int, vocab_size: int
 ) -> None:
-    documents = [*random_documents(120, 40), *random_documents(3, 9000, seed=1)]  # longer than a cell of the guide table
+    documents = [
+        *random_documents(120, 40),
+        *random_documents(3, 9000, seed=1),
+    ]  # longer than a cell of the guide table
     folder = write_split({"a": documents}, vocab_size=vocab_size, shard_tokens=300).folder
     loader = Loader(folder, seq_len=seq_len, seed=0)
     batch = loader.sequential("a", 0, loader.n_sequences)
@@ -47,7 +52,9 @@ def test_packing_equals_a_plain_reading_of_the_documents(
         assert batch.positions[row].tolist() == [place - first[owner] for place, owner in enumerate(owners)]
 
 
-def test_inputs_and_labels_are_one_array_where_nothing_is_padded(write_split: WriteSplit, random_documents: Draw) -> None:
+def test_inputs_and_labels_are_one_array_where_nothing_is_padded(
+    write_split: WriteSplit, random_documents: Draw
+) -> None:
     sources = write_split({"a": random_documents(50, 40)}).sources
     whole = read_concatenated(sources, [(0, 0), (0, 16)], 16, 0, skip=False)
     assert whole.input_ids.base is whole.labels.base is not None
@@ -65,7 +72,9 @@ def test_a_row_behind_the_end_and_no_row_at_all_are_padding_and_nothing(write_sp
     assert behind.document_ids.tolist() == [[0] * 4]
     assert behind.positions.tolist() == [[0, 1, 2, 3]]
     nothing = read_concatenated(sources, [], 4, 9, skip=False)
-    assert [a.shape for a in (nothing.input_ids, nothing.labels, nothing.document_ids, nothing.positions)] == [(0, 4)] * 4
+    assert [a.shape for a in (nothing.input_ids, nothing.labels, nothing.document_ids, nothing.positions)] == [
+        (0, 4)
+    ] * 4
 
 
 def test_documents_are_numbered_by_their_starts_however_often_those_are_told() -> None:

@@ -68,7 +68,9 @@ def test_every_document_is_in_one_split_word_for_word(tmp_path: Path, corpus: Pa
     assert verify(tmp_path / "data").problems == ()
 
 
-def test_documents_are_shuffled_inside_a_chunk_and_nowhere_else(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+def test_documents_are_shuffled_inside_a_chunk_and_nowhere_else(
+    tmp_path: Path, corpus: Path, prepare_at: Prepare
+) -> None:
     in_order = corpus_texts(corpus)
     prepare_at(tmp_path / "one", corpus, validation_fraction=0.0, shard_tokens=10**6)
     at_once = documents_of(tmp_path / "one", "train")
@@ -99,7 +101,9 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, corpus: Path, prepa
     assert {"tokenizer.json", "train/manifest.json", "validation/manifest.json"} < set(contents(tmp_path / "one"))
 
 
-def test_whether_a_document_is_held_out_depends_on_its_id_alone(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+def test_whether_a_document_is_held_out_depends_on_its_id_alone(
+    tmp_path: Path, corpus: Path, prepare_at: Prepare
+) -> None:
     prepare_at(tmp_path / "one", corpus)
     held_out = sorted(documents_of(tmp_path / "one", "validation"))
     for file in sorted(corpus.rglob("*.txt"))[:20]:
@@ -137,7 +141,10 @@ def test_preparing_again_changes_nothing(tmp_path: Path, corpus: Path, prepare_a
             {"shard_tokens": 10, "tokenizer_sample_mb": 2.0},
             r"data\.tokenizer_sample_mb was 1\.0 and is 2\.0; data\.shard_tokens was 1000 and is 10\.",
         ),
-        ({"sources": "exclude"}, r"data\.sources\.0\.exclude was \[\] and is \['a'\]; what data\.sources\.0 holds was 60 files"),
+        (
+            {"sources": "exclude"},
+            r"data\.sources\.0\.exclude was \[\] and is \['a'\]; what data\.sources\.0 holds was 60 files",
+        ),
     ],
 )
 def test_other_settings_are_refused_with_the_difference(
@@ -160,7 +167,9 @@ def test_a_file_that_grew_is_noticed(tmp_path: Path, corpus: Path, prepare_at: P
 
 
 def test_a_tokenizer_that_is_there_is_used(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
-    config = PrepareConfig(sources=(SourceConfig(kind="text", paths=(str(corpus),)),), vocab_size=280, tokenizer_sample_mb=1.0)
+    config = PrepareConfig(
+        sources=(SourceConfig(kind="text", paths=(str(corpus),)),), vocab_size=280, tokenizer_sample_mb=1.0
+    )
     made = build_tokenizer(tmp_path / "tok" / "tokenizer.json", config)
     assert [file.name for file in (tmp_path / "tok").iterdir()] == ["tokenizer.json"]
     prepared = prepare_at(tmp_path / "given", corpus, tokenizer=tmp_path / "tok")
@@ -175,7 +184,9 @@ def test_a_tokenizer_that_is_there_is_used(tmp_path: Path, corpus: Path, prepare
         build_tokenizer(tmp_path / "tok" / "tokenizer.json", config)
 
 
-def test_a_tiny_corpus_still_holds_one_document_out(tmp_path: Path, prepare_at: Prepare, make_corpus: MakeCorpus) -> None:
+def test_a_tiny_corpus_still_holds_one_document_out(
+    tmp_path: Path, prepare_at: Prepare, make_corpus: MakeCorpus
+) -> None:
     folder = make_corpus(tmp_path / "corpus", documents=3)
     splits = prepare_at(tmp_path / "data", folder, validation_fraction=0.001).splits
     assert (splits["train"].documents, splits["validation"].documents) == (2, 1)
@@ -185,12 +196,18 @@ def test_a_tiny_corpus_still_holds_one_document_out(tmp_path: Path, prepare_at: 
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_duplicates_are_never_on_both_sides_of_the_split(tmp_path: Path, corpus: Path, prepare_at: Prepare, exact: bool) -> None:
+def test_duplicates_are_never_on_both_sides_of_the_split(
+    tmp_path: Path, corpus: Path, prepare_at: Prepare, exact: bool
+) -> None:
     for file in sorted(corpus.rglob("*.txt")):
         for copy in range(3):
-            (file.parent / f"copy-{copy}-{file.name}").write_text(file.read_text().upper() if copy else file.read_text())
+            (file.parent / f"copy-{copy}-{file.name}").write_text(
+                file.read_text().upper() if copy else file.read_text()
+            )
     prepare_at(tmp_path / "data", corpus, dedup={"exact": exact}, validation_fraction=0.3)
-    train, held_out = ({text.lower() for text in documents_of(tmp_path / "data", split)} for split in ("train", "validation"))
+    train, held_out = (
+        {text.lower() for text in documents_of(tmp_path / "data", split)} for split in ("train", "validation")
+    )
     assert len(train | held_out) == 60
     assert bool(train & held_out) is not exact
 
@@ -248,7 +265,9 @@ def test_what_another_process_committed_before_the_lock_was_taken_is_kept(
 ) -> None:
     data, flock = tmp_path / "data", fcntl.flock
 
-    def late(lock: TextIO, how: int) -> None:  # the other one does all its work after we looked for a manifest, and before our lock
+    def late(
+        lock: TextIO, how: int
+    ) -> None:  # the other one does all its work after we looked for a manifest, and before our lock
         monkeypatch.setattr(fcntl, "flock", flock)
         lock_file = data / ".prepare.lock"
         kept = lock_file.rename(data / "ours")
@@ -320,7 +339,9 @@ def test_what_is_not_ours_is_not_deleted(tmp_path: Path, corpus: Path, prepare_a
     assert contents(tmp_path / "data") == {"train/thesis.txt": b"three years"}
 
 
-def test_a_tokenizer_trained_first_leaves_the_cleaning_for_the_preparation(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+def test_a_tokenizer_trained_first_leaves_the_cleaning_for_the_preparation(
+    tmp_path: Path, corpus: Path, prepare_at: Prepare
+) -> None:
     """And the result is that of preparing at once."""
     source = SourceConfig(kind="text", paths=(str(corpus),))
     settings = {"dedup": DedupConfig(exact=True)}
@@ -347,14 +368,20 @@ def test_a_tokenizer_trained_first_leaves_the_cleaning_for_the_preparation(tmp_p
     prepare_at(tmp_path / "one", corpus, **settings)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one.keys() == two.keys()
-    assert all(one[name] == two[name] for name in one if not name.endswith("manifest.json"))  # which say who trained the tokenizer
+    assert all(
+        one[name] == two[name] for name in one if not name.endswith("manifest.json")
+    )  # which say who trained the tokenizer
     assert not (tmp_path / "two" / ".prepare.tmp").exists()
 
 
-def test_files_that_are_passed_over_are_noted_recorded_and_shown(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+def test_files_that_are_passed_over_are_noted_recorded_and_shown(
+    tmp_path: Path, corpus: Path, prepare_at: Prepare
+) -> None:
     quiet = prepare_at(tmp_path / "quiet", corpus)
     assert quiet.splits["train"].recipe.passed_over == ()
-    assert b"passed_over" not in (tmp_path / "quiet" / "train" / MANIFEST).read_bytes()  # byte for byte as before there was such a field
+    assert (
+        b"passed_over" not in (tmp_path / "quiet" / "train" / MANIFEST).read_bytes()
+    )  # byte for byte as before there was such a field
     assert not any("passed over" in note for note in quiet.notes)
     for name in ("x.json", "y.TXT", ".DS_Store"):
         (corpus / name).write_text("some text")
@@ -371,11 +398,20 @@ def test_files_that_are_passed_over_are_noted_recorded_and_shown(tmp_path: Path,
     assert prepare_at(tmp_path / "data", corpus).notes[1] == told  # and again where it is prepared already
     config = PrepareConfig(sources=(SourceConfig(kind="text", paths=(str(corpus),)),), vocab_size=300, workers=1)
     assert build_tokenizer(tmp_path / "alone" / "tokenizer.json", config).notes[0] == told
-    shards = [{file.name: file.read_bytes() for file in (tmp_path / name / "train").glob("*.bin")} for name in ("quiet", "data")]
+    shards = [
+        {file.name: file.read_bytes() for file in (tmp_path / name / "train").glob("*.bin")}
+        for name in ("quiet", "data")
+    ]
     assert shards[0] == shards[1]
     for split in ("train", "validation"):  # so a run on the one goes on with the other
         file = tmp_path / "data" / split / MANIFEST
         assert b"passed_over" in file.read_bytes()
-        assert load_manifest(file.parent).fingerprint() == made.splits[split].fingerprint() == quiet.splits[split].fingerprint()
-        assert quiet.splits[split].fingerprint() == xxhash.xxh3_128_hexdigest((tmp_path / "quiet" / split / MANIFEST).read_bytes())
+        assert (
+            load_manifest(file.parent).fingerprint()
+            == made.splits[split].fingerprint()
+            == quiet.splits[split].fingerprint()
+        )
+        assert quiet.splits[split].fingerprint() == xxhash.xxh3_128_hexdigest(
+            (tmp_path / "quiet" / split / MANIFEST).read_bytes()
+        )
     assert prepare_at(tmp_path / "quiet", corpus).notes[0].endswith("is prepared already, with these very settings")

@@ -47,9 +47,9 @@ def starts_in(shards: ShardSet, start: int, stop: int) -> list[int]:
 def test_the_pair_is_laid_out_as_told(tmp_path: Path) -> None:
     shard = write_shard(tmp_path, "x-00000", np.array([5, 6, 0, 7, 0]), np.array([3, 2], np.int32), "uint16")
     assert (tmp_path / "x-00000.bin").read_bytes() == struct.pack("<5H", 5, 6, 0, 7, 0)
-    assert (tmp_path / "x-00000.idx").read_bytes() == b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack(
-        "<2i", 3, 2
-    ) + struct.pack("<2q", 0, 6) + struct.pack("<3q", 0, 1, 2)
+    assert (tmp_path / "x-00000.idx").read_bytes() == b"MMIDIDX\x00\x00" + struct.pack(
+        "<QBQQ", 1, 8, 2, 3
+    ) + struct.pack("<2i", 3, 2) + struct.pack("<2q", 0, 6) + struct.pack("<3q", 0, 1, 2)
     assert (shard.tokens, shard.documents, shard.bin_bytes, shard.idx_bytes) == (5, 2, 10, 82)
     assert (shard.external_bin, shard.bin_start) == (None, 0)
 
@@ -145,13 +145,17 @@ def test_a_changed_index_is_found_when_it_is_first_read(write_split: WriteSplit,
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx"])
-def test_a_cut_a_longer_and_a_missing_file_are_named_before_anything_is_read(write_split: WriteSplit, ending: str) -> None:
+def test_a_cut_a_longer_and_a_missing_file_are_named_before_anything_is_read(
+    write_split: WriteSplit, ending: str
+) -> None:
     folder = write_split({"web": [[1, 2, 0], [3, 0]]}).folder
     file = folder / f"web-00000.{ending}"
     whole = file.read_bytes()
     for there in (whole[:-1], whole + b"\x00"):
         file.write_bytes(there)
-        with pytest.raises(DataError, match=rf"web-00000\.{ending} has {len(there)} bytes where the manifest says {len(whole)}"):
+        with pytest.raises(
+            DataError, match=rf"web-00000\.{ending} has {len(there)} bytes where the manifest says {len(whole)}"
+        ):
             open_split(folder)
     file.unlink()
     with pytest.raises(DataError, match=rf"web-00000\.{ending} is missing"):
@@ -232,7 +236,9 @@ def test_a_file_that_cannot_be_opened_is_no_damage(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(np, "memmap", refuse)
-    with pytest.raises(DataError, match=rf"cannot be opened \({os.strerror(number)}\); nothing is known to be damaged") as raised:
+    with pytest.raises(
+        DataError, match=rf"cannot be opened \({os.strerror(number)}\); nothing is known to be damaged"
+    ) as raised:
         loader.batch(0, 2)
     assert not isinstance(raised.value, Damage)
     assert "delete" not in str(raised.value)
@@ -243,7 +249,9 @@ def test_a_file_that_cannot_be_opened_is_no_damage(
     assert Loader(folder, seq_len=8, seed=0, packing=packing, on_damage="skip").batch(0, loader.n_sequences).damaged
 
 
-@pytest.mark.parametrize(("ending", "packing"), [(".bin", "concatenate"), (".idx", "concatenate"), (".bin", "best_fit")])
+@pytest.mark.parametrize(
+    ("ending", "packing"), [(".bin", "concatenate"), (".idx", "concatenate"), (".bin", "best_fit")]
+)
 def test_a_file_that_is_cut_off_while_it_is_in_use_is_one_line(
     write_split: WriteSplit, random_documents: Draw, ending: str, packing: str
 ) -> None:
@@ -262,7 +270,9 @@ def test_a_file_that_is_cut_off_while_it_is_in_use_is_one_line(
     assert np.array_equal(loader.batch(0, loader.n_sequences).input_ids, expected.input_ids)
 
 
-def test_a_plan_that_is_cut_off_while_it_is_in_use_is_made_again(write_split: WriteSplit, random_documents: Draw) -> None:
+def test_a_plan_that_is_cut_off_while_it_is_in_use_is_made_again(
+    write_split: WriteSplit, random_documents: Draw
+) -> None:
     folder = write_split({"web": random_documents(3000, 40)}, shard_tokens=10**6).folder
     loader = Loader(folder, seq_len=64, seed=0, packing="best_fit")
     expected = loader.batch(0, loader.n_sequences)
@@ -283,7 +293,9 @@ def test_a_disk_that_fails_while_a_block_is_read_is_no_damage(
 
     loader = Loader(folder, seq_len=8, seed=0, on_damage="skip")
     monkeypatch.setattr(*((os, "pread") if ending == ".bin" else (hashlib, "file_digest")), fail)
-    with pytest.raises(StorageError, match=rf"web-00000\{ending} cannot be read \(Input/output error\); nothing is known to be damaged"):
+    with pytest.raises(
+        StorageError, match=rf"web-00000\{ending} cannot be read \(Input/output error\); nothing is known to be damaged"
+    ):
         loader.batch(0, 2)
     monkeypatch.undo()
     assert loader.batch(0, 2).damaged == ()
@@ -352,7 +364,9 @@ def test_the_manifest_reads_back_as_it_was_written(write_split: WriteSplit) -> N
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "unknown below", "both"])
-def test_a_manifest_of_another_version_is_read_and_keeps_the_fingerprint_of_its_bytes(write_split: WriteSplit, change: str) -> None:
+def test_a_manifest_of_another_version_is_read_and_keeps_the_fingerprint_of_its_bytes(
+    write_split: WriteSplit, change: str
+) -> None:
     split = write_split({"web": [[1, 2, 0], [3, 0]]})
     file = split.folder / MANIFEST
     tree = json.loads(file.read_bytes())
@@ -373,7 +387,12 @@ def test_a_manifest_of_another_version_is_read_and_keeps_the_fingerprint_of_its_
 
 @pytest.mark.parametrize(
     ("where", "name", "value"),
-    [("recipe.settings", "shard_tokens", "many"), ("recipe.settings.dedup", "exact", []), ("recipe", "novel", 1), ("", "novel", 1)],
+    [
+        ("recipe.settings", "shard_tokens", "many"),
+        ("recipe.settings.dedup", "exact", []),
+        ("recipe", "novel", 1),
+        ("", "novel", 1),
+    ],
 )
 def test_a_wrong_value_in_a_recipe_and_an_unknown_key_elsewhere_are_errors(
     write_split: WriteSplit, where: str, name: str, value: object

@@ -26,7 +26,11 @@ MISPLACED = b'{"text": "a"}\n{"text": \n'
 
 def read(kind: str, *paths: object, **settings: object) -> list[Document]:
     source = SourceConfig.model_validate({"kind": kind, "paths": [str(path) for path in paths], **settings})
-    return [document for chunk in cut(0, "here", source, list_files(source), 1 << 30) for document in read_chunk(chunk, source)]
+    return [
+        document
+        for chunk in cut(0, "here", source, list_files(source), 1 << 30)
+        for document in read_chunk(chunk, source)
+    ]
 
 
 def texts(kind: str, *paths: object, **settings: object) -> list[str]:
@@ -68,7 +72,9 @@ def test_a_folder_of_text_is_read_in_sorted_order_whatever_the_order_of_creation
         (["?.txt"], ["lib/tests/bad.txt"]),
     ],
 )
-def test_exclude_leaves_out_files_and_folders_by_name_or_path(tmp_path: Path, exclude: list[str], left: list[str]) -> None:
+def test_exclude_leaves_out_files_and_folders_by_name_or_path(
+    tmp_path: Path, exclude: list[str], left: list[str]
+) -> None:
     for name in ("a.txt", "lib/x.txt", "lib/site-packages/b.txt", "lib/tests/bad.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -89,7 +95,8 @@ def test_jsonl_reads_the_same_plain_and_compressed(tmp_path: Path, ending: str) 
 
 
 @pytest.mark.parametrize(
-    ("ending", "compress", "message"), [("gz", gzip.compress, "corrupt"), ("zst", zstandard.compress, "the last zstd frame is cut off")]
+    ("ending", "compress", "message"),
+    [("gz", gzip.compress, "corrupt"), ("zst", zstandard.compress, "the last zstd frame is cut off")],
 )
 def test_all_members_of_a_compressed_file_are_read_and_a_cut_one_is_an_error(
     tmp_path: Path, ending: str, compress: Callable[[bytes], bytes], message: str
@@ -105,7 +112,9 @@ def test_all_members_of_a_compressed_file_are_read_and_a_cut_one_is_an_error(
 
 def test_a_zst_file_with_a_long_window_is_read(tmp_path: Path) -> None:
     small = {"hash_log": 6, "chain_log": 6, "search_log": 1, "strategy": zstandard.STRATEGY_FAST}
-    packer = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28, **small)).compressobj()
+    packer = zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(window_log=28, **small)
+    ).compressobj()
     raw = packer.compress(jsonl(ROWS)) + packer.flush()
     assert zstandard.get_frame_parameters(raw).window_size > 1 << 27  # which zstandard refuses unless told
     (tmp_path / "x.jsonl.zst").write_bytes(raw)
@@ -118,7 +127,9 @@ def test_long_lines_cross_the_read_buffer_intact(tmp_path: Path) -> None:
     assert texts("jsonl", tmp_path) == [row["text"] for row in rows]
 
 
-@pytest.mark.timeout(20)  # joining the line again at each of its 16,384 blocks would copy 512 GB: minutes; joining it once takes a moment
+@pytest.mark.timeout(
+    20
+)  # joining the line again at each of its 16,384 blocks would copy 512 GB: minutes; joining it once takes a moment
 def test_the_work_for_a_line_of_64_mb_is_linear_in_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_BLOCK", 4096)
     size = 64 << 20
@@ -149,11 +160,15 @@ def test_all_kinds_give_the_same_documents(tmp_path: Path) -> None:
         assert texts("hf", tmp_path / "hub", streaming=streaming) == expected
     assert texts("hf", tmp_path / "saved") == expected
     assert ids("parquet", tmp_path / "hub") == ["x.parquet:0", "x.parquet:1", "x.parquet:2"]
-    assert ids("arrow", tmp_path / "x.arrow", tmp_path / "x.arrows") == [f"x.{end}:{i}" for end in ("arrow", "arrows") for i in range(3)]
+    assert ids("arrow", tmp_path / "x.arrow", tmp_path / "x.arrows") == [
+        f"x.{end}:{i}" for end in ("arrow", "arrows") for i in range(3)
+    ]
     assert ids("hf", tmp_path / "hub") == ["train:0", "train:1", "train:2"]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_every_arrow_type_of_texts_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     plain = pa.array(["ü", None, "b" * 20, "ü"])
     column = plain.dictionary_encode() if pa.types.is_dictionary(kind) else plain.cast(kind)
@@ -174,7 +189,12 @@ def written(folder: Path, rows: list[dict[str, object]]) -> dict[str, Path]:
     (folder / "x.jsonl").write_bytes(jsonl(rows))
     (folder / "x.arrow").write_bytes(arrow(table, "arrow"))
     pq.write_table(table, folder / "hub" / "x.parquet")
-    return {"jsonl": folder / "x.jsonl", "arrow": folder / "x.arrow", "parquet": folder / "hub" / "x.parquet", "hf": folder / "hub"}
+    return {
+        "jsonl": folder / "x.jsonl",
+        "arrow": folder / "x.arrow",
+        "parquet": folder / "hub" / "x.parquet",
+        "hf": folder / "hub",
+    }
 
 
 def test_id_field_names_the_documents_and_a_null_id_is_told_by_file_and_position(tmp_path: Path) -> None:
@@ -184,7 +204,10 @@ def test_id_field_names_the_documents_and_a_null_id_is_told_by_file_and_position
 
 
 def test_metadata_goes_along_and_what_is_absent_is_none(tmp_path: Path) -> None:
-    rows = [{"text": "x", "url": "http://a", "n": 1, "more": {"k": [2]}}, {"text": "y", "url": None, "n": 2, "more": None}]
+    rows = [
+        {"text": "x", "url": "http://a", "n": 1, "more": {"k": [2]}},
+        {"text": "y", "url": None, "n": 2, "more": None},
+    ]
     expected = [{"url": row["url"], "n": row["n"], "more": row["more"], "nowhere": None} for row in rows]
     for kind, path in written(tmp_path, rows).items():
         for streaming in (True, False):
@@ -197,7 +220,9 @@ def test_metadata_goes_along_and_what_is_absent_is_none(tmp_path: Path) -> None:
 def test_a_metadata_field_may_be_the_text_or_the_id(tmp_path: Path, kind: str) -> None:
     path = written(tmp_path, ROWS_WITH_KEYS)[kind]
     documents = read(kind, path, id_field="key", metadata_fields=["key", "text"])
-    assert [document.metadata for document in documents] == [{"key": row["key"], "text": row["text"]} for row in ROWS_WITH_KEYS]
+    assert [document.metadata for document in documents] == [
+        {"key": row["key"], "text": row["text"]} for row in ROWS_WITH_KEYS
+    ]
 
 
 def test_only_the_columns_asked_for_are_read_from_parquet(tmp_path: Path) -> None:
@@ -205,9 +230,13 @@ def test_only_the_columns_asked_for_are_read_from_parquet(tmp_path: Path) -> Non
     pq.write_table(table, tmp_path / "x.parquet", compression="none", use_dictionary=False)
     place = pq.read_metadata(tmp_path / "x.parquet").row_group(0).column(2)
     raw = bytearray((tmp_path / "x.parquet").read_bytes())
-    raw[place.data_page_offset : place.data_page_offset + place.total_compressed_size] = bytes(place.total_compressed_size)
+    raw[place.data_page_offset : place.data_page_offset + place.total_compressed_size] = bytes(
+        place.total_compressed_size
+    )
     (tmp_path / "x.parquet").write_bytes(raw)
-    assert [document.metadata for document in read("parquet", tmp_path, metadata_fields=["url"])] == [{"url": "u"}] * 2000
+    assert [document.metadata for document in read("parquet", tmp_path, metadata_fields=["url"])] == [
+        {"url": "u"}
+    ] * 2000
     with pytest.raises(DataError, match="cannot be read"):  # so its column is damaged indeed
         read("parquet", tmp_path, metadata_fields=["other"])
 
@@ -220,7 +249,11 @@ def test_bytes_that_are_not_unicode_are_replaced_and_marked(tmp_path: Path) -> N
     pq.write_table(damaged, tmp_path / "x.parquet")
     unchecked = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9"))
     (tmp_path / "x.arrow").write_bytes(arrow(pa.table({"text": unchecked}), "arrow"))
-    documents = [document for kind in ("text", "jsonl", "parquet", "arrow") for document in read(kind, tmp_path, metadata_fields=["url"])]
+    documents = [
+        document
+        for kind in ("text", "jsonl", "parquet", "arrow")
+        for document in read(kind, tmp_path, metadata_fields=["url"])
+    ]
     assert {document.id: (document.text, document.repaired) for document in documents} == {
         "latin.txt": ("caf\ufffd", True),
         "bom.txt": ("ok\r\n", False),
@@ -230,7 +263,10 @@ def test_bytes_that_are_not_unicode_are_replaced_and_marked(tmp_path: Path) -> N
         "x.parquet:1": ("", False),
         "x.arrow:0": ("caf\ufffd", True),
     }
-    assert [document.metadata["url"] for document in read("parquet", tmp_path, metadata_fields=["url"])] == ["\ufffd", None]
+    assert [document.metadata["url"] for document in read("parquet", tmp_path, metadata_fields=["url"])] == [
+        "\ufffd",
+        None,
+    ]
 
 
 def test_any_fsspec_address_is_read_and_globs_are_sorted() -> None:
@@ -265,7 +301,9 @@ def test_any_fsspec_address_is_read_and_globs_are_sorted() -> None:
 
 
 def corrupt_parquet(folder: Path) -> None:
-    pq.write_table(pa.table({"text": ["some text"] * 5000}), folder / "bad.parquet", compression="none", use_dictionary=False)
+    pq.write_table(
+        pa.table({"text": ["some text"] * 5000}), folder / "bad.parquet", compression="none", use_dictionary=False
+    )
     raw = bytearray((folder / "bad.parquet").read_bytes())
     raw[: len(raw) // 2] = bytes(len(raw) // 2)
     (folder / "bad.parquet").write_bytes(raw)
@@ -280,17 +318,27 @@ def corrupt_parquet(folder: Path) -> None:
         ("jsonl", {"x.jsonl.gz": gzip.compress(b"\n\n" + MISPLACED)}, r"x\.jsonl\.gz:4: broken JSON"),
         ("jsonl", {"x.jsonl": b'{"text": "a", "n": ' + b"[" * 100_000}, r"x\.jsonl:1: broken JSON \(.*recursion"),
         ("jsonl", {"x.jsonl": b'{"text": "a", "n": ' + b"1" * 5_000 + b"}"}, r"x\.jsonl:1: broken JSON \(.*digits"),
-        ("jsonl", {"x.jsonl": b'{"content": "a", "url": "b"}\n'}, r"x\.jsonl:1: text_field=text is not there; it has: content, url"),
+        (
+            "jsonl",
+            {"x.jsonl": b'{"content": "a", "url": "b"}\n'},
+            r"x\.jsonl:1: text_field=text is not there; it has: content, url",
+        ),
         ("jsonl", {"x.jsonl": b'["a"]\n'}, r"x\.jsonl:1: every line must be a JSON object, this one is a list"),
         ("jsonl", {"x.jsonl": b'{"text": 3}\n'}, r"x\.jsonl:1: text is a int, not text"),
         ("parquet", {"x.parquet": b"PAR1 not really"}, r"x\.parquet: cannot be read, it may be corrupt"),
         ("arrow", {"x.arrow": b"ARROW1 not really"}, r"x\.arrow: cannot be read, it may be corrupt"),
         ("arrow", {"x.arrow": b"not at all"}, r"x\.arrow: cannot be read, it may be corrupt"),
         ("arrow", {"x.arrow": b""}, r"x\.arrow: cannot be read, it may be corrupt"),
-        ("arrow", {"x.arrows": arrow(pa.table({"text": ["a" * 1000]}), "arrows")[:-200]}, r"x\.arrows: cannot be read, it may be corrupt"),
+        (
+            "arrow",
+            {"x.arrows": arrow(pa.table({"text": ["a" * 1000]}), "arrows")[:-200]},
+            r"x\.arrows: cannot be read, it may be corrupt",
+        ),
     ],
 )
-def test_bad_input_is_one_line_that_names_file_and_values(tmp_path: Path, kind: str, content: dict[str, bytes], message: str) -> None:
+def test_bad_input_is_one_line_that_names_file_and_values(
+    tmp_path: Path, kind: str, content: dict[str, bytes], message: str
+) -> None:
     for name, raw in content.items():
         (tmp_path / name).write_bytes(raw)
     with pytest.raises(DataError, match=message) as error:
@@ -347,6 +395,8 @@ def test_an_unknown_protocol_or_split_is_named(tmp_path: Path) -> None:
 
 def test_reading_imports_neither_torch_nor_the_heavy_readers() -> None:
     code = "import data_pipeline.text.chunks, sys; print(*sys.modules)"
-    modules = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    modules = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert not modules & {"torch", "pyarrow", "datasets"}
     assert "data_pipeline.text.columnar" in modules  # the list is a real one

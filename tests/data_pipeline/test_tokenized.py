@@ -25,7 +25,9 @@ Documents = list[list[int]]
 
 def fixture_documents(vocab_size: int) -> Documents:
     """What the recorded fixtures hold; their README.md say the same."""
-    return [[(7919 * i + 104_729 * k) % (vocab_size - 1) + 1 for k in range(n - 1)] + [0] for i, n in enumerate(LENGTHS)]
+    return [
+        [(7919 * i + 104_729 * k) % (vocab_size - 1) + 1 for k in range(n - 1)] + [0] for i, n in enumerate(LENGTHS)
+    ]
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 1000) -> Tokenizer:
@@ -54,13 +56,17 @@ def read(folder: Path, source: SourceManifest | None) -> Documents:
     return [shards.tokens(*shards.document_span(i)).tolist() for i in range(shards.n_documents)]
 
 
-def adopted(work: Path, source: SourceConfig, tokenizer: Tokenizer, fraction: float = 0.0) -> tuple[Documents, Documents]:
+def adopted(
+    work: Path, source: SourceConfig, tokenizer: Tokenizer, fraction: float = 0.0
+) -> tuple[Documents, Documents]:
     """(documents for training, documents held out)."""
     parts = adopt(source, "other", tokenizer, work, fraction)
     return read(work / "train", parts["train"]), read(work / "validation", parts.get("validation"))
 
 
-def write_prepared(path: Path, splits: dict[str, dict[str, Documents]], tokenizer: Tokenizer, **counts: dict[str, int]) -> None:
+def write_prepared(
+    path: Path, splits: dict[str, dict[str, Documents]], tokenizer: Tokenizer, **counts: dict[str, int]
+) -> None:
     given = {"dropped": {}, "repaired": {}, "marked": {}} | counts
     for split, sources in splits.items():
         (path / split).mkdir(parents=True)
@@ -69,11 +75,15 @@ def write_prepared(path: Path, splits: dict[str, dict[str, Documents]], tokenize
             tokens, lengths = np.array(list(itertools.chain(*documents))), np.array(list(map(len, documents)), np.int32)
             shards = (write_shard(path / split, f"{name}-00000", tokens, lengths, "uint16"),)
             sums = {"documents": len(documents), "tokens": len(tokens), "text_bytes": 100}
-            manifests.append(SourceManifest(name=name, dtype="uint16", ends_with_eot=True, shards=shards, **sums, **given))
+            manifests.append(
+                SourceManifest(name=name, dtype="uint16", ends_with_eot=True, shards=shards, **sums, **given)
+            )
         write_manifest(path / split, tuple(splits), manifests, tokenizer)
 
 
-def write_manifest(folder: Path, splits: tuple[str, ...], sources: Sequence[SourceManifest], tokenizer: Tokenizer) -> None:
+def write_manifest(
+    folder: Path, splits: tuple[str, ...], sources: Sequence[SourceManifest], tokenizer: Tokenizer
+) -> None:
     recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=False, listings=(), lists="", made_with={})
     ids = {"vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id, "tokenizer": tokenizer.fingerprint}
     manifest = Manifest(split=folder.name, splits=splits, recipe=recipe, sources=tuple(sources), **ids)
@@ -90,7 +100,9 @@ def test_what_datatrove_wrote_reads_back_to_the_token(tmp_path: Path, name: str,
     assert held_out == []
 
 
-def test_no_token_is_copied_and_progress_tells_every_byte_token_and_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_no_token_is_copied_and_progress_tells_every_byte_token_and_document(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     (file,) = DATATROVE.glob("uint16_*.ds")
     told: list[Done] = []
     parts = adopt(SourceConfig(kind="datatrove", paths=(str(file),)), "other", tokenizer, tmp_path, 0.3, told.append)
@@ -99,8 +111,12 @@ def test_no_token_is_copied_and_progress_tells_every_byte_token_and_document(tmp
     assert sum(told, Done()) == Done(documents=8, read=file.stat().st_size, tokens=sum(LENGTHS))
 
 
-def test_documents_without_an_end_of_text_token_are_noticed_and_empty_ones_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    parts = adopt(SourceConfig(kind="datatrove", paths=(str(DATATROVE / "unended_00000.ds"),)), "x", tokenizer, tmp_path, 0.0)
+def test_documents_without_an_end_of_text_token_are_noticed_and_empty_ones_counted(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    parts = adopt(
+        SourceConfig(kind="datatrove", paths=(str(DATATROVE / "unended_00000.ds"),)), "x", tokenizer, tmp_path, 0.0
+    )
     documents = fixture_documents(1000)
     assert read(tmp_path / "train", parts["train"]) == [ids[:-1] if i == 3 else ids for i, ids in enumerate(documents)]
     assert not parts["train"].ends_with_eot
@@ -111,8 +127,12 @@ def test_documents_without_an_end_of_text_token_are_noticed_and_empty_ones_count
 
 
 @pytest.mark.parametrize("unended", [None, 0, 1, 2, 3])
-def test_one_missing_end_is_found_wherever_the_mebibytes_begin(tmp_path: Path, tokenizer: Tokenizer, unended: int | None) -> None:
-    half = BLOCK_BYTES // 2  # tokens in a block: one document ends exactly there, one begins a token later and fills more than a block
+def test_one_missing_end_is_found_wherever_the_mebibytes_begin(
+    tmp_path: Path, tokenizer: Tokenizer, unended: int | None
+) -> None:
+    half = (
+        BLOCK_BYTES // 2
+    )  # tokens in a block: one document ends exactly there, one begins a token later and fills more than a block
     documents = [[1] * (half - 1) + [0], [0], [2] * (half + 7) + [0], [3] * 99 + [0]]
     if unended is not None:
         documents[unended][-1] = 5
@@ -144,9 +164,18 @@ def test_folder_glob_and_file_mean_the_same_and_pattern_and_exclude_hold(tmp_pat
     (tmp_path / "in").mkdir()
     for name in "bac":
         write_datatrove(tmp_path / f"in/{name}.ds", [[ord(name), 0]])
-    ways = [(str(tmp_path / "in"),), (f"{tmp_path}/in/*",), (f"file://{tmp_path}/in/*.ds",), tuple(f"{tmp_path}/in/{x}.ds" for x in "abc")]
+    ways = [
+        (str(tmp_path / "in"),),
+        (f"{tmp_path}/in/*",),
+        (f"file://{tmp_path}/in/*.ds",),
+        tuple(f"{tmp_path}/in/{x}.ds" for x in "abc"),
+    ]
     for paths in ways:
-        assert adopted(tmp_path, SourceConfig(kind="datatrove", paths=paths), tokenizer)[0] == [[97, 0], [98, 0], [99, 0]]
+        assert adopted(tmp_path, SourceConfig(kind="datatrove", paths=paths), tokenizer)[0] == [
+            [97, 0],
+            [98, 0],
+            [99, 0],
+        ]
     some = SourceConfig(kind="datatrove", paths=ways[0], pattern="[ab].ds", exclude=("b.*",))
     assert adopted(tmp_path, some, tokenizer)[0] == [[97, 0]]
     assert describe_tokens(some).startswith("1 files, 4 bytes, ")
@@ -170,7 +199,9 @@ def test_raw_arrays_of_olmo_with_metadata_without_and_with_a_numpy_header(
         with gzip.open(tmp_path / "x.csv.gz", "wt") as stream:
             stream.writelines(f'{a},{b},"id, {a}",s3://bucket/x.json.gz,{a}\n' for a, b in itertools.pairwise(ends))
     stored = "uint32" if how == "header" else dtype  # a header tells the type itself
-    train, held_out = adopted(tmp_path, SourceConfig(kind="olmo", paths=(str(tmp_path),), dtype=stored), tokenizer, 0.05)
+    train, held_out = adopted(
+        tmp_path, SourceConfig(kind="olmo", paths=(str(tmp_path),), dtype=stored), tokenizer, 0.05
+    )
     assert train == documents[:-1]
     assert held_out == documents[-1:]
 
@@ -182,11 +213,18 @@ def test_what_follows_the_last_end_of_text_token_is_a_document_too(tmp_path: Pat
     assert not parts["train"].ends_with_eot
 
 
-def test_a_prepared_folder_is_adopted_with_its_own_split_counts_and_checksums(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_prepared_folder_is_adopted_with_its_own_split_counts_and_checksums(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     documents = fixture_documents(1000)
     there = tmp_path / "there"
-    splits = {"train": {"web": documents[:3], "code": documents[3:6]}, "validation": {"web": documents[6:7], "code": documents[7:]}}
-    write_prepared(there, splits, tokenizer, dropped={"c4: too short": 2}, repaired={"UTF-8": 1}, marked={"contaminated": 3})
+    splits = {
+        "train": {"web": documents[:3], "code": documents[3:6]},
+        "validation": {"web": documents[6:7], "code": documents[7:]},
+    }
+    write_prepared(
+        there, splits, tokenizer, dropped={"c4: too short": 2}, repaired={"UTF-8": 1}, marked={"contaminated": 3}
+    )
     source = SourceConfig(kind="prepared", paths=(str(there),))
     parts = adopt(source, "mine", tokenizer, tmp_path / "work", 0.5)
     train = parts["train"]
@@ -218,7 +256,9 @@ def test_adopted_data_is_adopted_again_and_the_tokens_stay_where_they_are(tmp_pa
 
 
 @pytest.mark.parametrize("unended", [0, 7])
-def test_each_split_tells_for_itself_whether_its_documents_end(tmp_path: Path, tokenizer: Tokenizer, unended: int) -> None:
+def test_each_split_tells_for_itself_whether_its_documents_end(
+    tmp_path: Path, tokenizer: Tokenizer, unended: int
+) -> None:
     documents = fixture_documents(1000)
     documents[unended][-1] = 5
     write_datatrove(tmp_path / "x.ds", documents)
@@ -233,7 +273,8 @@ def test_a_manifest_of_another_tokenizer_and_a_damaged_index_are_refused(tmp_pat
     source = SourceConfig(kind="prepared", paths=(str(there),))
     other = make_tokenizer(tmp_path, 999)
     with pytest.raises(
-        DataError, match=f"a manifest of another tokenizer: {tokenizer.fingerprint}, where data.tokenizer is {other.fingerprint}"
+        DataError,
+        match=f"a manifest of another tokenizer: {tokenizer.fingerprint}, where data.tokenizer is {other.fingerprint}",
     ):
         adopt(source, "x", other, tmp_path / "work", 0.0)
     index = there / "train/web-00000.idx"
@@ -242,8 +283,12 @@ def test_a_manifest_of_another_tokenizer_and_a_damaged_index_are_refused(tmp_pat
         adopt(source, "x", tokenizer, tmp_path / "work", 0.0)
 
 
-@pytest.mark.parametrize(("dtype", "bad", "told"), [("<u2", 1000, "1000"), ("<u4", 2**31, "2147483648"), ("<u4", 2**32 - 1, "4294967295")])
-def test_an_id_that_the_tokenizer_does_not_have_is_named(tmp_path: Path, tokenizer: Tokenizer, dtype: str, bad: int, told: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "bad", "told"), [("<u2", 1000, "1000"), ("<u4", 2**31, "2147483648"), ("<u4", 2**32 - 1, "4294967295")]
+)
+def test_an_id_that_the_tokenizer_does_not_have_is_named(
+    tmp_path: Path, tokenizer: Tokenizer, dtype: str, bad: int, told: str
+) -> None:
     write_datatrove(tmp_path / "x.ds", [[999, 0]], dtype)
     source = SourceConfig(kind="datatrove", paths=(str(tmp_path),))
     assert adopted(tmp_path, source, tokenizer)[0] == [[999, 0]]
@@ -302,7 +347,10 @@ def damage(name: str) -> Callable[[Path], SourceConfig]:
         ("cut", r"x\.ds\.index: 4 tokens by its last entry, but x\.ds has 6 bytes"),
         ("no index", r"cannot read .*x\.ds\.index: No such file"),
         ("falling index", r"x\.ds\.index: a document ends before it begins"),
-        ("two types", r"the tokens of other are (uint16|int32) in .*ds and (uint16|int32) in .*ds; give each type a source of its own"),
+        (
+            "two types",
+            r"the tokens of other are (uint16|int32) in .*ds and (uint16|int32) in .*ds; give each type a source of its own",
+        ),
         ("nothing", r"other .* holds no tokens"),
         ("odd", r"y\.npy: 15 bytes are no whole number of uint32"),
         ("no end", r"y\.npy: none of its 2 tokens is 0, the end-of-text token"),
@@ -311,7 +359,9 @@ def damage(name: str) -> Callable[[Path], SourceConfig]:
         ("floats", r"y\.npy: an array of float32 in 1 dimensions"),
     ],
 )
-def test_files_that_do_not_fit_together_are_refused_by_name(tmp_path: Path, tokenizer: Tokenizer, what: str, message: str) -> None:
+def test_files_that_do_not_fit_together_are_refused_by_name(
+    tmp_path: Path, tokenizer: Tokenizer, what: str, message: str
+) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     with pytest.raises(DataError, match=message):

@@ -18,7 +18,10 @@ from data_pipeline.errors import DataError
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data_pipeline.tokenizing.tokenizer_formats import TIKTOKEN, keep_apart
 
-LINES = [f"def step_{i}(loss, rate):  return loss * {i}  # It's step {i % 7}, we'LL see: naïve 漢字 {'=' * (i % 5)}" for i in range(400)]
+LINES = [
+    f"def step_{i}(loss, rate):  return loss * {i}  # It's step {i % 7}, we'LL see: naïve 漢字 {'=' * (i % 5)}"
+    for i in range(400)
+]
 CODE = ["a", "the ", "def step_1(", "  ", " ", "\n", "\r\n", "\t", "'s", "'LL", "1", "234", "=="]
 PIECES = [*CODE, "é", "e\u0301", "ß", "漢字", "🎉", "\u3000", "\xa0", "FOO"]
 WRITTEN_OUT = ["</s>", "<s>", "<unk>", "<0x41>", "<|endoftext|>", "<|", "|>", "<", "/s>"]
@@ -46,7 +49,9 @@ def write_ranks(file: Path, ranks: dict[bytes, int]) -> Path:
 
 
 @pytest.fixture(scope="module", params=sorted(TIKTOKEN))
-def tiktoken_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, tiktoken.Encoding]:
+def tiktoken_pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, tiktoken.Encoding]:
     """Our reading of small ranks, and tiktoken's, with its own pattern and special tokens of that name."""
     path = tmp_path_factory.mktemp(request.param)
     ranks = ranks_of(path, LINES)
@@ -59,7 +64,9 @@ def tiktoken_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @settings(deadline=None)
 @given(text=ANY)
-def test_ids_of_tiktoken_ranks_are_those_of_tiktoken(tiktoken_pair: tuple[Tokenizer, tiktoken.Encoding], text: str) -> None:
+def test_ids_of_tiktoken_ranks_are_those_of_tiktoken(
+    tiktoken_pair: tuple[Tokenizer, tiktoken.Encoding], text: str
+) -> None:
     ours, theirs = tiktoken_pair
     ids = ours.encode(text)
     assert ids == theirs.encode_ordinary(text)
@@ -67,7 +74,9 @@ def test_ids_of_tiktoken_ranks_are_those_of_tiktoken(tiktoken_pair: tuple[Tokeni
     assert not set(ids) & set(TIKTOKEN[theirs.name][1].values())
 
 
-def test_special_tokens_of_tiktoken_ranks_are_those_of_tiktoken(tiktoken_pair: tuple[Tokenizer, tiktoken.Encoding]) -> None:
+def test_special_tokens_of_tiktoken_ranks_are_those_of_tiktoken(
+    tiktoken_pair: tuple[Tokenizer, tiktoken.Encoding],
+) -> None:
     ours, theirs = tiktoken_pair
     assert {name: ours.backend.token_to_id(name) for name in theirs.special_tokens_set} == theirs._special_tokens
     assert (ours.eot_id, ours.vocab_size) == (theirs.eot_token, theirs.n_vocab)
@@ -75,14 +84,19 @@ def test_special_tokens_of_tiktoken_ranks_are_those_of_tiktoken(tiktoken_pair: t
 
 def test_the_name_of_the_file_decides_how_text_is_split(tmp_path: Path) -> None:
     ranks = ranks_of(tmp_path, LINES)
-    old, new = (load_tokenizer(write_ranks(tmp_path / f"{name}.tiktoken", ranks)) for name in ("r50k_base", "cl100k_base"))
+    old, new = (
+        load_tokenizer(write_ranks(tmp_path / f"{name}.tiktoken", ranks)) for name in ("r50k_base", "cl100k_base")
+    )
     assert old.encode("x = 12345") != new.encode("x = 12345")  # the control: a wrong pattern gives other ids
 
 
 @pytest.mark.parametrize("name", ["mine.tiktoken", "tokenizer.model"])
 def test_ranks_of_an_unknown_name_are_refused_with_those_known(tmp_path: Path, name: str) -> None:
     file = write_ranks(tmp_path / name, {bytes([i]): i for i in range(256)})
-    with pytest.raises(DataError, match=rf"{name} holds tiktoken ranks.*r50k_base\.tiktoken, p50k_base\.tiktoken, cl100k_base\.tiktoken"):
+    with pytest.raises(
+        DataError,
+        match=rf"{name} holds tiktoken ranks.*r50k_base\.tiktoken, p50k_base\.tiktoken, cl100k_base\.tiktoken",
+    ):
         load_tokenizer(file)
 
 
@@ -96,7 +110,12 @@ def test_broken_ranks_are_told(tmp_path: Path) -> None:
 
 
 Pair = tuple[Tokenizer, sentencepiece.SentencePieceProcessor]
-LLAMA = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True, "split_digits": True}
+LLAMA = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "byte_fallback": True,
+    "split_digits": True,
+}
 SENTENCEPIECE: dict[str, dict[str, Any]] = {
     "bpe": {"model_type": "bpe"},
     "bpe like Llama": {"model_type": "bpe", "allow_whitespace_only_pieces": True, **LLAMA},
@@ -110,7 +129,13 @@ SENTENCEPIECE: dict[str, dict[str, Any]] = {
 
 def train_sentencepiece(file: Path, **settings: object) -> sentencepiece.SentencePieceProcessor:
     written = io.BytesIO()
-    fixed: dict[str, Any] = {"vocab_size": 600, "hard_vocab_limit": False, "minloglevel": 2, "num_threads": 2, **settings}
+    fixed: dict[str, Any] = {
+        "vocab_size": 600,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+        "num_threads": 2,
+        **settings,
+    }
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=written, **fixed)
     file.write_bytes(written.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
@@ -156,10 +181,25 @@ def test_the_end_of_a_sentencepiece_model_is_found_and_its_json_loads_alike(pair
 
 def unigram_with_end(**changes: object) -> dict[str, Any]:
     """A Unigram tokenizer.json as they are published: `</s>` is an entry like any other, of the best score."""
-    end = {"id": 1, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    end = {
+        "id": 1,
+        "content": "</s>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     letters = [[letter, -3.0] for letter in "</s>abc "]
     model = {"type": "Unigram", "unk_id": 0, "byte_fallback": False, "vocab": [["<unk>", 0.0], ["</s>", 0.0], *letters]}
-    return {"version": "1.0", "added_tokens": [end], "normalizer": None, "pre_tokenizer": None, "decoder": None, "model": model} | changes
+    return {
+        "version": "1.0",
+        "added_tokens": [end],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "decoder": None,
+        "model": model,
+    } | changes
 
 
 def bpe_with_end(**settings: object) -> dict[str, Any]:
@@ -195,7 +235,9 @@ def unigram_with_specials(count: int) -> dict[str, Any]:
     names = [f"<x{number}>" for number in range(count)]
     config["model"]["vocab"] += [[letter, -3.0] for letter in "x0123456789"] + [[name, 0.0] for name in names]
     first = len(config["model"]["vocab"]) - count
-    config["added_tokens"] += [config["added_tokens"][0] | {"id": first + i, "content": name} for i, name in enumerate(names)]
+    config["added_tokens"] += [
+        config["added_tokens"][0] | {"id": first + i, "content": name} for i, name in enumerate(names)
+    ]
     return config
 
 
@@ -240,7 +282,10 @@ def test_a_folder_gives_its_json_first_and_says_when_it_cannot_choose(tmp_path: 
         (lambda file: file.write_bytes(b""), "it holds no pieces"),
         (lambda file: train_sentencepiece(file, model_type="char"), "a word or character model, which we cannot read"),
         (lambda file: train_sentencepiece(file, treat_whitespace_as_suffix=True), r"white space at the end of pieces"),
-        (lambda file: train_sentencepiece(file, eos_id=-1), r"no end-of-text token among its special tokens \(<unk>, <s>\)"),
+        (
+            lambda file: train_sentencepiece(file, eos_id=-1),
+            r"no end-of-text token among its special tokens \(<unk>, <s>\)",
+        ),
     ],
 )
 def test_models_that_cannot_be_read_are_told(tmp_path: Path, prepare: Callable[[Path], object], message: str) -> None:

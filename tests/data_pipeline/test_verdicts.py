@@ -42,14 +42,31 @@ def test_no_documents_have_no_verdicts(tmp_path: Path) -> None:
 def test_a_late_reason_is_for_documents_that_were_kept() -> None:
     late = (None, "exact: a", "exact: b", "near: a")
     found = verdicts(None, "empty", None, "c4", None)
-    assert reasons_of(found.with_reasons(np.array([0, 0, 3, 2, 1], np.uint8), late)) == [None, "empty", "near: a", "c4", "exact: a"]
-    assert reasons_of(found.with_reasons(np.array([2, 2, 2, 2, 2], np.uint8), late)) == ["exact: b", "empty", "exact: b", "c4", "exact: b"]
+    assert reasons_of(found.with_reasons(np.array([0, 0, 3, 2, 1], np.uint8), late)) == [
+        None,
+        "empty",
+        "near: a",
+        "c4",
+        "exact: a",
+    ]
+    assert reasons_of(found.with_reasons(np.array([2, 2, 2, 2, 2], np.uint8), late)) == [
+        "exact: b",
+        "empty",
+        "exact: b",
+        "c4",
+        "exact: b",
+    ]
     assert reasons_of(found.with_reasons(np.zeros(5, np.uint8), late)) == reasons_of(found)
 
 
 def test_the_digest_changes_with_every_verdict_and_with_the_texts() -> None:
     base = verdicts(None, "empty", None)
-    others = [verdicts(None, None, None), verdicts(None, "long", None), verdicts("empty", None, None), replace(base, texts="others")]
+    others = [
+        verdicts(None, None, None),
+        verdicts(None, "long", None),
+        verdicts("empty", None, None),
+        replace(base, texts="others"),
+    ]
     others.append(replace(base, marks=~base.marks))
     assert len({other.digest() for other in others} | {base.digest()}) == 6
     assert replace(base, key="another").digest() == base.digest()

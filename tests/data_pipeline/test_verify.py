@@ -34,7 +34,14 @@ def write_ours(folder: Path, documents: list[list[int]]) -> Shard:
 
 
 def source_of(shard: Shard, **changes: object) -> SourceManifest:
-    whole = {"name": "ours", "documents": shard.documents, "tokens": shard.tokens, "text_bytes": 1, "dtype": "uint16", "shards": (shard,)}
+    whole = {
+        "name": "ours",
+        "documents": shard.documents,
+        "tokens": shard.tokens,
+        "text_bytes": 1,
+        "dtype": "uint16",
+        "shards": (shard,),
+    }
     counts = {"ends_with_eot": True, "dropped": {}, "repaired": {}, "marked": {}}
     return SourceManifest.model_validate(whole | counts | changes)
 
@@ -134,7 +141,11 @@ def test_counts_that_do_not_add_up_are_named_by_source(data: Path) -> None:
         (OURS, {}, None),
         ([[5, 6], [0, 7, 0]], {}, "ours-00000.idx: 1 documents do not end with the end-of-text token 0"),
         ([[5, 6], [0, 7, 0]], {"ends_with_eot": False}, None),
-        ([[5, VOCABULARY, 0]], {}, f"ours-00000.bin: block 0 holds token {VOCABULARY}, the vocabulary has {VOCABULARY}"),
+        (
+            [[5, VOCABULARY, 0]],
+            {},
+            f"ours-00000.bin: block 0 holds token {VOCABULARY}, the vocabulary has {VOCABULARY}",
+        ),
         ([[5, 0], [], [6, 0]], {}, "ours-00000.idx: does not describe 3 documents of 4 tokens in all"),
     ],
 )
@@ -149,7 +160,9 @@ def test_whole_files_with_wrong_contents_are_found(
 def test_an_index_of_other_documents_is_found_though_its_checksum_is_right(data: Path) -> None:
     shard = load_manifest(data / "validation").sources[0].shards[0].model_copy(update={"documents": 1})
     rewrite(data / "validation", lambda manifest: manifest.model_copy(update={"sources": (source_of(shard),)}))
-    assert verify(data).problems == (f"{data}/validation/ours-00000.idx: does not describe 1 documents of 4 tokens in all",)
+    assert verify(data).problems == (
+        f"{data}/validation/ours-00000.idx: does not describe 1 documents of 4 tokens in all",
+    )
 
 
 def test_a_broken_manifest_a_missing_split_and_nothing_at_all(data: Path, tmp_path: Path) -> None:
@@ -188,5 +201,8 @@ def test_a_file_that_cannot_be_read_now_is_no_problem_of_the_data(data: Path, mo
         return opened(file, *arguments, **options)
 
     monkeypatch.setattr(io, "open", fail)
-    with pytest.raises(StorageError, match=r"train/ours-00000\.bin cannot be read \(Input/output error\); nothing is known to be damaged"):
+    with pytest.raises(
+        StorageError,
+        match=r"train/ours-00000\.bin cannot be read \(Input/output error\); nothing is known to be damaged",
+    ):
         verify(data)

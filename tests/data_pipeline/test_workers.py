@@ -66,14 +66,20 @@ CLEAN = {
 }
 
 
-def test_one_two_and_three_workers_write_the_same_bytes(tmp_path: Path, sources: tuple[SourceConfig, ...], prepare_at: Prepare) -> None:
+def test_one_two_and_three_workers_write_the_same_bytes(
+    tmp_path: Path, sources: tuple[SourceConfig, ...], prepare_at: Prepare
+) -> None:
     made = {n: prepare_at(tmp_path / str(n), tmp_path, sources=sources, workers=n, **CLEAN) for n in (1, 2, 3)}
     files = contents(tmp_path / "1")
     assert contents(tmp_path / "2") == contents(tmp_path / "3") == files
     assert sum(name.endswith(".bin") for name in files) > 40
     assert sum(name.startswith("rejects/") for name in files) > 20
     for source in made[2].splits["train"].sources:
-        assert set(source.dropped) >= {"length: too short", f"exact_duplicate: {source.name}", f"near_duplicate: {source.name}"}
+        assert set(source.dropped) >= {
+            "length: too short",
+            f"exact_duplicate: {source.name}",
+            f"near_duplicate: {source.name}",
+        }
     prepare_at(tmp_path / "other", tmp_path, sources=sources, workers=1, shard_tokens=1200, **CLEAN)
     other = contents(tmp_path / "other")
     assert other["tokenizer.json"] == files["tokenizer.json"]
@@ -139,7 +145,9 @@ def test_a_worker_holds_one_chunk_however_many_there_are(tmp_path: Path, prepare
     def peak(shard_tokens: int, n_chunks: int) -> int:
         """Most bytes that Python and numpy hold while that many chunks are done."""
         config = PrepareConfig(sources=(source,), shard_tokens=shard_tokens)
-        setup = Tokenizing(config, work, work / "done", tokenizer, load_tokenizer(tokenizer).fingerprint, keep_rejects=False)
+        setup = Tokenizing(
+            config, work, work / "done", tokenizer, load_tokenizer(tokenizer).fingerprint, keep_rejects=False
+        )
         do = begin_tokenizing(setup)
         chunks = find(config).chunks[:n_chunks]
         assert len(chunks) == n_chunks
@@ -219,15 +227,24 @@ def test_jobs_are_handed_over_a_few_at_a_time(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Sleep, "__getstate__", state)
     ahead = 0
-    for done, _ in enumerate(run_jobs(partial(begin_sleeping, 0), [Sleep(i, tmp_path) for i in range(60)], 2, lambda _: None)):
+    for done, _ in enumerate(
+        run_jobs(partial(begin_sleeping, 0), [Sleep(i, tmp_path) for i in range(60)], 2, lambda _: None)
+    ):
         ahead = max(ahead, len(sent) - done)
     assert sorted(sent) == list(range(60))
     assert ahead <= 5
 
 
-@pytest.mark.parametrize(("then", "message"), [("raise", "job 3 is wrong"), ("die", r"worker process died while .*lower data\.workers")])
+@pytest.mark.parametrize(
+    ("then", "message"), [("raise", "job 3 is wrong"), ("die", r"worker process died while .*lower data\.workers")]
+)
 def test_when_one_fails_the_others_end_at_once(tmp_path: Path, then: str, message: str) -> None:
-    jobs = [Sleep(0, tmp_path, FOREVER), *(Sleep(i, tmp_path) for i in (1, 2)), Sleep(3, tmp_path, 0.0, then), Sleep(4, tmp_path, FOREVER)]
+    jobs = [
+        Sleep(0, tmp_path, FOREVER),
+        *(Sleep(i, tmp_path) for i in (1, 2)),
+        Sleep(3, tmp_path, 0.0, then),
+        Sleep(4, tmp_path, FOREVER),
+    ]
     with pytest.raises(DataError, match=message):
         list(run_jobs(partial(begin_sleeping, 0), jobs, 2, lambda _: None))
     assert len(pids(tmp_path)) == 2

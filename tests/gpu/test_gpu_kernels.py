@@ -12,7 +12,10 @@ from pretrain.model.attention import attention, document_mask
 from pretrain.model.kernels import choose_backend, flash_attn_version
 from pretrain.model.loss import SoftmaxGradient, linear_cross_entropy, softmax_gradient_
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none here"),
+]
 
 CUDA = torch.device("cuda")
 B, S, K = 3, 320, 64
@@ -66,7 +69,10 @@ def run(
     config = ModelConfig(n_heads=4, n_kv_heads=tensors[1].shape[2], head_dim=K, sliding_window=window)
     mask = document_mask(*PACKED, kernel, config, ranges, whole_rows=ranges == WHOLE).to(device)
     q, k, v, grad = tensors
-    q, k, v, grad = (x.to(device, dtype, copy=True).requires_grad_() for x in (q[:, tokens_of(ranges)], k, v, grad[:, tokens_of(ranges)]))
+    q, k, v, grad = (
+        x.to(device, dtype, copy=True).requires_grad_()
+        for x in (q[:, tokens_of(ranges)], k, v, grad[:, tokens_of(ranges)])
+    )
     out = attention(q, k, v, mask)
     return [out, *torch.autograd.grad(out, (q, k, v), grad)]
 
@@ -74,18 +80,24 @@ def run(
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("G", [4, 2, 1])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_bf16_attention_over_packed_documents_is_that_of_fp32_on_the_cpu(kernel: str, G: int, window: int | None) -> None:
+def test_bf16_attention_over_packed_documents_is_that_of_fp32_on_the_cpu(
+    kernel: str, G: int, window: int | None
+) -> None:
     needs(kernel)
     tensors = heads(G)
     out, *gradients = run(kernel, tensors, window, CUDA, torch.bfloat16)
     wanted_out, *wanted = run("sdpa", tensors, window, torch.device("cpu"), torch.float32)
-    assert relative(out, wanted_out) < 1e-2  # bf16 keeps 8 bits: probabilities and results are each rounded by up to 0.4%
+    assert (
+        relative(out, wanted_out) < 1e-2
+    )  # bf16 keeps 8 bits: probabilities and results are each rounded by up to 0.4%
     for ours, reference in zip(gradients, wanted, strict=True):
         assert relative(ours, reference) < 2e-2  # through the rounded output as well
 
 
 @pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("ranges", [((40, 80), (240, 280)), ((0, 1), (150, 200), (319, 320))], ids=["a chunk and its mirror", "uneven"])
+@pytest.mark.parametrize(
+    "ranges", [((40, 80), (240, 280)), ((0, 1), (150, 200), (319, 320))], ids=["a chunk and its mirror", "uneven"]
+)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_some_queries_of_a_row_attend_as_they_do_in_the_whole_row(
     kernel: str, ranges: tuple[tuple[int, int], ...], window: int | None
@@ -93,10 +105,14 @@ def test_some_queries_of_a_row_attend_as_they_do_in_the_whole_row(
     needs(kernel)
     q, k, v, grad = heads(2)
     here = tokens_of(ranges)
-    torch.empty(2**26, dtype=torch.bfloat16, device=CUDA).fill_(torch.nan)  # a kernel that leaves gradients unwritten returns this memory
+    torch.empty(2**26, dtype=torch.bfloat16, device=CUDA).fill_(
+        torch.nan
+    )  # a kernel that leaves gradients unwritten returns this memory
     found = run(kernel, [q, k, v, grad], window, CUDA, torch.bfloat16, ranges)
     elsewhere = torch.ones(S, dtype=torch.bool).index_fill(0, here, False)
-    out, grad_q, *others = run("sdpa", [q, k, v, grad.masked_fill(elsewhere[:, None, None], 0)], window, torch.device("cpu"), torch.float32)
+    out, grad_q, *others = run(
+        "sdpa", [q, k, v, grad.masked_fill(elsewhere[:, None, None], 0)], window, torch.device("cpu"), torch.float32
+    )
     for ours, reference in zip(found, (out[:, here], grad_q[:, here], *others), strict=True):
         assert relative(ours, reference) < 2e-2  # as above
 
@@ -195,7 +211,9 @@ def test_the_loss_peaks_below_15_percent_of_materialised_logits_and_gradient(sof
     hidden, weight, labels = problem(T, D, V, torch.bfloat16)
     function = SOFTMAX[softmax]()
     peak = peak_above_inputs(
-        lambda: torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, 1e-4, function).total, (hidden, weight))
+        lambda: torch.autograd.grad(
+            linear_cross_entropy(hidden, weight, labels, 1e-4, function).total, (hidden, weight)
+        )
     )
     gradients = 2 * (T + V) * D  # the result itself: every loss has to return it
     assert gradients < peak < 0.15 * MATERIALISED
@@ -207,6 +225,8 @@ def test_materialised_logits_do_peak_where_they_are_said_to() -> None:
     if torch.cuda.mem_get_info()[0] < 4 * MATERIALISED:
         pytest.skip(f"needs {4 * MATERIALISED / 2**30:.0f} GiB of free GPU memory")
     peak = peak_above_inputs(
-        lambda: torch.autograd.grad(F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum"), (hidden, weight))
+        lambda: torch.autograd.grad(
+            F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum"), (hidden, weight)
+        )
     )
     assert peak > MATERIALISED

@@ -21,7 +21,10 @@ from pretrain.config import RunConfig
 from pretrain.train.build import blueprint_of, build_engine, numbers_of
 from tests.gpu.test_gpu_training import SEQ_LEN, config_of, train
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none here"),
+]
 
 STEPS = range(4)
 COMPILED = ["false", pytest.param("true", marks=pytest.mark.compiles)]
@@ -32,7 +35,9 @@ BF16 = ("train.device=cuda", "train.precision=bf16")
 def nccl() -> Iterator[None]:
     """A group of this process alone."""
     torch.cuda.set_device(0)
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0)
+    )
     yield
     dist.destroy_process_group()
 
@@ -46,7 +51,11 @@ def fresh_compiler() -> Iterator[None]:
 
 def divided(config: RunConfig, layout: Layout, blueprint: Blueprint | None = None) -> TorchEngine:
     return assembly.divided(
-        blueprint or blueprint_of(config), numbers_of(config), layout=layout, rank=0, device=torch.device(config.train.device, 0)
+        blueprint or blueprint_of(config),
+        numbers_of(config),
+        layout=layout,
+        rank=0,
+        device=torch.device(config.train.device, 0),
     )
 
 
@@ -57,7 +66,9 @@ def closeness(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]
 
 
 @pytest.mark.parametrize("compiled", COMPILED)
-@pytest.mark.parametrize("layout", [Layout(zero=1), Layout(zero=2), Layout(zero=3), Layout(zero=3, offload=True)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(zero=1), Layout(zero=2), Layout(zero=3), Layout(zero=3, offload=True)], ids=str
+)
 def test_sharded_steps_are_those_of_the_engine_that_divides_nothing(layout: Layout, compiled: str) -> None:
     config = config_of(*BF16, f"train.compile={compiled}")
     expected = train(build_engine(config), config, STEPS)
@@ -83,7 +94,9 @@ def test_recomputation_changes_no_loss_and_less_memory_is_alive(mode: str) -> No
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("method", ["gather", "ulysses"])
 @pytest.mark.parametrize("sequence", [False, True])
-def test_tensor_and_context_parallel_modules_compute_what_they_are_made_of(sequence: bool, method: str, compiled: str) -> None:
+def test_tensor_and_context_parallel_modules_compute_what_they_are_made_of(
+    sequence: bool, method: str, compiled: str
+) -> None:
     """The split modules on meshes of one rank, with the flash kernels for the parts of a row that a context rank holds."""
     config = config_of(*BF16, f"train.compile={compiled}")
     blueprint = blueprint_of(config)

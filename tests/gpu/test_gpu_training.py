@@ -26,7 +26,10 @@ from pretrain.train.build import build_engine, compute
 from pretrain.train.feed import microbatches, to_host
 from pretrain.train.resolve import resolve
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; PyTorch sees none here"),
+]
 
 VOCABULARY, ROWS, SEQ_LEN = 512, 4, 256
 CPU = ("train.device=cpu", "train.precision=fp32", "train.compile=false", "train.attention=sdpa")
@@ -42,8 +45,21 @@ def fresh_compiler() -> Iterator[None]:
 
 def config_of(*words: str) -> RunConfig:
     """2 layers of 4 query and 2 key/value heads of width 64; what is not said is resolved for this machine."""
-    model = ("model.n_layers=2", "model.d_model=256", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=512", "model.qk_norm=true")
-    run = (f"data.seq_len={SEQ_LEN}", f"train.batch_size={ROWS}", "train.micro_batch_size=2", "optim.lr=1e-3", "train.z_loss=1e-4")
+    model = (
+        "model.n_layers=2",
+        "model.d_model=256",
+        "model.n_heads=4",
+        "model.n_kv_heads=2",
+        "model.d_ff=512",
+        "model.qk_norm=true",
+    )
+    run = (
+        f"data.seq_len={SEQ_LEN}",
+        f"train.batch_size={ROWS}",
+        "train.micro_batch_size=2",
+        "optim.lr=1e-3",
+        "train.z_loss=1e-4",
+    )
     return resolve(load(None, [*model, *run, *words]).config, tokenizer_size=VOCABULARY, previous=None)[0]
 
 
@@ -92,7 +108,9 @@ def test_three_steps_on_the_gpu_are_those_of_the_cpu_in_fp32(
     words: tuple[str, ...], loss_error: float, norm_error: float, on_the_cpu: list[tuple[float, float]]
 ) -> None:
     config = config_of("train.device=cuda", *words)
-    for (loss, norm), (wanted_loss, wanted_norm) in zip(train(build_engine(config), config, range(3)), on_the_cpu, strict=True):
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(
+        train(build_engine(config), config, range(3)), on_the_cpu, strict=True
+    ):
         assert loss == pytest.approx(wanted_loss, rel=loss_error)
         assert norm == pytest.approx(wanted_norm, rel=norm_error)
     assert on_the_cpu[2][0] < on_the_cpu[0][0] * 0.98  # a step that does nothing would be seen
@@ -158,7 +176,8 @@ def test_whole_rows_are_one_document_without_a_document_mask() -> None:
     config = config_of("train.device=cuda", "train.compile=false", "model.document_mask=false")
     engine = build_engine(config)
     packed, plain = (
-        engine.eval_step(fed(config, batch)[:1])[0] for batch in (relabelled(batch_of(0)), relabelled(batch_of(0, documents=1)))
+        engine.eval_step(fed(config, batch)[:1])[0]
+        for batch in (relabelled(batch_of(0)), relabelled(batch_of(0, documents=1)))
     )
     assert packed == plain
 
@@ -207,7 +226,9 @@ def test_resume_on_the_gpu_restores_every_bit_and_goes_on_as_before(tmp_path: Pa
     resumed.loaded()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in flat(resumed).items())
     # Flash attention's backward pass adds in an order of its own; bf16 makes a little of that visible after a step.
-    for (loss, norm), (wanted_loss, wanted_norm) in zip(train(resumed, config, range(2, 5)), uninterrupted, strict=True):
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(
+        train(resumed, config, range(2, 5)), uninterrupted, strict=True
+    ):
         assert loss == pytest.approx(wanted_loss, rel=1e-3)
         assert norm == pytest.approx(wanted_norm, rel=1e-2)
     assert train(started_anew, config, [2])[0][0] != pytest.approx(uninterrupted[0][0], rel=1e-2)
@@ -217,7 +238,10 @@ def flat(engine: TorchEngine) -> dict[str, torch.Tensor]:
     """Weights and optimizer state by one name each."""
     state = engine.state()
     slots = {
-        f"{name}/{slot}": tensor for name, slots in state["optimizer"].items() if isinstance(slots, dict) for slot, tensor in slots.items()
+        f"{name}/{slot}": tensor
+        for name, slots in state["optimizer"].items()
+        if isinstance(slots, dict)
+        for slot, tensor in slots.items()
     }
     return slots | {name: tensor for name, tensor in state["model"].items() if isinstance(tensor, torch.Tensor)}
 
@@ -238,7 +262,9 @@ def test_pretrain_train_ends_on_the_gpu_and_resumes(
         if kind == "start":  # the same command then goes on from the checkpoint before
             shutil.rmtree(tmp_path / "checkpoints" / "step-00000040")
     assert {record.attempt for record in metrics.steps} == {1, 2}
-    known = find_accelerator(torch.cuda.get_device_name()) is not None and torch.cuda.is_bf16_supported(including_emulation=False)
+    known = find_accelerator(torch.cuda.get_device_name()) is not None and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
     assert all((record.mfu is not None) == known for record in metrics.steps)
     assert all(0 < record.mfu < 1 for record in metrics.steps if record.mfu is not None)
     assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -41,7 +41,10 @@ def whole_exchange(parts: list[Tensor], split_dim: int, concat_dim: int) -> list
 OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]] = {
     **{f"gather along {d}": (partial(gather, dim=d), partial(whole_gather, dim=d)) for d in (0, 1, -1)},
     **{
-        f"exchange {s} for {c}": (partial(exchange, split_dim=s, concat_dim=c), partial(whole_exchange, split_dim=s, concat_dim=c))
+        f"exchange {s} for {c}": (
+            partial(exchange, split_dim=s, concat_dim=c),
+            partial(whole_exchange, split_dim=s, concat_dim=c),
+        )
         for s, c in ((0, 1), (2, 1), (0, 2), (-1, 0), (0, 0))
     },
 }
@@ -75,7 +78,9 @@ def error(found: list[Tensor], wanted: list[Tensor]) -> float:
     return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, wanted, strict=True))
 
 
-def compare(results: list[tuple[Tensor, Tensor]], operation: str, size: int, *, recomputed: bool = False) -> tuple[float, float]:
+def compare(
+    results: list[tuple[Tensor, Tensor]], operation: str, size: int, *, recomputed: bool = False
+) -> tuple[float, float]:
     outs, gradients = expected(operation, size, recomputed=recomputed)
     return error([out for out, _ in results], outs), error([gradient for _, gradient in results], gradients)
 

@@ -39,7 +39,15 @@ def packed_rows(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> tuple[Tensor,
 def config_of(ranks: int, window: int | None = None, **more: object) -> ModelConfig:
     """Two query heads a key/value head, and as many of those as Ulysses needs."""
     G = max(2, ranks)
-    shape = {"vocab_size": 96, "n_layers": 2, "d_model": 32, "d_ff": 64, "n_heads": 2 * G, "n_kv_heads": G, "head_dim": K}
+    shape = {
+        "vocab_size": 96,
+        "n_layers": 2,
+        "d_model": 32,
+        "d_ff": 64,
+        "n_heads": 2 * G,
+        "n_kv_heads": G,
+        "head_dim": K,
+    }
     return ModelConfig.model_validate(shape | {"sliding_window": window} | more)
 
 
@@ -133,7 +141,9 @@ def no_reduction() -> tuple[Held, list[Tensor]]:
 
 def heads_in_wrong_order() -> tuple[Held, list[Tensor]]:
     def exchange(x: Tensor, group: dist.ProcessGroup, split_dim: int, concat_dim: int) -> Tensor:
-        return collectives.exchange(x.flip(2) if split_dim == 2 and x.shape[2] == 2 else x, group, split_dim, concat_dim)
+        return collectives.exchange(
+            x.flip(2) if split_dim == 2 and x.shape[2] == 2 else x, group, split_dim, concat_dim
+        )
 
     return with_broken(context, "exchange", exchange, "ulysses", "sdpa", None)
 
@@ -245,7 +255,9 @@ def compiled_here(method: str) -> tuple[int, list[tuple[float, dict[str, Tensor]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_compiled_blocks_are_one_graph_and_right_whatever_documents_a_batch_holds(method: str, workers: WorkerPool) -> None:
+def test_compiled_blocks_are_one_graph_and_right_whatever_documents_a_batch_holds(
+    method: str, workers: WorkerPool
+) -> None:
     results = workers.run(compiled_here, 2, method, timeout=SLOW)
     assert [graphs for graphs, _ in results] == [1, 1]
     for lengths, *parts in zip(BATCHES, *(found for _, found in results), strict=True):
@@ -268,9 +280,12 @@ def test_one_rank_holds_whole_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "seq_len", "way_out"), [("gather", 36, "multiple of 8 .* try 40"), ("ulysses", 38, "multiple of 4 .* try 40")]
+    ("method", "seq_len", "way_out"),
+    [("gather", 36, "multiple of 8 .* try 40"), ("ulysses", 38, "multiple of 4 .* try 40")],
 )
-def test_a_row_that_cannot_be_shared_out_is_refused_with_the_next_length_that_can(method: str, seq_len: int, way_out: str) -> None:
+def test_a_row_that_cannot_be_shared_out_is_refused_with_the_next_length_that_can(
+    method: str, seq_len: int, way_out: str
+) -> None:
     with pytest.raises(LayoutError, match=f"data.seq_len={seq_len} .*{way_out}"):
         held(seq_len, Layout(context=4, context_method=method), 0)
 

@@ -108,7 +108,9 @@ def squares_of_rank(layout: Layout) -> float:
         gradient = distribute_tensor(SPLIT, mesh[tuple(axes)], [place[axis] for axis in axes])
         masters = {"split": parameter(gradient)}
     masters |= {"whole": parameter(WHOLE), "tied": parameter(TIED)}
-    if dist.get_rank() // (layout.world_size // layout.pipeline) > 0:  # a later stage has its copy of the tied one, and nothing else
+    if (
+        dist.get_rank() // (layout.world_size // layout.pipeline) > 0
+    ):  # a later stage has its copy of the tied one, and nothing else
         del masters["split"], masters["whole"]
     return squared_norm(masters, layout, lambda name: layout.pipeline if name == "tied" else 1).item()
 

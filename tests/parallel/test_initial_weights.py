@@ -14,7 +14,14 @@ from pretrain.train.build import blueprint_of, numbers_of
 from tests.workers import WorkerPool
 
 UNEVEN = ("model.n_layers=5", "model.d_ff=100", "run.seed=7")
-WIDE = ("model.n_layers=1", "model.d_model=512", "model.n_heads=8", "model.head_dim=64", "model.d_ff=2048", "model.vocab_size=8192")
+WIDE = (
+    "model.n_layers=1",
+    "model.d_model=512",
+    "model.n_heads=8",
+    "model.head_dim=64",
+    "model.d_ff=2048",
+    "model.vocab_size=8192",
+)
 
 LAYOUTS = [
     Layout(shard=3),
@@ -33,7 +40,11 @@ def initial(layout: Layout, words: tuple[str, ...]) -> dict[str, Tensor]:
     """Whole parameters that this rank holds some of, before the first step."""
     config = config_of(words)
     engine = build_engine(
-        blueprint_of(config), numbers_of(config), layout=layout, rank=dist.get_rank() if layout.world_size > 1 else 0, device=CPU
+        blueprint_of(config),
+        numbers_of(config),
+        layout=layout,
+        rank=dist.get_rank() if layout.world_size > 1 else 0,
+        device=CPU,
     )
     return {name: whole(tensor) for name, tensor in engine.masters.items()}
 
@@ -59,9 +70,13 @@ class Largest(TorchDispatchMode):
 
     numel = 0
 
-    def __torch_dispatch__(self, function: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         out = function(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if _in_memory(t))])
+        self.numel = max(
+            [self.numel, *(t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if _in_memory(t))]
+        )
         return out
 
 
@@ -79,7 +94,9 @@ def largest(layout: Layout) -> tuple[int, int]:
     return mode.numel, max(part.numel() for part in parts)
 
 
-@pytest.mark.parametrize("layout", [Layout(shard=4), Layout(tensor=4, sequence=True), Layout(shard=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(shard=4), Layout(tensor=4, sequence=True), Layout(shard=2, tensor=2)], ids=str
+)
 def test_no_rank_makes_more_of_a_parameter_than_it_holds(layout: Layout, workers: WorkerPool) -> None:
     embedding = 8192 * 512
     assert largest(Layout()) == (embedding, embedding)

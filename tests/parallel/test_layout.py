@@ -19,7 +19,9 @@ def test_every_rank_has_a_place_of_its_own_and_the_last_axis_turns_fastest() -> 
 
 def test_another_order_of_the_axes_is_another_grid() -> None:
     other = list(product(*map(range, (4, 2, 2, 3, 2))))
-    assert [tuple(reversed(place)) for place in other] != [tuple(GRID.coordinates(rank).values()) for rank in range(GRID.world_size)]
+    assert [tuple(reversed(place)) for place in other] != [
+        tuple(GRID.coordinates(rank).values()) for rank in range(GRID.world_size)
+    ]
 
 
 def test_data_ranks_and_fsdp_ranks_count_what_they_divide() -> None:
@@ -37,13 +39,22 @@ def test_peers_differ_on_their_axis_alone(axis: str) -> None:
     for rank in (0, 37, 95):
         peers = GRID.peers(rank, axis)
         assert [GRID.coordinates(peer)[axis] for peer in peers] == list(range(getattr(GRID, axis)))
-        assert {tuple(GRID.coordinates(peer) | {axis: 0}) for peer in peers} == {tuple(GRID.coordinates(rank) | {axis: 0})}
+        assert {tuple(GRID.coordinates(peer) | {axis: 0}) for peer in peers} == {
+            tuple(GRID.coordinates(rank) | {axis: 0})
+        }
         assert rank in peers
 
 
 @pytest.mark.parametrize(
     ("axis", "ranks_per_node", "inside"),
-    [("tensor", 8, True), ("tensor", 4, True), ("tensor", 6, False), ("context", 8, True), ("context", 4, False), ("shard", 8, False)],
+    [
+        ("tensor", 8, True),
+        ("tensor", 4, True),
+        ("tensor", 6, False),
+        ("context", 8, True),
+        ("context", 4, False),
+        ("shard", 8, False),
+    ],
 )
 def test_an_axis_is_inside_a_node_where_all_its_groups_are(axis: str, ranks_per_node: int, inside: bool) -> None:
     assert GRID.is_inside_node(axis, ranks_per_node) is inside

@@ -21,7 +21,15 @@ from pretrain.model.transformer import Transformer
 
 # No number of rows is a multiple of the ranks that share them out; the shards of some norms are empty; matrices are of several tiles.
 UNEVEN = ModelConfig(
-    vocab_size=4 * ROWS + 20, n_layers=1, d_model=12, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=1100, max_seq_len=32, qk_norm=True
+    vocab_size=4 * ROWS + 20,
+    n_layers=1,
+    d_model=12,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=6,
+    d_ff=1100,
+    max_seq_len=32,
+    qk_norm=True,
 )
 
 
@@ -42,7 +50,9 @@ def started(layout: Layout, naive: bool = False) -> tuple[dict[str, Tensor], int
         offset = (0,) * parameter.ndim if naive else part.offset
         fill(name, part.local, offset, part.shape, UNEVEN, seed=5)
         empty += part.local.numel() == 0
-    return {name: parameter.full_tensor() for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}, empty
+    return {
+        name: parameter.full_tensor() for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)
+    }, empty
 
 
 def whole() -> dict[str, Tensor]:
@@ -53,7 +63,13 @@ def whole() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(shard=4), Layout(tensor=4), Layout(shard=2, tensor=2), Layout(replicate=2, context=2), Layout(shard=4, tensor=2)],
+    [
+        Layout(shard=4),
+        Layout(tensor=4),
+        Layout(shard=2, tensor=2),
+        Layout(replicate=2, context=2),
+        Layout(shard=4, tensor=2),
+    ],
     ids=str,
 )
 def test_every_layout_starts_from_the_same_weights_to_the_last_bit(workers: WorkerPool, layout: Layout) -> None:
@@ -91,4 +107,6 @@ def misplaced() -> str:
 
 
 def test_a_part_that_is_not_where_its_placement_says_is_refused(workers: WorkerPool) -> None:
-    assert workers.run(misplaced, 2)[0].startswith("a part of shape (2, 4) is where (Shard(dim=0),) of (4, 4) puts (3, 4)")
+    assert workers.run(misplaced, 2)[0].startswith(
+        "a part of shape (2, 4) is where (Shard(dim=0),) of (4, 4) puts (3, 4)"
+    )

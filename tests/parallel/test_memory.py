@@ -18,7 +18,15 @@ from pretrain.train.build import blueprint_of, numbers_of
 
 CONFIG = RunConfig.model_validate(
     {
-        "model": {"n_layers": 8, "d_model": 64, "n_heads": 8, "n_kv_heads": 8, "head_dim": 8, "d_ff": 192, "vocab_size": 64},
+        "model": {
+            "n_layers": 8,
+            "d_model": 64,
+            "n_heads": 8,
+            "n_kv_heads": 8,
+            "head_dim": 8,
+            "d_ff": 192,
+            "vocab_size": 64,
+        },
         "data": {"seq_len": 16},
         "train": {"device": "cpu", "precision": "bf16", "compile": False, "attention": "sdpa"},
         "optim": {"warmup": 0, "decay": 1.0},
@@ -35,7 +43,10 @@ FORMULAS: dict[int, Callable[[int], float]] = {
 def held(size: int, zeros: tuple[int, ...]) -> dict[int, dict[str, int]]:
     """Bytes by kind for each ZeRO, when the first of two microbatches has been through and the second begins: all gradients are there,
     those of ZeRO-1 not yet reduced, and no activation is."""
-    return {zero: held_between(Layout(shard=size, zero=zero), torch.distributed.get_rank() if size > 1 else 0) for zero in zeros}
+    return {
+        zero: held_between(Layout(shard=size, zero=zero), torch.distributed.get_rank() if size > 1 else 0)
+        for zero in zeros
+    }
 
 
 def held_between(layout: Layout, rank: int) -> dict[str, int]:
@@ -46,7 +57,13 @@ def held_between(layout: Layout, rank: int) -> dict[str, int]:
             found.append(meter.by_kind())
             return blueprint.compute(part, received, microbatch)
 
-        engine = build_engine(replace(blueprint, compute=compute), numbers_of(CONFIG), layout=layout, rank=rank, device=torch.device("cpu"))
+        engine = build_engine(
+            replace(blueprint, compute=compute),
+            numbers_of(CONFIG),
+            layout=layout,
+            rank=rank,
+            device=torch.device("cpu"),
+        )
         meter.watch(kinds_of(engine))
         engine.train_step([microbatch(), microbatch()], lr_scale=1.0)
     return found[1]
@@ -85,7 +102,9 @@ def expected(zero: int, n: int) -> dict[str, float]:
 
 def parameters() -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in blueprint_of(CONFIG).build(range(CONFIG.model.n_layers)).parameters())
+        return sum(
+            parameter.numel() for parameter in blueprint_of(CONFIG).build(range(CONFIG.model.n_layers)).parameters()
+        )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -97,9 +116,13 @@ def test_every_rank_holds_what_the_formula_says_within_5_percent(size: int, work
             formula = 18.0 if size == 1 else FORMULAS[zero](size)
             measured = sum(kinds.values()) / n_parameters
             each = ", ".join(f"{kind} {count / n_parameters:.2f}" for kind, count in kinds.items())
-            print(f"ZeRO-{zero} on {size}: rank {rank} holds {measured:.3f} bytes a parameter ({each}), the formula says {formula:.3f}")
+            print(
+                f"ZeRO-{zero} on {size}: rank {rank} holds {measured:.3f} bytes a parameter ({each}), the formula says {formula:.3f}"
+            )
             assert measured == pytest.approx(formula, rel=0.05)
-            assert {kind: kinds[kind] / n_parameters for kind in kinds} == pytest.approx(expected(zero, size), rel=0.02, abs=0.15)
+            assert {kind: kinds[kind] / n_parameters for kind in kinds} == pytest.approx(
+                expected(zero, size), rel=0.02, abs=0.15
+            )
 
 
 def test_zero_3_that_does_not_reshard_is_seen(workers: WorkerPool) -> None:

@@ -22,7 +22,9 @@ def timeouts(bounded: bool) -> set[timedelta]:
         if not bounded:
             patch.setattr(parallel.mesh, "_bound", lambda _: None)
         mesh = build_mesh(layout, "cpu")
-        groups = [mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()] + [near_mesh(mesh, layout).get_group("near")]
+        groups = [mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()] + [
+            near_mesh(mesh, layout).get_group("near")
+        ]
     return {timeout_of(group) for group in groups if group.size() < 4}  # a group of all ranks is that of the case
 
 
@@ -32,5 +34,7 @@ def timeout_of(group: ProcessGroup) -> timedelta:
 
 
 @pytest.mark.parametrize(("bounded", "expected"), [(True, TIMEOUT), (False, HALF_AN_HOUR)])
-def test_a_collective_of_an_axis_gives_up_as_soon_as_one_of_all_ranks(bounded: bool, expected: timedelta, workers: WorkerPool) -> None:
+def test_a_collective_of_an_axis_gives_up_as_soon_as_one_of_all_ranks(
+    bounded: bool, expected: timedelta, workers: WorkerPool
+) -> None:
     assert workers.run(timeouts, 4, bounded) == [{expected}] * 4

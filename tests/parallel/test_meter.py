@@ -19,7 +19,15 @@ from pretrain.train.build import blueprint_of, numbers_of
 KIB = 256  # fp32 numbers
 CONFIG = RunConfig.model_validate(
     {
-        "model": {"n_layers": 2, "d_model": 64, "n_heads": 8, "n_kv_heads": 8, "head_dim": 8, "d_ff": 192, "vocab_size": 256},
+        "model": {
+            "n_layers": 2,
+            "d_model": 64,
+            "n_heads": 8,
+            "n_kv_heads": 8,
+            "head_dim": 8,
+            "d_ff": 192,
+            "vocab_size": 256,
+        },
         "data": {"seq_len": 16},
         "train": {"device": "cpu", "precision": "bf16", "compile": False, "attention": "sdpa"},
         "optim": {"warmup": 0, "decay": 1.0},
@@ -111,7 +119,13 @@ def a_real_step(layout: Layout) -> tuple[dict[str, int], dict[str, dict[str, int
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(shard=2, tensor=2, sequence=True), Layout(replicate=2, shard=2, zero=1), Layout(pipeline=2, shard=2, zero=2)], ids=str
+    "layout",
+    [
+        Layout(shard=2, tensor=2, sequence=True),
+        Layout(replicate=2, shard=2, zero=1),
+        Layout(pipeline=2, shard=2, zero=2),
+    ],
+    ids=str,
 )
 def test_a_pretended_rank_holds_and_sends_what_a_real_one_does(layout: Layout, workers: WorkerPool) -> None:
     for rank, real in enumerate(workers.run(a_real_step, layout.world_size, layout)):
@@ -123,4 +137,6 @@ def test_a_step_that_reduces_no_gradients_sends_less(workers: WorkerPool) -> Non
     layout = Layout(shard=2)
     (_, sent), _ = workers.run(a_real_step, 2, layout)
     (_, other), _ = workers.run(a_real_step, 2, replace(layout, zero=1))
-    assert sent["fsdp"]["reduce-scatter"] == 2 * other["fsdp"]["reduce-scatter"]  # ZeRO-1 reduces once, not for each microbatch
+    assert (
+        sent["fsdp"]["reduce-scatter"] == 2 * other["fsdp"]["reduce-scatter"]
+    )  # ZeRO-1 reduces once, not for each microbatch

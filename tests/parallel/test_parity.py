@@ -170,30 +170,42 @@ COMPILED = [
 @pytest.mark.parametrize(("layout", "words"), COMPILED, ids=str)
 def test_compiled_blocks_give_the_same_numbers(layout: Layout, words: tuple[str, ...], workers: WorkerPool) -> None:
     case = Case(layout, own=("train.compile=true", *words), micro_batch=1)
-    errors = compare(workers.run(on_changed_rank, layout.world_size, case, STEPS, traced, timeout=120), alone((), STEPS))
+    errors = compare(
+        workers.run(on_changed_rank, layout.world_size, case, STEPS, traced, timeout=120), alone((), STEPS)
+    )
     assert {kind: error for kind, error in errors.items() if error > TOLERANCES[kind]} == {}
 
 
-@pytest.mark.parametrize(("layout", "mode"), [(Layout(shard=2), "full"), (Layout(shard=2), "selective"), (ZERO_BUBBLE, "full")], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "mode"), [(Layout(shard=2), "full"), (Layout(shard=2), "selective"), (ZERO_BUBBLE, "full")], ids=str
+)
 def test_blocks_that_recompute_are_compiled_all_the_same(layout: Layout, mode: str, workers: WorkerPool) -> None:
     plain, recomputing = (
-        workers.run(operations_compiled, 2, Case(layout, own=("train.compile=true", *words), micro_batch=1), timeout=120)[0]
+        workers.run(
+            operations_compiled, 2, Case(layout, own=("train.compile=true", *words), micro_batch=1), timeout=120
+        )[0]
         for words in ((), (f"train.recompute={mode}",))
     )
     assert plain > 100
     assert recomputing > 0.9 * plain
 
 
-@pytest.mark.parametrize(("how", "layout", "words"), BROKEN, ids=lambda value: getattr(value, "__name__", str(value)).replace(" ", "_"))
+@pytest.mark.parametrize(
+    ("how", "layout", "words"), BROKEN, ids=lambda value: getattr(value, "__name__", str(value)).replace(" ", "_")
+)
 def test_a_broken_layout_is_noticed(how: Break, layout: Layout, words: tuple[str, ...], workers: WorkerPool) -> None:
     case, steps = Case(layout, words, micro_batch=4 if words == LARGE else 1), steps_of(words)
-    errors = compare(workers.run(on_changed_rank, layout.world_size, case, steps, how, timeout=120), alone(words, steps))
+    errors = compare(
+        workers.run(on_changed_rank, layout.world_size, case, steps, how, timeout=120), alone(words, steps)
+    )
     # Not by the parameters, which may be the very thing that is broken: by what the passes computed with them.
     assert max(errors[kind] / TOLERANCES[kind] for kind in ("loss_error", "gradient_error", "norm_error")) > 10
 
 
 def test_the_comparison_sees_a_missing_parameter() -> None:
-    reference = Course([1.0], [1.0], [{"a": torch.ones(2), "b": torch.ones(2)}], {"a": torch.ones(2), "b": torch.ones(2)})
+    reference = Course(
+        [1.0], [1.0], [{"a": torch.ones(2), "b": torch.ones(2)}], {"a": torch.ones(2), "b": torch.ones(2)}
+    )
     half = Course([1.0], [1.0], [{"a": torch.ones(2)}], {"a": torch.ones(2)})
     assert compare([half], reference)["parameter_error"] == float("inf")
 
@@ -206,6 +218,11 @@ def kinds(found: Sequence[Case]) -> set[frozenset[str]]:
 def test_every_kind_and_every_pair_is_in_the_table() -> None:
     single = {frozenset({axis}) for axis in ("pipeline", "replicate", "shard", "context", "tensor")}
     pairs = {
-        frozenset({a, b}) for a in ("shard", "tensor", "pipeline", "context") for b in ("shard", "tensor", "pipeline", "context") if a < b
+        frozenset({a, b})
+        for a in ("shard", "tensor", "pipeline", "context")
+        for b in ("shard", "tensor", "pipeline", "context")
+        if a < b
     }
-    assert single | pairs | {frozenset({"shard", "tensor", "pipeline"}), frozenset({"replicate", "shard"})} <= kinds(cases())
+    assert single | pairs | {frozenset({"shard", "tensor", "pipeline"}), frozenset({"replicate", "shard"})} <= kinds(
+        cases()
+    )

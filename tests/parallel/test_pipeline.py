@@ -54,7 +54,10 @@ def microbatches(n: int, b: int = 2) -> list[Microbatch]:
     positions = torch.arange(S).expand(b, S)
     labels = ids[:, :, 1:].clone()
     labels[::2, 0, : S // 2] = -100
-    return [Microbatch(ids[i, :, :-1], labels[i], positions, torch.zeros_like(positions), int((labels[i] >= 0).sum())) for i in range(n)]
+    return [
+        Microbatch(ids[i, :, :-1], labels[i], positions, torch.zeros_like(positions), int((labels[i] >= 0).sum()))
+        for i in range(n)
+    ]
 
 
 def test_a_stage_adds_up_the_losses_of_many_microbatches_in_fp64() -> None:
@@ -65,7 +68,9 @@ def test_a_stage_adds_up_the_losses_of_many_microbatches_in_fp64() -> None:
     for _ in range(many):
         stage()
     assert stage.sums is not None
-    assert [total.item() for total in stage.sums] == pytest.approx([many * tenth.item(), many * tenth.item() / 2], rel=1e-12)
+    assert [total.item() for total in stage.sums] == pytest.approx(
+        [many * tenth.item(), many * tenth.item() / 2], rel=1e-12
+    )
 
 
 def scale_of(batch: list[Microbatch]) -> Tensor:
@@ -113,11 +118,18 @@ def validation_set() -> list[Microbatch]:
 
 
 def config_of(layout: Layout, tie: bool) -> ModelConfig:
-    return CONFIG.model_copy(update={"tie_embeddings": tie, "n_layers": 5 if layout.n_stages < 5 else layout.n_stages + 1})
+    return CONFIG.model_copy(
+        update={"tie_embeddings": tie, "n_layers": 5 if layout.n_stages < 5 else layout.n_stages + 1}
+    )
 
 
 def in_stages(
-    layout: Layout, tie: bool, counts: list[int], broken: str | None = None, fsdp: bool = False, dtype: torch.dtype = torch.float32
+    layout: Layout,
+    tie: bool,
+    counts: list[int],
+    broken: str | None = None,
+    fsdp: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Result:
     """What a rank of a pipeline finds, in steps of so many microbatches."""
     config = config_of(layout, tie)
@@ -130,7 +142,9 @@ def in_stages(
         for stage in stages.values():
             shard(stage, stage.part.units, mesh, layout, dtype)
             assert isinstance(stage, FSDPModule)
-    pipeline = Pipeline(stages, layout, mesh["pipeline"].get_group(), device=torch.device("cpu"), activation=dtype, width=D)
+    pipeline = Pipeline(
+        stages, layout, mesh["pipeline"].get_group(), device=torch.device("cpu"), activation=dtype, width=D
+    )
     tied = Tied.of(parts, layout, mesh)
     pipeline.evaluate(microbatches(1))  # as before the first step of a run; nothing of it may stay
     losses, gradients = [], dict[str, Tensor]()
@@ -157,7 +171,9 @@ def follow(parts: dict[int, nn.Module], tied: Tied | None) -> None:
 
 
 def assert_same(ranks: list[Result], one: Result, shards: int = 1) -> None:
-    torch.testing.assert_close(torch.tensor([r.losses for r in ranks]).sum(0), torch.tensor(one.losses), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.tensor([r.losses for r in ranks]).sum(0), torch.tensor(one.losses), rtol=1e-6, atol=0
+    )
     assert sum(rank.validation for rank in ranks) == pytest.approx(one.validation * shards, rel=1e-6)
     assert {name for rank in ranks for name in rank.gradients} == set(one.gradients)
     for rank in ranks:
@@ -187,7 +203,9 @@ def test_losses_and_gradients_are_those_of_one_process(workers: WorkerPool, sche
 
 @pytest.mark.parametrize("schedule", HELD)
 @pytest.mark.parametrize("p", [2, 4])
-def test_losses_and_gradients_are_those_of_one_process_with_tied_embeddings(workers: WorkerPool, schedule: str, p: int) -> None:
+def test_losses_and_gradients_are_those_of_one_process_with_tied_embeddings(
+    workers: WorkerPool, schedule: str, p: int
+) -> None:
     compare(workers, layout_of(schedule, p), tie=True)
 
 
@@ -197,7 +215,9 @@ def test_both_copies_of_a_tied_embedding_get_the_same_bits(workers: WorkerPool) 
 
 
 @pytest.mark.parametrize(("schedule", "zero"), [(schedule, zero) for schedule in HELD for zero in (2, 3)])
-def test_losses_and_gradients_are_the_same_when_stages_are_sharded_too(workers: WorkerPool, schedule: str, zero: int) -> None:
+def test_losses_and_gradients_are_the_same_when_stages_are_sharded_too(
+    workers: WorkerPool, schedule: str, zero: int
+) -> None:
     compare(workers, layout_of(schedule, shard=2, zero=zero), tie=True, fsdp=True)
 
 
@@ -234,7 +254,9 @@ def test_ranks_wait_as_the_papers_say(schedule: str, v: int, p: int, m: int) -> 
 
 
 def test_zero_bubble_waits_less_than_half_as_long_as_interleaved() -> None:
-    interleaved, zero_bubble, v = (bubble_fraction(layout_of(s, 8), 64) for s in ("interleaved", "interleaved_zero_bubble", "zbv"))
+    interleaved, zero_bubble, v = (
+        bubble_fraction(layout_of(s, 8), 64) for s in ("interleaved", "interleaved_zero_bubble", "zbv")
+    )
     assert v < interleaved / 2
     assert zero_bubble < interleaved / 2
 
@@ -243,7 +265,11 @@ def test_zero_bubble_waits_less_than_half_as_long_as_interleaved() -> None:
 def test_every_rank_does_every_pass_of_its_stages_once(schedule: str) -> None:
     layout = layout_of(schedule, 4)
     for rank, actions in order(layout, 8).items():
-        halves = [(kind, a.stage, a.microbatch) for a in actions for kind in (("input", "weight") if a.kind == "backward" else (a.kind,))]
+        halves = [
+            (kind, a.stage, a.microbatch)
+            for a in actions
+            for kind in (("input", "weight") if a.kind == "backward" else (a.kind,))
+        ]
         assert sorted(halves) == sorted(
             (k, s, i) for k in ("forward", "input", "weight") for s in stages_of(rank, layout) for i in range(8)
         )

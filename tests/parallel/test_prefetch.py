@@ -30,7 +30,9 @@ CONFIG = RunConfig.model_validate(
 
 def gathered_before_each_block(layout: Layout) -> tuple[list[list[int]], int, float]:
     """All-gathers of a rank from the start of a step until the forward pass of each block, by microbatch; all of the step; its loss."""
-    engine = build_engine(blueprint_of(CONFIG), numbers_of(CONFIG), layout=layout, rank=dist.get_rank(), device=torch.device("cpu"))
+    engine = build_engine(
+        blueprint_of(CONFIG), numbers_of(CONFIG), layout=layout, rank=dist.get_rank(), device=torch.device("cpu")
+    )
     counts, gathers = list[int](), Gathers()
     for block in engine.parts[0].layers:
         block.register_forward_pre_hook(lambda *_: counts.append(gathers.number))  # after the one of FSDP2
@@ -57,7 +59,9 @@ def microbatch(number: int) -> Microbatch:
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_blocks_are_gathered_ahead_wherever_they_are_gathered_and_nothing_else_changes(zero: int, workers: WorkerPool) -> None:
+def test_blocks_are_gathered_ahead_wherever_they_are_gathered_and_nothing_else_changes(
+    zero: int, workers: WorkerPool
+) -> None:
     """In each microbatch under ZeRO-3, in the first one under 1 and 2, after which all stay."""
     losses = set()
     for ahead, first in FIRST.items():

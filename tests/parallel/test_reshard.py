@@ -47,7 +47,9 @@ def engine_of(layout: Layout, n_layers: int = N_LAYERS) -> TorchEngine:
             "optim": {"warmup": 0, "decay": 1.0},
         }
     )
-    return build_engine(blueprint_of(config), numbers_of(config), layout=layout, rank=dist.get_rank(), device=torch.device("cpu"))
+    return build_engine(
+        blueprint_of(config), numbers_of(config), layout=layout, rank=dist.get_rank(), device=torch.device("cpu")
+    )
 
 
 def fsdp2_by_itself() -> AbstractContextManager[object]:
@@ -76,7 +78,9 @@ def test_one_mesh_is_made_however_many_blocks_there_are(n_layers: int, workers: 
     without = groups(workers, Layout(shard=4), n_layers)
     assert groups(workers, Layout(shard=4, reshard_to=4), n_layers) == without
     assert groups(workers, Layout(shard=4, reshard_to=2), n_layers) == without + GROUPS_OF_A_MESH
-    assert groups(workers, Layout(shard=4, reshard_to=2), n_layers, by_itself=True) == without + GROUPS_OF_A_MESH * (n_layers + 1)
+    assert groups(workers, Layout(shard=4, reshard_to=2), n_layers, by_itself=True) == without + GROUPS_OF_A_MESH * (
+        n_layers + 1
+    )
 
 
 def neighbours(layout: Layout) -> tuple[list[int], list[int]]:
@@ -128,7 +132,11 @@ def test_the_backward_pass_gathers_from_neighbours_alone_and_learns_the_same(wor
     """The forward pass gathers the root too. Without `reshard_to` all gathers are from 4 ranks; FSDP2 by itself does as we do."""
     found = [
         workers.run(gathered_in_a_step, 4, layout, by_itself)[0]
-        for layout, by_itself in ((Layout(shard=4), False), (Layout(shard=4, reshard_to=2), False), (Layout(shard=4, reshard_to=2), True))
+        for layout, by_itself in (
+            (Layout(shard=4), False),
+            (Layout(shard=4, reshard_to=2), False),
+            (Layout(shard=4, reshard_to=2), True),
+        )
     ]
     some = {4: UNITS + 1, 2: UNITS}
     assert [ranks for ranks, _ in found] == [{4: 2 * UNITS + 1}, some, some]
@@ -138,7 +146,8 @@ def test_the_backward_pass_gathers_from_neighbours_alone_and_learns_the_same(wor
 def test_tensor_parts_are_gathered_from_neighbours_too(workers: WorkerPool) -> None:
     """Beside the collectives of tensor parallelism itself, which are the same."""
     (all_of, loss), (some, same) = (
-        workers.run(gathered_in_a_step, 8, each, False)[0] for each in (Layout(shard=4, tensor=2), Layout(shard=4, tensor=2, reshard_to=2))
+        workers.run(gathered_in_a_step, 8, each, False)[0]
+        for each in (Layout(shard=4, tensor=2), Layout(shard=4, tensor=2, reshard_to=2))
     )
     assert all_of - some == {4: UNITS}
     assert some - all_of == {2: UNITS}

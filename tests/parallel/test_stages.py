@@ -80,8 +80,18 @@ REFUSED = {
         8,
         "parallel.stages_per_rank=3 .* parallel.schedule=zbv, which wants 2;",
     ),
-    "one": (Layout(pipeline=2, stages_per_rank=2), 8, 8, "parallel.stages_per_rank=2 .* parallel.schedule=1f1b, which wants 1;"),
-    "several": (Layout(pipeline=2, schedule="interleaved"), 8, 8, "parallel.stages_per_rank=1 .*=interleaved, which wants 2 or more;"),
+    "one": (
+        Layout(pipeline=2, stages_per_rank=2),
+        8,
+        8,
+        "parallel.stages_per_rank=2 .* parallel.schedule=1f1b, which wants 1;",
+    ),
+    "several": (
+        Layout(pipeline=2, schedule="interleaved"),
+        8,
+        8,
+        "parallel.stages_per_rank=1 .*=interleaved, which wants 2 or more;",
+    ),
 }
 
 
@@ -120,6 +130,9 @@ def test_a_slow_stage_makes_the_others_wait() -> None:
 
 
 def test_ranks_that_wait_for_each_other_are_found() -> None:
-    orders = {0: [Action("backward", 0, 0), Action("forward", 0, 0)], 1: [Action("forward", 1, 0), Action("backward", 1, 0)]}
+    orders = {
+        0: [Action("backward", 0, 0), Action("forward", 0, 0)],
+        1: [Action("forward", 1, 0), Action("backward", 1, 0)],
+    }
     with pytest.raises(ValueError, match="no rank can go on"):
         share_waited(orders, [1, 1])

@@ -26,7 +26,9 @@ from pretrain.model.init import fill, initialise
 from pretrain.model.loss import softmax_gradient_
 from pretrain.model.transformer import SPLIT_PLAN, Transformer
 
-TINY = ModelConfig(vocab_size=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32, init_std=0.2)
+TINY = ModelConfig(
+    vocab_size=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32, init_std=0.2
+)
 Gradients = dict[str, Tensor]
 
 
@@ -79,13 +81,18 @@ BROKEN = {
     "gradient of q_norm not summed": {"heads": lambda *_: tensor._Role(Replicate(), Replicate())},
     "ranks take turns in the key/value heads": {
         "kv_columns": lambda ranks, parent, part: tensor._kv_rows(ranks, parent, part)._replace(
-            rows=slice(ranks.mesh.get_local_rank() % 2 * parent.head_dim, (ranks.mesh.get_local_rank() % 2 + 1) * parent.head_dim)
+            rows=slice(
+                ranks.mesh.get_local_rank() % 2 * parent.head_dim,
+                (ranks.mesh.get_local_rank() % 2 + 1) * parent.head_dim,
+            )
         )
     },
 }
 
 
-def split_gradients(config: ModelConfig, sequence: bool, compiled: bool = False, broken: str = "") -> tuple[float, Gradients]:
+def split_gradients(
+    config: ModelConfig, sequence: bool, compiled: bool = False, broken: str = ""
+) -> tuple[float, Gradients]:
     with patch.dict(tensor._ROLES, BROKEN[broken]) if broken else nullcontext():
         loss, gradients = loss_and_gradients(split_model(config, sequence, compiled))
     return loss, {name: gradient.full_tensor() for name, gradient in gradients.items() if isinstance(gradient, DTensor)}
@@ -109,7 +116,9 @@ def errors(config: ModelConfig, results: list[tuple[float, Gradients]]) -> tuple
         (2, {"tie_embeddings": True}),
     ],
 )
-def test_loss_and_gradients_are_those_of_one_process(workers: WorkerPool, size: int, sequence: bool, changes: dict[str, object]) -> None:
+def test_loss_and_gradients_are_those_of_one_process(
+    workers: WorkerPool, size: int, sequence: bool, changes: dict[str, object]
+) -> None:
     config = TINY.model_copy(update=changes)
     loss, gradient = errors(config, workers.run(split_gradients, size, config, sequence))
     assert loss < 1e-6
@@ -148,15 +157,23 @@ def collectives(n_layers: int, sequence: bool) -> tuple[dict[str, int], dict[str
     return counts[0], counts[1]
 
 
-def test_a_block_costs_two_gathers_and_two_scatters_each_way_with_sequence_and_two_sums_without(workers: WorkerPool) -> None:
+def test_a_block_costs_two_gathers_and_two_scatters_each_way_with_sequence_and_two_sums_without(
+    workers: WorkerPool,
+) -> None:
     for sequence, names in ((True, ("all_gather_into_tensor", "reduce_scatter_tensor")), (False, ("all_reduce",))):
         one, two = (workers.run(collectives, 2, n_layers, sequence)[0] for n_layers in (1, 2))
         for way in (0, 1):
-            more = {name: count - one[way].get(name, 0) for name, count in two[way].items() if count != one[way].get(name, 0)}
+            more = {
+                name: count - one[way].get(name, 0)
+                for name, count in two[way].items()
+                if count != one[way].get(name, 0)
+            }
             assert more == dict.fromkeys(names, 2)
 
 
-def test_around_the_blocks_are_one_sum_of_the_embedding_one_gather_of_the_loss_and_two_small_sums_a_chunk(workers: WorkerPool) -> None:
+def test_around_the_blocks_are_one_sum_of_the_embedding_one_gather_of_the_loss_and_two_small_sums_a_chunk(
+    workers: WorkerPool,
+) -> None:
     forward, backward = workers.run(collectives, 2, 1, True)[0]
     assert forward == {"all_gather_into_tensor": 2 + 1, "reduce_scatter_tensor": 2 + 1, "allreduce_": 2}
     assert backward == {"all_gather_into_tensor": 2 + 1, "reduce_scatter_tensor": 2 + 1}
@@ -221,7 +238,9 @@ def whole_weights() -> None:
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         assert torch.equal(parameter.full_tensor(), whole.get_parameter(name))
-        assert parameter.to_local().numel() * (2 if isinstance(parameter.placements[0], Shard) else 1) == parameter.numel()
+        assert (
+            parameter.to_local().numel() * (2 if isinstance(parameter.placements[0], Shard) else 1) == parameter.numel()
+        )
 
 
 def test_a_module_with_values_keeps_them(workers: WorkerPool) -> None:

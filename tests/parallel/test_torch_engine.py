@@ -71,7 +71,9 @@ class Recorder:
         return {}
 
 
-def engine(dtype: torch.dtype = torch.float32, clip: float | None = None, loss: Callable[..., Sums] = compute_loss) -> TorchEngine:
+def engine(
+    dtype: torch.dtype = torch.float32, clip: float | None = None, loss: Callable[..., Sums] = compute_loss
+) -> TorchEngine:
     torch.manual_seed(0)
     return one_process(Model(), loss, lambda named: Recorder(list(named)), Numbers(dtype, clip), torch.device("cpu"))
 
@@ -99,7 +101,9 @@ CUTS = [(8,), (4, 4), (1,) * 8, (3, 3, 2), (7, 1)]
 
 @pytest.mark.parametrize("sizes", CUTS[1:], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
-def test_gradients_loss_and_step_do_not_depend_on_the_microbatches(sizes: Sequence[int], dtype: torch.dtype, tolerance: float) -> None:
+def test_gradients_loss_and_step_do_not_depend_on_the_microbatches(
+    sizes: Sequence[int], dtype: torch.dtype, tolerance: float
+) -> None:
     whole, parts = engine(dtype), engine(dtype)
     one, many = (e.train_step(cut(*batch(), c), 0.5) for e, c in ((whole, (8,)), (parts, sizes)))
     assert many.loss == pytest.approx(one.loss, rel=1e-6)
@@ -134,7 +138,9 @@ def test_the_loss_is_the_mean_over_all_targets_of_the_global_batch() -> None:
     """Row i has 2i + 1 targets: a mean of the microbatches' means is another number."""
     e, (ids, labels) = engine(), batch()
     with torch.no_grad():
-        nll = F.cross_entropy(e.model(ids).flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED).view(B, S)
+        nll = F.cross_entropy(
+            e.model(ids).flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+        ).view(B, S)
     counts = (labels != IGNORED).sum(1)
     assert counts.tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
     of_tokens, of_means = (nll.sum() / counts.sum()).item(), (nll.sum(1) / counts).mean().item()
@@ -242,7 +248,9 @@ def test_a_step_that_is_not_finite_is_told_and_leaves_everything_as_it_was(dtype
     assert math.isfinite(result.loss) == (poison == "gradient")
     assert not math.isfinite(result.grad_norm)
     assert e._optimizer.steps == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, (*e.state()["model"].values(), *e.model.parameters()), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (*e.state()["model"].values(), *e.model.parameters()), strict=True)
+    )
     sick = False  # and nothing of it is left in the gradients
     assert e.train_step(cut(*batch(), (4, 4)), 0.1) == healthy.train_step(cut(*batch(), (4, 4)), 0.1)
 
@@ -261,7 +269,9 @@ def test_validation_is_the_sum_over_the_targets_and_changes_nothing() -> None:
     loss, n_targets = e.eval_step(cut(ids, labels, (5, 3)))
     assert n_targets == 64
     with torch.no_grad():
-        whole = F.cross_entropy(e.model(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
+        whole = F.cross_entropy(
+            e.model(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        ).item()
     assert loss == pytest.approx(whole, rel=1e-6)
     assert all(parameter.grad is None for parameter in e.model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, e.state()["model"].values(), strict=True))

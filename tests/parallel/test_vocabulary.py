@@ -41,7 +41,9 @@ class Widest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.width = max([self.width, *(x.shape[-1] for x in tree_leaves(out) if isinstance(x, Tensor) and x.ndim == 2)])
+        self.width = max(
+            [self.width, *(x.shape[-1] for x in tree_leaves(out) if isinstance(x, Tensor) and x.ndim == 2)]
+        )
         return out
 
 
@@ -72,11 +74,15 @@ def split(dtype: torch.dtype = torch.float32, compiled: bool = False, wrong_by: 
 
 def errors(results: list[Result], dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Largest relative error of (the sums, the gradients), against the whole vocabulary in one process."""
-    hidden, weight, labels = (x.detach().float().requires_grad_() if x.is_floating_point() else x for x in problem(dtype))
+    hidden, weight, labels = (
+        x.detach().float().requires_grad_() if x.is_floating_point() else x for x in problem(dtype)
+    )
     wanted = linear_cross_entropy(hidden, weight, labels, Z)
     gradients = torch.autograd.grad(wanted.total, (hidden, weight))
     of_sums = max(abs(x - y.item()) / y.item() for sums, *_ in results for x, y in zip(sums, wanted, strict=True))
-    of_gradients = max(float((x - y).norm() / y.norm()) for _, *ours, _, _ in results for x, y in zip(ours, gradients, strict=True))
+    of_gradients = max(
+        float((x - y).norm() / y.norm()) for _, *ours, _, _ in results for x, y in zip(ours, gradients, strict=True)
+    )
     return of_sums, of_gradients
 
 

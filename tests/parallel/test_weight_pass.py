@@ -13,7 +13,9 @@ from pretrain.model.init import initialise
 from pretrain.model.transformer import Transformer
 
 V, S = 64, 24
-CONFIG = ModelConfig(vocab_size=V, n_layers=3, d_model=16, n_heads=4, n_kv_heads=2, d_ff=40, max_seq_len=S, qkv_bias=True, qk_norm=True)
+CONFIG = ModelConfig(
+    vocab_size=V, n_layers=3, d_model=16, n_heads=4, n_kv_heads=2, d_ff=40, max_seq_len=S, qkv_bias=True, qk_norm=True
+)
 LINEAR = {f"{module}_proj.weight" for module in "qkvo"} | {f"{module}_proj.weight" for module in ("gate", "up", "down")}
 
 
@@ -45,7 +47,9 @@ def is_linear(name: str) -> bool:
     return any(name.endswith(suffix) for suffix in LINEAR)
 
 
-@pytest.mark.parametrize(("mode", "compiled"), [("none", False), ("full", False), ("selective", False), ("none", True), ("full", True)])
+@pytest.mark.parametrize(
+    ("mode", "compiled"), [("none", False), ("full", False), ("selective", False), ("none", True), ("full", True)]
+)
 def test_both_passes_make_the_gradients_of_one(mode: str, compiled: bool) -> None:
     whole, split = model(), model()
     weights = WeightPass(split.layers)
@@ -94,7 +98,9 @@ def test_what_was_set_aside_is_freed_once_it_is_added() -> None:
 
 def tensors_of(rows: int, columns: int) -> int:
     gc.collect()
-    return sum(type(it) is Tensor and it.numel() == rows * columns and it.shape[-1] == columns for it in gc.get_objects())
+    return sum(
+        type(it) is Tensor and it.numel() == rows * columns and it.shape[-1] == columns for it in gc.get_objects()
+    )
 
 
 def test_names_and_state_are_those_of_plain_layers() -> None:

@@ -160,14 +160,18 @@ def test_a_dead_worker_is_noticed_long_before_the_timeout(workers: WorkerPool) -
         workers.run(one_ends, 2, 7, timeout=60)
     with pytest.raises(CaseFailed, match=r"one_is_killed: rank 1 of 2 was killed by SIGKILL$"):
         workers.run(one_is_killed, 2, timeout=60)
-    with pytest.raises(CaseFailed, match=r"rank 1 of 2 was killed by SIGABRT\nFatal Python error: Aborted\n(.*\n)*.* in one_crashes"):
+    with pytest.raises(
+        CaseFailed, match=r"rank 1 of 2 was killed by SIGABRT\nFatal Python error: Aborted\n(.*\n)*.* in one_crashes"
+    ):
         workers.run(one_crashes, 2, timeout=60)
     assert time.monotonic() - began < 60
     assert_goes_on(workers, 2)
 
 
 def test_what_cannot_be_sent_is_refused(workers: WorkerPool) -> None:
-    with pytest.raises(TypeError, match=r"cannot be sent to a worker: .*; the function must stand at the top level of its module"):
+    with pytest.raises(
+        TypeError, match=r"cannot be sent to a worker: .*; the function must stand at the top level of its module"
+    ):
         workers.run(lambda: 1, 2)
     with pytest.raises(ValueError, match=r"world_size=9: the pool has 1 to 8 workers"):
         workers.run(look, 9)

@@ -46,7 +46,10 @@ def test_torchruns_variables_are_read() -> None:
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, r"RANK=0 WORLD_SIZE=2 in .*, without LOCAL_RANK, LOCAL_WORLD_SIZE: start with torchrun"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            r"RANK=0 WORLD_SIZE=2 in .*, without LOCAL_RANK, LOCAL_WORLD_SIZE: start with torchrun",
+        ),
         (TORCHRUN | {"LOCAL_RANK": "one"}, r"LOCAL_RANK=one .* are not all numbers: start with torchrun"),
         (TORCHRUN | {"RANK": "8"}, r"RANK=8 WORLD_SIZE=8 .* contradict each other: start with torchrun"),
         (TORCHRUN | {"LOCAL_RANK": "4"}, r"LOCAL_RANK=4 LOCAL_WORLD_SIZE=4 .* contradict each other"),
@@ -65,7 +68,8 @@ def test_one_process_needs_no_group() -> None:
 
 
 @pytest.mark.parametrize(
-    ("soft", "hard", "after"), [(1024, 4096, 3072), (1024, 2048, 2048), (4096, 4096, 4096), (256, resource.RLIM_INFINITY, 3072)]
+    ("soft", "hard", "after"),
+    [(1024, 4096, 3072), (1024, 2048, 2048), (4096, 4096, 4096), (256, resource.RLIM_INFINITY, 3072)],
 )
 def test_files_may_be_open_for_every_rank(soft: int, hard: int, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = [(soft, hard)]
@@ -77,7 +81,10 @@ def test_files_may_be_open_for_every_rank(soft: int, hard: int, after: int, monk
 
 def test_more_processes_than_gpus_are_refused_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(LayoutError, match=r"2 processes on a machine with 1 GPUs: start at most 1"), start(World(1, 2, 1, 2), "cuda"):
+    with (
+        pytest.raises(LayoutError, match=r"2 processes on a machine with 1 GPUs: start at most 1"),
+        start(World(1, 2, 1, 2), "cuda"),
+    ):
         pass
 
 
@@ -183,7 +190,9 @@ def run_ranks(tmp_path: Path) -> Callable[..., End]:
 
 
 @pytest.mark.parametrize("how", ["bug", "busy"])
-def test_a_rank_that_raises_ends_the_others_within_10_seconds_and_is_heard_once(run_ranks: Callable[..., End], how: str) -> None:
+def test_a_rank_that_raises_ends_the_others_within_10_seconds_and_is_heard_once(
+    run_ranks: Callable[..., End], how: str
+) -> None:
     end = run_ranks(how)
     assert end.codes == [1, 1, 1]
     assert end.output.count("Traceback") == end.output.count("ValueError: a bug\non rank 1 of 3") == 1
@@ -201,7 +210,9 @@ def test_a_rank_that_raises_ends_the_others_within_10_seconds_and_is_heard_once(
     ],
     ids=["before the group", "in the group", "diverged", "the same on all"],
 )
-def test_an_expected_error_is_one_line_of_one_rank(run_ranks: Callable[..., End], how: str, line: str, code: int) -> None:
+def test_an_expected_error_is_one_line_of_one_rank(
+    run_ranks: Callable[..., End], how: str, line: str, code: int
+) -> None:
     end = run_ranks(how)
     assert end.codes == [code] * SIZE
     assert end.output.startswith(line)
@@ -217,7 +228,9 @@ def test_an_expected_error_is_one_line_of_one_rank(run_ranks: Callable[..., End]
         ("missing argument", "error: Missing argument 'RUN'; see pretrain generate --help (on rank "),
     ],
 )
-def test_a_command_line_that_cannot_be_is_one_line_of_one_rank(run_ranks: Callable[..., End], how: str, line: str) -> None:
+def test_a_command_line_that_cannot_be_is_one_line_of_one_rank(
+    run_ranks: Callable[..., End], how: str, line: str
+) -> None:
     end = run_ranks(how)
     assert end.codes == [2] * SIZE
     assert end.output.startswith(line)
@@ -252,8 +265,12 @@ def test_ranks_that_end_well_say_nothing(run_ranks: Callable[..., End], how: str
     assert run_ranks(how) == End([code] * SIZE, "", 0.0)
 
 
-@pytest.mark.parametrize(("how", "line"), [("alone", "error: parallel.tensor=3"), ("usage, alone", "error: No such option: --stepz")])
-def test_ranks_that_do_not_fail_together_each_show_the_error(run_ranks: Callable[..., End], how: str, line: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "line"), [("alone", "error: parallel.tensor=3"), ("usage, alone", "error: No such option: --stepz")]
+)
+def test_ranks_that_do_not_fail_together_each_show_the_error(
+    run_ranks: Callable[..., End], how: str, line: str
+) -> None:
     """Negative control."""
     assert run_ranks(how).output.count(line) == SIZE
 
@@ -268,7 +285,9 @@ def test_under_torchrun_too(tmp_path: Path) -> None:
         "cli.main()\n"
     )
     words = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SIZE}", str(script))
-    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ended = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert ended.returncode == 1
     assert (ended.stdout + ended.stderr).count("ValueError: a bug\non rank 1 of 3") == 1
     assert time.monotonic() - float((tmp_path / "when").read_text()) < BOUND + 5  # torchrun's own end included

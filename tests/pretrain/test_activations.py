@@ -17,7 +17,14 @@ from pretrain.train.layout import layout_of
 from pretrain.train.resolve import plan
 
 SMALL = (
-    *("model.n_layers=4", "model.d_model=256", "model.n_heads=8", "model.n_kv_heads=4", "model.d_ff=704", "model.vocab_size=2048"),
+    *(
+        "model.n_layers=4",
+        "model.d_model=256",
+        "model.n_heads=8",
+        "model.n_kv_heads=4",
+        "model.d_ff=704",
+        "model.vocab_size=2048",
+    ),
     *("data.seq_len=4096", "train.micro_batch_size=1", "train.precision=bf16"),
 )
 CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -27,16 +34,30 @@ CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "tensor": (4, 0, ("train.batch_size=2", "parallel.tensor=4")),
     "without sequence": (4, 0, ("train.batch_size=2", "parallel.tensor=4", "parallel.sequence=false")),
     "gather": (2, 1, ("train.batch_size=2", "parallel.context=2", "train.micro_batch_size=2", "model.head_dim=64")),
-    "ulysses": (2, 0, ("train.batch_size=1", "parallel.context=2", "parallel.context_method=ulysses", "model.head_dim=64")),
+    "ulysses": (
+        2,
+        0,
+        ("train.batch_size=1", "parallel.context=2", "parallel.context_method=ulysses", "model.head_dim=64"),
+    ),
     "1f1b, first": (4, 0, ("train.batch_size=4", "parallel.pipeline=4")),
     "gpipe, last": (2, 1, ("train.batch_size=4", "parallel.pipeline=2", "parallel.schedule=gpipe")),
     "interleaved, first": (2, 0, ("train.batch_size=4", "parallel.pipeline=2", "parallel.schedule=interleaved")),
     "zbv, last": (2, 1, ("train.batch_size=8", "parallel.pipeline=2", "parallel.schedule=zbv", "train.recompute=full")),
-    "interleaved zero bubble": (2, 0, ("train.batch_size=8", "parallel.pipeline=2", "parallel.schedule=interleaved_zero_bubble")),
+    "interleaved zero bubble": (
+        2,
+        0,
+        ("train.batch_size=8", "parallel.pipeline=2", "parallel.schedule=interleaved_zero_bubble"),
+    ),
     "all at once": (
         64,
         63,
-        ("train.batch_size=32", "parallel.pipeline=2", "parallel.tensor=2", "parallel.context=2", "parallel.replicate=2"),
+        (
+            "train.batch_size=32",
+            "parallel.pipeline=2",
+            "parallel.tensor=2",
+            "parallel.context=2",
+            "parallel.replicate=2",
+        ),
     ),
     "full": (2, 0, ("train.batch_size=2", "train.recompute=full", "parallel.zero=3")),
     "selective": (2, 0, ("train.batch_size=2", "parallel.tensor=2", "train.recompute=selective")),

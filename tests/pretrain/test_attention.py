@@ -34,14 +34,22 @@ def positions_of(documents: Tensor) -> Tensor:
 
 def config(window: int | None = None, *, document_mask: bool = True) -> ModelConfig:
     return ModelConfig(
-        vocab_size=64, d_model=H * K, n_heads=H, n_kv_heads=G, head_dim=K, sliding_window=window, document_mask=document_mask
+        vocab_size=64,
+        d_model=H * K,
+        n_heads=H,
+        n_kv_heads=G,
+        head_dim=K,
+        sliding_window=window,
+        document_mask=document_mask,
     )
 
 
 def heads(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((B, S, H, K), (B, S, G, K), (B, S, G, K))
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes)
+    q, k, v = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
+    )
     return q, k, v
 
 
@@ -50,7 +58,9 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int 
     out = torch.zeros_like(q, dtype=torch.float64)
     for b in range(B):
         for i in range(S):
-            seen = [j for j in range(i + 1) if documents[b, j] == documents[b, i] and (window is None or i - j < window)]
+            seen = [
+                j for j in range(i + 1) if documents[b, j] == documents[b, i] and (window is None or i - j < window)
+            ]
             for h in range(H):
                 keys, values = k[b, seen, h // (H // G)].double(), v[b, seen, h // (H // G)].double()
                 out[b, i, h] = torch.softmax(keys @ q[b, i, h].double() / K**0.5, 0) @ values
@@ -148,7 +158,9 @@ def test_the_installed_varlen_attn_takes_our_arguments() -> None:
         assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k))] == [q.shape, k.shape]
 
 
-@pytest.mark.parametrize(("version", "module"), [(2, "flash_attn"), (3, "flash_attn_interface"), (4, "flash_attn.cute")])
+@pytest.mark.parametrize(
+    ("version", "module"), [(2, "flash_attn"), (3, "flash_attn_interface"), (4, "flash_attn.cute")]
+)
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("ranges", [((0, S),), *RANGES.values()], ids=["whole rows", *RANGES])
 def test_flash_attn_is_called_by_the_convention_of_its_version(
@@ -181,7 +193,9 @@ def test_flash_attn_is_called_by_the_convention_of_its_version(
     kernels._flash_attn_function.cache_clear()
     q, k, v = heads()
     here = torch.cat([torch.arange(*span) for span in ranges])
-    mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "flash_attn", config(window), ranges, whole_rows=len(here) == S)
+    mask = document_mask(
+        DOCUMENTS, positions_of(DOCUMENTS), "flash_attn", config(window), ranges, whole_rows=len(here) == S
+    )
     out = attention(q[:, here], k, v, mask)
     kernels._flash_attn_function.cache_clear()
     torch.testing.assert_close(out.double(), written_out(q, k, v, DOCUMENTS, window)[:, here], rtol=1e-5, atol=1e-5)
@@ -242,7 +256,11 @@ def test_a_mask_names_its_kernel() -> None:
 @pytest.mark.parametrize("kernel", ["sdpa", "blocked", "varlen"])
 @pytest.mark.parametrize("ranges", RANGES.values(), ids=RANGES)
 def test_some_queries_of_a_row_attend_as_they_do_in_the_whole_row(
-    ranges: tuple[tuple[int, int], ...], kernel: str, documents: Tensor, window: int | None, monkeypatch: pytest.MonkeyPatch
+    ranges: tuple[tuple[int, int], ...],
+    kernel: str,
+    documents: Tensor,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "_varlen_attn", reference_varlen)
     q, k, v = heads()
@@ -269,7 +287,9 @@ def test_long_rows_are_cut_into_blocks_that_end_with_their_own_queries() -> None
             document_mask(documents, positions_of(documents), kernel, config(window), where, whole_rows=where is None)
             for kernel, where in (("sdpa", None), ("blocked", ranges))
         ]
-        torch.testing.assert_close(attention(q[:, here], k, v, masks[1]), attention(q, k, v, masks[0])[:, here], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            attention(q[:, here], k, v, masks[1]), attention(q, k, v, masks[0])[:, here], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_keys_before_the_first_document_with_queries_are_a_document_without_them() -> None:
@@ -278,7 +298,13 @@ def test_keys_before_the_first_document_with_queries_are_a_document_without_them
     middle, begin = (part.documents for part in mask.parts)
     assert middle is not None
     assert begin is not None
-    assert middle.query_ends_N.tolist() == [0, 0, 6, 10, 20]  # of the first row: none of 0 and 1, six of 2, four of 3; ten of the second
+    assert middle.query_ends_N.tolist() == [
+        0,
+        0,
+        6,
+        10,
+        20,
+    ]  # of the first row: none of 0 and 1, six of 2, four of 3; ten of the second
     assert middle.key_ends_N.tolist() == [0, 8, 16, 20, 40]
     assert middle.longest.shape == (16, 32, 0)
     assert begin.query_ends_N.tolist() == begin.key_ends_N.tolist() == [0, 3, 6]

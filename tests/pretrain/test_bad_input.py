@@ -104,7 +104,9 @@ def test_wrong_config_files(refused: Callable[..., str], tmp_path: Path, content
 
 
 def test_a_missing_config_file(refused: Callable[..., str]) -> None:
-    assert "nowhere.yaml: no such file, and no preset of that name; presets are demo" in refused("train", "nowhere.yaml")
+    assert "nowhere.yaml: no such file, and no preset of that name; presets are demo" in refused(
+        "train", "nowhere.yaml"
+    )
 
 
 NO_GPU = "train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto"
@@ -117,18 +119,36 @@ SETTINGS = {
         ["data.seq_len=1000000", "model.max_seq_len=1000000"],
         r"data.seq_len=1000000 is longer than the data: .*train holds \d+ tokens; lower data.seq_len or prepare more text",
     ),
-    "sequence longer than the model's": (["data.seq_len=128"], "data.seq_len=128 is longer than model.max_seq_len=64; lower the first"),
-    "warm-up longer than the run": (["optim.warmup=40"], "optim.warmup=40 is not below train.steps=40: .* try optim.warmup=4"),
-    "microbatch larger than the batch": (["train.micro_batch_size=9"], "train.micro_batch_size=9 is larger than train.batch_size=4"),
+    "sequence longer than the model's": (
+        ["data.seq_len=128"],
+        "data.seq_len=128 is longer than model.max_seq_len=64; lower the first",
+    ),
+    "warm-up longer than the run": (
+        ["optim.warmup=40"],
+        "optim.warmup=40 is not below train.steps=40: .* try optim.warmup=4",
+    ),
+    "microbatch larger than the batch": (
+        ["train.micro_batch_size=9"],
+        "train.micro_batch_size=9 is larger than train.batch_size=4",
+    ),
     "a batch that fits into no memory": (
         ["train.batch_size=999999999989"],
         r"train.batch_size=999999999989 sequences of data.seq_len=32 tokens need 953,674 GiB of memory in each process, "
         r"and this machine has [\d,]+ GiB: at most \d+ fit",
     ),
-    "kernels of a GPU": (["train.attention=varlen"], "train.attention=varlen does not run here with train.device=cpu, .* use sdpa or auto"),
-    "a GPU that is not there": (["train.device=cuda", "train.precision=auto", "train.compile=auto", "train.attention=auto"], NO_GPU),
+    "kernels of a GPU": (
+        ["train.attention=varlen"],
+        "train.attention=varlen does not run here with train.device=cpu, .* use sdpa or auto",
+    ),
+    "a GPU that is not there": (
+        ["train.device=cuda", "train.precision=auto", "train.compile=auto", "train.attention=auto"],
+        NO_GPU,
+    ),
     "no data": (["data.path=nowhere"], "data.path=nowhere holds no prepared data; run `pretrain data prepare`"),
-    "no tokenizer": (["data.tokenizer=nowhere.json"], "data.tokenizer: cannot read nowhere.json: No such file .* name a tokenizer.json"),
+    "no tokenizer": (
+        ["data.tokenizer=nowhere.json"],
+        "data.tokenizer: cannot read nowhere.json: No such file .* name a tokenizer.json",
+    ),
     "a prompt that fills the context": (
         [f"log.samples=['{'loop ' * 64}']"],
         r"log.samples: 'loop .*' has \d+ tokens, which leave no room for more in model.max_seq_len=64; shorten it to 63 or fewer",
@@ -163,7 +183,10 @@ def corrupt_parquet(folder: Path) -> tuple[str, str]:
     pq.write_table(pa.table({"text": ["some text of a document"] * 100}), folder / "bad.parquet")
     content = (folder / "bad.parquet").read_bytes()
     (folder / "bad.parquet").write_bytes(content[: len(content) // 2])
-    return f"{{kind: parquet, paths: [{folder}]}}", r"bad\.parquet: cannot be read, it may be corrupt or out of reach \(.*\); restore it"
+    return (
+        f"{{kind: parquet, paths: [{folder}]}}",
+        r"bad\.parquet: cannot be read, it may be corrupt or out of reach \(.*\); restore it",
+    )
 
 
 def no_parquet(folder: Path) -> tuple[str, str]:
@@ -181,9 +204,16 @@ def test_sources_that_cannot_be_read(
     assert re.search(message, refused("data", command, f"data.sources=[{words}]", "data.path=data"))
 
 
-def test_data_that_was_prepared_with_other_settings(refused: Callable[..., str], tiny_text: Path, tiny_data: Path) -> None:
+def test_data_that_was_prepared_with_other_settings(
+    refused: Callable[..., str], tiny_text: Path, tiny_data: Path
+) -> None:
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
-    words = ("data.vocab_size=300", "data.tokenizer_sample_mb=1", "data.validation_fraction=0.2", "data.shard_tokens=4000")
+    words = (
+        "data.vocab_size=300",
+        "data.tokenizer_sample_mb=1",
+        "data.validation_fraction=0.2",
+        "data.shard_tokens=4000",
+    )
     line = refused("data", "prepare", f"data.path={tiny_data}", source, *words)
     assert "data.validation_fraction was 0.1 and is 0.2. Set another data.path, or delete" in line
 
@@ -197,7 +227,9 @@ def data(tmp_path: Path, tiny_data: Path) -> Path:
 def test_a_damaged_shard(refused: Callable[..., str], data: Path, tiny_words: TinyWords, tmp_path: Path) -> None:
     shard = next((data / "train").glob("*.bin"))
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
-    assert re.search(rf"{shard}: block 0 of 1 does not match its checksum; prepare the data again", refused("data", "verify", data))
+    assert re.search(
+        rf"{shard}: block 0 of 1 does not match its checksum; prepare the data again", refused("data", "verify", data)
+    )
     shard.write_bytes(shard.read_bytes()[:-2])
     assert str(shard) in refused("train", *tiny_words(tmp_path / "run", f"data.path={data}"))
 
@@ -208,15 +240,24 @@ def test_another_tokenizer_than_the_one_of_the_data(
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
     assert pretrain("data", "tokenizer", source, "data.path=other", "data.vocab_size=290").code == 0
     line = refused("train", *tiny_words(tmp_path / "run", "data.tokenizer=other/tokenizer.json"))
-    assert re.search(r"data.tokenizer=other/tokenizer.json \(\w+\) is not the tokenizer that made data.path=\S+ \(\w+\); set data.", line)
+    assert re.search(
+        r"data.tokenizer=other/tokenizer.json \(\w+\) is not the tokenizer that made data.path=\S+ \(\w+\); set data.",
+        line,
+    )
 
 
 def test_a_run_directory_of_another_config_shows_the_difference(
     refused: Callable[..., str], run_tiny: RunTiny, tiny_words: TinyWords, tmp_path: Path
 ) -> None:
     run_tiny(tmp_path / "run", "train.steps=10")
-    line = refused("train", *tiny_words(tmp_path / "run", "train.steps=10", "optim.clip=2", "model.qk_norm=true", "checkpoint.keep=9"))
-    assert "model.qk_norm: False in the run, True now; optim.clip: 1.0 in the run, 2.0 now; put the values back, or choose another" in line
+    line = refused(
+        "train",
+        *tiny_words(tmp_path / "run", "train.steps=10", "optim.clip=2", "model.qk_norm=true", "checkpoint.keep=9"),
+    )
+    assert (
+        "model.qk_norm: False in the run, True now; optim.clip: 1.0 in the run, 2.0 now; put the values back, or choose another"
+        in line
+    )
 
 
 @pytest.fixture
@@ -232,7 +273,10 @@ def test_no_checkpoint_is_whole(refused: Callable[..., str], trained: Path, data
     words = tiny_words(trained, f"data.path={data}", "train.steps=10", "checkpoint.every=5")
     for command in (("train", *words), ("generate", trained)):
         line = refused(*command)
-        assert re.search(r"none of the 2 checkpoints in \S*/run/checkpoints is whole; the newest fails because \S*step-00000010/", line)
+        assert re.search(
+            r"none of the 2 checkpoints in \S*/run/checkpoints is whole; the newest fails because \S*step-00000010/",
+            line,
+        )
         assert re.search(r"has \d+ bytes instead of \d+\. Restore one of them from a copy", line)
         assert "delete " not in line
 
@@ -246,15 +290,22 @@ def test_other_data_than_the_run_was_trained_on(
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}], exclude: ['00*']}}]"
     assert pretrain("data", "prepare", source, f"data.path={other}").code == 0
     line = refused("train", *tiny_words(trained, f"data.path={other}", "train.steps=10", "checkpoint.every=5"))
-    assert re.search(r"step-00000010 was trained on other data .* put the data back, or start in another run\.dir", line)
+    assert re.search(
+        r"step-00000010 was trained on other data .* put the data back, or start in another run\.dir", line
+    )
 
 
 def test_a_prompt_that_fills_the_context(refused: Callable[..., str], trained: Path) -> None:
     line = refused("generate", trained, "loop " * 64)
-    assert re.search(r"the prompt has \d+ tokens, which leave no room for more in model\.max_seq_len=64; shorten it to 63 or fewer", line)
+    assert re.search(
+        r"the prompt has \d+ tokens, which leave no room for more in model\.max_seq_len=64; shorten it to 63 or fewer",
+        line,
+    )
 
 
-def test_a_damaged_config_of_a_run(refused: Callable[..., str], trained: Path, data: Path, tiny_words: TinyWords) -> None:
+def test_a_damaged_config_of_a_run(
+    refused: Callable[..., str], trained: Path, data: Path, tiny_words: TinyWords
+) -> None:
     (trained / "config.yaml").write_text("model: [")
     words = tiny_words(trained, f"data.path={data}", "train.steps=10", "checkpoint.every=5")
     for command in (("train", *words), ("generate", trained), ("report", trained)):

@@ -47,7 +47,11 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         ("parallel.tensor=3", "parallel.pipeline=2"),
         "parallel.pipeline=2 x parallel.tensor=3 = 6 does not divide the 8 processes: change one of them, or start 6 or a multiple of that",
     ),
-    "experts of a dense model": (2, ("parallel.expert=2",), "parallel.expert=2 divides experts, and this model has none: use 1"),
+    "experts of a dense model": (
+        2,
+        ("parallel.expert=2",),
+        "parallel.expert=2 divides experts, and this model has none: use 1",
+    ),
     "heads": (3, ("parallel.tensor=3",), "parallel.tensor=3 does not divide model.n_heads=2: use 1"),
     "key/value heads": (
         8,
@@ -60,7 +64,11 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         "parallel.tensor=6 is not a multiple of model.n_kv_heads=4, so parallel.replicate_kv cannot share them out evenly: "
         "use 1, 2, 4 or 12",
     ),
-    "MLP": (4, (*HEADS, "model.d_ff=66", "parallel.tensor=4"), "parallel.tensor=4 does not divide model.d_ff=66: use 1 or 2"),
+    "MLP": (
+        4,
+        (*HEADS, "model.d_ff=66", "parallel.tensor=4"),
+        "parallel.tensor=4 does not divide model.d_ff=66: use 1 or 2",
+    ),
     "vocabulary": (
         4,
         (*HEADS, "model.vocab_size=322", "parallel.tensor=4"),
@@ -242,13 +250,29 @@ GOOD = [
     (16, ("parallel.context=4", "parallel.tensor=2", "data.growth=[{from: 50%, seq_len: 256}]")),
     (16, ("parallel.context=2", "parallel.context_method=ulysses", "parallel.tensor=2", "model.sliding_window=16")),
     (8, ("parallel.pipeline=4", "parallel.schedule=interleaved")),
-    (8, ("parallel.pipeline=4", "parallel.schedule=zbv", "parallel.zero=3", "train.compile=true", "train.recompute=full")),
+    (
+        8,
+        (
+            "parallel.pipeline=4",
+            "parallel.schedule=zbv",
+            "parallel.zero=3",
+            "train.compile=true",
+            "train.recompute=full",
+        ),
+    ),
     (8, ("parallel.pipeline=4", "parallel.schedule=zbv", "train.recompute=selective")),
     (4, ("parallel.shard=2", "parallel.tensor=2", "optim.kind=muon")),
     (8, ("parallel.tensor=2", "parallel.async_tensor=true")),
     (8, ("parallel.reshard_to=4", "parallel.offload=true")),
 ]
-SHAPE = ("model.n_layers=8", "model.n_heads=8", "model.n_kv_heads=8", "model.vocab_size=512", "data.seq_len=128", "train.batch_size=64")
+SHAPE = (
+    "model.n_layers=8",
+    "model.n_heads=8",
+    "model.n_kv_heads=8",
+    "model.vocab_size=512",
+    "data.seq_len=128",
+    "train.batch_size=64",
+)
 
 
 @pytest.mark.parametrize(("world_size", "words"), GOOD, ids=str)
@@ -270,7 +294,10 @@ def test_what_is_auto_is_what_is_left() -> None:
         ((), 8),  # of 8 a rank
         (("parallel.pipeline=4",), 4),  # 32 a rank, 8 microbatches
         (("parallel.pipeline=4", "train.batch_size=8"), 1),  # 4 a rank: 8 microbatches are not to be had
-        (("parallel.pipeline=2", "parallel.schedule=interleaved", "train.batch_size=48"), 3),  # 12 a rank, in rounds of 2
+        (
+            ("parallel.pipeline=2", "parallel.schedule=interleaved", "train.batch_size=48"),
+            3,
+        ),  # 12 a rank, in rounds of 2
         (("data.seq_len=16384", "model.max_seq_len=32768"), 1),
         (("data.seq_len=16384", "model.max_seq_len=32768", "parallel.context=4", "parallel.shard=2"), 4),
     ],
@@ -283,7 +310,10 @@ def test_microbatches_fill_the_pipeline_and_count_a_context_ranks_tokens(words: 
 
 def test_what_cannot_be_compiled_is_not_by_itself() -> None:
     schedule = (*SHAPE, "parallel.pipeline=4", "parallel.schedule=zbv")
-    modes = {mode: planned(8, *schedule, f"train.recompute={mode}")[0].train.compile for mode in ("none", "full", "selective")}
+    modes = {
+        mode: planned(8, *schedule, f"train.recompute={mode}")[0].train.compile
+        for mode in ("none", "full", "selective")
+    }
     assert modes == {"none": True, "full": True, "selective": False}
 
 
@@ -303,14 +333,18 @@ def test_a_model_that_does_not_fit_is_refused_with_the_smallest_change_that_does
     world_size: int, words: tuple[str, ...], way_out: str
 ) -> None:
     config, layout = planned(world_size, *BIG, *words)
-    with pytest.raises(UserError, match=rf"the fullest rank would hold .* GiB .*, and a device has 39\.0 GiB: {way_out}"):
+    with pytest.raises(
+        UserError, match=rf"the fullest rank would hold .* GiB .*, and a device has 39\.0 GiB: {way_out}"
+    ):
         check_memory(config, layout, 39 * GIB)
     check_memory(config, layout, None)
     check_memory(*planned(8, *BIG), 39 * GIB)
 
 
 def test_a_batch_that_does_not_fit_into_the_host_is_refused_with_the_largest_that_does() -> None:
-    config, layout = planned(8, *BIG, "parallel.zero=1", "parallel.tensor=2")  # 4 data ranks of 16 sequences, each 2 x 16 x 8,192 bytes
+    config, layout = planned(
+        8, *BIG, "parallel.zero=1", "parallel.tensor=2"
+    )  # 4 data ranks of 16 sequences, each 2 x 16 x 8,192 bytes
     check_batch(config, layout, 16 * 2 * 16 * 8192)
     check_batch(config, layout, None)
     with pytest.raises(UserError, match=r"train\.batch_size=64 .* data\.seq_len=8192 tokens need .*: at most 60 fit"):

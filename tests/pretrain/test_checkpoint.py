@@ -30,16 +30,22 @@ def make_state(seed=0, layers=2, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     names = ["model.embed_tokens.weight"] + [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(layers)]
     model = {name: torch.randn(64, 96, generator=generator).to(dtype) for name in names}
-    optimizer = {name: {"step": torch.tensor(float(seed)), "exp_avg": torch.randn(64, 96, generator=generator)} for name in names}
+    optimizer = {
+        name: {"step": torch.tensor(float(seed)), "exp_avg": torch.randn(64, 96, generator=generator)} for name in names
+    }
     return {"model": model, "optimizer": optimizer}
 
 
 def empty_like(state):
-    return {key: empty_like(value) if isinstance(value, dict) else torch.zeros_like(value) for key, value in state.items()}
+    return {
+        key: empty_like(value) if isinstance(value, dict) else torch.zeros_like(value) for key, value in state.items()
+    }
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(equal(a[key], b[key]) if isinstance(a[key], dict) else torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(
+        equal(a[key], b[key]) if isinstance(a[key], dict) else torch.equal(a[key], b[key]) for key in a
+    )
 
 
 def make_record(step=1, **changes):
@@ -83,9 +89,21 @@ def test_what_is_loaded_is_bitwise_what_was_saved_in_the_very_same_tensors(tmp_p
 
 def test_tensors_that_are_views_transposed_or_parameters_are_saved_by_value(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
-    state = {"model": {"view": base[1:3], "transposed": base.T, "parameter": torch.nn.Parameter(base + 1), "scalar": torch.tensor(7.0)}}
+    state = {
+        "model": {
+            "view": base[1:3],
+            "transposed": base.T,
+            "parameter": torch.nn.Parameter(base + 1),
+            "scalar": torch.tensor(7.0),
+        }
+    }
     path = save(tmp_path, state, make_record())
-    loaded = {"model": {name: torch.zeros(tensor.shape).requires_grad_(name == "parameter") for name, tensor in state["model"].items()}}
+    loaded = {
+        "model": {
+            name: torch.zeros(tensor.shape).requires_grad_(name == "parameter")
+            for name, tensor in state["model"].items()
+        }
+    }
     load(path, loaded)
     assert equal(loaded, state)
     assert (path / SHARD).stat().st_size < 10_000
@@ -212,7 +230,10 @@ def test_metadata_is_not_unpickled_before_its_checksum_was_compared(tmp_path):
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        (make_state(1, layers=3), r"3 tensors only in the checkpoint \(model\.model\.layers\.2\.mlp\.up_proj\.weight, .*, \.\.\.\)"),
+        (
+            make_state(1, layers=3),
+            r"3 tensors only in the checkpoint \(model\.model\.layers\.2\.mlp\.up_proj\.weight, .*, \.\.\.\)",
+        ),
         (make_state(1, layers=1), r"3 tensors only in the run \(model\.model\.layers\.1\."),
         (
             make_state(1, dtype=torch.bfloat16),
@@ -239,8 +260,12 @@ def test_dcp_alone_accepts_more_layers_and_another_dtype(tmp_path):
 
 def test_a_tied_parameter_under_two_names_is_refused_before_anything_is_written(tmp_path):
     weight = torch.ones(4, 4)
-    with pytest.raises(ValueError, match=r"model\.model\.embed_tokens\.weight and model\.lm_head\.weight are one tensor"):
-        save(tmp_path, {"model": {"model.embed_tokens.weight": weight, "lm_head.weight": weight.detach()}}, make_record())
+    with pytest.raises(
+        ValueError, match=r"model\.model\.embed_tokens\.weight and model\.lm_head\.weight are one tensor"
+    ):
+        save(
+            tmp_path, {"model": {"model.embed_tokens.weight": weight, "lm_head.weight": weight.detach()}}, make_record()
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -269,7 +294,9 @@ def test_no_checkpoint_at_all_is_none_and_only_broken_ones_are_an_error_with_a_w
     assert newest(tmp_path, no_problem_expected) is None
     for step in (1, 2):
         lose_the_shard(save(tmp_path, make_state(step), make_record(step)))
-    with pytest.raises(UserError, match=r"none of the 2 checkpoints .*/step-00000002/__0_0\.distcp is missing\. Restore") as refusal:
+    with pytest.raises(
+        UserError, match=r"none of the 2 checkpoints .*/step-00000002/__0_0\.distcp is missing\. Restore"
+    ) as refusal:
         newest(tmp_path, lambda path, problems: None)
     assert "delete" not in str(refusal.value)
 

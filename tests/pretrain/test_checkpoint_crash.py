@@ -104,7 +104,9 @@ def test_a_save_killed_in_the_middle_of_a_file_leaves_the_old_checkpoint_whole(k
 
 
 def test_after_a_crash_the_same_step_is_saved_again_and_the_remains_go(killed):
-    directory = next(directory for directory in sorted(killed.glob("operation-*"), reverse=True) if list(directory.glob("*.tmp-*")))
+    directory = next(
+        directory for directory in sorted(killed.glob("operation-*"), reverse=True) if list(directory.glob("*.tmp-*"))
+    )
     remains = next(directory.glob("*.tmp-*"))
     assert verify(remains) == []  # the last moment before the commit: all was written
     record = Record(step=2, samples=2, config={}, dataset="", order="", layout={"data": 1}, rng={})

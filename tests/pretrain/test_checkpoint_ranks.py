@@ -61,7 +61,9 @@ def make_state(layout: Layout, seed: int, rank: int = 0) -> dict[str, Any]:
             module[name.replace(".", "/")] = nn.Parameter(split)
         fully_shard(module, mesh=data_mesh(mesh, layout))
         parameters = {name.replace("/", "."): parameter.detach() for name, parameter in module.named_parameters()}
-    moments = {name: {"step": torch.tensor(float(seed)), "exp_avg": value.clone()} for name, value in parameters.items()}
+    moments = {
+        name: {"step": torch.tensor(float(seed)), "exp_avg": value.clone()} for name, value in parameters.items()
+    }
     return {"model": parameters, "optimizer": moments}
 
 
@@ -72,7 +74,9 @@ def differing(state: dict[str, Any], layout: Layout, seed: int) -> list[str]:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     model = [name for name, tensor in state["model"].items() if not torch.equal(full(tensor), whole(name, seed))]
-    moments = [name for name, slots in state["optimizer"].items() if not torch.equal(full(slots["exp_avg"]), whole(name, seed))]
+    moments = [
+        name for name, slots in state["optimizer"].items() if not torch.equal(full(slots["exp_avg"]), whole(name, seed))
+    ]
     return model + moments + [name for name, slots in state["optimizer"].items() if slots["step"] != seed]
 
 
@@ -106,7 +110,9 @@ def on(workers: WorkerPool, layout: Layout, function: Callable[..., Any], *argum
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_checkpoint_of_any_layout_is_read_on_any_other_bit_for_bit(workers: WorkerPool, tmp_path: Path, layout: Layout) -> None:
+def test_a_checkpoint_of_any_layout_is_read_on_any_other_bit_for_bit(
+    workers: WorkerPool, tmp_path: Path, layout: Layout
+) -> None:
     paths = on(workers, layout, save, tmp_path, 3)
     assert paths == [tmp_path / "step-00000003"] * layout.world_size
     assert verify(paths[0]) == []
@@ -115,7 +121,9 @@ def test_a_checkpoint_of_any_layout_is_read_on_any_other_bit_for_bit(workers: Wo
         assert on(workers, other, load, paths[0], 3) == [[]] * other.world_size
 
 
-def test_one_process_writes_what_any_layout_reads_and_a_changed_value_is_noticed(workers: WorkerPool, tmp_path: Path) -> None:
+def test_one_process_writes_what_any_layout_reads_and_a_changed_value_is_noticed(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
     path = save(ALONE, tmp_path, 5)
     for layout in LAYOUTS:
         assert on(workers, layout, load, path, 5) == [[]] * layout.world_size
@@ -125,10 +133,14 @@ def test_one_process_writes_what_any_layout_reads_and_a_changed_value_is_noticed
     store.save(tmp_path, state, make_record(5, ALONE))
     for layout in LAYOUTS:
         found = on(workers, layout, load, path, 5)
-        assert found == [["layers.1.down"] if "layers.1.down" in names(layout, rank) else [] for rank in range(layout.world_size)]
+        assert found == [
+            ["layers.1.down"] if "layers.1.down" in names(layout, rank) else [] for rank in range(layout.world_size)
+        ]
 
 
-def test_every_rank_writes_a_file_of_its_own_and_the_manifest_has_the_sums_of_all(workers: WorkerPool, tmp_path: Path) -> None:
+def test_every_rank_writes_a_file_of_its_own_and_the_manifest_has_the_sums_of_all(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
     path = on(workers, Layout(shard=2, tensor=2), save, tmp_path, 1)[0]
     files = sorted(file.name for file in path.iterdir())
     assert files == [".metadata", *(f"__{rank}_0.distcp" for rank in range(4)), "manifest.json"]
@@ -148,7 +160,9 @@ def find_newest(folder: Path) -> tuple[Path | None, list[list[str]]]:
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_the_ranks_share_the_verification_and_find_the_same_checkpoint(workers: WorkerPool, tmp_path: Path, number: int) -> None:
+def test_the_ranks_share_the_verification_and_find_the_same_checkpoint(
+    workers: WorkerPool, tmp_path: Path, number: int
+) -> None:
     """Whichever file is damaged, one rank reads it, and all pass the checkpoint over."""
     paths = [save(ALONE, tmp_path, step) for step in (1, 2)]
     files = sorted(file.name for file in paths[1].iterdir())
@@ -187,11 +201,15 @@ def find_newest_where_rank_1_cannot_read(folder: Path) -> str:
         io.open = opened
 
 
-def test_what_one_rank_cannot_read_for_a_moment_stops_all_ranks_and_changes_nothing(workers: WorkerPool, tmp_path: Path) -> None:
+def test_what_one_rank_cannot_read_for_a_moment_stops_all_ranks_and_changes_nothing(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
     paths = [save(ALONE, tmp_path, step) for step in (1, 2)]
     told = workers.run(find_newest_where_rank_1_cannot_read, 2, tmp_path)
     assert told[0] == told[1]
-    assert told[0].startswith(f"{paths[1] / '__0_0.distcp'} cannot be read (Stale file handle); nothing is known to be damaged")
+    assert told[0].startswith(
+        f"{paths[1] / '__0_0.distcp'} cannot be read (Stale file handle); nothing is known to be damaged"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
@@ -228,9 +246,14 @@ def save_where_the_disk_of_rank_1_is_full(layout: Layout, folder: Path) -> str:
     return "saved"
 
 
-def test_a_full_disk_on_one_rank_is_an_os_error_on_all_and_leaves_nothing_behind(workers: WorkerPool, tmp_path: Path) -> None:
+def test_a_full_disk_on_one_rank_is_an_os_error_on_all_and_leaves_nothing_behind(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
     layout = Layout(shard=2)
-    assert workers.run(save_where_the_disk_of_rank_1_is_full, 2, layout, tmp_path / "checkpoints") == ["[Errno 27] File too large"] * 2
+    assert (
+        workers.run(save_where_the_disk_of_rank_1_is_full, 2, layout, tmp_path / "checkpoints")
+        == ["[Errno 27] File too large"] * 2
+    )
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert on(workers, layout, save, tmp_path / "checkpoints", 1) == [tmp_path / "checkpoints" / "step-00000001"] * 2
 
@@ -262,7 +285,9 @@ def refusal(layout: Layout, path: Path, change: str) -> str:
         ("dtype", "1 tensor of another shape or dtype (model.layers.1.norm is float32[3] there and bfloat16[3] here)"),
     ],
 )
-def test_what_the_ranks_hold_together_must_be_what_was_saved(workers: WorkerPool, tmp_path: Path, change: str, difference: str) -> None:
+def test_what_the_ranks_hold_together_must_be_what_was_saved(
+    workers: WorkerPool, tmp_path: Path, change: str, difference: str
+) -> None:
     path = save(ALONE, tmp_path, 2)
     told = workers.run(refusal, 2, Layout(pipeline=2), path, change)
     assert told[0] == told[1]
@@ -294,7 +319,9 @@ def save_tied_twice(folder: Path) -> None:
     store.save(folder, state, make_record(1, ALONE), group.WORLD)
 
 
-def test_a_tied_parameter_under_two_names_is_refused_on_all_ranks_before_anything_is_written(workers: WorkerPool, tmp_path: Path) -> None:
+def test_a_tied_parameter_under_two_names_is_refused_on_all_ranks_before_anything_is_written(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
     with pytest.raises(CaseFailed, match=r"embed and model\.lm_head are one tensor"):
         workers.run(save_tied_twice, 2, tmp_path)
     assert list(tmp_path.iterdir()) == []

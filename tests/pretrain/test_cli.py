@@ -59,20 +59,39 @@ def test_each_command_explains_itself(pretrain: Pretrain, command: str, sentence
     ],
     ids=["train", "config show", "data prepare", "data tokenizer"],
 )
-def test_help_holds_the_sentence_and_default_of_every_setting(pretrain: Pretrain, command: str, listed: Callable[[str], bool]) -> None:
+def test_help_holds_the_sentence_and_default_of_every_setting(
+    pretrain: Pretrain, command: str, listed: Callable[[str], bool]
+) -> None:
     told = words_of(pretrain(*command.split(), "--help").out)
     defaults = flatten(RunConfig())
     for key, field in walk():
         default = str(defaults[key])
-        row = words_of(f"{key} {default} {field.description}" if len(default) <= 34 else f"{key} {field.description} Default: {default}")
+        row = words_of(
+            f"{key} {default} {field.description}"
+            if len(default) <= 34
+            else f"{key} {field.description} Default: {default}"
+        )
         assert (row in told) == listed(key), row
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
     code = "import sys, pretrain.cli; print(*sorted(sys.modules))"
-    modules = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    modules = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert "pretrain.cli.run" in modules
-    assert not modules & {"torch", "datasets", "numpy", "pyarrow", "pydantic", "tokenizers", "transformers", "plotly", "wandb", "yaml"}
+    assert not modules & {
+        "torch",
+        "datasets",
+        "numpy",
+        "pyarrow",
+        "pydantic",
+        "tokenizers",
+        "transformers",
+        "plotly",
+        "wandb",
+        "yaml",
+    }
 
 
 def test_config_show_tells_where_each_value_comes_from(pretrain: Pretrain, tmp_path: Path) -> None:
@@ -94,7 +113,11 @@ def test_config_schema_is_the_schema(pretrain: Pretrain) -> None:
 
 
 def test_text_to_report_with_the_commands_alone(
-    pretrain: Pretrain, tmp_path: Path, tiny_text: Path, tiny_words: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    pretrain: Pretrain,
+    tmp_path: Path,
+    tiny_text: Path,
+    tiny_words: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
     data, run = tmp_path / "data", tmp_path / "run"
@@ -115,7 +138,9 @@ def test_text_to_report_with_the_commands_alone(
     assert verified.code == 0
     assert f"{data}: 2 shards, 0.1 MB, all as their manifests say" in verified.out
 
-    words = tiny_words(run, f"data.path={data}", "train.steps=12", "checkpoint.every=6", "train.compile=auto", "log.samples=[the loop]")
+    words = tiny_words(
+        run, f"data.path={data}", "train.steps=12", "checkpoint.every=6", "train.compile=auto", "log.samples=[the loop]"
+    )
     stop_at(monkeypatch, 4)
     stopped = pretrain("train", *words)
     assert stopped.code == 75

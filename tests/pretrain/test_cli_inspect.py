@@ -35,7 +35,9 @@ def test_it_counts_documents_tokens_and_lengths(pretrain: Pretrain, tiny_data: P
     rows = cells(answer.out, prepared.splits["train"].sources[0].name)[:2]
     for row, manifest in zip(rows, prepared.splits.values(), strict=True):
         assert row[1:6] == [str(manifest.documents), "0", str(manifest.documents), str(manifest.tokens), "100.0%"]
-    shares = [float(share) for share in re.findall(r"^ *[\d,]+ to [\d,]+ .* (\d+\.\d)% +\d+\.\d%$", answer.out, re.MULTILINE)]
+    shares = [
+        float(share) for share in re.findall(r"^ *[\d,]+ to [\d,]+ .* (\d+\.\d)% +\d+\.\d%$", answer.out, re.MULTILINE)
+    ]
     assert sum(shares) == pytest.approx(100, abs=0.3)
     assert answer.out.count("▌<|endoftext|>▐") >= 3
     assert "how documents meet in a sequence of 64 tokens" in answer.out
@@ -44,14 +46,18 @@ def test_it_counts_documents_tokens_and_lengths(pretrain: Pretrain, tiny_data: P
 
 def test_words_tell_what_that_run_reads_of_the_data(pretrain: Pretrain, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("data: {path: nowhere, seq_len: 32}\ntrain: {batch_size: 4, steps: 7}\n")
-    answers = [pretrain("data", "inspect", tiny_data, *words) for words in (RUN, (tmp_path / "my.yaml", "train.steps=500"))]
+    answers = [
+        pretrain("data", "inspect", tiny_data, *words) for words in (RUN, (tmp_path / "my.yaml", "train.steps=500"))
+    ]
     assert answers[0].out == answers[1].out
     loader, samples = Loader(tiny_data / "train", seq_len=32, seed=1), 500 * 4
     (epochs,) = loader.epochs(samples).values()
     tokens = round(epochs * loader.n_tokens)
     row = cells(answers[0].out, loader.sources[0].source.name)[2]
     assert row[1:] == [str(samples), str(tokens), "100.0%", f"{epochs:.2f}", str(tokens - loader.n_tokens)]
-    assert f"{1 - tokens / (samples * 32):.2%} of the positions are padding (data.packing=concatenate)" in answers[0].out
+    assert (
+        f"{1 - tokens / (samples * 32):.2%} of the positions are padding (data.packing=concatenate)" in answers[0].out
+    )
     assert "times: beyond" not in answers[0].out
 
 
@@ -84,13 +90,22 @@ def test_html_writes_the_page_and_prints_where(pretrain: Pretrain, tiny_data: Pa
     ("words", "message"),
     [
         (["data.mixture.weight.code=2"], "data.mixture.weight is not a setting; did you mean data.mixture.weights?"),
-        (["data.mixture.weights.nothing=2"], "data.mixture.weights names nothing, which the data does not hold; its sources are "),
+        (
+            ["data.mixture.weights.nothing=2"],
+            "data.mixture.weights names nothing, which the data does not hold; its sources are ",
+        ),
         (["data.mixture.max_epochs=2", "data.seq_len=32"], "times, more than data.mixture.max_epochs=2"),
         (["data.seq_len=100000"], "data.seq_len=100000 is longer than the data"),
-        (["data.growth=[{from: 50%, seq_len: 48}]", "data.seq_len=32"], "data.growth.0.seq_len=48 is not a multiple of the 32"),
+        (
+            ["data.growth=[{from: 50%, seq_len: 48}]", "data.seq_len=32"],
+            "data.growth.0.seq_len=48 is not a multiple of the 32",
+        ),
         (["data.window=48", "data.seq_len=32"], "data.window=48 is not a multiple of the longest sequence"),
         (["nosuch"], "nosuch: no such file, and no preset of that name"),
-        (["--html", "nowhere/page.html"], "--html: nowhere/page.html cannot be written: No such file or directory; name another file"),
+        (
+            ["--html", "nowhere/page.html"],
+            "--html: nowhere/page.html cannot be written: No such file or directory; name another file",
+        ),
         (["--html", "."], "--html: . is a folder; name a file"),
     ],
 )
@@ -129,7 +144,13 @@ def large(tiny_data: Path) -> Description:
     text = ("[red]a text[/] that spells <|endoftext|>", None)
     recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=True, listings=(), lists="", made_with={})
     manifest = Manifest(
-        split="train", splits=("train",), vocab_size=300, eot_id=0, tokenizer=tokenizer.fingerprint, recipe=recipe, sources=tuple(parts)
+        split="train",
+        splits=("train",),
+        vocab_size=300,
+        eot_id=0,
+        tokenizer=tokenizer.fingerprint,
+        recipe=recipe,
+        sources=tuple(parts),
     )
     sources = tuple(
         SourceDescription(
@@ -142,7 +163,12 @@ def large(tiny_data: Path) -> Description:
         for part in parts
     )
     return Description(
-        tiny_data, tokenizer, "<|endoftext|>", {"train": manifest}, sources, {"shards": (Entry("shard_tokens", "[b]5[/b]", True),)}
+        tiny_data,
+        tokenizer,
+        "<|endoftext|>",
+        {"train": manifest},
+        sources,
+        {"shards": (Entry("shard_tokens", "[b]5[/b]", True),)},
     )
 
 
@@ -162,7 +188,9 @@ def test_nothing_is_cut_off(large: Description, width: int) -> None:
     assert out.count("100,000,000,000") == 4
     assert out.count("10,000,000,000,000") == 4
     for count in ("9,999,999", "1,234,567", "gopher_repetition: duplicated_10_n_grams"):
-        assert out.count(f" {count} ") == 4 if count != "1,234,567" else out.count(count) == 8  # and in the table of duplicates
+        assert (
+            out.count(f" {count} ") == 4 if count != "1,234,567" else out.count(count) == 8
+        )  # and in the table of duplicates
 
 
 def test_bars_are_on_one_axis(large: Description) -> None:

@@ -90,7 +90,13 @@ def run(run_tiny: RunTiny, path: Path, compiled: Compiled, *words: str) -> None:
     run_tiny(path, *more, observers=[compiled], console=Console(file=io.StringIO()))
 
 
-UNEVEN = ("train.batch_size=8", "train.micro_batch_size=4", "train.batch_ramp_steps=3", "train.batch_ramp_start=2", "eval.batches=100")
+UNEVEN = (
+    "train.batch_size=8",
+    "train.micro_batch_size=4",
+    "train.batch_ramp_steps=3",
+    "train.batch_ramp_start=2",
+    "eval.batches=100",
+)
 """A ramp of 2, 4, 6 and then 8 sequences, and validation to the odd end of the held-out documents."""
 
 
@@ -100,7 +106,9 @@ def test_nothing_is_compiled_after_the_first_step_of_each_length(
 ) -> None:
     run(run_tiny, tmp_path, compiled, *UNEVEN, GROWING, f"train.attention={attention}")
     assert compiled.compiled_at == [("validation", 0), ("step", 1), ("step", 5)]
-    assert compiled.graphs == 7  # softmax, and a block and the norm: without gradients, with them, and for the other length
+    assert (
+        compiled.graphs == 7
+    )  # softmax, and a block and the norm: without gradients, with them, and for the other length
     assert compiled.with_variable_sizes == 0
 
 
@@ -116,13 +124,22 @@ def test_a_smaller_microbatch_would_be_compiled_once_more(
     tmp_path: Path, run_tiny: RunTiny, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Share, "given", lambda self, n_rows, micro_batch: -(-n_rows // self.ranks))
-    monkeypatch.setattr(loop, "microbatches", lambda batch, size, device: microbatches(batch, gcd(len(batch.input_ids), size), device))
+    monkeypatch.setattr(
+        loop, "microbatches", lambda batch, size, device: microbatches(batch, gcd(len(batch.input_ids), size), device)
+    )
     run(run_tiny, tmp_path, compiled, *UNEVEN, "optim.warmup=0", "train.steps=3", "model.n_layers=1")
     assert compiled.compiled_at == [("validation", 0), ("step", 1), ("step", 2)]  # of 2, then of 4 sequences
 
 
 MODEL = (
-    *("model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=64", "model.vocab_size=64"),
+    *(
+        "model.n_layers=2",
+        "model.d_model=32",
+        "model.n_heads=4",
+        "model.n_kv_heads=2",
+        "model.d_ff=64",
+        "model.vocab_size=64",
+    ),
     *("model.qk_norm=true", "train.steps=9", "train.device=cpu", "train.precision=fp32", "train.compile=true"),
     *("optim.warmup=0", "optim.lr=1e-3", "optim.decay=1"),
 )
@@ -161,7 +178,9 @@ def test_varlen_attention_is_compiled_once_for_any_number_of_documents(recompute
     assert losses == [pytest.approx(pair, rel=1e-5) for pair in eager]
 
 
-def test_flash_attn_is_not_compiled_again_for_other_documents(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_is_not_compiled_again_for_other_documents(
+    compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The compiler leaves it out: blocks are compiled in pieces, none of which may depend on the documents."""
 
     def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **documents: Any) -> Tensor:
@@ -213,7 +232,9 @@ def graphs_of_a_rank(layout: Layout, words: tuple[str, ...]) -> list[int]:
     ],
     ids=str,
 )
-def test_no_layout_compiles_after_its_first_step_and_validation(layout: Layout, words: tuple[str, ...], workers: WorkerPool) -> None:
+def test_no_layout_compiles_after_its_first_step_and_validation(
+    layout: Layout, words: tuple[str, ...], workers: WorkerPool
+) -> None:
     for graphs in workers.run(graphs_of_a_rank, 2, layout, words, timeout=240):
         assert graphs[0] > 0
         assert set(graphs) == {graphs[0]}

@@ -97,9 +97,15 @@ def test_words_mean_what_they_say(word: str, key: str, value: object) -> None:
         ("rope.kind=yarn", "rope is not a setting; did you mean model.rope?"),
         ("optimizer.lr=1", "optimizer is not a setting; did you mean optim?"),
         ("model.rop.theta=1", "model.rop is not a setting; did you mean model.rope?"),
-        ("data.sources=[{kind: text, file: x}]", "data.sources.0.file is not a setting; did you mean data.sources.0.filters?"),
+        (
+            "data.sources=[{kind: text, file: x}]",
+            "data.sources.0.file is not a setting; did you mean data.sources.0.filters?",
+        ),
         ("eval.qqqqqq=1", "eval.qqqqqq is not a setting; known are eval.batches, eval.every"),
-        ("qqqqqq=1", "qqqqqq is not a setting; known are checkpoint, data, eval, log, model, optim, parallel, run, train"),
+        (
+            "qqqqqq=1",
+            "qqqqqq is not a setting; known are checkpoint, data, eval, log, model, optim, parallel, run, train",
+        ),
     ],
 )
 def test_unknown_keys_are_answered_with_the_nearest_known_one(word: str, answer: str) -> None:
@@ -115,7 +121,10 @@ def test_unknown_keys_are_answered_with_the_nearest_known_one(word: str, answer:
         (["train.precision=fp8"], "train.precision='fp8': input should be 'bf16' or 'fp32'"),
         (["data.path=5"], "data.path=5: should be a path; quote it twice where it looks like a number, as in '\"5\"'"),
         (["log.samples=abc"], "log.samples='abc': should be a list, such as [a, b]"),
-        (["train.steps=0", "optim.lr=x"], "optim.lr='x': input should be a valid number, unable to parse string as a number (and 1 more)"),
+        (
+            ["train.steps=0", "optim.lr=x"],
+            "optim.lr='x': input should be a valid number, unable to parse string as a number (and 1 more)",
+        ),
         (
             ["model.d_model=100", "model.n_heads=12", "model.n_kv_heads=4"],
             "model.d_model=100 is not divisible by model.n_heads=12; set model.head_dim",
@@ -125,7 +134,10 @@ def test_unknown_keys_are_answered_with_the_nearest_known_one(word: str, answer:
             ["model.head_dim=2", "model.rope.kind=ntk"],
             "model.head_dim=2 is a single pair, which model.rope.kind=ntk cannot stretch; use at",
         ),
-        (["model.head_dim=2", "model.rope.kind=dynamic_ntk"], "model.head_dim=2 is a single pair, which model.rope.kind=dynamic_ntk"),
+        (
+            ["model.head_dim=2", "model.rope.kind=dynamic_ntk"],
+            "model.head_dim=2 is a single pair, which model.rope.kind=dynamic_ntk",
+        ),
         (["model.rope.low_freq_factor=0"], "model.rope.low_freq_factor=0: input should be greater than 0"),
         (
             ["model.rope.high_freq_factor=1"],
@@ -164,7 +176,10 @@ def test_auto_head_dim_is_the_width_over_the_heads_whatever_the_preset() -> None
 
 
 def test_a_config_written_to_the_disk_reads_back_equal(tmp_path: Path) -> None:
-    samples, sources = "log.samples=['no', '1', \"x\\n y: [z]\"]", "data.sources=[{kind: jsonl, paths: ['é.jsonl', '5']}]"
+    samples, sources = (
+        "log.samples=['no', '1', \"x\\n y: [z]\"]",
+        "data.sources=[{kind: jsonl, paths: ['é.jsonl', '5']}]",
+    )
     config = load("demo", ["log.wandb=off", "run.dir=a b", samples, sources]).config
     file = write(tmp_path / "config.yaml", dump(config))
     again = load(file)
@@ -225,7 +240,11 @@ def test_every_setting_has_its_sentence() -> None:
         assert field.description.rstrip().endswith((".", "`")), key
 
     def sections(kind: type[Settings]) -> list[type[Settings]]:
-        inner = [f.annotation for f in kind.model_fields.values() if isinstance(f.annotation, type) and issubclass(f.annotation, Settings)]
+        inner = [
+            f.annotation
+            for f in kind.model_fields.values()
+            if isinstance(f.annotation, type) and issubclass(f.annotation, Settings)
+        ]
         return [kind, *(s for i in inner for s in sections(i))]
 
     assert all((section.__doc__ or "").strip().endswith(".") for section in sections(RunConfig))
@@ -236,8 +255,27 @@ def schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()
 
 
-TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float), "null": type(None)}
-UNDERSTOOD = {"$ref", "$defs", "anyOf", "const", "enum", "type", "properties", "additionalProperties", "items", "prefixItems"}
+TYPES = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "boolean": bool,
+    "integer": int,
+    "number": (int, float),
+    "null": type(None),
+}
+UNDERSTOOD = {
+    "$ref",
+    "$defs",
+    "anyOf",
+    "const",
+    "enum",
+    "type",
+    "properties",
+    "additionalProperties",
+    "items",
+    "prefixItems",
+}
 UNDERSTOOD |= {"required", "minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 UNDERSTOOD |= {"title", "description", "default", "format", "pattern"}
 
@@ -251,7 +289,9 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
         return False
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         return False
-    if "type" in schema and (not isinstance(value, TYPES[schema["type"]]) or (isinstance(value, bool) and schema["type"] != "boolean")):
+    if "type" in schema and (
+        not isinstance(value, TYPES[schema["type"]]) or (isinstance(value, bool) and schema["type"] != "boolean")
+    ):
         return False
     if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
         return False
@@ -273,7 +313,9 @@ def test_the_schema_accepts_every_config_we_ship_and_the_whole_tree(schema: dict
     for name in presets():
         assert fits(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()), schema, schema), name
     for name in presets("configs.models"):
-        assert fits(yaml.safe_load((CONFIGS / "models" / f"{name}.yaml").read_text()), schema["$defs"]["ModelConfig"], schema), name
+        assert fits(
+            yaml.safe_load((CONFIGS / "models" / f"{name}.yaml").read_text()), schema["$defs"]["ModelConfig"], schema
+        ), name
     assert fits(json.loads(RunConfig().model_dump_json()), schema, schema)
     assert all(kind["additionalProperties"] is False for kind in (schema, *schema["$defs"].values()))
 

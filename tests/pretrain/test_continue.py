@@ -69,7 +69,9 @@ def state_at(run_dir: Path, step: int) -> dict[str, Tensor]:
     state = build_engine(load(run_dir / "config.yaml").config).state()
     store.load(checkpoint_path(run_dir / "checkpoints", step), state)
     flat = {f"model.{name}": tensor for name, tensor in state["model"].items()}
-    return flat | {f"{name}.{slot}": tensor for name, slots in state["optimizer"].items() for slot, tensor in slots.items()}
+    return flat | {
+        f"{name}.{slot}": tensor for name, slots in state["optimizer"].items() for slot, tensor in slots.items()
+    }
 
 
 def assert_same_end(ours: Path, theirs: Path, step: int) -> None:
@@ -108,7 +110,11 @@ def test_a_finished_run_made_longer_is_the_run_that_was_as_long_from_the_start(
     run_tiny(tmp_path / "run", *words, "train.steps=10")
     assert run_tiny(tmp_path / "run", *words, "train.steps=20") is Outcome.FINISHED
     assert_same_end(tmp_path / "run", tmp_path / "whole", 20)
-    told = [(e.kind, e.step) for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind in ("settings", "resume", "finish")]
+    told = [
+        (e.kind, e.step)
+        for e in read_events(tmp_path / "run" / "events.jsonl")
+        if e.kind in ("settings", "resume", "finish")
+    ]
     assert told == [("finish", 10), ("settings", None), ("resume", 10), ("finish", 20)]
     settings = next(e.text for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind == "settings")
     assert settings == "train.steps: 10 in the run, 20 now"
@@ -263,7 +269,15 @@ def test_a_run_without_a_step_that_counts_may_change_its_schedule(tmp_path: Path
 def test_validation_may_change_on_resume_and_no_loss_does(tmp_path: Path, run_tiny: RunTiny) -> None:
     run_tiny(tmp_path / "whole", "train.steps=20")
     run_tiny(tmp_path / "run", "train.steps=20", observers=[StopAfter(10)])
-    run_tiny(tmp_path / "run", "train.steps=20", "eval.every=3", "eval.batches=1", "model.max_seq_len=128", "model.preset=tiny", *SHAPE)
+    run_tiny(
+        tmp_path / "run",
+        "train.steps=20",
+        "eval.every=3",
+        "eval.batches=1",
+        "model.max_seq_len=128",
+        "model.preset=tiny",
+        *SHAPE,
+    )
     assert_same_end(tmp_path / "run", tmp_path / "whole", 20)
     assert set(validations(tmp_path / "run")) == {0, 10, 12, 15, 18, 20}
     text = next(e.text for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind == "settings")
@@ -272,7 +286,14 @@ def test_validation_may_change_on_resume_and_no_loss_does(tmp_path: Path, run_ti
 
 # From another run's checkpoint
 
-SHAPE = ("model.n_layers=2", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64", "model.tie_embeddings=false")
+SHAPE = (
+    "model.n_layers=2",
+    "model.d_model=32",
+    "model.n_heads=2",
+    "model.n_kv_heads=1",
+    "model.d_ff=64",
+    "model.tie_embeddings=false",
+)
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +340,9 @@ def test_full_with_the_same_settings_has_the_losses_that_the_run_would_have_had(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_branch_made_longer_answers_for_its_own_steps_alone(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+def test_a_branch_made_longer_answers_for_its_own_steps_alone(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome]
+) -> None:
     """Under its own settings the first steps, which the other run took, would have warmed up otherwise."""
     words = ("run.init_mode=full", "optim.schedule=constant")
     train(tmp_path, f"{parent}@10", *words, "optim.warmup=4", "train.steps=14")
@@ -329,7 +352,9 @@ def test_a_branch_made_longer_answers_for_its_own_steps_alone(tmp_path: Path, pa
     assert "step 11 had the learning rate 0.01 and would have had 0.00916667" in told
 
 
-def test_full_goes_on_with_other_numbers_from_there(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+def test_full_goes_on_with_other_numbers_from_there(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome]
+) -> None:
     """Another learning rate, batch size and length; the data goes on at the sequence where the other run stopped."""
     train(tmp_path, f"{parent}@10", "run.init_mode=full", "train.steps=13", "train.batch_size=6", "optim.lr=0.002")
     assert [(step, samples) for step, _, _, samples in curve(tmp_path)] == [(11, 46), (12, 52), (13, 58)]
@@ -342,14 +367,18 @@ def test_full_goes_on_with_other_numbers_from_there(tmp_path: Path, parent: Path
     )
 
 
-def test_weights_alone_begin_at_the_validation_loss_of_the_checkpoint(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+def test_weights_alone_begin_at_the_validation_loss_of_the_checkpoint(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome]
+) -> None:
     train(tmp_path, parent, "train.steps=3", "run.seed=5", "optim.kind=muon")
     assert validations(tmp_path)[0] == validations(parent)[20]
     assert [(step, samples) for step, _, _, samples in curve(tmp_path)] == [(1, 4), (2, 8), (3, 12)]
     assert validations(tmp_path)[0] < validations(parent)[0] - 1  # negative control: initial weights are elsewhere
 
 
-def test_ancestry_is_written_everywhere_and_reaches_back_to_the_first(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+def test_ancestry_is_written_everywhere_and_reaches_back_to_the_first(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome]
+) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     train(first, f"{parent}@10", "run.init_mode=full", "train.steps=12")
     train(second, first, "train.steps=2")
@@ -460,7 +489,9 @@ def other_data(tiny_text: Path, tiny_data: Path, tmp_path_factory: pytest.TempPa
     """Other documents, the same tokenizer."""
     path = tmp_path_factory.mktemp("other") / "data"
     sources = (SourceConfig(name="a", kind="text", paths=(f"{tiny_text}/0*",)),)
-    prepare(path, PrepareConfig(sources=sources, tokenizer=tiny_data / "tokenizer.json", validation_fraction=0.1, workers=1))
+    prepare(
+        path, PrepareConfig(sources=sources, tokenizer=tiny_data / "tokenizer.json", validation_fraction=0.1, workers=1)
+    )
     return path
 
 
@@ -469,7 +500,9 @@ def other_tokenizer(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -
     """As many tokens, others."""
     path = tmp_path_factory.mktemp("foreign") / "data"
     sources = (SourceConfig(name="a", kind="text", paths=(f"{tiny_text}/00*",)),)
-    prepare(path, PrepareConfig(sources=sources, vocab_size=290, tokenizer_sample_mb=1, validation_fraction=0.1, workers=1))
+    prepare(
+        path, PrepareConfig(sources=sources, vocab_size=290, tokenizer_sample_mb=1, validation_fraction=0.1, workers=1)
+    )
     return path
 
 
@@ -519,7 +552,13 @@ def test_weights_go_on_with_other_data_of_the_same_tokenizer(
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(
-    tmp_path: Path, parent: Path, child: Callable[..., list[str]], pretrain: Pretrain, step: int, words: list[str], told: str
+    tmp_path: Path,
+    parent: Path,
+    child: Callable[..., list[str]],
+    pretrain: Pretrain,
+    step: int,
+    words: list[str],
+    told: str,
 ) -> None:
     answer = pretrain("train", *child(tmp_path / "run", f"{parent}@{step}", *words))
     assert answer.code == 2
@@ -546,8 +585,9 @@ def test_full_wants_the_same_data_and_weights_the_same_tokenizer(
 
 
 def test_names_that_are_nothing_are_told_apart(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
-    assert "is neither a run directory with a config.yaml nor the folder of a checkpoint; write RUN or RUN@STEP" in refusal(
-        lambda: train(tmp_path / "run", tmp_path / "nothing")
+    assert (
+        "is neither a run directory with a config.yaml nor the folder of a checkpoint; write RUN or RUN@STEP"
+        in refusal(lambda: train(tmp_path / "run", tmp_path / "nothing"))
     )
     assert "neither a run directory" in refusal(lambda: train(tmp_path / "run", f"{parent}@best"))
     assert "is run.dir itself, which resumes without it" in refusal(lambda: train(parent, parent))
@@ -558,7 +598,9 @@ def test_names_that_are_nothing_are_told_apart(tmp_path: Path, parent: Path, tra
     )
 
 
-def test_a_damaged_checkpoint_is_refused_and_another_one_is_named(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+def test_a_damaged_checkpoint_is_refused_and_another_one_is_named(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome]
+) -> None:
     damaged = shutil.copytree(parent, tmp_path / "damaged")
     file = checkpoint_path(damaged / "checkpoints", 20) / "__0_0.distcp"
     raw = bytearray(file.read_bytes())
@@ -583,25 +625,42 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told_as_that(
 
     monkeypatch.setattr("pretrain.checkpoint.directory.verify", verify)
     told = refusal(lambda: train(tmp_path / "run", moving, "train.steps=2"))
-    assert f"{checkpoint_path(moving / 'checkpoints', 20)} was deleted while it was read; its run keeps checkpoint.keep=3 only" in told
+    assert (
+        f"{checkpoint_path(moving / 'checkpoints', 20)} was deleted while it was read; its run keeps checkpoint.keep=3 only"
+        in told
+    )
 
 
-def test_settings_that_no_weight_is_made_for_may_differ_and_are_told(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+def test_settings_that_no_weight_is_made_for_may_differ_and_are_told(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome]
+) -> None:
     """Longer contexts: another base of RoPE, a longer limit."""
     train(tmp_path, parent, "train.steps=2", "model.rope.theta=500000", "model.max_seq_len=128", "data.seq_len=128")
     start = next(e.text for e in read_events(tmp_path / "events.jsonl") if e.kind == "start")
     assert start.endswith("; model.max_seq_len=128, there 64; model.rope.theta=500000.0, there 10000.0")
 
 
-def test_the_model_comes_from_the_other_run_and_its_origin_is_told(tmp_path: Path, parent: Path, child: Callable[..., list[str]]) -> None:
+def test_the_model_comes_from_the_other_run_and_its_origin_is_told(
+    tmp_path: Path, parent: Path, child: Callable[..., list[str]]
+) -> None:
     loaded = load(None, child(tmp_path / "run", parent, "model.vocab_size=auto", "model.init_std=0.01"))
-    assert (loaded.config.model.d_model, loaded.config.model.vocab_size, loaded.config.model.init_std) == (32, 320, 0.01)
+    assert (loaded.config.model.d_model, loaded.config.model.vocab_size, loaded.config.model.init_std) == (
+        32,
+        320,
+        0.01,
+    )
     assert (loaded.origin["model.d_model"], loaded.origin["model.init_std"]) == ("run.init_from", "command line")
-    words = [word for word in child(tmp_path / "run", parent, "run.init_from=null") if not word.startswith(f"run.init_from={parent}")]
+    words = [
+        word
+        for word in child(tmp_path / "run", parent, "run.init_from=null")
+        if not word.startswith(f"run.init_from={parent}")
+    ]
     assert load(None, words).config.model.d_model == 768  # negative control
 
 
-def test_the_same_settings_reproduce_a_run_that_began_from_another(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+def test_the_same_settings_reproduce_a_run_that_began_from_another(
+    tmp_path: Path, parent: Path, train: Callable[..., Outcome]
+) -> None:
     train(tmp_path / "run", parent, "train.steps=3")
     config = load(tmp_path / "run" / "config.yaml", [f"run.dir={tmp_path / 'again'}"]).config
     assert train_run(config, Console(file=io.StringIO())) is Outcome.FINISHED

@@ -43,7 +43,10 @@ def test_a_flipped_bit_stops_training_and_is_named(
     data, file = damaged
     answer = pretrain("train", *tiny_words(tmp_path / "run", f"data.path={data}", "train.steps=200"))
     assert answer.code == 2
-    assert f"error: {file} is damaged: block 0 of 1 (1 MiB from byte 0) does not match its checksum; restore it" in answer.err
+    assert (
+        f"error: {file} is damaged: block 0 of 1 (1 MiB from byte 0) does not match its checksum; restore it"
+        in answer.err
+    )
     assert "Traceback" not in answer.err
 
 
@@ -52,7 +55,14 @@ def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
 ) -> None:
     data, file = damaged
     steps = 60
-    words = (f"data.path={data}", f"train.steps={steps}", "data.on_damage=skip", "run.seed=5", "eval.every=60", "checkpoint.every=60")
+    words = (
+        f"data.path={data}",
+        f"train.steps={steps}",
+        "data.on_damage=skip",
+        "run.seed=5",
+        "eval.every=60",
+        "checkpoint.every=60",
+    )
     assert pretrain("train", *tiny_words(tmp_path / "run", *words)).code == 0
     loader = Loader(data / "train", seq_len=32, seed=5, on_damage="skip")
     lost = [step for step in range(1, steps + 1) for _ in loader.batch(4 * (step - 1), 4).damaged]
@@ -91,7 +101,9 @@ def test_a_tokenizer_that_did_not_make_the_data_is_refused(
 ) -> None:
     source = SourceConfig(kind="text", paths=(str(tiny_text),))
     other = tmp_path / "other"
-    prepare(other, PrepareConfig(sources=(source,), vocab_size=290, tokenizer_sample_mb=1, shard_tokens=4000, workers=1))
+    prepare(
+        other, PrepareConfig(sources=(source,), vocab_size=290, tokenizer_sample_mb=1, shard_tokens=4000, workers=1)
+    )
     theirs, ours = load_tokenizer(other).fingerprint, load_tokenizer(tiny_data).fingerprint
     assert theirs != ours
     answer = pretrain("train", *tiny_words(tmp_path / "run", f"data.tokenizer={other / 'tokenizer.json'}"))

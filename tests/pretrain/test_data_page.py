@@ -16,7 +16,13 @@ from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.report.data_page import data_page
 
 HOSTILE = 'x = "</script><script>console.error(1)</script>" & <b>'
-REASONS = {"gopher_quality: too short": 200, "exact_duplicate: web": 30, "near_duplicate: web": 20, HOSTILE: 10, "near_duplicate: code": 5}
+REASONS = {
+    "gopher_quality: too short": 200,
+    "exact_duplicate: web": 30,
+    "near_duplicate: web": 20,
+    HOSTILE: 10,
+    "near_duplicate: code": 5,
+}
 """Four bars: where the kept document is makes no reason of its own."""
 
 
@@ -52,7 +58,8 @@ def two(tiny_data: Path) -> Description:
         for split, size in (("train", 4000), ("validation", 40))
     }  # fmt: skip
     sources = tuple(
-        described(name, {split: manifest.sources[i] for split, manifest in splits.items()}) for i, name in enumerate(("web", "code"))
+        described(name, {split: manifest.sources[i] for split, manifest in splits.items()})
+        for i, name in enumerate(("web", "code"))
     )
     entries = {"dedup": (Entry("minhash", "yes", changed=True), Entry("bands", "14"))}
     return Description(Path("data/my-text"), tokenizer, "<|endoftext|>", splits, sources, entries)
@@ -63,12 +70,18 @@ def run(epochs: float) -> Forecast:
         Stretch(start, stop, (SourceReading("web", stop - start, 64 * (stop - start), epochs / 2, start),))
         for start, stop in ((0, 800), (800, 1000))
     ]
-    return Forecast(64, "best_fit", Stretch(0, 1000, (SourceReading("web", 1000, 63_360, epochs, 1234),)), tuple(stages))
+    return Forecast(
+        64, "best_fit", Stretch(0, 1000, (SourceReading("web", 1000, 63_360, epochs, 1234),)), tuple(stages)
+    )
 
 
 def test_the_head_names_tokens_documents_drops_and_fertility(two: Description) -> None:
     page = text_of(data_page(two, None))
-    for words in ("my-text train + validation", "Tokens 1.21M 1.20M train, 12.0k validation", "Documents 12.1k 12,120 of 12,385 read"):
+    for words in (
+        "my-text train + validation",
+        "Tokens 1.21M 1.20M train, 12.0k validation",
+        "Documents 12.1k 12,120 of 12,385 read",
+    ):
         assert words in page
     assert "Dropped 2.1% 265 documents" in page
     assert "Fertility 3.25 bytes of text by token" in page
@@ -99,8 +112,13 @@ def test_samples_show_the_end_of_text_token_as_a_mark_and_its_spelling_as_text(t
 def test_a_run_is_told_with_its_stages_and_warned_of_above_four_epochs(two: Description) -> None:
     page = text_of(data_page(two, run(4.5)))
     assert "1,000 sequences of 64 tokens; 1.00% of the positions are padding (data.packing=best_fit)." in page
-    assert "The whole run Source Sequences Tokens Share Epochs Repeated tokens web 1,000 63,360 100.0% 4.50 1,234" in page
-    assert "80% to 100% of the run Source Sequences Tokens Share Epochs Repeated tokens web 200 12,800 100.0% 2.25 800" in page
+    assert (
+        "The whole run Source Sequences Tokens Share Epochs Repeated tokens web 1,000 63,360 100.0% 4.50 1,234" in page
+    )
+    assert (
+        "80% to 100% of the run Source Sequences Tokens Share Epochs Repeated tokens web 200 12,800 100.0% 2.25 800"
+        in page
+    )
     assert "web is read 4.5 times: beyond 4 epochs" in page
     assert "times: beyond" not in text_of(data_page(two, run(4.0)))
 
@@ -118,7 +136,10 @@ def test_the_page_needs_no_network_and_its_texts_are_no_markup(two: Description)
 
 def bars(chart: str) -> list[int]:
     """Bars by trace."""
-    return [trace.count("<path") for trace in re.findall(r'<g class="trace bars"[^>]*>(.*?)</g></g>', chart, flags=re.DOTALL)]
+    return [
+        trace.count("<path")
+        for trace in re.findall(r'<g class="trace bars"[^>]*>(.*?)</g></g>', chart, flags=re.DOTALL)
+    ]
 
 
 def test_chromium_draws_a_bar_for_each_length_and_reason(two: Description, tmp_path: Path) -> None:
@@ -130,7 +151,11 @@ def test_chromium_draws_a_bar_for_each_length_and_reason(two: Description, tmp_p
     assert set(charts) == {"lengths", "drops"}
     assert bars(charts["lengths"]) == [4, 4, 4, 4]  # documents and tokens of two sources
     assert bars(charts["drops"]) == [4]
-    for words in ("near duplicate  25 (0.30%)", "gopher_quality: too short  200 (2.40%)", "&lt;/script&gt;&lt;script&gt;console.error"):
+    for words in (
+        "near duplicate  25 (0.30%)",
+        "gopher_quality: too short  200 (2.40%)",
+        "&lt;/script&gt;&lt;script&gt;console.error",
+    ):
         assert words in charts["drops"].replace("\xa0", " ")
 
 

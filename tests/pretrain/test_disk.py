@@ -40,7 +40,9 @@ def files_up_to(n_bytes: int) -> Iterator[None]:
 
 
 def disk_of(monkeypatch: pytest.MonkeyPatch, free: int, blocks: int = 10**9) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 512, f_frsize=512, f_blocks=blocks))
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 512, f_frsize=512, f_blocks=blocks)
+    )
 
 
 @pytest.fixture
@@ -66,7 +68,9 @@ def test_parameters_of_a_checkpoint_count_12_bytes_with_adamw(config: RunConfig)
     assert checkpoint_bytes(config) == 12 * parameters + 4 * 2048 * (2 + 12 * 9)
 
 
-def test_a_run_whose_first_checkpoint_does_not_fit_is_refused(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_first_checkpoint_does_not_fit_is_refused(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = checkpoint_bytes(config)
     assert size // 10**8 == 13
     disk_of(monkeypatch, 1_299_000_000)
@@ -135,7 +139,9 @@ def test_checkpoints_that_cannot_be_written_are_told_before_training(
     words, checkpoints = ("train.steps=2", "optim.warmup=0"), tmp_path / "run" / "checkpoints"
     run_tiny(tmp_path / "whole", *words)
     checkpoints.parent.mkdir()
-    shutil.copy(tmp_path / "whole" / "config.yaml", checkpoints.parent)  # a run that was killed before its first checkpoint
+    shutil.copy(
+        tmp_path / "whole" / "config.yaml", checkpoints.parent
+    )  # a run that was killed before its first checkpoint
     (checkpoints.parent / "config.yaml").write_text(
         (checkpoints.parent / "config.yaml").read_text().replace(str(tmp_path / "whole"), str(tmp_path / "run"))
     )
@@ -163,7 +169,10 @@ def test_a_read_only_mount_refuses_a_run_that_would_save_and_not_a_finished_one(
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     answer = pretrain("train", *tiny_words(tmp_path, *words, "train.steps=4"))
-    assert (answer.code, f"error: {checkpoints} cannot hold checkpoints (Read-only file system), and" in answer.err) == (2, True)
+    assert (
+        answer.code,
+        f"error: {checkpoints} cannot hold checkpoints (Read-only file system), and" in answer.err,
+    ) == (2, True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     answer = pretrain("train", *tiny_words(tmp_path, *words, "train.steps=2"))
     assert (answer.code, "is finished, all 2 steps of it" in answer.out) == (0, True)
@@ -172,7 +181,9 @@ def test_a_read_only_mount_refuses_a_run_that_would_save_and_not_a_finished_one(
     assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-00000002", "step-00000004"]
 
 
-def test_a_file_system_that_tells_no_sizes_is_not_asked(config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_file_system_that_tells_no_sizes_is_not_asked(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert free_bytes(tmp_path / "not" / "there") == free_bytes(tmp_path)
     disk_of(monkeypatch, 0, blocks=0)
     assert check_room(config) == ""
@@ -208,11 +219,15 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_whe
     with files_up_to(100_000):
         answer = pretrain("train", *tiny_words(tmp_path, *words, "checkpoint.on_loss=go_back"))
     assert answer.code == 1
-    assert "Safe is step-00000004, from which the same command goes on: make room or make it writable first" in answer.err
+    assert (
+        "Safe is step-00000004, from which the same command goes on: make room or make it writable first" in answer.err
+    )
     assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl").steps] == list(range(1, 9))
 
 
-def test_records_that_cannot_be_written_end_the_run_in_one_line(tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords) -> None:
+def test_records_that_cannot_be_written_end_the_run_in_one_line(
+    tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords
+) -> None:
     with files_up_to(9_000):  # the settings fit, the records of 40 steps do not
         answer = pretrain("train", *tiny_words(tmp_path, "checkpoint.every=1000"))
     assert answer.code == 1
@@ -228,7 +243,10 @@ def test_a_record_that_did_not_fit_leaves_no_part_of_itself(tmp_path: Path) -> N
     event = Event(time=0, kind="save", step=1, text="x" * 100)
     with RecordFile(tmp_path / "events.jsonl") as file:
         file.append(event)
-        with files_up_to(len(event.line()) + 50), pytest.raises(StorageError, match=r"events\.jsonl cannot be written \(File too large\)"):
+        with (
+            files_up_to(len(event.line()) + 50),
+            pytest.raises(StorageError, match=r"events\.jsonl cannot be written \(File too large\)"),
+        ):
             file.append(event)
         file.append(event)
     assert (tmp_path / "events.jsonl").read_text() == 2 * event.line()
@@ -245,5 +263,7 @@ def test_a_failing_disk_that_nobody_expected_is_one_line_too(
     monkeypatch.setattr("pretrain.train.run.keep_tokenizer", fail)
     answer = pretrain("train", *tiny_words(tmp_path, "train.steps=1", "optim.warmup=0"))
     assert answer.code == code
-    assert answer.err.splitlines()[-1].startswith(f"error: [Errno {number}] {os.strerror(number)}: '/far/away'; check the disk")
+    assert answer.err.splitlines()[-1].startswith(
+        f"error: [Errno {number}] {os.strerror(number)}: '/far/away'; check the disk"
+    )
     assert "Traceback" not in answer.err

@@ -17,7 +17,17 @@ from pretrain.train.stop import Activity, StopRequest, stop_on_signals
 
 def record(step: int, loss: float = 3.25, mfu: float | None = None) -> StepRecord:
     return StepRecord(
-        step=step, samples=step, tokens=step, loss=loss, lr=3e-4, grad_norm=0.8, tokens_per_s=1234.5, step_s=1.0, mfu=mfu, time=0, attempt=1
+        step=step,
+        samples=step,
+        tokens=step,
+        loss=loss,
+        lr=3e-4,
+        grad_norm=0.8,
+        tokens_per_s=1234.5,
+        step_s=1.0,
+        mfu=mfu,
+        time=0,
+        attempt=1,
     )
 
 
@@ -40,14 +50,24 @@ def test_a_log_file_gets_one_line_every_ten_seconds_and_the_last_step() -> None:
         for step in range(1, 101):
             clock.now += 0.5
             display.step(record(step))
-    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/100", "21/100", "41/100", "61/100", "81/100", "100/100"]
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == [
+        "1/100",
+        "21/100",
+        "41/100",
+        "61/100",
+        "81/100",
+        "100/100",
+    ]
 
 
 def test_a_line_of_a_log_is_not_wrapped_and_carries_no_control_codes() -> None:
     console, out = plain_console()
     with Display(400, console=console) as display:
         display.step(record(150, mfu=0.412), Pace(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
-    assert out.getvalue() == "step 150/400  loss 3.2500  lr 3.00e-04  grad norm 0.80  11,204 tokens/s  MFU 39.8%  3 min 12 s left\n"
+    assert (
+        out.getvalue()
+        == "step 150/400  loss 3.2500  lr 3.00e-04  grad norm 0.80  11,204 tokens/s  MFU 39.8%  3 min 12 s left\n"
+    )
 
 
 def test_without_a_known_peak_no_mfu_is_shown() -> None:
@@ -94,7 +114,9 @@ def test_of_several_sources_each_has_its_loss_and_perplexity() -> None:
     assert eleven.endswith("source-7 3.500 (perplexity 33.12), and 3 more in metrics.jsonl")
 
 
-@pytest.mark.parametrize(("count", "width", "line"), [(2, 80, "source-1 0.500"), (11, 80, "+7"), (11, 300, "source-10 5.000")])
+@pytest.mark.parametrize(
+    ("count", "width", "line"), [(2, 80, "source-1 0.500"), (11, 80, "+7"), (11, 300, "source-10 5.000")]
+)
 def test_the_panel_has_a_line_of_the_sources_that_fits(count: int, width: int, line: str) -> None:
     out = io.StringIO()
     with Display(400, console=Console(file=out, force_terminal=True, width=width, legacy_windows=False)) as display:
@@ -142,8 +164,20 @@ def test_a_flat_curve_is_flat() -> None:
 
 
 def test_words_for_numbers() -> None:
-    assert [duration(s) for s in (0.4, 59.6, 192, 7500, 370_000)] == ["0 s", "1 min 00 s", "3 min 12 s", "2 h 05 min", "4 d 06 h"]
-    assert [amount(n) for n in (950, 8192, 12_588_032, 999_600_000, 1.4e12)] == ["950", "8.19k", "12.6M", "1.00B", "1.40T"]
+    assert [duration(s) for s in (0.4, 59.6, 192, 7500, 370_000)] == [
+        "0 s",
+        "1 min 00 s",
+        "3 min 12 s",
+        "2 h 05 min",
+        "4 d 06 h",
+    ]
+    assert [amount(n) for n in (950, 8192, 12_588_032, 999_600_000, 1.4e12)] == [
+        "950",
+        "8.19k",
+        "12.6M",
+        "1.00B",
+        "1.40T",
+    ]
     assert (decimal(2.4706), decimal(math.inf)) == ("2.471", "not finite")
 
 
@@ -155,7 +189,11 @@ def panel(stop: StopRequest, *records: StepRecord) -> list[str]:
         display.step(each)
     with console.capture() as capture:
         console.print(display._panel())
-    return [line for line in capture.get().splitlines() if any(word in line for word in ("on its way", "stopping", "leaving", "waiting"))]
+    return [
+        line
+        for line in capture.get().splitlines()
+        if any(word in line for word in ("on its way", "stopping", "leaving", "waiting"))
+    ]
 
 
 STOPPING = "stopping after this step, then saving (Ctrl-C again leaves without saving)"
@@ -171,8 +209,18 @@ STOPPING = "stopping after this step, then saving (Ctrl-C again leaves without s
         (Activity.STEP, 1, 0, [STOPPING, "waiting for the first step (1 min 05 s)"]),
         (Activity.STEP, 1, 1, [STOPPING, "waiting for the step (1 min 05 s)"]),
         (Activity.VALIDATION, 1, 0, [STOPPING, "waiting for the validation (1 min 05 s)"]),
-        (Activity.SAVE, 1, 1, ["saving, then stopping (Ctrl-C twice more leaves without it)", "waiting for the save (1 min 05 s)"]),
-        (Activity.SAVE, 2, 1, ["saving, then leaving (Ctrl-C again leaves without it)", "waiting for the save (1 min 05 s)"]),
+        (
+            Activity.SAVE,
+            1,
+            1,
+            ["saving, then stopping (Ctrl-C twice more leaves without it)", "waiting for the save (1 min 05 s)"],
+        ),
+        (
+            Activity.SAVE,
+            2,
+            1,
+            ["saving, then leaving (Ctrl-C again leaves without it)", "waiting for the save (1 min 05 s)"],
+        ),
     ],
 )
 def test_the_panel_says_what_a_stop_waits_for(activity: Activity, presses: int, records: int, lines: list[str]) -> None:

@@ -16,7 +16,13 @@ from pretrain.train.loop import Outcome
 RunTiny = Callable[..., Outcome]
 TinyWords = Callable[..., list[str]]
 
-BATCHES = ("train.batch_size=6", "train.batch_ramp_steps=12", "train.batch_ramp_start=1", "train.micro_batch_size=2", "eval.batches=100")
+BATCHES = (
+    "train.batch_size=6",
+    "train.batch_ramp_steps=12",
+    "train.batch_ramp_start=1",
+    "train.micro_batch_size=2",
+    "eval.batches=100",
+)
 """Uneven ones, at first fewer sequences than ranks; and validation to the odd end of the held-out documents."""
 
 STEPS = ("train.steps=20", "model.n_kv_heads=2")
@@ -69,7 +75,9 @@ def torchrun(*words: str, ranks: int = 2) -> tuple[int, str]:
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *words)
     path = os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+    )
     return done.returncode, done.stdout
 
 
@@ -122,11 +130,16 @@ def undisturbed(run_tiny: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_two_data_ranks_have_the_curve_of_one_process_and_write_everything_once(
     alone: Path, damaged: Path, tiny_words: TinyWords, tmp_path: Path
 ) -> None:
-    words = tiny_words(tmp_path / "run", *STEPS, *BATCHES, f"data.path={damaged}", "data.on_damage=skip", "log.samples=[the loop]")
+    words = tiny_words(
+        tmp_path / "run", *STEPS, *BATCHES, f"data.path={damaged}", "data.on_damage=skip", "log.samples=[the loop]"
+    )
     code, output = torchrun(*MODULE, "train", *words, "parallel.shard=2")
     assert code == 0, output
     assert largest_difference(tmp_path / "run", alone) < 1e-5
-    run, said = tmp_path / "run", [event.text for event in read_events(alone / "events.jsonl") if event.kind == "skip_data"]
+    run, said = (
+        tmp_path / "run",
+        [event.text for event in read_events(alone / "events.jsonl") if event.kind == "skip_data"],
+    )
     assert said
     assert [event.text for event in read_events(run / "events.jsonl") if event.kind == "skip_data"] == said
     assert [kind for kind, _ in kinds(run) if kind != "skip_data"] == ["start", "save", "sample", "finish"]
@@ -138,7 +151,9 @@ def test_two_data_ranks_have_the_curve_of_one_process_and_write_everything_once(
     assert "2 processes (shard=2)" in (run / "events.jsonl").read_text()
 
 
-def test_ranks_that_read_the_same_rows_have_another_curve(undisturbed: Path, tiny_words: TinyWords, tmp_path: Path) -> None:
+def test_ranks_that_read_the_same_rows_have_another_curve(
+    undisturbed: Path, tiny_words: TinyWords, tmp_path: Path
+) -> None:
     """Negative control of the comparisons above and below."""
     (tmp_path / "same_rows.py").write_text(SAME_ROWS)
     words = tiny_words(tmp_path / "run", *STEPS)
@@ -147,12 +162,17 @@ def test_ranks_that_read_the_same_rows_have_another_curve(undisturbed: Path, tin
     assert largest_difference(tmp_path / "run", undisturbed) > 1e-3
 
 
-def test_two_ranks_begin_from_the_checkpoint_of_one_process(undisturbed: Path, tiny_words: TinyWords, tmp_path: Path) -> None:
+def test_two_ranks_begin_from_the_checkpoint_of_one_process(
+    undisturbed: Path, tiny_words: TinyWords, tmp_path: Path
+) -> None:
     """With optimizer and data position: the curve is what is left of that run's. One that reads other rows has another: see above."""
     words = tiny_words(tmp_path / "run", *STEPS, f"run.init_from={undisturbed}@10", "run.init_mode=full")
     code, output = torchrun(*MODULE, "train", *words, "parallel.shard=2")
     assert code == 0, output
-    ours, theirs = curve(tmp_path / "run"), [point for point in curve(undisturbed) if point[1] > 10 or point[:2] == ("val_loss", 10)]
+    ours, theirs = (
+        curve(tmp_path / "run"),
+        [point for point in curve(undisturbed) if point[1] > 10 or point[:2] == ("val_loss", 10)],
+    )
     assert [point[:2] for point in ours] == [point[:2] for point in theirs]
     assert max(abs(a[2] - b[2]) / b[2] for a, b in zip(ours, theirs, strict=True)) < 1e-4
     assert kinds(tmp_path / "run") == [("start", 10), ("save", 20), ("finish", 20)]

@@ -15,7 +15,14 @@ from pretrain.train.dry_run import Measured, measure, shortened
 from pretrain.train.layout import layout_of
 from pretrain.train.resolve import plan
 
-TINY = ("model.n_layers=4", "model.d_model=64", "model.n_heads=8", "model.n_kv_heads=4", "model.d_ff=128", "model.vocab_size=512")
+TINY = (
+    "model.n_layers=4",
+    "model.d_model=64",
+    "model.n_heads=8",
+    "model.n_kv_heads=4",
+    "model.d_ff=128",
+    "model.vocab_size=512",
+)
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 SHORT = ("data.seq_len=64", "model.max_seq_len=64", "train.micro_batch_size=1")
 
@@ -36,7 +43,10 @@ LAYOUTS = {
     "tensor": (4, ("parallel.tensor=2",)),
     "context": (4, ("parallel.context=2",)),
     "pipeline": (8, ("parallel.pipeline=2", "parallel.tensor=2")),
-    "all": (64, ("parallel.pipeline=2", "parallel.replicate=2", "parallel.shard=4", "parallel.context=2", "parallel.tensor=2")),
+    "all": (
+        64,
+        ("parallel.pipeline=2", "parallel.replicate=2", "parallel.shard=4", "parallel.context=2", "parallel.tensor=2"),
+    ),
 }
 
 
@@ -47,7 +57,9 @@ def test_parameter_and_optimizer_bytes_are_those_of_the_formula(case: str) -> No
     config, layout, measured = dry(world_size, rank, *TINY, *SHORT, "train.batch_size=64", *words)
     held = hold(config, layout, rank)
     assert measured.most["parameters"] == pytest.approx(held.master_bytes, rel=1e-3)
-    assert measured.most["optimizer state"] == pytest.approx(held.optimizer_bytes, rel=1e-2)  # and a step counter a tensor
+    assert measured.most["optimizer state"] == pytest.approx(
+        held.optimizer_bytes, rel=1e-2
+    )  # and a step counter a tensor
     assert measured.most["gradients"] == pytest.approx(held.gradient_bytes, rel=1e-3)
 
 
@@ -68,9 +80,17 @@ def test_another_layout_holds_other_bytes() -> None:
     assert layout.shard == 4
 
 
-def test_7b_on_64_ranks_tells_what_the_fullest_rank_holds(pretrain: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_7b_on_64_ranks_tells_what_the_fullest_rank_holds(
+    pretrain: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ("model.preset=mistral-7b", "data.seq_len=4096", "parallel.tensor=8", "train.batch_size=8", "train.micro_batch_size=1")
+    words = (
+        "model.preset=mistral-7b",
+        "data.seq_len=4096",
+        "parallel.tensor=8",
+        "train.batch_size=8",
+        "train.micro_batch_size=1",
+    )
     answer = pretrain("train", *words, "--dry-run", "--world-size", 64)
     assert answer.code == 0, answer.err
     assert "shard=8 tensor=8: rank 0 of 64" in answer.out
@@ -82,13 +102,21 @@ def test_7b_on_64_ranks_tells_what_the_fullest_rank_holds(pretrain: Pretrain, tm
 def test_a_rank_of_2048_holds_what_the_formula_says_of_405b_with_a_layer_a_stage() -> None:
     words = ("parallel.shard=8", "parallel.tensor=8", "parallel.pipeline=16", "parallel.context=2", "model.n_layers=16")
     config, layout, measured = dry(
-        2048, 1000, "model.preset=llama3-405b", "data.seq_len=8192", "train.batch_size=128", "train.micro_batch_size=1", *words
+        2048,
+        1000,
+        "model.preset=llama3-405b",
+        "data.seq_len=8192",
+        "train.batch_size=128",
+        "train.micro_batch_size=1",
+        *words,
     )
     held, sent = hold(config, layout, 1000), traffic(config, layout, 1000)
     assert measured.most["parameters"] == pytest.approx(held.master_bytes, rel=1e-3)
     assert measured.most["optimizer state"] == pytest.approx(held.optimizer_bytes, rel=1e-3)
     assert measured.most["gradients"] == pytest.approx(held.gradient_bytes, rel=1e-3)
-    assert {axis: measured.sent[axis] for axis in sent} == {axis: pytest.approx(moved, rel=1e-3) for axis, moved in sent.items()}
+    assert {axis: measured.sent[axis] for axis in sent} == {
+        axis: pytest.approx(moved, rel=1e-3) for axis, moved in sent.items()
+    }
 
 
 @pytest.mark.parametrize(

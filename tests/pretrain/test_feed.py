@@ -57,7 +57,13 @@ def test_rows_that_fill_up_have_no_targets_and_positions_that_a_model_can_take(t
     for count in (0, 2, 6):
         batch = loader.batch(10, count)
         filled = fill_up(batch, 6)
-        assert filled.input_ids.shape == filled.labels.shape == filled.document_ids.shape == filled.positions.shape == (6, 32)
+        assert (
+            filled.input_ids.shape
+            == filled.labels.shape
+            == filled.document_ids.shape
+            == filled.positions.shape
+            == (6, 32)
+        )
         assert np.array_equal(filled.input_ids[:count], batch.input_ids)
         assert (filled.labels[count:] == NO_LABEL).all()
         assert np.array_equal(filled.positions[:count], batch.positions)
@@ -68,7 +74,14 @@ def test_rows_that_fill_up_have_no_targets_and_positions_that_a_model_can_take(t
 
 
 MODEL = (
-    *("model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=64", "model.vocab_size=300"),
+    *(
+        "model.n_layers=2",
+        "model.d_model=32",
+        "model.n_heads=4",
+        "model.n_kv_heads=2",
+        "model.d_ff=64",
+        "model.vocab_size=300",
+    ),
     *("train.device=cpu", "train.compile=false", "train.z_loss=1e-3", "optim.warmup=0", "optim.decay=1"),
 )
 
@@ -94,7 +107,9 @@ def test_rows_that_fill_up_add_exactly_nothing(attention: str, precision: str, t
 
 def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:
     """What the loop of a rank reads of a step; nothing else of the loop is there."""
-    loader = Loader(config.data.path / "train", seq_len=config.data.seq_len, seed=config.run.seed, longest=window_of(config))
+    loader = Loader(
+        config.data.path / "train", seq_len=config.data.seq_len, seed=config.run.seed, longest=window_of(config)
+    )
     nothing: Any = None
     place = Place(World(rank, layout.world_size), layout)
     return Loop(config, nothing, loader, None, Path(), nothing, nothing, nothing, place)._read(step)

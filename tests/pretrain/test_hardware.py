@@ -28,7 +28,15 @@ def test_known_devices_have_their_published_dense_bf16_peak(name: str, tflops: f
 
 @pytest.mark.parametrize(
     "name",
-    ["NVIDIA H800", "NVIDIA H20", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090", "Intel(R) Xeon(R) CPU", "H", ""],
+    [
+        "NVIDIA H800",
+        "NVIDIA H20",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090",
+        "Intel(R) Xeon(R) CPU",
+        "H",
+        "",
+    ],
 )
 def test_a_name_that_only_resembles_a_known_one_has_no_peak(name: str) -> None:
     assert find_accelerator(name) is None

@@ -21,7 +21,14 @@ from pretrain.train.resolve import plan
 
 LLAMA_8B = 8_030_261_248
 LLAMA_405B = 405_853_388_800
-TINY = ("model.n_layers=6", "model.d_model=48", "model.n_heads=6", "model.n_kv_heads=2", "model.d_ff=80", "model.vocab_size=96")
+TINY = (
+    "model.n_layers=6",
+    "model.d_model=48",
+    "model.n_heads=6",
+    "model.n_kv_heads=2",
+    "model.d_ff=80",
+    "model.vocab_size=96",
+)
 SPLIT_DIMENSION = {"vocabulary_rows": 0, "columns": 0, "kv_columns": 0, "rows_then_reduce": 1, "vocabulary_columns": 0}
 
 
@@ -30,7 +37,9 @@ def planned(world_size: int, *words: str) -> tuple[RunConfig, Layout]:
     return config, layout_of(config, world_size)
 
 
-@pytest.mark.parametrize("more", [(), ("model.tie_embeddings=true",), ("model.qk_norm=true", "model.qkv_bias=true")], ids=str)
+@pytest.mark.parametrize(
+    "more", [(), ("model.tie_embeddings=true",), ("model.qk_norm=true", "model.qkv_bias=true")], ids=str
+)
 @pytest.mark.parametrize("layers", [range(6), range(2), range(2, 4), range(4, 6)], ids=str)
 def test_the_weights_are_those_of_the_model_and_split_as_its_plan_says(more: tuple[str, ...], layers: range) -> None:
     model = load(None, [*TINY, *more]).config.model
@@ -73,7 +82,13 @@ def test_the_ranks_together_hold_the_model_exactly(words: tuple[str, ...]) -> No
 
 
 def test_405b_on_2048_ranks_is_405_853_388_800_parameters() -> None:
-    words = ("model.preset=llama3-405b", "parallel.shard=8", "parallel.tensor=8", "parallel.pipeline=16", "parallel.context=2")
+    words = (
+        "model.preset=llama3-405b",
+        "parallel.shard=8",
+        "parallel.tensor=8",
+        "parallel.pipeline=16",
+        "parallel.context=2",
+    )
     config, layout = planned(2048, *words, "train.batch_size=512", "data.seq_len=8192")
     first_of_fsdp = {(r // 128, r % 8): r for r in reversed(range(2048)) if layout.fsdp_rank(r) == 0}.values()
     held = [hold(config, layout, rank) for rank in first_of_fsdp]
@@ -92,7 +107,9 @@ def test_405b_on_2048_ranks_is_405_853_388_800_parameters() -> None:
 def test_zero_divides_8b_on_8_ranks_as_the_formulas_say(
     zero: int, masters: float, copies: float, gradients: float, optimizer: float
 ) -> None:
-    config, layout = planned(8, "model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=32", f"parallel.zero={zero}")
+    config, layout = planned(
+        8, "model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=32", f"parallel.zero={zero}"
+    )
     held = hold(config, layout, 0)
     found = (held.master_bytes, held.copy_bytes, held.gradient_bytes, held.optimizer_bytes)
     assert found == tuple(LLAMA_8B * share for share in (masters, copies, gradients, optimizer))
@@ -102,7 +119,9 @@ def test_zero_divides_8b_on_8_ranks_as_the_formulas_say(
 
 
 def test_copies_alone_divide_nothing() -> None:
-    config, layout = planned(8, "model.preset=llama3-8b", "train.batch_size=8", "parallel.shard=1", "parallel.replicate=8")
+    config, layout = planned(
+        8, "model.preset=llama3-8b", "train.batch_size=8", "parallel.shard=1", "parallel.replicate=8"
+    )
     assert hold(config, layout, 7).master_bytes == 4 * LLAMA_8B
     assert hold(config, replace(layout, shard=2, replicate=4), 7).master_bytes == 2 * LLAMA_8B
 
@@ -130,7 +149,13 @@ def test_offloaded_state_needs_no_room_on_the_device() -> None:
 
 def test_the_fullest_rank_is_found_among_all() -> None:
     config, layout = planned(
-        12, *TINY, "data.seq_len=48", "train.batch_size=48", "parallel.pipeline=2", "parallel.shard=3", "parallel.context=2"
+        12,
+        *TINY,
+        "data.seq_len=48",
+        "train.batch_size=48",
+        "parallel.pipeline=2",
+        "parallel.shard=3",
+        "parallel.context=2",
     )
     sizes = [hold(config, layout, rank).static_bytes for rank in range(12)]
     assert fullest(config, layout) == sizes.index(max(sizes))
@@ -153,7 +178,9 @@ def test_the_most_that_is_kept_is_that_of_the_schedule(schedule: str, microbatch
     change = {"forward": 1.0, "backward": -1.0, "input": cost - 1, "weight": -cost}
     for rank, actions in order(layout, microbatches).items():
         most = max(accumulate(change[action.kind] for action in actions))
-        assert max(begun + cost * waiting for begun, waiting in most_pairs(layout, rank, microbatches)) == pytest.approx(most), rank
+        assert max(
+            begun + cost * waiting for begun, waiting in most_pairs(layout, rank, microbatches)
+        ) == pytest.approx(most), rank
 
 
 def test_a_block_of_8b_keeps_34_numbers_a_token_and_width() -> None:
@@ -165,7 +192,8 @@ def test_a_block_of_8b_keeps_34_numbers_a_token_and_width() -> None:
     assert block / (8192 * 4096) == pytest.approx(34, abs=0.1)
     full, _ = planned(1, *words, "train.recompute=full")
     assert (
-        hold(full, layout, 0).activation_bytes - hold(full, layout, 0).activation_bytes % 1 < hold(config, layout, 0).activation_bytes / 4
+        hold(full, layout, 0).activation_bytes - hold(full, layout, 0).activation_bytes % 1
+        < hold(config, layout, 0).activation_bytes / 4
     )
 
 
@@ -181,7 +209,9 @@ def test_data_parallel_traffic_is_what_rings_send() -> None:
     assert three == {"all-gather": 4 * (2 * count - at_end), "reduce-scatter": 4 * 2 * count}
     assert two == {"all-gather": count, "reduce-scatter": 4 * 2 * count}
     assert one == {"all-gather": count, "reduce-scatter": 2 * count}
-    assert sent(4, *words, "parallel.shard=1", "parallel.replicate=4")["replicate"] == {"all-reduce": 2 * 3 / 4 * 4 * count}
+    assert sent(4, *words, "parallel.shard=1", "parallel.replicate=4")["replicate"] == {
+        "all-reduce": 2 * 3 / 4 * 4 * count
+    }
     hybrid = sent(4, *words, "parallel.shard=2", "parallel.replicate=2")
     assert hybrid["replicate"] == {"all-reduce": 4 * count / 2}
 
@@ -197,7 +227,9 @@ def test_activation_traffic_is_what_rings_send() -> None:
     ulysses = sent(2, *words, "parallel.context=2", "parallel.context_method=ulysses")["context"]
     assert ulysses == {"all-to-all": 2 * 6 * 1 / 2 * 2 * (4 * 24) * (2 * 48 + 2 * 16)}
     assert sent(2, *words, "parallel.pipeline=2")["pipeline"] == {"send": 2 * numbers}
-    assert sent(3, *words, "parallel.pipeline=3", "train.micro_batch_size=1", rank=1)["pipeline"] == {"send": 2 * 2 * numbers}
+    assert sent(3, *words, "parallel.pipeline=3", "train.micro_batch_size=1", rank=1)["pipeline"] == {
+        "send": 2 * 2 * numbers
+    }
 
 
 def test_sequence_parallelism_sends_no_more_than_it_replaces() -> None:
@@ -209,7 +241,14 @@ def test_sequence_parallelism_sends_no_more_than_it_replaces() -> None:
 
 def test_every_second_layer_of_the_model_gathers_again_however_it_is_cut() -> None:
     """One layer a stage: those of the second and fourth recompute."""
-    words = (*TINY, "model.n_layers=4", "data.seq_len=64", "train.batch_size=8", "parallel.pipeline=4", "parallel.tensor=2")
+    words = (
+        *TINY,
+        "model.n_layers=4",
+        "data.seq_len=64",
+        "train.batch_size=8",
+        "parallel.pipeline=4",
+        "parallel.tensor=2",
+    )
     ranks = [stage * 2 for stage in range(4)]
     plain, recomputing = (
         [sent(8, *words, *more, rank=rank)["tensor"]["all-gather"] for rank in ranks]

@@ -13,7 +13,15 @@ from pretrain.model.init import COLUMNS, ROWS, fill, initialise
 from pretrain.model.transformer import Transformer
 
 CONFIG = ModelConfig(
-    vocab_size=3 * ROWS + 10, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=64, qkv_bias=True, qk_norm=True
+    vocab_size=3 * ROWS + 10,
+    n_layers=2,
+    d_model=64,
+    n_heads=4,
+    n_kv_heads=2,
+    d_ff=96,
+    max_seq_len=64,
+    qkv_bias=True,
+    qk_norm=True,
 )
 NAME, SHAPE = "model.layers.1.mlp.gate_proj.weight", (3 * ROWS + 10, 2 * COLUMNS + 30)
 
@@ -55,7 +63,9 @@ def test_the_layers_of_a_stage_get_the_weights_that_they_have_in_the_whole_model
 
 
 @pytest.mark.parametrize("rows", [(0, ROWS), (1, 2), (ROWS - 1, ROWS + 1), (70, 3 * ROWS + 10), (SHAPE[0], SHAPE[0])])
-@pytest.mark.parametrize("columns", [(0, COLUMNS), (5, 6), (COLUMNS - 1, COLUMNS + 1), (1000, 2 * COLUMNS + 30), (9, 9)])
+@pytest.mark.parametrize(
+    "columns", [(0, COLUMNS), (5, 6), (COLUMNS - 1, COLUMNS + 1), (1000, 2 * COLUMNS + 30), (9, 9)]
+)
 def test_a_box_is_drawn_as_the_whole_has_it_to_the_last_bit(rows: tuple[int, int], columns: tuple[int, int]) -> None:
     whole = box((0, SHAPE[0]), (0, SHAPE[1]))
     assert torch.equal(box(rows, columns), whole[slice(*rows), slice(*columns)])
@@ -111,7 +121,9 @@ def test_no_two_matrices_layers_tiles_or_seeds_share_numbers() -> None:
     first, other = weights(), weights(seed=8)
     rows = [value[0, :16] for value in (*first.values(), *other.values()) if value.ndim == 2]
     whole = box((0, SHAPE[0]), (0, SHAPE[1]))
-    rows += [whole[row, column : column + 16] for row in (0, ROWS, 2 * ROWS) for column in (0, COLUMNS, 2 * COLUMNS)][1:]
+    rows += [whole[row, column : column + 16] for row in (0, ROWS, 2 * ROWS) for column in (0, COLUMNS, 2 * COLUMNS)][
+        1:
+    ]
     correlations = torch.corrcoef(torch.stack(rows)).fill_diagonal_(0)
     assert correlations.abs().max() < 0.999
 

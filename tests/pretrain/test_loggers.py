@@ -15,7 +15,16 @@ def config(tmp_path: Path, **log: object) -> RunConfig:
 
 def record(step: int, loss: float) -> StepRecord:
     return StepRecord(
-        step=step, samples=step, tokens=step, loss=loss, lr=3e-4, grad_norm=0.8, tokens_per_s=1234.5, step_s=1.0, time=step, attempt=1
+        step=step,
+        samples=step,
+        tokens=step,
+        loss=loss,
+        lr=3e-4,
+        grad_norm=0.8,
+        tokens_per_s=1234.5,
+        step_s=1.0,
+        time=step,
+        attempt=1,
     )
 
 
@@ -39,7 +48,9 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     train(settings, tmp_path, range(5, 8), 2.0, resume_step=4)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    assert [(point.step, point.value) for point in board.Scalars("train/loss")] == [(s, 3.0 if s < 5 else 2.0) for s in range(1, 8)]
+    assert [(point.step, point.value) for point in board.Scalars("train/loss")] == [
+        (s, 3.0 if s < 5 else 2.0) for s in range(1, 8)
+    ]
     assert [(point.step, point.value) for point in board.Scalars("validation/loss")] == [(7, 3.0)]
     assert "speed/mfu" not in board.Tags()["scalars"]
 

@@ -17,7 +17,9 @@ from pretrain.model.loss import IGNORE, linear_cross_entropy, softmax_gradient_
 T, D, V = 50, 24, 77
 
 
-def problem(dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(T, D, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(V, D, generator=generator).to(dtype).to(weight_dtype or dtype).requires_grad_()
@@ -75,7 +77,9 @@ def test_the_softmax_gets_chunks_of_one_size_however_many_tokens_are_left() -> N
     hidden, weight, labels = problem()
     linear_cross_entropy(hidden[:49], weight, labels[:49], softmax=softmax)
     chunks = loss_module._CHUNKS
-    assert sizes == {1: [49], 4: [13] * 4, 50: [1] * 49}[chunks]  # four whole ones of 13 hold 52 tokens: three are filled up
+    assert (
+        sizes == {1: [49], 4: [13] * 4, 50: [1] * 49}[chunks]
+    )  # four whole ones of 13 hold 52 tokens: three are filled up
 
 
 def test_the_losses_of_tokens_are_added_up_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +91,9 @@ def test_the_losses_of_tokens_are_added_up_in_fp64(monkeypatch: pytest.MonkeyPat
         return tenth.expand(len(labels_C)), tenth.expand(len(labels_C)) / 2, torch.zeros(len(labels_C))
 
     with torch.no_grad():
-        sums = linear_cross_entropy(torch.zeros(many, 1), torch.zeros(2, 1), torch.zeros(many, dtype=torch.int64), softmax=softmax)
+        sums = linear_cross_entropy(
+            torch.zeros(many, 1), torch.zeros(2, 1), torch.zeros(many, dtype=torch.int64), softmax=softmax
+        )
     assert sums.cross_entropy.item() == pytest.approx(many * tenth.item(), rel=1e-12)
     assert sums.z_loss.item() == pytest.approx(many * tenth.item() / 2, rel=1e-12)
 
@@ -163,7 +169,10 @@ def test_a_kept_graph_gives_the_same_gradients_again() -> None:
     once = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).total / 10, (hidden, weight))
     total = linear_cross_entropy(hidden, weight, labels).total / 10
     first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
-    again = torch.autograd.grad(total, hidden, retain_graph=True), torch.autograd.grad(total, weight)  # as zero-bubble pipelines split it
+    again = (
+        torch.autograd.grad(total, hidden, retain_graph=True),
+        torch.autograd.grad(total, weight),
+    )  # as zero-bubble pipelines split it
     assert all(torch.equal(x, wanted) for x, wanted in zip(first, once, strict=True))
     assert all(torch.equal(x, wanted) for (x,), wanted in zip(again, once, strict=True))
 

@@ -84,7 +84,11 @@ def refused(pretrain: Pretrain, tiny_words: TinyWords) -> Callable[..., str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != ".lock"
+    }
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -101,7 +105,9 @@ def went_on_from(run_dir: Path) -> list[int | None]:
     return [event.step for event in read_events(run_dir / "events.jsonl") if event.kind in {"start", "resume"}]
 
 
-def test_stray_files_are_told_and_the_run_goes_on_from_that_checkpoint(stopped: Path, run_tiny: RunTiny, undisturbed: list[float]) -> None:
+def test_stray_files_are_told_and_the_run_goes_on_from_that_checkpoint(
+    stopped: Path, run_tiny: RunTiny, undisturbed: list[float]
+) -> None:
     newest = checkpoint_path(stopped / "checkpoints", 30)
     (newest / ".DS_Store").touch()
     (newest / "mine").mkdir()
@@ -121,20 +127,33 @@ def test_without_its_checkpoints_a_run_does_not_start_over_by_itself(
     shutil.rmtree(stopped / "checkpoints")
     old = (stopped / "metrics.jsonl").read_bytes()
     told = refused(stopped)
-    assert f"{stopped}/checkpoints is not there, but events.jsonl tells that step 30 was saved. Put back what is missing" in told
+    assert (
+        f"{stopped}/checkpoints is not there, but events.jsonl tells that step 30 was saved. Put back what is missing"
+        in told
+    )
     assert f"To train again from its beginning here, set {GO_BACK}" in told
     (stopped / "checkpoints").mkdir()
     assert f"{stopped}/checkpoints holds no checkpoint, but events.jsonl tells that step 30" in refused(stopped)
     (stopped / "checkpoints").rmdir()
     (stopped / "checkpoints").symlink_to(stopped / "not mounted")
-    assert f"{stopped}/checkpoints is a link to what is not there, but events.jsonl tells that step 30" in refused(stopped)
+    assert f"{stopped}/checkpoints is a link to what is not there, but events.jsonl tells that step 30" in refused(
+        stopped
+    )
     (stopped / "checkpoints").unlink()
 
     assert run_tiny(stopped, *WORDS, GO_BACK) is Outcome.FINISHED
     assert went_on_from(stopped) == [0, 0]
     assert losses(stopped) == undisturbed
     assert (stopped / "metrics.before-attempt-2.jsonl").read_bytes() == old
-    assert [event.step for event in read_events(stopped / "events.jsonl") if event.kind == "save"] == [10, 20, 30, 10, 20, 30, 40]
+    assert [event.step for event in read_events(stopped / "events.jsonl") if event.kind == "save"] == [
+        10,
+        20,
+        30,
+        10,
+        20,
+        30,
+        40,
+    ]
     assert GO_BACK in notices(stopped)[0]
     assert "step 30 was saved. By" in notices(stopped)[0]
 
@@ -144,7 +163,10 @@ def test_a_checkpoint_that_vanished_is_not_replaced_by_an_older_one_unasked(
 ) -> None:
     shutil.rmtree(checkpoint_path(stopped / "checkpoints", 30))
     told = refused(stopped)
-    assert "checkpoints has lost the checkpoint of step 30, which events.jsonl tells of; its newest whole one is of step 20." in told
+    assert (
+        "checkpoints has lost the checkpoint of step 30, which events.jsonl tells of; its newest whole one is of step 20."
+        in told
+    )
     assert f"To train again from step 20 here, set {GO_BACK}" in told
     assert run_tiny(stopped, *WORDS, GO_BACK) is Outcome.FINISHED
     assert went_on_from(stopped) == [0, 20]
@@ -174,7 +196,11 @@ def test_where_no_checkpoint_is_whole_all_stay_and_starting_over_sets_them_aside
 
 
 def test_a_checkpoint_that_cannot_be_read_for_a_moment_stops_the_run_and_stays_the_newest(
-    stopped: Path, refused: Callable[..., str], run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, undisturbed: list[float]
+    stopped: Path,
+    refused: Callable[..., str],
+    run_tiny: RunTiny,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: list[float],
 ) -> None:
     file, digest = checkpoint_path(stopped / "checkpoints", 30) / "__0_0.distcp", hashlib.file_digest
 
@@ -186,7 +212,9 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_stops_the_run_and_stays_t
     monkeypatch.setattr(hashlib, "file_digest", fail)
     told = refused(stopped, code=1)
     monkeypatch.undo()
-    assert told.startswith(f"error: {file} cannot be read (Input/output error); nothing is known to be damaged: check the disk or mount")
+    assert told.startswith(
+        f"error: {file} cannot be read (Input/output error); nothing is known to be damaged: check the disk or mount"
+    )
     assert run_tiny(stopped, *WORDS) is Outcome.FINISHED
     assert went_on_from(stopped) == [0, 30]
     assert losses(stopped) == undisturbed
@@ -196,23 +224,32 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(stopped: Path, r
     folder = stopped / "checkpoints"
     checkpoint_path(folder, 30).rename(checkpoint_path(folder, 45))
     told = refused(stopped)
-    assert f"{folder}/step-00000045 is named like the checkpoint of step 45, but its manifest.json says step 30; rename it to" in told
+    assert (
+        f"{folder}/step-00000045 is named like the checkpoint of step 45, but its manifest.json says step 30; rename it to"
+        in told
+    )
 
 
 def test_half_of_the_metrics_gone_is_told_once_and_nothing_is_trained_twice(
     stopped: Path, run_tiny: RunTiny, undisturbed: list[float]
 ) -> None:
     lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (stopped / "metrics.jsonl").write_text("".join(lines[:15]) + lines[15][:20])  # a validation, 14 steps and a torn line
+    (stopped / "metrics.jsonl").write_text(
+        "".join(lines[:15]) + lines[15][:20]
+    )  # a validation, 14 steps and a torn line
     assert run_tiny(stopped, *WORDS, observers=[StopAt(34)]) is Outcome.STOPPED
     assert run_tiny(stopped, *WORDS) is Outcome.FINISHED
-    assert notices(stopped) == ["metrics.jsonl has no records of steps 15 to 30: curves have a gap there, nothing is trained twice"]
+    assert notices(stopped) == [
+        "metrics.jsonl has no records of steps 15 to 30: curves have a gap there, nothing is trained twice"
+    ]
     steps = read_metrics(stopped / "metrics.jsonl").steps
     assert [record.step for record in steps] == [*range(1, 15), *range(31, 41)]
     assert [record.loss for record in steps][14:] == undisturbed[30:]
 
 
-def test_without_any_records_a_run_goes_on_from_its_checkpoint_and_says_what_is_lost(stopped: Path, run_tiny: RunTiny) -> None:
+def test_without_any_records_a_run_goes_on_from_its_checkpoint_and_says_what_is_lost(
+    stopped: Path, run_tiny: RunTiny
+) -> None:
     (stopped / "metrics.jsonl").unlink()
     (stopped / "events.jsonl").unlink()
     assert run_tiny(stopped, *WORDS) is Outcome.FINISHED
@@ -229,13 +266,19 @@ def test_records_of_another_run_are_refused(stopped: Path, refused: Callable[...
     assert lines[-1]["step"] == 30
     (stopped / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = refused(stopped)
-    assert f"step-00000030 had read 120 sequences after step 30, and by {stopped}/metrics.jsonl it was 240: one of them is of" in told
+    assert (
+        f"step-00000030 had read 120 sequences after step 30, and by {stopped}/metrics.jsonl it was 240: one of them is of"
+        in told
+    )
 
 
 def test_a_config_that_was_cut_off_is_one_line(stopped: Path, refused: Callable[..., str]) -> None:
     config = stopped / "config.yaml"
     whole = config.read_text()
-    for text in (whole[: whole.index("\ntrain:\n") + 1], whole[: whole.index("log:\n")]):  # both are YAML, of fewer settings
+    for text in (
+        whole[: whole.index("\ntrain:\n") + 1],
+        whole[: whole.index("log:\n")],
+    ):  # both are YAML, of fewer settings
         config.write_text(text)
         assert f"{config} is cut short: it ends before its last section, log. Restore it" in refused(stopped)
     for size in range(0, len(whole) - 40, len(whole) // 7):
@@ -266,7 +309,9 @@ def test_a_run_that_was_killed_before_its_first_save_has_lost_nothing(tmp_path: 
     (tmp_path / "metrics.jsonl").write_text(step_line(1) + step_line(2))
     assert check_records(tmp_path, None, None).lost == ""
     (tmp_path / "events.jsonl").unlink()  # but without events nobody knows
-    with pytest.raises(UserError, match=r"checkpoints is not there and events\.jsonl tells nothing, but metrics\.jsonl has 2 steps"):
+    with pytest.raises(
+        UserError, match=r"checkpoints is not there and events\.jsonl tells nothing, but metrics\.jsonl has 2 steps"
+    ):
         check_records(tmp_path, None, None)
     assert check_records(tmp_path, None, None, go_back=True).lost
 
@@ -282,4 +327,6 @@ def test_a_checkpoint_that_was_set_aside_has_not_vanished(tmp_path: Path) -> Non
 
 
 def step_line(step: int) -> str:
-    return StepRecord(step=step, samples=step, tokens=step, loss=1, lr=1, grad_norm=1, tokens_per_s=1, step_s=1, time=0, attempt=1).line()
+    return StepRecord(
+        step=step, samples=step, tokens=step, loss=1, lr=1, grad_norm=1, tokens_per_s=1, step_s=1, time=0, attempt=1
+    ).line()

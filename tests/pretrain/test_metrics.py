@@ -48,8 +48,23 @@ def test_every_float_is_read_back_to_the_last_bit(tmp_path: Path) -> None:
 
 def test_a_line_holds_the_named_fields_and_leaves_out_what_is_unknown() -> None:
     written = json.loads(step_record(3).line())
-    assert set(written) == {"step", "samples", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "step_s", "time", "attempt"}
-    assert set(json.loads(step_record(3).model_copy(update={"mfu": 0.4, "z_loss": 1e-3}).line())) == {*written, "mfu", "z_loss"}
+    assert set(written) == {
+        "step",
+        "samples",
+        "tokens",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "step_s",
+        "time",
+        "attempt",
+    }
+    assert set(json.loads(step_record(3).model_copy(update={"mfu": 0.4, "z_loss": 1e-3}).line())) == {
+        *written,
+        "mfu",
+        "z_loss",
+    }
     assert json.loads(validation_record(3).line())["val_perplexity"] == math.exp(2.0)
 
 
@@ -93,7 +108,13 @@ def test_a_damaged_line_inside_is_named(tmp_path: Path) -> None:
 
 
 def test_a_step_told_twice_counts_once_and_the_last_word_holds(tmp_path: Path) -> None:
-    write(tmp_path / "m", validation_record(0, 9.0), step_record(1, 5.0), validation_record(0, 8.0), step_record(1, 4.0, attempt=2))
+    write(
+        tmp_path / "m",
+        validation_record(0, 9.0),
+        step_record(1, 5.0),
+        validation_record(0, 8.0),
+        step_record(1, 4.0, attempt=2),
+    )
     metrics = read_metrics(tmp_path / "m")
     assert [(r.step, r.loss, r.attempt) for r in metrics.steps] == [(1, 4.0, 2)]
     assert [(r.step, r.val_loss) for r in metrics.validations] == [(0, 8.0)]
@@ -223,4 +244,7 @@ def test_the_mfu_statement_names_convention_and_peak() -> None:
     assert mfu_statement(8.05e8, "NVIDIA H100 80GB HBM3", find_accelerator("NVIDIA H100 80GB HBM3"), 16).endswith(
         "against 16 x 989 TFLOP/s (H100 SXM, dense bf16)"
     )
-    assert mfu_statement(8.05e8, "NVIDIA H800", None) == "No MFU: the peak of NVIDIA H800 at this precision is not known for certain"
+    assert (
+        mfu_statement(8.05e8, "NVIDIA H800", None)
+        == "No MFU: the peak of NVIDIA H800 at this precision is not known for certain"
+    )

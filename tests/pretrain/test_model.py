@@ -58,7 +58,9 @@ def test_packed_documents_equal_separate_runs_of_each(name: str, kernel: str) ->
         apart += add_loss(model, x, y, torch.zeros_like(x), torch.arange(x.shape[1])[None])
     assert together == pytest.approx(apart, rel=1e-6)
     for parameter, gradient in gradients_of(model).items():
-        torch.testing.assert_close(packed[parameter], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=parameter)
+        torch.testing.assert_close(
+            packed[parameter], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=parameter
+        )
 
 
 def test_without_the_document_mask_they_do_not() -> None:
@@ -73,15 +75,21 @@ def test_two_micro_batches_equal_one_batch(name: str) -> None:
     model = model_of(CONFIGS[name])
     both = torch.randint(V, (2, S + 1), generator=torch.Generator().manual_seed(1))
     documents, positions = (
-        torch.cat([packed, whole]) for packed, whole in zip(packed_row(), (torch.zeros(1, S), torch.arange(S)[None]), strict=True)
+        torch.cat([packed, whole])
+        for packed, whole in zip(packed_row(), (torch.zeros(1, S), torch.arange(S)[None]), strict=True)
     )
     whole = add_loss(model, both[:, :-1], both[:, 1:], documents, positions)
     expected = gradients_of(model)
     model.zero_grad()
-    halves = sum(add_loss(model, both[i : i + 1, :-1], both[i : i + 1, 1:], documents[i : i + 1], positions[i : i + 1]) for i in (0, 1))
+    halves = sum(
+        add_loss(model, both[i : i + 1, :-1], both[i : i + 1, 1:], documents[i : i + 1], positions[i : i + 1])
+        for i in (0, 1)
+    )
     assert halves == pytest.approx(whole, rel=1e-6)
     for parameter, gradient in gradients_of(model).items():
-        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=parameter)
+        torch.testing.assert_close(
+            gradient, expected[parameter], rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=parameter
+        )
 
 
 def test_a_token_changes_nothing_before_it() -> None:
@@ -106,7 +114,9 @@ def test_a_block_traces_without_a_graph_break_forward_and_backward(kernel: str, 
         add_loss(eager, ids, labels, documents, positions), rel=1e-6
     )
     for name, gradient in gradients_of(traced).items():
-        torch.testing.assert_close(gradient, gradients_of(eager)[name], rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+        torch.testing.assert_close(
+            gradient, gradients_of(eager)[name], rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name
+        )
 
 
 def test_a_model_on_meta_takes_no_memory_and_traces_shapes() -> None:

@@ -22,7 +22,9 @@ from pretrain.model.attention import document_mask
 from pretrain.model.transformer import Transformer
 
 B, S, V = 2, 24, 96
-SHAPE = ModelConfig(vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64, norm_eps=1e-6)
+SHAPE = ModelConfig(
+    vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, max_seq_len=64, norm_eps=1e-6
+)
 THEIR_SHAPE = {
     "vocab_size": V,
     "num_hidden_layers": 2,

@@ -16,7 +16,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "run_of_november_2026"
 NUMBERS = ("samples", "tokens", "loss", "lr", "grad_norm", "val_loss", "val_tokens")
 
 
-@pytest.fixture()
+@pytest.fixture
 def old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy in the working directory: the run names its data and itself by relative paths."""
     shutil.copytree(FIXTURE, tmp_path / "old")

@@ -86,7 +86,9 @@ def adamw_reference(weights, steps, config, *, bias_correction=True):
             first[name] = beta1 * first[name] + (1 - beta1) * gradient
             second[name] = beta2 * second[name] + (1 - beta2) * gradient**2
             correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1, 1)
-            weight -= lr * (decay * weight + first[name] / correction1 / ((second[name] / correction2).sqrt() + config.eps))
+            weight -= lr * (
+                decay * weight + first[name] / correction1 / ((second[name] / correction2).sqrt() + config.eps)
+            )
     return weights
 
 
@@ -95,7 +97,9 @@ def largest_error(weights, reference):
 
 
 def test_fused_adamw_is_the_fp64_reference_to_2e_6_after_20_steps():
-    config = OptimConfig(lr=0.05, betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1)  # no default, so that each one must arrive
+    config = OptimConfig(
+        lr=0.05, betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1
+    )  # no default, so that each one must arrive
     weights = parameters()
     reference = adamw_reference(weights, range(1, 21), config)
     uncorrected = adamw_reference(weights, range(1, 21), config, bias_correction=False)
@@ -103,7 +107,9 @@ def test_fused_adamw_is_the_fp64_reference_to_2e_6_after_20_steps():
     assert all(group["fused"] for group in optimizer.parts[0].param_groups)
     train(weights, optimizer, range(1, 21))
     assert largest_error(weights, reference) < 2e-6
-    assert largest_error(weights, uncorrected) > 1e-2  # negative control: without bias correction it is another optimizer
+    assert (
+        largest_error(weights, uncorrected) > 1e-2
+    )  # negative control: without bias correction it is another optimizer
 
 
 def muon_reference(gradients, beta, *, nesterov=True):
@@ -162,10 +168,16 @@ def test_the_state_is_there_before_the_first_step_and_is_the_one_the_steps_use(k
     optimizer = build_optimizer(weights.items(), OptimConfig(kind=kind))
     state = optimizer.state()
     assert set(state) == set(SHAPES)
-    assert all(tensor.count_nonzero() == 0 and tensor.dtype == torch.float32 for slots in state.values() for tensor in slots.values())
+    assert all(
+        tensor.count_nonzero() == 0 and tensor.dtype == torch.float32
+        for slots in state.values()
+        for tensor in slots.values()
+    )
     train(weights, optimizer, range(1, 4))
     for name, slots in state.items():
-        assert all(tensor is optimizer.state()[name][slot] and tensor.count_nonzero() > 0 for slot, tensor in slots.items())
+        assert all(
+            tensor is optimizer.state()[name][slot] and tensor.count_nonzero() > 0 for slot, tensor in slots.items()
+        )
         assert "step" not in slots or slots["step"].item() == 3
 
 
@@ -175,7 +187,9 @@ def resume(kind, *, lose_step_counter):
     weights = parameters()
     optimizer = build_optimizer(weights.items(), config)
     train(weights, optimizer, range(1, 4))
-    saved = {name: {slot: tensor.clone() for slot, tensor in slots.items()} for name, slots in optimizer.state().items()}
+    saved = {
+        name: {slot: tensor.clone() for slot, tensor in slots.items()} for name, slots in optimizer.state().items()
+    }
     resumed = {name: Parameter(weight.detach().clone()) for name, weight in weights.items()}
     train(weights, optimizer, range(4, 7))
 

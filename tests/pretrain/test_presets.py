@@ -55,7 +55,9 @@ def test_another_width_is_another_count() -> None:
     ],
 )
 def test_sizes_by_name_are_what_the_name_says(name: str, vocab_size: int, expected: float) -> None:
-    assert parameter_count(preset(name, vocab_size=vocab_size)) == pytest.approx(expected, rel=0.02 if expected < 1e9 else 0)
+    assert parameter_count(preset(name, vocab_size=vocab_size)) == pytest.approx(
+        expected, rel=0.02 if expected < 1e9 else 0
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in PUBLISHED])
@@ -65,7 +67,14 @@ def test_our_own_shapes_leave_the_vocabulary_to_the_tokenizer(name: str) -> None
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": False}, {"qk_norm": True}, {"qkv_bias": True}, {"n_kv_heads": 1}, {"head_dim": 32, "tie_embeddings": False}],
+    [
+        {},
+        {"tie_embeddings": False},
+        {"qk_norm": True},
+        {"qkv_bias": True},
+        {"n_kv_heads": 1},
+        {"head_dim": 32, "tie_embeddings": False},
+    ],
     ids=str,
 )
 def test_the_formula_counts_what_is_built(changes: dict[str, object]) -> None:
@@ -78,7 +87,9 @@ def test_the_formula_counts_what_is_built(changes: dict[str, object]) -> None:
     assert counts.norms == sum(n for name, n in sizes.items() if "norm" in name)
     assert counts.biases == sum(n for name, n in sizes.items() if name.endswith("bias"))
     assert counts.mlp == sum(n for name, n in sizes.items() if ".mlp." in name)
-    assert counts.matmul == model.output_weight.numel() + sum(n for name, n in sizes.items() if name.endswith("proj.weight"))
+    assert counts.matmul == model.output_weight.numel() + sum(
+        n for name, n in sizes.items() if name.endswith("proj.weight")
+    )
 
 
 @pytest.mark.parametrize(("name", "causal", "excess"), [("llama3-8b", True, 0.068), ("llama3-8b", False, 0.202)])
@@ -87,7 +98,9 @@ def test_flops_exceed_6nd_by_the_published_share(name: str, causal: bool, excess
     matmul = 6 * count_parameters(config).matmul
     attention = flops_per_token(config, 8192, causal=causal) - matmul
     assert attention == (6 if causal else 12) * 32 * 4096 * 8192
-    assert flops_per_token(config, 8192, causal=causal) / (6 * parameter_count(config)) - 1 == pytest.approx(excess, abs=1e-3)
+    assert flops_per_token(config, 8192, causal=causal) / (6 * parameter_count(config)) - 1 == pytest.approx(
+        excess, abs=1e-3
+    )
 
 
 def test_a_window_saves_what_it_does_not_see() -> None:

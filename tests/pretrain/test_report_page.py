@@ -27,13 +27,27 @@ def parts(step: int, sources: tuple[str, ...]) -> dict[str, SourceLoss]:
     return {name: SourceLoss(loss=2 + 7 / (1 + step * (i + 1)), tokens=5000 >> i) for i, name in enumerate(sources)}
 
 
-def write_run(path: Path, steps: int, *, finished: bool = True, nan_at: tuple[int, ...] = (), sources: tuple[str, ...] = ()) -> Path:
+def write_run(
+    path: Path, steps: int, *, finished: bool = True, nan_at: tuple[int, ...] = (), sources: tuple[str, ...] = ()
+) -> Path:
     """A run of `steps` steps, stopped and resumed half way, validated at the start and after every tenth step."""
-    config = RunConfig.model_validate({"run": {"dir": str(path)}, "model": {"n_layers": 3, "vocab_size": 512}, "train": {"steps": steps}})
+    config = RunConfig.model_validate(
+        {"run": {"dir": str(path)}, "model": {"n_layers": 3, "vocab_size": 512}, "train": {"steps": steps}}
+    )
     half = steps // 2
     with RunDirectory.open(config) as run, RecordFile(run.metrics) as metrics, RecordFile(run.events) as events:
         run.settle(config)
-        events.append(Event(time=1000, step=0, kind="start", text="new run", parameters=12_588_032, device="CPU", mfu_statement="No MFU"))
+        events.append(
+            Event(
+                time=1000,
+                step=0,
+                kind="start",
+                text="new run",
+                parameters=12_588_032,
+                device="CPU",
+                mfu_statement="No MFU",
+            )
+        )
         metrics.append(ValidationRecord(step=0, val_loss=9.125, val_tokens=512, by_source=parts(0, sources), time=1000))
         for step in range(1, steps + 1):
             now = 1000 + step + (600 if step > half else 0)
@@ -46,10 +60,14 @@ def write_run(path: Path, steps: int, *, finished: bool = True, nan_at: tuple[in
             )  # fmt: skip
             if step % 10 == 0:
                 losses = parts(step, sources)
-                metrics.append(ValidationRecord(step=step, val_loss=2.25 + 7 / step, val_tokens=512, by_source=losses, time=now))
+                metrics.append(
+                    ValidationRecord(step=step, val_loss=2.25 + 7 / step, val_tokens=512, by_source=losses, time=now)
+                )
             if step == half and step > 0:
                 events.append(Event(time=now, step=step, kind="stop", text="SIGTERM received"))
-                events.append(Event(time=now + 600, step=step, kind="resume", text=HOSTILE, parameters=12_588_032, device="CPU"))
+                events.append(
+                    Event(time=now + 600, step=step, kind="resume", text=HOSTILE, parameters=12_588_032, device="CPU")
+                )
         if finished:
             events.append(Event(time=now, step=steps, kind="sample", prompt="def main(", text=HOSTILE))
             events.append(Event(time=now, step=steps, kind="finish", text="done"))
@@ -69,14 +87,27 @@ def test_the_head_names_size_tokens_loss_and_time(tmp_path: Path) -> None:
     report = write_report(write_run(tmp_path / "first-run", 40))
     page = text_of(report.read_text())
     assert report == tmp_path / "first-run" / "report.html"
-    for words in ("first-run finished", "12.6M 3 layers", "20.5k 40 of 40 steps", "2.425 from 9.125, perplexity 11.30", "512 tokens/s"):
+    for words in (
+        "first-run finished",
+        "12.6M 3 layers",
+        "20.5k 40 of 40 steps",
+        "2.425 from 9.125, perplexity 11.30",
+        "512 tokens/s",
+    ):
         assert words in page
     assert "40 s resumed once" in page  # the ten minutes between stop and resume are nobody's training time
 
 
 def test_every_event_and_setting_is_told(tmp_path: Path) -> None:
     page = text_of(write_report(write_run(tmp_path / "run", 40)).read_text())
-    for words in ("0 start new run", "20 stop SIGTERM received", f"20 resume {HOSTILE}", "40 finish done", "n_layers 3", "theta 10000.0"):
+    for words in (
+        "0 start new run",
+        "20 stop SIGTERM received",
+        f"20 resume {HOSTILE}",
+        "40 finish done",
+        "n_layers 3",
+        "theta 10000.0",
+    ):
         assert words in page
     assert f"def main( {HOSTILE}" in page
 
@@ -94,9 +125,15 @@ def test_what_the_model_wrote_cannot_become_markup(tmp_path: Path) -> None:
     assert page.count("<script") == 3
 
 
-@pytest.mark.parametrize(("steps", "finished", "state"), [(0, False, "not finished"), (1, False, "not finished"), (40, True, "finished")])
+@pytest.mark.parametrize(
+    ("steps", "finished", "state"), [(0, False, "not finished"), (1, False, "not finished"), (40, True, "finished")]
+)
 def test_a_run_at_any_point_has_a_report(tmp_path: Path, steps: int, finished: bool, state: str) -> None:
-    config = write_run(tmp_path / "run", 1, finished=False) if steps == 0 else write_run(tmp_path / "run", steps, finished=finished)
+    config = (
+        write_run(tmp_path / "run", 1, finished=False)
+        if steps == 0
+        else write_run(tmp_path / "run", steps, finished=finished)
+    )
     if steps == 0:
         (config / "metrics.jsonl").unlink()
     page = text_of(write_report(tmp_path / "run").read_text())
@@ -113,7 +150,10 @@ def test_losses_that_are_not_finite_are_pointed_out(tmp_path: Path) -> None:
 
 def test_the_validation_of_each_source_is_told_and_of_one_alone_is_not(tmp_path: Path) -> None:
     page = text_of(write_report(write_run(tmp_path / "two", 40, sources=("web", "code"))).read_text())
-    assert "Source Tokens predicted First loss Last loss Perplexity web 5,000 9.000 2.171 8.76 code 2,500 9.000 2.086 8.06 all 512" in page
+    assert (
+        "Source Tokens predicted First loss Last loss Perplexity web 5,000 9.000 2.171 8.76 code 2,500 9.000 2.086 8.06 all 512"
+        in page
+    )
     few = "The validation loss is over little text of web (5,000 tokens), code (2,500 tokens): hold out more of it, or raise eval.batches."
     assert few in page
     one = text_of(write_report(write_run(tmp_path / "one", 40, sources=("web",))).read_text())
@@ -188,8 +228,22 @@ def chromium() -> str:
 
 def browse(page: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
     """Open a page: its document once its scripts have run, and every line of its console."""
-    command = [chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1800", f"--user-data-dir={profile}"]
-    command += ["--virtual-time-budget=20000", "--enable-logging=stderr", "--v=0", *options, "--dump-dom", page.as_uri()]
+    command = [
+        chromium(),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1280,1800",
+        f"--user-data-dir={profile}",
+    ]
+    command += [
+        "--virtual-time-budget=20000",
+        "--enable-logging=stderr",
+        "--v=0",
+        *options,
+        "--dump-dom",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -248,10 +302,17 @@ def test_chromium_draws_a_curve_for_each_source(tmp_path: Path) -> None:
 def test_chromium_draws_a_run_of_one_step(tmp_path: Path) -> None:
     document, console = browse(write_report(write_run(tmp_path / "run", 1, finished=False)), tmp_path / "profile")
     assert console == []
-    assert [dots(charts_in(document)[name]) for name in ("loss", "lr", "grad_norm", "tokens_per_s")] == [[1, 1, 1], [1], [1], [1]]
+    assert [dots(charts_in(document)[name]) for name in ("loss", "lr", "grad_norm", "tokens_per_s")] == [
+        [1, 1, 1],
+        [1],
+        [1],
+        [1],
+    ]
 
 
-@pytest.mark.parametrize("damage", [('id="figures">{', 'id="figures">'), ('id="plotly">H', 'id="plotly">A'), ('"charts"', '"chart"')])
+@pytest.mark.parametrize(
+    "damage", [('id="figures">{', 'id="figures">'), ('id="plotly">H', 'id="plotly">A'), ('"charts"', '"chart"')]
+)
 def test_a_damaged_page_does_not_pass(tmp_path: Path, damage: tuple[str, str]) -> None:
     report = write_report(write_run(tmp_path / "run", 40))
     whole = report.read_text()

@@ -21,7 +21,9 @@ def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
 
 
-def machine(patch: pytest.MonkeyPatch, *, gpu: bool = False, cpu: dict[str, bool] | None = None, compiler: str | None = "g++") -> None:
+def machine(
+    patch: pytest.MonkeyPatch, *, gpu: bool = False, cpu: dict[str, bool] | None = None, compiler: str | None = "g++"
+) -> None:
     patch.setattr(torch.cuda, "is_available", lambda: gpu)
     patch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -54,10 +56,26 @@ def test_on_a_plain_cpu_these_are_the_decisions_and_reasons() -> None:
 
 
 def test_what_is_set_is_not_decided() -> None:
-    words = ("model.vocab_size=512", "train.micro_batch_size=3", "train.precision=bf16", "train.compile=false", "optim.decay=0.5")
+    words = (
+        "model.vocab_size=512",
+        "train.micro_batch_size=3",
+        "train.precision=bf16",
+        "train.compile=false",
+        "optim.decay=0.5",
+    )
     config, decisions = resolve(load(None, [*TINY, *words]).config, tokenizer_size=300, previous=None)
-    assert [decision.key for decision in decisions] == ["data.tokenizer", "optim.warmup", "train.device", "train.attention"]
-    assert (config.model.vocab_size, config.train.micro_batch_size, config.train.precision, config.optim.decay) == (512, 3, "bf16", 0.5)
+    assert [decision.key for decision in decisions] == [
+        "data.tokenizer",
+        "optim.warmup",
+        "train.device",
+        "train.attention",
+    ]
+    assert (config.model.vocab_size, config.train.micro_batch_size, config.train.precision, config.optim.decay) == (
+        512,
+        3,
+        "bf16",
+        0.5,
+    )
 
 
 @pytest.mark.parametrize(("size", "rows"), [(257, 320), (320, 320), (321, 384), (50_257, 50_304), (128_256, 128_256)])
@@ -66,7 +84,8 @@ def test_the_vocabulary_is_rounded_up_to_a_multiple_of_64(size: int, rows: int) 
 
 
 @pytest.mark.parametrize(
-    ("seq_len", "batch", "micro"), [(128, 1000, 125), (512, 1000, 25), (512, 8, 8), (512, 7, 7), (512, 37, 1), (16_385, 9, 1)]
+    ("seq_len", "batch", "micro"),
+    [(128, 1000, 125), (512, 1000, 25), (512, 8, 8), (512, 7, 7), (512, 37, 1), (16_385, 9, 1)],
 )
 def test_a_microbatch_divides_the_batch_and_holds_at_most_16384_tokens(seq_len: int, batch: int, micro: int) -> None:
     found = resolved(f"data.seq_len={seq_len}", f"train.batch_size={batch}", "model.max_seq_len=100000")
@@ -85,7 +104,12 @@ def test_a_microbatch_divides_the_batch_and_holds_at_most_16384_tokens(seq_len: 
     ],
 )
 def test_a_microbatch_fills_up_at_most_a_tenth_of_a_run_with_a_batch_ramp(ramp: int, start: int, micro: int) -> None:
-    words = ("train.batch_size=32", "train.steps=1000", f"train.batch_ramp_steps={ramp}", f"train.batch_ramp_start={start}")
+    words = (
+        "train.batch_size=32",
+        "train.steps=1000",
+        f"train.batch_ramp_steps={ramp}",
+        f"train.batch_ramp_start={start}",
+    )
     _, decisions = resolve(load(None, [*TINY, *words]).config, tokenizer_size=300, previous=None)
     (decision,) = (decision for decision in decisions if decision.key == "train.micro_batch_size")
     assert decision.value == micro
@@ -111,7 +135,11 @@ def test_microbatches_that_are_filled_up_in_every_step_are_told(batch: int, micr
 def test_how_ranks_divide_the_work_is_told_where_there_are_several() -> None:
     config = load(None, [*TINY, "parallel.tensor=2", "parallel.replicate=2"]).config
     _, decisions = resolve(config, tokenizer_size=300, previous=None, world_size=8)
-    told = {decision.key: (decision.value, decision.reason) for decision in decisions if decision.key.startswith("parallel.")}
+    told = {
+        decision.key: (decision.value, decision.reason)
+        for decision in decisions
+        if decision.key.startswith("parallel.")
+    }
     assert told == {
         "parallel.shard": (2, "what parallel.replicate=2 x parallel.tensor=2 = 4 leaves of 8 processes"),
         "parallel.zero": (3, "the least memory"),
@@ -150,31 +178,55 @@ def test_a_long_run_on_a_cpu_is_compiled_if_there_is_a_compiler(monkeypatch: pyt
 def test_a_gpu_is_used_with_all_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpu=True)
     found = resolved()
-    assert [found[f"train.{name}"] for name in ("device", "precision", "compile", "attention")] == ["cuda", "bf16", True, "varlen"]
+    assert [found[f"train.{name}"] for name in ("device", "precision", "compile", "attention")] == [
+        "cuda",
+        "bf16",
+        True,
+        "varlen",
+    ]
 
 
-def test_a_resumed_run_keeps_the_decisions_its_numbers_depend_on_whatever_the_rules_say_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_the_decisions_its_numbers_depend_on_whatever_the_rules_say_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     began = resolve(load(None, [*TINY, "optim.warmup=7"]).config, tokenizer_size=300, previous=None)[0]
     machine(monkeypatch, cpu=BF16)
     config, decisions = resolve(load(None, TINY).config, tokenizer_size=300, previous=began)
     assert config == began
     kept = {decision.key for decision in decisions if decision.reason == "as the run began"}
     assert kept == {"model.vocab_size", "optim.warmup", "optim.decay", "train.precision"}
-    assert (resolved()["train.precision"], resolved()["optim.warmup"]) == ("bf16", 20)  # what they would have been without it
+    assert (resolved()["train.precision"], resolved()["optim.warmup"]) == (
+        "bf16",
+        20,
+    )  # what they would have been without it
 
 
-def test_a_run_goes_on_another_device_in_the_same_precision_and_with_the_kernels_of_that_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_another_device_in_the_same_precision_and_with_the_kernels_of_that_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     machine(monkeypatch, gpu=True)
     on_gpu = resolve(load(None, TINY).config, tokenizer_size=300, previous=None)[0]
     machine(monkeypatch)
     moved = resolved(previous=on_gpu)
-    assert [moved[f"train.{name}"] for name in ("device", "precision", "compile", "attention")] == ["cpu", "bf16", False, "sdpa"]
+    assert [moved[f"train.{name}"] for name in ("device", "precision", "compile", "attention")] == [
+        "cpu",
+        "bf16",
+        False,
+        "sdpa",
+    ]
     machine(monkeypatch, gpu=True)
-    assert [resolved("train.device=cpu", previous=on_gpu)[f"train.{name}"] for name in ("device", "attention")] == ["cpu", "sdpa"]
+    assert [resolved("train.device=cpu", previous=on_gpu)[f"train.{name}"] for name in ("device", "attention")] == [
+        "cpu",
+        "sdpa",
+    ]
 
 
-@pytest.mark.parametrize("words", [(), ("train.precision=bf16", "train.compile=true"), ("train.attention=varlen",)], ids=str)
-def test_a_gpu_that_is_not_there_is_told_before_a_rule_asks_it_anything(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "words", [(), ("train.precision=bf16", "train.compile=true"), ("train.attention=varlen",)], ids=str
+)
+def test_a_gpu_that_is_not_there_is_told_before_a_rule_asks_it_anything(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
     def asked(*_: object, **__: object) -> bool:
         raise AssertionError("Torch not compiled with CUDA enabled")
 
@@ -196,13 +248,18 @@ def test_a_gpu_without_bf16_takes_fp32_and_refuses_bf16(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     assert resolved()["train.precision"] == "fp32"
     with pytest.raises(
-        UserError, match=r"train\.precision=bf16, but NVIDIA H100 .* cannot compute in bf16; use train\.precision=fp32 or auto"
+        UserError,
+        match=r"train\.precision=bf16, but NVIDIA H100 .* cannot compute in bf16; use train\.precision=fp32 or auto",
     ):
         resolved("train.precision=bf16")
 
 
-@pytest.mark.parametrize(("gpu", "missing"), [(False, r"C\+\+ compiler \(g\+\+\)"), (True, r"C compiler \(gcc or clang\)")])
-def test_compiling_without_a_compiler_is_refused_before_anything_begins(monkeypatch: pytest.MonkeyPatch, gpu: bool, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("gpu", "missing"), [(False, r"C\+\+ compiler \(g\+\+\)"), (True, r"C compiler \(gcc or clang\)")]
+)
+def test_compiling_without_a_compiler_is_refused_before_anything_begins(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, missing: str
+) -> None:
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     machine(monkeypatch, gpu=gpu)
@@ -210,7 +267,8 @@ def test_compiling_without_a_compiler_is_refused_before_anything_begins(monkeypa
     machine(monkeypatch, gpu=gpu, compiler=None)
     assert resolved()["train.compile"] is False
     with pytest.raises(
-        UserError, match=rf"train\.compile=true, but there is no {missing}; install it, or use train\.compile=false or auto"
+        UserError,
+        match=rf"train\.compile=true, but there is no {missing}; install it, or use train\.compile=false or auto",
     ):
         resolved("train.compile=true")
 
@@ -222,7 +280,10 @@ def test_compiling_without_a_compiler_is_refused_before_anything_begins(monkeypa
             ("train.attention=flash_attn",),
             "train.attention=flash_attn does not run here .* use varlen, sdpa or auto .the flash-attn package is not installed, or not for",
         ),
-        (("train.attention=varlen", "train.precision=fp32"), "train.attention=varlen does not run here .*fp32 .* use sdpa or auto"),
+        (
+            ("train.attention=varlen", "train.precision=fp32"),
+            "train.attention=varlen does not run here .*fp32 .* use sdpa or auto",
+        ),
         (("train.attention=varlen", "model.head_dim=12"), "model.head_dim=12; use sdpa or auto"),
     ],
 )

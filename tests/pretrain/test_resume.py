@@ -75,7 +75,9 @@ def whole(run_tiny: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def curve(run_dir: Path) -> list[tuple[str, int, float]]:
     """Every number that `metrics.jsonl` tells of the model, in the order of the file."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(name, line["step"], line[name]) for line in lines for name in ("loss", "grad_norm", "val_loss") if name in line]
+    return [
+        (name, line["step"], line[name]) for line in lines for name in ("loss", "grad_norm", "val_loss") if name in line
+    ]
 
 
 def state_at(run_dir: Path, step: int) -> dict[str, Tensor]:
@@ -84,7 +86,9 @@ def state_at(run_dir: Path, step: int) -> dict[str, Tensor]:
     state = engine.state()
     store.load(checkpoint_path(run_dir / "checkpoints", step), state)
     flat = {f"model.{name}": tensor for name, tensor in state["model"].items()}
-    return flat | {f"{name}.{slot}": tensor for name, slots in state["optimizer"].items() for slot, tensor in slots.items()}
+    return flat | {
+        f"{name}.{slot}": tensor for name, slots in state["optimizer"].items() for slot, tensor in slots.items()
+    }
 
 
 def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
@@ -109,7 +113,9 @@ def test_losses_and_weights_after_a_stop_at_20_are_those_of_the_undisturbed_run(
     assert kinds(tmp_path) == [("start", 0), ("save", 20), ("stop", 20), ("resume", 20), ("save", 40), ("finish", 40)]
 
 
-def test_sigterm_saves_a_step_that_has_no_checkpoint_of_its_own(tmp_path: Path, run_tiny: RunTiny, whole: Whole) -> None:
+def test_sigterm_saves_a_step_that_has_no_checkpoint_of_its_own(
+    tmp_path: Path, run_tiny: RunTiny, whole: Whole
+) -> None:
     for step in (3, 17, 33):
         assert run_tiny(tmp_path, observers=[SignalAfter(step, signal.SIGTERM)]) is Outcome.STOPPED
         assert kinds(tmp_path)[-2:] == [("save", step), ("stop", step)]
@@ -117,7 +123,9 @@ def test_sigterm_saves_a_step_that_has_no_checkpoint_of_its_own(tmp_path: Path, 
     assert_same_end(tmp_path, whole())
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_nothing_is_told_twice(tmp_path: Path, run_tiny: RunTiny, whole: Whole) -> None:
+def test_a_second_ctrl_c_leaves_at_once_and_nothing_is_told_twice(
+    tmp_path: Path, run_tiny: RunTiny, whole: Whole
+) -> None:
     for step, last in ((7, "start"), (27, "save")):  # before the first checkpoint, and after it
         with pytest.raises(KeyboardInterrupt):
             run_tiny(tmp_path, observers=[SignalAfter(step, times=2)])
@@ -128,7 +136,9 @@ def test_a_second_ctrl_c_leaves_at_once_and_nothing_is_told_twice(tmp_path: Path
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_in_a_save_stops_after_that_save(tmp_path: Path, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+def test_ctrl_c_in_a_save_stops_after_that_save(
+    tmp_path: Path, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
     press_in_the_first_save(monkeypatch, times)
     assert run_tiny(tmp_path, "checkpoint.every=10") is Outcome.STOPPED
     assert kinds(tmp_path) == [("start", 0), ("save", 10), ("stop", 10)]
@@ -189,7 +199,9 @@ train(load(None, sys.argv[1:]).config, Console(), [Kill()])
 def test_a_run_that_was_killed_at_27_goes_on_from_20(
     tmp_path: Path, run_tiny: RunTiny, whole: Whole, tiny_words: Callable[..., list[str]]
 ) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED_AT_27, *tiny_words(tmp_path)], capture_output=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_27, *tiny_words(tmp_path)], capture_output=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     assert curve(tmp_path)[-1][1] == 27
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -255,7 +267,8 @@ def move_one_weight(state: dict[str, dict]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "same"), [(nothing, True), (zero_the_moments, False), (forget_the_step_count, False), (move_one_weight, False)]
+    ("change", "same"),
+    [(nothing, True), (zero_the_moments, False), (forget_the_step_count, False), (move_one_weight, False)],
 )
 def test_the_comparison_notices_what_is_lost_of_the_state(
     tmp_path: Path, run_tiny: RunTiny, whole: Whole, change: Callable[[dict[str, dict]], None], same: bool
@@ -281,12 +294,18 @@ def test_the_comparison_notices_data_that_is_off_by_one_sample(
 
 def test_a_finished_run_started_again_does_nothing_and_says_so(tmp_path: Path, run_tiny: RunTiny) -> None:
     run_tiny(tmp_path, "train.steps=10")
-    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.rglob("*") if file.is_file() and file.name != ".lock"}
+    before = {
+        file: (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in tmp_path.rglob("*")
+        if file.is_file() and file.name != ".lock"
+    }
     console = Console(file=io.StringIO(), width=400)
     assert run_tiny(tmp_path, "train.steps=10", console=console) is Outcome.FINISHED
     assert f"run.dir={tmp_path} is finished, all 10 steps of it: nothing to do" in console.file.getvalue()
     assert before == {
-        file: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.rglob("*") if file.is_file() and file.name != ".lock"
+        file: (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in tmp_path.rglob("*")
+        if file.is_file() and file.name != ".lock"
     }
 
 

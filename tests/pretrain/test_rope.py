@@ -33,7 +33,14 @@ VARIANTS = {
         },
     ),
     "llama3": (
-        RopeConfig(kind="llama3", theta=500_000.0, factor=8, original_max_seq_len=ORIGINAL, low_freq_factor=1, high_freq_factor=4),
+        RopeConfig(
+            kind="llama3",
+            theta=500_000.0,
+            factor=8,
+            original_max_seq_len=ORIGINAL,
+            low_freq_factor=1,
+            high_freq_factor=4,
+        ),
         {
             "rope_type": "llama3",
             "rope_theta": 500_000.0,
@@ -75,7 +82,9 @@ def test_yarn_scales_cosine_and_sine_by_a_tenth_of_the_log_of_the_factor_plus_on
 def test_dynamic_ntk_equals_transformers_at_every_length(length: int) -> None:
     ours, parameters = VARIANTS["dynamic_ntk"]
     frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs(parameters), "cpu", seq_len=length)
-    torch.testing.assert_close(dynamic_ntk_frequencies(ours, HEAD_DIM, torch.tensor([length]))[0], frequencies, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        dynamic_ntk_frequencies(ours, HEAD_DIM, torch.tensor([length]))[0], frequencies, rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

@@ -31,7 +31,11 @@ def config(path: Path, **sections: dict[str, object]) -> RunConfig:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != ".lock"}
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file() and file.name != ".lock"
+    }
 
 
 def test_a_new_run_writes_every_setting(tmp_path: Path) -> None:
@@ -79,7 +83,9 @@ def test_many_differences_are_cut_to_five(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="and 2 more; put the values back") as refusal:
         opened(other)
     assert str(refusal.value).count(" in the run, ") == 5
-    assert str(refusal.value).endswith(f"choose another run.dir (to begin from the weights of this one: run.init_from={tmp_path / 'run'})")
+    assert str(refusal.value).endswith(
+        f"choose another run.dir (to begin from the weights of this one: run.init_from={tmp_path / 'run'})"
+    )
 
 
 def test_the_schedule_is_left_to_who_knows_the_steps_taken(tmp_path: Path) -> None:
@@ -104,7 +110,9 @@ def test_a_moved_run_is_the_same_run(tmp_path: Path) -> None:
 
 
 def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    ) as holder:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "open\n"

@@ -65,11 +65,16 @@ def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Transforme
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(trained: tuple[Transformer, Tokenizer]) -> None:
-    texts = ["".join(continue_text(*trained, "the", Sampling(max_new_tokens=30, temperature=1.0, seed=seed))) for seed in (1, 1, 2)]
+    texts = [
+        "".join(continue_text(*trained, "the", Sampling(max_new_tokens=30, temperature=1.0, seed=seed)))
+        for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_an_empty_prompt_starts_after_an_end_of_text_token(trained: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_prompt_starts_after_an_end_of_text_token(
+    trained: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts: list[list[int]] = []
     monkeypatch.setattr("pretrain.train.sample.generate", lambda _, prompt, **__: prompts.append(prompt) or iter(()))
     assert list(continue_text(*trained, "", Sampling())) == []
@@ -79,7 +84,9 @@ def test_an_empty_prompt_starts_after_an_end_of_text_token(trained: tuple[Transf
 def test_the_context_ends_the_text(trained: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = trained
     asked: list[int] = []
-    monkeypatch.setattr("pretrain.train.sample.generate", lambda *_, max_new_tokens, **__: asked.append(max_new_tokens) or iter(()))
+    monkeypatch.setattr(
+        "pretrain.train.sample.generate", lambda *_, max_new_tokens, **__: asked.append(max_new_tokens) or iter(())
+    )
     prompt = "the loop reads a token."
     n = len(tokenizer.encode(prompt))
     for wanted in (5, 64 - n, 1000):
@@ -88,7 +95,9 @@ def test_the_context_ends_the_text(trained: tuple[Transformer, Tokenizer], monke
 
 
 def test_a_prompt_that_fills_the_context_is_refused_before_any_text(trained: tuple[Transformer, Tokenizer]) -> None:
-    with pytest.raises(UserError, match=r"the prompt has 64 tokens, which leave no room for more in model\.max_seq_len=64"):
+    with pytest.raises(
+        UserError, match=r"the prompt has 64 tokens, which leave no room for more in model\.max_seq_len=64"
+    ):
         continue_text(*trained, "\x00" * 64, Sampling())
     assert len("".join(continue_text(*trained, "\x00" * 63, Sampling()))) <= 10
 
@@ -101,7 +110,9 @@ def test_pieces_join_to_the_whole_and_cut_no_character(tiny_data: Path) -> None:
     assert "".join(pieces) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     assert "🙂" in pieces
-    cut = "".join(_pieces(iter(ids[: len(tokenizer.encode("naïve Ω 漢字")) - 1]), tokenizer))  # the model may stop inside a character
+    cut = "".join(
+        _pieces(iter(ids[: len(tokenizer.encode("naïve Ω 漢字")) - 1]), tokenizer)
+    )  # the model may stop inside a character
     assert cut == "naïve Ω 漢\N{REPLACEMENT CHARACTER}"
 
 

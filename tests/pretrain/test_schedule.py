@@ -20,7 +20,11 @@ SHAPES = [
 
 
 def optim(schedule="cosine", decay_shape="linear", **settings):
-    return OptimConfig(schedule=schedule, decay_shape=decay_shape, **{"warmup": 100, "decay": WSD_DECAY, "min_lr_ratio": 0.1} | settings)
+    return OptimConfig(
+        schedule=schedule,
+        decay_shape=decay_shape,
+        **{"warmup": 100, "decay": WSD_DECAY, "min_lr_ratio": 0.1} | settings,
+    )
 
 
 def scales(config, steps=STEPS):
@@ -113,7 +117,9 @@ def test_the_ramp_grows_linearly_and_ends_at_the_full_batch():
     assert [batch_size_at(step, ramp) for step in range(1, 11)] == [4, 6, 8, 10, 12, 14, 16, 18, 20, 20]
 
 
-@pytest.mark.parametrize(("start", "size", "ramp_steps"), [(1, 32, 7), (4, 512, 97), (3, 5, 100), (5, 5, 10), (1, 2, 1), (2, 1025, 64)])
+@pytest.mark.parametrize(
+    ("start", "size", "ramp_steps"), [(1, 32, 7), (4, 512, 97), (3, 5, 100), (5, 5, 10), (1, 2, 1), (2, 1025, 64)]
+)
 def test_samples_before_a_step_is_the_sum_of_the_batches_before_it(start, size, ramp_steps):
     ramp = train(batch_ramp_steps=ramp_steps, batch_ramp_start=start, batch_size=size)
     consumed = 0
@@ -131,9 +137,17 @@ def test_samples_before_a_late_step_of_a_long_ramp_is_exact():
     ("optim_settings", "train_settings", "message"),
     [
         ({"warmup": 100}, {}, r"optim\.warmup=100 is not below train\.steps=100.*optim\.warmup=10"),
-        ({"schedule": "wsd", "warmup": 81}, {}, r"optim\.warmup=81 and optim\.decay=0\.2 \(20 steps\).*optim\.warmup=80"),
+        (
+            {"schedule": "wsd", "warmup": 81},
+            {},
+            r"optim\.warmup=81 and optim\.decay=0\.2 \(20 steps\).*optim\.warmup=80",
+        ),
         ({"warmup": 1}, {"batch_ramp_steps": 101}, r"train\.batch_ramp_steps=101 is longer than train\.steps=100"),
-        ({"warmup": 1}, {"batch_ramp_steps": 9, "batch_ramp_start": 33}, r"train\.batch_ramp_start=33 is above train\.batch_size=32"),
+        (
+            {"warmup": 1},
+            {"batch_ramp_steps": 9, "batch_ramp_start": 33},
+            r"train\.batch_ramp_start=33 is above train\.batch_size=32",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(optim_settings, train_settings, message):

@@ -59,7 +59,9 @@ def test_a_job_from_text_to_report_tells_no_secret(
     for password in ("hunter2", "an0ther"):
         vault.pipe(f"/alice:{password}@corpus/a.jsonl?token=t0k3n-literal", lines)
     vault.pipe("/bob:fromtheenvironment@other/long.txt", "".join(texts[150:]).encode())
-    vault.pipe("/eve:evalpassword@eval/e.txt", b"one two three four five six seven eight nine ten eleven twelve thirteen")
+    vault.pipe(
+        "/eve:evalpassword@eval/e.txt", b"one two three four five six seven eight nine ten eleven twelve thirteen"
+    )
     monkeypatch.setenv("PASSWORD_OF_BOB", "fromtheenvironment")
     said: list[str] = []
 
@@ -70,9 +72,16 @@ def test_a_job_from_text_to_report_tells_no_secret(
         return answer.out + answer.err
 
     def sources(password: str) -> list[str]:
-        first = {"kind": "jsonl", "name": "a", "paths": [f"memory://alice:{password}@corpus/a.jsonl?token=t0k3n-literal"]}
+        first = {
+            "kind": "jsonl",
+            "name": "a",
+            "paths": [f"memory://alice:{password}@corpus/a.jsonl?token=t0k3n-literal"],
+        }
         second = {"kind": "text", "name": "b", "paths": ["memory://bob:${PASSWORD_OF_BOB}@other"]}
-        return [f"data.sources={json.dumps([first, second])}", "data.decontaminate.paths=[memory://eve:evalpassword@eval/e.txt]"]
+        return [
+            f"data.sources={json.dumps([first, second])}",
+            "data.decontaminate.paths=[memory://eve:evalpassword@eval/e.txt]",
+        ]
 
     data, runs = tmp_path / "data", tmp_path / "runs"
     more = [f"data.path={data}", "data.vocab_size=300", "data.workers=1", "data.filters.apply=[length]"]
@@ -125,7 +134,9 @@ def test_the_words_of_the_command_line_are_kept_without_secrets(pretrain: Pretra
     assert sys.argv[3] == "data.sources=[{kind: text, paths: ['s3://***:***@b/x']}]"
 
 
-def test_a_traceback_tells_no_secret(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_traceback_tells_no_secret(
+    pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(_: object) -> None:
         raise RuntimeError("a bug at s3://key:hunter2@b/x")
 

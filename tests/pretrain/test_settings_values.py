@@ -64,7 +64,15 @@ def spelled(tree: object) -> str:
     return yaml.safe_dump(tree, default_flow_style=True, width=10_000)
 
 
-SHOWN = {".inf": "inf", "-.inf": "-inf", ".nan": "nan", "inf": "inf", "-Infinity": "-Infinity", "NaN": "NaN", "1e999": "1e999"}
+SHOWN = {
+    ".inf": "inf",
+    "-.inf": "-inf",
+    ".nan": "nan",
+    "inf": "inf",
+    "-Infinity": "-Infinity",
+    "NaN": "NaN",
+    "1e999": "1e999",
+}
 """What is not finite, and how the refusal shows it."""
 
 FLOATS = [spelled(tree) for _, tree in trees(float, RunConfig, "VALUE")]
@@ -75,11 +83,20 @@ def test_the_walks_find_all_there_is() -> None:
     """The numbers change with the tree; that they count something does not."""
     assert len(FLOATS) == len(set(FLOATS)) >= 40
     assert len(OPTIONALS) == len(set(OPTIONALS)) >= 15
-    for known in ("{optim: {lr: VALUE}}", "{optim: {decay: VALUE}}", "{optim: {betas: [0.5, VALUE]}}", "{optim: {clip: VALUE}}"):
+    for known in (
+        "{optim: {lr: VALUE}}",
+        "{optim: {decay: VALUE}}",
+        "{optim: {betas: [0.5, VALUE]}}",
+        "{optim: {clip: VALUE}}",
+    ):
         assert known + "\n" in FLOATS
     assert "{data: {mixture: {stages: [{from: 50%, weights: {name: VALUE}}]}}}\n" in FLOATS
     assert "{data: {filters: {gopher_repetition: {top_n_grams: [[1, VALUE]]}}}}\n" in FLOATS
-    for known in ("{optim: {clip: VALUE}}", "{model: {preset: VALUE}}", "{data: {sources: [{filters: VALUE, kind: text}]}}"):
+    for known in (
+        "{optim: {clip: VALUE}}",
+        "{model: {preset: VALUE}}",
+        "{data: {sources: [{filters: VALUE, kind: text}]}}",
+    ):
         assert known + "\n" in OPTIONALS
 
 
@@ -88,7 +105,9 @@ def test_every_number_is_finite(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     for value in SHOWN:
         path.write_text(text.replace("VALUE", value))
-        with pytest.raises(UserError, match=rf"^[a-z][a-z_.0-9]*='?{SHOWN[value]}'?: input should be a finite number$") as refusal:
+        with pytest.raises(
+            UserError, match=rf"^[a-z][a-z_.0-9]*='?{SHOWN[value]}'?: input should be a finite number$"
+        ) as refusal:
             load(path)
         assert "\n" not in str(refusal.value)
 
@@ -118,7 +137,15 @@ def test_none_is_null_wherever_null_is_taken(text: str, tmp_path: Path) -> None:
         ((name, word),) = word.items()
         key = f"{key}.{name}".lstrip(".")
     for value in ("none", "None", "null", ""):
-        assert at(load(None, [f"{key}={spelled(word).strip().removesuffix('...').strip()}".replace("VALUE", value)]).config, text) is None
+        assert (
+            at(
+                load(
+                    None, [f"{key}={spelled(word).strip().removesuffix('...').strip()}".replace("VALUE", value)]
+                ).config,
+                text,
+            )
+            is None
+        )
 
 
 def test_none_stays_a_word_where_it_is_one_of_the_choices_or_text_must_be() -> None:
@@ -158,14 +185,20 @@ def test_a_preset_that_is_none_takes_back_the_one_of_the_file(tmp_path: Path) ->
         ("model.norm_eps=2.0", "model.norm_eps=2.0: input should be less than or equal to 1"),
         ("model.rope.theta=1.0", "model.rope.theta=1.0: input should be greater than 1"),
         ("model.rope.theta=1e30", "model.rope.theta='1e30': input should be less than or equal to 1000000000000"),
-        ("run.seed=18446744073709551616", "run.seed=18446744073709551616: input should be less than 18446744073709551616"),
+        (
+            "run.seed=18446744073709551616",
+            "run.seed=18446744073709551616: input should be less than 18446744073709551616",
+        ),
         ("data.dedup.memory_mb=1e30", "data.dedup.memory_mb='1e30': input should be less than or equal to 1000000000"),
         ("train.steps=true", "train.steps=True: is a truth value, which this setting does not take"),
         ("optim.lr=true", "optim.lr=True: is a truth value, which this setting does not take"),
         ("train.steps=" + "9" * 5000, "train.steps: `999"),
         ("train.device=mps", "train.device='mps': input should be 'cpu' or 'cuda'"),
         ("train.device=cuda:99", "train.device='cuda:99': input should be 'cpu' or 'cuda'"),
-        ("log.wandb_project=5", "log.wandb_project=5: should be text; quote it twice where it looks like a number, as in '\"5\"'"),
+        (
+            "log.wandb_project=5",
+            "log.wandb_project=5: should be text; quote it twice where it looks like a number, as in '\"5\"'",
+        ),
         ("log.samples=[1.5]", "log.samples=1.5: should be text; quote it twice where it looks like a number"),
     ],
 )
@@ -205,7 +238,9 @@ def test_what_somebody_may_mean_is_taken_as_it_was_written(word: str, value: obj
 
 
 def test_the_config_of_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
-    config = load(None, ["run.dir=2026-01-31", "log.wandb_project=007", "optim.clip=none", "optim.eps=1e-12", "data.path=12:30"]).config
+    config = load(
+        None, ["run.dir=2026-01-31", "log.wandb_project=007", "optim.clip=none", "optim.eps=1e-12", "data.path=12:30"]
+    ).config
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
     assert load(path).config == config

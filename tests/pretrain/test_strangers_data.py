@@ -43,7 +43,9 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(
     for command in (("train", *words), ("data", "inspect", data), ("data", "verify", data)):
         answer = pretrain(*command)
         assert answer.code == 2
-        assert answer.err.startswith(f"error: {data / 'train' / 'manifest.json'} names {name!r}, which is no file of its folder: ")
+        assert answer.err.startswith(
+            f"error: {data / 'train' / 'manifest.json'} names {name!r}, which is no file of its folder: "
+        )
         assert answer.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -58,7 +60,9 @@ def test_tokens_elsewhere_are_read_only_where_the_settings_name_them(
     sources = f"data.sources=[{{kind: prepared, name: tiny, paths: [{corpus}]}}]"
 
     def train(*more: str) -> Any:
-        return pretrain("train", *tiny_words(tmp_path / "run", f"data.path={mixed}", "train.steps=5", "eval.every=9", *more))
+        return pretrain(
+            "train", *tiny_words(tmp_path / "run", f"data.path={mixed}", "train.steps=5", "eval.every=9", *more)
+        )
 
     refused = train()
     assert refused.code == 2
@@ -77,7 +81,9 @@ def test_tokens_elsewhere_are_read_only_where_the_settings_name_them(
         assert pretrain("data", command, mixed, "--external", corpus).code == 0
     assert pretrain("data", "inspect", mixed, sources, "train.steps=5").code == 0
 
-    again = PrepareConfig(sources=(SourceConfig(kind="prepared", paths=(str(mixed),)),), tokenizer=corpus / "tokenizer.json", workers=1)
+    again = PrepareConfig(
+        sources=(SourceConfig(kind="prepared", paths=(str(mixed),)),), tokenizer=corpus / "tokenizer.json", workers=1
+    )
     with pytest.raises(DataError, match="outside of its folder"):
         prepare(tmp_path / "again", again)
     prepare(tmp_path / "again", again.model_copy(update={"external": (corpus,)}))
@@ -97,7 +103,9 @@ def test_a_link_in_a_trusted_folder_leads_not_out_of_it(tiny_data: Path, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd"])
-def test_a_checkpoint_that_names_files_elsewhere_is_refused(tmp_path: Path, run_tiny: Callable[..., object], name: str) -> None:
+def test_a_checkpoint_that_names_files_elsewhere_is_refused(
+    tmp_path: Path, run_tiny: Callable[..., object], name: str
+) -> None:
     run_tiny(tmp_path, "train.steps=2", "optim.warmup=1", "eval.every=9")
     path = checkpoint_path(tmp_path / "checkpoints", 2)
     content = json.loads((path / "manifest.json").read_text())

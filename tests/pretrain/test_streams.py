@@ -65,7 +65,9 @@ def told(run_dir: Path, kind: str) -> list[tuple[int | None, str]]:
     ids=["pipe", "disk", "closed"],
 )
 @pytest.mark.parametrize("terminal", [False, True], ids=["lines", "panel"])
-def test_a_run_outlives_its_display_and_tells_so(tmp_path: Path, run_tiny: RunTiny, error: Exception, reason: str, terminal: bool) -> None:
+def test_a_run_outlives_its_display_and_tells_so(
+    tmp_path: Path, run_tiny: RunTiny, error: Exception, reason: str, terminal: bool
+) -> None:
     console = Console(file=Fails(error, writes=2), force_terminal=terminal)
     assert run_tiny(tmp_path, "train.steps=4", "optim.warmup=1", "eval.every=4", console=console) is Outcome.FINISHED
     [(step, text)] = told(tmp_path, "output_lost")
@@ -77,7 +79,10 @@ def test_a_run_outlives_its_display_and_tells_so(tmp_path: Path, run_tiny: RunTi
 
 
 def test_a_display_that_works_is_not_told_of(tmp_path: Path, run_tiny: RunTiny) -> None:
-    assert run_tiny(tmp_path, "train.steps=2", "optim.warmup=1", console=Console(file=Fails(OSError(), writes=-1))) is Outcome.FINISHED
+    assert (
+        run_tiny(tmp_path, "train.steps=2", "optim.warmup=1", console=Console(file=Fails(OSError(), writes=-1)))
+        is Outcome.FINISHED
+    )
     assert told(tmp_path, "output_lost") == []
 
 
@@ -163,13 +168,17 @@ def lost_output(kind: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("words", ["show", "schema"])
-def test_a_command_whose_output_is_its_result_fails_in_one_line_where_it_cannot_be_written(pretrain: Pretrain, words: str) -> None:
+def test_a_command_whose_output_is_its_result_fails_in_one_line_where_it_cannot_be_written(
+    pretrain: Pretrain, words: str
+) -> None:
     with lost_output("full"):
         answer = pretrain("config", words)
     assert (answer.code, answer.err) == (1, "error: standard output cannot be written: No space left on device\n")
 
 
-@pytest.mark.parametrize("words", [["config", "show"], ["config", "schema"], ["train", "--help"], ["data", "inspect"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["config", "show"], ["config", "schema"], ["train", "--help"], ["data", "inspect"]], ids=" ".join
+)
 def test_a_command_whose_reader_left_ends_without_a_word(pretrain: Pretrain, words: list[str], tiny_data: Path) -> None:
     with lost_output("pipe"):
         answer = pretrain(*words, *([tiny_data] if words[-1] == "inspect" else []))
@@ -180,7 +189,9 @@ def test_a_command_whose_reader_left_ends_without_a_word(pretrain: Pretrain, wor
 def test_preparation_goes_on_without_its_output(pretrain: Pretrain, tmp_path: Path, tiny_text: Path, kind: str) -> None:
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
     with lost_output(kind):
-        answer = pretrain("data", "prepare", source, f"data.path={tmp_path / 'data'}", "data.vocab_size=300", "data.workers=1")
+        answer = pretrain(
+            "data", "prepare", source, f"data.path={tmp_path / 'data'}", "data.vocab_size=300", "data.workers=1"
+        )
     assert (answer.code, answer.out) == (0, "")
     assert (tmp_path / "data" / "train" / "manifest.json").is_file()
 
@@ -219,7 +230,9 @@ def test_a_run_whose_pipes_both_lose_their_reader_ends_well(tmp_path: Path, tiny
         assert process.stdout.readline().startswith(b"data.tokenizer = ")
         process.stdout.close()
         assert process.wait(120) == 0
-    assert told(tmp_path, "output_lost") == [(0, "the display cannot be written (Broken pipe): the run goes on without it")]
+    assert told(tmp_path, "output_lost") == [
+        (0, "the display cannot be written (Broken pipe): the run goes on without it")
+    ]
     assert told(tmp_path, "finish")
     assert (tmp_path / "report.html").is_file()
 
@@ -292,8 +305,12 @@ class HoldSaves:
 CTRL_C = "\x03"
 
 
-def test_on_a_terminal_ctrl_c_is_answered_in_the_panel_and_a_second_one_lets_the_save_finish(tmp_path: Path, tiny_words: TinyWords) -> None:
-    words = tiny_words(tmp_path / "run", "train.steps=100000", "eval.every=100000", "checkpoint.every=50000", "optim.decay=0.5")
+def test_on_a_terminal_ctrl_c_is_answered_in_the_panel_and_a_second_one_lets_the_save_finish(
+    tmp_path: Path, tiny_words: TinyWords
+) -> None:
+    words = tiny_words(
+        tmp_path / "run", "train.steps=100000", "eval.every=100000", "checkpoint.every=50000", "optim.decay=0.5"
+    )
     terminal = Terminal(["train", *words], HoldSaves(tmp_path / "go"))
     terminal.read_until("training loss")
     terminal.press(CTRL_C)
@@ -307,7 +324,9 @@ def test_on_a_terminal_ctrl_c_is_answered_in_the_panel_and_a_second_one_lets_the
     assert terminal.exit_code() == 75
     terminal.close()
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert told(tmp_path / "run", "stop") == [(int(saved.name[-8:]), "SIGINT received; the same command goes on from here")]
+    assert told(tmp_path / "run", "stop") == [
+        (int(saved.name[-8:]), "SIGINT received; the same command goes on from here")
+    ]
 
 
 def test_a_terminal_that_closes_saves_the_run(tmp_path: Path, tiny_words: TinyWords) -> None:

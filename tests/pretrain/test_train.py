@@ -48,7 +48,9 @@ def losses(run_dir: Path) -> list[float]:
 
 def test_a_run_of_150_steps_learns_all_there_is_to_learn(tmp_path: Path, run_tiny: RunTiny, tiny_data: Path) -> None:
     """A sentence is three free choices of six, and the rest follows: less than that many nats would mean that the future was seen."""
-    run_tiny(tmp_path, "train.steps=150", "train.batch_size=8", "eval.every=50", "eval.batches=100", "checkpoint.every=150")
+    run_tiny(
+        tmp_path, "train.steps=150", "train.batch_size=8", "eval.every=50", "eval.batches=100", "checkpoint.every=150"
+    )
     validations = told(tmp_path)[0].validations
     assert [record.step for record in validations] == [0, 50, 100, 150]
     assert validations[0].val_loss == pytest.approx(math.log(320), abs=0.1)  # an even guess
@@ -60,7 +62,13 @@ def test_a_run_of_150_steps_learns_all_there_is_to_learn(tmp_path: Path, run_tin
 
 
 def test_records_equal_the_schedules(tmp_path: Path, run_tiny: RunTiny) -> None:
-    words = ("train.steps=30", "train.batch_size=9", "train.batch_ramp_steps=20", "train.batch_ramp_start=2", "train.micro_batch_size=4")
+    words = (
+        "train.steps=30",
+        "train.batch_size=9",
+        "train.batch_ramp_steps=20",
+        "train.batch_ramp_start=2",
+        "train.micro_batch_size=4",
+    )
     run_tiny(tmp_path, *words, "optim.schedule=wsd", "optim.decay=0.3", "train.z_loss=0.001")
     metrics, config = told(tmp_path)
     assert [record.step for record in metrics.steps] == list(range(1, 31))
@@ -80,7 +88,15 @@ def test_events_tell_the_run(tmp_path: Path, run_tiny: RunTiny) -> None:
     run_tiny(tmp_path, "train.steps=10", "checkpoint.every=4", "log.samples=['the loop', '']")
     events = read_events(tmp_path / "events.jsonl")
     kinds = [(event.kind, event.step) for event in events]
-    assert kinds == [("start", 0), ("save", 4), ("save", 8), ("save", 10), ("sample", 10), ("sample", 10), ("finish", 10)]
+    assert kinds == [
+        ("start", 0),
+        ("save", 4),
+        ("save", 8),
+        ("save", 10),
+        ("sample", 10),
+        ("sample", 10),
+        ("finish", 10),
+    ]
     assert [event.prompt for event in events if event.kind == "sample"] == ["the loop", ""]
     assert events[0].parameters == parameter_count(told(tmp_path)[1].model)
     assert "No MFU" in (events[0].mfu_statement or "")
@@ -104,11 +120,19 @@ def test_an_observer_hears_what_the_file_holds_and_is_closed_once(tmp_path: Path
     observer = Recorder()
     run_tiny(tmp_path, "train.steps=12", observers=[observer])
     steps = [(StepRecord, step) for step in range(1, 13)]
-    assert observer.heard == [(ValidationRecord, 0), *steps[:10], (ValidationRecord, 10), *steps[10:], (ValidationRecord, 12)]
+    assert observer.heard == [
+        (ValidationRecord, 0),
+        *steps[:10],
+        (ValidationRecord, 10),
+        *steps[10:],
+        (ValidationRecord, 12),
+    ]
     assert observer.closed == 1
 
 
-def test_each_step_trains_on_its_slice_of_the_one_order(tmp_path: Path, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_step_trains_on_its_slice_of_the_one_order(
+    tmp_path: Path, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[torch.Tensor] = []
     train_step = TorchEngine.train_step
 
@@ -122,7 +146,13 @@ def test_each_step_trains_on_its_slice_of_the_one_order(tmp_path: Path, run_tiny
         return train_step(self, microbatches, lr_scale, **more)
 
     monkeypatch.setattr(TorchEngine, "train_step", spy)
-    words = ("train.batch_size=7", "train.batch_ramp_steps=12", "train.batch_ramp_start=1", "train.micro_batch_size=3", "train.steps=20")
+    words = (
+        "train.batch_size=7",
+        "train.batch_ramp_steps=12",
+        "train.batch_ramp_start=1",
+        "train.micro_batch_size=3",
+        "train.steps=20",
+    )
     run_tiny(tmp_path, *words)
     config = told(tmp_path)[1]
     assert [len(ids) for ids in seen] == [batch_size_at(step, config.train) for step in range(1, 21)]
@@ -143,7 +173,9 @@ def test_validation_reads_the_same_held_out_sequences_each_time(
 
     monkeypatch.setattr(TorchEngine, "eval_step", spy)
     run_tiny(tmp_path, "train.steps=10", "eval.every=5", "eval.batches=2", "train.micro_batch_size=3")
-    rows = torch.cat([ids for _, ids in seen]).view(3, 2, 6, 32)[:, :, :4].reshape(3, 8, 32)  # batches of 4, in two microbatches of 3
+    rows = (
+        torch.cat([ids for _, ids in seen]).view(3, 2, 6, 32)[:, :, :4].reshape(3, 8, 32)
+    )  # batches of 4, in two microbatches of 3
     loader = Loader(tiny_data / "validation", seq_len=32, seed=0)
     (name,) = loader.sizes
     held_out = loader.sequential(name, 0, 8)
@@ -185,7 +217,9 @@ def test_tokens_see_only_their_document_unless_told_otherwise(
     monkeypatch.setattr(Loader, "sequential", garbled)
     values = []
     for garble in (False, True):
-        run_tiny(tmp_path / str(garble), "train.steps=5", "eval.every=5", "eval.batches=100", "model.init_std=0.3", *words)
+        run_tiny(
+            tmp_path / str(garble), "train.steps=5", "eval.every=5", "eval.batches=100", "model.init_std=0.3", *words
+        )
         values.append(told(tmp_path / str(garble))[0].validations[0].val_loss)
     if words:
         assert abs(values[0] - values[1]) > 1e-3
@@ -198,7 +232,9 @@ def test_tensorboard_hears_the_same_numbers(tmp_path: Path, run_tiny: RunTiny) -
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     metrics = told(tmp_path)[0]
-    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(r.step, pytest.approx(r.loss, rel=1e-6)) for r in metrics.steps]
+    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [
+        (r.step, pytest.approx(r.loss, rel=1e-6)) for r in metrics.steps
+    ]
     assert [e.step for e in board.Scalars("validation/loss")] == [0, 3, 6]
 
 
@@ -207,7 +243,15 @@ def test_a_run_without_held_out_documents_trains_without_validation(
 ) -> None:
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
     assert (
-        pretrain("data", "prepare", source, f"data.path={tmp_path / 'data'}", "data.validation_fraction=0", "data.vocab_size=300").code == 0
+        pretrain(
+            "data",
+            "prepare",
+            source,
+            f"data.path={tmp_path / 'data'}",
+            "data.validation_fraction=0",
+            "data.vocab_size=300",
+        ).code
+        == 0
     )
     run_tiny(tmp_path / "run", f"data.path={tmp_path / 'data'}", "train.steps=5")
     metrics, _ = told(tmp_path / "run")
@@ -242,9 +286,15 @@ def test_a_nan_ends_the_run_and_the_newest_checkpoint_is_from_before(
     tmp_path: Path, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, 8)
-    with pytest.raises(Diverged, match="loss nan and gradient norm nan at step 8: the run diverged, and this step was not taken"):
+    with pytest.raises(
+        Diverged, match="loss nan and gradient norm nan at step 8: the run diverged, and this step was not taken"
+    ):
         run_tiny(tmp_path, "train.steps=20", "checkpoint.every=5")
-    assert [(event.kind, event.step) for event in read_events(tmp_path / "events.jsonl")] == [("start", 0), ("save", 5), ("stop", 8)]
+    assert [(event.kind, event.step) for event in read_events(tmp_path / "events.jsonl")] == [
+        ("start", 0),
+        ("save", 5),
+        ("stop", 8),
+    ]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["loss"] is None
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000005"]
 
@@ -261,7 +311,9 @@ def test_a_diverged_run_is_one_line_and_exit_code_1(
     )
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on a CPU"
+)
 def test_compiled_and_eager_losses_agree_to_1e5(tmp_path: Path, run_tiny: RunTiny, tiny_data: Path) -> None:
     """Five graphs: the softmax of the loss, and a block and the norm with gradients and without."""
     words = (f"data.path={tiny_data}", "model.n_layers=1", "train.batch_size=12", "train.steps=5")

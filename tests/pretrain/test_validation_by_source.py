@@ -27,7 +27,14 @@ from pretrain.train.stop import StopRequest
 
 TinyWords = Callable[..., list[str]]
 WHO, DOES = ("the model", "a reader", "every rank", "one shard"), ("reads", "writes", "skips", "remembers", "follows")
-WORDS = ("train.steps=2", "optim.warmup=0", "eval.every=2", "eval.batches=100", "model.n_kv_heads=2", "model.init_std=0.3")
+WORDS = (
+    "train.steps=2",
+    "optim.warmup=0",
+    "eval.every=2",
+    "eval.batches=100",
+    "model.n_kv_heads=2",
+    "model.init_std=0.3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +60,25 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceConfig]:
 def datas(texts: dict[str, SourceConfig], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both sources together, and each alone with the same tokenizer."""
     folder = tmp_path_factory.mktemp("datas")
-    settings = {"vocab_size": 300, "tokenizer_sample_mb": 1, "validation_fraction": 0.2, "shard_tokens": 4000, "workers": 1}
+    settings = {
+        "vocab_size": 300,
+        "tokenizer_sample_mb": 1,
+        "validation_fraction": 0.2,
+        "shard_tokens": 4000,
+        "workers": 1,
+    }
     prepare(folder / "both", PrepareConfig(sources=tuple(texts.values()), **settings))
     for name, source in texts.items():
-        prepare(folder / name, PrepareConfig(sources=(source,), tokenizer=folder / "both" / "tokenizer.json", **settings))
+        prepare(
+            folder / name, PrepareConfig(sources=(source,), tokenizer=folder / "both" / "tokenizer.json", **settings)
+        )
     return {name: folder / name for name in ("both", *texts)}
 
 
 @pytest.fixture(scope="module")
-def first(datas: dict[str, Path], run_tiny: Callable[..., object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ValidationRecord]:
+def first(
+    datas: dict[str, Path], run_tiny: Callable[..., object], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, ValidationRecord]:
     """The validation before the first step, of equal initial weights on each of the data sets."""
     folder = tmp_path_factory.mktemp("runs")
     for name, data in datas.items():
@@ -105,7 +122,12 @@ def validate_on(config: RunConfig) -> ValidationRecord:
 
 @pytest.mark.parametrize("layout", ["parallel.shard=2", "parallel.pipeline=2"])
 def test_two_ranks_find_the_same_losses(
-    workers: object, datas: dict[str, Path], first: dict[str, ValidationRecord], tiny_words: TinyWords, tmp_path: Path, layout: str
+    workers: object,
+    datas: dict[str, Path],
+    first: dict[str, ValidationRecord],
+    tiny_words: TinyWords,
+    tmp_path: Path,
+    layout: str,
 ) -> None:
     words = tiny_words(tmp_path, f"data.path={datas['both']}", *WORDS, "train.micro_batch_size=2", layout)
     for record in workers.run(validate_on, 2, load(None, words).config):
@@ -130,8 +152,16 @@ def test_a_budget_for_all_reads_all_and_a_smaller_one_a_share_of_each() -> None:
 def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
     tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_words: TinyWords
 ) -> None:
-    sources = "data.sources=[" + ", ".join(f"{{kind: text, paths: [{source.paths[0]}]}}" for source in texts.values()) + "]"
-    words = (sources, f"data.path={tmp_path / 'data'}", "data.vocab_size=300", "data.seq_len=32", "data.validation_fraction=1e-9")
+    sources = (
+        "data.sources=[" + ", ".join(f"{{kind: text, paths: [{source.paths[0]}]}}" for source in texts.values()) + "]"
+    )
+    words = (
+        sources,
+        f"data.path={tmp_path / 'data'}",
+        "data.vocab_size=300",
+        "data.seq_len=32",
+        "data.validation_fraction=1e-9",
+    )
     prepared = pretrain("data", "prepare", *words)
     told = [line for line in prepared.out.splitlines() if line.startswith("warning: ")]
     held_out = open_prepared(tmp_path / "data").splits["validation"].sources
@@ -141,7 +171,9 @@ def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
         "data.seq_len=32): its validation loss says little; "
         for s in held_out
     ]
-    assert told[0] == begins[0] + "prepare it with data.validation_fraction=0.12, or name held-out text in data.validation"
+    assert (
+        told[0] == begins[0] + "prepare it with data.validation_fraction=0.12, or name held-out text in data.validation"
+    )
     assert told[1].startswith(begins[1])
     assert len(told) == 2
     trained = pretrain("train", *tiny_words(tmp_path / "run", f"data.path={tmp_path / 'data'}", *WORDS))
@@ -150,7 +182,8 @@ def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
     inspected = pretrain("data", "inspect", tmp_path / "data", "data.seq_len=32", "--samples", "0")
     assert [line for line in inspected.out.splitlines() if line.startswith("warning: ")] == told
     assert (
-        f"held out, in sequences of 32 tokens: prose {-(-held_out[0].tokens // 32)}, sums {-(-held_out[1].tokens // 32)}\n" in inspected.out
+        f"held out, in sequences of 32 tokens: prose {-(-held_out[0].tokens // 32)}, sums {-(-held_out[1].tokens // 32)}\n"
+        in inspected.out
     )
 
 
@@ -158,11 +191,22 @@ def test_named_held_out_text_has_its_loss_in_the_run(
     tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_words: TinyWords
 ) -> None:
     prose, sums = (f"[{{kind: text, paths: [{source.paths[0]}]}}]" for source in texts.values())
-    words = (f"data.sources={prose}", f"data.validation={sums}", f"data.path={tmp_path / 'data'}", "data.vocab_size=300")
+    words = (
+        f"data.sources={prose}",
+        f"data.validation={sums}",
+        f"data.path={tmp_path / 'data'}",
+        "data.vocab_size=300",
+    )
     assert pretrain("data", "prepare", *words).code == 0
     answer = pretrain("train", *tiny_words(tmp_path / "run", f"data.path={tmp_path / 'data'}", *WORDS))
     assert (answer.code, answer.err) == (0, "")
     assert "warning" not in answer.out
-    assert [list(record.by_source) for record in read_metrics(tmp_path / "run" / "metrics.jsonl").validations] == [["sums"], ["sums"]]
+    assert [list(record.by_source) for record in read_metrics(tmp_path / "run" / "metrics.jsonl").validations] == [
+        ["sums"],
+        ["sums"],
+    ]
     typo = pretrain("data", "prepare", f"data.sources={prose}", "data.validation=[{kind: text, path: [a]}]")
-    assert (typo.code, typo.err) == (2, "error: data.validation.0.path is not a setting; did you mean data.validation.0.paths?\n")
+    assert (typo.code, typo.err) == (
+        2,
+        "error: data.validation.0.path is not a setting; did you mean data.validation.0.paths?\n",
+    )

@@ -33,7 +33,16 @@ _PACKAGES: Mapping[FilterName, tuple[str, ...]] = {
     **dict.fromkeys(("gopher_quality", "gopher_repetition", "c4", "fineweb"), ("datatrove", "spacy")),
 }
 
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What the rules of other packages raise on a text that they did not expect."""
 
 
@@ -76,9 +85,19 @@ def check_filters(config: PrepareConfig) -> None:
     """
     field = config.filters.url.field
     for i, source in enumerate(config.all_sources):
-        if source.is_text and "url" in _names(config, i) and (source.kind == "text" or field not in source.metadata_fields):
-            way_out = "its kind `text` has no fields; give it `filters` without url" if source.kind == "text" else "name it there"
-            raise DataError(f"{config.setting_of(i)}: the filter url reads {field}, which is not in its metadata_fields; {way_out}")
+        if (
+            source.is_text
+            and "url" in _names(config, i)
+            and (source.kind == "text" or field not in source.metadata_fields)
+        ):
+            way_out = (
+                "its kind `text` has no fields; give it `filters` without url"
+                if source.kind == "text"
+                else "name it there"
+            )
+            raise DataError(
+                f"{config.setting_of(i)}: the filter url reads {field}, which is not in its metadata_fields; {way_out}"
+            )
     build_judge(config.filters, _all_names(config))
 
 
@@ -108,7 +127,11 @@ def _names(config: PrepareConfig, source: int) -> tuple[FilterName, ...]:
 
 def _all_names(config: PrepareConfig) -> tuple[FilterName, ...]:
     """Every filter that judges some source."""
-    return tuple(dict.fromkeys(name for i, source in enumerate(config.all_sources) if source.is_text for name in _names(config, i)))
+    return tuple(
+        dict.fromkeys(
+            name for i, source in enumerate(config.all_sources) if source.is_text for name in _names(config, i)
+        )
+    )
 
 
 def _build(name: FilterName, config: FilterConfig) -> Judge:
@@ -132,7 +155,9 @@ def _length_judge(settings: LengthFilter) -> Judge:
         n = len(document.text)
         if n < settings.min_characters:
             return Verdict(document.text, "too short")
-        return Verdict(document.text, "too long" if settings.max_characters is not None and n > settings.max_characters else None)
+        return Verdict(
+            document.text, "too long" if settings.max_characters is not None and n > settings.max_characters else None
+        )
 
     return judge
 

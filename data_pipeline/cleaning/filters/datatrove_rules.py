@@ -11,7 +11,12 @@ import functools
 import re
 
 from datatrove.data import Document as TheirDocument
-from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+from datatrove.pipeline.filters import (
+    C4QualityFilter,
+    FineWebQualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+)
 from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
 from datatrove.utils.text import PUNCTUATION_SET, split_into_parts
 from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
@@ -63,7 +68,12 @@ def datatrove_judge(name: FilterName, config: FilterConfig) -> Judge:
         DataError: there are no rules for the language, or what they need is missing.
     """
     language = config.language_of_rules
-    if name == "gopher_quality" and language != "en" and config.gopher_quality.stop_words is None and config.gopher_quality.min_stop_words:
+    if (
+        name == "gopher_quality"
+        and language != "en"
+        and config.gopher_quality.stop_words is None
+        and config.gopher_quality.min_stop_words
+    ):
         raise DataError(
             f"data.filters.gopher_quality.stop_words are English and language_of_rules={language}; set stop_words, or min_stop_words=0"
         )
@@ -108,7 +118,9 @@ def _words(language: str) -> _Words:
     except ImportError as error:  # a language may need a package of its own; the message names it
         raise DataError(f"data.filters.language_of_rules={language}: {' '.join(str(error).split())}") from error
     except ValueError as error:
-        raise DataError(f"data.filters.language_of_rules={language} is no language that datatrove splits; set a code such as en") from error
+        raise DataError(
+            f"data.filters.language_of_rules={language} is no language that datatrove splits; set a code such as en"
+        ) from error
 
 
 def _tame(text: str) -> str:

@@ -29,10 +29,14 @@ def language_judge(settings: LanguageFilter) -> Judge:
         raise DataError(f"data.filters.language: {' '.join(str(error).split())}") from error
     unknown = [code for code in settings.keep if code not in known]
     if unknown:
-        raise DataError(f"data.filters.language.keep: no model for {', '.join(unknown)}; it knows {', '.join(sorted(known))}")
+        raise DataError(
+            f"data.filters.language.keep: no model for {', '.join(unknown)}; it knows {', '.join(sorted(known))}"
+        )
 
     def judge(document: Document) -> Verdict:
-        likely = [str(found["lang"]) for found in detector.detect(document.text, k=_ALL, threshold=settings.min_probability)]
+        likely = [
+            str(found["lang"]) for found in detector.detect(document.text, k=_ALL, threshold=settings.min_probability)
+        ]
         if any(code in settings.keep for code in likely):
             return Verdict(document.text)
         return Verdict(document.text, likely[0] if likely else "unsure")

@@ -71,7 +71,9 @@ def reading(file: Path, setting: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"data.filters.{setting}: cannot read {file} ({error.strerror}); mend the path or take it out") from error
+        raise DataError(
+            f"data.filters.{setting}: cannot read {file} ({error.strerror}); mend the path or take it out"
+        ) from error
 
 
 def _read_list(files: Sequence[Path], setting: str, normal: Callable[[str], str]) -> NDArray[np.uint64]:
