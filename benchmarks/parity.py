@@ -34,13 +34,13 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.common import parser
 from data_pipeline.reading.packing import Batch
-from parallel.build import build_engine
 from parallel.engine import BuildOptimizer, Microbatch, Optimizer
+from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
 from pretrain.config import RunConfig
-from pretrain.config_loading import load
-from pretrain.train.build import blueprint_of, numbers_of
-from pretrain.train.feed import microbatches, to_host
+from pretrain.config.loading import load
+from pretrain.setup.engine import blueprint_of, numbers_of
+from pretrain.train.batching import microbatches, to_host
 from tests.workers import CaseFailed, WorkerPool
 
 CPU = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 Both are compiled, clip the global norm to 1 and use AdamW (fused). The peer holds bf16 weights and bf16 optimizer state, its fastest
 setting; ours pays for fp32 masters. Each alternation times a few steps of one and then of the other; the ratio is the median over
-alternations, since the machine's speed drifts. Model FLOPs are counted as in `pretrain.model.flops`.
+alternations, since the machine's speed drifts. Model FLOPs are counted as in `pretrain.estimate.flops`.
 
     python -m benchmarks.step [--json FILE] [--alternations 5] [--steps 5]
 """
@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.common import matmul_peak, parser, report, synchronize
 from parallel.engine import Microbatch
 from pretrain.config import RunConfig
-from pretrain.config_loading import validate
-from pretrain.model.flops import flops_per_token, parameter_count
+from pretrain.config.loading import validate
+from pretrain.estimate.flops import flops_per_token, parameter_count
 from pretrain.model.kernels import choose_backend
-from pretrain.train.build import DTYPES, build_engine
+from pretrain.setup.engine import DTYPES, build_engine
 
 SHAPES = {
     "cpu": {

@@ -35,7 +35,9 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
 def _bound(mesh: DeviceMesh) -> None:
     """Have the axes' groups give up when the group of all ranks does. By themselves they wait half an hour; no public name tells them."""
     for axis in mesh.mesh_dim_names or ():
-        if get_backend(group := mesh.get_group(axis)) != "fake":  # nobody is waited for (`parallel.dry`)
+        if (
+            get_backend(group := mesh.get_group(axis)) != "fake"
+        ):  # nobody is waited for (`parallel.simulate.fake_world`)
             _set_pg_timeout(TIMEOUT, group)
 
 

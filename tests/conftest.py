@@ -15,8 +15,8 @@ from workers import WorkerPool
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from pretrain.cli import main
-from pretrain.config_loading import load
-from pretrain.train.loggers import Logger
+from pretrain.config.loading import load
+from pretrain.tracking.loggers import Logger
 from pretrain.train.loop import Outcome
 from pretrain.train.run import train
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from benchmarks.common import machine
 from benchmarks.gpu.stage import StageContext
 from parallel.world import World, start
-from pretrain.hardware import find_accelerator
+from pretrain.estimate.hardware import find_accelerator
 from pretrain.model.kernels import flash_attn_version
 
 PACKAGES = (

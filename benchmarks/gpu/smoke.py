@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.gpu.stage import StageContext
 from benchmarks.gpu.training import Case, config_of, microbatches_of
-from parallel.build import divided
+from parallel.engines.torch.build import divided
 from parallel.layout import Layout
 from parallel.world import World, start
-from pretrain.train.build import blueprint_of, build_engine, numbers_of
+from pretrain.setup.engine import blueprint_of, build_engine, numbers_of
 
 STEPS = 3
 TOLERANCE = 5e-3

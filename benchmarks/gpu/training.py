@@ -1,7 +1,7 @@
 """Stages 5 and 6: training steps of the real engine, as `pretrain train` builds it, on one GPU: tokens/s, MFU, memory, a profile.
 
 bf16, compiled, fused AdamW, fp32 masters, random tokens. Packed rows hold documents of 500 tokens on average (exponentially distributed,
-as real ones nearly are). MFU counts by the convention of `pretrain.model.flops`, which does not subtract masked work: packed documents
+as real ones nearly are). MFU counts by the convention of `pretrain.estimate.flops`, which does not subtract masked work: packed documents
 can only look better by it. Sizes begin at what surely fits; a case that runs out of memory is a row that says so.
 
     python -m benchmarks.gpu.training --suite base|variants|presets [--rows FILE] [--steps 5] [--profile DIR]
@@ -26,12 +26,12 @@ from benchmarks.gpu.stage import MEAN_DOCUMENT, StageContext, loss_in_chunks
 from data_pipeline.reading.packing import NO_LABEL, Batch
 from parallel.engine import Engine, Microbatch
 from pretrain.config import RunConfig
-from pretrain.config_loading import load
-from pretrain.hardware import find_accelerator
-from pretrain.model.flops import flops_per_token, parameter_count
-from pretrain.train.build import build_engine
-from pretrain.train.feed import microbatches, to_host
-from pretrain.train.resolve import resolve
+from pretrain.config.loading import load
+from pretrain.estimate.flops import flops_per_token, parameter_count
+from pretrain.estimate.hardware import find_accelerator
+from pretrain.setup.engine import build_engine
+from pretrain.setup.resolve import resolve
+from pretrain.train.batching import microbatches, to_host
 
 WARM_UP = 2
 """Steps before the timed ones: the first compiles, the second fills the allocator's cache."""

@@ -1,1 +1,1 @@
-"""One module an engine: each is an `Engine` of `parallel.engine`, and the loop cannot tell which it has."""
+"""One package for each engine. Each implements `Engine` of `parallel.engine`; the loop cannot tell them apart."""

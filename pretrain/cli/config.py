@@ -20,7 +20,7 @@ def show(
 ) -> None:
     """Print every setting with its value and where the value comes from."""
     from pretrain.config import flatten
-    from pretrain.config_loading import load_words
+    from pretrain.config.loading import load_words
 
     loaded = load_words(words or [])
     console = Console(soft_wrap=True)

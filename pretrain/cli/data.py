@@ -106,9 +106,9 @@ def inspect(
 def _forecast(path: Path, words: list[str]) -> Forecast:
     """What a run with these settings reads of the data in `path`."""
     from data_pipeline.reading.forecast import forecast
-    from pretrain.config_loading import load_words
+    from pretrain.config.loading import load_words
     from pretrain.optim.schedule import samples_before
-    from pretrain.train.growth import check_growth
+    from pretrain.setup.seq_len_schedule import check_growth
     from pretrain.train.run import open_data
 
     config = load_words(words).config
@@ -236,6 +236,6 @@ def show_progress(console: Console) -> Iterator[OnProgress]:
 
 
 def _data_config(words: list[str]) -> DataConfig:
-    from pretrain.config_loading import load_words
+    from pretrain.config.loading import load_words
 
     return load_words(words).config.data

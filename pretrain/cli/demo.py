@@ -21,9 +21,9 @@ from rich.text import Text
 
 from pretrain.cli.data import prepare_data, tell_prepared
 from pretrain.config import RunConfig
-from pretrain.config_loading import load
-from pretrain.report.records import StepRecord, ValidationRecord, read_events, read_metrics
-from pretrain.report.words import duration
+from pretrain.config.loading import load
+from pretrain.console import duration
+from pretrain.runs.records import StepRecord, ValidationRecord, read_events, read_metrics
 from pretrain.train.loop import Outcome
 from pretrain.train.run import train
 

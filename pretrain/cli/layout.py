@@ -14,7 +14,7 @@ from pretrain.cli.settings_help import CONFIG_HELP, TrainCommand
 if TYPE_CHECKING:
     from parallel.layout import Layout
     from pretrain.config import RunConfig
-    from pretrain.planner.holdings import Holding
+    from pretrain.estimate.rank_memory import Holding
 
 GIB = 2**30
 WIDTH_OF_FILES = 140
@@ -27,10 +27,10 @@ def layout(
     ranks_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
 ) -> None:
     """Print what each rank of a layout holds and what its collectives move in a step. `auto` is decided as on a cluster of GPUs."""
-    from pretrain.config_loading import load_words
+    from pretrain.config.loading import load_words
     from pretrain.errors import UserError
-    from pretrain.train.layout import layout_of
-    from pretrain.train.resolve import plan
+    from pretrain.setup.layout import layout_of
+    from pretrain.setup.resolve import plan
 
     if rank is not None and rank >= world_size:
         raise UserError(
@@ -84,8 +84,8 @@ def _size(count: float) -> str:
 
 def _draw_axes(config: RunConfig, layout: Layout, ranks_per_node: int, console: Console) -> None:
     from parallel.layout import AXES
-    from pretrain.model.flops import parameter_count
-    from pretrain.report.words import amount
+    from pretrain.console import amount
+    from pretrain.estimate.flops import parameter_count
 
     axes = [f"{axis}={getattr(layout, axis)}" for axis in AXES]
     axes[0], axes[-1] = f"{axes[0]} (outermost)", f"{axes[-1]} (innermost)"
@@ -121,7 +121,7 @@ def _draw_place(layout: Layout, rank: int, console: Console) -> None:
 
 
 def _draw_holdings(config: RunConfig, layout: Layout, ranks: list[int], console: Console) -> None:
-    from pretrain.planner.holdings import hold
+    from pretrain.estimate.rank_memory import hold
 
     _heading(
         console,
@@ -168,7 +168,7 @@ def _layers(config: RunConfig, held: Holding) -> str:
 
 
 def _draw_traffic(config: RunConfig, layout: Layout, ranks: list[int], ranks_per_node: int, console: Console) -> None:
-    from pretrain.planner.traffic import Traffic, traffic
+    from pretrain.estimate.communication import Traffic, traffic
 
     most: Traffic = {}
     for rank in ranks:
@@ -194,8 +194,8 @@ def _draw_traffic(config: RunConfig, layout: Layout, ranks: list[int], ranks_per
 
 
 def _draw_bubble(config: RunConfig, layout: Layout, console: Console) -> None:
-    from parallel.pipeline import describe
-    from pretrain.planner.holdings import end_costs, n_microbatches
+    from parallel.pipeline.runner import describe
+    from pretrain.estimate.rank_memory import end_costs, n_microbatches
 
     first, last = end_costs(config.model)
     count = n_microbatches(config, layout)

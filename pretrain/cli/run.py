@@ -52,7 +52,7 @@ def train(
     Ctrl-C, SIGTERM or a terminal that closes: finishes the step, saves, and exits with 75. A second Ctrl-C leaves at once, without saving.
     """
     from parallel.world import World
-    from pretrain.config_loading import load_words
+    from pretrain.config.loading import load_words
     from pretrain.errors import UserError
     from pretrain.train.loop import Outcome
     from pretrain.train.run import train as run
@@ -63,7 +63,7 @@ def train(
     if dry_run and world.size > 1:
         raise UserError("--dry-run pretends the other processes by itself: start it without torchrun")
     if dry_run:
-        from pretrain.train.dry_run import dry_run as tell
+        from pretrain.setup.dry_run import dry_run as tell
 
         tell(config, world_size, rank, console)
         return
@@ -108,7 +108,7 @@ def generate(
     """Continue a text with a trained model."""
     import torch
 
-    from pretrain.train.sample import Sampling, continue_text, open_trained
+    from pretrain.inference.sample import Sampling, continue_text, open_trained
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console, skipped = Console(soft_wrap=True, highlight=False), list[str]()

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only  # has no public name
 from pretrain.config import ModelConfig
 from pretrain.model.attention_blocked import blocked_attention
 from pretrain.model.kernels import VARIABLE_LENGTH, Documents
+from pretrain.model.kv_cache import LayerCache
 from pretrain.model.norm import RMSNorm
 from pretrain.model.rope import Rope
 
@@ -208,21 +209,6 @@ def _sdpa(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, allowed_B1ST: Tensor |
 
 Attend = Callable[[Tensor, Tensor, Tensor, DocumentMask], Tensor]
 """`attention`, or what context parallelism puts around it."""
-
-
-class LayerCache(NamedTuple):
-    """The keys and values of one layer, with room for T tokens, of which the first `length` are written."""
-
-    k_BTGK: Tensor
-    v_BTGK: Tensor
-    length: int
-
-    def append(self, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write S more tokens in place; all keys and values so far."""
-        end = self.length + k_BSGK.shape[1]
-        self.k_BTGK[:, self.length : end] = k_BSGK
-        self.v_BTGK[:, self.length : end] = v_BSGK
-        return self.k_BTGK[:, :end], self.v_BTGK[:, :end]
 
 
 class Attention(nn.Module):

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import AUTO, ModelConfig
-from pretrain.model.attention import Attention, DocumentMask, LayerCache, document_mask
-from pretrain.model.generate import KVCache
+from pretrain.model.attention import Attention, DocumentMask, document_mask
+from pretrain.model.kv_cache import KVCache, LayerCache
 from pretrain.model.loss import LinearLoss, LossSum, linear_cross_entropy, softmax_gradient_
 from pretrain.model.mlp import MLP
 from pretrain.model.norm import RMSNorm

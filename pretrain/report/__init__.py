@@ -1,1 +1,1 @@
-"""What a run wrote down, and the page that shows it."""
+"""The HTML pages of runs and of data sets. Reads a run only through `pretrain.runs`."""

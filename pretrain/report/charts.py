@@ -11,8 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from pretrain.report.records import Event, Metrics
-from pretrain.report.words import decimal
+from pretrain.console import decimal
+from pretrain.runs.records import Event, Metrics
 
 MAX_POINTS = 2000
 """Points a curve shows at most. Longer runs keep the lowest and the highest value of each stretch, so that no spike is lost."""

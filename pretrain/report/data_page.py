@@ -16,14 +16,14 @@ from data_pipeline.inspect import (
 )
 from data_pipeline.reading.forecast import Forecast, Stretch, warning
 from data_pipeline.storage.manifest import Manifest
+from pretrain.console import amount
 from pretrain.errors import UserError
 from pretrain.report import frame
 from pretrain.report.charts import themes
 from pretrain.report.data_charts import drops, lengths
 from pretrain.report.data_rows import held_out, losses, places, split_rows, stretch_rows
 from pretrain.report.frame import text
-from pretrain.report.records import write_whole
-from pretrain.report.words import amount
+from pretrain.runs.records import write_whole
 
 
 def write_data_page(file: Path, description: Description, forecast: Forecast | None) -> None:

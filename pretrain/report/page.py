@@ -14,10 +14,11 @@ import plotly.graph_objects as go
 
 from data_pipeline.held_out import LEAST_SEQUENCES
 from pretrain.config import RunConfig, flatten
+from pretrain.console import amount, decimal, duration
 from pretrain.report import frame
 from pretrain.report.charts import MAX_POINTS, charts, themes
 from pretrain.report.frame import text
-from pretrain.report.records import (
+from pretrain.runs.records import (
     Event,
     Metrics,
     ValidationRecord,
@@ -26,7 +27,6 @@ from pretrain.report.records import (
     read_metrics,
     write_whole,
 )
-from pretrain.report.words import amount, decimal, duration
 
 SECTIONS = {
     "loss": "Loss",

@@ -1,1 +1,1 @@
-"""The training program: build, feed, step, record, validate, save, resume. Knows no sharding and no file format."""
+"""The training program: `run` is the whole story; then the loop, its batches, resuming, signals."""

@@ -22,16 +22,16 @@ from pretrain.checkpoint.ranks import gather
 from pretrain.checkpoint.record import Record
 from pretrain.config import RunConfig
 from pretrain.errors import Diverged, UserError
-from pretrain.model.flops import flops_per_token
+from pretrain.estimate.flops import flops_per_token
 from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
-from pretrain.report.records import SourceLoss, StepRecord, ValidationRecord
-from pretrain.train.books import Books
-from pretrain.train.disk import cannot_save
-from pretrain.train.feed import HostBatch, fill_up, microbatches, to_host
-from pretrain.train.growth import seq_len_at
-from pretrain.train.metrics import Meter
-from pretrain.train.place import Place
-from pretrain.train.stop import Activity, StopRequest
+from pretrain.runs.metrics import Meter
+from pretrain.runs.records import SourceLoss, StepRecord, ValidationRecord
+from pretrain.setup.seq_len_schedule import seq_len_at
+from pretrain.signals import Activity, StopRequest
+from pretrain.tracking.recorder import Books
+from pretrain.train.batching import HostBatch, fill_up, microbatches, to_host
+from pretrain.train.disk_space import cannot_save
+from pretrain.train.rank_info import Place
 
 
 class Outcome(enum.Enum):

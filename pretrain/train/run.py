@@ -16,37 +16,37 @@ from data_pipeline.reading.loader import Loader
 from data_pipeline.storage.tokenized import trusted_places
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from parallel.layout import Layout
-from parallel.pipeline import describe
+from parallel.pipeline.runner import describe
 from parallel.world import World, start
 from pretrain.checkpoint import directory
 from pretrain.checkpoint.ranks import gather
 from pretrain.config import AUTO, RunConfig, flatten
+from pretrain.console import amount, duration
 from pretrain.errors import UserError
-from pretrain.hardware import find_accelerator
-from pretrain.model.flops import flops_per_token, parameter_count
+from pretrain.estimate.flops import flops_per_token, parameter_count
+from pretrain.estimate.hardware import find_accelerator
+from pretrain.inference.sample import Sampling, check_prompt, continue_text, keep_tokenizer, trained_model
 from pretrain.optim.schedule import samples_before
 from pretrain.report.page import write_report
-from pretrain.report.records import read_config
-from pretrain.report.words import amount, duration
+from pretrain.runs.directory import RunDirectory
+from pretrain.runs.metrics import Meter, mfu_statement
+from pretrain.runs.records import read_config
+from pretrain.setup.engine import blueprint_of, build_engine
+from pretrain.setup.layout import layout_of, microbatch_counts
+from pretrain.setup.layout_rules import padding_note
+from pretrain.setup.memory import check_fits
+from pretrain.setup.resolve import Decision, resolve
+from pretrain.setup.seq_len_schedule import window_of
+from pretrain.signals import stop_on_signals
 from pretrain.streams import reason, tolerant_console
-from pretrain.train.books import QUIET, Books, open_books
-from pretrain.train.build import blueprint_of, build_engine
-from pretrain.train.disk import check_room
-from pretrain.train.display import Display
-from pretrain.train.growth import window_of
-from pretrain.train.layout import layout_of, microbatch_counts
-from pretrain.train.layout_rules import padding_note
-from pretrain.train.loggers import Logger, open_loggers
+from pretrain.tracking.display import Display
+from pretrain.tracking.loggers import Logger, open_loggers
+from pretrain.tracking.recorder import QUIET, Books, open_books
+from pretrain.train.disk_space import check_room
+from pretrain.train.init_from import check_parent, find_parent, hold_parent, tell_parent, with_ancestry
 from pretrain.train.loop import Loop, Outcome
-from pretrain.train.memory import check_fits
-from pretrain.train.metrics import Meter, mfu_statement
-from pretrain.train.parent import check_parent, find_parent, hold_parent, tell_parent, with_ancestry
-from pretrain.train.place import Place
-from pretrain.train.resolve import Decision, resolve
-from pretrain.train.restore import Beginning, is_finished, restore
-from pretrain.train.rundir import RunDirectory
-from pretrain.train.sample import Sampling, check_prompt, continue_text, keep_tokenizer, trained_model
-from pretrain.train.stop import stop_on_signals
+from pretrain.train.rank_info import Place
+from pretrain.train.resume import Beginning, is_finished, restore
 
 
 def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ()) -> Outcome:

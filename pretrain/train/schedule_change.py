@@ -5,32 +5,14 @@ read, by the hash of the order.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from pretrain.config import RunConfig, flatten, on_resume
+from pretrain.config import RunConfig, on_resume
+from pretrain.config.differences import differences
 from pretrain.errors import UserError
 from pretrain.optim.schedule import batch_size_at, lr_scale, wsd_decay_steps
-from pretrain.train.growth import stages_before
-
-SHOWN_CHARACTERS = 80
-ABSENT = object()
-
-
-def differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
-    """{key: "key: 1 in the run, 2 now"} of the settings that differ."""
-    flat_before, flat_now = flatten(before), flatten(now)
-
-    def show(flat: dict[str, object], key: str) -> str:
-        value = flat.get(key, ABSENT)
-        return "not set" if value is ABSENT else textwrap.shorten(str(value), SHOWN_CHARACTERS, placeholder=" ...")
-
-    return {
-        key: f"{key}: {show(flat_before, key)} in the run, {show(flat_now, key)} now"
-        for key in flat_before | flat_now
-        if flat_before.get(key, ABSENT) != flat_now.get(key, ABSENT)
-    }
+from pretrain.setup.seq_len_schedule import stages_before
 
 
 def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, samples: int, kept: Sequence[int]) -> None:

@@ -15,10 +15,10 @@ from torch import nn
 from parallel import build as assembly
 from parallel import context, tensor
 from parallel.engine import Blueprint, Held, Part
-from parallel.engines.torch import TorchEngine
+from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
 from pretrain.config import RunConfig
-from pretrain.train.build import blueprint_of, build_engine, numbers_of
+from pretrain.setup.engine import blueprint_of, build_engine, numbers_of
 from tests.gpu.test_gpu_training import SEQ_LEN, config_of, train
 
 pytestmark = [

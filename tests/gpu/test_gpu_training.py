@@ -12,19 +12,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from data_pipeline.reading.packing import Batch
 from parallel.engine import Microbatch
-from parallel.engines.torch import TorchEngine
+from parallel.engines.torch.engine import TorchEngine
 from parallel.gradients import squared_norm
 from parallel.layout import Layout
 from pretrain.checkpoint import store
 from pretrain.checkpoint.record import Record
 from pretrain.config import RunConfig
-from pretrain.config_loading import load
-from pretrain.hardware import find_accelerator
+from pretrain.config.loading import load
+from pretrain.estimate.hardware import find_accelerator
 from pretrain.model.transformer import Transformer
-from pretrain.report.records import read_events, read_metrics
-from pretrain.train.build import build_engine, compute
-from pretrain.train.feed import microbatches, to_host
-from pretrain.train.resolve import resolve
+from pretrain.runs.records import read_events, read_metrics
+from pretrain.setup.engine import build_engine, compute
+from pretrain.setup.resolve import resolve
+from pretrain.train.batching import microbatches, to_host
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # no public name
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.parity import CPU, TIED, config_of, whole
-from parallel.build import build_engine
+from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
-from pretrain.train.build import blueprint_of, numbers_of
+from pretrain.setup.engine import blueprint_of, numbers_of
 from tests.workers import WorkerPool
 
 UNEVEN = ("model.n_layers=5", "model.d_ff=100", "run.seed=7")

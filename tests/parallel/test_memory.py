@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from workers import WorkerPool
 
-from parallel.build import build_engine
 from parallel.engine import LossSum, Microbatch
+from parallel.engines.torch.build import build_engine
+from parallel.fsdp import Sharded
 from parallel.layout import Layout
-from parallel.meter import Meter, kinds_of
-from parallel.shard import Sharded
+from parallel.simulate.trackers import Meter, kinds_of
 from pretrain.config import RunConfig
-from pretrain.train.build import blueprint_of, numbers_of
+from pretrain.setup.engine import blueprint_of, numbers_of
 
 CONFIG = RunConfig.model_validate(
     {

@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager  # no public name
 
-import parallel.build as build
+import parallel.engines.torch.build as build
+import parallel.fsdp
 import parallel.gradients
-import parallel.shard
 from benchmarks.parity import LARGE, TIED, TOLERANCES, Case, Course, alone, cases, compare, on_rank
 from parallel.engine import Microbatch
-from parallel.engines.torch import TorchEngine
+from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
-from parallel.pipeline import Tied
-from parallel.weight_pass import WeightPass
+from parallel.pipeline.runner import Tied
+from parallel.pipeline.zero_bubble import WeightPass
 from pretrain.optim.build import Optimizers
 from pretrain.train import build as program
 from tests.workers import WorkerPool

@@ -12,14 +12,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from workers import WorkerPool
 
-from parallel import weight_pass
 from parallel.engine import LossSum, Microbatch
+from parallel.fsdp import shard
 from parallel.gradients import local
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.pipeline import Pipeline, Stage, Tied, bubble_fraction, describe, order
-from parallel.shard import shard
-from parallel.stages import assign, stages_of
+from parallel.pipeline import zero_bubble
+from parallel.pipeline.runner import Pipeline, Stage, Tied, bubble_fraction, describe, order
+from parallel.pipeline.schedule import assign, stages_of
 from pretrain.config import ModelConfig
 from pretrain.model.init import initialise
 from pretrain.model.loss import LossSum as Sums
@@ -232,7 +232,7 @@ def of_schedules(schedules: list[str], dtype: torch.dtype, broken: bool = False)
     """Gradients of each schedule in turn, of the parts on this rank, from parameters sharded by FSDP."""
     with pytest.MonkeyPatch.context() as patch:
         if broken:
-            patch.setattr(weight_pass, "_sum_as_reduced", lambda _: None)
+            patch.setattr(zero_bubble, "_sum_as_reduced", lambda _: None)
         return [in_stages(layout_of(schedule), False, [8], fsdp=True, dtype=dtype).gradients for schedule in schedules]
 
 

@@ -7,11 +7,11 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from workers import WorkerPool
 
-from parallel.build import build_engine
 from parallel.engine import Microbatch
+from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
 from pretrain.config import RunConfig
-from pretrain.train.build import blueprint_of, numbers_of
+from pretrain.setup.engine import blueprint_of, numbers_of
 
 N_LAYERS, MICROBATCHES = 5, 2
 UNITS = N_LAYERS + 2

@@ -14,14 +14,14 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from workers import WorkerPool
 
-import parallel.shard
-from parallel.build import build_engine
+import parallel.fsdp
 from parallel.engine import Microbatch
-from parallel.engines.torch import TorchEngine
+from parallel.engines.torch.build import build_engine
+from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
 from parallel.mesh import build_mesh, data_mesh, near_mesh
 from pretrain.config import RunConfig
-from pretrain.train.build import blueprint_of, numbers_of
+from pretrain.setup.engine import blueprint_of, numbers_of
 
 N_LAYERS = 3
 UNITS = N_LAYERS + 1

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.build import one_process
 from parallel.engine import Microbatch, Numbers
-from parallel.engines.torch import TorchEngine
+from parallel.engines.torch.build import one_process
+from parallel.engines.torch.engine import TorchEngine
 
 B, S, V, D = 8, 16, 50, 32
 IGNORED = -100

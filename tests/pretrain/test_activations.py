@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 
 from parallel.layout import Layout
-from parallel.meter import REST
+from parallel.simulate.trackers import REST
 from pretrain.config import RunConfig
-from pretrain.config_loading import load
-from pretrain.planner import activations, blocks
-from pretrain.planner.blocks import Tensors, tensors_of
-from pretrain.planner.holdings import hold
-from pretrain.train.dry_run import Measured, measure, shortened
-from pretrain.train.layout import layout_of
-from pretrain.train.resolve import plan
+from pretrain.config.loading import load
+from pretrain.estimate import activations
+from pretrain.estimate import block_activations as blocks
+from pretrain.estimate.block_activations import Tensors, tensors_of
+from pretrain.estimate.rank_memory import hold
+from pretrain.setup.dry_run import Measured, measure, shortened
+from pretrain.setup.layout import layout_of
+from pretrain.setup.resolve import plan
 
 SMALL = (
     *(

@@ -8,9 +8,9 @@ from workers import WorkerPool
 
 from parallel.layout import Layout
 from parallel.world import World
-from pretrain.config_loading import load
+from pretrain.config.loading import load
 from pretrain.errors import UserError
-from pretrain.train.place import Place
+from pretrain.train.rank_info import Place
 from pretrain.train.run import _check_agreement
 
 

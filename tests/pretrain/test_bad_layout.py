@@ -9,11 +9,11 @@ import pytest
 from parallel.layout import Layout
 from parallel.world import World
 from pretrain.config import RunConfig
-from pretrain.config_loading import load
+from pretrain.config.loading import load
 from pretrain.errors import UserError
-from pretrain.train.layout import layout_of
-from pretrain.train.memory import GIB, check_batch, check_memory
-from pretrain.train.resolve import plan
+from pretrain.setup.layout import layout_of
+from pretrain.setup.memory import GIB, check_batch, check_memory
+from pretrain.setup.resolve import plan
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain.config import RunConfig, flatten, prepares, walk
-from pretrain.report.records import StepRecord, ValidationRecord
+from pretrain.runs.records import StepRecord, ValidationRecord
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 
@@ -201,7 +201,7 @@ def test_a_misspelt_command_is_exit_code_2(pretrain: Pretrain) -> None:
 
 
 def test_a_bug_keeps_its_traceback(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.config_loading.load_words", lambda _: 1 / 0)
+    monkeypatch.setattr("pretrain.config.loading.load_words", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pretrain("config", "show")
 

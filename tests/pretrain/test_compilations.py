@@ -24,12 +24,12 @@ from workers import WorkerPool
 
 from data_pipeline.reading.packing import Batch
 from parallel.layout import Layout
-from pretrain.config_loading import load
+from pretrain.config.loading import load
 from pretrain.model import kernels
-from pretrain.report.records import StepRecord, ValidationRecord
+from pretrain.runs.records import StepRecord, ValidationRecord
+from pretrain.setup.engine import build_engine
 from pretrain.train import loop
-from pretrain.train.build import build_engine
-from pretrain.train.feed import Share, fill_up, microbatches, to_host
+from pretrain.train.batching import Share, fill_up, microbatches, to_host
 from pretrain.train.loop import Outcome
 
 CPU = torch.device("cpu")

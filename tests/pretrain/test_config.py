@@ -10,8 +10,8 @@ import yaml
 
 import configs
 from pretrain.config import AUTO, RunConfig, Settings, flatten, on_resume, prepares, walk
-from pretrain.config_loading import dump, load, load_words, presets, validate
-from pretrain.config_model import ARCHITECTURE, ModelConfig
+from pretrain.config.loading import dump, load, load_words, presets, validate
+from pretrain.config.model import ARCHITECTURE, ModelConfig
 from pretrain.errors import UserError
 
 CONFIGS = Path(configs.__file__).parent

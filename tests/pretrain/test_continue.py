@@ -16,13 +16,13 @@ from data_pipeline.settings import PrepareConfig, SourceConfig
 from pretrain.checkpoint import store
 from pretrain.checkpoint.directory import checkpoint_path
 from pretrain.checkpoint.record import read_manifest
-from pretrain.config_loading import load
+from pretrain.config.loading import load
 from pretrain.errors import UserError
 from pretrain.report.page import write_report
-from pretrain.report.records import read_config, read_events, read_metrics
-from pretrain.train.build import build_engine
+from pretrain.runs.records import read_config, read_events, read_metrics
+from pretrain.setup.engine import build_engine
+from pretrain.train.init_from import find_parent
 from pretrain.train.loop import Outcome
-from pretrain.train.parent import find_parent
 from pretrain.train.run import train as train_run
 
 RunTiny = Callable[..., Outcome]

@@ -16,12 +16,12 @@ import pytest
 from data_pipeline.errors import StorageError
 from pretrain.checkpoint.directory import checkpoint_path, partial_path
 from pretrain.config import RunConfig
-from pretrain.config_loading import load
+from pretrain.config.loading import load
 from pretrain.errors import UserError
-from pretrain.report.records import Event, read_events, read_metrics
-from pretrain.train.disk import check_room, checkpoint_bytes, free_bytes
+from pretrain.runs.metrics import RecordFile
+from pretrain.runs.records import Event, read_events, read_metrics
+from pretrain.train.disk_space import check_room, checkpoint_bytes, free_bytes
 from pretrain.train.loop import Outcome
-from pretrain.train.metrics import RecordFile
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 RunTiny = Callable[..., Outcome]

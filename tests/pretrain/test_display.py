@@ -8,11 +8,11 @@ import signal
 import pytest
 from rich.console import Console
 
-from pretrain.report.records import Event, SourceLoss, StepRecord, ValidationRecord
-from pretrain.report.words import amount, decimal, duration
-from pretrain.train.display import Display, Sparkline
-from pretrain.train.metrics import Pace
-from pretrain.train.stop import Activity, StopRequest, stop_on_signals
+from pretrain.console import amount, decimal, duration
+from pretrain.runs.metrics import Pace
+from pretrain.runs.records import Event, SourceLoss, StepRecord, ValidationRecord
+from pretrain.signals import Activity, StopRequest, stop_on_signals
+from pretrain.tracking.display import Display, Sparkline
 
 
 def record(step: int, loss: float = 3.25, mfu: float | None = None) -> StepRecord:

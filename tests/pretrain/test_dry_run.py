@@ -8,12 +8,12 @@ import pytest
 
 from parallel.layout import Layout
 from pretrain.config import RunConfig
-from pretrain.config_loading import load
-from pretrain.planner.holdings import hold
-from pretrain.planner.traffic import traffic
-from pretrain.train.dry_run import Measured, measure, shortened
-from pretrain.train.layout import layout_of
-from pretrain.train.resolve import plan
+from pretrain.config.loading import load
+from pretrain.estimate.communication import traffic
+from pretrain.estimate.rank_memory import hold
+from pretrain.setup.dry_run import Measured, measure, shortened
+from pretrain.setup.layout import layout_of
+from pretrain.setup.resolve import plan
 
 TINY = (
     "model.n_layers=4",

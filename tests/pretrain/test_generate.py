@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pretrain.config import ModelConfig, RopeConfig
-from pretrain.model.generate import KVCache, generate, next_token_logits, sample
+from pretrain.inference.generate import generate, next_token_logits, sample
 from pretrain.model.init import initialise
+from pretrain.model.kv_cache import KVCache
 from pretrain.model.transformer import Transformer
 
 V = 50

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pretrain.hardware import find_accelerator
+from pretrain.estimate.hardware import find_accelerator
 
 
 @pytest.mark.parametrize(

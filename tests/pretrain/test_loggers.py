@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import RunConfig
-from pretrain.report.records import SourceLoss, StepRecord, ValidationRecord
-from pretrain.train.loggers import open_loggers, scalars
+from pretrain.runs.records import SourceLoss, StepRecord, ValidationRecord
+from pretrain.tracking.loggers import open_loggers, scalars
 
 
 def config(tmp_path: Path, **log: object) -> RunConfig:

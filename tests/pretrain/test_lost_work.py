@@ -16,9 +16,9 @@ from rich.console import Console
 
 from pretrain.checkpoint.directory import checkpoint_path
 from pretrain.errors import UserError
-from pretrain.report.records import Event, StepRecord, ValidationRecord, read_events, read_metrics
-from pretrain.train.consistency import check_records, told_saves
+from pretrain.runs.records import Event, StepRecord, ValidationRecord, read_events, read_metrics
 from pretrain.train.loop import Outcome
+from pretrain.train.resume_checks import check_records, told_saves
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 RunTiny = Callable[..., Outcome]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import UserError
-from pretrain.hardware import find_accelerator
-from pretrain.report.records import Event, Record, StepRecord, ValidationRecord, read_events, read_metrics
-from pretrain.train.metrics import Meter, RecordFile, mfu_statement, truncate_after
+from pretrain.estimate.hardware import find_accelerator
+from pretrain.runs.metrics import Meter, RecordFile, mfu_statement, truncate_after
+from pretrain.runs.records import Event, Record, StepRecord, ValidationRecord, read_events, read_metrics
 
 
 def step_record(step: int, loss: float = 2.5, attempt: int = 1) -> StepRecord:

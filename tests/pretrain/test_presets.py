@@ -8,7 +8,7 @@ import yaml
 
 import configs
 from pretrain.config import AUTO, ModelConfig
-from pretrain.model.flops import count_parameters, flops_per_token, parameter_count
+from pretrain.estimate.flops import count_parameters, flops_per_token, parameter_count
 from pretrain.model.transformer import Transformer
 
 PRESETS = {file.stem: file for file in sorted((Path(configs.__file__).parent / "models").glob("*.yaml"))}

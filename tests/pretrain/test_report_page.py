@@ -15,9 +15,9 @@ from pretrain.config import RunConfig
 from pretrain.errors import UserError
 from pretrain.report.charts import MAX_POINTS, smooth, thin
 from pretrain.report.page import write_report
-from pretrain.report.records import Event, SourceLoss, StepRecord, ValidationRecord
-from pretrain.train.metrics import RecordFile
-from pretrain.train.rundir import RunDirectory
+from pretrain.runs.directory import RunDirectory
+from pretrain.runs.metrics import RecordFile
+from pretrain.runs.records import Event, SourceLoss, StepRecord, ValidationRecord
 
 HOSTILE = 'x = "</script><script>console.error(1)</script>" & <b>'
 

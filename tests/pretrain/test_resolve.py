@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pretrain.config import AUTO, RunConfig, flatten
-from pretrain.config_loading import load
+from pretrain.config.loading import load
 from pretrain.errors import UserError
-from pretrain.train.layout_rules import padding_note
-from pretrain.train.resolve import resolve
+from pretrain.setup.layout_rules import padding_note
+from pretrain.setup.resolve import resolve
 
 TINY = ("model.preset=tiny", "data.seq_len=128", "train.steps=200", "train.batch_size=32")
 BF16 = {"avx512_bf16": True}

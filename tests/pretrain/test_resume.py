@@ -19,9 +19,9 @@ from data_pipeline.reading.loader import Loader
 from pretrain.checkpoint import store
 from pretrain.checkpoint.directory import checkpoint_path
 from pretrain.checkpoint.record import Record, read_manifest, verify
-from pretrain.config_loading import load
-from pretrain.report.records import StepRecord, ValidationRecord, read_events
-from pretrain.train.build import build_engine
+from pretrain.config.loading import load
+from pretrain.runs.records import StepRecord, ValidationRecord, read_events
+from pretrain.setup.engine import build_engine
 from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]
@@ -181,7 +181,7 @@ KILLED_AT_27 = """
 import os, signal, sys
 import torch
 from rich.console import Console
-from pretrain.config_loading import load
+from pretrain.config.loading import load
 from pretrain.train.run import train
 
 class Kill:

@@ -10,10 +10,10 @@ import torch
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint import store
 from pretrain.errors import UserError
+from pretrain.inference.sample import Sampling, _pieces, continue_text, open_trained
 from pretrain.model.init import initialise
 from pretrain.model.transformer import Transformer
 from pretrain.train.loop import Outcome
-from pretrain.train.sample import Sampling, _pieces, continue_text, open_trained
 
 CPU = torch.device("cpu")
 WHO = ("the model", "a reader", "the loop", "every rank", "one shard", "the old engine")
@@ -76,7 +76,9 @@ def test_an_empty_prompt_starts_after_an_end_of_text_token(
     trained: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[list[int]] = []
-    monkeypatch.setattr("pretrain.train.sample.generate", lambda _, prompt, **__: prompts.append(prompt) or iter(()))
+    monkeypatch.setattr(
+        "pretrain.inference.sample.generate", lambda _, prompt, **__: prompts.append(prompt) or iter(())
+    )
     assert list(continue_text(*trained, "", Sampling())) == []
     assert prompts == [[trained[1].eot_id]]
 
@@ -85,7 +87,7 @@ def test_the_context_ends_the_text(trained: tuple[Transformer, Tokenizer], monke
     model, tokenizer = trained
     asked: list[int] = []
     monkeypatch.setattr(
-        "pretrain.train.sample.generate", lambda *_, max_new_tokens, **__: asked.append(max_new_tokens) or iter(())
+        "pretrain.inference.sample.generate", lambda *_, max_new_tokens, **__: asked.append(max_new_tokens) or iter(())
     )
     prompt = "the loop reads a token."
     n = len(tokenizer.encode(prompt))

@@ -13,9 +13,9 @@ import pytest
 import wandb
 import zstandard
 
-from pretrain.config_loading import load
-from pretrain.report.records import read_events
-from pretrain.train.loggers import WandbLogger
+from pretrain.config.loading import load
+from pretrain.runs.records import read_events
+from pretrain.tracking.loggers import WandbLogger
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 
@@ -140,7 +140,7 @@ def test_a_traceback_tells_no_secret(
     def fail(_: object) -> None:
         raise RuntimeError("a bug at s3://key:hunter2@b/x")
 
-    monkeypatch.setattr("pretrain.config_loading.load_words", fail)
+    monkeypatch.setattr("pretrain.config.loading.load_words", fail)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(RuntimeError) as caught:
         pretrain("config", "show")

@@ -13,7 +13,7 @@ import yaml
 
 from data_pipeline.settings import MixtureStage, Settings, SourceConfig
 from pretrain.config import GrowthStage, RunConfig, flatten
-from pretrain.config_loading import dump, load
+from pretrain.config.loading import dump, load
 from pretrain.errors import UserError
 
 NEEDED: dict[type[Settings], dict[str, object]] = {

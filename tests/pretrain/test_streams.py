@@ -23,7 +23,7 @@ from workers import PROCESSES
 from pretrain.checkpoint import store
 from pretrain.cli import main
 from pretrain.errors import Diverged
-from pretrain.report.records import StepRecord, ValidationRecord, read_events, read_metrics
+from pretrain.runs.records import StepRecord, ValidationRecord, read_events, read_metrics
 from pretrain.streams import OutputLost, TolerantStream, tolerant_streams
 from pretrain.train.loop import Outcome
 

@@ -17,14 +17,14 @@ from data_pipeline.reading.packing import Batch
 from data_pipeline.storage.shards import open_split
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from parallel.engine import Microbatch
-from parallel.engines.torch import TorchEngine
+from parallel.engines.torch.engine import TorchEngine
 from pretrain.config import RunConfig
-from pretrain.config_loading import load
+from pretrain.config.loading import load
 from pretrain.errors import Diverged
-from pretrain.model.flops import parameter_count
+from pretrain.estimate.flops import parameter_count
 from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
-from pretrain.report.records import Metrics, StepRecord, ValidationRecord, read_events, read_metrics
-from pretrain.train.feed import microbatches, to_host
+from pretrain.runs.records import Metrics, StepRecord, ValidationRecord, read_events, read_metrics
+from pretrain.train.batching import microbatches, to_host
 from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]

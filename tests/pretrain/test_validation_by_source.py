@@ -14,16 +14,16 @@ from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.prepared import open_prepared
 from parallel.world import World
 from pretrain.config import RunConfig
-from pretrain.config_loading import load
-from pretrain.report.records import ValidationRecord, read_metrics
-from pretrain.train.build import build_engine
-from pretrain.train.layout import layout_of
+from pretrain.config.loading import load
+from pretrain.runs.metrics import Meter
+from pretrain.runs.records import ValidationRecord, read_metrics
+from pretrain.setup.engine import build_engine
+from pretrain.setup.layout import layout_of
+from pretrain.setup.resolve import resolve
+from pretrain.signals import StopRequest
 from pretrain.train.loop import Loop
-from pretrain.train.metrics import Meter
-from pretrain.train.place import Place
-from pretrain.train.resolve import resolve
+from pretrain.train.rank_info import Place
 from pretrain.train.run import open_data
-from pretrain.train.stop import StopRequest
 
 TinyWords = Callable[..., list[str]]
 WHO, DOES = ("the model", "a reader", "every rank", "one shard"), ("reads", "writes", "skips", "remembers", "follows")

@@ -1,0 +1,157 @@
+"""What each collective of a training step moves, from the settings alone. No torch; the dry run measures the same.
+
+Bytes are those that one rank sends with ring algorithms, n being the ranks of the group: all-gather and reduce-scatter (n - 1) / n of the
+whole tensor, all-reduce twice that, all-to-all (n - 1) / n of what the rank has, send all of it. Left out is what does not grow with the
+model: sums of norms and of losses. Shape suffixes: D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from parallel.layout import Layout
+from parallel.pipeline.schedule import rank_of
+from pretrain.config import RunConfig
+from pretrain.estimate.activations import COMPUTE_BYTES, recomputing
+from pretrain.estimate.rank_memory import Holding, Weight, hold, n_microbatches, weights
+
+Traffic = dict[str, dict[str, float]]
+"""{axis: {operation: bytes that the rank sends in a step}}; the axis `fsdp` is `shard` and `context` together."""
+
+FP32 = 4
+
+
+def traffic(config: RunConfig, layout: Layout, rank: int) -> Traffic:
+    """Of a step of a whole batch, by a rank, under a resolved config. Axes of one rank are left out.
+
+    `fsdp` and `replicate` carry parameters and gradients; `context`, `tensor` and `pipeline` carry activations.
+    """
+    found: Traffic = {
+        "pipeline": _pipeline(config, layout, rank),
+        "replicate": _replicate(config, layout, rank),
+        "fsdp": _fsdp(config, layout, rank),
+        "context": _context(config, layout, rank),
+        "tensor": _tensor(config, layout, rank),
+    }
+    return {axis: moved for axis, moved in found.items() if sum(moved.values())}
+
+
+def _ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def _tokens(config: RunConfig, layout: Layout) -> int:
+    """Of all microbatches of a step, on one context rank."""
+    return n_microbatches(config, layout) * config.train.micro_batch_size * config.data.seq_len // layout.context
+
+
+def _weights(config: RunConfig, layout: Layout, rank: int) -> list[Weight]:
+    held = hold(config, layout, rank)
+    return [weight for layers in held.layers for weight in weights(config.model, layers, layout)]
+
+
+def _fsdp(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
+    """Parameters to compute with are gathered, gradients are reduced in fp32.
+
+    Under `zero=3` every block is gathered for the forward and again for the backward pass of each microbatch, what is used at the end once
+    a microbatch; in a pipeline what a backward pass has gathered serves the next forward pass. Else parameters are gathered once a step.
+    Gradients are reduced once a microbatch, under `zero=1` and in a pipeline once a step.
+    """
+    micro, number = n_microbatches(config, layout), COMPUTE_BYTES[config.train.precision]
+    held = _weights(config, layout, rank)
+    whole = sum(weight.elements(layout) for weight in held)
+    at_end = sum(weight.elements(layout) for weight in held if _is_used_at_end(weight, config))
+    forward = backward = _ring(layout.fsdp) * number
+    if layout.reshard_to is not None:
+        backward = _ring(layout.reshard_to) * number
+    if layout.zero < 3:
+        gathered = forward * whole
+    elif layout.pipeline > 1:
+        gathered = (forward * micro + backward) * (whole - at_end) + forward * at_end
+    else:
+        gathered = micro * ((forward + backward) * (whole - at_end) + forward * at_end)
+    reductions = 1 if layout.zero == 1 or layout.pipeline > 1 else micro
+    return {"all-gather": gathered, "reduce-scatter": _ring(layout.fsdp) * FP32 * whole * reductions}
+
+
+def _is_used_at_end(weight: Weight, config: RunConfig) -> bool:
+    """Final norm and output projection stay gathered between the forward and the backward pass of a microbatch."""
+    return not weight.name.startswith("model.layers.") and (weight.kind != "embedding" or config.model.tie_embeddings)
+
+
+def _replicate(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
+    """Sharded gradients, once a step."""
+    return {"all-reduce": 2 * _ring(layout.replicate) * FP32 * hold(config, layout, rank).n_parameters}
+
+
+def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
+    """Activations of [tokens, D]: into attention and MLP and out of them, forward and backward; embedding and loss likewise.
+
+    With `sequence` the way in is an all-gather and the way out a reduce-scatter, and the other way round for the gradient. Without it the
+    way out is an all-reduce, and the way in one for the gradient. Gathering is done again where activations are recomputed, unless
+    the results of collectives are kept. The statistics of a split vocabulary are three fp32 numbers a token; gradients of what is whole on
+    every tensor rank are summed before FSDP2 reduces them.
+    """
+    t, model, train = layout.tensor, config.model, config.train
+    held = hold(config, layout, rank)
+    if t == 1:
+        return {}
+    layers = sum(map(len, held.layers))
+    is_first = any(layers.start == 0 for layers in held.layers)
+    is_last = any(layers.stop == model.n_layers for layers in held.layers)
+    once = _ring(t) * COMPUTE_BYTES[train.precision] * _tokens(config, layout) * model.d_model
+    again = _gathering_again(config, held)
+    statistics = 3 * 2 * _ring(t) * FP32 * _tokens(config, layout) * is_last
+    ways = 2 * layers  # attention and MLP
+    if not layout.sequence:
+        return {"all-reduce": 2 * once * (2 * ways + again + is_first + is_last) + statistics}
+    micro = n_microbatches(config, layout)
+    at_once = layout.zero == 1 or layout.pipeline > 1
+    reduced = (
+        FP32 if at_once and micro > 1 else COMPUTE_BYTES[train.precision] * micro
+    )  # just before FSDP2 reduces them further
+    summed = sum(weight.elements(layout) for weight in _weights(config, layout, rank) if weight.split is None)
+    return {
+        "all-gather": once * (2 * ways + 2 * again + is_first + is_last),
+        "reduce-scatter": once * (2 * ways + again + is_first + is_last),
+        "all-reduce": statistics + 2 * _ring(t) * reduced * summed,
+    }
+
+
+def _gathering_again(config: RunConfig, held: Holding) -> int:
+    """Layers of a rank whose forward collectives the backward pass repeats."""
+    train = config.train
+    if train.recompute == "selective" and "collective" in train.recompute_keep:
+        return 0
+    return sum(sum(recomputing(config, layers)) for layers in held.layers)
+
+
+def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
+    """`gather`: keys and values, and their gradients summed back. `ulysses`: queries, keys, values and outputs, there and back."""
+    c, model, train = layout.context, config.model, config.train
+    held = hold(config, layout, rank)
+    layers = sum(map(len, held.layers))
+    again = _gathering_again(config, held)
+    kv = max(1.0, model.n_kv_heads / layout.tensor) * model.head_dim
+    q = model.n_heads / layout.tensor * model.head_dim
+    per_number = _ring(c) * COMPUTE_BYTES[train.precision] * _tokens(config, layout)  # of what the rank holds
+    if layout.context_method == "ulysses":
+        return {"all-to-all": per_number * (2 * q + 2 * kv) * (2 * layers + again)}
+    whole_rows = per_number * c * 2 * kv
+    return {"all-gather": whole_rows * (layers + again), "reduce-scatter": whole_rows * layers}
+
+
+def _pipeline(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
+    """An activation forward and a gradient backward, a microbatch and cut between ranks; and a tied embedding's gradient."""
+    if layout.pipeline == 1:
+        return {}
+    model, held = config.model, hold(config, layout, rank)
+    here, ends = layout.coordinates(rank)["pipeline"], layout.n_stages
+    cuts = sum(
+        0 <= neighbour < ends and rank_of(neighbour, layout) != here
+        for stage in held.stages
+        for neighbour in (stage - 1, stage + 1)
+    )
+    split = layout.tensor if layout.sequence else 1
+    sent = cuts * _tokens(config, layout) * model.d_model * COMPUTE_BYTES[config.train.precision] / split
+    if model.tie_embeddings and rank_of(0, layout) != rank_of(ends - 1, layout):
+        sent += FP32 * held.parameters["embedding"]
+    return {"send": sent}

@@ -1,0 +1,1 @@
+"""A run directory and the records in it: their schema, their files, throughput."""

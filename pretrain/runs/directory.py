@@ -1,0 +1,159 @@
+"""The directory of one run: its paths, its settings on disk, and the lock that keeps a second process out.
+
+A directory belongs to one configuration. Opening it with another is refused, except for settings that change no
+number of the run (`MayChange` in `pretrain.config.resume`), and those of the schedule (`MayChangeAhead`):
+`pretrain.train.resume` compares these when it knows how many steps were taken.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from pretrain.config import RunConfig, on_resume
+from pretrain.config.differences import differences
+from pretrain.config.loading import dump
+from pretrain.errors import UserError
+from pretrain.runs.metrics import RecordFile
+from pretrain.runs.records import Event, read_config, read_events, write_whole
+
+SHOWN_DIFFERENCES = 5
+LOCK_FILE = ".lock"
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An opened run directory, locked for the one process that writes. Close it, or use it as a context, to let others in."""
+
+    path: Path
+    attempt: int
+    """1 for the first start, one more with each start or resume that `events.jsonl` tells of."""
+    lock: int | None
+    """File descriptor that holds the lock; None on the processes of a run that do not write."""
+    changes: tuple[str, ...]
+    """Settings that differ from those on disk, one sentence each. Settings that must not change were already refused."""
+
+    @classmethod
+    def open(cls, config: RunConfig) -> RunDirectory:
+        """Create `config.run.dir`, or open it again with the same settings.
+
+        config: complete, with every `auto` resolved. It is compared only: `settle` writes it, once nothing can be refused any more.
+        UserError: the directory cannot be made, is in use, or belongs to a run of other settings. Nothing in it is changed then.
+        """
+        path = config.run.dir
+        lock = _lock(path)
+        try:
+            changes = _changes(path, config)
+            starts = sum(event.kind in {"start", "resume"} for event in read_events(path / "events.jsonl"))
+        except OSError as error:
+            os.close(lock)
+            raise _unusable(path, error) from error
+        except Exception:
+            os.close(lock)
+            raise
+        return cls(path, starts + 1, lock, changes)
+
+    @classmethod
+    def beside_main(cls, config: RunConfig) -> RunDirectory:
+        """The same directory for the other processes of the run: they write their parts of checkpoints, and their records go nowhere."""
+        return cls(config.run.dir, attempt=0, lock=None, changes=())
+
+    def settle(self, config: RunConfig) -> None:
+        """Write the settings of a new run, or the changed ones of an existing one with an event that tells them."""
+        file = self.path / CONFIG_FILE
+        try:
+            if self.changes:
+                with RecordFile(self.events) as events:
+                    events.append(Event(time=time.time(), kind="settings", text="; ".join(self.changes)))
+            if self.changes or not file.exists():
+                write_whole(file, dump(config))
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+
+    @property
+    def metrics(self) -> Path:
+        """One record a step, and the validations."""
+        return self._record_file("metrics.jsonl")
+
+    @property
+    def events(self) -> Path:
+        """What happened, and why."""
+        return self._record_file("events.jsonl")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Parent of the `step-...` directories."""
+        return self.path / "checkpoints"
+
+    def _record_file(self, name: str) -> Path:
+        return Path(os.devnull) if self.lock is None else self.path / name
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _lock(path: Path) -> int:
+    """Make the directory if need be and take its lock. The kernel gives it back when the process ends, however it ends."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    except BlockingIOError:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise UserError(
+            f"run.dir={path} is in use by process {holder}; wait for it or stop it, or choose another run.dir"
+        ) from None
+    except OSError as error:  # a file system without locks, a full disk
+        os.close(lock)
+        raise _unusable(path, error) from error
+    return lock
+
+
+def _unusable(path: Path, error: OSError) -> UserError:
+    return UserError(f"run.dir={path}: {error.strerror}; choose a directory that can be written")
+
+
+def _changes(path: Path, config: RunConfig) -> tuple[str, ...]:
+    """How the settings differ from those of the run that is there. UserError where they must not."""
+    file = path / CONFIG_FILE
+    if not file.exists():
+        left_over = [name for name in ("metrics.jsonl", "events.jsonl", "checkpoints") if (path / name).exists()]
+        if left_over:
+            raise UserError(
+                f"run.dir={path} holds {left_over[0]} but no config.yaml, so nobody knows its settings; choose another run.dir"
+            )
+        return ()
+    lines, rules = differences(read_config(file), config), on_resume()
+    refused = [line for key, line in lines.items() if rules[key] == "never"]
+    if refused:
+        own_weights = all(rules[key] != "never" or not key.startswith(("model.", "run.")) for key in lines)
+        raise UserError(_other_run(path, refused, own_weights=own_weights))
+    return tuple(lines.values())
+
+
+def _other_run(path: Path, refused: list[str], *, own_weights: bool) -> str:
+    shown = "; ".join(refused[:SHOWN_DIFFERENCES])
+    more = f"; and {len(refused) - SHOWN_DIFFERENCES} more" if len(refused) > SHOWN_DIFFERENCES else ""
+    way_out = f" (to begin from the weights of this one: run.init_from={path})" if own_weights else ""
+    return f"run.dir={path} holds a run of other settings: {shown}{more}; put the values back, or choose another run.dir{way_out}"

@@ -1,0 +1,86 @@
+"""Settings -> a model inside an engine, in the order in which one would explain it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo  # documented, but `torch.compiler.config` does not have the limit
+
+from parallel.engine import Blueprint, LossSum, Microbatch, Numbers
+from parallel.engines.torch.build import build_engine as build
+from parallel.engines.torch.engine import TorchEngine
+from parallel.layout import Layout
+from pretrain.config import ModelConfig, RunConfig
+from pretrain.estimate.rank_memory import end_costs
+from pretrain.model.init import fill
+from pretrain.model.transformer import Transformer
+from pretrain.optim.build import build_optimizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_model(config: ModelConfig, attention: str, device: torch.device) -> Transformer:
+    """A model on `device` without values: shapes first, memory second, numbers last (`initialise`, or a checkpoint)."""
+    with torch.device("meta"):
+        model = Transformer(config, attention)
+    return model.to_empty(device=device)
+
+
+def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) -> TorchEngine:  # noqa: B008
+    """What `rank` holds of the model of a resolved config, with its initial weights, and its optimizer."""
+    if config.train.compile:
+        _allow_compilations(config)
+    return build(
+        blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=torch.device(config.train.device)
+    )
+
+
+def _allow_compilations(config: RunConfig) -> None:
+    """Let a block be compiled for every length of sequences, and for evaluation. Past its limit the compiler would run it uncompiled."""
+    wanted = len(config.data.growth) + 2
+    dynamo.recompile_limit = max(
+        dynamo.recompile_limit, wanted
+    )  # torch 2.11 has this limit for the whole process alone
+
+
+def blueprint_of(config: RunConfig) -> Blueprint:
+    """The model that the config describes."""
+    model = config.model
+    first_cost, last_cost = end_costs(model)
+    return Blueprint(
+        n_layers=model.n_layers,
+        width=model.d_model,
+        build=lambda layers: Transformer(model, config.train.attention, layers),
+        fill=partial(fill, config=model, seed=config.run.seed),
+        compute=partial(compute, config=config),
+        build_optimizer=partial(build_optimizer, config=config.optim),
+        first_cost=first_cost,
+        last_cost=last_cost,
+    )
+
+
+def numbers_of(config: RunConfig) -> Numbers:
+    """How the config computes."""
+    train = config.train
+    return Numbers(
+        dtype=DTYPES[train.precision],
+        clip=config.optim.clip,
+        compile=train.compile,
+        recompute=train.recompute,
+        recompute_every=train.recompute_every,
+        recompute_keep=train.recompute_keep,
+    )
+
+
+def compute(
+    model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, config: RunConfig
+) -> Tensor | LossSum:
+    """One part of the model over one microbatch: what the next part needs, or the loss if this is the last."""
+    assert isinstance(model, Transformer)
+    x = microbatch.input_ids if received is None else received
+    held = microbatch.held
+    ranges, whole_rows = (None, True) if held is None else (held.ranges, held.whole_rows)
+    mask = model.document_mask(microbatch.document_ids, microbatch.positions, ranges, whole_rows).to(x.device)
+    return model.loss(x, microbatch.labels, mask, z_loss=config.train.z_loss) if model.is_last else model(x, mask)

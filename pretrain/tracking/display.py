@@ -1,0 +1,237 @@
+"""What a person sees while a run trains: a live panel on a terminal, plain lines everywhere else (CI, Slurm logs, files)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pretrain.console import decimal, duration
+from pretrain.runs.metrics import Pace
+from pretrain.runs.records import Event, StepRecord, ValidationRecord
+from pretrain.signals import Activity, StopRequest
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+MOST_SOURCES = 8
+"""Sources whose validation loss a line tells."""
+BAR_WIDTH = 80
+"""At most. A terminal that gets narrower breaks longer lines, and rich then leaves a part of the panel behind."""
+QUIET_EVENTS = {"save", "settings"}
+LOUD_EVENTS = {"stop", "skip_checkpoint", "notice", "output_lost", "logger_failed"}
+
+
+class Display:
+    """Progress of one attempt. Use it as a context: `with Display(1000) as display: display.step(record, meter.pace())`."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        console: Console | None = None,
+        mfu_statement: str | None = None,
+        every_s: float = 10.0,
+        stop: StopRequest | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Show nothing yet.
+
+        total_steps: of the whole run; a resumed one goes on from the step of its first record. mfu_statement: said once, at the start.
+        every_s: seconds between the plain lines of steps where there is no terminal. stop: the panel shows its notice.
+        """
+        self._total = total_steps
+        self._console = console or Console()
+        self._mfu_statement = mfu_statement
+        self._every_s = every_s
+        self._stop = StopRequest() if stop is None else stop  # one that nobody made is false
+        self._clock = clock
+        self._last_line: float | None = None
+        self._step: StepRecord | None = None
+        self._pace: Pace | None = None
+        self._validation: ValidationRecord | None = None
+        self._curve = Sparkline()
+        self._ended = False
+        # A dumb terminal cannot move its cursor, and rich would draw nothing there.
+        live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=4) if live else None
+
+    def __enter__(self) -> Display:
+        if self._mfu_statement:
+            self._say(Text(self._mfu_statement, style="dim"))
+        if self._live:
+            self._stop.in_panel = True
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended = True
+        if self._live:
+            self._live.stop()
+            self._stop.in_panel = False
+
+    def step(self, record: StepRecord, pace: Pace | None = None) -> None:
+        """Show a finished step. The pace, where there is one, replaces the single step's tokens/s and MFU and adds the time left."""
+        self._step, self._pace = record, pace
+        self._curve.add(record.loss)
+        now = self._clock()
+        due = self._last_line is None or now - self._last_line >= self._every_s or record.step == self._total
+        if self._live is None and due:
+            self._last_line = now
+            self._say(Text(plain_line(record, pace, self._total)))
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Show a validation; the panel keeps the newest."""
+        self._validation = record
+        line = f"validation after step {record.step}: loss {decimal(record.val_loss)}, perplexity {decimal(record.val_perplexity, 2)}"
+        self._say(Text(line, style="bold"))
+        if len(record.by_source) > 1:
+            self._say(Text(f"  {sources_line(record)}"))
+
+    def event(self, event: Event) -> None:
+        """Show what happened, above the panel."""
+        head = event.kind.replace("_", " ") + ("" if event.step is None else f" at step {event.step}")
+        style = "dim" if event.kind in QUIET_EVENTS else "yellow" if event.kind in LOUD_EVENTS else "cyan"
+        body = event.text if event.prompt is None else event.prompt + event.text
+        self._say(Text.assemble((head, style), ": ", body))
+
+    def _say(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=self._live is None, highlight=False)
+
+    def _panel(self) -> RenderableType:
+        """The live part: the bar, the numbers under their names, the curve; and below them what a stop waits for."""
+        return Group(*self._progress(), *self._activity())
+
+    def _activity(self) -> list[RenderableType]:
+        """The notice of a stop, and how long the run has been in what is not a step or delays the stop."""
+        if self._ended:
+            return []
+        activity = (
+            "the first step"
+            if self._step is None and self._stop.activity is Activity.STEP
+            else self._stop.activity.value
+        )
+        waiting = duration(max(0.0, self._clock() - self._stop.since))
+        if self._stop:
+            return [
+                Text(self._stop.notice, style="bold yellow"),
+                Text(f"waiting for {activity} ({waiting})", style="dim"),
+            ]
+        return [] if activity == Activity.STEP.value else [Text(f"{activity} is on its way ({waiting})", style="dim")]
+
+    def _progress(self) -> list[RenderableType]:
+        if self._step is None:
+            return []
+        done = self._step.step
+        bar = Table.grid(padding=(0, 2))
+        bar.add_column(ratio=1)
+        bar.add_row(
+            ProgressBar(total=self._total, completed=done, complete_style="cyan", finished_style="green"),
+            Text(f"step {done} of {self._total}", style="bold"),
+            Text(f"{duration(self._pace.seconds_left)} left" if self._pace and done < self._total else "", style="dim"),
+        )
+        bar.expand = True
+        curve = Text.assemble((self._curve.draw(min(60, self._console.width - 20)), "cyan"), ("  training loss", "dim"))
+        numbers = _numbers(self._step, self._pace, self._validation)
+        return [Text(), Constrain(bar, BAR_WIDTH), numbers, *self._by_source(), curve]
+
+    def _by_source(self) -> Iterator[Text]:
+        """The newest validation loss of each source, as many as fit into a line; nothing where there is one source."""
+        if self._validation is None or len(self._validation.by_source) < 2:
+            return
+        cells = [f"{name} {decimal(source.loss)}" for name, source in self._validation.by_source.items()]
+        line, room = "by source", self._console.width - len("  +9999")
+        for shown, cell in enumerate(cells):
+            if len(line) + 2 + len(cell) > room:
+                line += f"  +{len(cells) - shown}"
+                break
+            line += f"  {cell}"
+        yield Text(line, style="dim")
+
+
+def sources_line(record: ValidationRecord) -> str:
+    """The validation loss and perplexity of each source; of very many only the first ones."""
+    cells = [
+        f"{name} {decimal(source.loss)} (perplexity {decimal(source.perplexity, 2)})"
+        for name, source in record.by_source.items()
+    ]
+    more = f", and {len(cells) - MOST_SOURCES} more in metrics.jsonl" if len(cells) > MOST_SOURCES else ""
+    return "by source: " + ", ".join(cells[:MOST_SOURCES]) + more
+
+
+def plain_line(record: StepRecord, pace: Pace | None, total_steps: int) -> str:
+    """One step as one line of a log."""
+    parts = [
+        f"step {record.step}/{total_steps}",
+        f"loss {decimal(record.loss, 4)}",
+        f"lr {record.lr:.2e}",
+        f"grad norm {decimal(record.grad_norm, 2)}",
+        f"{(pace or record).tokens_per_s:,.0f} tokens/s",
+    ]
+    mfu = (pace or record).mfu
+    if mfu is not None:
+        parts.append(f"MFU {mfu:.1%}")
+    if pace and record.step < total_steps:
+        parts.append(f"{duration(pace.seconds_left)} left")
+    return "  ".join(parts)
+
+
+def _numbers(record: StepRecord, pace: Pace | None, validation: ValidationRecord | None) -> Table:
+    """Names above, values below."""
+    cells = {"loss": decimal(record.loss)}
+    if validation is not None:
+        cells["validation"] = decimal(validation.val_loss)
+    cells |= {
+        "learning rate": f"{record.lr:.2e}",
+        "grad norm": decimal(record.grad_norm, 2),
+        "tokens/s": f"{(pace or record).tokens_per_s:,.0f}",
+    }
+    mfu = (pace or record).mfu
+    if mfu is not None:
+        cells["MFU"] = f"{mfu:.1%}"
+    table = Table.grid(padding=(0, 4, 0, 0))
+    table.add_row(*(Text(name, style="dim") for name in cells))
+    table.add_row(*(Text(value, style="bold") for value in cells.values()))
+    return table
+
+
+class Sparkline:
+    """A curve of any length in one line of text. It keeps at most `capacity` means, each of equally many values."""
+
+    def __init__(self, capacity: int = 512) -> None:
+        self._capacity = capacity
+        self._means: list[float] = []
+        self._per_mean = 1
+        self._open: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Append a value; one that is not finite is left out of the curve."""
+        if not math.isfinite(value):
+            return
+        self._open.append(value)
+        if len(self._open) == self._per_mean:
+            self._means.append(sum(self._open) / len(self._open))
+            self._open = []
+        if len(self._means) == self._capacity:
+            self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._per_mean *= 2
+
+    def draw(self, width: int) -> str:
+        """At most `width` block characters from the lowest to the highest value."""
+        if not self._means:
+            return ""
+        columns = min(max(1, width), len(self._means))
+        edges = [len(self._means) * i // columns for i in range(columns + 1)]
+        heights = [sum(self._means[a:b]) / (b - a) for a, b in pairwise(edges)]
+        low, high = min(heights), max(heights)
+        top = len(BLOCKS) - 1
+        return "".join(BLOCKS[round((h - low) / (high - low) * top) if high > low else top // 2] for h in heights)

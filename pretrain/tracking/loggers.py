@@ -1,0 +1,120 @@
+"""TensorBoard and Weights & Biases behind one small interface. Both are imported only where the settings ask for them."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from pretrain.config import RunConfig
+from pretrain.errors import UserError
+from pretrain.runs.records import StepRecord, ValidationRecord, write_whole
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+WANDB_ID_FILE = "wandb-id"
+
+
+class Logger(Protocol):
+    """Someone who hears of every step and validation."""
+
+    def log(self, record: StepRecord | ValidationRecord) -> None:
+        """Pass on one record."""
+
+    def close(self) -> None:
+        """Write out what is still held."""
+
+
+def open_loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Logger]:
+    """The loggers that `config.log` asks for.
+
+    resume_step: steps done before this attempt; what an earlier attempt told of later ones is superseded.
+    """
+    loggers: list[Logger] = []
+    if config.log.tensorboard:
+        loggers.append(TensorBoardLogger(run_dir / "tensorboard", resume_step))
+    if config.log.wandb != "off":
+        loggers.append(WandbLogger(config, run_dir, config.log.wandb))
+    return loggers
+
+
+def scalars(record: StepRecord | ValidationRecord) -> dict[str, float]:
+    """The numbers worth a curve, by the names both services show: `train/loss`, `validation/loss`, of sources `val_loss/<source>`."""
+    if isinstance(record, ValidationRecord):
+        told_of_all = {"validation/loss": record.val_loss, "validation/perplexity": record.val_perplexity}
+        several = record.by_source if len(record.by_source) > 1 else {}
+        losses = {f"val_loss/{name}": source.loss for name, source in several.items()}
+        return told_of_all | losses | {f"val_perplexity/{name}": source.perplexity for name, source in several.items()}
+    told = {
+        "train/loss": record.loss,
+        "train/z_loss": record.z_loss,
+        "train/lr": record.lr,
+        "train/grad_norm": record.grad_norm,
+        "train/tokens": record.tokens,
+        "speed/tokens_per_s": record.tokens_per_s,
+        "speed/step_s": record.step_s,
+        "speed/mfu": record.mfu,
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
+class TensorBoardLogger:
+    """Event files in `folder`; TensorBoard itself drops the steps after `resume_step` that an earlier attempt wrote."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: SummaryWriter = SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+    def log(self, record: StepRecord | ValidationRecord) -> None:
+        """Write each number of the record at its step."""
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record.step, walltime=record.time)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WandbLogger:
+    """One Weights & Biases run a run directory: every attempt goes on with the id kept in `wandb-id`."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, mode: Literal["offline", "online"]) -> None:
+        """Open the run. UserError where Weights & Biases refuses it (no account, no network)."""
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb_project,
+                name=run_dir.name,
+                id=_wandb_id(run_dir),
+                resume="allow",
+                mode=mode,
+                dir=str(run_dir),
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"log.wandb={mode}: {error}; `wandb login` first, or set log.wandb=offline") from error
+        # wandb's own step cannot go back after a resume; a named axis can.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, record: StepRecord | ValidationRecord) -> None:
+        """Pass on the numbers of the record with its step."""
+        self._run.log({"step": record.step, **scalars(record)})
+
+    def close(self) -> None:
+        """Finish the upload or the offline file, and wait for it."""
+        import wandb
+
+        self._run.finish()
+        # wandb 0.31: finish() can return before the last records are on disk when a process reuses a run id; ending the service waits.
+        wandb.teardown()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    path = run_dir / WANDB_ID_FILE
+    if not path.exists():
+        write_whole(path, secrets.token_hex(4))
+    return path.read_text(encoding="utf-8").strip()

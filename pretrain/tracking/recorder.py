@@ -1,0 +1,100 @@
+"""Everyone who hears of a run: the record files, the display, the loggers. Of several processes the main one keeps them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from pretrain.runs.directory import RunDirectory
+from pretrain.runs.metrics import RecordFile
+from pretrain.runs.records import Event, StepRecord, ValidationRecord
+from pretrain.streams import TolerantStream, reason
+from pretrain.tracking.display import Display
+from pretrain.tracking.loggers import Logger
+
+QUIET = Console(quiet=True, force_terminal=False)
+"""The console of the processes that do not speak."""
+
+
+@dataclass
+class Books:
+    """Everyone who hears of the run: the two record files, the display, the loggers."""
+
+    metrics: RecordFile
+    events: RecordFile
+    display: Display
+    attempt: int
+    loggers: Sequence[Logger] = ()
+    output: TolerantStream | None = None
+    """What the display is written to, where it may be lost."""
+    _failed: list[Logger] = field(default_factory=list)
+    """Loggers that raised. They hear no more."""
+    _output_lost: bool = False
+
+    def event(self, kind: str, text: str, step: int | None = None, **more: str | int | None) -> None:
+        """Tell that something happened."""
+        event = Event.model_validate({"time": time.time(), "kind": kind, "text": text, "step": step, **more})
+        self.events.append(event)
+        self.display.event(event)
+        self._tell_lost_output(step)
+
+    def log(self, record: StepRecord | ValidationRecord) -> None:
+        """Pass a record to the file and the loggers; the display is told by the loop, which knows the pace.
+
+        A logger that raises is left out from then on, with an event that tells it.
+        """
+        self.metrics.append(record)
+        for logger in self.loggers:
+            if logger not in self._failed:
+                try:
+                    logger.log(record)
+                except (
+                    Exception
+                ) as error:  # whatever a disk or a service of somebody else has: the run does not need it
+                    self._leave_out(logger, error, record.step)
+        self._tell_lost_output(record.step)
+
+    def close_loggers(self) -> None:
+        """Close all loggers. One that raises is told of, and does not hide an error that ends the run."""
+        for logger in self.loggers:
+            try:
+                logger.close()
+            except Exception as error:
+                if logger not in self._failed:
+                    self._leave_out(logger, error)
+
+    def _leave_out(self, logger: Logger, error: Exception, step: int | None = None) -> None:
+        self._failed.append(logger)
+        what = " ".join(reason(error).splitlines())
+        self.event(
+            "logger_failed",
+            f"{type(logger).__name__}: {type(error).__name__}: {what}; the run goes on without it",
+            step,
+        )
+
+    def _tell_lost_output(self, step: int | None) -> None:
+        """Tell once that the display went quiet. That happens inside of some write, perhaps of the thread that draws the panel."""
+        if not self._output_lost and self.output is not None and self.output.error is not None:
+            self._output_lost = True
+            self.event(
+                "output_lost",
+                f"the display cannot be written ({reason(self.output.error)}): the run goes on without it",
+                step,
+            )
+
+
+@contextmanager
+def open_books(
+    run_dir: RunDirectory, display: Display, loggers: Sequence[Logger], output: TolerantStream | None = None
+) -> Iterator[Books]:
+    """The books of one attempt; everything in them is closed after the block. `output`: what the display is written to."""
+    with ExitStack() as stack:
+        metrics, events = (stack.enter_context(RecordFile(path)) for path in (run_dir.metrics, run_dir.events))
+        books = Books(metrics, events, display, run_dir.attempt, loggers, output)
+        stack.callback(books.close_loggers)
+        stack.enter_context(display)
+        yield books

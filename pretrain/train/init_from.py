@@ -1,0 +1,264 @@
+"""A run that begins from a checkpoint of another one (`run.init_from`): which checkpoint that is, whether it fits,
+and its weights.
+
+The other run, the parent, is only read, and may be going on meanwhile. Once the new run has checkpoints of its own it
+needs it no more.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+from torch.distributed import ProcessGroup
+
+from data_pipeline.errors import StorageError
+from data_pipeline.reading.loader import Loader
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
+from parallel.engine import Engine
+from pretrain.checkpoint import directory, store
+from pretrain.checkpoint.ranks import on_first
+from pretrain.checkpoint.record import MANIFEST, Manifest, read_manifest
+from pretrain.config import Ancestor, RunConfig, flatten
+from pretrain.config.loading import split_init_from, validate
+from pretrain.config.model import ARCHITECTURE
+from pretrain.errors import UserError
+from pretrain.optim.schedule import lr_scale
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The checkpoint that a run begins from."""
+
+    run: Path
+    """As `run.init_from` names it: a run directory, or the checkpoint itself."""
+    path: Path
+    """The checkpoint."""
+    manifest: Manifest
+    config: RunConfig
+    """Settings of the run when it was saved."""
+
+    @property
+    def home(self) -> Path | None:
+        """Its run directory; None where it lies in none, as a copy of a checkpoint does."""
+        checkpoints = self.path.absolute().parent
+        lies_in_run = checkpoints.name == "checkpoints" and (checkpoints.parent / "config.yaml").is_file()
+        return checkpoints.parent if lies_in_run else None
+
+    @property
+    def told(self) -> str:
+        """`RUN@STEP`, as settings name it."""
+        return str(self.run) if self.run == self.path else f"{self.run}@{self.manifest.step}"
+
+
+def hold_parent(config: RunConfig, previous: RunConfig | None) -> RunConfig:
+    """On resume, `run.init_from` without @STEP means the step recorded in config.yaml.
+
+    Raises:
+        UserError: `run.init_from` names the run directory itself.
+    """
+    named = config.run.init_from
+    if named is not None and split_init_from(named)[0].resolve() == config.run.dir.resolve():
+        raise UserError(
+            f"run.init_from={named} is run.dir itself, which resumes without it; choose another run.dir for a run that begins from it"
+        )
+    if previous is None or previous.run.init_from is None:
+        return config
+    run, step = split_init_from(previous.run.init_from)
+    held: dict[str, object] = {"init_from": previous.run.init_from, "ancestry": previous.run.ancestry}
+    if named is None:
+        held["init_mode"] = previous.run.init_mode
+    else:
+        run_now, step_now = split_init_from(named)
+        if run_now.resolve() != run.resolve() or step_now not in (None, step):
+            return config  # refused when the settings are compared
+    return config.model_copy(update={"run": config.run.model_copy(update=held)})
+
+
+def find_parent(config: RunConfig) -> Parent:
+    """The checkpoint that `run.init_from` names; its manifest is read, and nothing else of it.
+
+    Raises:
+        UserError: there is none, or it is not the one that the run began from.
+    """
+    assert config.run.init_from is not None
+    run, step = split_init_from(config.run.init_from)
+    named = f"run.init_from={config.run.init_from}"
+    path = run if (run / MANIFEST).is_file() else _in_run(run, step, named)
+    manifest = read_manifest(path)
+    if step not in (None, manifest.step):
+        raise UserError(f"{named}: the checkpoint in {run} is that of step {manifest.step}; leave @{step} out")
+    recorded = next(iter(config.run.ancestry), None)
+    if recorded and recorded.generation != manifest.generation:
+        raise UserError(
+            f"{named} is another checkpoint now (generation {manifest.generation}) than the one that this run began "
+            f"from ({recorded.generation}, in {recorded.run}); put that one back, or choose another run.dir and leave "
+            "run.ancestry out"
+        )
+    try:
+        return Parent(run, path, manifest, validate(manifest.config))
+    except UserError as error:
+        raise UserError(f"{path / MANIFEST}: its settings cannot be read by this version: {error}") from error
+
+
+def _in_run(run: Path, step: int | None, named: str) -> Path:
+    """The checkpoint of that step in a run directory; None is the newest."""
+    kept = directory.kept_steps(run / "checkpoints")
+    if not kept:
+        raise UserError(
+            f"{named}: {run} holds no checkpoint; name a run directory that does, or the folder of one checkpoint"
+        )
+    if step is not None and step not in kept:
+        shown = ", ".join(str(other) for other in sorted(kept))
+        raise UserError(
+            f"{named}: there is no checkpoint of step {step}; kept are {shown} (checkpoint.keep says how many a run keeps)"
+        )
+    path = directory.checkpoint_path(run / "checkpoints", kept[0] if step is None else step)
+    directory.check_name(path)
+    return path
+
+
+def check_parent(parent: Parent, config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
+    """UserError where `config` cannot go on from this checkpoint, in one line with what differs and the way out."""
+    named = f"run.init_from={parent.told}"
+    theirs, ours = parent.config.model, config.model
+    differ = [name for name in ARCHITECTURE if getattr(theirs, name) != getattr(ours, name)]
+    if differ:
+        told = "; ".join(
+            f"model.{name} is {getattr(theirs, name)} there and {getattr(ours, name)} here" for name in differ
+        )
+        raise UserError(
+            f"{named} has weights of another model: {told}; leave these settings out, the model is then that run's"
+        )
+    _check_tokenizer(parent, tokenizer, data, named)
+    if config.run.init_mode == "full":
+        _check_full(parent, config, data, named)
+
+
+def _check_tokenizer(parent: Parent, tokenizer: Tokenizer, data: Loader, named: str) -> None:
+    """The same ids must mean the same text."""
+    if parent.manifest.dataset == data.fingerprint:
+        return
+    kept = [] if parent.home is None else [parent.home / "tokenizer.json"]
+    candidates = [*kept, Path(parent.config.data.tokenizer)]
+    files = {load_tokenizer(file).fingerprint: file for file in reversed(candidates) if file.exists()}
+    theirs = parent.manifest.tokenizer or next(reversed(files), None)
+    if theirs is None:
+        raise UserError(
+            f"{named}: its tokenizer is not at {' or '.join(map(str, candidates))}; put it there, so that it can be compared"
+        )
+    if theirs != tokenizer.fingerprint:
+        way_out = (
+            f"prepare the data with data.tokenizer={files[theirs]}" if theirs in files else "use data made with it"
+        )
+        raise UserError(
+            f"{named} was trained with another tokenizer ({theirs}) than the one that made the data here "
+            f"({tokenizer.fingerprint}); {way_out}"
+        )
+
+
+def _check_full(parent: Parent, config: RunConfig, data: Loader, named: str) -> None:
+    manifest, full = parent.manifest, f"{named} with run.init_mode=full"
+    if config.train.steps <= manifest.step:
+        raise UserError(
+            f"{full} goes on at step {manifest.step + 1}, and train.steps={config.train.steps} counts from the first "
+            f"step of that run: set train.steps to more than {manifest.step}, or run.init_mode=weights to begin at "
+            "step 1"
+        )
+    if config.optim.kind != parent.config.optim.kind:
+        raise UserError(
+            f"{full} takes over the state of its optimizer, {parent.config.optim.kind}, and "
+            f"optim.kind={config.optim.kind}: set optim.kind={parent.config.optim.kind}, or run.init_mode=weights"
+        )
+    if manifest.dataset != data.fingerprint:
+        raise UserError(
+            f"{full} reads on where that run stopped, but data.path={config.data.path} ({data.fingerprint}) is not "
+            f"its data ({manifest.dataset}, {parent.config.data.path}); set data.path to that, or "
+            "run.init_mode=weights to begin with other data"
+        )
+    if manifest.order != data.past(manifest.samples):
+        raise UserError(
+            f"{full} reads on where that run stopped, but its first {manifest.samples} sequences would have come in "
+            f"another order: {_order_differs(parent.config, config)}; put that back, or set run.init_mode=weights"
+        )
+
+
+def _order_differs(theirs: RunConfig, ours: RunConfig) -> str:
+    """Settings that decide the order of the data and differ."""
+    keys: tuple[str, ...] = ("run.seed", "data.seq_len", "data.window", "data.packing", "data.growth", "data.mixture.")
+    data = theirs.data, ours.data
+    starts = [stage.start for of in data for stage in of.growth] + [
+        stage.start for of in data for stage in of.mixture.stages
+    ]
+    if any(str(start).endswith("%") for start in starts):  # shares of the run move with its length
+        keys += ("train.steps", "train.batch_size")
+    flat_theirs, flat_ours = flatten(theirs), flatten(ours)
+    differ = [key for key in flat_theirs if key.startswith(keys) and flat_theirs[key] != flat_ours[key]]
+    return "; ".join(f"{key} is {flat_theirs[key]} there and {flat_ours[key]} here" for key in differ)
+
+
+def load_parent(parent: Parent, engine: Engine, mode: str, group: ProcessGroup | None) -> None:
+    """Verify the checkpoint and fill the engine from it, on whatever layout; every rank of `group` calls it.
+
+    `weights` leaves the optimizer as it is, `full` fills it as well. UserError where a file is damaged or gone.
+    """
+    problems = directory.problems_of(parent.path, group)
+    if problems:
+        _refuse_if_gone(parent, group)
+        others = [step for step in directory.kept_steps(parent.path.parent) if step != parent.manifest.step]
+        way_out = f"name another step ({', '.join(map(str, others))})" if others else "restore it"
+        raise UserError(f"run.init_from={parent.told}: {problems[0]}; {way_out}")
+    state = engine.state()
+    try:
+        store.load(parent.path, state if mode == "full" else {"model": state["model"]}, group)
+    except (OSError, StorageError, UserError):
+        _refuse_if_gone(parent, group)
+        raise
+    engine.loaded()
+
+
+def _refuse_if_gone(parent: Parent, group: ProcessGroup | None) -> None:
+    if on_first(group, lambda: not (parent.path / MANIFEST).exists()):
+        raise UserError(
+            f"run.init_from={parent.told}: {parent.path} was deleted while it was read; its run keeps "
+            f"checkpoint.keep={parent.config.checkpoint.keep} only. Start again, or copy the checkpoint and name the "
+            "copy"
+        )
+
+
+def with_ancestry(config: RunConfig, parent: Parent) -> RunConfig:
+    """The config with the checkpoint that it began from, to the step, and that one's own ancestors."""
+    manifest = parent.manifest
+    content = json.dumps(manifest.config, sort_keys=True).encode()
+    ancestor = Ancestor(
+        run=str((parent.home or parent.path).resolve()),
+        step=manifest.step,
+        samples=manifest.samples,
+        mode=config.run.init_mode,
+        generation=manifest.generation,
+        config=xxhash.xxh3_128_hexdigest(content),
+    )
+    run = config.run.model_copy(update={"init_from": parent.told, "ancestry": (ancestor, *parent.config.run.ancestry)})
+    return config.model_copy(update={"run": run})
+
+
+def tell_parent(parent: Parent, config: RunConfig) -> str:
+    """One sentence for people: what is taken over, and what of the model is different now."""
+    manifest = parent.manifest
+    text = f"from the weights of {parent.told} (generation {manifest.generation})"
+    if config.run.init_mode == "full":
+        rate = _rate(manifest.step, parent.config), _rate(manifest.step + 1, config)
+        text = (
+            f"from {parent.told} (generation {manifest.generation}): weights, optimizer, and data from sequence "
+            f"{manifest.samples} on; learning rate {rate[0]:.4g} at step {manifest.step} there, {rate[1]:.4g} at step "
+            f"{manifest.step + 1} here"
+        )
+    theirs, ours = flatten(parent.config), flatten(config)
+    changed = [key for key in ours if key.startswith("model.") and key != "model.preset" and ours[key] != theirs[key]]
+    return text + "".join(f"; {key}={ours[key]}, there {theirs[key]}" for key in changed)
+
+
+def _rate(step: int, config: RunConfig) -> float:
+    return lr_scale(step, config.train.steps, config.optim) * config.optim.lr

@@ -1,0 +1,176 @@
+"""A run goes on from its newest whole checkpoint, on whatever layout, and what came after that is undone. One that
+has none yet begins from the checkpoint of another run that `run.init_from` names, or from its initial weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_pipeline.errors import StorageError
+from data_pipeline.reading.loader import Loader
+from data_pipeline.tokenizing.tokenizer import Tokenizer
+from parallel.engine import Engine
+from pretrain.checkpoint import directory, rng, store
+from pretrain.checkpoint.ranks import on_first
+from pretrain.checkpoint.record import Manifest, read_manifest
+from pretrain.config import RunConfig
+from pretrain.config.loading import validate
+from pretrain.errors import UserError
+from pretrain.optim.schedule import samples_before
+from pretrain.runs.directory import RunDirectory
+from pretrain.runs.metrics import copy_aside, truncate_after
+from pretrain.runs.records import read_events
+from pretrain.setup.seq_len_schedule import check_growth
+from pretrain.train.disk_space import check_writable
+from pretrain.train.init_from import Parent, check_parent, find_parent, load_parent
+from pretrain.train.rank_info import Place
+from pretrain.train.resume_checks import check_records
+from pretrain.train.schedule_change import check_schedule
+
+BEFORE_ANY_STEP = -1
+"""The validation before the first step is a record of step 0."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where an attempt begins."""
+
+    step: int = 0
+    """Steps done."""
+    ahead: int = 0
+    """Samples that they read more than batches of today's size would have."""
+    skipped: tuple[tuple[Path, str], ...] = ()
+    """Each newer checkpoint that was passed over, with its first problem."""
+    resumed: bool = False
+    """Whether it goes on from a checkpoint of this run."""
+    parent: Parent | None = None
+    """The checkpoint of another run that this one begins from; None where it resumes."""
+    notices: tuple[str, ...] = ()
+    """What else the user should know of what was found."""
+    finished: bool = False
+    """Whether the run has told its end, and nothing is left to do."""
+
+
+def restore(
+    run_dir: RunDirectory,
+    engine: Engine,
+    data: Loader,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    place: Place,
+) -> Beginning:
+    """Load the newest whole checkpoint; every process of the run calls it. Later records are cut, later (damaged)
+    checkpoints set aside.
+
+    Raises:
+        UserError: the run has lost checkpoints, and `checkpoint.on_loss` does not accept that; or data or schedule are
+            not those of the steps taken; or the checkpoint of another run that `run.init_from` names does not fit;
+            or no checkpoint can be written. Nothing was changed then, but for remains of unfinished checkpoints.
+        StorageError: something cannot be read now, or the records cannot be written.
+    """
+    skipped: list[tuple[Path, str]] = []
+    none_whole = ""
+    go_back = config.checkpoint.on_loss == "go_back"
+    try:
+        path = directory.newest(
+            run_dir.checkpoints, lambda path, problems: skipped.append((path, problems[0])), place.group
+        )
+    except directory.NoneWhole as error:
+        path, none_whole = None, str(error.args[0])
+    manifest = None if path is None else read_manifest(path)
+    findings = on_first(place.group, lambda: check_records(run_dir.path, path, manifest, none_whole, go_back=go_back))
+    if path is not None and manifest is not None:
+        beginning = _resume(path, manifest, run_dir, engine, data, config, place)
+    elif config.run.init_from is not None:
+        beginning = _begin_from_parent(engine, data, config, tokenizer, place)
+    else:
+        beginning = Beginning()
+    finished = beginning.step == config.train.steps and on_first(
+        place.group, lambda: is_finished(run_dir.events, beginning.step)
+    )
+    on_first(place.group, lambda: _ready_to_save(run_dir.checkpoints, finished=finished))
+    if place.world.is_main:
+        try:
+            if findings.lost:
+                copy_aside(run_dir.metrics, run_dir.attempt)
+            truncate_after(run_dir.metrics, beginning.step if path else BEFORE_ANY_STEP)
+            for (
+                damaged,
+                _,
+            ) in skipped:  # `directory.retain` would count them as the newest, and delete what is saved now
+                directory.set_aside(damaged)
+        except OSError as error:
+            raise StorageError(
+                f"run.dir={run_dir.path} cannot be written ({error}); mend that, and start again"
+            ) from error
+    directory.retain(
+        run_dir.checkpoints, config.checkpoint.keep, place.group
+    )  # a smaller `keep` makes room for the next
+    return replace(beginning, skipped=tuple(skipped), notices=findings.notices, finished=finished)
+
+
+def _ready_to_save(checkpoints: Path, *, finished: bool) -> None:
+    """Delete what crashes left, which no other process can be writing: this one holds the lock. UserError where no
+    checkpoint can be written; a finished run saves none."""
+    directory.delete_unfinished(checkpoints)
+    if not finished:
+        check_writable(checkpoints)
+
+
+def _resume(
+    path: Path, manifest: Manifest, run_dir: RunDirectory, engine: Engine, data: Loader, config: RunConfig, place: Place
+) -> Beginning:
+    """Fill the engine from a checkpoint of this run."""
+    kept = on_first(place.group, lambda: directory.kept_steps(run_dir.checkpoints))
+    check_schedule(run_dir.path, validate(manifest.config), config, manifest.step, manifest.samples, kept)
+    _check_data(path, manifest, data)
+    ahead = manifest.samples - samples_before(manifest.step + 1, config.train)
+    check_growth(config, manifest.step, ahead)
+    store.load(path, engine.state(), place.group)
+    engine.loaded()
+    _restore_rng(manifest, place)
+    return Beginning(manifest.step, ahead, resumed=True)
+
+
+def _begin_from_parent(
+    engine: Engine, data: Loader, config: RunConfig, tokenizer: Tokenizer, place: Place
+) -> Beginning:
+    """Fill the engine from another run's checkpoint. The first rank says which: that run may be saving others."""
+    parent = on_first(place.group, lambda: find_parent(config))
+    check_parent(parent, config, tokenizer, data)
+    manifest, mode = parent.manifest, config.run.init_mode
+    step, ahead = 0, 0
+    if mode == "full":
+        step, ahead = manifest.step, manifest.samples - samples_before(manifest.step + 1, config.train)
+        check_growth(config, step, ahead)
+        _restore_rng(manifest, place)
+    load_parent(parent, engine, mode, place.group)
+    return Beginning(step, ahead, parent=parent)
+
+
+def _restore_rng(manifest: Manifest, place: Place) -> None:
+    """Nothing that trains draws from these generators: a rank that was not there may begin with any state."""
+    rng.restore(manifest.rng.get(place.position) or next(iter(manifest.rng.values())))
+
+
+def is_finished(events: Path, step: int) -> bool:
+    """Whether the run has told its end after `step` steps, and nothing since; one that was killed between its last
+    checkpoint and that has not, and one that was made longer has told an earlier end."""
+    told = [event for event in read_events(events) if event.kind in {"start", "resume", "finish"}]
+    return bool(told) and told[-1].kind == "finish" and told[-1].step == step
+
+
+def _check_data(path: Path, manifest: Manifest, data: Loader) -> None:
+    """UserError where the run would not read on where it stopped."""
+    if manifest.dataset != data.fingerprint:
+        raise UserError(
+            f"{path} was trained on other data (manifest {manifest.dataset}) than data.path holds now ({data.fingerprint}); "
+            f"put the data back, or start in another run.dir"
+        )
+    if manifest.order != data.past(manifest.samples):
+        raise UserError(
+            f"{path} read its first {manifest.samples} sequences in another order than run.seed, data.mixture, "
+            "data.growth and data.window give now; put them back (a stage may be appended from there on; a share "
+            "such as 80% moves with train.steps and train.batch_size, a number of sequences does not), or start in "
+            "another run.dir"
+        )

@@ -1,0 +1,119 @@
+"""The backward pass in two gives what one pass gives, and the first alone no gradient of a linear layer's weight."""
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from parallel.pipeline.zero_bubble import WeightPass
+from parallel.recompute import recompute
+from pretrain.config import ModelConfig
+from pretrain.model.init import initialise
+from pretrain.model.transformer import Transformer
+
+V, S = 64, 24
+CONFIG = ModelConfig(
+    vocab_size=V, n_layers=3, d_model=16, n_heads=4, n_kv_heads=2, d_ff=40, max_seq_len=S, qkv_bias=True, qk_norm=True
+)
+LINEAR = {f"{module}_proj.weight" for module in "qkvo"} | {f"{module}_proj.weight" for module in ("gate", "up", "down")}
+
+
+def model() -> Transformer:
+    made = Transformer(CONFIG)
+    initialise(made, seed=0)
+    return made
+
+
+def first_pass(made: Transformer, microbatch: int = 0) -> float:
+    ids = torch.randint(V, (2, S + 1), generator=torch.Generator().manual_seed(microbatch))
+    positions = torch.arange(S).expand(2, S)
+    loss = made.loss(ids[:, :-1], ids[:, 1:], made.document_mask(torch.zeros_like(positions), positions)).total
+    loss.backward()  # type: ignore[no-untyped-call]  # torch does not type backward()
+    return float(loss.detach())
+
+
+def gradients(made: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in made.named_parameters()}
+
+
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module, atol: float) -> None:
+    expected = gradients(theirs)
+    for name, gradient in gradients(ours).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=atol, msg=name)
+
+
+def is_linear(name: str) -> bool:
+    return any(name.endswith(suffix) for suffix in LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiled"), [("none", False), ("full", False), ("selective", False), ("none", True), ("full", True)]
+)
+def test_both_passes_make_the_gradients_of_one(mode: str, compiled: bool) -> None:
+    whole, split = model(), model()
+    weights = WeightPass(split.layers)
+    for layer in split.layers if compiled else ():
+        layer.forward = torch.compile(layer.forward, backend="aot_eager")  # type: ignore[method-assign]  # as the model does
+    recompute(split.layers, mode, keep=("matmul",))
+    assert first_pass(split) == pytest.approx(first_pass(whole), rel=1e-6)
+    weights.take(split)()
+    assert_same_gradients(split, whole, atol=1e-7)
+
+
+def test_only_weights_of_linear_layers_in_blocks_wait() -> None:
+    split = model()
+    weights = WeightPass(split.layers)
+    first_pass(split)
+    assert {name for name, gradient in gradients(split).items() if gradient is None} == {
+        name for name in gradients(split) if is_linear(name)
+    }
+    weights.take(split)()
+    assert None not in gradients(split).values()
+
+
+def test_microbatches_may_wait_together_and_end_in_any_order() -> None:
+    whole, split = model(), model()
+    weights = WeightPass(split.layers)
+    later = []
+    for microbatch in range(3):
+        first_pass(split, microbatch)
+        first_pass(whole, microbatch)
+        later.append(weights.take(split))
+    for add in reversed(later):
+        add()
+    assert_same_gradients(split, whole, atol=1e-6)
+
+
+def test_what_was_set_aside_is_freed_once_it_is_added() -> None:
+    split = model()
+    weights = WeightPass(split.layers)
+    first_pass(split)
+    add = weights.take(split)
+    kept = tensors_of(S * 2, CONFIG.d_ff)
+    add()
+    assert kept >= 3 * CONFIG.n_layers  # gate's and up's gradients, and the input of down
+    assert tensors_of(S * 2, CONFIG.d_ff) == 0
+
+
+def tensors_of(rows: int, columns: int) -> int:
+    gc.collect()
+    return sum(
+        type(it) is Tensor and it.numel() == rows * columns and it.shape[-1] == columns for it in gc.get_objects()
+    )
+
+
+def test_names_and_state_are_those_of_plain_layers() -> None:
+    split = model()
+    WeightPass(split.layers)
+    assert list(split.state_dict()) == list(model().state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(split.parameters(), model().parameters(), strict=True))
+
+
+def test_what_a_step_left_that_did_not_end_is_forgotten() -> None:
+    split = model()
+    weights = WeightPass(split.layers)
+    first_pass(split)
+    weights.begin()
+    weights.take(split)()
+    assert all(gradient is None for name, gradient in gradients(split).items() if is_linear(name))

@@ -1,0 +1,145 @@
+"""Data ranks share every batch out: together they read its rows, each once and in order, and all give equally many."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flash import flash_on_a_cpu
+
+from data_pipeline.reading.loader import Loader
+from data_pipeline.reading.packing import NO_LABEL, Batch
+from parallel.layout import Layout
+from parallel.world import World
+from pretrain.config import RunConfig
+from pretrain.config.loading import load
+from pretrain.optim.schedule import batch_size_at, samples_before
+from pretrain.setup.engine import build_engine, compute
+from pretrain.setup.seq_len_schedule import seq_len_at, window_of
+from pretrain.train.batching import Share, fill_up, microbatches, to_host
+from pretrain.train.loop import Loop
+from pretrain.train.rank_info import Place
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 8, 64, 65])
+def test_every_row_is_read_by_one_rank_and_all_give_equally_many(n_rows: int, ranks: int) -> None:
+    shares = [Share(rank, ranks) for rank in range(ranks)]
+    assert [row for share in shares for row in share.rows(n_rows)] == list(range(n_rows))
+    assert {len(share.rows(n_rows)) for share in shares} <= {n_rows // ranks, -(-n_rows // ranks)}
+    most = -(-n_rows // ranks)
+    (given,) = {share.given(n_rows, 3) for share in shares}
+    assert given % 3 == 0
+    assert most <= given < most + 3  # less than one microbatch more
+
+
+def test_every_rank_gives_whole_microbatches() -> None:
+    assert [Share(0, 2).given(n_rows, 4) for n_rows in (1, 8, 9, 16, 18)] == [4, 4, 8, 8, 12]
+
+
+def test_a_batch_that_is_not_filled_up_is_not_cut(tiny_data: Path) -> None:
+    batch = to_host(Loader(tiny_data / "train", seq_len=32, seed=0).batch(0, 4), CPU)
+    assert [len(part.input_ids) for part in microbatches(batch, 2, CPU)] == [2, 2]
+    with pytest.raises(ValueError, match="a batch of 4 rows is not cut into whole microbatches of 3"):
+        list(microbatches(batch, 3, CPU))
+
+
+def test_one_process_reads_everything_and_fills_nothing_up() -> None:
+    assert (Share().rows(9), Share().given(9, 3)) == (range(9), 9)
+
+
+def test_rows_that_fill_up_have_no_targets_and_positions_that_a_model_can_take(tiny_data: Path) -> None:
+    loader = Loader(tiny_data / "train", seq_len=32, seed=0)
+    for count in (0, 2, 6):
+        batch = loader.batch(10, count)
+        filled = fill_up(batch, 6)
+        assert (
+            filled.input_ids.shape
+            == filled.labels.shape
+            == filled.document_ids.shape
+            == filled.positions.shape
+            == (6, 32)
+        )
+        assert np.array_equal(filled.input_ids[:count], batch.input_ids)
+        assert (filled.labels[count:] == NO_LABEL).all()
+        assert np.array_equal(filled.positions[:count], batch.positions)
+        assert (filled.positions[count:] == np.arange(32)).all()
+        parts = list(microbatches(to_host(filled, CPU), 3, CPU))
+        assert [len(part.input_ids) for part in parts] == [3, 3]
+        assert sum(part.n_targets for part in parts) == np.count_nonzero(batch.labels != NO_LABEL)
+
+
+MODEL = (
+    *(
+        "model.n_layers=2",
+        "model.d_model=32",
+        "model.n_heads=4",
+        "model.n_kv_heads=2",
+        "model.d_ff=64",
+        "model.vocab_size=300",
+    ),
+    *("train.device=cpu", "train.compile=false", "train.z_loss=1e-3", "optim.warmup=0", "optim.decay=1"),
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "blocked", "varlen"])
+def test_rows_that_fill_up_add_exactly_nothing(attention: str, precision: str, tiny_data: Path) -> None:
+    config = load(None, [*MODEL, f"train.attention={attention}", f"train.precision={precision}"]).config
+    engine, batch = build_engine(config), Loader(tiny_data / "train", seq_len=32, seed=0).batch(0, 2)
+    whole, empty = microbatches(to_host(fill_up(batch, 4), CPU), 2, CPU)
+    with flash_on_a_cpu():
+        for microbatch, adds in ((empty, False), (whole, True)):
+            engine.model.zero_grad()
+            sums = compute(engine.model, None, microbatch, config=config)
+            assert not isinstance(sums, torch.Tensor)
+            sums.total.backward()
+            gradients = [master.grad for master in engine.masters.values() if master.grad is not None]
+            assert len(gradients) == len(engine.masters)
+            assert all(gradient.isfinite().all() for gradient in gradients)
+            assert any(gradient.any() for gradient in gradients) == adds
+            assert bool(sums.total) == bool(sums.cross_entropy) == bool(sums.z_loss) == adds
+
+
+def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:
+    """What the loop of a rank reads of a step; nothing else of the loop is there."""
+    loader = Loader(
+        config.data.path / "train", seq_len=config.data.seq_len, seed=config.run.seed, longest=window_of(config)
+    )
+    nothing: Any = None
+    place = Place(World(rank, layout.world_size), layout)
+    return Loop(config, nothing, loader, None, Path(), nothing, nothing, nothing, place)._read(step)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (Layout(shard=2), ()),
+        (Layout(shard=3, replicate=2), ("train.batch_size=6",)),
+        (Layout(shard=4), ("train.batch_size=8", "train.batch_ramp_steps=6", "train.batch_ramp_start=1")),
+        (Layout(shard=2, tensor=2, context=2), ("train.batch_size=6",)),
+        (Layout(shard=2, pipeline=2), ("train.batch_size=8", "train.batch_ramp_steps=6", "train.batch_ramp_start=3")),
+        (Layout(shard=2), ("train.batch_size=8", "data.growth=[{from: 32, seq_len: 64}]", "train.micro_batch_size=4")),
+    ],
+    ids=["even", "replicas", "ramp", "same rows", "pipeline", "growth"],
+)
+def test_the_ranks_together_read_the_global_batch_of_every_step(
+    layout: Layout, words: tuple[str, ...], tiny_words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    config = load(None, tiny_words(tmp_path, "train.steps=8", "train.micro_batch_size=2", *words)).config
+    whole = Loader(config.data.path / "train", seq_len=32, seed=config.run.seed, longest=window_of(config))
+    for step in range(1, 9):
+        first = samples_before(step, config.train)
+        expected = whole.batch(first, batch_size_at(step, config.train), seq_len_at(first, config))
+        batches = [read(config, layout, rank, step) for rank in range(layout.world_size)]
+        assert len({batch.input_ids.shape for batch in batches}) == 1
+        by_data_rank = {layout.data_rank(rank): batch for rank, batch in enumerate(batches)}
+        for rank, batch in enumerate(batches):
+            assert np.array_equal(batch.labels, by_data_rank[layout.data_rank(rank)].labels)
+        rows = [row for rank in range(layout.data) for row in by_data_rank[rank].labels if (row != NO_LABEL).any()]
+        assert np.array_equal(rows, expected.labels)
+        assert len(batches[0].labels) % max(1, config.train.micro_batch_size * 32 // batches[0].labels.shape[1]) == 0

@@ -1,0 +1,257 @@
+"""What the planner says a rank holds and sends is what is built, what the papers count, and what a hand calculation gives."""
+
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+
+from parallel.layout import Layout
+from parallel.pipeline.runner import order
+from pretrain.config import RunConfig
+from pretrain.config.loading import load
+from pretrain.estimate.activations import most_pairs
+from pretrain.estimate.communication import traffic
+from pretrain.estimate.flops import parameter_count
+from pretrain.estimate.rank_memory import Weight, end_costs, fullest, hold, layers_of_stages, weights
+from pretrain.model.transformer import SPLIT_PLAN, Transformer
+from pretrain.setup.engine import blueprint_of
+from pretrain.setup.layout import layout_of
+from pretrain.setup.resolve import plan
+
+LLAMA_8B = 8_030_261_248
+LLAMA_405B = 405_853_388_800
+TINY = (
+    "model.n_layers=6",
+    "model.d_model=48",
+    "model.n_heads=6",
+    "model.n_kv_heads=2",
+    "model.d_ff=80",
+    "model.vocab_size=96",
+)
+SPLIT_DIMENSION = {"vocabulary_rows": 0, "columns": 0, "kv_columns": 0, "rows_then_reduce": 1, "vocabulary_columns": 0}
+
+
+def planned(world_size: int, *words: str) -> tuple[RunConfig, Layout]:
+    config, _ = plan(load(None, words).config, world_size)
+    return config, layout_of(config, world_size)
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("model.tie_embeddings=true",), ("model.qk_norm=true", "model.qkv_bias=true")], ids=str
+)
+@pytest.mark.parametrize("layers", [range(6), range(2), range(2, 4), range(4, 6)], ids=str)
+def test_the_weights_are_those_of_the_model_and_split_as_its_plan_says(more: tuple[str, ...], layers: range) -> None:
+    model = load(None, [*TINY, *more]).config.model
+    with torch.device("meta"):
+        built = {name: tuple(p.shape) for name, p in Transformer(model, layers=layers).named_parameters()}
+    found = list(weights(model, layers, Layout(tensor=2)))
+    assert {weight.name: weight.shape for weight in found} == built
+    for weight in found:
+        name = weight.name.rpartition(".")[0]
+        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        assert weight.split == SPLIT_DIMENSION.get(SPLIT_PLAN[pattern])
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 5, 16])
+@pytest.mark.parametrize("rows", [1, 7, 16, 17])
+def test_rows_are_shared_out_as_torch_chunks_them(rows: int, ranks: int) -> None:
+    weight, layout = Weight("model.norm.weight", (rows, 2), None), Layout(shard=ranks)
+    chunks = [len(chunk) * 2 for chunk in torch.chunk(torch.empty(rows), ranks)]
+    assert [weight.elements(layout, rank) for rank in range(ranks)] == chunks + [0] * (ranks - len(chunks))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("parallel.tensor=2",),
+        ("parallel.context=2", "parallel.pipeline=2", "model.tie_embeddings=true"),
+        ("parallel.pipeline=2", "parallel.schedule=zbv"),
+        ("parallel.tensor=6", "parallel.replicate_kv=true", "model.d_ff=96", "parallel.shard=2"),
+        ("parallel.replicate=4", "parallel.shard=3"),
+    ],
+    ids=str,
+)
+def test_the_ranks_together_hold_the_model_exactly(words: tuple[str, ...]) -> None:
+    config, layout = planned(12, *TINY, "data.seq_len=48", "train.batch_size=48", *words)
+    total = sum(hold(config, layout, rank).n_parameters for rank in range(12)) // layout.replicate
+    model = config.model
+    whole_on_each = 13 * model.d_model + (2 * 6 * 2 * 8 * model.d_model if layout.tensor > model.n_kv_heads else 0)
+    twice = model.vocab_size * model.d_model if model.tie_embeddings and layout.pipeline > 1 else 0
+    assert total == parameter_count(model) + (layout.tensor - 1) * whole_on_each + twice
+
+
+def test_405b_on_2048_ranks_is_405_853_388_800_parameters() -> None:
+    words = (
+        "model.preset=llama3-405b",
+        "parallel.shard=8",
+        "parallel.tensor=8",
+        "parallel.pipeline=16",
+        "parallel.context=2",
+    )
+    config, layout = planned(2048, *words, "train.batch_size=512", "data.seq_len=8192")
+    first_of_fsdp = {(r // 128, r % 8): r for r in reversed(range(2048)) if layout.fsdp_rank(r) == 0}.values()
+    held = [hold(config, layout, rank) for rank in first_of_fsdp]
+    assert len(held) == 16 * 8
+    norms = 126 * 2 * 16384 + 16384
+    assert sum(each.whole_elements for each in held) - 7 * norms == LLAMA_405B
+    assert sum(16 * each.n_parameters for each in held) - 7 * norms == LLAMA_405B  # all rows divide by 16
+    assert sum(len(layers) for layers in layers_of_stages(config, layout)) == 126
+    assert hold(config, layout, 0).master_bytes == 4 * 190_756_864
+
+
+@pytest.mark.parametrize(
+    ("zero", "masters", "copies", "gradients", "optimizer"),
+    [(1, 4 / 8, 2, 4, 8 / 8), (2, 4 / 8, 2, 4 / 8, 8 / 8), (3, 4 / 8, 0, 4 / 8, 8 / 8)],
+)
+def test_zero_divides_8b_on_8_ranks_as_the_formulas_say(
+    zero: int, masters: float, copies: float, gradients: float, optimizer: float
+) -> None:
+    config, layout = planned(
+        8, "model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=32", f"parallel.zero={zero}"
+    )
+    held = hold(config, layout, 0)
+    found = (held.master_bytes, held.copy_bytes, held.gradient_bytes, held.optimizer_bytes)
+    assert found == tuple(LLAMA_8B * share for share in (masters, copies, gradients, optimizer))
+    block = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
+    assert held.gathered_bytes == (2 * (2 * block + 128256 * 4096 + 4096) if zero == 3 else 0)
+    assert held.static_bytes == sum(found) + held.gathered_bytes
+
+
+def test_copies_alone_divide_nothing() -> None:
+    config, layout = planned(
+        8, "model.preset=llama3-8b", "train.batch_size=8", "parallel.shard=1", "parallel.replicate=8"
+    )
+    assert hold(config, layout, 7).master_bytes == 4 * LLAMA_8B
+    assert hold(config, replace(layout, shard=2, replicate=4), 7).master_bytes == 2 * LLAMA_8B
+
+
+def test_one_process_has_copies_in_bf16_alone() -> None:
+    config, layout = planned(1, *TINY, "data.seq_len=48")
+    count = parameter_count(config.model)
+    assert hold(config, layout, 0).state_bytes == (4 + 2 + 4 + 8) * count
+    config, layout = planned(1, *TINY, "data.seq_len=48", "train.precision=fp32")
+    assert hold(config, layout, 0).static_bytes == 16 * count
+
+
+def test_muon_has_one_moment_for_the_matrices_of_the_blocks() -> None:
+    config, layout = planned(2, *TINY, "data.seq_len=48", "optim.kind=muon", "parallel.shard=1", "parallel.replicate=2")
+    matrices = 6 * (48 * 48 * 2 + 2 * 16 * 48 + 3 * 48 * 80)
+    assert hold(config, layout, 0).optimizer_bytes == 8 * parameter_count(config.model) - 4 * matrices
+
+
+def test_offloaded_state_needs_no_room_on_the_device() -> None:
+    config, layout = planned(2, *TINY, "data.seq_len=48", "parallel.offload=true")
+    held = hold(config, layout, 0)
+    assert held.static_bytes == held.gathered_bytes
+    assert held.state_bytes == 16 * parameter_count(config.model) / 2
+
+
+def test_the_fullest_rank_is_found_among_all() -> None:
+    config, layout = planned(
+        12,
+        *TINY,
+        "data.seq_len=48",
+        "train.batch_size=48",
+        "parallel.pipeline=2",
+        "parallel.shard=3",
+        "parallel.context=2",
+    )
+    sizes = [hold(config, layout, rank).static_bytes for rank in range(12)]
+    assert fullest(config, layout) == sizes.index(max(sizes))
+    assert min(sizes) < max(sizes)
+
+
+def test_stages_are_cut_where_the_engine_cuts_them() -> None:
+    config, layout = planned(2, *TINY, "data.seq_len=48", "parallel.pipeline=2")
+    blueprint = blueprint_of(config)
+    assert end_costs(config.model) == (blueprint.first_cost, blueprint.last_cost)
+    assert [len(layers) for layers in layers_of_stages(config, layout)] == [3, 3]
+
+
+@pytest.mark.parametrize("microbatches", [4, 8, 12, 20])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv"])
+@pytest.mark.parametrize("cost", [0.2, 1.0, 4.0])
+def test_the_most_that_is_kept_is_that_of_the_schedule(schedule: str, microbatches: int, cost: float) -> None:
+    """Whatever a pair that waits for its weights' gradients costs beside one that is not that far."""
+    layout = Layout(pipeline=4, schedule=schedule, stages_per_rank=1 if schedule in ("gpipe", "1f1b") else 2)
+    change = {"forward": 1.0, "backward": -1.0, "input": cost - 1, "weight": -cost}
+    for rank, actions in order(layout, microbatches).items():
+        most = max(accumulate(change[action.kind] for action in actions))
+        assert max(
+            begun + cost * waiting for begun, waiting in most_pairs(layout, rank, microbatches)
+        ) == pytest.approx(most), rank
+
+
+def test_a_block_of_8b_keeps_34_numbers_a_token_and_width() -> None:
+    words = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=1", "parallel.shard=1")
+    config, layout = planned(1, *words)
+    fewer, _ = planned(1, *words, "model.n_layers=31")
+    block = hold(config, layout, 0).activation_bytes - hold(fewer, layout, 0).activation_bytes
+    assert block == 8192 * (8 * 4096 + 4 * 4096 + 4 * 1024 + 6 * 14336 + 4 * 32)
+    assert block / (8192 * 4096) == pytest.approx(34, abs=0.1)
+    full, _ = planned(1, *words, "train.recompute=full")
+    assert (
+        hold(full, layout, 0).activation_bytes - hold(full, layout, 0).activation_bytes % 1
+        < hold(config, layout, 0).activation_bytes / 4
+    )
+
+
+def sent(world_size: int, *words: str, rank: int = 0) -> dict[str, dict[str, float]]:
+    return traffic(*planned(world_size, *TINY, "data.seq_len=48", *words), rank)
+
+
+def test_data_parallel_traffic_is_what_rings_send() -> None:
+    count = parameter_count(load(None, TINY).config.model)
+    at_end = 96 * 48 + 48
+    words = ("train.batch_size=16", "train.micro_batch_size=2")  # 4 microbatches on 2 ranks
+    three, two, one = (sent(2, *words, f"parallel.zero={zero}")["fsdp"] for zero in (3, 2, 1))
+    assert three == {"all-gather": 4 * (2 * count - at_end), "reduce-scatter": 4 * 2 * count}
+    assert two == {"all-gather": count, "reduce-scatter": 4 * 2 * count}
+    assert one == {"all-gather": count, "reduce-scatter": 2 * count}
+    assert sent(4, *words, "parallel.shard=1", "parallel.replicate=4")["replicate"] == {
+        "all-reduce": 2 * 3 / 4 * 4 * count
+    }
+    hybrid = sent(4, *words, "parallel.shard=2", "parallel.replicate=2")
+    assert hybrid["replicate"] == {"all-reduce": 4 * count / 2}
+
+
+def test_activation_traffic_is_what_rings_send() -> None:
+    words = ("train.batch_size=4", "train.micro_batch_size=2", "parallel.shard=1")
+    numbers = 4 * 48 * 48  # tokens x width of a step
+    tensor = sent(2, *words, "parallel.tensor=2", "parallel.sequence=false")["tensor"]
+    assert tensor == {"all-reduce": 2 * 1 / 2 * 2 * numbers * (6 * 4 + 2) + 3 * 4 * 4 * 48}
+    context = sent(2, *words, "parallel.context=2")["context"]
+    key_values = 4 * 48 * 2 * 16
+    assert context == {"all-gather": 6 * 1 / 2 * 2 * key_values, "reduce-scatter": 6 * 1 / 2 * 2 * key_values}
+    ulysses = sent(2, *words, "parallel.context=2", "parallel.context_method=ulysses")["context"]
+    assert ulysses == {"all-to-all": 2 * 6 * 1 / 2 * 2 * (4 * 24) * (2 * 48 + 2 * 16)}
+    assert sent(2, *words, "parallel.pipeline=2")["pipeline"] == {"send": 2 * numbers}
+    assert sent(3, *words, "parallel.pipeline=3", "train.micro_batch_size=1", rank=1)["pipeline"] == {
+        "send": 2 * 2 * numbers
+    }
+
+
+def test_sequence_parallelism_sends_no_more_than_it_replaces() -> None:
+    words = ("train.batch_size=4", "train.micro_batch_size=2", "parallel.shard=1", "parallel.tensor=2")
+    sequence, whole = (sent(2, *words, f"parallel.sequence={on}")["tensor"] for on in ("true", "false"))
+    vectors = 2 * 1 / 2 * 2 * 2 * 13 * 48  # gradients of the norms in bf16, of 2 microbatches
+    assert sum(sequence.values()) == sum(whole.values()) + vectors
+
+
+def test_every_second_layer_of_the_model_gathers_again_however_it_is_cut() -> None:
+    """One layer a stage: those of the second and fourth recompute."""
+    words = (
+        *TINY,
+        "model.n_layers=4",
+        "data.seq_len=64",
+        "train.batch_size=8",
+        "parallel.pipeline=4",
+        "parallel.tensor=2",
+    )
+    ranks = [stage * 2 for stage in range(4)]
+    plain, recomputing = (
+        [sent(8, *words, *more, rank=rank)["tensor"]["all-gather"] for rank in ranks]
+        for more in ((), ("train.recompute=full", "train.recompute_every=2"))
+    )
+    assert [again / once for once, again in zip(plain, recomputing, strict=True)] == pytest.approx([1, 1.5, 1, 1.4])
