@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel import build as assembly
 from parallel import context, tensor
 from parallel.engine import Blueprint, Held, Part
+from parallel.engines.torch import build as assembly
 from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
 from pretrain.config import RunConfig

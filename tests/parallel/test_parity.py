@@ -9,17 +9,17 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager  # no public name
 
-import parallel.engines.torch.build as build
 import parallel.fsdp
 import parallel.gradients
 from benchmarks.parity import LARGE, TIED, TOLERANCES, Case, Course, alone, cases, compare, on_rank
 from parallel.engine import Microbatch
+from parallel.engines.torch import build
 from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
 from parallel.pipeline.runner import Tied
 from parallel.pipeline.zero_bubble import WeightPass
 from pretrain.optim.build import Optimizers
-from pretrain.train import build as program
+from pretrain.setup import engine as program
 from tests.workers import WorkerPool
 
 STEPS = 3
@@ -39,7 +39,7 @@ def steps_of(words: tuple[str, ...]) -> int:
 
 def no_reduction(patch: pytest.MonkeyPatch) -> None:
     """Each data rank keeps its own gradients, of all parameters."""
-    patch.setattr(parallel.shard, "data_mesh", lambda mesh, layout: mesh["tensor"])
+    patch.setattr(parallel.fsdp, "data_mesh", lambda mesh, layout: mesh["tensor"])
 
 
 def own_loss_scale(patch: pytest.MonkeyPatch) -> None:
