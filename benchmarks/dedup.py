@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import parser, report
-from data_pipeline.cleaning.decontaminate import Contamination
+from data_pipeline.cleaning.decontaminate import EvaluationNgrams
 from data_pipeline.cleaning.dedup import find_duplicates, write_signatures
-from data_pipeline.cleaning.minhash import Signer, probability_found, text_hash, threshold
+from data_pipeline.cleaning.minhash import MinHasher, detection_probability, similarity_threshold, text_hash
 from data_pipeline.settings import DecontaminateConfig, DedupConfig
 
 NGRAM = 5
@@ -70,12 +70,12 @@ def jaccard_of(first: str, second: str) -> float:
 
 def dropped_of(texts: list[str], config: DedupConfig, folder: Path) -> NDArray[np.bool_]:
     """Which documents preparation would drop: signature files of 5,000 documents each, then the comparison."""
-    signer, files = Signer(config.ngram, config.bands, config.rows), []
+    signer, files = MinHasher(config.ngram, config.bands, config.rows), []
     for start in range(0, len(texts), 5000):
         batch = texts[start : start + 5000]
         files.append(folder / f"{start:08d}.signatures")
         hashes = np.array([text_hash(text) for text in batch], np.uint64)
-        write_signatures(files[-1], hashes, signer.sign(batch), np.ones(len(batch), np.bool_))
+        write_signatures(files[-1], hashes, signer.hash_bands(batch), np.ones(len(batch), np.bool_))
     return np.concatenate(find_duplicates(files, ["planted"] * len(files), config).codes) > 0
 
 
@@ -86,7 +86,7 @@ def curve(documents: int, pairs: int, config: DedupConfig, folder: Path) -> list
     rows: list[dict[str, object]] = []
     for numbers in planted.values():
         true = [jaccard_of(texts[first], texts[second]) for first, second in numbers.tolist()]
-        theory = float(np.mean([probability_found(jaccard, config.bands, config.rows) for jaccard in true]))
+        theory = float(np.mean([detection_probability(jaccard, config.bands, config.rows) for jaccard in true]))
         found = float(dropped[numbers[:, 1]].mean())
         error = max(theory * (1 - theory) / pairs, 1 / pairs**2) ** 0.5
         rows.append(
@@ -132,13 +132,13 @@ def cost(config: DedupConfig, folder: Path) -> list[dict[str, object]]:
     prose = [" ".join(rng.choice(words, 600).tolist()) for _ in range(5000)]
     evaluation = folder / "evaluation.txt"
     evaluation.write_text(" ".join(prose[:500]), encoding="utf-8")
-    contamination = Contamination.load(DecontaminateConfig(paths=(str(evaluation),)))
+    contamination = EvaluationNgrams.load(DecontaminateConfig(paths=(str(evaluation),)))
     assert contamination is not None
-    signer = Signer(config.ngram, config.bands, config.rows)
+    signer = MinHasher(config.ngram, config.bands, config.rows)
     stages: dict[str, Callable[[list[str]], object]] = {
         "hash of the text": lambda texts: [text_hash(text) for text in texts],
-        f"sign, {config.bands} x {config.rows}": signer.sign,
-        f"search {contamination.n_ngrams:,} n-grams": contamination.hits,
+        f"sign, {config.bands} x {config.rows}": signer.hash_bands,
+        f"search {contamination.n_ngrams:,} n-grams": contamination.find_contaminated,
     }
     rows: list[dict[str, object]] = []
     for kind, texts in (("Python", source), ("prose", prose), ("one text", [" ".join(prose)])):
@@ -192,7 +192,7 @@ def main() -> None:
     config = DedupConfig(exact=True, minhash=True, ngram=NGRAM, bands=options.bands, rows=options.rows, memory_mb=256)
     with tempfile.TemporaryDirectory() as name:
         rows = curve(options.documents, options.pairs, config, Path(name))
-        half = f"half are found at J={threshold(config.bands, config.rows):.3f}"
+        half = f"half are found at J={similarity_threshold(config.bands, config.rows):.3f}"
         report(
             f"MinHash on {options.documents:,} documents, {config.bands} bands of {config.rows}: {half}",
             rows,

@@ -22,15 +22,15 @@ from data_pipeline.errors import DataError, redact
 from data_pipeline.settings import AUTO, DedupConfig, PrepareConfig, SourceConfig, source_names
 from data_pipeline.storage.manifest import Recipe
 from data_pipeline.storage.tokenized import describe_tokens, trusted_places
-from data_pipeline.text.chunks import Chunk, cut
+from data_pipeline.text.chunks import Chunk, split_into_chunks
 from data_pipeline.text.files import (
-    Listing,
     SourceFile,
-    data_set_names,
-    data_set_version,
+    SourceListing,
+    dataset_names,
+    dataset_version,
     describe_files,
-    describe_paths,
     list_source,
+    summarize_paths,
 )
 from data_pipeline.tokenizing.tokenizer import document_hash
 
@@ -71,12 +71,12 @@ class Corpus:
             chunk
             for index, (name, source, files) in enumerate(sources)
             if source.is_text
-            for chunk in cut(index, name, source, files, text_bytes, self.config.list_of(index))
+            for chunk in split_into_chunks(index, name, source, files, text_bytes, self.config.sources_setting(index))
         )
 
     def source(self, chunk: Chunk) -> SourceConfig:
         """The settings of its source."""
-        return self.config.all_sources[chunk.index]
+        return self.config.all_sources[chunk.source_index]
 
     def is_held_out(self, index: int) -> bool:
         """Whether a source is held-out text of its own."""
@@ -114,10 +114,10 @@ class Corpus:
         """
         where = [
             (redact(part.file.path), part.file.name, part.file.size, part.file.version, part.start, part.stop)
-            for part in chunk.parts
+            for part in chunk.slices
         ]
-        found = where or self._data_sets[chunk.index][chunk.number]
-        return digest(chunk.name, found, self._settings[chunk.index], decides)
+        found = where or self._data_sets[chunk.source_index][chunk.number]
+        return digest(chunk.name, found, self._settings[chunk.source_index], decides)
 
     @cached_property
     def _data_sets(self) -> list[list[tuple[str, str, str]]]:
@@ -125,11 +125,11 @@ class Corpus:
         of_sources = [source.paths if source.kind == "hf" else () for source in self.config.all_sources]
         found: list[list[tuple[str, str, str]]] = []
         for index, paths in enumerate(of_sources):
-            with concealing(paths, self.config.list_of(index)):
+            with concealing(paths, self.config.sources_setting(index)):
                 found.append(
                     [
-                        (path, name, data_set_version(path))
-                        for path, name in zip(paths, data_set_names(paths), strict=True)
+                        (path, name, dataset_version(path))
+                        for path, name in zip(paths, dataset_names(paths), strict=True)
                     ]
                 )
         return found
@@ -146,11 +146,11 @@ class Corpus:
     def sampled(self) -> list[Chunk]:
         """The chunks to draw a tokenizer's sample from: all, or the same share of those of each source, chosen by hash."""
         wanted = _SAMPLE_EXCESS * self.config.tokenizer_sample_mb * 1e6
-        chunks = [chunk for chunk in self.chunks if not self.is_held_out(chunk.index)]
+        chunks = [chunk for chunk in self.chunks if not self.is_held_out(chunk.source_index)]
         share = min(1.0, wanted / max(1, sum(chunk.bytes or 0 for chunk in chunks)))
         of_source: dict[int, list[str]] = {}
         for chunk in chunks:
-            of_source.setdefault(chunk.index, []).append(chunk.name)
+            of_source.setdefault(chunk.source_index, []).append(chunk.name)
         chosen = {
             name
             for names in of_source.values()
@@ -177,13 +177,13 @@ def find(config: PrepareConfig) -> Corpus:
     for i, (name, source) in enumerate(zip(names, config.all_sources, strict=True)):
         if not source.paths:
             raise DataError(
-                f"{config.list_of(i)}: {name} of kind {source.kind} has no paths; name its files, folders or globs"
+                f"{config.sources_setting(i)}: {name} of kind {source.kind} has no paths; name its files, folders or globs"
             )
     check_filters(config)
     listed = []
     for i, source in enumerate(config.all_sources):
-        with concealing(source.paths, config.list_of(i)):
-            listed.append(list_source(source) if source.is_text else Listing([], []))
+        with concealing(source.paths, config.sources_setting(i)):
+            listed.append(list_source(source) if source.is_text else SourceListing([], []))
     files = tuple(tuple(found.files) for found in listed)
     trusted = trusted_places(config)
     return Corpus(
@@ -197,11 +197,11 @@ def find(config: PrepareConfig) -> Corpus:
     )
 
 
-def _passed_over(listed: Sequence[Listing]) -> tuple[str | None, ...]:
+def _passed_over(listed: Sequence[SourceListing]) -> tuple[str | None, ...]:
     """For each source the files that it passes over and that no other source reads, in words; None where there are none."""
     read = {file.path for found in listed for file in found.files}
-    left = [[path for path in found.passed_over if path not in read] for found in listed]
-    return tuple(describe_paths(paths) if paths else None for paths in left)
+    left = [[path for path in found.skipped if path not in read] for found in listed]
+    return tuple(summarize_paths(paths) if paths else None for paths in left)
 
 
 def total_bytes(chunks: Iterable[Chunk]) -> int | None:
@@ -232,7 +232,7 @@ def _made_with(config: PrepareConfig) -> dict[str, str]:
 def _listing(config: PrepareConfig, index: int, files: tuple[SourceFile, ...], trusted: Sequence[Path]) -> str | None:
     source = config.all_sources[index]
     if not source.is_text:
-        with concealing(source.paths, config.list_of(index)):
+        with concealing(source.paths, config.sources_setting(index)):
             return describe_tokens(source, trusted)
     return None if source.kind == "hf" else describe_files(files)
 

@@ -91,7 +91,7 @@ def _way_out(name: str, documents: int, tokens: int, seq_len: int, settings: Pre
     """What to set to hold out more of a source that holds so much in all."""
     index = {name: i for i, name in enumerate(source_names(settings))}.get(name)
     if index is not None and index >= len(settings.sources):
-        return f"name more text in {settings.setting_of(index)}"
+        return f"name more text in {settings.source_setting(index)}"
     if index is not None and settings.sources[index].kind == "prepared":
         return "prepare that data with a larger data.validation_fraction, or name held-out text in data.validation"
     fraction = _AIM * max(LEAST_SEQUENCES * seq_len / max(1, tokens), LEAST_DOCUMENTS / max(1, documents))

@@ -17,9 +17,16 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.addresses import concealing
-from data_pipeline.cleaning.clean import CleanJob, build_editor, clean, digest_of, needs_cleaning, read_judged
-from data_pipeline.cleaning.decontaminate import ENDINGS, Contamination
-from data_pipeline.cleaning.minhash import threshold
+from data_pipeline.cleaning.clean import (
+    CleanJob,
+    build_editor,
+    clean_chunks,
+    needs_cleaning,
+    read_with_verdicts,
+    verdicts_digest,
+)
+from data_pipeline.cleaning.decontaminate import EVALUATION_EXTENSIONS, EvaluationNgrams
+from data_pipeline.cleaning.minhash import similarity_threshold
 from data_pipeline.cleaning.rejects import REJECTS
 from data_pipeline.corpus import Corpus, digest, find, total_bytes
 from data_pipeline.errors import DataError
@@ -47,11 +54,17 @@ from data_pipeline.storage.prepared import (
 from data_pipeline.storage.shards import token_dtype
 from data_pipeline.storage.tokenized import adopt, trusted_places
 from data_pipeline.text.chunks import Chunk
-from data_pipeline.text.files import folder_patterns
+from data_pipeline.text.files import file_patterns
 from data_pipeline.text.sources import DEFECTS, MAX_UNDECODED, Document
-from data_pipeline.tokenizing.coverage import notes_on
+from data_pipeline.tokenizing.coverage import coverage_notes
 from data_pipeline.tokenizing.split_writer import SplitResult
-from data_pipeline.tokenizing.tokenize import ChunkResult, TokenizeJob, Tokenizing, begin_tokenizing, place
+from data_pipeline.tokenizing.tokenize import (
+    ChunkResult,
+    TokenizeJob,
+    TokenizeSetup,
+    create_tokenizer_worker,
+    uniform_hash,
+)
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, sample_texts, train_tokenizer
 from data_pipeline.workers import Done, Tell, cores, run_jobs
 
@@ -123,7 +136,7 @@ def prepare(
             adopted = _adopt(corpus, work, made, progress)
         results = _tokenize(corpus, work, made, verdicts, keep_rejects, progress)
         rejects = {f"{result.chunk}.jsonl.zst" for result in results.values() if result.rejects}
-        notes = (*_passed_over(corpus), *made.notes, *notes_on(made.coverage), *_notes(corpus, results))
+        notes = (*_passed_over(corpus), *made.notes, *coverage_notes(made.coverage), *_notes(corpus, results))
         recipe = corpus.recipe(trained_tokenizer=not is_there)
         commit(work, path, _manifests(corpus, made, recipe, results, adopted), rejects)
     return open_prepared(path, notes, trusted_places(config))
@@ -158,14 +171,14 @@ def _clean(corpus: Corpus, work: Path, progress: OnProgress) -> dict[str, Path]:
         progress(Progress("comparing documents", read=int(1000 * share), total=1000))
 
     tell = _counter("cleaning", corpus.chunks, progress)
-    return clean(jobs, config, work / JUDGED, _workers(config), tell, comparing)
+    return clean_chunks(jobs, config, work / JUDGED, _workers(config), tell, comparing)
 
 
 def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: OnProgress) -> Tokenizer:
     """Train a tokenizer on an even sample of the kept training documents and write it to `file`, unless an earlier attempt did."""
     config, record = corpus.config, file.with_suffix(".key")
     settings = config.model_dump(include={"tokenizer_kind", "vocab_size", "tokenizer_sample_mb", "validation_fraction"})
-    key = digest(settings, [corpus.key(chunk, digest_of(verdicts.get(chunk.name))) for chunk in corpus.sampled()])
+    key = digest(settings, [corpus.key(chunk, verdicts_digest(verdicts.get(chunk.name))) for chunk in corpus.sampled()])
     if file.is_file():
         with suppress(DataError):  # it may be damaged, or of an attempt that was killed before it wrote its record
             tokenizer = load_tokenizer(file)
@@ -208,12 +221,12 @@ def _kept_documents(
     tell = _counter("reading a sample", chunks, progress)
     editors = [build_editor(source, corpus.config) for source in corpus.config.sources]
     for chunk in chunks:
-        for batch in read_judged(chunk, corpus.source(chunk), verdicts.get(chunk.name), tell):
+        for batch in read_with_verdicts(chunk, corpus.source(chunk), verdicts.get(chunk.name), tell):
             for document, reason, _ in batch:
                 if reason is not None:
                     dropped[reason] += 1
-                elif place(document) >= corpus.config.validation_fraction:
-                    yield editors[chunk.index](document)[0]
+                elif uniform_hash(document) >= corpus.config.validation_fraction:
+                    yield editors[chunk.source_index](document)[0]
 
 
 def _adopt(
@@ -226,7 +239,7 @@ def _adopt(
     adopted: dict[str, dict[str, SourceManifest]] = {}
     for index, (name, source) in sources:
         if not source.is_text:
-            with concealing(source.paths, corpus.config.list_of(index)):
+            with concealing(source.paths, corpus.config.sources_setting(index)):
                 held_out = corpus.is_held_out(index)
                 adopted[name] = adopt(
                     source, name, tokenizer, work, fraction, tell, is_held_out=held_out, trusted=trusted
@@ -245,14 +258,16 @@ def _tokenize(
     """The result of every chunk, in order. DataError if a split would be empty."""
     config, file = corpus.config, work / "tokenizer.json"
     file = file if file.is_file() else work.parent / "tokenizer.json"
-    begin = partial(begin_tokenizing, Tokenizing(config, work, work / DONE, file, tokenizer.fingerprint, keep_rejects))
+    begin = partial(
+        create_tokenizer_worker, TokenizeSetup(config, work, work / DONE, file, tokenizer.fingerprint, keep_rejects)
+    )
 
     def job(chunk: Chunk, fraction: float) -> TokenizeJob:
         decides = digest(tokenizer.fingerprint, fraction, config.shard_tokens, keep_rejects)
         return TokenizeJob(chunk, fraction, verdicts.get(chunk.name), corpus.key(chunk, decides))
 
     jobs = [
-        job(chunk, EVERYTHING if corpus.is_held_out(chunk.index) else config.validation_fraction)
+        job(chunk, EVERYTHING if corpus.is_held_out(chunk.source_index) else config.validation_fraction)
         for chunk in corpus.chunks
     ]
     found = {
@@ -274,7 +289,7 @@ def _passed_over(corpus: Corpus) -> list[str]:
     """A note for each source with files in its folders that are not read."""
     sources = zip(corpus.names, corpus.config.all_sources, corpus.passed_over, strict=True)
     return [
-        f"{name}: passed over {others}: what does not match {', '.join(folder_patterns(source))} is not read; name it in `paths` or set "
+        f"{name}: passed over {others}: what does not match {', '.join(file_patterns(source))} is not read; name it in `paths` or set "
         f"`pattern` to read it, `exclude` to do without this note"
         for name, source, others in sources
         if others
@@ -305,18 +320,18 @@ def _notes(corpus: Corpus, results: dict[str, ChunkResult]) -> tuple[str, ...]:
         notes.append(f"{failures} batches encoded by tokenizers, because gigatoken broke on them")
     dedup = corpus.config.dedup
     if dedup.minhash:
-        half = threshold(dedup.bands, dedup.rows)
+        half = similarity_threshold(dedup.bands, dedup.rows)
         notes.append(
             f"near-duplicates: half of the pairs of Jaccard similarity {half:.2f} are found, and more of closer ones"
         )
-    evaluation = Contamination.load(corpus.config.decontaminate)
+    evaluation = EvaluationNgrams.load(corpus.config.decontaminate)
     if evaluation is not None:
         notes.append(
             f"compared with {evaluation.n_texts:,} evaluation texts; {evaluation.n_too_short:,} more are too short for that"
         )
-        if evaluation.passed_over:
+        if evaluation.skipped_files:
             notes.append(
-                f"data.decontaminate.paths: passed over {evaluation.passed_over}: only {', '.join(ENDINGS)} are read there"
+                f"data.decontaminate.paths: passed over {evaluation.skipped_files}: only {', '.join(EVALUATION_EXTENSIONS)} are read there"
             )
     return (*notes, *notes_on_held_out(corpus, results))
 
@@ -335,7 +350,7 @@ def _found_instead(corpus: Corpus, dropped: Mapping[str, int]) -> str:
 def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
     """DataError where a split would be empty."""
     config = corpus.config
-    own = {chunk.name: results[chunk.name] for chunk in corpus.chunks if not corpus.is_held_out(chunk.index)}
+    own = {chunk.name: results[chunk.name] for chunk in corpus.chunks if not corpus.is_held_out(chunk.source_index)}
     named = {name: result for name, result in results.items() if name not in own}
     n_train, n_held_out = count_documents(own, "train"), count_documents(own, "validation")
     if (
@@ -378,7 +393,7 @@ def _manifests(
     """The manifest of each split, with every source in the order of the config."""
     chunks: list[list[ChunkResult]] = [[] for _ in corpus.names]
     for chunk in corpus.chunks:
-        chunks[chunk.index].append(results[chunk.name])
+        chunks[chunk.source_index].append(results[chunk.name])
     sources: dict[str, list[SourceManifest]] = {split: [] for split in SPLITS}
     holds_out = not corpus.config.validation or corpus.config.validation_fraction > 0
     for index, (name, found) in enumerate(zip(corpus.names, chunks, strict=True)):

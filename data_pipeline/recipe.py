@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_pipeline.cleaning.minhash import threshold
+from data_pipeline.cleaning.minhash import similarity_threshold
 from data_pipeline.settings import PrepareConfig, Settings, source_names
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.tokenizing.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
         sections[f"filters.{name}"] = _entries(getattr(filters, name))
     sections["dedup"] = _entries(dedup, "exact", "minhash", *(("ngram", "bands", "rows") if dedup.minhash else ()))
     if dedup.minhash:
-        half = threshold(dedup.bands, dedup.rows)
+        half = similarity_threshold(dedup.bands, dedup.rows)
         sections["dedup"] += (
             Entry("found", f"half of the pairs of Jaccard similarity {half:.2f}, more of closer ones"),
         )
@@ -45,8 +45,8 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
     sections["tokenizer"] = (
         Entry("fingerprint", tokenizer.fingerprint),
         Entry("vocabulary", f"{tokenizer.vocab_size:,} ids"),
-        Entry("unknown characters", coverage.describe(), coverage.lossy),
-        *((Entry("changes text", "; ".join(coverage.changes), True),) if coverage.changes else ()),
+        Entry("unknown characters", coverage.describe(), coverage.is_lossy),
+        *((Entry("changes text", "; ".join(coverage.text_changes), True),) if coverage.text_changes else ()),
         Entry("made", "trained on these sources" if recipe.trained_tokenizer else "there before"),
         *(
             _entries(settings, "tokenizer_kind", "vocab_size", "tokenizer_sample_mb")

@@ -87,7 +87,7 @@ def source_names(config: PrepareConfig) -> tuple[str, ...]:
         name = source.name or _name_of(source.paths[0] if source.paths else source.kind)
         if name in names:
             raise DataError(
-                f"{config.setting_of(i)} and {config.setting_of(names.index(name))} are both called {name}; give each a `name`"
+                f"{config.source_setting(i)} and {config.source_setting(names.index(name))} are both called {name}; give each a `name`"
             )
         names.append(name)
     return tuple(names)
@@ -385,11 +385,11 @@ class PrepareConfig(Settings):
         """The sources, and then those of held-out text."""
         return (*self.sources, *self.validation)
 
-    def list_of(self, index: int) -> str:
+    def sources_setting(self, index: int) -> str:
         """The setting that one of `all_sources` stands in: `data.sources` or `data.validation`."""
-        return self.setting_of(index).rpartition(".")[0]
+        return self.source_setting(index).rpartition(".")[0]
 
-    def setting_of(self, index: int) -> str:
+    def source_setting(self, index: int) -> str:
         """Where one of `all_sources` is set: `data.sources.1`, `data.validation.0`."""
         n = len(self.sources)
         return f"data.sources.{index}" if index < n else f"data.validation.{index - n}"

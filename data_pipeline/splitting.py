@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from data_pipeline.cleaning.dedup import OF_HELD_OUT
-from data_pipeline.cleaning.minhash import threshold
+from data_pipeline.cleaning.dedup import HELD_OUT_DUPLICATES
+from data_pipeline.cleaning.minhash import similarity_threshold
 from data_pipeline.corpus import Corpus
 from data_pipeline.text.chunks import Chunk
 from data_pipeline.tokenizing.tokenize import ChunkResult
@@ -23,8 +23,8 @@ def chunks_to_hold_out_from(corpus: Corpus, results: Mapping[str, ChunkResult]) 
     of which nothing is held out so far. Where every source has a single document, one of all."""
     sources: dict[int, list[Chunk]] = {}
     for chunk in corpus.chunks:
-        if not corpus.is_held_out(chunk.index):
-            sources.setdefault(chunk.index, []).append(chunk)
+        if not corpus.is_held_out(chunk.source_index):
+            sources.setdefault(chunk.source_index, []).append(chunk)
 
     def is_missing(chunks: Iterable[Chunk]) -> bool:
         own = {chunk.name: results[chunk.name] for chunk in chunks}
@@ -44,13 +44,14 @@ def notes_on_held_out(corpus: Corpus, results: Mapping[str, ChunkResult]) -> lis
         return []
     dropped = total_by_reason(split.dropped for result in results.values() for split in result.splits.values())
     exact, near = (
-        sum(count for reason, count in dropped.items() if reason.startswith(f"{kind}: ")) for kind in OF_HELD_OUT
+        sum(count for reason, count in dropped.items() if reason.startswith(f"{kind}: "))
+        for kind in HELD_OUT_DUPLICATES
     )
-    held_out = {chunk.name: results[chunk.name] for chunk in corpus.chunks if corpus.is_held_out(chunk.index)}
+    held_out = {chunk.name: results[chunk.name] for chunk in corpus.chunks if corpus.is_held_out(chunk.source_index)}
     notes = [
         f"compared with {count_documents(held_out, 'validation'):,} held-out documents of data.validation: {exact:,} training documents "
         f"dropped as exact duplicates, {near:,} as near-duplicates (half of those of Jaccard similarity "
-        f"{threshold(config.dedup.bands, config.dedup.rows):.2f} are found, and more of closer ones)"
+        f"{similarity_threshold(config.dedup.bands, config.dedup.rows):.2f} are found, and more of closer ones)"
     ]
     tokens = [name for name, source in zip(corpus.names, config.all_sources, strict=True) if not source.is_text]
     if tokens:

@@ -15,11 +15,18 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from data_pipeline.cleaning.decontaminate import Contamination
+from data_pipeline.cleaning.decontaminate import EvaluationNgrams
 from data_pipeline.cleaning.dedup import find_duplicates, write_signatures
-from data_pipeline.cleaning.filters import EDITS, Judge, Verdict, build_judge
-from data_pipeline.cleaning.minhash import Signer, text_hash
-from data_pipeline.cleaning.verdicts import KEPT, TextsHash, Verdicts, encode_reasons, read_verdicts, write_verdicts
+from data_pipeline.cleaning.filters import EDITING_FILTERS, DocumentFilter, FilterResult, build_filter
+from data_pipeline.cleaning.minhash import MinHasher, text_hash
+from data_pipeline.cleaning.verdicts import (
+    KEPT,
+    ChunkVerdicts,
+    TextsHash,
+    encode_reasons,
+    read_verdicts,
+    write_verdicts,
+)
 from data_pipeline.errors import DataError
 from data_pipeline.settings import FilterName, PrepareConfig, SourceConfig, source_names
 from data_pipeline.text.chunks import Chunk, read_batches
@@ -44,24 +51,24 @@ class CleanJob:
         return self.chunk.name
 
 
-class Judged(NamedTuple):
+class DocumentVerdict(NamedTuple):
     """A document with its verdict."""
 
     document: Document
     """As it was read."""
-    reason: str | None
+    drop_reason: str | None
     """Why it is dropped."""
-    marked: bool
+    is_contaminated: bool
     """It shares text with evaluation sets and is kept all the same."""
 
 
-def unreadable(document: Document) -> str | None:
+def basic_drop_reason(document: Document) -> str | None:
     """Why a document is dropped before any filter sees it: it is empty, or no text."""
     return document.defect if document.text.strip() else EMPTY
 
 
 def needs_cleaning(config: PrepareConfig) -> bool:
-    """Whether anything but `unreadable` can drop a document."""
+    """Whether anything but `basic_drop_reason` can drop a document."""
     return bool(
         config.filters.apply
         or any(source.filters for source in config.all_sources)
@@ -70,7 +77,7 @@ def needs_cleaning(config: PrepareConfig) -> bool:
     )
 
 
-def clean(
+def clean_chunks(
     jobs: Sequence[CleanJob],
     config: PrepareConfig,
     folder: Path,
@@ -101,9 +108,9 @@ def clean(
     if all((there := read_verdicts(file)) is not None and there.key == key for file in compared.values()):
         return compared
     n_sources = len(config.sources)
-    ordered = sorted(jobs, key=lambda job: job.chunk.index < n_sources)
+    ordered = sorted(jobs, key=lambda job: job.chunk.source_index < n_sources)
     signatures = [_signatures_file(folder, job.name) for job in ordered]
-    n_held_out = len({job.chunk.index for job in jobs if job.chunk.index >= n_sources})
+    n_held_out = len({job.chunk.source_index for job in jobs if job.chunk.source_index >= n_sources})
     found = find_duplicates(
         signatures, [job.chunk.source for job in ordered], config.dedup, comparing, n_held_out=n_held_out
     )
@@ -134,32 +141,32 @@ def _signatures_file(folder: Path, name: str) -> Path:
 class _Tools(NamedTuple):
     """What looks at texts."""
 
-    judge: Judge
-    contamination: Contamination | None
-    signer: Signer | None
+    judge: DocumentFilter
+    contamination: EvaluationNgrams | None
+    signer: MinHasher | None
 
 
 def _begin(config: PrepareConfig, folder: Path) -> Callable[[CleanJob, Tell], None]:
     """What does the jobs of one process: word lists, models and evaluation texts are read once, when they are needed."""
-    judge_by = functools.cache(functools.partial(build_judge, config.filters))
-    contamination = functools.cache(functools.partial(Contamination.load, config.decontaminate))
+    judge_by = functools.cache(functools.partial(build_filter, config.filters))
+    contamination = functools.cache(functools.partial(EvaluationNgrams.load, config.decontaminate))
     near = config.dedup.minhash or config.validation
-    signer = Signer(config.dedup.ngram, config.dedup.bands, config.dedup.rows) if near else None
+    signer = MinHasher(config.dedup.ngram, config.dedup.bands, config.dedup.rows) if near else None
 
     def do(job: CleanJob, tell: Tell) -> None:
         there = _finished(job, folder)
         if there is not None:
             tell(Done(len(there.codes), job.chunk.bytes or 0))
             return
-        source = config.all_sources[job.chunk.index]
+        source = config.all_sources[job.chunk.source_index]
         _judge_chunk(
-            job, source, config, folder, _Tools(judge_by(filters_of(source, config)), contamination(), signer), tell
+            job, source, config, folder, _Tools(judge_by(source_filters(source, config)), contamination(), signer), tell
         )
 
     return do
 
 
-def _finished(job: CleanJob, folder: Path) -> Verdicts | None:
+def _finished(job: CleanJob, folder: Path) -> ChunkVerdicts | None:
     """What an earlier attempt found, if it is whole and was decided by the same."""
     there = read_verdicts(_verdicts_file(folder, job.name))
     if there is None or there.key != job.key:
@@ -182,9 +189,12 @@ def _judge_chunk(
     )
     seen, read = TextsHash(), 0
     for batch in read_batches(job.chunk, source):
-        judged = [Verdict(document.text, no) if (no := unreadable(document)) else judge(document) for document in batch]
+        judged = [
+            FilterResult(document.text, no) if (no := basic_drop_reason(document)) else judge(document)
+            for document in batch
+        ]
         verdicts, texts = [verdict.reason for verdict in judged], [verdict.text for verdict in judged]
-        hits = contamination.hits(texts) if contamination else np.zeros(len(batch), np.bool_)
+        hits = contamination.find_contaminated(texts) if contamination else np.zeros(len(batch), np.bool_)
         if config.decontaminate.action == "drop":
             verdicts = [
                 verdict or (CONTAMINATED if hit else None) for verdict, hit in zip(verdicts, hits.tolist(), strict=True)
@@ -192,11 +202,11 @@ def _judge_chunk(
         reasons += verdicts
         marks.append(hits & (config.decontaminate.action == "mark"))
         hashes.append(np.array([text_hash(text) if exact else 0 for text in texts], np.uint64))
-        bands.append(signer.sign(texts) if signer else np.zeros((len(batch), 0), np.uint64))
+        bands.append(signer.hash_bands(texts) if signer else np.zeros((len(batch), 0), np.uint64))
         for document in batch:
             seen.add(document.text)
-        tell(Done(len(batch), batch[-1].read - read))
-        read = batch[-1].read
+        tell(Done(len(batch), batch[-1].bytes_read - read))
+        read = batch[-1].bytes_read
     tell(Done(0, (job.chunk.bytes or read) - read))
     codes, table = encode_reasons(reasons)
     file = _signatures_file(folder, job.name)
@@ -205,11 +215,13 @@ def _judge_chunk(
     signed = _hash(file) if _signs(config) else ""
     write_verdicts(
         _verdicts_file(folder, job.name),
-        Verdicts(codes, table, np.concatenate(marks), seen.hexdigest(), signed, job.key),
+        ChunkVerdicts(codes, table, np.concatenate(marks), seen.hexdigest(), signed, job.key),
     )
 
 
-def read_judged(chunk: Chunk, source: SourceConfig, file: Path | None, tell: Tell) -> Iterator[list[Judged]]:
+def read_with_verdicts(
+    chunk: Chunk, source: SourceConfig, file: Path | None, tell: Tell
+) -> Iterator[list[DocumentVerdict]]:
     """The documents of a chunk again, with their verdicts, a few megabytes at a time.
 
     Args:
@@ -225,23 +237,24 @@ def read_judged(chunk: Chunk, source: SourceConfig, file: Path | None, tell: Tel
     first, seen, read = 0, TextsHash(), 0
     for batch in read_batches(chunk, source):
         if verdicts is None:
-            yield [Judged(document, unreadable(document), False) for document in batch]
+            yield [DocumentVerdict(document, basic_drop_reason(document), False) for document in batch]
         elif first + len(batch) > len(verdicts.codes):
             raise _changed(chunk, source, file)
         else:
             for document in batch:
                 seen.add(document.text)
             yield [
-                Judged(document, verdicts.reason(i), bool(verdicts.marks[i])) for i, document in enumerate(batch, first)
+                DocumentVerdict(document, verdicts.reason(i), bool(verdicts.marks[i]))
+                for i, document in enumerate(batch, first)
             ]
-        tell(Done(len(batch), batch[-1].read - read))
-        first, read = first + len(batch), batch[-1].read
+        tell(Done(len(batch), batch[-1].bytes_read - read))
+        first, read = first + len(batch), batch[-1].bytes_read
     tell(Done(0, (chunk.bytes or read) - read))
     if verdicts is not None and seen.hexdigest() != verdicts.texts:
         raise _changed(chunk, source, file)
 
 
-def digest_of(file: Path | None) -> str:
+def verdicts_digest(file: Path | None) -> str:
     """Hash of what a file of verdicts says; empty where there is none.
 
     Raises:
@@ -250,17 +263,17 @@ def digest_of(file: Path | None) -> str:
     return "" if file is None else _need_verdicts(file).digest()
 
 
-def filters_of(source: SourceConfig, config: PrepareConfig) -> tuple[FilterName, ...]:
+def source_filters(source: SourceConfig, config: PrepareConfig) -> tuple[FilterName, ...]:
     """The filters that judge a source."""
     return config.filters.apply if source.filters is None else source.filters
 
 
 def build_editor(source: SourceConfig, config: PrepareConfig) -> Callable[[Document], tuple[Document, tuple[str, ...]]]:
     """What makes of a kept document what the filters that change texts leave of it, and tells what they changed."""
-    names = tuple(name for name in filters_of(source, config) if name in EDITS)
+    names = tuple(name for name in source_filters(source, config) if name in EDITING_FILTERS)
     if not names:
         return lambda document: (document, ())
-    judge = build_judge(config.filters, names)
+    judge = build_filter(config.filters, names)
 
     def edit(document: Document) -> tuple[Document, tuple[str, ...]]:
         verdict = judge(document)
@@ -278,7 +291,7 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
-def _need_verdicts(file: Path) -> Verdicts:
+def _need_verdicts(file: Path) -> ChunkVerdicts:
     verdicts = read_verdicts(file)
     if verdicts is None:
         raise DataError(f"{file} is damaged or was deleted while it was needed; run the command again")
@@ -289,7 +302,7 @@ def _changed(chunk: Chunk, source: SourceConfig, file: Path | None) -> DataError
     """The verdicts are deleted, so that the next attempt judges anew."""
     if file is not None:
         _verdicts_file(file.parent, chunk.name).unlink(missing_ok=True)
-    files = [part.file.path for part in chunk.parts] or [source.paths[chunk.number]]
+    files = [part.file.path for part in chunk.slices] or [source.paths[chunk.number]]
     more = f" and {len(files) - 2} more" if len(files) > 2 else ""
     return DataError(
         f"{chunk.setting}: {', '.join(files[:2])}{more} changed while it was prepared (it was cleaned and then read again, and the texts "

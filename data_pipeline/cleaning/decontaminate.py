@@ -26,27 +26,27 @@ from data_pipeline.addresses import concealing, fill_in
 from data_pipeline.errors import DataError, one_line
 from data_pipeline.hashing import hash_ngrams, word_batches
 from data_pipeline.settings import DecontaminateConfig
-from data_pipeline.text.files import SourceFile, describe_paths, file_name, from_library, is_hidden
-from data_pipeline.text.sources import decode, document, other_format, read_lines, text_of
-from data_pipeline.text.walk import NOWHERE, find_glob, walk
+from data_pipeline.text.files import SourceFile, file_name, is_hidden, is_library_error, summarize_paths
+from data_pipeline.text.sources import decode_bytes, decode_file, detect_other_format, make_document, read_lines
+from data_pipeline.text.walk import BROKEN_LINK, find_glob, walk
 
 MIN_WORDS = 8
 """An evaluation text of fewer words takes no part."""
 
 SETTING = "data.decontaminate.paths"
-ENDINGS = (".txt", ".jsonl", ".parquet")
+EVALUATION_EXTENSIONS = (".txt", ".jsonl", ".parquet")
 """Of evaluation texts; those of text and jsonl may be followed by .gz or .zst."""
 
 _PACKED = (".gz", ".zst")
-AT_A_TIME = 4096
+TEXTS_PER_BATCH = 4096
 """Evaluation texts hashed together."""
 
 
 @dataclass(frozen=True, eq=False)
-class Contamination:
+class EvaluationNgrams:
     """What the evaluation texts hold."""
 
-    grams: NDArray[np.uint64]
+    hashes: NDArray[np.uint64]
     """Hashes of their n-grams, sorted, each once."""
 
     lengths: tuple[int, ...]
@@ -58,11 +58,11 @@ class Contamination:
     n_too_short: int
     """Evaluation texts with words, but too few."""
 
-    passed_over: str | None = None
+    skipped_files: str | None = None
     """Files in the folders given that are no evaluation texts by their endings, in words."""
 
     @staticmethod
-    def load(config: DecontaminateConfig) -> Contamination | None:
+    def load(config: DecontaminateConfig) -> EvaluationNgrams | None:
         """Read the evaluation texts; None if there are no paths.
 
         Raises:
@@ -71,10 +71,10 @@ class Contamination:
         if not config.paths:
             return None
         with concealing(config.paths):
-            return Contamination._read(config)
+            return EvaluationNgrams._read(config)
 
     @staticmethod
-    def _read(config: DecontaminateConfig) -> Contamination:
+    def _read(config: DecontaminateConfig) -> EvaluationNgrams:
         least = min(MIN_WORDS, config.ngram)
         found: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
         lengths: set[int] = set()
@@ -82,7 +82,7 @@ class Contamination:
         found_files = [_find(given) for given in config.paths]
         evaluation = _texts([file for files, _ in found_files for file in files])
         others = [path for _, paths in found_files for path in paths]
-        while texts := list(islice(evaluation, AT_A_TIME)):
+        while texts := list(islice(evaluation, TEXTS_PER_BATCH)):
             n_words = np.zeros(len(texts), np.int64)
             for first, words, counts in word_batches(texts, config.ngram - 1):
                 n_words[first : first + len(counts)] = counts
@@ -95,20 +95,20 @@ class Contamination:
             raise DataError(
                 f"{SETTING}: none of the texts in {', '.join(config.paths)} has {least} words ({n_too_short} have fewer)"
             )
-        return Contamination(
+        return EvaluationNgrams(
             np.unique(np.concatenate(found)),
             tuple(sorted(lengths)),
             n_texts,
             n_too_short,
-            describe_paths(others) if others else None,
+            summarize_paths(others) if others else None,
         )
 
     @property
     def n_ngrams(self) -> int:
         """Different n-grams that are looked for."""
-        return len(self.grams)
+        return len(self.hashes)
 
-    def hits(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+    def find_contaminated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """Which of these texts share an n-gram with an evaluation text, [texts]."""
         hit = np.zeros(len(texts), np.bool_)
         for first, words, counts in word_batches(texts, self.lengths[-1] - 1):
@@ -120,27 +120,27 @@ class Contamination:
     def _found(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Which of these hashes are among the evaluation texts'."""
         maybe = np.flatnonzero(self._sieve[hashes >> np.uint64(64 - self._bits)])
-        places = np.searchsorted(self.grams, hashes[maybe]).clip(max=len(self.grams) - 1)
-        found: NDArray[np.int64] = maybe[self.grams[places] == hashes[maybe]]
+        places = np.searchsorted(self.hashes, hashes[maybe]).clip(max=len(self.hashes) - 1)
+        found: NDArray[np.int64] = maybe[self.hashes[places] == hashes[maybe]]
         return found
 
     @cached_property
     def _bits(self) -> int:
         """Leading bits by which the sieve goes: about one in 16 of its places is taken, up to 64 MB."""
-        return min(26, len(self.grams).bit_length() + 4)
+        return min(26, len(self.hashes).bit_length() + 4)
 
     @cached_property
     def _sieve(self) -> NDArray[np.bool_]:
         """Whether some n-gram begins with these bits: spares almost all others the search among all."""
         sieve = np.zeros(1 << self._bits, np.bool_)
-        sieve[self.grams >> np.uint64(64 - self._bits)] = True
+        sieve[self.hashes >> np.uint64(64 - self._bits)] = True
         return sieve
 
 
 def evaluation_hash(config: DecontaminateConfig) -> str:
-    """A hash of all n-grams that are looked for; empty if there are no paths. Raises what `Contamination.load` raises."""
-    contamination = Contamination.load(config)
-    return xxhash.xxh3_128_hexdigest(contamination.grams.tobytes()) if contamination else ""
+    """A hash of all n-grams that are looked for; empty if there are no paths. Raises what `EvaluationNgrams.load` raises."""
+    contamination = EvaluationNgrams.load(config)
+    return xxhash.xxh3_128_hexdigest(contamination.hashes.tobytes()) if contamination else ""
 
 
 def _texts(files: Sequence[SourceFile]) -> Iterator[str]:
@@ -153,10 +153,10 @@ def _texts(files: Sequence[SourceFile]) -> Iterator[str]:
         except DataError as error:
             raise DataError(f"{SETTING}: {error}") from error
         except Exception as error:  # broken JSON and parquet, and whatever a driver raises
-            if not (isinstance(error, OSError | EOFError | ValueError) or from_library(error)):
+            if not (isinstance(error, OSError | EOFError | ValueError) or is_library_error(error)):
                 raise
-            other = other_format(file, _ending(file.path)[1:])
-            advice = f"; it is {other.name}{'' if other.kind else f': {other.way_out}'}" if other else ""
+            other = detect_other_format(file, _ending(file.path)[1:])
+            advice = f"; it is {other.name}{'' if other.kind else f': {other.remedy}'}" if other else ""
             raise DataError(f"{SETTING}: cannot read {file.path}: {one_line(error)}{advice}") from error
 
 
@@ -173,15 +173,27 @@ def _find(given: str) -> tuple[list[SourceFile], list[str]]:
     except FileNotFoundError:
         raise DataError(f"{SETTING}: {given} does not exist or matches no file") from None
     except Exception as error:  # no permission or connection, unknown protocol, missing driver
-        if not (isinstance(error, OSError | ValueError | ImportError) or from_library(error)):
+        if not (isinstance(error, OSError | ValueError | ImportError) or is_library_error(error)):
             raise
         raise DataError(f"{SETTING}: cannot read {given}: {error}") from error
     for file, info in found.items():
-        if info["type"] == NOWHERE and _ending(file) in ENDINGS and not is_hidden(file.rsplit("/", 1)[-1]):
+        if (
+            info["type"] == BROKEN_LINK
+            and _ending(file) in EVALUATION_EXTENSIONS
+            and not is_hidden(file.rsplit("/", 1)[-1])
+        ):
             raise DataError(f"{SETTING}: {file} is a link that leads nowhere; restore what it points to, or remove it")
-    files = [file for file, info in sorted(found.items()) if info["type"] == "file" and _ending(file) in ENDINGS]
+    files = [
+        file
+        for file, info in sorted(found.items())
+        if info["type"] == "file" and _ending(file) in EVALUATION_EXTENSIONS
+    ]
     if not files:
-        what = f"holds no file that ends with {', '.join(ENDINGS)}" if found else "does not exist or matches no file"
+        what = (
+            f"holds no file that ends with {', '.join(EVALUATION_EXTENSIONS)}"
+            if found
+            else "does not exist or matches no file"
+        )
         raise DataError(f"{SETTING}: {given} {what}")
     read = set(files)
     others = sorted(file for file in found if file not in read and not is_hidden(file.rsplit("/", 1)[-1]))
@@ -196,8 +208,8 @@ def _ending(file: str) -> str:
 
 
 def _read_txt(stream: BinaryIO, file: SourceFile) -> Iterator[str]:
-    text, lost = text_of(stream.read(), file)
-    if document(file.name, text, "", {}, lost, 0).defect:
+    text, lost = decode_file(stream.read(), file)
+    if make_document(file.name, text, "", {}, lost, 0).defect:
         raise ValueError("it is not UTF-8, so nothing would be found by it; convert it (iconv -f LATIN1 -t UTF-8)")
     yield text
 
@@ -207,7 +219,7 @@ def _read_jsonl(stream: BinaryIO, file: SourceFile) -> Iterator[str]:
         line = line.removeprefix(BOM_UTF8)
         if line.strip():
             try:
-                yield from _strings(json.loads(decode(line)[0]))
+                yield from _strings(json.loads(decode_bytes(line)[0]))
             except json.JSONDecodeError as error:
                 raise ValueError(f"broken JSON in line {number} ({error.msg} at column {error.colno})") from None
             except RecursionError as error:

@@ -27,14 +27,14 @@ from data_pipeline.durable import sync_folder, write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.settings import DedupConfig
 
-OF_HELD_OUT = ("exact_duplicate_of_held_out", "near_duplicate_of_held_out")
+HELD_OUT_DUPLICATES = ("exact_duplicate_of_held_out", "near_duplicate_of_held_out")
 """Why a document for training is dropped that repeats held-out text; behind it stands the name of the held-out source."""
 
-Codes = NDArray[np.uint8 | np.uint16]
-Numbers = NDArray[np.uint64]
-Positions = NDArray[np.int64]
+ReasonCodes = NDArray[np.uint8 | np.uint16]
+Hashes = NDArray[np.uint64]
+DocumentIndices = NDArray[np.int64]
 
-ENTRY_BYTES = 72
+BYTES_PER_ENTRY = 72
 """Peak bytes for each value that is compared at a time: value, number and order, sorted, and what a sort takes besides."""
 
 MIN_ENTRIES = 8192
@@ -42,10 +42,10 @@ MIN_ENTRIES = 8192
 
 
 @dataclass(frozen=True, eq=False)
-class Duplicates:
+class DuplicateCodes:
     """What is to be dropped."""
 
-    codes: tuple[Codes, ...]
+    codes: tuple[ReasonCodes, ...]
     """For each file one number a document, an index of `reasons`; 0 stays."""
 
     reasons: tuple[str | None, ...]
@@ -54,7 +54,7 @@ class Duplicates:
 
 
 @dataclass(frozen=True)
-class _File:
+class _SignatureFile:
     path: Path
     first: int
     """Documents in the files before it."""
@@ -71,7 +71,7 @@ def write_signatures(
     Args:
         file: what to write; replaced if it is there.
         text_hashes: `text_hash` of each document, [documents]; zeros where `exact` is off.
-        bands: `Signer.sign` of the documents, [documents, bands]; no bands where `minhash` is off.
+        bands: `MinHasher.hash_bands` of the documents, [documents, bands]; no bands where `minhash` is off.
         kept: whether a document takes part, [documents].
     """
     columns = np.zeros((1 + bands.shape[1], len(kept)), np.uint64)
@@ -92,7 +92,7 @@ def find_duplicates(
     progress: Callable[[float], None] = lambda _: None,
     *,
     n_held_out: int = 0,
-) -> Duplicates:
+) -> DuplicateCodes:
     """Which documents of all files repeat earlier ones. A document that does so both ways is an exact duplicate.
 
     Documents for training are compared with held-out ones in both ways, whether or not the settings ask for one of them.
@@ -118,8 +118,8 @@ def find_duplicates(
     first_training = next(
         (file.first for file, source in zip(found, source_of_file, strict=True) if source >= n_held_out), documents
     )
-    codes: Codes = np.zeros(documents, np.uint8 if 2 * (n_held_out + len(names)) < 256 else np.uint16)
-    room = max(MIN_ENTRIES, int(config.memory_mb * 1e6 / ENTRY_BYTES))
+    codes: ReasonCodes = np.zeros(documents, np.uint8 if 2 * (n_held_out + len(names)) < 256 else np.uint16)
+    room = max(MIN_ENTRIES, int(config.memory_mb * 1e6 / BYTES_PER_ENTRY))
     parts = max(1, ceil(documents / (0.8 * room)))
     columns = range(0 if config.exact or n_held_out else 1, 1 + (config.bands if config.minhash or n_held_out else 0))
     for done, column in enumerate(columns):
@@ -140,15 +140,15 @@ def find_duplicates(
                 codes[repeats] = np.where(before == 0, code, np.minimum(before, code))
             progress((done + (part + 1) / parts) / len(columns))
     kinds = [
-        *((kind, names[:n_held_out]) for kind in OF_HELD_OUT),
+        *((kind, names[:n_held_out]) for kind in HELD_OUT_DUPLICATES),
         ("exact_duplicate", names),
         ("near_duplicate", names),
     ]
     reasons = (None, *(f"{kind}: {name}" for kind, those in kinds for name in those))
-    return Duplicates(tuple(codes[file.first : file.first + file.documents] for file in found), reasons)
+    return DuplicateCodes(tuple(codes[file.first : file.first + file.documents] for file in found), reasons)
 
 
-def _open_all(files: Sequence[Path], columns: int | None) -> list[_File]:
+def _open_all(files: Sequence[Path], columns: int | None) -> list[_SignatureFile]:
     """Where each file's numbers are; DataError if one is damaged or does not have these columns."""
     found, first = [], 0
     for path in files:
@@ -167,14 +167,14 @@ def _open_all(files: Sequence[Path], columns: int | None) -> list[_File]:
             raise DataError(
                 f"{path}: not whole, {path.stat().st_size} bytes, not {data + 8 * shape[0] * shape[1]}; remove it and prepare again"
             )
-        found.append(_File(path, first, shape[1], data))
+        found.append(_SignatureFile(path, first, shape[1], data))
         first += shape[1]
     return found
 
 
 def _read(
-    files: Sequence[_File], column: int, part: int, parts: int, block: int
-) -> Iterator[tuple[Numbers, Positions]]:
+    files: Sequence[_SignatureFile], column: int, part: int, parts: int, block: int
+) -> Iterator[tuple[Hashes, DocumentIndices]]:
     """(values, numbers of their documents) of one of `parts` equal ranges of a column's values, a block of documents at a time."""
     lowest, highest = np.uint64(max(1, -(-(part << 64) // parts))), np.uint64(-(-((part + 1) << 64) // parts) - 1)
     for file in files:
@@ -185,7 +185,9 @@ def _read(
             yield values[wanted], wanted + (file.first + start)
 
 
-def _repeated(entries: Iterable[tuple[Numbers, Positions]], room: int) -> Iterator[tuple[Positions, Positions]]:
+def _repeated(
+    entries: Iterable[tuple[Hashes, DocumentIndices]], room: int
+) -> Iterator[tuple[DocumentIndices, DocumentIndices]]:
     """(documents whose value an earlier one has, the first document with that value), from entries in the order of the documents.
 
     Entries are collected until there is no room for more; of those that are equal only the first goes on. A value that a billion
@@ -202,7 +204,7 @@ def _repeated(entries: Iterable[tuple[Numbers, Positions]], room: int) -> Iterat
     yield _keep_first(values, numbers)
 
 
-def _keep_first(values: list[Numbers], numbers: list[Positions]) -> tuple[Positions, Positions]:
+def _keep_first(values: list[Hashes], numbers: list[DocumentIndices]) -> tuple[DocumentIndices, DocumentIndices]:
     """(documents that repeat a value, the first document with it); leaves only first ones in the lists, as one array each."""
     value, number = np.concatenate(values), np.concatenate(numbers)
     values.clear()  # as everywhere here: what is not needed any more makes room

@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 
 from data_pipeline.hashing import hash_ngrams, pieces, splitmix64, word_batches
 
-NOTHING = np.uint32(0xFFFFFFFF)
+NO_WORDS = np.uint32(0xFFFFFFFF)
 """The minima of a text without words."""
 
 
-def probability_found(jaccard: float, bands: int, rows: int) -> float:
+def detection_probability(jaccard: float, bands: int, rows: int) -> float:
     """Of two documents of this similarity: that they have a band in common."""
     return 1 - (1 - jaccard**rows) ** bands
 
 
-def threshold(bands: int, rows: int) -> float:
+def similarity_threshold(bands: int, rows: int) -> float:
     """The Jaccard similarity at which half of the pairs are found."""
     return float((1 - 0.5 ** (1 / bands)) ** (1 / rows))
 
@@ -44,7 +44,7 @@ def text_hash(text: str) -> int:
     return hasher.intdigest()
 
 
-class Signer:
+class MinHasher:
     """Makes signatures. Those of two signers compare if all of `ngram`, `bands`, `rows` and `seed` are equal."""
 
     def __init__(self, ngram: int, bands: int, rows: int, seed: int = 0) -> None:
@@ -53,26 +53,26 @@ class Signer:
         self._factors = (numbers[: bands * rows] >> np.uint64(32)).astype(np.uint32).reshape(bands, rows, 1)
         self._weights = numbers[bands * rows :] | np.uint64(1)
 
-    def sign(self, texts: Sequence[str]) -> NDArray[np.uint64]:
+    def hash_bands(self, texts: Sequence[str]) -> NDArray[np.uint64]:
         """The hash of each band of each text, [texts, bands]; 0 and only 0 for a text without words, which is like no other.
 
         A text of fewer words than a shingle has one shingle: all its words.
         """
-        minima = self.minima(texts)
+        minima = self.min_hashes(texts)
         hashes = np.empty((len(texts), self.bands), np.uint64)
         for band in range(self.bands):
             mixed = splitmix64((minima[band] * self._weights[:, None]).sum(0, dtype=np.uint64))
             hashes[:, band] = np.maximum(mixed, np.uint64(1))
-        hashes[(minima == NOTHING).all((0, 1))] = 0
+        hashes[(minima == NO_WORDS).all((0, 1))] = 0
         return hashes
 
-    def minima(self, texts: Sequence[str]) -> NDArray[np.uint32]:
+    def min_hashes(self, texts: Sequence[str]) -> NDArray[np.uint32]:
         """The smallest hash of each text's shingles under each function, [bands, rows, texts].
 
         A shingle's 64-bit hash is two numbers x and y of 32 bits, and function i is factor[i] * x + y modulo 2^32: a multiplication
         and an addition that a CPU does in eight or more lanes at once, and over random shingles two of them are all but independent.
         """
-        minima = np.full((self.bands, self.rows, len(texts)), NOTHING)
+        minima = np.full((self.bands, self.rows, len(texts)), NO_WORDS)
         for first, words, counts in word_batches(texts, self.ngram - 1):
             shingles, per_text = hash_ngrams(words, counts, self.ngram)
             filled = np.flatnonzero(per_text)

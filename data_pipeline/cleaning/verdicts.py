@@ -17,7 +17,7 @@ KEPT = 0
 
 
 @dataclass(frozen=True, eq=False)
-class Verdicts:
+class ChunkVerdicts:
     """Verdicts on the documents of one chunk, in reading order."""
 
     codes: NDArray[np.uint16]
@@ -37,7 +37,7 @@ class Verdicts:
         code = int(self.codes[document])
         return None if code == KEPT else self.reasons[code - 1]
 
-    def with_reasons(self, codes: NDArray[np.uint8 | np.uint16], reasons: Sequence[str | None]) -> Verdicts:
+    def with_reasons(self, codes: NDArray[np.uint8 | np.uint16], reasons: Sequence[str | None]) -> ChunkVerdicts:
         """With reasons for documents that were kept so far; one that is dropped already keeps its first reason.
 
         Args:
@@ -83,7 +83,7 @@ def encode_reasons(reasons: Sequence[str | None]) -> tuple[NDArray[np.uint16], t
     return np.fromiter((codes[reason] for reason in reasons), np.uint16, len(reasons)), table
 
 
-def write_verdicts(file: Path, verdicts: Verdicts) -> None:
+def write_verdicts(file: Path, verdicts: ChunkVerdicts) -> None:
     """Write them; a file of that name is whole."""
     content = io.BytesIO()
     strings = np.array([verdicts.texts, verdicts.signatures, verdicts.key, *verdicts.reasons], np.str_)
@@ -91,11 +91,11 @@ def write_verdicts(file: Path, verdicts: Verdicts) -> None:
     write_record(file, content.getvalue())
 
 
-def read_verdicts(file: Path) -> Verdicts | None:
+def read_verdicts(file: Path) -> ChunkVerdicts | None:
     """None where there are none, or they are damaged."""
     content = read_record(file)
     if content is None:
         return None
     with np.load(io.BytesIO(content)) as arrays:
         texts, signatures, key, *reasons = arrays["strings"].tolist()
-        return Verdicts(arrays["codes"], tuple(reasons), arrays["marks"], texts, signatures, key)
+        return ChunkVerdicts(arrays["codes"], tuple(reasons), arrays["marks"], texts, signatures, key)

@@ -107,9 +107,9 @@ def _settings(recipe: Recipe) -> dict[str, object]:
 
     tree = recipe.settings.model_dump(mode="json")
     for i, source in enumerate((*tree.pop("sources"), *tree.pop("validation"))):
-        walk(recipe.settings.setting_of(i), source)
+        walk(recipe.settings.source_setting(i), source)
     walk("data", tree)
-    named |= {f"what {recipe.settings.setting_of(i)} holds": listing for i, listing in enumerate(recipe.listings)}
+    named |= {f"what {recipe.settings.source_setting(i)} holds": listing for i, listing in enumerate(recipe.listings)}
     named["what the files of data.filters and data.decontaminate hold"] = recipe.lists
     return named
 

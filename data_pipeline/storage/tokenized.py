@@ -24,7 +24,7 @@ from data_pipeline.storage.shards import index_bytes, open_split
 from data_pipeline.storage.token_files import TokenFile, list_token_files, open_token_file, token_paths
 from data_pipeline.storage.verify import largest_id, unended
 from data_pipeline.text.files import describe_files
-from data_pipeline.text.walk import fixed_part
+from data_pipeline.text.walk import glob_root
 from data_pipeline.tokenizing.coverage import UNKNOWN
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 from data_pipeline.workers import Done, Tell
@@ -87,9 +87,9 @@ def trusted_places(config: PrepareConfig) -> list[Path]:
     """Where prepared data may have tokens read that lie outside of it: what the user's own settings name."""
     named: list[str] = []
     for i, source in enumerate(config.all_sources):
-        with concealing(source.paths, config.list_of(i)):
+        with concealing(source.paths, config.sources_setting(i)):
             named += () if source.is_text else token_paths(source)
-    return [*config.external, *(Path(fixed_part(name) if set(name) & set("*?[") else name) for name in named)]
+    return [*config.external, *(Path(glob_root(name) if set(name) & set("*?[") else name) for name in named)]
 
 
 def describe_tokens(source: SourceConfig, trusted: Sequence[Path] | None = None) -> str:
@@ -274,4 +274,4 @@ def _adopt_documents(
 def _unknown_id(tokenizer: Tokenizer) -> int | None:
     """The id by which tokens that are there already tell of text that the tokenizer did not know, if they do."""
     coverage = tokenizer.coverage
-    return None if coverage.complete or coverage.unknown_id == tokenizer.eot_id else coverage.unknown_id
+    return None if coverage.is_complete or coverage.unknown_id == tokenizer.eot_id else coverage.unknown_id

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.addresses import SOURCES, concealing
 from data_pipeline.text.columnar import Blocks, read_arrow, read_parquet, record_batches, row_groups
-from data_pipeline.text.data_sets import read_hf
-from data_pipeline.text.files import Part, SourceFile
-from data_pipeline.text.sources import Document, is_packed, read_jsonl, read_text
+from data_pipeline.text.files import FileSlice, SourceFile
+from data_pipeline.text.hf_datasets import read_hf_dataset
+from data_pipeline.text.sources import Document, is_compressed, read_jsonl, read_text
 
 if TYPE_CHECKING:
     from data_pipeline.settings import SourceConfig
@@ -27,7 +27,7 @@ _UNPACKED = 4
 _BATCH_BYTES = 4 << 20
 _BATCH_DOCUMENTS = 4096
 
-_READERS: dict[str, Callable[[Part, SourceConfig, str, int], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[FileSlice, SourceConfig, str, int], Iterator[Document]]] = {
     "text": read_text,
     "jsonl": read_jsonl,
     "parquet": read_parquet,
@@ -42,11 +42,11 @@ class Chunk:
 
     source: str
     """The source's name."""
-    index: int
+    source_index: int
     """Which of `data.sources`."""
     number: int
     """Which chunk of the source; for `hf` which of `paths`."""
-    parts: tuple[Part, ...]
+    slices: tuple[FileSlice, ...]
     """Where the documents are; empty for `hf`."""
     setting: str = SOURCES
     """What names the source, for errors."""
@@ -59,10 +59,10 @@ class Chunk:
     @property
     def bytes(self) -> int | None:
         """Bytes of files to read, compressed size; None for `hf`."""
-        return sum(part.bytes for part in self.parts) if self.parts else None
+        return sum(part.bytes for part in self.slices) if self.slices else None
 
 
-def cut(
+def split_into_chunks(
     index: int, name: str, source: SourceConfig, files: Sequence[SourceFile], text_bytes: int, setting: str = SOURCES
 ) -> list[Chunk]:
     """Cut a source into chunks of about `text_bytes` of text, in reading order.
@@ -83,7 +83,7 @@ def cut(
     """
     if source.kind == "hf":
         return [Chunk(name, index, number, (), setting) for number in range(len(source.paths))]
-    groups: list[list[Part]] = []
+    groups: list[list[FileSlice]] = []
     filled = 0
     for part, estimate in _pieces(source, files, text_bytes, setting):
         if not groups or filled + estimate > text_bytes:
@@ -115,19 +115,19 @@ def read_chunk(chunk: Chunk, source: SourceConfig) -> Iterator[Document]:
     """
     with concealing(source.paths, chunk.setting):
         if source.kind == "hf":
-            yield from read_hf(source.paths[chunk.number], source, chunk.source)
+            yield from read_hf_dataset(source.paths[chunk.number], source, chunk.source)
         before = 0
-        for part in chunk.parts:
+        for part in chunk.slices:
             yield from _READERS[source.kind](part, source, chunk.source, before)
             before += part.bytes
 
 
 def _pieces(
     source: SourceConfig, files: Sequence[SourceFile], text_bytes: int, setting: str
-) -> Iterator[tuple[Part, int]]:
+) -> Iterator[tuple[FileSlice, int]]:
     """The smallest pieces that may go to different chunks, and the bytes of text that each is taken for."""
     estimates = [
-        file.size * (_UNPACKED if source.kind == "parquet" or is_packed(file.file_name) else 1) for file in files
+        file.size * (_UNPACKED if source.kind == "parquet" or is_compressed(file.file_name) else 1) for file in files
     ]
     large = [i for i, estimate in enumerate(estimates) if estimate > text_bytes]
     blocks: dict[int, Blocks] = {}
@@ -140,20 +140,21 @@ def _pieces(
     for i, (file, estimate) in enumerate(zip(files, estimates, strict=True)):
         if blocks.get(i):
             yield from _block_pieces(file, blocks[i])
-        elif source.kind == "jsonl" and estimate > text_bytes and not is_packed(file.file_name):
+        elif source.kind == "jsonl" and estimate > text_bytes and not is_compressed(file.file_name):
             bounds = _shares(file.size, math.ceil(file.size / text_bytes))
             yield from (
-                (Part(file, start, stop, 0, stop - start), stop - start) for start, stop in itertools.pairwise(bounds)
+                (FileSlice(file, start, stop, 0, stop - start), stop - start)
+                for start, stop in itertools.pairwise(bounds)
             )
         else:
-            yield Part(file, None, None, 0, file.size), estimate
+            yield FileSlice(file, None, None, 0, file.size), estimate
 
 
-def _block_pieces(file: SourceFile, blocks: Blocks) -> Iterator[tuple[Part, int]]:
+def _block_pieces(file: SourceFile, blocks: Blocks) -> Iterator[tuple[FileSlice, int]]:
     """Each row group or record batch by itself."""
     bounds, row = _shares(file.size, len(blocks)), 0
     for i, (rows, estimate) in enumerate(blocks):
-        yield Part(file, i, i + 1, row, bounds[i + 1] - bounds[i]), estimate
+        yield FileSlice(file, i, i + 1, row, bounds[i + 1] - bounds[i]), estimate
         row += rows
 
 

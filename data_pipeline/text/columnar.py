@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, BinaryIO
 from fsspec.implementations.local import LocalFileSystem
 
 from data_pipeline.errors import DataError, one_line
-from data_pipeline.text.sources import Document, decode, document, reading, wanted_columns
+from data_pipeline.text.sources import Document, columns_to_read, decode_bytes, explain_read_errors, make_document
 
 if TYPE_CHECKING:
     import pyarrow
 
     from data_pipeline.settings import SourceConfig
-    from data_pipeline.text.files import Part, SourceFile
+    from data_pipeline.text.files import FileSlice, SourceFile
 
 _ROWS = 256
 """Rows that become Python objects at a time."""
@@ -25,13 +25,13 @@ Blocks = list[tuple[int, int]]
 """(rows, bytes of text) of each row group or record batch of a file."""
 
 
-def read_parquet(part: Part, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
+def read_parquet(part: FileSlice, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
     """Yield a document for each row of these row groups. Arguments as in `sources.read_text`."""
     import pyarrow
     import pyarrow.parquet
 
     path, done = part.file.path, 0
-    with reading(path, part.file, source.kind), part.file.fs.open(path, "rb") as stream:
+    with explain_read_errors(path, part.file, source.kind), part.file.fs.open(path, "rb") as stream:
         table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
         if not table.metadata.num_rows:  # pandas writes no column of an empty table
             return
@@ -44,11 +44,11 @@ def read_parquet(part: Part, source: SourceConfig, origin: str, before: int) -> 
             yield from _documents(batch, part.file, first, source, origin, before + part.bytes * done // rows)
 
 
-def read_arrow(part: Part, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
+def read_arrow(part: FileSlice, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
     """Yield a document for each row of these record batches. Arguments as in `sources.read_text`."""
 
     path, row = part.file.path, part.row
-    with reading(path, part.file, source.kind), _opened(part.file) as stream:
+    with explain_read_errors(path, part.file, source.kind), _opened(part.file) as stream:
         for number, batch in enumerate(_batches(stream, part.start, part.stop), start=1):
             if not batch.num_rows:
                 continue
@@ -68,7 +68,7 @@ def row_groups(file: SourceFile, source: SourceConfig) -> Blocks:
     import pyarrow
     import pyarrow.parquet
 
-    with reading(file.path, file, source.kind), file.fs.open(file.path, "rb") as stream:
+    with explain_read_errors(file.path, file, source.kind), file.fs.open(file.path, "rb") as stream:
         metadata = pyarrow.parquet.read_metadata(stream)
         texts = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == source.text_field]
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -80,7 +80,7 @@ def record_batches(file: SourceFile, source: SourceConfig) -> Blocks:
 
     if not isinstance(file.fs, LocalFileSystem):
         return []
-    with reading(file.path, file, source.kind), _opened(file) as stream:
+    with explain_read_errors(file.path, file, source.kind), _opened(file) as stream:
         return [
             (
                 batch.num_rows,
@@ -127,14 +127,14 @@ def _documents(
     metadata = {field: _values(batch, field, file.path) for field in source.metadata_fields if field in there}
     absent = dict.fromkeys(source.metadata_fields)
     for i, (raw, name) in enumerate(zip(texts, names, strict=False)):
-        text, lost = decode(raw or b"")
+        text, lost = decode_bytes(raw or b"")
         values = absent | {field: column[i] for field, column in metadata.items()}
-        yield document(f"{file.name}:{first + i}" if name is None else str(name), text, origin, values, lost, read)
+        yield make_document(f"{file.name}:{first + i}" if name is None else str(name), text, origin, values, lost, read)
 
 
 def _check_columns(schema: pyarrow.Schema, path: str, source: SourceConfig) -> list[str]:
     """The columns to read; DataError if the text is not there or is none."""
-    columns = wanted_columns(schema.names, path, source)
+    columns = columns_to_read(schema.names, path, source)
     kind = schema.field(source.text_field).type
     if not _is_text(kind):
         raise DataError(
@@ -191,7 +191,7 @@ def _values(batch: pyarrow.RecordBatch, name: str, path: str) -> list[object]:
 
     column = batch.column(name)
     if _is_text(column.type):
-        return [None if raw is None else decode(raw)[0] for raw in _raw(column)]
+        return [None if raw is None else decode_bytes(raw)[0] for raw in _raw(column)]
     try:
         values: list[object] = column.to_pylist()
     except (ArithmeticError, ValueError, KeyError, NotImplementedError, pyarrow.ArrowException) as error:

@@ -18,12 +18,21 @@ from fsspec.implementations.local import LocalFileSystem
 
 from data_pipeline.addresses import as_given, concealing, fill_in
 from data_pipeline.errors import DataError, one_line, printable, redact
-from data_pipeline.text.walk import NOWHERE, FileInfo, below, find_glob, fixed_part, is_excluded, real_folder, walk
+from data_pipeline.text.walk import (
+    BROKEN_LINK,
+    FileInfo,
+    find_glob,
+    glob_root,
+    is_excluded,
+    relative_path,
+    resolve_folder,
+    walk,
+)
 
 if TYPE_CHECKING:
     from data_pipeline.settings import SourceConfig
 
-FOLDER_PATTERNS = {
+DEFAULT_PATTERNS = {
     "text": ("*.txt", "*.md", "*.txt.gz", "*.md.gz", "*.txt.zst", "*.md.zst"),
     "jsonl": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"),
     "parquet": ("*.parquet",),
@@ -69,7 +78,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FileSlice:
     """A run of one file's documents. A line belongs to the part in which its first byte lies."""
 
     file: SourceFile
@@ -84,12 +93,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Listing:
+class SourceListing:
     """What lies where a source points."""
 
     files: list[SourceFile]
     """Its files in reading order."""
-    passed_over: list[str]
+    skipped: list[str]
     """Paths of the files in its folders that match no pattern of its kind and no `exclude`, but for hidden ones."""
 
 
@@ -98,7 +107,7 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
     return list_source(source).files
 
 
-def list_source(source: SourceConfig) -> Listing:
+def list_source(source: SourceConfig) -> SourceListing:
     """The files of a source in reading order: as `paths` gives them, those of one folder or glob sorted by name. Empty for `hf`.
 
     Links are followed, to files and to folders, but not back to a folder that they lie in. Where a name below a later entry of `paths`
@@ -115,11 +124,11 @@ def list_source(source: SourceConfig) -> Listing:
             raise DataError(
                 f"data.sources: the data set {twice} is given twice by `paths`; every one is read once, so name it once"
             )
-        return Listing(files, [])
+        return SourceListing(files, [])
     passed_over: list[str] = []
     entries: dict[tuple[fsspec.AbstractFileSystem, str, str], int] = {}
     names: set[str] = set()
-    real = cache(real_folder)
+    real = cache(resolve_folder)
     for number, given in enumerate(source.paths):
         with concealing([given]):
             fs, found, others = _find(given, source)
@@ -135,10 +144,10 @@ def list_source(source: SourceConfig) -> Listing:
             name = _unused(short, as_given(path, given), redact(given), names)
             names.add(name)
             files.append(SourceFile(fs, path, name, int(info["size"] or 0), _version(info)))
-    return Listing(files, sorted(set(passed_over) - {file.path for file in files}))
+    return SourceListing(files, sorted(set(passed_over) - {file.path for file in files}))
 
 
-def data_set_names(paths: Sequence[str]) -> list[str]:
+def dataset_names(paths: Sequence[str]) -> list[str]:
     """What tells the documents of several data sets apart: nothing for the first, then the shortest end of a name that is no other's."""
     names: list[str] = []
     for given in paths:
@@ -146,7 +155,7 @@ def data_set_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def data_set_version(name: str) -> str:
+def dataset_version(name: str) -> str:
     """What tells whether a Hugging Face data set is still the same: the commit on the hub, or for files a hash of what lies there.
 
     Empty where nobody can tell: without a connection (what is read then is the copy on this machine), or where there is no such data
@@ -169,12 +178,12 @@ def data_set_version(name: str) -> str:
     try:
         return huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_SECONDS).sha or ""
     except Exception as error:  # whatever its HTTP client raises
-        if not (isinstance(error, OSError | ValueError) or from_library(error)):
+        if not (isinstance(error, OSError | ValueError) or is_library_error(error)):
             raise
         return ""
 
 
-def from_library(error: Exception) -> bool:
+def is_library_error(error: Exception) -> bool:
     """Whether an exception is a library's: of a kind of its own, as those of botocore, aiohttp and httpx that fsspec's drivers let
     through, or raised inside one that reads files, as a KeyError of pyarrow.
 
@@ -195,12 +204,12 @@ def describe_files(files: Sequence[SourceFile]) -> str:
     return f"{len(files)} files, {sum(file.size for file in files)} bytes, {xxhash.xxh3_64_hexdigest(lines)}"
 
 
-def folder_patterns(source: SourceConfig) -> tuple[str, ...]:
+def file_patterns(source: SourceConfig) -> tuple[str, ...]:
     """Globs of the names of the files of a folder that are read."""
-    return (source.pattern,) if source.pattern else FOLDER_PATTERNS[source.kind]
+    return (source.pattern,) if source.pattern else DEFAULT_PATTERNS[source.kind]
 
 
-def describe_paths(paths: Sequence[str]) -> str:
+def summarize_paths(paths: Sequence[str]) -> str:
     """Count, endings and the names of a few files: `4 files (2 .json, 1 .JSONL, 1 .ndjson), such as b.json, c.JSONL and d.ndjson`."""
     endings = Counter(map(_ending, paths)).most_common()
     kinds = [f"{count:,} {ending}" for ending, count in sorted(endings[:5], key=lambda item: (-item[1], item[0]))]
@@ -239,17 +248,17 @@ def _find(
         fs, path = fsspec.core.url_to_fs(fill_in(given))
         if fs.isdir(path):
             root, found = path, walk(fs, path, source.exclude)
-            wanted = folder_patterns(source)
+            wanted = file_patterns(source)
         elif any(sign in path for sign in "*?[") and not fs.exists(path):
-            root, found = fixed_part(path), find_glob(fs, path, source.exclude)
+            root, found = glob_root(path), find_glob(fs, path, source.exclude)
         else:
             root, found = str(PurePosixPath(path).parent), {path: fs.info(path)}
     except FileNotFoundError:
         raise DataError(f"data.sources: {given} does not exist; correct `paths`") from None
     except ImportError as error:
         raise DataError(f"data.sources: cannot read {given}: {error}{_installing(str(error))}") from error
-    except Exception as error:  # a driver raises what its HTTP client does, see from_library
-        if not (isinstance(error, OSError | ValueError) or from_library(error)):
+    except Exception as error:  # a driver raises what its HTTP client does, see is_library_error
+        if not (isinstance(error, OSError | ValueError) or is_library_error(error)):
             raise
         detail = one_line(error)
         raise DataError(
@@ -258,12 +267,12 @@ def _find(
     files: dict[str, tuple[str, FileInfo]] = {}
     others: list[str] = []
     for file, info in sorted(found.items()):
-        name = below(root, file)
+        name = relative_path(root, file)
         if (told := as_given(file, given)) != file:
             name = "/".join(told.split("/")[-1 - name.count("/") :])
         if is_excluded(name, source.exclude):
             continue
-        if info["type"] == NOWHERE and _matches(name, wanted) and not is_hidden(name):
+        if info["type"] == BROKEN_LINK and _matches(name, wanted) and not is_hidden(name):
             raise DataError(
                 f"data.sources: {file} is a link that leads nowhere; restore what it points to, or leave it out with `exclude`"
             )
@@ -274,7 +283,7 @@ def _find(
     if not files:
         what = f"no file below {given} matches {', '.join(wanted)}" if wanted != ("*",) else f"no file matches {given}"
         excluded = f" (exclude: {', '.join(source.exclude)})" if source.exclude else ""
-        there = f"; it holds {describe_paths(sorted(others))}" if others else ""
+        there = f"; it holds {summarize_paths(sorted(others))}" if others else ""
         raise DataError(
             f"data.sources: {what}{excluded}{there}; correct `paths`"
             + (", or set `pattern`" if wanted != ("*",) else "")

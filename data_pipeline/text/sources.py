@@ -1,4 +1,4 @@
-"""Raw text in: what a document is, and how text files and jsonl become documents. `columnar.py` reads parquet and arrow, `data_sets.py`
+"""Raw text in: what a document is, and how text files and jsonl become documents. `columnar.py` reads parquet and arrow, `hf_datasets.py`
 data sets of Hugging Face.
 
 A document's id, text and metadata depend on the settings and the files alone, never on where a file was cut into parts.
@@ -19,12 +19,20 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data_pipeline.errors import DataError, one_line
-from data_pipeline.text.files import from_library
-from data_pipeline.text.formats import GZIP, HEAD_BYTES, ZSTD, Format, binary_format, encoding_of, format_of
+from data_pipeline.text.files import is_library_error
+from data_pipeline.text.formats import (
+    GZIP,
+    HEAD_BYTES,
+    ZSTD,
+    FileFormat,
+    detect_binary_format,
+    detect_encoding,
+    detect_format,
+)
 
 if TYPE_CHECKING:
     from data_pipeline.settings import SourceConfig
-    from data_pipeline.text.files import Part, SourceFile
+    from data_pipeline.text.files import FileSlice, SourceFile
 
 _BLOCK = 1 << 20
 _PACKED_BLOCK = 1 << 17  # it may unpack to many times its size
@@ -56,15 +64,15 @@ class Document:
     """The values of `metadata_fields`; None for what the document does not have."""
     n_bytes: int
     """UTF-8 bytes of the text."""
-    repaired: bool
+    had_invalid_unicode: bool
     """The raw text was not valid Unicode: what could not be decoded became U+FFFD."""
-    read: int
+    bytes_read: int
     """Bytes of the chunk's files read so far, compressed size; 0 for `hf`. For a progress display."""
     defect: str | None = None
     """One of DEFECTS, where so much of it could not be decoded that it is no text; whoever drops it counts it under this reason."""
 
 
-def read_text(part: Part, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
+def read_text(part: FileSlice, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
     """Yield the one document of a text file. Arguments and errors of all readers are those of `chunks.read_chunk`.
 
     Args:
@@ -75,62 +83,62 @@ def read_text(part: Part, source: SourceConfig, origin: str, before: int) -> Ite
     """
     del source  # a text file has no fields
     file = part.file
-    with reading(file.path), file.fs.open(file.path, "rb") as stream:
-        text, lost = text_of(stream.read(), file)
-    yield document(file.name, text, origin, {}, lost, before + part.bytes)
+    with explain_read_errors(file.path), file.fs.open(file.path, "rb") as stream:
+        text, lost = decode_file(stream.read(), file)
+    yield make_document(file.name, text, origin, {}, lost, before + part.bytes)
 
 
-def text_of(raw: bytes, file: SourceFile) -> tuple[str, int]:
+def decode_file(raw: bytes, file: SourceFile) -> tuple[str, int]:
     """(text, characters of it that could not be decoded) of a text file, decompressed and in the encoding of its byte-order mark.
 
     Raises:
         DataError: it holds something else than text.
     """
     raw = _unpacked(raw, file)
-    encoding, mark = encoding_of(raw)
-    return decode(raw[mark:], encoding)
+    encoding, mark = detect_encoding(raw)
+    return decode_bytes(raw[mark:], encoding)
 
 
 def _unpacked(raw: bytes, file: SourceFile) -> bytes:
     """The bytes of a text file, decompressed if they are compressed, whatever its name says. DataError if they are no text."""
-    found, packed = binary_format(raw[:HEAD_BYTES]), False
+    found, packed = detect_binary_format(raw[:HEAD_BYTES]), False
     if found in (GZIP, ZSTD):
         raw = b"".join(block for _, block in _blocks(io.BytesIO(raw), "x.gz" if found == GZIP else "x.zst"))
-        found, packed = binary_format(raw[:HEAD_BYTES]), True
+        found, packed = detect_binary_format(raw[:HEAD_BYTES]), True
         if found in (GZIP, ZSTD):
             raise DataError(f"{file.path} is compressed twice, the second time by {found.name}; unpack it once")
-    if found is not None and encoding_of(raw) == ("utf-8", 0):
+    if found is not None and detect_encoding(raw) == ("utf-8", 0):
         raise DataError(
             f"{file.path} is {found.name}{', compressed' if packed else ''}, not text; {_leaving_out(found)}"
         )
-    if raw and not packed and is_packed(file.file_name):
+    if raw and not packed and is_compressed(file.file_name):
         raise DataError(
             f"{file.path} is not compressed, although it is named {PurePosixPath(file.file_name).suffix}; rename it"
         )
     return raw
 
 
-def read_jsonl(part: Part, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
+def read_jsonl(part: FileSlice, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
     """Yield a document for each line that begins in this part and is not empty."""
     file, start, number, offset = part.file, part.start or 0, 0, 0
 
     def where() -> str:
         return f"{file.path}, byte {offset}" if start else f"{file.path}:{number}"
 
-    with reading(file.path, file, source.kind), file.fs.open(file.path, "rb") as stream:
+    with explain_read_errors(file.path, file, source.kind), file.fs.open(file.path, "rb") as stream:
         for offset, line, read in read_lines(stream, file.file_name, start, part.stop):
             number += 1
             line = line.removeprefix(_BOM)
             if not line or line.isspace():
                 continue
-            raw, lost = decode(line)
+            raw, lost = decode_bytes(line)
             row = _parse(raw, where, file)
-            name, text, metadata = fields_of(row, where, source)
-            yield document(name or f"{file.name}@{offset}", text, origin, metadata, lost, before + read - start)
+            name, text, metadata = extract_fields(row, where, source)
+            yield make_document(name or f"{file.name}@{offset}", text, origin, metadata, lost, before + read - start)
 
 
 @contextmanager
-def reading(what: str, file: SourceFile | None = None, kind: str = "") -> Iterator[None]:
+def explain_read_errors(what: str, file: SourceFile | None = None, kind: str = "") -> Iterator[None]:
     """Turn whatever a reader raises on a missing, unreadable or corrupt file into one line that names it.
 
     Args:
@@ -146,48 +154,50 @@ def reading(what: str, file: SourceFile | None = None, kind: str = "") -> Iterat
         raise DataError(
             f"{what}: reading it takes more memory than there is; lower data.workers, or split the file"
         ) from None
-    except Exception as error:  # zlib, pyarrow and every driver of fsspec raise kinds of their own, see from_library
-        if not (isinstance(error, OSError | EOFError | ValueError) or from_library(error)):
+    except (
+        Exception
+    ) as error:  # zlib, pyarrow and every driver of fsspec raise kinds of their own, see is_library_error
+        if not (isinstance(error, OSError | EOFError | ValueError) or is_library_error(error)):
             raise
-        found = None if file is None else other_format(file, kind)
+        found = None if file is None else detect_other_format(file, kind)
         if found is not None:
-            raise DataError(f"{what}: cannot be read, it is {found.name}: {found.way_out}") from error
+            raise DataError(f"{what}: cannot be read, it is {found.name}: {found.remedy}") from error
         detail = one_line(error)
         way_out = "restore it, or leave it out with `exclude`"
         raise DataError(f"{what}: cannot be read, it may be corrupt or out of reach ({detail}); {way_out}") from error
 
 
-def other_format(file: SourceFile, kind: str) -> Format | None:
+def detect_other_format(file: SourceFile, kind: str) -> FileFormat | None:
     """What a file that could not be read holds instead; None where its first bytes do not tell."""
     try:
         with file.fs.open(file.path, "rb") as stream:
             head = stream.read(HEAD_BYTES)
-        found = format_of(head)
+        found = detect_format(head)
         named = _packing(file.file_name)
         if kind == "jsonl" and named is not None and found == named:
             with file.fs.open(file.path, "rb") as stream:
-                found = format_of(next(_blocks(stream, file.file_name), (0, b""))[1][:HEAD_BYTES])
+                found = detect_format(next(_blocks(stream, file.file_name), (0, b""))[1][:HEAD_BYTES])
             if found in (GZIP, ZSTD):
-                return Format(f"compressed twice, the second time by {found.name}", "unpack it once")
+                return FileFormat(f"compressed twice, the second time by {found.name}", "unpack it once")
         elif kind == "jsonl" and named is not None and head and (found is None or found.kind == kind):
-            return Format(f"not {named.name}, although its name says so", "rename it")
+            return FileFormat(f"not {named.name}, although its name says so", "rename it")
     except Exception:  # whatever a driver or a decompressor raises: the error that is to be explained says it
         return None
     if found in (GZIP, ZSTD) and kind != "jsonl":
-        return found._replace(way_out="unpack it")  # columns are compressed inside their file
+        return found._replace(remedy="unpack it")  # columns are compressed inside their file
     return None if found is None or found.kind == kind else found
 
 
-def _leaving_out(found: Format) -> str:
-    return found.way_out if "exclude" in found.way_out else f"{found.way_out}, or leave it out with `exclude`"
+def _leaving_out(found: FileFormat) -> str:
+    return found.remedy if "exclude" in found.remedy else f"{found.remedy}, or leave it out with `exclude`"
 
 
-def _packing(name: str) -> Format | None:
+def _packing(name: str) -> FileFormat | None:
     """How a file of this name is compressed."""
     return GZIP if name.lower().endswith(".gz") else ZSTD if name.lower().endswith(".zst") else None
 
 
-def is_packed(name: str) -> bool:
+def is_compressed(name: str) -> bool:
     """Whether a file of this name is compressed as a whole, so that it can be read from its beginning only."""
     return _packing(name) is not None
 
@@ -277,11 +287,11 @@ def _parse(line: str, where: Callable[[], str], file: SourceFile) -> dict[str, A
         if isinstance(row, dict):
             return row
         problem = f"every line must be a JSON object, this one is a {type(row).__name__}"
-    found = other_format(file, "jsonl")
-    raise DataError(f"{where()}: {problem}; {f'the file is {found.name}: {found.way_out}' if found else _MEND}")
+    found = detect_other_format(file, "jsonl")
+    raise DataError(f"{where()}: {problem}; {f'the file is {found.name}: {found.remedy}' if found else _MEND}")
 
 
-def wanted_columns(there: Iterable[str], where: str, source: SourceConfig) -> list[str]:
+def columns_to_read(there: Iterable[str], where: str, source: SourceConfig) -> list[str]:
     """The columns to read, of those that are there; metadata may be absent.
 
     Raises:
@@ -308,7 +318,7 @@ def _few(names: list[str]) -> str:
     return f"{few} and {len(names) - 20} more" if len(names) > 20 else few or "nothing"
 
 
-def fields_of(
+def extract_fields(
     row: Mapping[str, Any], where: Callable[[], str], source: SourceConfig
 ) -> tuple[str | None, str, dict[str, object]]:  # Any: JSON holds anything
     """(id or None, text, metadata) of a row of named values."""
@@ -316,7 +326,7 @@ def fields_of(
         text = row[source.text_field]
         identity = row[source.id_field] if source.id_field else None
     except KeyError:
-        wanted_columns(row, where(), source)
+        columns_to_read(row, where(), source)
         raise
     if not isinstance(text, str | None):
         raise DataError(
@@ -326,7 +336,7 @@ def fields_of(
     return None if identity is None else str(identity), text or "", metadata
 
 
-def decode(raw: bytes, encoding: str = "utf-8") -> tuple[str, int]:
+def decode_bytes(raw: bytes, encoding: str = "utf-8") -> tuple[str, int]:
     """(text, how many of its characters are U+FFFD in place of bytes that could not be decoded)."""
     try:
         return raw.decode(encoding), 0
@@ -335,7 +345,7 @@ def decode(raw: bytes, encoding: str = "utf-8") -> tuple[str, int]:
         return text, len(text) - len(raw.decode(encoding, "ignore"))
 
 
-def document(name: str, text: str, origin: str, metadata: Mapping[str, object], lost: int, read: int) -> Document:
+def make_document(name: str, text: str, origin: str, metadata: Mapping[str, object], lost: int, read: int) -> Document:
     """The document, its bytes counted, and valid Unicode: JSON may spell half a surrogate pair, which no tokenizer takes.
 
     `lost` counts the characters that could not be decoded, perhaps of the metadata.

@@ -17,7 +17,7 @@ from fsspec.utils import glob_translate
 
 FileInfo = dict[str, Any]  # Any: every file system adds entries of its own; `name`, `type` and `size` are always there
 
-NOWHERE = "nowhere"
+BROKEN_LINK = "nowhere"
 """The `type` of a link that leads nowhere."""
 
 
@@ -35,18 +35,18 @@ def walk(
         leads: whether to look into a folder.
     """
     found: dict[str, FileInfo] = {}
-    folders: list[tuple[str, tuple[str, ...]]] = [(root, (real_folder(fs, root),))]
+    folders: list[tuple[str, tuple[str, ...]]] = [(root, (resolve_folder(fs, root),))]
     while folders:
         folder, above = folders.pop()
         for listed in fs.ls(folder, detail=True):
             path = listed["name"].rstrip("/")
-            if path == folder.rstrip("/") or is_excluded(below(root, path), exclude):
+            if path == folder.rstrip("/") or is_excluded(relative_path(root, path), exclude):
                 continue
             info = _followed(fs, path, listed)
             if info["type"] != "directory":
                 found[path] = info
             elif (
-                leads(path) and (real := real_folder(fs, path)) not in above
+                leads(path) and (real := resolve_folder(fs, path)) not in above
             ):  # a link to a folder above would lead round for ever
                 folders.append((path, (*above, real)))
     return found
@@ -66,7 +66,7 @@ def find_glob(fs: fsspec.AbstractFileSystem, glob: str, exclude: tuple[str, ...]
         depth = folder.count("/") + 1
         return "**" in parts[:depth] or (depth < len(parts) and _match("/".join(parts[:depth]), folder))
 
-    return {path: info for path, info in walk(fs, fixed_part(glob), exclude, leads).items() if _match(glob, path)}
+    return {path: info for path, info in walk(fs, glob_root(glob), exclude, leads).items() if _match(glob, path)}
 
 
 def _lists_flat(fs: fsspec.AbstractFileSystem) -> bool:
@@ -87,22 +87,22 @@ def _followed(fs: fsspec.AbstractFileSystem, path: str, listed: FileInfo) -> Fil
         info: FileInfo = fs.info(path)
     except OSError as error:
         if isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP:
-            return {**listed, "type": NOWHERE}
+            return {**listed, "type": BROKEN_LINK}
         raise
     return info
 
 
-def real_folder(fs: fsspec.AbstractFileSystem, folder: str) -> str:
+def resolve_folder(fs: fsspec.AbstractFileSystem, folder: str) -> str:
     """A folder's path without links; only a local file system tells."""
     return os.path.realpath(folder or "/") if isinstance(fs, LocalFileSystem) else folder
 
 
-def below(root: str, path: str) -> str:
+def relative_path(root: str, path: str) -> str:
     """A path without the folder it lies in."""
     return path.removeprefix(root.rstrip("/") + "/")
 
 
-def fixed_part(glob: str) -> str:
+def glob_root(glob: str) -> str:
     """The folder in front of a glob's first wildcard."""
     parts = PurePosixPath(glob).parts
     wild = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))

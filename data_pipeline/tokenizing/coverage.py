@@ -1,4 +1,4 @@
-"""What a tokenizer does to text that it does not know, told from its `tokenizer.json`. `losses.py` counts how often it did.
+"""What a tokenizer does to text that it does not know, told from its `tokenizer.json`. `unknown_text.py` counts how often it did.
 
 Three things may happen to a character without an id: an unknown token stands for it, byte tokens spell it, or it vanishes. Apart
 from that, normalizers and some pre-tokenizers change the text itself before the model sees it.
@@ -15,7 +15,7 @@ from data_pipeline.tokenizing.tokenizer_formats import byte_characters
 
 UNKNOWN = "has unknown tokens"
 LOST = "lost characters"
-NOTHING = "encodes to nothing"
+NO_TOKENS = "encodes to nothing"
 """What the manifest calls documents that a tokenizer did not know, in part or as a whole."""
 
 _IN_UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
@@ -34,31 +34,31 @@ class Coverage:
     unknown_token: str | None
     missing_bytes: int | None
     """How many of the 243 bytes of UTF-8 have no token; None where it does not work on bytes at all."""
-    vanishes: bool
+    drops_unknown: bool
     """The model drops what it does not know; other models without an unknown token refuse the text."""
-    changes: tuple[str, ...]
+    text_changes: tuple[str, ...]
     """What it does to a text before its model sees it, a few words each."""
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Every character has ids."""
         return self.missing_bytes == 0
 
     @property
-    def lossy(self) -> bool:
+    def is_lossy(self) -> bool:
         """There is neither an id for every character nor one for unknown ones."""
-        return not self.complete and self.unknown_id is None
+        return not self.is_complete and self.unknown_id is None
 
     def describe(self) -> str:
         """What becomes of characters that have no id, in words."""
-        if self.complete:
+        if self.is_complete:
             return "none: every byte of UTF-8 has a token"
-        if not self.lossy:
+        if not self.is_lossy:
             return f"become {self.unknown_token}"
-        return "vanish" if self.vanishes else "are refused"
+        return "vanish" if self.drops_unknown else "are refused"
 
 
-def coverage_of(config: Mapping[str, Any]) -> Coverage:
+def analyze_coverage(config: Mapping[str, Any]) -> Coverage:
     """What the tokenizer of the contents of a `tokenizer.json` does to text that it does not know."""
     model = config["model"]
     ids = (
@@ -70,8 +70,8 @@ def coverage_of(config: Mapping[str, Any]) -> Coverage:
         unknown_id=unknown_id,
         unknown_token=unknown_token,
         missing_bytes=_missing_bytes(config, ids),
-        vanishes=_kind(model) == "BPE",
-        changes=tuple(_changes(config)),
+        drops_unknown=_kind(model) == "BPE",
+        text_changes=tuple(_changes(config)),
     )
 
 
@@ -83,11 +83,13 @@ def check_coverage(coverage: Coverage, name: str, allow_lossy: bool) -> None:
         name: where it was loaded from.
         allow_lossy: the user has asked for such a tokenizer.
     """
-    if allow_lossy or not coverage.lossy:
+    if allow_lossy or not coverage.is_lossy:
         return
     lacking = f" ({coverage.missing_bytes} of the 243 bytes of UTF-8 are missing)" if coverage.missing_bytes else ""
     then, why = (
-        ("vanish", "prepare without them") if coverage.vanishes else ("stop the preparation", "try it all the same")
+        ("vanish", "prepare without them")
+        if coverage.drops_unknown
+        else ("stop the preparation", "try it all the same")
     )
     raise DataError(
         f"data.tokenizer={name} has neither an unknown token nor all bytes{lacking}: characters that it does not know would {then}; "
@@ -95,14 +97,14 @@ def check_coverage(coverage: Coverage, name: str, allow_lossy: bool) -> None:
     )
 
 
-def notes_on(coverage: Coverage) -> list[str]:
+def coverage_notes(coverage: Coverage) -> list[str]:
     """What whoever prepares data should know of its tokenizer, a line each."""
     notes = []
-    if coverage.changes:
+    if coverage.text_changes:
         notes.append(
-            f"the tokenizer changes text before it encodes it: {'; '.join(coverage.changes)}. Tokens decode to the changed text"
+            f"the tokenizer changes text before it encodes it: {'; '.join(coverage.text_changes)}. Tokens decode to the changed text"
         )
-    if coverage.lossy:
+    if coverage.is_lossy:
         notes.append(
             f"the tokenizer has neither an unknown token nor all bytes: characters that it does not know {coverage.describe()}"
         )
@@ -123,7 +125,11 @@ def _missing_bytes(config: Mapping[str, Any], ids: Mapping[str, int]) -> int | N
     ways = []
     if model.get("byte_fallback"):
         ways.append(_FALLBACK)
-    if any(step.get("type") == "ByteLevel" for part in ("normalizer", "pre_tokenizer") for step in steps(config, part)):
+    if any(
+        step.get("type") == "ByteLevel"
+        for part in ("normalizer", "pre_tokenizer")
+        for step in pipeline_steps(config, part)
+    ):
         letters = byte_characters()
         ways.append([letters[byte] for byte in _IN_UTF8])
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
@@ -142,7 +148,7 @@ def _missing_bytes(config: Mapping[str, Any], ids: Mapping[str, int]) -> int | N
 
 def _changes(config: Mapping[str, Any]) -> Iterator[str]:
     """What changes the text before the model sees it."""
-    for step in steps(config, "normalizer"):
+    for step in pipeline_steps(config, "normalizer"):
         kind = step.get("type")
         if kind == "Replace":
             yield f"Replace {_pattern(step)} by {step['content']!r}"
@@ -163,7 +169,7 @@ def _changes(config: Mapping[str, Any]) -> Iterator[str]:
                 yield f"BertNormalizer ({', '.join(on)})"
         elif kind in _CHANGING:
             yield kind
-    for step in steps(config, "pre_tokenizer"):
+    for step in pipeline_steps(config, "pre_tokenizer"):
         kind = step.get("type")
         if kind in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer"):
             yield f"{kind} drops white space"
@@ -187,7 +193,7 @@ def _pattern(step: Mapping[str, Any]) -> str:
     return repr(next(iter(step["pattern"].values()))).replace("\\\\", "\\")
 
 
-def steps(config: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]]:
+def pipeline_steps(config: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer, sequences taken apart."""
 
     def walk(step: dict[str, Any]) -> Iterator[dict[str, Any]]:

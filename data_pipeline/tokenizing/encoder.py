@@ -150,7 +150,7 @@ def _failing(what: str) -> Iterator[None]:
         raise GigaFailedError(f"gigatoken {what} ({lines[0][:200]})") from None
 
 
-def fastest_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Encoder, str]:
+def select_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Encoder, str]:
     """(encoder, why this one): gigatoken where its ids are those of the reference on `sample` and on strings known to be hard.
 
     Gigatoken is loaded, and checked on the hard strings, once a process; so a check on another sample costs little more than
@@ -171,10 +171,10 @@ def fastest_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Encode
 def _checked_giga(tokenizer: Tokenizer) -> tuple[GigaEncoder | None, str]:
     """(gigatoken, the hard strings that it agrees on), or (None, what is wrong with it)."""
     if (
-        not tokenizer.coverage.complete
+        not tokenizer.coverage.is_complete
     ):  # it may load it, and then differ where a byte is missing that no string here has
         return None, "gigatoken works on bytes, and not every byte has a token"
-    hard = [*HARD_STRINGS, *hard_strings_of(json.loads(tokenizer.to_json()))]
+    hard = [*HARD_STRINGS, *hard_strings_for(json.loads(tokenizer.to_json()))]
     try:
         giga = GigaEncoder(tokenizer)
         _check_ids(giga, ReferenceEncoder(tokenizer), hard)
@@ -193,7 +193,7 @@ def _check_ids(giga: GigaEncoder, reference: ReferenceEncoder, texts: Sequence[s
     raise GigaFailedError(f"gigatoken gives other ids, first for {wrong[:60]!r}")
 
 
-def hard_strings_of(config: Mapping[str, Any]) -> list[str]:
+def hard_strings_for(config: Mapping[str, Any]) -> list[str]:
     """Texts with the added tokens of a tokenizer: alone, inside words, cut short, and each special one overlapping another token.
 
     As many as the tokens have characters, at most, and six for each token.

@@ -60,18 +60,18 @@ class SplitWriter:
     _lengths: list[NDArray[np.int32]] = field(default_factory=list)
     _n_held: int = 0
 
-    def drop(self, reason: str) -> None:
+    def count_dropped(self, reason: str) -> None:
         """Count a document that is left out."""
         self.dropped[reason] += 1
 
-    def note(
+    def count_kept(
         self, document: Document, repairs: Sequence[str], *, marked: bool, unknown: int = 0, lost: int = 0
     ) -> None:
         """Count a document that will be added, with `unknown` tokens for what the tokenizer does not know, or `lost` characters."""
         self.documents += 1
         self.text_bytes += document.n_bytes
         self.repaired.update(repairs)
-        if document.repaired:
+        if document.had_invalid_unicode:
             self.repaired["invalid Unicode"] += 1
         if marked:
             self.marked[CONTAMINATED] += 1

@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from data_pipeline.cleaning.clean import build_editor, digest_of, read_judged
+from data_pipeline.cleaning.clean import build_editor, read_with_verdicts, verdicts_digest
 from data_pipeline.cleaning.rejects import REJECTS, RejectWriter
 from data_pipeline.errors import DataError, one_line
 from data_pipeline.records import read_record, write_record
@@ -25,11 +25,11 @@ from data_pipeline.storage.manifest import SPLITS, Record
 from data_pipeline.storage.shard_writer import is_whole
 from data_pipeline.text.chunks import Chunk
 from data_pipeline.text.sources import Document
-from data_pipeline.tokenizing.coverage import NOTHING
-from data_pipeline.tokenizing.encoder import Encoder, fastest_encoder
-from data_pipeline.tokenizing.losses import LossCounter
+from data_pipeline.tokenizing.coverage import NO_TOKENS
+from data_pipeline.tokenizing.encoder import Encoder, select_encoder
 from data_pipeline.tokenizing.split_writer import SplitResult, SplitWriter
 from data_pipeline.tokenizing.tokenizer import Tokenizer, document_hash, load_tokenizer
+from data_pipeline.tokenizing.unknown_text import UnknownTextCounter
 from data_pipeline.workers import Done, Tell
 
 _SAMPLE_CHARACTERS = 64 << 10
@@ -62,7 +62,7 @@ class ChunkResult(Record):
 
 
 @dataclass(frozen=True)
-class Tokenizing:
+class TokenizeSetup:
     """What is the same for all chunks."""
 
     config: PrepareConfig
@@ -94,12 +94,12 @@ class TokenizeJob:
         return self.chunk.name
 
 
-def place(document: Document) -> float:
+def uniform_hash(document: Document) -> float:
     """A document's place in [0, 1], by the hash of its name: independent of order, settings and everything else."""
     return document_hash(f"{document.source}\0{document.id}", salt=0) / 2**64
 
 
-def begin_tokenizing(setup: Tokenizing) -> Callable[[TokenizeJob, Tell], ChunkResult]:
+def create_tokenizer_worker(setup: TokenizeSetup) -> Callable[[TokenizeJob, Tell], ChunkResult]:
     """What does the jobs of one process. The tokenizer is loaded once.
 
     The function that is returned reads a chunk, encodes what is kept, and writes its shards to `<work>/train` and `<work>/validation`,
@@ -114,27 +114,27 @@ def begin_tokenizing(setup: Tokenizing) -> Callable[[TokenizeJob, Tell], ChunkRe
     editors = functools.cache(lambda index: build_editor(setup.config.all_sources[index], setup.config))
 
     def do(job: TokenizeJob, tell: Tell) -> ChunkResult:
-        key = xxhash.xxh3_128_hexdigest(f"{job.key} {digest_of(job.verdicts)}".encode())
+        key = xxhash.xxh3_128_hexdigest(f"{job.key} {verdicts_digest(job.verdicts)}".encode())
         there = _finished(setup, job.name, key)
         if there is not None:
             tell(Done(there.read, job.chunk.bytes or 0, there.tokens))
             return there
-        result = _tokenize_chunk(setup, job, key, tokenizer, editors(job.chunk.index), tell)
+        result = _tokenize_chunk(setup, job, key, tokenizer, editors(job.chunk.source_index), tell)
         write_record(_result_file(setup, job.name), result.model_dump_json().encode())
         return result
 
     return do
 
 
-def _result_file(setup: Tokenizing, name: str) -> Path:
+def _result_file(setup: TokenizeSetup, name: str) -> Path:
     return setup.done / f"{name}.result"
 
 
-def _rejects_file(setup: Tokenizing, name: str) -> Path:
+def _rejects_file(setup: TokenizeSetup, name: str) -> Path:
     return setup.work / REJECTS / f"{name}.jsonl.zst"
 
 
-def _finished(setup: Tokenizing, name: str, key: str) -> ChunkResult | None:
+def _finished(setup: TokenizeSetup, name: str, key: str) -> ChunkResult | None:
     """The result of an earlier attempt if it was decided by the same, and its files are whole."""
     try:
         result = ChunkResult.model_validate_json(read_record(_result_file(setup, name)) or b"")
@@ -147,7 +147,7 @@ def _finished(setup: Tokenizing, name: str, key: str) -> ChunkResult | None:
 
 
 def _tokenize_chunk(
-    setup: Tokenizing,
+    setup: TokenizeSetup,
     job: TokenizeJob,
     key: str,
     tokenizer: Tokenizer,
@@ -160,20 +160,20 @@ def _tokenize_chunk(
     encoder: Encoder | None = None
     why, lowest, read = "", 2.0, 0
     with RejectWriter(_rejects_file(setup, chunk.name) if setup.keep_rejects else None) as rejects:
-        for batch in read_judged(chunk, config.all_sources[chunk.index], job.verdicts, tell):
+        for batch in read_with_verdicts(chunk, config.all_sources[chunk.source_index], job.verdicts, tell):
             kept: list[_Kept] = []
             for document, reason, marked in batch:
-                here = place(document)
+                here = uniform_hash(document)
                 split = splits["validation" if here < job.fraction else "train"]
                 if reason is not None:
-                    split.drop(reason)
+                    split.count_dropped(reason)
                     rejects.write(document, reason)
                     continue
                 edited, repairs = edit(document)
                 kept.append(_Kept(split, document, edited, repairs, marked, here))
             if kept:
                 if encoder is None:
-                    encoder, why = fastest_encoder(tokenizer, tuple(_sample(entry.edited for entry in kept)))
+                    encoder, why = select_encoder(tokenizer, tuple(_sample(entry.edited for entry in kept)))
                 written, n_tokens = _encode(encoder, counter, kept, rejects, tokenizer.eot_id)
                 lowest = min([lowest, *(entry.place for entry in written)])
                 tell(Done(tokens=n_tokens))
@@ -204,9 +204,9 @@ class _Kept(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _counter(tokenizer: Tokenizer) -> LossCounter:
+def _counter(tokenizer: Tokenizer) -> UnknownTextCounter:
     """Made once a process."""
-    return LossCounter(tokenizer)
+    return UnknownTextCounter(tokenizer)
 
 
 def _sample(documents: Iterator[Document]) -> Iterator[str]:
@@ -220,7 +220,7 @@ def _sample(documents: Iterator[Document]) -> Iterator[str]:
 
 
 def _encode(
-    encoder: Encoder, counter: LossCounter, kept: Sequence[_Kept], rejects: RejectWriter, eot_id: int
+    encoder: Encoder, counter: UnknownTextCounter, kept: Sequence[_Kept], rejects: RejectWriter, eot_id: int
 ) -> tuple[list[_Kept], int]:
     """Encode a batch and hand each document with its end-of-text token to its split: (the documents that have tokens, all tokens)."""
     ids, offsets = _ids(encoder, [entry.edited for entry in kept])
@@ -230,11 +230,11 @@ def _encode(
     rows = zip(kept, lengths.tolist(), losses.unknown.tolist(), losses.lost.tolist(), strict=True)
     for entry, length, unknown, lost in rows:
         if length:
-            entry.split.note(entry.edited, entry.repairs, marked=entry.marked, unknown=unknown, lost=lost)
+            entry.split.count_kept(entry.edited, entry.repairs, marked=entry.marked, unknown=unknown, lost=lost)
             written.append(entry)
         else:
-            entry.split.drop(NOTHING)
-            rejects.write(entry.document, NOTHING)
+            entry.split.count_dropped(NO_TOKENS)
+            rejects.write(entry.document, NO_TOKENS)
     if not written:
         return written, 0
     lengths = lengths[lengths > 0] + 1

@@ -20,15 +20,15 @@ from tokenizers import models, pre_tokenizers, trainers
 from data_pipeline.durable import write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.text.sources import Document
-from data_pipeline.tokenizing.coverage import Coverage, coverage_of
+from data_pipeline.tokenizing.coverage import Coverage, analyze_coverage
 from data_pipeline.tokenizing.tokenizer_formats import (
     BYTE_LEVEL_DECODER,
     END_OF_TEXT,
-    SPLIT,
+    SPLIT_PATTERN,
     byte_level,
-    config_of,
-    keep_apart,
-    read_config,
+    make_tokenizer_config,
+    read_tokenizer_config,
+    split_special_tokens,
 )
 
 KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|eot_id|>", "[EOS]")
@@ -82,10 +82,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         DataError: it is missing, broken or unknown, or it has no end-of-text token that we know.
     """
-    file, config = read_config(path)
+    file, config = read_tokenizer_config(path)
     backend = build_backend(config, file)
     if within_reach := _within_reach(config, backend):
-        config = keep_apart(config, within_reach)
+        config = split_special_tokens(config, within_reach)
         backend = build_backend(config, file)
     special = {token.content: number for number, token in backend.get_added_tokens_decoder().items() if token.special}
     end = next((name for name in KNOWN_END_TOKENS if name in special), None)
@@ -97,7 +97,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
     text = json.dumps(config, ensure_ascii=False, separators=(",", ":")) + "\n"
-    return Tokenizer(backend, vocab_size, special[end], xxhash.xxh3_128_hexdigest(canonical), coverage_of(config), text)
+    return Tokenizer(
+        backend, vocab_size, special[end], xxhash.xxh3_128_hexdigest(canonical), analyze_coverage(config), text
+    )
 
 
 def build_backend(config: Mapping[str, Any], file: Path | str) -> tokenizers.Tokenizer:
@@ -154,11 +156,13 @@ def train_tokenizer(
     def counted() -> Iterator[str]:
         nonlocal n_cut
         for text in texts:
-            n_cut += long_pieces(text)
+            n_cut += count_long_pieces(text)
             yield text
 
     model = _train_bpe(counted(), vocab_size) if kind == "bpe" else _train_unigram(counted(), vocab_size)
-    config = config_of({END_OF_TEXT: 0}, model, pre_tokenizer=byte_level(SPLIT), decoder=BYTE_LEVEL_DECODER)
+    config = make_tokenizer_config(
+        {END_OF_TEXT: 0}, model, pre_tokenizer=byte_level(SPLIT_PATTERN), decoder=BYTE_LEVEL_DECODER
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     write_synced(temporary, (json.dumps(config, ensure_ascii=False, indent=1) + "\n").encode())
@@ -168,7 +172,7 @@ def train_tokenizer(
     return replace(load_tokenizer(file), notes=(cut,) if n_cut else ())
 
 
-def long_pieces(text: str) -> int:
+def count_long_pieces(text: str) -> int:
     """How many pieces of `text` the trainer would get uncut that are longer than MAX_PIECE characters."""
     if len(text) <= MAX_PIECE:
         return 0
@@ -183,7 +187,9 @@ def long_pieces(text: str) -> int:
 
 def _untrained() -> tokenizers.Tokenizer:
     empty = {"type": "BPE", "vocab": {}, "merges": []}
-    return tokenizers.Tokenizer.from_str(json.dumps(config_of({}, empty, pre_tokenizer=byte_level(SPLIT, MAX_PIECE))))
+    return tokenizers.Tokenizer.from_str(
+        json.dumps(make_tokenizer_config({}, empty, pre_tokenizer=byte_level(SPLIT_PATTERN, MAX_PIECE)))
+    )
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from data_pipeline.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """Where a token may not cross: the published pattern of GPT-4 and Llama 3 (arXiv:2407.21783). Digits go in threes, and line
 breaks with their indentation, which shortens source code by 5% against the pattern of GPT-2."""
 
@@ -37,11 +37,11 @@ _FEW = 256
 
 _MIDDLES = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 
-TIKTOKEN: dict[str, tuple[str | None, dict[str, int]]] = {
+TIKTOKEN_ENCODINGS: dict[str, tuple[str | None, dict[str, int]]] = {
     "r50k_base": (None, {END_OF_TEXT: 50256}),
     "p50k_base": (None, {END_OF_TEXT: 50256}),
     "cl100k_base": (
-        SPLIT,
+        SPLIT_PATTERN,
         {END_OF_TEXT: 100257} | dict(zip(_MIDDLES, range(100258, 100261), strict=True)) | {"<|endofprompt|>": 100276},
     ),
     "o200k_base": (_SPLIT_O200K, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
@@ -49,7 +49,7 @@ TIKTOKEN: dict[str, tuple[str | None, dict[str, int]]] = {
 """What a file of ranks does not say, by its name: the pattern (none: the one of GPT-2) and the special tokens, as OpenAI published them."""
 
 
-def read_config(path: Path) -> tuple[Path, dict[str, Any]]:
+def read_tokenizer_config(path: Path) -> tuple[Path, dict[str, Any]]:
     """(file, its tokenizer as the contents of a `tokenizer.json`) of a file, or of a folder, where `tokenizer.json` goes first.
 
     Raises:
@@ -103,7 +103,7 @@ def byte_level(pattern: str | None, max_piece: int | None = None) -> dict[str, A
 BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def config_of(special: Mapping[str, int], model: Mapping[str, Any], **parts: object) -> dict[str, Any]:
+def make_tokenizer_config(special: Mapping[str, int], model: Mapping[str, Any], **parts: object) -> dict[str, Any]:
     """The contents of a `tokenizer.json`; `parts` are its normalizer, pre_tokenizer and decoder."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": number, "content": name} | flags for name, number in special.items()]
@@ -122,10 +122,10 @@ def from_tiktoken(raw: bytes, file: Path) -> dict[str, Any]:
 
     Any two neighbours that together are a token may merge, the lowest rank first; so every way to cut a token in two is a merge.
     """
-    if file.stem not in TIKTOKEN:
+    if file.stem not in TIKTOKEN_ENCODINGS:
         raise DataError(
             f"data.tokenizer: {file} holds tiktoken ranks, which do not tell how text is split nor what the special tokens are; known by "
-            f"their file's name are {', '.join(f'{name}.tiktoken' for name in TIKTOKEN)}. Give the tokenizer.json of any other"
+            f"their file's name are {', '.join(f'{name}.tiktoken' for name in TIKTOKEN_ENCODINGS)}. Give the tokenizer.json of any other"
         )
     try:
         lines = [line.split() for line in raw.splitlines() if line.strip()]
@@ -134,7 +134,7 @@ def from_tiktoken(raw: bytes, file: Path) -> dict[str, Any]:
         raise DataError(f"data.tokenizer: {file} is not a file of tiktoken ranks: {error}") from None
     if missing := 256 - sum(len(token) == 1 for token in ranks):
         raise DataError(f"data.tokenizer: {file}: {missing} of the 256 bytes have no rank; the file is not whole")
-    pattern, special = TIKTOKEN[file.stem]
+    pattern, special = TIKTOKEN_ENCODINGS[file.stem]
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
@@ -143,7 +143,7 @@ def from_tiktoken(raw: bytes, file: Path) -> dict[str, Any]:
     spelt = {token: "".join(map(spell.__getitem__, token)) for token in ranks}
     vocab = {spelt[token]: rank for token, rank in ranks.items()} | special
     model = _bpe(vocab, ([spelt[left], spelt[right]] for left, right in merges), ignore_merges=True)
-    return config_of(special, model, pre_tokenizer=byte_level(pattern), decoder=BYTE_LEVEL_DECODER)
+    return make_tokenizer_config(special, model, pre_tokenizer=byte_level(pattern), decoder=BYTE_LEVEL_DECODER)
 
 
 def byte_characters() -> dict[int, str]:
@@ -198,7 +198,7 @@ def from_sentencepiece(raw: bytes, file: Path) -> dict[str, Any]:
     spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     decoder = {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]}
     cut = _split("|".join(map(_literal, of_user))) if of_user else None
-    return config_of(special, body, normalizer=_normalizer(model), pre_tokenizer=cut, decoder=decoder)
+    return make_tokenizer_config(special, body, normalizer=_normalizer(model), pre_tokenizer=cut, decoder=decoder)
 
 
 def _parse_sentencepiece(
@@ -242,7 +242,7 @@ def _merges_of(scores: Mapping[str, float]) -> list[list[str]]:
     return merges
 
 
-def keep_apart(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def split_special_tokens(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """A tokenizer whose model never gets to see one of `names` whole: a last cut of the text goes through each after its first character.
 
     For the special and byte pieces in the vocabulary of a model that would otherwise find them in a text. The same again changes nothing.

@@ -15,8 +15,8 @@ from data_pipeline.errors import DataError, redact
 from data_pipeline.settings import PrepareConfig, SourceConfig, source_names
 from data_pipeline.storage.token_files import list_token_files, token_paths
 from data_pipeline.storage.tokenized import trusted_places
-from data_pipeline.text.chunks import cut, read_chunk
-from data_pipeline.text.files import data_set_version, describe_paths, list_files
+from data_pipeline.text.chunks import read_chunk, split_into_chunks
+from data_pipeline.text.files import dataset_version, list_files, summarize_paths
 
 REDACTED = {
     "s3://key:secret@host/x.jsonl": "s3://***:***@host/x.jsonl",
@@ -139,9 +139,9 @@ def test_a_query_hides_no_packing_and_a_name_in_an_address_no_secret(monkeypatch
         ("web://h/d/y.jsonl.gz", "web://h/d/y.jsonl.gz"),
     ):
         source = SourceConfig(kind="jsonl", paths=(address,))
-        (chunk,) = cut(0, "s", source, list_files(source), 1)
+        (chunk,) = split_into_chunks(0, "s", source, list_files(source), 1)
         assert [(document.id, document.text) for document in read_chunk(chunk, source)] == [(f"{name}@0", "a")]
-    assert describe_paths(["web://h/d/y.jsonl.gz?token=jsonl"]) == "1 file (1 .jsonl.gz), y.jsonl.gz"
+    assert summarize_paths(["web://h/d/y.jsonl.gz?token=jsonl"]) == "1 file (1 .jsonl.gz), y.jsonl.gz"
 
 
 @pytest.mark.parametrize(
@@ -184,9 +184,9 @@ def test_every_kind_of_source_is_found_by_variables(tmp_path: Path, monkeypatch:
     assert trusted_places(PrepareConfig(sources=(megatron, prepared))) == [tmp_path / "x.bin", tmp_path / "p"]
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
     saved = SourceConfig(kind="hf", paths=("${DATA}/saved",))
-    (chunk,) = cut(0, "s", saved, [], 1)
+    (chunk,) = split_into_chunks(0, "s", saved, [], 1)
     assert [document.text for document in read_chunk(chunk, saved)] == ["a"]
-    assert data_set_version("${DATA}/saved") == data_set_version(f"{tmp_path}/saved") != ""
+    assert dataset_version("${DATA}/saved") == dataset_version(f"{tmp_path}/saved") != ""
     for kind in ("prepared", "olmo"):
         elsewhere = SourceConfig.model_validate({"kind": kind, "paths": ["${ELSEWHERE}/x"]})
         with pytest.raises(
@@ -231,7 +231,7 @@ def test_a_driver_that_tells_the_password_is_concealed(monkeypatch: pytest.Monke
         source = SourceConfig(kind="text", paths=(address,))
         files = list_files(source)
         assert [file.name for file in files] == ["a.txt", "broken.txt"]
-        (chunk,) = cut(0, "docs", source, files, 1000)
+        (chunk,) = split_into_chunks(0, "docs", source, files, 1000)
         documents = read_chunk(chunk, source)
         assert next(documents).text == "the first"
         with pytest.raises(DataError) as caught:

@@ -16,12 +16,12 @@ from data_pipeline.tokenizing.tokenizer import (
     Tokenizer,
     _train_bpe,
     _untrained,
+    count_long_pieces,
     load_tokenizer,
-    long_pieces,
     sample_texts,
     train_tokenizer,
 )
-from data_pipeline.tokenizing.tokenizer_formats import SPLIT, byte_level, config_of
+from data_pipeline.tokenizing.tokenizer_formats import SPLIT_PATTERN, byte_level, make_tokenizer_config
 
 TEXTS = [f"def step_{i}(loss, rate):\n    return loss * {i} - rate\n" for i in range(300)]
 
@@ -118,7 +118,11 @@ def test_the_trainer_gets_no_piece_longer_than_max_piece(name: str) -> None:
     assert "".join(pieces) == text
     assert max(map(len, pieces)) == MAX_PIECE
     control = tokenizers.Tokenizer.from_str(
-        json.dumps(config_of({}, {"type": "BPE", "vocab": {}, "merges": []}, pre_tokenizer=byte_level(SPLIT)))
+        json.dumps(
+            make_tokenizer_config(
+                {}, {"type": "BPE", "vocab": {}, "merges": []}, pre_tokenizer=byte_level(SPLIT_PATTERN)
+            )
+        )
     )
     assert max(stop - start for _, (start, stop) in control.pre_tokenizer.pre_tokenize_str(text)) >= len(RUNS[name])
 
@@ -169,7 +173,7 @@ def test_the_tokenizer_of_ordinary_text_is_the_one_without_any_cut(
     ],
 )
 def test_long_pieces_are_counted(text: str, count: int) -> None:
-    assert long_pieces(text) == long_pieces(f"x {text}\ny") == count
+    assert count_long_pieces(text) == count_long_pieces(f"x {text}\ny") == count
 
 
 def test_a_file_and_its_folder_load_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import DataError
 from data_pipeline.settings import SourceConfig
 from data_pipeline.text import sources
-from data_pipeline.text.chunks import Chunk, cut, read_chunk
+from data_pipeline.text.chunks import Chunk, read_chunk, split_into_chunks
 from data_pipeline.text.files import list_files
 from data_pipeline.text.sources import Document
 
@@ -29,7 +29,7 @@ def source_of(kind: str, *paths: object, **settings: object) -> SourceConfig:
 
 
 def cut_at(source: SourceConfig, text_bytes: int) -> list[Chunk]:
-    return cut(0, "s", source, list_files(source), text_bytes)
+    return split_into_chunks(0, "s", source, list_files(source), text_bytes)
 
 
 def documents_of(source: SourceConfig, chunks: Sequence[Chunk]) -> list[Document]:
@@ -37,7 +37,7 @@ def documents_of(source: SourceConfig, chunks: Sequence[Chunk]) -> list[Document
     documents: list[Document] = []
     for chunk in pickle.loads(pickle.dumps(chunks)):
         found = list(read_chunk(chunk, source))
-        reads = [document.read for document in found]
+        reads = [document.bytes_read for document in found]
         assert reads == sorted(reads)
         assert all(0 <= read <= chunk.bytes for read in reads)
         documents += [replace(document, read=0) for document in found]
@@ -172,7 +172,7 @@ def test_small_files_go_together_and_large_ones_are_cut(tmp_path: Path) -> None:
     (tmp_path / "6.jsonl.gz").write_bytes(bytes(30))  # taken for 120
     source = source_of("jsonl", tmp_path)
     parts = [
-        [(part.file.name, part.start, part.stop, part.bytes) for part in chunk.parts] for chunk in cut_at(source, 100)
+        [(part.file.name, part.start, part.stop, part.bytes) for part in chunk.slices] for chunk in cut_at(source, 100)
     ]
     assert parts == [
         [("0.jsonl", None, None, 40), ("1.jsonl", None, None, 40)],
@@ -184,9 +184,10 @@ def test_small_files_go_together_and_large_ones_are_cut(tmp_path: Path) -> None:
         [("5.jsonl", None, None, 100)],
         [("6.jsonl.gz", None, None, 30)],
     ]
-    assert [(chunk.name, chunk.index, chunk.bytes) for chunk in cut(3, "web", source, list_files(source), 200)][
-        1:3
-    ] == [
+    assert [
+        (chunk.name, chunk.source_index, chunk.bytes)
+        for chunk in split_into_chunks(3, "web", source, list_files(source), 200)
+    ][1:3] == [
         ("web-00001", 3, 125),
         ("web-00002", 3, 125),
     ]
@@ -209,7 +210,7 @@ def test_a_parquet_file_is_cut_by_the_bytes_of_its_text_alone(tmp_path: Path) ->
     source = source_of("parquet", tmp_path)
     group = pq.read_metadata(tmp_path / "x.parquet").row_group(0)
     assert group.column(0).total_uncompressed_size < 16_000 < 50_000 < group.total_byte_size
-    parts = [[(part.start, part.stop, part.row) for part in chunk.parts] for chunk in cut_at(source, 33_000)]
+    parts = [[(part.start, part.stop, part.row) for part in chunk.slices] for chunk in cut_at(source, 33_000)]
     assert parts == [[(0, 2, 0)], [(2, 4, 2000)]]
 
 
@@ -222,9 +223,9 @@ def test_what_is_read_grows_with_every_block_up_to_the_bytes_of_the_chunk(
     (tmp_path / "b.jsonl").write_bytes(raw)
     source = source_of("jsonl", tmp_path)
     (chunk,) = cut_at(source, WHOLE)
-    assert [document.read for document in read_chunk(chunk, source)] == [40, 40, 60, 63, 103, 103, 123, 126]
+    assert [document.bytes_read for document in read_chunk(chunk, source)] == [40, 40, 60, 63, 103, 103, 123, 126]
     assert chunk.bytes == 126
-    assert [[document.read for document in read_chunk(chunk, source)][-1] for chunk in cut_at(source, 32)] == [
+    assert [[document.bytes_read for document in read_chunk(chunk, source)][-1] for chunk in cut_at(source, 32)] == [
         31,
         32,
         31,
@@ -271,13 +272,13 @@ def test_a_data_set_is_one_chunk_for_each_path(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         pq.write_table(pa.table({"text": [name]}), tmp_path / name / "x.parquet")
     source = source_of("hf", tmp_path / "one", tmp_path / "two")
-    chunks = cut(1, "hub", source, [], 1)
-    assert [(chunk.name, chunk.parts, chunk.bytes) for chunk in chunks] == [
+    chunks = split_into_chunks(1, "hub", source, [], 1)
+    assert [(chunk.name, chunk.slices, chunk.bytes) for chunk in chunks] == [
         ("hub-00000", (), None),
         ("hub-00001", (), None),
     ]
     documents = list(itertools.chain.from_iterable(read_chunk(chunk, source) for chunk in chunks))
-    assert [(document.text, document.source, document.read) for document in documents] == [
+    assert [(document.text, document.source, document.bytes_read) for document in documents] == [
         ("one", "hub", 0),
         ("two", "hub", 0),
     ]

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from data_pipeline.errors import DataError
 from data_pipeline.settings import SourceConfig
 from data_pipeline.text import columnar
-from data_pipeline.text.chunks import cut, read_chunk
+from data_pipeline.text.chunks import read_chunk, split_into_chunks
 from data_pipeline.text.files import list_files
-from data_pipeline.text.sources import Document, reading
+from data_pipeline.text.sources import Document, explain_read_errors
 
 TEXTS = pa.array(["one", "zwei", None])
 ENDINGS = ["parquet", "arrow", "arrows"]
@@ -33,7 +33,9 @@ def read(path: Path, chunk: int = 1 << 30, **more: object) -> list[Document]:
     kind = {".parquet": "parquet", ".arrow": "arrow", ".arrows": "arrow"}.get(path.suffix, "hf")
     source = SourceConfig.model_validate({"kind": kind, "paths": [str(path)], **more})
     return [
-        document for chunk in cut(0, "s", source, list_files(source), chunk) for document in read_chunk(chunk, source)
+        document
+        for chunk in split_into_chunks(0, "s", source, list_files(source), chunk)
+        for document in read_chunk(chunk, source)
     ]
 
 
@@ -260,12 +262,12 @@ def test_an_error_of_a_builtin_kind_counts_as_the_files_only_where_a_reader_rais
             DataError,
             match=r"x: cannot be read, it may be corrupt or out of reach \('Field \"a\" exists 2 times in schema'\)",
         ),
-        reading("x"),
+        explain_read_errors("x"),
     ):
         table.column("a")
-    with pytest.raises(KeyError), reading("x"):
+    with pytest.raises(KeyError), explain_read_errors("x"):
         {}["a"]
-    with pytest.raises(DataError, match="x: reading it takes more memory than there is"), reading("x"):
+    with pytest.raises(DataError, match="x: reading it takes more memory than there is"), explain_read_errors("x"):
         bytearray(1 << 62)
 
 
@@ -351,7 +353,7 @@ def test_a_bad_byte_in_a_dictionary_is_a_repaired_document_as_in_plain_strings(
     plain = read(write(pa.table({"text": words.take(column.indices)}), tmp_path, ending))
     encoded = read(write(pa.table({"text": column}), tmp_path, ending))
     assert [replace(document, read=0) for document in encoded] == [replace(document, read=0) for document in plain]
-    assert [document.repaired for document in encoded] == [False, True, False, False, True]
+    assert [document.had_invalid_unicode for document in encoded] == [False, True, False, False, True]
 
 
 def test_a_dictionary_is_not_looked_through_for_every_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

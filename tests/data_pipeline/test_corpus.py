@@ -51,7 +51,7 @@ def test_every_file_is_in_a_chunk_of_its_source_in_order(folder: Path) -> None:
     assert len(found.chunks) > 30
     assert [chunk.name for chunk in found.chunks] == sorted(chunk.name for chunk in found.chunks)
     for index, source in enumerate(("news", "web")):
-        parts = [part for chunk in found.chunks if chunk.index == index for part in chunk.parts]
+        parts = [part for chunk in found.chunks if chunk.source_index == index for part in chunk.slices]
         assert list(dict.fromkeys(part.file.name for part in parts)) == [f"{i}.jsonl" for i in range(10)]
         assert sum(part.bytes for part in parts) == sum(file.stat().st_size for file in (folder / source).iterdir())
 
@@ -108,7 +108,7 @@ def test_a_file_written_anew_at_the_same_size_changes_the_keys_of_its_chunks_and
     after = corpus(folder)
     changed = {name for name, key in keys(after).items() if keys(before)[name] != key}
     assert changed == {
-        chunk.name for chunk in after.chunks if any(part.file.path.endswith("news/2.jsonl") for part in chunk.parts)
+        chunk.name for chunk in after.chunks if any(part.file.path.endswith("news/2.jsonl") for part in chunk.slices)
     }
     assert 1 < len(changed) < len(after.chunks) / 2
     assert after.recipe(trained_tokenizer=True) == before.recipe(trained_tokenizer=True)

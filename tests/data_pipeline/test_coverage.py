@@ -20,11 +20,11 @@ from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.manifest import MANIFEST, load_manifest
 from data_pipeline.storage.prepared import Prepared
-from data_pipeline.tokenizing.coverage import LOST, NOTHING, UNKNOWN, coverage_of
-from data_pipeline.tokenizing.encoder import GigaEncoder, ReferenceEncoder, fastest_encoder
-from data_pipeline.tokenizing.losses import LossCounter
+from data_pipeline.tokenizing.coverage import LOST, NO_TOKENS, UNKNOWN, analyze_coverage
+from data_pipeline.tokenizing.encoder import GigaEncoder, ReferenceEncoder, select_encoder
 from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
-from data_pipeline.tokenizing.tokenizer_formats import SPLIT, byte_characters, byte_level, config_of
+from data_pipeline.tokenizing.tokenizer_formats import SPLIT_PATTERN, byte_characters, byte_level, make_tokenizer_config
+from data_pipeline.tokenizing.unknown_text import UnknownTextCounter
 
 DOCUMENTS = ["abc abc", "ab 漢字 c", "漢字", "é abc é", "cab"]
 LETTERS = {name: number for number, name in enumerate([END_OF_TEXT, *"abc "])}
@@ -55,7 +55,7 @@ def bpe(vocab: dict[str, int], **settings: object) -> Config:
 
 
 def tokenizer_of(model: Config, **parts: object) -> Config:
-    return config_of({END_OF_TEXT: 0}, model, **parts)
+    return make_tokenizer_config({END_OF_TEXT: 0}, model, **parts)
 
 
 def without(vocab: dict[str, int], *names: str) -> dict[str, int]:
@@ -65,7 +65,9 @@ def without(vocab: dict[str, int], *names: str) -> dict[str, int]:
 def spelt(*missing: int) -> Config:
     """A byte-level BPE without some bytes."""
     names = byte_characters()
-    return tokenizer_of(bpe(without(BYTES, *(names[byte] for byte in missing))), pre_tokenizer=byte_level(SPLIT))
+    return tokenizer_of(
+        bpe(without(BYTES, *(names[byte] for byte in missing))), pre_tokenizer=byte_level(SPLIT_PATTERN)
+    )
 
 
 LOSSY: dict[str, Config] = {
@@ -106,7 +108,7 @@ COMPLETE: dict[str, Config] = {
             end_of_word_suffix="</w>",
             unk_token=END_OF_TEXT,
         ),
-        pre_tokenizer=byte_level(SPLIT),
+        pre_tokenizer=byte_level(SPLIT_PATTERN),
     ),
     "unigram fallback": tokenizer_of(
         {
@@ -157,8 +159,8 @@ def test_unknown_tokens_and_their_documents_are_counted(tmp_path: Path, name: st
 @pytest.mark.parametrize(
     ("name", "documents", "tokens", "dropped", "holding", "lost"),
     [
-        ("characters", 4, 24, {NOTHING: 1}, 2, 4),
-        ("byte fallback of 253", 4, 24, {NOTHING: 1}, 2, 4),
+        ("characters", 4, 24, {NO_TOKENS: 1}, 2, 4),
+        ("byte fallback of 253", 4, 24, {NO_TOKENS: 1}, 2, 4),
         ("253 bytes", 5, 37, {}, 3, 4),  # of 漢 two bytes are left, and 字 is whole; of each é one byte
     ],
 )
@@ -178,7 +180,7 @@ def test_lost_characters_are_counted_where_the_user_asks_for_such_a_tokenizer(
         zstandard.ZstdDecompressor().stream_reader(f.read_bytes()).read() for f in (tmp_path / "data").glob("rejects/*")
     ]
     rows = [json.loads(line) for raw in rejects for line in raw.splitlines()]
-    assert [(row["text"], row["reason"]) for row in rows] == [("漢字", NOTHING)] * len(dropped)
+    assert [(row["text"], row["reason"]) for row in rows] == [("漢字", NO_TOKENS)] * len(dropped)
 
 
 @pytest.mark.parametrize("name", COMPLETE)
@@ -186,7 +188,7 @@ def test_a_tokenizer_of_all_bytes_loses_nothing_and_is_not_looked_at_twice(tmp_p
     prepared = prepared_with(tmp_path, COMPLETE[name])
     source = prepared.splits["train"].sources[0]
     assert (source.documents, source.marked, source.unknown_tokens, source.lost_characters) == (5, {}, 0, 0)
-    counter = LossCounter(prepared.tokenizer)
+    counter = UnknownTextCounter(prepared.tokenizer)
     losses = counter.count(["漢"], np.array([1, 1], np.uint32), np.array([0, 2]))  # ids of 1 are not even compared
     assert (losses.unknown.tolist(), losses.lost.tolist(), counter._twin) == ([0], [0], None)
 
@@ -266,7 +268,7 @@ def test_what_encodes_to_nothing_is_dropped_for_other_causes_too(tmp_path: Path)
     )
     prepared = prepared_with(tmp_path, config, ["xyz", "axyz", "abc"])
     source = prepared.splits["train"].sources[0]
-    assert (source.documents, source.tokens, source.dropped, source.marked) == (2, 6, {NOTHING: 1}, {})
+    assert (source.documents, source.tokens, source.dropped, source.marked) == (2, 6, {NO_TOKENS: 1}, {})
     assert prepared.notes[0] == (
         "the tokenizer changes text before it encodes it: Replace '[x-z]' by ''. Tokens decode to the changed text"
     )
@@ -284,7 +286,7 @@ def test_lost_characters_are_those_without_an_id(tmp_path_factory: pytest.TempPa
         (spelt(0xA9, 0xF1), lambda c: bool(set(c.encode()) & {0xA9, 0xF1})),
     ):
         tokenizer = load(folder, config)
-        losses = LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts))
+        losses = UnknownTextCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts))
         assert losses.lost.tolist() == [sum(map(is_lost, text)) for text in texts]
         assert losses.unknown.tolist() == [0] * len(texts)
 
@@ -293,7 +295,7 @@ def test_lost_characters_are_those_without_an_id(tmp_path_factory: pytest.TempPa
 @given(texts=st.lists(CHARACTERS, max_size=4))
 def test_unknown_tokens_are_those_of_each_text(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     tokenizer = load(tmp_path_factory.mktemp("unknowing"), UNKNOWING["bpe"])
-    losses = LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts))
+    losses = UnknownTextCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts))
     assert losses.unknown.tolist() == [sum(c not in "abc " for c in text) for text in texts]
 
 
@@ -307,7 +309,9 @@ def test_a_loss_that_depends_on_the_neighbours_is_counted_where_it_happens(tmp_p
         (prefixed, ["ba", "ab", "abba"], [0, 1, 2]),
     ):
         tokenizer = load(tmp_path, config)
-        assert LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts)).lost.tolist() == lost
+        assert (
+            UnknownTextCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts)).lost.tolist() == lost
+        )
 
 
 def test_an_added_token_of_unknown_characters_loses_nothing(tmp_path: Path) -> None:
@@ -316,29 +320,33 @@ def test_an_added_token_of_unknown_characters_loses_nothing(tmp_path: Path) -> N
     config["added_tokens"] += [{"id": 5, "content": "<é>", "special": False, **flags}]
     tokenizer = load(tmp_path, config)
     texts = ["a<é>b", "<é", "abc"]
-    assert LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts)).lost.tolist() == [0, 2, 0]
+    assert UnknownTextCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts)).lost.tolist() == [
+        0,
+        2,
+        0,
+    ]
     control = load(tmp_path, tokenizer_of(bpe(LETTERS)))
-    assert LossCounter(control).count(texts, *ReferenceEncoder(control).encode(texts)).lost.tolist() == [3, 2, 0]
+    assert UnknownTextCounter(control).count(texts, *ReferenceEncoder(control).encode(texts)).lost.tolist() == [3, 2, 0]
 
 
 def test_gigatoken_is_not_used_where_a_byte_is_missing(tmp_path: Path) -> None:
     """It loads such a tokenizer, and agrees on every string that does not hold the byte."""
     tokenizer = load(tmp_path, tokenizer_of(bpe(LETTERS | without(FALLBACK, "<0xF1>"), byte_fallback=True)))
-    chosen, why = fastest_encoder(tokenizer, DOCUMENTS)
+    chosen, why = select_encoder(tokenizer, DOCUMENTS)
     assert (chosen.name, why) == ("tokenizers", "tokenizers: gigatoken works on bytes, and not every byte has a token")
     giga = GigaEncoder(tokenizer).try_encode(["ab \U00040000", "ab 漢"])  # the control
     rows = [giga[0][start:stop].tolist() for start, stop in pairwise(giga[1])]
     assert rows[1] == tokenizer.encode("ab 漢")
     assert rows[0] != tokenizer.encode("ab \U00040000")
     whole = load(tmp_path, COMPLETE["byte fallback"])
-    assert fastest_encoder(whole, DOCUMENTS)[0].name == "gigatoken"
+    assert select_encoder(whole, DOCUMENTS)[0].name == "gigatoken"
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_tokenizers_of_ours_know_every_text_and_change_none(tmp_path: Path, kind: Any) -> None:
     for texts in (["abc abc abd"], ["漢字"], []):
         coverage = train_tokenizer(texts, 270, tmp_path / "t.json", kind).coverage
-        assert (coverage.complete, coverage.lossy, coverage.changes) == (True, False, ())
+        assert (coverage.is_complete, coverage.is_lossy, coverage.text_changes) == (True, False, ())
         assert coverage.describe() == "none: every byte of UTF-8 has a token"
 
 
@@ -381,7 +389,7 @@ def part(kind: str, **settings: object) -> Config:
             {"pre_tokenizer": part("Metaspace", replacement="▁", prepend_scheme="always", split=True)},
             ("Metaspace spells a space '▁' and puts one in front",),
         ),
-        ({"pre_tokenizer": byte_level(SPLIT)}, ()),
+        ({"pre_tokenizer": byte_level(SPLIT_PATTERN)}, ()),
         (
             {"pre_tokenizer": part("ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)},
             ("ByteLevel puts a space in front",),
@@ -390,17 +398,17 @@ def part(kind: str, **settings: object) -> Config:
     ],
 )
 def test_what_changes_a_text_before_it_is_encoded_is_told(tmp_path: Path, parts: Config, told: tuple[str, ...]) -> None:
-    assert load(tmp_path, tokenizer_of(bpe(BYTES), **parts)).coverage.changes == told
+    assert load(tmp_path, tokenizer_of(bpe(BYTES), **parts)).coverage.text_changes == told
 
 
 def test_an_added_token_that_takes_white_space_is_told_unless_it_is_special(tmp_path: Path) -> None:
-    config = tokenizer_of(bpe(BYTES), pre_tokenizer=byte_level(SPLIT))
+    config = tokenizer_of(bpe(BYTES), pre_tokenizer=byte_level(SPLIT_PATTERN))
     flags = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
     config["added_tokens"] += [
         {"id": 257 + i, "content": name, "special": name == "<s>", **flags} for i, name in enumerate(["<s>", "<t>"])
     ]
     tokenizer = load(tmp_path, config)
-    assert tokenizer.coverage.changes == ("added token '<t>' takes the white space beside it",)
+    assert tokenizer.coverage.text_changes == ("added token '<t>' takes the white space beside it",)
     assert [tokenizer.encode(text).count(BYTES["Ġ"]) for text in ("a  <s>", "a  <t>")] == [2, 0]
 
 
@@ -414,10 +422,14 @@ def test_a_sentencepiece_model_tells_its_changes_and_its_unknown_token(tmp_path:
     tokenizer = load_tokenizer(tmp_path / "m.model")
     coverage = tokenizer.coverage
     assert (coverage.unknown_token, coverage.unknown_id, coverage.missing_bytes) == ("<unk>", 0, None)
-    assert coverage.changes[0] == "Precompiled (SentencePiece's table of characters)"
-    assert coverage.changes[-2:] == ("Prepend '▁'", "Replace ' ' by '▁'")
+    assert coverage.text_changes[0] == "Precompiled (SentencePiece's table of characters)"
+    assert coverage.text_changes[-2:] == ("Prepend '▁'", "Replace ' ' by '▁'")
     texts = ["step 漢", "loss", "漢 漢字"]
-    assert LossCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts)).unknown.tolist() == [1, 0, 2]
+    assert UnknownTextCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts)).unknown.tolist() == [
+        1,
+        0,
+        2,
+    ]
 
 
 def test_inspect_tells_what_is_unknown_and_what_is_changed(tmp_path: Path) -> None:
@@ -465,7 +477,7 @@ def test_tokens_that_are_there_may_be_of_a_tokenizer_that_loses_text(tmp_path: P
     source = SourceConfig(name="taken", kind="prepared", paths=(str(first.path),))
     config = PrepareConfig(sources=(source,), tokenizer=first.path / "tokenizer.json", validation_fraction=0)
     (taken,) = prepare(tmp_path / "second", config).splits["train"].sources
-    assert (taken.lost_characters, taken.marked, taken.dropped) == (4, {LOST: 2}, {NOTHING: 1})
+    assert (taken.lost_characters, taken.marked, taken.dropped) == (4, {LOST: 2}, {NO_TOKENS: 1})
 
 
 def test_the_setting_is_no_part_of_what_the_data_is(tmp_path: Path) -> None:
@@ -498,9 +510,9 @@ def test_a_bpe_with_dropout_gives_the_same_ids_every_time(tmp_path: Path) -> Non
 def test_bytes_that_utf8_never_has_need_no_token() -> None:
     never = [0xC0, 0xC1, *range(0xF5, 0x100)]
     fallback = [f"<0x{byte:02X}>" for byte in never]
-    assert coverage_of(spelt(*never)).complete
-    assert coverage_of(tokenizer_of(bpe(LETTERS | without(FALLBACK, *fallback), byte_fallback=True))).complete
+    assert analyze_coverage(spelt(*never)).is_complete
+    assert analyze_coverage(tokenizer_of(bpe(LETTERS | without(FALLBACK, *fallback), byte_fallback=True))).is_complete
     for byte in (0xC2, 0xF4):  # the nearest that it has
-        assert coverage_of(spelt(*never, byte)).missing_bytes == 1
+        assert analyze_coverage(spelt(*never, byte)).missing_bytes == 1
         one_less = without(FALLBACK, *fallback, f"<0x{byte:02X}>")
-        assert coverage_of(tokenizer_of(bpe(LETTERS | one_less, byte_fallback=True))).missing_bytes == 1
+        assert analyze_coverage(tokenizer_of(bpe(LETTERS | one_less, byte_fallback=True))).missing_bytes == 1

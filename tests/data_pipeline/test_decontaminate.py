@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline import hashing
 from data_pipeline.cleaning import decontaminate
-from data_pipeline.cleaning.decontaminate import Contamination, evaluation_hash
+from data_pipeline.cleaning.decontaminate import EvaluationNgrams, evaluation_hash
 from data_pipeline.errors import DataError
 from data_pipeline.settings import DecontaminateConfig
 
@@ -22,8 +22,8 @@ QUESTION = (
 WORDS = QUESTION.split()
 
 
-def load(*paths: Path, **settings: Any) -> Contamination:
-    found = Contamination.load(DecontaminateConfig(paths=tuple(map(str, paths)), **settings))
+def load(*paths: Path, **settings: Any) -> EvaluationNgrams:
+    found = EvaluationNgrams.load(DecontaminateConfig(paths=tuple(map(str, paths)), **settings))
     assert found is not None
     return found
 
@@ -36,8 +36,8 @@ def write(file: Path, *texts: str) -> Path:
     return file
 
 
-def hits(evaluation: Contamination, *texts: str) -> list[bool]:
-    return [bool(hit) for hit in evaluation.hits(texts)]
+def hits(evaluation: EvaluationNgrams, *texts: str) -> list[bool]:
+    return [bool(hit) for hit in evaluation.find_contaminated(texts)]
 
 
 def test_thirteen_words_in_a_row_are_found_and_twelve_are_not(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_hits_are_those_of_sets_of_words(
 
 
 def test_no_paths_switch_it_off() -> None:
-    assert Contamination.load(DecontaminateConfig()) is None
+    assert EvaluationNgrams.load(DecontaminateConfig()) is None
     assert evaluation_hash(DecontaminateConfig()) == ""
 
 
@@ -142,7 +142,7 @@ def test_the_hash_follows_what_the_files_hold(tmp_path: Path, monkeypatch: pytes
         write(tmp_path / "b.txt", QUESTION + " Venus"),
     )
     before = hashed(one, two)
-    monkeypatch.setattr(decontaminate, "AT_A_TIME", 1)
+    monkeypatch.setattr(decontaminate, "TEXTS_PER_BATCH", 1)
     assert hashed(two, one) == before != hashed(one)
     write(two, QUESTION + " Mercury")
     assert hashed(one, two) != before
@@ -202,14 +202,16 @@ def test_a_dangling_link_that_would_not_be_read_is_no_matter(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text(QUESTION)
     for name in (".#a.txt", "latest", "old.json"):  # the first is how an editor locks a file
         (tmp_path / name).symlink_to("gone")
-    assert load(tmp_path).passed_over == "2 files (1 .json, 1 without an ending), latest and old.json"
+    assert load(tmp_path).skipped_files == "2 files (1 .json, 1 without an ending), latest and old.json"
 
 
 def test_evaluation_files_that_are_passed_over_are_told(tmp_path: Path) -> None:
     for name in ("a.txt", "b.json", "c.JSONL", "d.parquet.gz", ".DS_Store"):
         (tmp_path / name).write_text(QUESTION)
-    assert load(tmp_path).passed_over == "3 files (1 .JSONL, 1 .json, 1 .parquet.gz), b.json, c.JSONL and d.parquet.gz"
-    assert load(tmp_path / "a.txt").passed_over is None
+    assert (
+        load(tmp_path).skipped_files == "3 files (1 .JSONL, 1 .json, 1 .parquet.gz), b.json, c.JSONL and d.parquet.gz"
+    )
+    assert load(tmp_path / "a.txt").skipped_files is None
 
 
 @pytest.mark.parametrize(

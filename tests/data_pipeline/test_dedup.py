@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_pipeline.cleaning.dedup import Duplicates, find_duplicates, write_signatures
-from data_pipeline.cleaning.minhash import Signer, probability_found, text_hash
+from data_pipeline.cleaning.dedup import DuplicateCodes, find_duplicates, write_signatures
+from data_pipeline.cleaning.minhash import MinHasher, detection_probability, text_hash
 from data_pipeline.errors import DataError
 from data_pipeline.settings import DedupConfig
 
@@ -42,7 +42,7 @@ def oracle(columns: Hashes, sources: Sequence[str]) -> list[str | None]:
     return reasons
 
 
-def reasons_of(found: Duplicates) -> list[str | None]:
+def reasons_of(found: DuplicateCodes) -> list[str | None]:
     return [found.reasons[code] for codes in found.codes for code in codes.tolist()]
 
 
@@ -204,12 +204,12 @@ def found_of(
     folder: Path, texts: list[str], pairs: dict[float, NDArray[np.int64]], bands: int, rows: int
 ) -> dict[float, float]:
     """Share of the pairs whose second document is dropped, by similarity; under -1 that of the documents in no pair."""
-    signer, files = Signer(5, bands, rows), []
+    signer, files = MinHasher(5, bands, rows), []
     for start in range(0, len(texts), 10_000):
         batch = texts[start : start + 10_000]
         files.append(folder / f"{start}.signatures")
         hashes = np.array([text_hash(text) for text in batch], np.uint64)
-        write_signatures(files[-1], hashes, signer.sign(batch), np.ones(len(batch), np.bool_))
+        write_signatures(files[-1], hashes, signer.hash_bands(batch), np.ones(len(batch), np.bool_))
     config = DedupConfig(exact=True, minhash=True, bands=bands, rows=rows, memory_mb=1)
     dropped = np.concatenate(find_duplicates(files, ["a", "a", "b", "b", "b"], config).codes) > 0
     planted = np.concatenate([numbers.ravel() for numbers in pairs.values()])
@@ -236,7 +236,7 @@ def test_planted_near_duplicates_are_found_and_others_are_not(
     assert found[0.4] <= 0.02
     assert found[-1] == 0
     for jaccard in (0.85, 0.4):
-        expected = probability_found(jaccard, 14, 8)
+        expected = detection_probability(jaccard, 14, 8)
         assert abs(found[jaccard] - expected) < 4 * (expected * (1 - expected) / PAIRS) ** 0.5 + 0.002
 
 

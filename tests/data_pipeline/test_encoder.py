@@ -15,8 +15,8 @@ from data_pipeline.tokenizing.encoder import (
     HARD_STRINGS,
     GigaEncoder,
     ReferenceEncoder,
-    fastest_encoder,
-    hard_strings_of,
+    hard_strings_for,
+    select_encoder,
 )
 from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -69,20 +69,20 @@ def test_both_back_ends_give_the_ids_of_the_tokenizer_and_never_a_special_one(
 
 
 def test_gigatoken_is_chosen_where_its_ids_are_the_same(tokenizer: Tokenizer) -> None:
-    chosen, why = fastest_encoder(tokenizer, TEXTS)
+    chosen, why = select_encoder(tokenizer, TEXTS)
     assert chosen.name == "gigatoken"
     assert (
         why
         == f"gigatoken: its ids are those of tokenizers on 300 texts of the data and {len(HARD_STRINGS) + 6} hard ones"
     )
-    assert fastest_encoder(tokenizer, TEXTS[:2])[0] is chosen  # loaded once
+    assert select_encoder(tokenizer, TEXTS[:2])[0] is chosen  # loaded once
     assert rows(chosen.encode([])) == []
     assert rows(chosen.encode(["", "a", ""]))[::2] == [[], []]
 
 
 def test_special_and_other_added_tokens_are_text_and_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
     more = with_tokens(tmp_path, tokenizer, ("<|im_start|>", True), ("<tool>", False), ("<|im_start|>system", True))
-    chosen, _ = fastest_encoder(more, TEXTS)
+    chosen, _ = select_encoder(more, TEXTS)
     assert chosen.name == "gigatoken"
     texts = ["a<|im_start|>b", "<tool>x<|im_start|>system<tool>", "<|im_start|<tool>", END_OF_TEXT * 2]
     ids = rows(chosen.encode(texts))
@@ -96,7 +96,7 @@ def test_a_token_that_overlaps_a_special_one_gives_the_ids_of_the_reference(
     tokenizer: Tokenizer, tmp_path: Path, ordinary: str
 ) -> None:
     more = with_tokens(tmp_path, tokenizer, ("<|im_start|>", True), (ordinary, False))
-    chosen, _ = fastest_encoder(more, [])
+    chosen, _ = select_encoder(more, [])
     texts = ["<|im_start|>x", "x<|im_start|>", "a|>x<|im_start|>im_start"]
     expected = [more.encode(text) for text in texts]
     assert rows(chosen.encode(texts)) == expected
@@ -110,16 +110,16 @@ def test_hard_strings_hold_the_overlaps_of_special_tokens_with_others() -> None:
         {"content": "|>x", "special": False},
         {"content": "y<", "special": False},
     ]
-    texts = hard_strings_of({"added_tokens": added})
+    texts = hard_strings_for({"added_tokens": added})
     assert {"<|a|>", "<|a|>x", "y<|a|>", "<|a|><|a|>"} <= set(texts)
-    assert hard_strings_of({"added_tokens": []}) == []
+    assert hard_strings_for({"added_tokens": []}) == []
 
 
 @pytest.mark.parametrize("name", ["<|a{}|>", "a{}a"])
 def test_hard_strings_grow_as_the_tokens_do(name: str) -> None:
     """Not as their square: of tokens that all overlap each other, each meets one other at each of its ends."""
     added = [{"content": name.format(1000 + i), "special": i % 2 == 0} for i in range(2000)]
-    texts = hard_strings_of({"added_tokens": added})
+    texts = hard_strings_for({"added_tokens": added})
     overlapping = len(texts) - 6 * len(added)
     assert overlapping == (2000 if name == "a{}a" else 0)
     assert name.startswith("<") or "a1000a1001a" in texts
@@ -138,21 +138,21 @@ def test_another_id_in_the_data_or_in_a_hard_string_falls_back_and_names_the_tex
         return ids, offsets
 
     monkeypatch.setattr(GigaEncoder, "try_encode", off_by_one)
-    chosen, why = fastest_encoder(tokenizer, TEXTS)
+    chosen, why = select_encoder(tokenizer, TEXTS)
     assert chosen.name == "tokenizers"
     assert why.startswith("tokenizers: gigatoken gives other ids, first for " + told)
 
 
 def test_a_tokenizer_that_gigatoken_does_not_know_falls_back(tmp_path: Path) -> None:
     unigram = train_tokenizer(TEXTS, 400, tmp_path / "tokenizer.json", "unigram")
-    chosen, why = fastest_encoder(unigram, TEXTS)
+    chosen, why = select_encoder(unigram, TEXTS)
     assert (chosen.name, why.split(" (")[0]) == ("tokenizers", "tokenizers: gigatoken cannot load this tokenizer")
     assert rows(chosen.encode(TEXTS)) == unigram.encode_batch(TEXTS)
 
 
 def test_a_missing_gigatoken_falls_back(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    chosen, why = fastest_encoder(tokenizer, TEXTS)
+    chosen, why = select_encoder(tokenizer, TEXTS)
     assert chosen.name == "tokenizers"
     assert why.startswith("tokenizers: gigatoken is not installed")
 
@@ -167,7 +167,7 @@ def test_a_panic_falls_back_at_any_time(
         raise error
 
     monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", panic)
-    chosen, why = fastest_encoder(tokenizer, TEXTS)
+    chosen, why = select_encoder(tokenizer, TEXTS)
     assert chosen.name == "tokenizers"
     assert (
         why
@@ -186,7 +186,7 @@ def test_an_interrupt_is_no_failure_of_gigatoken(
 
     monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", stop)
     with pytest.raises(type(error)):
-        fastest_encoder(tokenizer, TEXTS)
+        select_encoder(tokenizer, TEXTS)
 
 
 def test_it_starts_afresh_when_its_memory_has_grown(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from data_pipeline.reading.loader import Loader
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.prepared import open_prepared
 from data_pipeline.storage.verify import verify
-from data_pipeline.tokenizing.tokenizer_formats import config_of
+from data_pipeline.tokenizing.tokenizer_formats import make_tokenizer_config
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ class TestFailure:
         words = {"<|endoftext|>": 0, "one": 1, "two": 2}
         model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}  # which it does not have
         (tmp_path / "tokenizer.json").write_text(
-            json.dumps(config_of({"<|endoftext|>": 0}, model, pre_tokenizer={"type": "Whitespace"}))
+            json.dumps(make_tokenizer_config({"<|endoftext|>": 0}, model, pre_tokenizer={"type": "Whitespace"}))
         )
         lines = [json.dumps({"text": "one two " * 100, "id": f"page {i}"}) for i in range(40)]
         lines[31] = json.dumps({"text": "one three two", "id": "page 31"})

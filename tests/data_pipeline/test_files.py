@@ -13,8 +13,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from data_pipeline.errors import DataError
 from data_pipeline.settings import SourceConfig
 from data_pipeline.text import files
-from data_pipeline.text.chunks import cut, read_chunk
-from data_pipeline.text.files import SourceFile, data_set_version, list_files
+from data_pipeline.text.chunks import read_chunk, split_into_chunks
+from data_pipeline.text.files import SourceFile, dataset_version, list_files
 
 
 def listed(*paths: object, **settings: object) -> list[SourceFile]:
@@ -47,7 +47,11 @@ def test_links_to_files_and_folders_are_read_as_what_they_lead_to(cache: Path) -
     assert [file.name for file in found] == ["data/x.txt", "linked/plain.txt", "linked/y.txt"]
     assert [file.size for file in found] == [2, 9, 2]
     source = SourceConfig(kind="text", paths=(str(cache),))
-    texts = [document.text for chunk in cut(0, "s", source, found, 1000) for document in read_chunk(chunk, source)]
+    texts = [
+        document.text
+        for chunk in split_into_chunks(0, "s", source, found, 1000)
+        for document in read_chunk(chunk, source)
+    ]
     assert texts == ["1a", "plain.txt", "2b"]
     assert names(cache / "data" / "x.txt") == ["x.txt"]
     assert names(cache / "linked") == ["plain.txt", "y.txt"]
@@ -150,7 +154,9 @@ def test_a_data_set_given_twice_is_named_and_the_rows_of_two_have_different_ids(
         (Path(path) / "x.jsonl").write_text('{"text": "the same"}\n')
     source = SourceConfig(kind="hf", paths=paths)
     ids = [
-        document.id for chunk in cut(0, "s", source, list_files(source), 1) for document in read_chunk(chunk, source)
+        document.id
+        for chunk in split_into_chunks(0, "s", source, list_files(source), 1)
+        for document in read_chunk(chunk, source)
     ]
     assert ids == ["train:0", "data/train:0", "c/data/train:0"]
     with pytest.raises(DataError, match=rf"the data set {paths[0]} is given twice by `paths`"):
@@ -237,7 +243,7 @@ def test_what_a_driver_raises_while_a_file_is_read_is_one_line(
 ) -> None:
     fsspec.filesystem("memory").pipe("/far/x.txt", b"x")
     source = SourceConfig(kind="text", paths=("memory://far/x.txt",))
-    (chunk,) = cut(0, "s", source, list_files(source), 1000)
+    (chunk,) = split_into_chunks(0, "s", source, list_files(source), 1000)
 
     def fails(*_: object, **__: object) -> None:
         raise error
@@ -269,13 +275,13 @@ def test_a_missing_driver_is_told_with_the_package_to_install() -> None:
 def test_the_version_of_a_data_set_follows_its_files_or_its_commit_and_is_empty_offline(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = data_set_version(str(cache))
-    assert data_set_version(str(cache)) == before != ""
+    before = dataset_version(str(cache))
+    assert dataset_version(str(cache)) == before != ""
     os.utime(cache / "data" / "x.txt", ns=(0, 10**18))  # of the blob
-    assert data_set_version(str(cache)) != before
-    of_file = data_set_version(str(cache / "data" / "x.txt"))
+    assert dataset_version(str(cache)) != before
+    of_file = dataset_version(str(cache / "data" / "x.txt"))
     os.utime(cache / "data" / "x.txt", ns=(0, 2 * 10**18))
-    assert data_set_version(str(cache / "data" / "x.txt")) != of_file
+    assert dataset_version(str(cache / "data" / "x.txt")) != of_file
 
     def answers(what: str | Exception) -> None:
         def dataset_info(self: object, name: str, **_: object) -> SimpleNamespace:
@@ -286,17 +292,17 @@ def test_the_version_of_a_data_set_follows_its_files_or_its_commit_and_is_empty_
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
 
     answers("abc")
-    assert data_set_version("someone/something") == "abc"
+    assert dataset_version("someone/something") == "abc"
     for error in (
         DriverError("no connection"),
         huggingface_hub.errors.OfflineModeIsEnabled("offline"),
         ValueError("no such name"),
     ):
         answers(error)
-        assert data_set_version("someone/something") == ""
+        assert dataset_version("someone/something") == ""
     answers(TypeError("a mistake"))
     with pytest.raises(TypeError):
-        data_set_version("someone/something")
+        dataset_version("someone/something")
 
 
 PASSED_OVER = ("b.json", "c.JSONL", "d.ndjson", "e.json.gz")
@@ -312,22 +318,22 @@ def test_files_of_a_folder_that_are_passed_over_are_counted_by_ending_with_the_n
         with fsspec.open(f"{folder}/{name}", "wb", auto_mkdir=True) as stream:
             stream.write(b'{"text": "a"}\n')
 
-    def found(*paths: str, **settings: object) -> files.Listing:
+    def found(*paths: str, **settings: object) -> files.SourceListing:
         return files.list_source(SourceConfig.model_validate({"kind": "jsonl", "paths": paths, **settings}))
 
     here = found(folder, exclude=["left"])
     assert [file.name for file in here.files] == ["a.jsonl"]
-    assert [Path(path).name for path in here.passed_over] == [*PASSED_OVER, "f.json"]
+    assert [Path(path).name for path in here.skipped] == [*PASSED_OVER, "f.json"]
     told = "5 files (2 .json, 1 .JSONL, 1 .json.gz, 1 .ndjson), b.json, c.JSONL, d.ndjson, e.json.gz and f.json"
-    assert files.describe_paths(here.passed_over) == told
-    assert len(found(folder).passed_over) == 6
-    assert found(folder, exclude=["left", "*.json", "c.*"]).passed_over == [
+    assert files.summarize_paths(here.skipped) == told
+    assert len(found(folder).skipped) == 6
+    assert found(folder, exclude=["left", "*.json", "c.*"]).skipped == [
         f"{here.files[0].path[:-7]}{name}" for name in PASSED_OVER[2:]
     ]
-    assert found(f"{folder}/*.jsonl").passed_over == []  # whoever writes a glob has chosen
+    assert found(f"{folder}/*.jsonl").skipped == []  # whoever writes a glob has chosen
     more = found(folder, f"{folder}/b.json", f"{folder}/c.JSONL", exclude=["left"])
     assert [file.name for file in more.files] == ["a.jsonl", "b.json", "c.JSONL"]
-    assert [Path(path).name for path in more.passed_over] == ["d.ndjson", "e.json.gz", "f.json"]
+    assert [Path(path).name for path in more.skipped] == ["d.ndjson", "e.json.gz", "f.json"]
     assert [file.name for file in found(folder, pattern="*.ndjson").files] == ["d.ndjson"]
     with pytest.raises(
         DataError, match=r"no file below .* matches \*\.csv.*; it holds 6 files .*; correct `paths`, or set `pattern`"
@@ -337,9 +343,9 @@ def test_files_of_a_folder_that_are_passed_over_are_counted_by_ending_with_the_n
 
 def test_a_note_on_many_files_is_short_and_printable() -> None:
     names = [f"{i}.{ending}" for i, ending in enumerate(["a"] * 4 + ["b"] * 3 + ["c", "d", "e", "f", "g.gz"])]
-    told = files.describe_paths([*names, "x/a\nb\udcff"])
+    told = files.summarize_paths([*names, "x/a\nb\udcff"])
     assert told == ("13 files (4 .a, 3 .b, 1 .c, 1 .d, 1 .e, 3 others), such as 0.a, 1.a, 2.a, 3.a and 4.b")
-    assert files.describe_paths(["x/a\nb\udcff"]) == "1 file (1 without an ending), a\\nb\\udcff"
+    assert files.summarize_paths(["x/a\nb\udcff"]) == "1 file (1 without an ending), a\\nb\\udcff"
 
 
 def test_what_is_no_file_is_passed_over_by_name(tmp_path: Path) -> None:
@@ -347,7 +353,7 @@ def test_what_is_no_file_is_passed_over_by_name(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "folder.txt").mkdir()
     found = files.list_source(SourceConfig(kind="text", paths=(str(tmp_path),)))
-    assert ([file.name for file in found.files], found.passed_over) == (["x.txt"], [f"{tmp_path}/pipe.txt"])
+    assert ([file.name for file in found.files], found.skipped) == (["x.txt"], [f"{tmp_path}/pipe.txt"])
 
 
 @pytest.mark.parametrize("given", ["memory://far", "memory://far/*/y.txt", "memory://far/**/*.txt"])
@@ -367,7 +373,7 @@ def test_a_folder_that_may_not_be_read_is_an_error_for_folders_and_globs_alike(
 def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "x.txt")
     source = SourceConfig(kind="text", paths=(str(tmp_path),))
-    (chunk,) = cut(0, "s", source, list_files(source), 1000)
+    (chunk,) = split_into_chunks(0, "s", source, list_files(source), 1000)
     real = fsspec.implementations.local.LocalFileSystem.open
 
     def locked(fs: object, path: str, *given: object, **more: object) -> object:

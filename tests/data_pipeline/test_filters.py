@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.cleaning.filters import EDITS, Judge, build_judge, check_filters, filter_versions, lists_hash
+from data_pipeline.cleaning.filters import (
+    EDITING_FILTERS,
+    DocumentFilter,
+    build_filter,
+    check_filters,
+    filter_versions,
+    lists_hash,
+)
 from data_pipeline.errors import DataError
 from data_pipeline.settings import FilterConfig, FilterName, PrepareConfig, SourceConfig
 from data_pipeline.text.sources import Document
@@ -41,7 +48,7 @@ def config_of(**filters: Any) -> FilterConfig:
 
 
 def reason_of(name: FilterName, text: str, **own: Any) -> str | None:
-    return build_judge(config_of(**{name: own}), [name])(doc(text)).reason
+    return build_filter(config_of(**{name: own}), [name])(doc(text)).reason
 
 
 def numbered(n: int, line: str = "Line number {} tells of its own matter to you and that of others.") -> str:
@@ -161,9 +168,9 @@ def test_a_threshold_of_ours_is_in_force_in_datatrove(name: FilterName, field: s
     ("name", "own", "text", "left"), SWITCHED, ids=[f"{name}: {', '.join(own)}" for name, own, _, _ in SWITCHED]
 )
 def test_a_switch_of_ours_is_in_force_in_datatrove(name: FilterName, own: dict[str, Any], text: str, left: str) -> None:
-    verdict = build_judge(config_of(**{name: own}), [name])(doc(text))
+    verdict = build_filter(config_of(**{name: own}), [name])(doc(text))
     assert (verdict.reason, verdict.text) == (None, left)
-    default = build_judge(FilterConfig(), [name])(doc(text))
+    default = build_filter(FilterConfig(), [name])(doc(text))
     assert default.reason is not None or default.text != left
 
 
@@ -185,15 +192,15 @@ def test_our_defaults_are_those_of_datatrove_and_every_field_is_tested(name: Fil
 
 
 def test_all_filters_together_keep_a_good_document_as_it_is() -> None:
-    verdict = build_judge(FilterConfig(), ["length", "language", *THEIRS])(doc(GOOD.strip()))
+    verdict = build_filter(FilterConfig(), ["length", "language", *THEIRS])(doc(GOOD.strip()))
     assert (verdict.reason, verdict.text, verdict.repairs) == (None, GOOD.strip(), ())
 
 
 def test_the_first_filter_that_drops_a_document_decides() -> None:
     config = config_of(length={"min_characters": 50})
-    assert build_judge(config, ["gopher_quality", "length"])(doc("short")).reason == "gopher_quality: gopher_short_doc"
-    assert build_judge(config, ["length", "gopher_quality"])(doc("short")).reason == "length: too short"
-    assert build_judge(config, [])(doc("short")).reason is None
+    assert build_filter(config, ["gopher_quality", "length"])(doc("short")).reason == "gopher_quality: gopher_short_doc"
+    assert build_filter(config, ["length", "gopher_quality"])(doc("short")).reason == "length: too short"
+    assert build_filter(config, [])(doc("short")).reason is None
 
 
 # ---- C4 edits
@@ -201,27 +208,29 @@ def test_the_first_filter_that_drops_a_document_decides() -> None:
 
 def test_c4_removes_lines_and_says_so_and_the_next_filter_judges_what_is_left() -> None:
     text = "Home | Contact\n" + GOOD + "Click here\n"
-    verdict = build_judge(FilterConfig(), ["c4"])(doc(text))
+    verdict = build_filter(FilterConfig(), ["c4"])(doc(text))
     assert (verdict.reason, verdict.text, verdict.repairs) == (None, GOOD.strip(), ("c4: lines removed or trimmed",))
     bound = config_of(length={"max_characters": len(GOOD)})
-    assert build_judge(bound, ["c4", "length"])(doc(text)).reason is None
-    assert build_judge(bound, ["length", "c4"])(doc(text)).reason == "length: too long"
+    assert build_filter(bound, ["c4", "length"])(doc(text)).reason is None
+    assert build_filter(bound, ["length", "c4"])(doc(text)).reason == "length: too long"
 
 
 def test_the_filters_that_edit_give_a_kept_document_the_text_that_all_filters_give_it() -> None:
     names: list[FilterName] = ["length", "gopher_quality", "c4", "gopher_repetition", "fineweb"]
     document = doc("Home | Contact\n" + GOOD)
-    assert build_judge(FilterConfig(), names)(document) == build_judge(
-        FilterConfig(), [name for name in names if name in EDITS]
+    assert build_filter(FilterConfig(), names)(document) == build_filter(
+        FilterConfig(), [name for name in names if name in EDITING_FILTERS]
     )(document)
     assert all(
-        build_judge(FilterConfig(), [name])(document).text == document.text for name in names if name not in EDITS
+        build_filter(FilterConfig(), [name])(document).text == document.text
+        for name in names
+        if name not in EDITING_FILTERS
     )
 
 
 def test_a_document_that_is_dropped_after_an_edit_keeps_its_whole_text_for_the_rejects() -> None:
     text = "Home | Contact\n" + GOOD
-    verdict = build_judge(config_of(length={"max_characters": 10}), ["c4", "length"])(doc(text))
+    verdict = build_filter(config_of(length={"max_characters": 10}), ["c4", "length"])(doc(text))
     assert (verdict.reason, verdict.text, verdict.repairs) == ("length: too long", text, ())
 
 
@@ -252,7 +261,7 @@ def test_an_address_is_dropped_by_domain_subdomain_or_whole_word(
     tmp_path: Path, address: str | None, why: str | None
 ) -> None:
     (tmp_path / "domains").write_text("# a comment\n\nbad.com\nbücher.de # another\n*.wild.org\n", encoding="utf-8")
-    judge = build_judge(config_of(url={"domains": [tmp_path / "domains"], "words": ["pills"]}), ["url"])
+    judge = build_filter(config_of(url={"domains": [tmp_path / "domains"], "words": ["pills"]}), ["url"])
     assert judge(doc(GOOD, url=address)).reason == (why and f"url: {why}")
 
 
@@ -261,9 +270,9 @@ def test_lines_count_by_share_and_white_space_around_them_does_not(tmp_path: Pat
     text = "One.\nTwo.\n\n\t All rights reserved. \r\nThree."
     for share, dropped in ((0.0, True), (0.2, True), (0.25, False)):
         config = config_of(lines={"files": [tmp_path / "lines"], "max_fraction": share})
-        assert build_judge(config, ["lines"])(doc(text)).reason == ("lines: listed lines" if dropped else None)
-        assert build_judge(config, ["lines"])(doc("All rights reserved")).reason is None
-        assert build_judge(config, ["lines"])(doc("\n\n")).reason is None
+        assert build_filter(config, ["lines"])(doc(text)).reason == ("lines: listed lines" if dropped else None)
+        assert build_filter(config, ["lines"])(doc("All rights reserved")).reason is None
+        assert build_filter(config, ["lines"])(doc("\n\n")).reason is None
 
 
 @settings(max_examples=150, deadline=None)
@@ -271,8 +280,8 @@ def test_lines_count_by_share_and_white_space_around_them_does_not(tmp_path: Pat
 def test_no_address_and_no_lines_make_a_filter_fail(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     (file := tmp_path_factory.getbasetemp() / "listed").write_text("listed.example\n")
     config = config_of(url={"domains": [file], "words": ["pills"]}, lines={"files": [file]})
-    assert build_judge(config, ["url"])(doc(GOOD, url=text)).reason is None
-    assert build_judge(config, ["lines"])(doc(text.encode(errors="replace").decode())).reason is None
+    assert build_filter(config, ["url"])(doc(GOOD, url=text)).reason is None
+    assert build_filter(config, ["lines"])(doc(text.encode(errors="replace").decode())).reason is None
 
 
 def test_the_hash_of_the_lists_is_of_their_contents_not_of_their_names(tmp_path: Path) -> None:
@@ -360,7 +369,7 @@ def test_the_rules_go_by_the_words_of_their_language() -> None:
     )
     assert reason_of("gopher_quality", text) == "gopher_quality: gopher_enough_stop_words"
     german = config_of(language_of_rules="de", gopher_quality={"stop_words": ["der", "und", "von"]})
-    assert build_judge(german, ["gopher_quality"])(doc(text)).reason is None
+    assert build_filter(german, ["gopher_quality"])(doc(text)).reason is None
 
 
 # ---- any text
@@ -374,9 +383,9 @@ LENIENT = config_of(
 
 
 @functools.cache
-def judges() -> list[tuple[FilterName, Judge]]:
+def judges() -> list[tuple[FilterName, DocumentFilter]]:
     return [
-        (name, build_judge(config, [name]))
+        (name, build_filter(config, [name]))
         for name in (*THEIRS, "language", "length")
         for config in (FilterConfig(), LENIENT)
     ]
@@ -388,7 +397,7 @@ def test_no_text_makes_a_filter_fail(text: str) -> None:
     for name, judge in judges():
         verdict = judge(doc(text))
         assert verdict.reason is None or verdict.reason.startswith(f"{name}: ")
-        assert name in EDITS or verdict.text == text
+        assert name in EDITING_FILTERS or verdict.text == text
 
 
 def test_ordinary_texts_get_the_verdicts_of_datatrove_itself() -> None:
@@ -405,7 +414,7 @@ def test_ordinary_texts_get_the_verdicts_of_datatrove_itself() -> None:
         filters.FineWebQualityFilter,
     )
     for name, kind in zip(THEIRS, kinds, strict=True):
-        theirs, ours = kind(), build_judge(FilterConfig(), [name])
+        theirs, ours = kind(), build_filter(FilterConfig(), [name])
         for text in [GOOD, *texts]:
             document, verdict = TheirDocument(text=text, id=""), ours(doc(text))
             result = theirs.filter(document)
@@ -414,7 +423,7 @@ def test_ordinary_texts_get_the_verdicts_of_datatrove_itself() -> None:
 
 
 def test_what_a_text_is_told_does_not_depend_on_the_texts_before_it() -> None:
-    judge = build_judge(config_of(gopher_quality={"min_doc_words": 2, "min_stop_words": 0}), ["gopher_quality"])
+    judge = build_filter(config_of(gopher_quality={"min_doc_words": 2, "min_stop_words": 0}), ["gopher_quality"])
     assert [judge(doc(f"{text} IS_ALPHA")).reason for text in ("one", "two", "one")] == [None] * 3
 
 
@@ -425,7 +434,7 @@ def test_a_filter_that_fails_names_the_document(monkeypatch: pytest.MonkeyPatch)
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(FineWebQualityFilter, "filter", divide)
-    judge = build_judge(FilterConfig(), ["gopher_quality", "fineweb"])
+    judge = build_filter(FilterConfig(), ["gopher_quality", "fineweb"])
     with pytest.raises(
         DataError, match=r"^document d7 of source web: the filter fineweb failed on it \(ZeroDivisionError: division by"
     ):
@@ -456,7 +465,7 @@ def test_the_rules_of_datatrove_split_a_text_into_words_once(monkeypatch: pytest
 
     split, count = _Words.word_tokenize, []
     monkeypatch.setattr(_Words, "word_tokenize", lambda self, text: count.append(text) or split(self, text))
-    judge = build_judge(FilterConfig(), ["gopher_quality", "gopher_repetition", "fineweb"])
+    judge = build_filter(FilterConfig(), ["gopher_quality", "gopher_repetition", "fineweb"])
     texts = [GOOD + str(i) + "." for i in range(3)]
     assert [judge(doc(text)).reason for text in texts] == [None] * 3
     assert count == texts
@@ -466,7 +475,7 @@ def test_the_rules_of_datatrove_split_a_text_into_words_once(monkeypatch: pytest
 def test_the_log_of_datatrove_is_off_and_no_other() -> None:
     from loguru import logger
 
-    build_judge(FilterConfig(), ["c4"])
+    build_filter(FilterConfig(), ["c4"])
     heard: list[str] = []
     sink = logger.add(heard.append, format="{message}")
     for module in ("datatrove.pipeline.filters", "elsewhere"):
@@ -495,7 +504,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
     with pytest.raises(
         DataError, match=rf"the filter {name} needs packages .*{package}.* pip install 'pretrain\[filters\]'"
     ):
-        build_judge(FilterConfig(), [name])
+        build_filter(FilterConfig(), [name])
 
 
 def test_the_versions_behind_the_verdicts_are_those_of_the_filters_in_use() -> None:
@@ -526,4 +535,4 @@ def test_a_list_that_is_no_utf_8_text_is_refused_because_it_would_drop_nothing(
         with pytest.raises(
             DataError, match=rf"data\.filters\.{name}\.{key}: .*list is {found}; a list is plain UTF-8 text"
         ):
-            build_judge(FilterConfig.model_validate({name: {key: [str(tmp_path / "list")]}}), [name])
+            build_filter(FilterConfig.model_validate({name: {key: [str(tmp_path / "list")]}}), [name])

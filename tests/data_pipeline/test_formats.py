@@ -29,10 +29,10 @@ from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.prepared import Prepared
-from data_pipeline.text.chunks import cut, read_chunk
+from data_pipeline.text.chunks import read_chunk, split_into_chunks
 from data_pipeline.text.files import list_files
-from data_pipeline.text.formats import HEAD_BYTES, binary_format
-from data_pipeline.text.sources import DEFECTS, NULS, UNDECODED, Document, decode
+from data_pipeline.text.formats import HEAD_BYTES, detect_binary_format
+from data_pipeline.text.sources import DEFECTS, NULS, UNDECODED, Document, decode_bytes
 
 TEXT = "Grüße aus Köln, 日本語 and naïve text.\r\n" * 40
 LINES = "".join(json.dumps({"text": f"{i} {TEXT}"}, ensure_ascii=False) + "\n" for i in range(3))
@@ -42,7 +42,9 @@ SKIPPABLE = struct.pack("<II", 0x184D2A50, 5) + b"abcde"
 def read(kind: str, *paths: object, chunk: int = 1 << 30, **more: object) -> list[Document]:
     source = SourceConfig.model_validate({"kind": kind, "paths": [str(path) for path in paths], **more})
     return [
-        document for chunk in cut(0, "s", source, list_files(source), chunk) for document in read_chunk(chunk, source)
+        document
+        for chunk in split_into_chunks(0, "s", source, list_files(source), chunk)
+        for document in read_chunk(chunk, source)
     ]
 
 
@@ -77,9 +79,9 @@ def test_text_is_read_compressed_or_not_in_any_encoding_with_a_byte_order_mark(
         stream.write(raw)
     for chunk in (1, 1 << 30):  # none can be cut
         (document,) = read("text", folder, chunk=chunk)
-        assert (document.text, document.id, document.repaired, document.defect) == (TEXT, name, False, None)
+        assert (document.text, document.id, document.had_invalid_unicode, document.defect) == (TEXT, name, False, None)
         assert document.n_bytes == len(TEXT.encode())
-        assert document.read == len(raw)
+        assert document.bytes_read == len(raw)
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xef\xbb\xbf", b"\xff\xfe", gzip.compress(b"")])
@@ -190,7 +192,7 @@ def test_text_that_begins_like_another_format_is_text(text: str) -> None:
         else []
     )
     for raw in (text.encode(), f"{text} für".encode("latin-1"), f"{text} für".encode(), *controls):
-        assert binary_format(raw[:HEAD_BYTES]) is None
+        assert detect_binary_format(raw[:HEAD_BYTES]) is None
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_the_advice_on_broken_jsonl_follows_the_first_bytes(tmp_path: Path, name
 def test_any_part_of_a_file_gives_the_advice_of_its_first_bytes(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "x.jsonl").write_bytes(raw)
     source = SourceConfig(kind="jsonl", paths=(str(tmp_path),))
-    *_, second, _ = (chunk for chunk in cut(0, "s", source, list_files(source), len(raw) // 3))
+    *_, second, _ = (chunk for chunk in split_into_chunks(0, "s", source, list_files(source), len(raw) // 3))
     with pytest.raises(
         DataError,
         match=r"x\.jsonl, byte \d+: broken JSON .*; the file is (UTF-16: convert it|a JSON array: one object)",
@@ -313,7 +315,7 @@ def test_a_document_that_lost_more_than_2_percent_in_decoding_is_no_text(
 ) -> None:
     (tmp_path / "x.txt").write_bytes(raw)
     (document,) = read("text", tmp_path)
-    assert (document.defect, document.repaired) == (defect, repaired)
+    assert (document.defect, document.had_invalid_unicode) == (defect, repaired)
 
 
 def test_rows_are_judged_by_their_text_alone(tmp_path: Path) -> None:
@@ -342,7 +344,7 @@ def test_rows_are_judged_by_their_text_alone(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 def test_the_characters_that_decoding_lost_are_counted_exactly(pieces: list[bytes]) -> None:
     raw = b"".join(pieces)
-    text, lost = decode(raw)
+    text, lost = decode_bytes(raw)
     assert lost == text.count("\ufffd") - raw.count("\ufffd".encode())
     assert text == raw.decode(errors="replace")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from data_pipeline import hashing
-from data_pipeline.cleaning.minhash import NOTHING, Signer, probability_found, text_hash, threshold
+from data_pipeline.cleaning.minhash import NO_WORDS, MinHasher, detection_probability, similarity_threshold, text_hash
 from data_pipeline.hashing import hash_ngrams, splitmix64, word_batches
 
 TEXT = st.text(
@@ -55,20 +55,20 @@ def sets_of_similarity(
 
 
 def curve(
-    signer: Signer, points: Iterable[float], size: int = 60, pairs: int = 1500
+    signer: MinHasher, points: Iterable[float], size: int = 60, pairs: int = 1500
 ) -> list[tuple[float, float, float]]:
     """(similarity, share of pairs with a common band, standard errors by which theory differs)."""
     rng, rows = np.random.default_rng(0), []
     for point in points:
         first, second, jaccard = sets_of_similarity(point, size, pairs, rng)
-        found = float((signer.sign(first) == signer.sign(second)).any(1).mean())
-        expected = probability_found(jaccard, signer.bands, signer.rows)
+        found = float((signer.hash_bands(first) == signer.hash_bands(second)).any(1).mean())
+        expected = detection_probability(jaccard, signer.bands, signer.rows)
         error = max((expected * (1 - expected) / pairs) ** 0.5, 1 / pairs)
         rows.append((jaccard, found, (found - expected) / error))
     return rows
 
 
-def all_alike(signer: Signer) -> Signer:
+def all_alike(signer: MinHasher) -> MinHasher:
     """Break it: every hash function is the first one."""
     signer._factors[:] = signer._factors[0, 0]
     return signer
@@ -100,11 +100,11 @@ def test_words_are_runs_of_letters_in_lower_case_in_any_script(texts: list[str])
     st.sampled_from([8, 16, 64, 1 << 17]),
 )
 def test_a_signature_depends_on_its_text_alone(texts: list[str], ngram: int, batch: int) -> None:
-    signer = Signer(ngram, bands=3, rows=2)
-    alone = np.concatenate([signer.sign([" ".join(words(text))]) for text in texts])
+    signer = MinHasher(ngram, bands=3, rows=2)
+    alone = np.concatenate([signer.hash_bands([" ".join(words(text))]) for text in texts])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashing, "BATCH_CHARACTERS", batch)
-        assert np.array_equal(signer.sign(texts), alone)
+        assert np.array_equal(signer.hash_bands(texts), alone)
 
 
 def test_the_ngrams_of_a_text_of_many_batches_are_those_of_the_text() -> None:
@@ -130,8 +130,8 @@ def test_a_long_text_has_the_hash_of_its_normal_form(text: str, batch: int) -> N
 
 
 def test_near_means_the_same_words_whatever_stands_between() -> None:
-    signer = Signer(5, 4, 2)
-    plain, fancy, other, sum_, difference = signer.sign(
+    signer = MinHasher(5, 4, 2)
+    plain, fancy, other, sum_, difference = signer.hash_bands(
         ["he said no", "\u201cHe said\u2014\u2018NO\u2019!\u201d", "he said on", "a+b", "a-b"]
     )
     assert np.array_equal(plain, fancy)
@@ -140,14 +140,14 @@ def test_near_means_the_same_words_whatever_stands_between() -> None:
 
 
 def test_a_text_shorter_than_a_shingle_is_one_and_one_without_words_is_none() -> None:
-    signer = Signer(5, 4, 2)
-    assert (signer.minima(["", "+-*/ \u2026", "one", "one two"]) == NOTHING).all((0, 1)).tolist() == [
+    signer = MinHasher(5, 4, 2)
+    assert (signer.min_hashes(["", "+-*/ \u2026", "one", "one two"]) == NO_WORDS).all((0, 1)).tolist() == [
         True,
         True,
         False,
         False,
     ]
-    nothing, signs, one, two = signer.sign(["", "+-*/ \u2026", "one", "one two"])
+    nothing, signs, one, two = signer.hash_bands(["", "+-*/ \u2026", "one", "one two"])
     assert not nothing.any()
     assert not signs.any()
     assert one.all()
@@ -156,7 +156,7 @@ def test_a_text_shorter_than_a_shingle_is_one_and_one_without_words_is_none() ->
 
 def test_the_signatures_are_what_they_have_always_been() -> None:
     texts = ["the first of all documents", "\u4e2d\u6587 and English"]
-    assert Signer(2, 2, 3).sign(texts).tolist() == [
+    assert MinHasher(2, 2, 3).hash_bands(texts).tolist() == [
         [7927044909928579378, 16678560112165194902],
         [13225486576149511738, 12960482693965880010],
     ]
@@ -166,12 +166,12 @@ def test_the_signatures_are_what_they_have_always_been() -> None:
 @pytest.mark.parametrize("size", [10, 100, 1000])
 @pytest.mark.parametrize("jaccard", [0.1, 0.5, 0.9])
 def test_the_estimated_similarity_is_unbiased(size: int, jaccard: float) -> None:
-    signer, pairs = Signer(ngram=1, bands=64, rows=8), 20
+    signer, pairs = MinHasher(ngram=1, bands=64, rows=8), 20
     first, second, true = sets_of_similarity(jaccard, size, pairs, np.random.default_rng(size))
     functions = signer.bands * signer.rows
 
-    def errors(signer: Signer) -> NDArray[np.float64]:
-        estimate = (signer.minima(first) == signer.minima(second)).mean((0, 1))
+    def errors(signer: MinHasher) -> NDArray[np.float64]:
+        estimate = (signer.min_hashes(first) == signer.min_hashes(second)).mean((0, 1))
         return np.asarray((estimate - true) / (true * (1 - true) / functions) ** 0.5)
 
     found = errors(signer)
@@ -181,7 +181,7 @@ def test_the_estimated_similarity_is_unbiased(size: int, jaccard: float) -> None
 
 
 def test_pairs_are_found_as_theory_says() -> None:
-    rows = curve(Signer(1, 14, 8), [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9])
+    rows = curve(MinHasher(1, 14, 8), [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9])
     print(*(f"\nJ={jaccard:.3f} found {found:.4f} {errors:+.1f} standard errors" for jaccard, found, errors in rows))
     assert max(abs(errors) for _, _, errors in rows) < 4
     assert rows[1][1] < 0.02
@@ -189,17 +189,17 @@ def test_pairs_are_found_as_theory_says() -> None:
 
 
 def test_one_row_finds_pairs_that_are_not_alike() -> None:
-    ((_, found, errors),) = curve(Signer(1, 14, 1), [0.4])
+    ((_, found, errors),) = curve(MinHasher(1, 14, 1), [0.4])
     assert found > 0.99
     assert abs(errors) < 4
 
 
 def test_functions_that_are_all_the_same_do_not_give_the_curve() -> None:
-    rows = curve(all_alike(Signer(1, 14, 8)), [0.4, 0.7])
+    rows = curve(all_alike(MinHasher(1, 14, 8)), [0.4, 0.7])
     assert all(abs(errors) > 10 for _, _, errors in rows)
     assert abs(rows[0][1] - 0.4) < 0.06
 
 
 def test_the_threshold_finds_half() -> None:
-    assert probability_found(threshold(14, 8), 14, 8) == pytest.approx(0.5)
-    assert threshold(14, 8) == pytest.approx(0.685, abs=5e-4)
+    assert detection_probability(similarity_threshold(14, 8), 14, 8) == pytest.approx(0.5)
+    assert similarity_threshold(14, 8) == pytest.approx(0.685, abs=5e-4)

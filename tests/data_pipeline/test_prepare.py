@@ -87,7 +87,7 @@ def test_documents_are_shuffled_inside_a_chunk_and_nowhere_else(
         start += shard.documents
     chunks = find(prepared.splits["train"].recipe.settings).chunks
     assert len(chunks) > 5
-    expected = {chunk.name: sorted(Path(part.file.path).read_text() for part in chunk.parts) for chunk in chunks}
+    expected = {chunk.name: sorted(Path(part.file.path).read_text() for part in chunk.slices) for chunk in chunks}
     found: dict[str, list[str]] = {}
     for name, texts in done:  # a chunk that does not fit into one shard goes on in `<chunk>-1`
         found.setdefault(name[: len(chunks[0].name)], []).extend(texts)

@@ -16,7 +16,7 @@ import zstandard
 from data_pipeline.errors import DataError
 from data_pipeline.settings import SourceConfig
 from data_pipeline.text import sources
-from data_pipeline.text.chunks import cut, read_chunk
+from data_pipeline.text.chunks import read_chunk, split_into_chunks
 from data_pipeline.text.files import list_files
 from data_pipeline.text.sources import Document
 
@@ -28,7 +28,7 @@ def read(kind: str, *paths: object, **settings: object) -> list[Document]:
     source = SourceConfig.model_validate({"kind": kind, "paths": [str(path) for path in paths], **settings})
     return [
         document
-        for chunk in cut(0, "here", source, list_files(source), 1 << 30)
+        for chunk in split_into_chunks(0, "here", source, list_files(source), 1 << 30)
         for document in read_chunk(chunk, source)
     ]
 
@@ -254,7 +254,7 @@ def test_bytes_that_are_not_unicode_are_replaced_and_marked(tmp_path: Path) -> N
         for kind in ("text", "jsonl", "parquet", "arrow")
         for document in read(kind, tmp_path, metadata_fields=["url"])
     ]
-    assert {document.id: (document.text, document.repaired) for document in documents} == {
+    assert {document.id: (document.text, document.had_invalid_unicode) for document in documents} == {
         "latin.txt": ("caf\ufffd", True),
         "bom.txt": ("ok\r\n", False),
         "x.jsonl@0": ("half a pair: \ufffd", True),

@@ -16,7 +16,7 @@ from tiktoken_ext import openai_public
 
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from data_pipeline.tokenizing.tokenizer_formats import TIKTOKEN, keep_apart
+from data_pipeline.tokenizing.tokenizer_formats import TIKTOKEN_ENCODINGS, split_special_tokens
 
 LINES = [
     f"def step_{i}(loss, rate):  return loss * {i}  # It's step {i % 7}, we'LL see: naïve 漢字 {'=' * (i % 5)}"
@@ -48,7 +48,7 @@ def write_ranks(file: Path, ranks: dict[bytes, int]) -> Path:
     return file
 
 
-@pytest.fixture(scope="module", params=sorted(TIKTOKEN))
+@pytest.fixture(scope="module", params=sorted(TIKTOKEN_ENCODINGS))
 def tiktoken_pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Tokenizer, tiktoken.Encoding]:
@@ -71,7 +71,7 @@ def test_ids_of_tiktoken_ranks_are_those_of_tiktoken(
     ids = ours.encode(text)
     assert ids == theirs.encode_ordinary(text)
     assert ours.decode(ids) == text
-    assert not set(ids) & set(TIKTOKEN[theirs.name][1].values())
+    assert not set(ids) & set(TIKTOKEN_ENCODINGS[theirs.name][1].values())
 
 
 def test_special_tokens_of_tiktoken_ranks_are_those_of_tiktoken(
@@ -226,7 +226,7 @@ def test_a_special_token_that_a_model_would_make_of_text_is_kept_apart(tmp_path:
     control.encode_special_tokens = True
     assert 1 in control.encode("</s>").ids
     kept = json.loads(ours.to_json())
-    assert keep_apart(kept, ["</s>"]) == kept
+    assert split_special_tokens(kept, ["</s>"]) == kept
 
 
 def unigram_with_specials(count: int) -> dict[str, Any]:

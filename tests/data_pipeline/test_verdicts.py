@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.cleaning.verdicts import TextsHash, Verdicts, encode_reasons, read_verdicts, write_verdicts
+from data_pipeline.cleaning.verdicts import ChunkVerdicts, TextsHash, encode_reasons, read_verdicts, write_verdicts
 
 
-def verdicts(*reasons: str | None) -> Verdicts:
+def verdicts(*reasons: str | None) -> ChunkVerdicts:
     codes, table = encode_reasons(reasons)
-    return Verdicts(codes, table, np.arange(len(reasons)) % 2 == 1, texts="texts", signatures="", key="key")
+    return ChunkVerdicts(codes, table, np.arange(len(reasons)) % 2 == 1, texts="texts", signatures="", key="key")
 
 
-def reasons_of(found: Verdicts) -> list[str | None]:
+def reasons_of(found: ChunkVerdicts) -> list[str | None]:
     return [found.reason(i) for i in range(len(found.codes))]
 
 
@@ -23,7 +23,7 @@ def test_verdicts_are_read_back_and_any_flipped_bit_is_noticed(tmp_path: Path) -
     read = read_verdicts(file)
     assert read is not None
     assert reasons_of(read) == [None, "empty", "c4: short", None, "empty"]
-    for field in fields(Verdicts):
+    for field in fields(ChunkVerdicts):
         assert np.array_equal(getattr(read, field.name), getattr(written, field.name))
     raw = file.read_bytes()
     for byte in range(len(raw)):

@@ -1,7 +1,7 @@
 """Which documents are good enough: every filter keeps a document or drops it for a reason, and the first that drops it decides.
 
 A verdict depends on the settings, the list files, the versions of the packages behind the rules, and the document alone. Reasons are
-`<filter>: <why>` and come from a fixed set, so that they can be counted. Most filters leave the text as it is; those in EDITS do not,
+`<filter>: <why>` and come from a fixed set, so that they can be counted. Most filters leave the text as it is; those in EDITING_FILTERS do not,
 and the filters after them judge what is left.
 
 Importing this costs nothing: datatrove, spaCy and the language model are loaded when one of their filters is built.
@@ -17,15 +17,23 @@ from pathlib import Path
 
 import xxhash
 
-from data_pipeline.cleaning.filters.lists import line_judge, reading, url_judge
-from data_pipeline.cleaning.filters.verdict import Judge, Verdict
+from data_pipeline.cleaning.filters.lists import explain_list_errors, line_filter, url_filter
+from data_pipeline.cleaning.filters.result import DocumentFilter, FilterResult
 from data_pipeline.errors import DataError
 from data_pipeline.settings import FilterConfig, FilterName, LengthFilter, PrepareConfig
 from data_pipeline.text.sources import Document
 
-__all__ = ["EDITS", "Judge", "Verdict", "build_judge", "check_filters", "filter_versions", "lists_hash"]
+__all__ = [
+    "EDITING_FILTERS",
+    "DocumentFilter",
+    "FilterResult",
+    "build_filter",
+    "check_filters",
+    "filter_versions",
+    "lists_hash",
+]
 
-EDITS: frozenset[FilterName] = frozenset({"c4"})
+EDITING_FILTERS: frozenset[FilterName] = frozenset({"c4"})
 """Filters that change the text of documents that they keep. A kept document gets the same text from these alone as from all filters."""
 
 _PACKAGES: Mapping[FilterName, tuple[str, ...]] = {
@@ -46,7 +54,7 @@ _FAILURES = (
 """What the rules of other packages raise on a text that they did not expect."""
 
 
-def build_judge(config: FilterConfig, names: Iterable[FilterName]) -> Judge:
+def build_filter(config: FilterConfig, names: Iterable[FilterName]) -> DocumentFilter:
     """One judge of several filters, which are asked in the order given. To be built once in each process: it reads lists and models.
 
     The judge raises DataError, with the document's name, where a filter fails on it.
@@ -56,7 +64,7 @@ def build_judge(config: FilterConfig, names: Iterable[FilterName]) -> Judge:
     """
     rules = [(name, _build(name, config)) for name in names]
 
-    def judge(document: Document) -> Verdict:
+    def judge(document: Document) -> FilterResult:
         whole, repairs = document.text, []
         for name, rule in rules:
             try:
@@ -68,11 +76,11 @@ def build_judge(config: FilterConfig, names: Iterable[FilterName]) -> Judge:
                     f"leave it out, or take {name} out of the filters of this source"
                 ) from error
             if verdict.reason is not None:
-                return Verdict(whole, f"{name}: {verdict.reason}")
+                return FilterResult(whole, f"{name}: {verdict.reason}")
             repairs += [f"{name}: {repair}" for repair in verdict.repairs]
             if verdict.text is not document.text:
                 document = dataclasses.replace(document, text=verdict.text, n_bytes=len(verdict.text.encode()))
-        return Verdict(document.text, None, tuple(repairs))
+        return FilterResult(document.text, None, tuple(repairs))
 
     return judge
 
@@ -81,7 +89,7 @@ def check_filters(config: PrepareConfig) -> None:
     """Find out before any text is read whether every filter of every source can do its work. Costs a second where datatrove's are used.
 
     Raises:
-        DataError: as `build_judge`; or addresses are to be judged of a source that does not say where they are.
+        DataError: as `build_filter`; or addresses are to be judged of a source that does not say where they are.
     """
     field = config.filters.url.field
     for i, source in enumerate(config.all_sources):
@@ -96,9 +104,9 @@ def check_filters(config: PrepareConfig) -> None:
                 else "name it there"
             )
             raise DataError(
-                f"{config.setting_of(i)}: the filter url reads {field}, which is not in its metadata_fields; {way_out}"
+                f"{config.source_setting(i)}: the filter url reads {field}, which is not in its metadata_fields; {way_out}"
             )
-    build_judge(config.filters, _all_names(config))
+    build_filter(config.filters, _all_names(config))
 
 
 def lists_hash(config: FilterConfig) -> str:
@@ -134,11 +142,11 @@ def _all_names(config: PrepareConfig) -> tuple[FilterName, ...]:
     )
 
 
-def _build(name: FilterName, config: FilterConfig) -> Judge:
-    builders: Mapping[FilterName, Callable[[], Judge]] = {
+def _build(name: FilterName, config: FilterConfig) -> DocumentFilter:
+    builders: Mapping[FilterName, Callable[[], DocumentFilter]] = {
         "length": lambda: _length_judge(config.length),
-        "url": lambda: url_judge(config.url),
-        "lines": lambda: line_judge(config.lines),
+        "url": lambda: url_filter(config.url),
+        "lines": lambda: line_filter(config.lines),
         "language": lambda: _language_judge(config),
     }
     try:
@@ -150,30 +158,30 @@ def _build(name: FilterName, config: FilterConfig) -> Judge:
         ) from None
 
 
-def _length_judge(settings: LengthFilter) -> Judge:
-    def judge(document: Document) -> Verdict:
+def _length_judge(settings: LengthFilter) -> DocumentFilter:
+    def judge(document: Document) -> FilterResult:
         n = len(document.text)
         if n < settings.min_characters:
-            return Verdict(document.text, "too short")
-        return Verdict(
+            return FilterResult(document.text, "too short")
+        return FilterResult(
             document.text, "too long" if settings.max_characters is not None and n > settings.max_characters else None
         )
 
     return judge
 
 
-def _language_judge(config: FilterConfig) -> Judge:
-    from data_pipeline.cleaning.filters.language import language_judge
+def _language_judge(config: FilterConfig) -> DocumentFilter:
+    from data_pipeline.cleaning.filters.language import language_filter
 
-    return language_judge(config.language)
+    return language_filter(config.language)
 
 
-def _datatrove_judge(name: FilterName, config: FilterConfig) -> Judge:
-    from data_pipeline.cleaning.filters.datatrove_rules import datatrove_judge
+def _datatrove_judge(name: FilterName, config: FilterConfig) -> DocumentFilter:
+    from data_pipeline.cleaning.filters.datatrove_rules import datatrove_filter
 
-    return datatrove_judge(name, config)
+    return datatrove_filter(name, config)
 
 
 def _file_hash(file: Path, setting: str) -> str:
-    with reading(file, setting), file.open("rb") as stream:
+    with explain_list_errors(file, setting), file.open("rb") as stream:
         return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()

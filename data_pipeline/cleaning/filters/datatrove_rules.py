@@ -1,7 +1,7 @@
 """Gopher's, C4's and FineWeb's rules as datatrove implements them, made safe for any text.
 
 Three things are added. A text without words is dropped before datatrove divides by their number. A text of more than
-MOST_CHARACTERS is dropped, because splitting it into words takes about 60 bytes a character. And what has no white space for long is
+MAX_CHARACTERS is dropped, because splitting it into words takes about 60 bytes a character. And what has no white space for long is
 broken up before it is split, because spaCy's time is quadratic in the length of a run of punctuation (80 s for 30,000 brackets).
 """
 
@@ -22,12 +22,12 @@ from datatrove.utils.text import PUNCTUATION_SET, split_into_parts
 from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
 from loguru import logger
 
-from data_pipeline.cleaning.filters.verdict import Judge, Verdict
+from data_pipeline.cleaning.filters.result import DocumentFilter, FilterResult
 from data_pipeline.errors import DataError
 from data_pipeline.settings import FilterConfig, FilterName
 from data_pipeline.text.sources import Document
 
-MOST_CHARACTERS = 10_000_000
+MAX_CHARACTERS = 10_000_000
 """Longer texts are dropped: 600 MB of memory. A long novel has 3 million."""
 
 _UNBROKEN = 200
@@ -59,7 +59,7 @@ class _Words(WordTokenizer):  # type: ignore[misc]  # datatrove has no types
         return spans
 
 
-def datatrove_judge(name: FilterName, config: FilterConfig) -> Judge:
+def datatrove_filter(name: FilterName, config: FilterConfig) -> DocumentFilter:
     """The judge of `gopher_quality`, `gopher_repetition`, `c4` or `fineweb`. Reasons: datatrove's, `no words`, `too long`, `nothing left`.
 
     `c4` edits: lines that it removes are gone from the verdict's text, and those that it keeps are trimmed and without `[1]`.
@@ -91,19 +91,19 @@ def datatrove_judge(name: FilterName, config: FilterConfig) -> Judge:
         case _:
             raise ValueError(f"{name} is not a filter of datatrove")
 
-    def judge(document: Document) -> Verdict:
+    def judge(document: Document) -> FilterResult:
         text = document.text
-        if len(text) > MOST_CHARACTERS:
-            return Verdict(text, "too long")
+        if len(text) > MAX_CHARACTERS:
+            return FilterResult(text, "too long")
         if all(character in PUNCTUATION_SET or character.isspace() for character in text):
-            return Verdict(text, "no words")
+            return FilterResult(text, "no words")
         theirs = TheirDocument(text=text, id=document.id)
         keeps, reason = get_filter_result(rules.filter(theirs))
         if not keeps:
-            return Verdict(text, reason)
+            return FilterResult(text, reason)
         if not theirs.text.strip():
-            return Verdict(text, "nothing left")
-        return Verdict(theirs.text, repairs=() if theirs.text == text else ("lines removed or trimmed",))
+            return FilterResult(text, "nothing left")
+        return FilterResult(theirs.text, repairs=() if theirs.text == text else ("lines removed or trimmed",))
 
     return judge
 

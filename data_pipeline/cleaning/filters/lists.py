@@ -16,10 +16,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.cleaning.filters.verdict import Judge, Verdict
+from data_pipeline.cleaning.filters.result import DocumentFilter, FilterResult
 from data_pipeline.errors import DataError
 from data_pipeline.settings import LineFilter, UrlFilter
-from data_pipeline.text.formats import HEAD_BYTES, binary_format, encoding_of
+from data_pipeline.text.formats import HEAD_BYTES, detect_binary_format, detect_encoding
 from data_pipeline.text.sources import Document
 
 _HOST = re.compile(r"\s*(?:(?:[a-z][a-z0-9+.-]*:)?//)?(?:[^/?#@]*@)?([^/?#:]*)", re.IGNORECASE)
@@ -31,7 +31,7 @@ _LONGEST_HOST = 253
 _PLAIN_DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
 
 
-def url_judge(settings: UrlFilter) -> Judge:
+def url_filter(settings: UrlFilter) -> DocumentFilter:
     """Reasons: `listed domain`, `listed word`. A document without an address is kept."""
     if not settings.domains and not settings.words:
         raise DataError("data.filters.url has neither domains nor words; set one, or take url out of the filters")
@@ -39,34 +39,34 @@ def url_judge(settings: UrlFilter) -> Judge:
     words = "|".join(map(re.escape, settings.words))
     pattern = re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])", re.IGNORECASE) if words else None
 
-    def judge(document: Document) -> Verdict:
+    def judge(document: Document) -> FilterResult:
         value = document.metadata.get(settings.field)
         address = "" if value is None else str(value)
         if address and listed is not None and _on_list(listed, _domains(address)).any():
-            return Verdict(document.text, "listed domain")
+            return FilterResult(document.text, "listed domain")
         if address and pattern is not None and pattern.search(unquote(address)):
-            return Verdict(document.text, "listed word")
-        return Verdict(document.text)
+            return FilterResult(document.text, "listed word")
+        return FilterResult(document.text)
 
     return judge
 
 
-def line_judge(settings: LineFilter) -> Judge:
+def line_filter(settings: LineFilter) -> DocumentFilter:
     """Reason: `listed lines`. Empty lines do not count, neither as lines nor as listed."""
     if not settings.files:
         raise DataError("data.filters.lines.files names no file of lines; set it, or take lines out of the filters")
     listed = _read_list(settings.files, "lines.files", str.strip)
 
-    def judge(document: Document) -> Verdict:
+    def judge(document: Document) -> FilterResult:
         lines = [line for line in map(str.strip, document.text.split("\n")) if line]
         n_listed = int(_on_list(listed, lines).sum())
-        return Verdict(document.text, "listed lines" if n_listed > settings.max_fraction * len(lines) else None)
+        return FilterResult(document.text, "listed lines" if n_listed > settings.max_fraction * len(lines) else None)
 
     return judge
 
 
 @contextmanager
-def reading(file: Path, setting: str) -> Iterator[None]:
+def explain_list_errors(file: Path, setting: str) -> Iterator[None]:
     """Turn a list file that cannot be read into one line that names it."""
     try:
         yield
@@ -82,7 +82,10 @@ def _read_list(files: Sequence[Path], setting: str, normal: Callable[[str], str]
     for file in files:
         _check_is_text(file, setting)
         # What is not UTF-8 becomes U+FFFD, as it does in the documents.
-        with reading(file, setting), file.open(encoding="utf-8-sig", errors="replace", newline="\n") as stream:
+        with (
+            explain_list_errors(file, setting),
+            file.open(encoding="utf-8-sig", errors="replace", newline="\n") as stream,
+        ):
             entries = (normal(line) for line in stream)
             hashes.append(np.fromiter((_hash(entry) for entry in entries if entry), np.uint64))
         if not len(hashes[-1]):
@@ -94,10 +97,10 @@ def _read_list(files: Sequence[Path], setting: str, normal: Callable[[str], str]
 
 def _check_is_text(file: Path, setting: str) -> None:
     """DataError if the first bytes are not UTF-8 text: taken for it, the list would hold nothing that any document has."""
-    with reading(file, setting), file.open("rb") as stream:
+    with explain_list_errors(file, setting), file.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
-    found = binary_format(head)
-    name = found.name if found else encoding_of(head)[0].upper()
+    found = detect_binary_format(head)
+    name = found.name if found else detect_encoding(head)[0].upper()
     if name != "UTF-8":
         raise DataError(f"data.filters.{setting}: {file} is {name}; a list is plain UTF-8 text, an entry a line")
 

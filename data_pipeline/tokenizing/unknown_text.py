@@ -11,14 +11,14 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from data_pipeline.tokenizing.coverage import steps
+from data_pipeline.tokenizing.coverage import pipeline_steps
 from data_pipeline.tokenizing.tokenizer import Tokenizer, build_backend
 
 _LOST_TOKEN, _LOST_ID = "\0lost", 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Losses:
+class UnknownCounts:
     """What a tokenizer did not know of some documents; arrays [documents]."""
 
     unknown: NDArray[np.int64]
@@ -27,7 +27,7 @@ class Losses:
     """Characters that vanished, as a whole or in part."""
 
 
-class LossCounter:
+class UnknownTextCounter:
     """Counts what a tokenizer does not know of the documents it encodes, from their texts and ids: whoever encoded them.
 
     It costs nothing where every character has ids, and a comparison of each id where an unknown token stands for the others.
@@ -39,15 +39,17 @@ class LossCounter:
         self._twin = None
         self._alone = False
         """A character is lost wherever it stands or nowhere."""
-        if self.coverage.lossy and self.coverage.vanishes:
+        if self.coverage.is_lossy and self.coverage.drops_unknown:
             config = json.loads(tokenizer.to_json())
             model = config["model"]
             self._twin = _twin(config)
             affixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-            self._alone = not affixed and all(step.get("type") == "ByteLevel" for step in steps(config, "normalizer"))
+            self._alone = not affixed and all(
+                step.get("type") == "ByteLevel" for step in pipeline_steps(config, "normalizer")
+            )
         self._known, self._lost = set[str](), set[str]()
 
-    def count(self, texts: Sequence[str], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> Losses:
+    def count(self, texts: Sequence[str], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> UnknownCounts:
         """What was not known of each text.
 
         Args:
@@ -56,7 +58,7 @@ class LossCounter:
             offsets: [n + 1], as `Encoder.encode` returns them.
         """
         unknown, lost = np.zeros(len(texts), np.int64), np.zeros(len(texts), np.int64)
-        if not self.coverage.complete and self.coverage.unknown_id is not None:
+        if not self.coverage.is_complete and self.coverage.unknown_id is not None:
             hits = np.flatnonzero(ids == self.coverage.unknown_id)
             unknown += np.bincount(np.searchsorted(offsets, hits, side="right") - 1, minlength=len(texts))
         if self._twin is not None:
@@ -68,7 +70,7 @@ class LossCounter:
                 lost[i] = len(
                     {place for number, place in pairs if number == _LOST_ID}
                 )  # several bytes may be of one character
-        return Losses(unknown, lost)
+        return UnknownCounts(unknown, lost)
 
     def _may_lose(self, text: str) -> bool:
         """Whether the text has characters that are lost; True where that depends on their neighbours."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.addresses import fill_in
 from data_pipeline.errors import DataError, one_line
-from data_pipeline.text.files import data_set_names
-from data_pipeline.text.sources import Document, document, fields_of, reading, wanted_columns
+from data_pipeline.text.files import dataset_names
+from data_pipeline.text.sources import Document, columns_to_read, explain_read_errors, extract_fields, make_document
 
 if TYPE_CHECKING:
     import datasets
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from data_pipeline.settings import SourceConfig
 
 
-def read_hf(name: str, source: SourceConfig, origin: str) -> Iterator[Document]:
+def read_hf_dataset(name: str, source: SourceConfig, origin: str) -> Iterator[Document]:
     """Yield the documents of one split of a Hugging Face data set."""
     rows, number = _open_hf(name, source), 0
-    first, *more = data_set_names(source.paths)
+    first, *more = dataset_names(source.paths)
     prefix = dict(zip(source.paths, (first, *(f"{end}/" for end in more)), strict=True))[name]
     if rows.column_names is not None:  # a stream may not know its columns; then each row tells
-        rows = rows.select_columns(wanted_columns(rows.column_names, name, source))
+        rows = rows.select_columns(columns_to_read(rows.column_names, name, source))
 
     def where() -> str:
         return f"{name}, row {number} of split {source.split}"
 
-    with reading(f"{name} (split {source.split})"):
+    with explain_read_errors(f"{name} (split {source.split})"):
         for number, row in enumerate(rows):
-            identity, text, metadata = fields_of(row, where, source)
-            yield document(identity or f"{prefix}{source.split}:{number}", text, origin, metadata, 0, 0)
+            identity, text, metadata = extract_fields(row, where, source)
+            yield make_document(identity or f"{prefix}{source.split}:{number}", text, origin, metadata, 0, 0)
 
 
 def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:

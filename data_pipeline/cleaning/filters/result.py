@@ -9,7 +9,7 @@ from data_pipeline.text.sources import Document
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class FilterResult:
     """Dropped for a reason, or kept with the text that is left."""
 
     text: str
@@ -20,4 +20,4 @@ class Verdict:
     """How the text was changed, for the counts of repaired documents."""
 
 
-Judge = Callable[[Document], Verdict]
+DocumentFilter = Callable[[Document], FilterResult]
