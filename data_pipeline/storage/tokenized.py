@@ -25,7 +25,7 @@ from data_pipeline.storage.token_files import TokenFile, list_token_files, open_
 from data_pipeline.storage.verify import largest_id, unended
 from data_pipeline.text.files import describe_files
 from data_pipeline.text.walk import glob_root
-from data_pipeline.tokenizing.coverage import UNKNOWN
+from data_pipeline.tokenizing.coverage import UNKNOWN_TOKENS
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 from data_pipeline.workers import Done, Tell
 
@@ -268,7 +268,7 @@ def _adopt_documents(
     part.shards.append(shard)
     part.dtypes.setdefault(dtype, file.path)
     part.ends_with_eot &= without_end == 0
-    part.marked += Counter({UNKNOWN: len(with_unknown)})
+    part.marked += Counter({UNKNOWN_TOKENS: len(with_unknown)})
 
 
 def _unknown_id(tokenizer: Tokenizer) -> int | None:

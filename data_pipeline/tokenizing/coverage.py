@@ -13,8 +13,8 @@ from typing import Any
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizing.tokenizer_formats import byte_characters
 
-UNKNOWN = "has unknown tokens"
-LOST = "lost characters"
+UNKNOWN_TOKENS = "has unknown tokens"
+LOST_CHARACTERS = "lost characters"
 NO_TOKENS = "encodes to nothing"
 """What the manifest calls documents that a tokenizer did not know, in part or as a whole."""
 

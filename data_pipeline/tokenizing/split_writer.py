@@ -19,7 +19,7 @@ from data_pipeline.storage.manifest import DTYPES, Record, Shard
 from data_pipeline.storage.shard_writer import write_shard
 from data_pipeline.storage.shards import token_dtype
 from data_pipeline.text.sources import Document
-from data_pipeline.tokenizing.coverage import LOST, UNKNOWN
+from data_pipeline.tokenizing.coverage import LOST_CHARACTERS, UNKNOWN_TOKENS
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 _GATHER_TOKENS = 4 << 20
@@ -76,9 +76,9 @@ class SplitWriter:
         if marked:
             self.marked[CONTAMINATED] += 1
         if unknown:
-            self.marked[UNKNOWN] += 1
+            self.marked[UNKNOWN_TOKENS] += 1
         if lost:
-            self.marked[LOST] += 1
+            self.marked[LOST_CHARACTERS] += 1
         self.unknown_tokens += unknown
         self.lost_characters += lost
 

@@ -8,7 +8,7 @@ from data_pipeline.held_out import held_out_line, held_out_warnings
 from data_pipeline.inspect import Description, SourceDescription, fertility
 from data_pipeline.reading.forecast import Forecast, Stretch
 from data_pipeline.storage.manifest import Manifest, SourceManifest
-from data_pipeline.tokenizing.coverage import LOST, UNKNOWN
+from data_pipeline.tokenizing.coverage import LOST_CHARACTERS, UNKNOWN_TOKENS
 from pretrain.config import DataConfig
 from pretrain.report.frame import Row
 
@@ -49,12 +49,14 @@ def losses(sources: Sequence[SourceManifest]) -> list[str]:
         unknown, lost = sum(part.unknown_tokens for part in parts), sum(part.lost_characters for part in parts)
         tokens = sum(part.tokens for part in parts)
         if unknown:
-            holding = sum(part.marked.get(UNKNOWN, 0) for part in parts)
+            holding = sum(part.marked.get(UNKNOWN_TOKENS, 0) for part in parts)
             what = f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.2%}) stand for text that the tokenizer does not know"
             sentences.append(f"{name}: {what}, in {_documents(holding)}")
         if lost:
             what = f"{lost:,} characters that the tokenizer does not know are left out"
-            sentences.append(f"{name}: {what}, of {_documents(sum(part.marked.get(LOST, 0) for part in parts))}")
+            sentences.append(
+                f"{name}: {what}, of {_documents(sum(part.marked.get(LOST_CHARACTERS, 0) for part in parts))}"
+            )
     return sentences
 
 

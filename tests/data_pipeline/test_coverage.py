@@ -20,7 +20,7 @@ from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.manifest import MANIFEST, load_manifest
 from data_pipeline.storage.prepared import Prepared
-from data_pipeline.tokenizing.coverage import LOST, NO_TOKENS, UNKNOWN, analyze_coverage
+from data_pipeline.tokenizing.coverage import LOST_CHARACTERS, NO_TOKENS, UNKNOWN_TOKENS, analyze_coverage
 from data_pipeline.tokenizing.encoder import GigaEncoder, ReferenceEncoder, select_encoder
 from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
 from data_pipeline.tokenizing.tokenizer_formats import SPLIT_PATTERN, byte_characters, byte_level, make_tokenizer_config
@@ -153,7 +153,7 @@ def test_unknown_tokens_and_their_documents_are_counted(tmp_path: Path, name: st
     source = prepared_with(tmp_path, UNKNOWING[name]).splits["train"].sources[0]
     documents, tokens, unknown, holding = counts
     assert (source.documents, source.tokens, source.unknown_tokens) == (documents, tokens, unknown)
-    assert (source.marked, source.dropped, source.lost_characters) == ({UNKNOWN: holding}, {}, 0)
+    assert (source.marked, source.dropped, source.lost_characters) == ({UNKNOWN_TOKENS: holding}, {}, 0)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_lost_characters_are_counted_where_the_user_asks_for_such_a_tokenizer(
     prepared = prepared_with(tmp_path, LOSSY[name], allow_lossy_tokenizer=True)
     source = prepared.splits["train"].sources[0]
     assert (source.documents, source.tokens, source.dropped) == (documents, tokens, dropped)
-    assert (source.marked, source.lost_characters, source.unknown_tokens) == ({LOST: holding}, lost, 0)
+    assert (source.marked, source.lost_characters, source.unknown_tokens) == ({LOST_CHARACTERS: holding}, lost, 0)
     assert source.read == len(DOCUMENTS)
     assert (
         prepared.notes[0]
@@ -468,8 +468,8 @@ def test_counts_are_taken_over_with_tokens_that_are_there_already(tmp_path: Path
         validation_fraction=0,
     )
     taken, read = prepare(tmp_path / "second", config).splits["train"].sources
-    assert (taken.unknown_tokens, taken.marked) == (6, {UNKNOWN: 3})
-    assert (read.unknown_tokens, read.marked, read.tokens) == (6, {UNKNOWN: 3}, 31)
+    assert (taken.unknown_tokens, taken.marked) == (6, {UNKNOWN_TOKENS: 3})
+    assert (read.unknown_tokens, read.marked, read.tokens) == (6, {UNKNOWN_TOKENS: 3}, 31)
 
 
 def test_tokens_that_are_there_may_be_of_a_tokenizer_that_loses_text(tmp_path: Path) -> None:
@@ -477,7 +477,7 @@ def test_tokens_that_are_there_may_be_of_a_tokenizer_that_loses_text(tmp_path: P
     source = SourceConfig(name="taken", kind="prepared", paths=(str(first.path),))
     config = PrepareConfig(sources=(source,), tokenizer=first.path / "tokenizer.json", validation_fraction=0)
     (taken,) = prepare(tmp_path / "second", config).splits["train"].sources
-    assert (taken.lost_characters, taken.marked, taken.dropped) == (4, {LOST: 2}, {NO_TOKENS: 1})
+    assert (taken.lost_characters, taken.marked, taken.dropped) == (4, {LOST_CHARACTERS: 2}, {NO_TOKENS: 1})
 
 
 def test_the_setting_is_no_part_of_what_the_data_is(tmp_path: Path) -> None:
