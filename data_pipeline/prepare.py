@@ -58,13 +58,7 @@ from data_pipeline.text.files import file_patterns
 from data_pipeline.text.sources import DEFECTS, MAX_UNDECODED, Document
 from data_pipeline.tokenizing.coverage import coverage_notes
 from data_pipeline.tokenizing.split_writer import SplitResult
-from data_pipeline.tokenizing.tokenize import (
-    ChunkResult,
-    TokenizeJob,
-    TokenizeSetup,
-    create_tokenizer_worker,
-    uniform_hash,
-)
+from data_pipeline.tokenizing.tokenize import ChunkResult, TokenizeJob, TokenizeSetup, init_worker, uniform_hash
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, sample_texts, train_tokenizer
 from data_pipeline.workers import Done, Tell, cores, run_jobs
 
@@ -126,9 +120,8 @@ def prepare(
     with working_folder(path) as work:
         lossy_is_fine = config.allow_lossy_tokenizer or not any(source.is_text for source in config.all_sources)
         is_there = tokenizer is not None or (path / "tokenizer.json").is_file()
-        made = (
-            bring_tokenizer(path, tokenizer or path, work, lossy_is_fine) if is_there else None
-        )  # a wrong one is told before any text is read
+        # A tokenizer that does not fit is an error before any text is read.
+        made = bring_tokenizer(path, tokenizer or path, work, lossy_is_fine) if is_there else None
         adopted = None if made is None else _adopt(corpus, work, made, progress)
         verdicts = _clean(corpus, work, progress)
         if made is None or adopted is None:
@@ -171,7 +164,7 @@ def _clean(corpus: Corpus, work: Path, progress: OnProgress) -> dict[str, Path]:
         progress(Progress("comparing documents", read=int(1000 * share), total=1000))
 
     tell = _counter("cleaning", corpus.chunks, progress)
-    return clean_chunks(jobs, config, work / JUDGED, _workers(config), tell, comparing)
+    return clean_chunks(jobs, config, work / JUDGED, config.workers or cores(), tell, comparing)
 
 
 def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: OnProgress) -> Tokenizer:
@@ -258,9 +251,8 @@ def _tokenize(
     """The result of every chunk, in order. DataError if a split would be empty."""
     config, file = corpus.config, work / "tokenizer.json"
     file = file if file.is_file() else work.parent / "tokenizer.json"
-    begin = partial(
-        create_tokenizer_worker, TokenizeSetup(config, work, work / DONE, file, tokenizer.fingerprint, keep_rejects)
-    )
+    setup = TokenizeSetup(config, work, work / DONE, file, tokenizer.fingerprint, keep_rejects)
+    begin = partial(init_worker, setup)
 
     def job(chunk: Chunk, fraction: float) -> TokenizeJob:
         decides = digest(tokenizer.fingerprint, fraction, config.shard_tokens, keep_rejects)
@@ -272,7 +264,7 @@ def _tokenize(
     ]
     found = {
         result.chunk: result
-        for result in run_jobs(begin, jobs, _workers(config), _counter("tokenizing", corpus.chunks, progress))
+        for result in run_jobs(begin, jobs, config.workers or cores(), _counter("tokenizing", corpus.chunks, progress))
     }
     results = {chunk.name: found[chunk.name] for chunk in corpus.chunks}
     if config.validation_fraction > 0:
@@ -280,7 +272,9 @@ def _tokenize(
             job(chunk, math.nextafter(results[chunk.name].lowest, 2.0))
             for chunk in chunks_to_hold_out_from(corpus, results)
         ]
-        results |= {result.chunk: result for result in run_jobs(begin, again, _workers(config), lambda _: None)}
+        results |= {
+            result.chunk: result for result in run_jobs(begin, again, config.workers or cores(), lambda _: None)
+        }
     _check_not_empty(corpus, results)
     return results
 
@@ -320,9 +314,9 @@ def _notes(corpus: Corpus, results: dict[str, ChunkResult]) -> tuple[str, ...]:
         notes.append(f"{failures} batches encoded by tokenizers, because gigatoken broke on them")
     dedup = corpus.config.dedup
     if dedup.minhash:
-        half = similarity_threshold(dedup.bands, dedup.rows)
+        half = f"{similarity_threshold(dedup.bands, dedup.rows):.2f}"
         notes.append(
-            f"near-duplicates: half of the pairs of Jaccard similarity {half:.2f} are found, and more of closer ones"
+            f"near-duplicates: half of the pairs of Jaccard similarity {half} are found, and more of closer ones"
         )
     evaluation = EvaluationNgrams.load(corpus.config.decontaminate)
     if evaluation is not None:
@@ -464,7 +458,3 @@ def _counter(stage: Stage, chunks: Iterable[Chunk] | None, progress: OnProgress)
         progress(Progress(stage, sums.documents, sums.tokens, sums.read, total))
 
     return tell
-
-
-def _workers(config: PrepareConfig) -> int:
-    return config.workers or cores()

@@ -99,7 +99,7 @@ def uniform_hash(document: Document) -> float:
     return document_hash(f"{document.source}\0{document.id}", salt=0) / 2**64
 
 
-def create_tokenizer_worker(setup: TokenizeSetup) -> Callable[[TokenizeJob, Tell], ChunkResult]:
+def init_worker(setup: TokenizeSetup) -> Callable[[TokenizeJob, Tell], ChunkResult]:
     """What does the jobs of one process. The tokenizer is loaded once.
 
     The function that is returned reads a chunk, encodes what is kept, and writes its shards to `<work>/train` and `<work>/validation`,

@@ -40,7 +40,7 @@ def documents_of(source: SourceConfig, chunks: Sequence[Chunk]) -> list[Document
         reads = [document.bytes_read for document in found]
         assert reads == sorted(reads)
         assert all(0 <= read <= chunk.bytes for read in reads)
-        documents += [replace(document, read=0) for document in found]
+        documents += [replace(document, bytes_read=0) for document in found]
     return documents
 
 

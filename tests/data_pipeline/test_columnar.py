@@ -352,7 +352,9 @@ def test_a_bad_byte_in_a_dictionary_is_a_repaired_document_as_in_plain_strings(
     column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 0, 1]), words)
     plain = read(write(pa.table({"text": words.take(column.indices)}), tmp_path, ending))
     encoded = read(write(pa.table({"text": column}), tmp_path, ending))
-    assert [replace(document, read=0) for document in encoded] == [replace(document, read=0) for document in plain]
+    assert [replace(document, bytes_read=0) for document in encoded] == [
+        replace(document, bytes_read=0) for document in plain
+    ]
     assert [document.had_invalid_unicode for document in encoded] == [False, True, False, False, True]
 
 

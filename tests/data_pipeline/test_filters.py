@@ -39,7 +39,13 @@ ONE_LINE = GOOD.replace("\n", " ")
 
 def doc(text: str, **metadata: object) -> Document:
     return Document(
-        id="d7", text=text, source="web", metadata=metadata, n_bytes=len(text.encode()), repaired=False, read=0
+        id="d7",
+        text=text,
+        source="web",
+        metadata=metadata,
+        n_bytes=len(text.encode()),
+        had_invalid_unicode=False,
+        bytes_read=0,
     )
 
 

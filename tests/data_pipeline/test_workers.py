@@ -19,7 +19,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.prepare import Progress
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.prepared import Prepared
-from data_pipeline.tokenizing.tokenize import TokenizeJob, TokenizeSetup, create_tokenizer_worker
+from data_pipeline.tokenizing.tokenize import TokenizeJob, TokenizeSetup, init_worker
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from data_pipeline.workers import Done, Tell, run_jobs
 
@@ -148,7 +148,7 @@ def test_a_worker_holds_one_chunk_however_many_there_are(tmp_path: Path, prepare
         setup = TokenizeSetup(
             config, work, work / "done", tokenizer, load_tokenizer(tokenizer).fingerprint, keep_rejects=False
         )
-        do = create_tokenizer_worker(setup)
+        do = init_worker(setup)
         chunks = find(config).chunks[:n_chunks]
         assert len(chunks) == n_chunks
         tracemalloc.start()
