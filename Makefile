@@ -5,12 +5,14 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= runs/gpu-check
 ARGS ?=
+T ?=
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 GPU_PYTHON = $(if $(wildcard $(VENV)/.installed-dev),$(BIN)/python,$(PYTHON))
 GPU_PYTHON_VERSION ?= 3.12
 GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test check gpu-check gpu-wheels benchmark parity clean
+.PHONY: help install install-dev demo test test-one check docs docs-serve gpu-check gpu-wheels benchmark parity clean
 
 help:  ## print this
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,11 +27,21 @@ demo: $(VENV)/.installed  ## raw text to trained model to report, in minutes
 test: check  ## lint, types, import contracts, tests
 	$(BIN)/pytest
 
+test-one: $(VENV)/.installed-dev  ## one test file, folder or case: T=tests/pretrain/test_loss.py, T='tests/parallel -k tensor'
+	$(if $(T),,$(error name what to run: make test-one T=tests/pretrain/test_loss.py))
+	$(BIN)/pytest $(T)
+
 check: $(VENV)/.installed-dev  ## lint, types and import contracts alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: $(VENV)/.installed-dev  ## the documentation as a site in build/docs; a broken link is an error
+	$(MKDOCS) build --strict
+
+docs-serve: $(VENV)/.installed-dev  ## the same at http://127.0.0.1:8000, rebuilt when a page changes
+	$(MKDOCS) serve --strict
 
 gpu-check:  ## everything that needs a CUDA GPU, in at most 9.5 minutes: OUT=FOLDER, ARGS='--stages smoke ...' (no network is used)
 	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
