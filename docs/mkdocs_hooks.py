@@ -1,4 +1,4 @@
-"""Hooks of mkdocs (see mkdocs.yml): pages that do not lie in docs/, and the settings reference, made from the settings themselves."""
+"""Hooks of mkdocs (see mkdocs.yml): pages from outside of docs/, and the settings reference, made from the settings."""
 
 from __future__ import annotations
 
@@ -46,21 +46,22 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def settings_reference() -> str:
-    """Return the settings reference in Markdown: every setting with its type, default, sentence and what a resume allows."""
+    """Return the settings reference in Markdown: type, default and sentence of every setting, and what a resume may do."""
     schema = settings.RunConfig.model_json_schema()
     lines = [
         "# Settings",
         "",
-        "Every setting with its default. A YAML file holds what differs; `key=value` on the command line wins over the file.",
-        "`pretrain train --help` prints the same list, and `pretrain config show my.yaml` says where each value comes from.",
+        "Every setting with its default. A YAML file holds what differs; `key=value` on the command line wins.",
+        "`pretrain train --help` lists them too, and `pretrain config show my.yaml` says where each value comes from.",
     ]
     for section, prop in schema["properties"].items():
-        lines += ["", f"## {section}", "", *_section(resolve(prop, schema), f"{section}.", schema, settings.on_resume())]
+        lines += ["", f"## {section}", "", *_section(resolve(prop, schema), f"{section}.", schema)]
     return "\n".join(lines) + "\n"
 
 
-def _section(section: Schema, prefix: str, schema: Schema, resume: dict[str, str]) -> Iterator[str]:
+def _section(section: Schema, prefix: str, schema: Schema) -> Iterator[str]:
     """Yield the lines of one section: its sentence, its settings, then its subsections."""
+    resume, defaults = settings.on_resume(), settings.flatten(settings.RunConfig())
     yield from (paragraph(section.get("description", "")), "")
     nested: list[tuple[str, Schema]] = []
     for name, prop in section["properties"].items():
@@ -68,14 +69,18 @@ def _section(section: Schema, prefix: str, schema: Schema, resume: dict[str, str
         if "properties" in target:
             nested.append((key, target))
             continue
-        facts = [type_text(prop, schema), f"default `{json.dumps(prop['default'])}`" if "default" in prop else "required"]
+        default = prop.get("default")
+        if default != "auto":  # RunConfig() has resolved some of those already
+            default = defaults.get(key, default)
+        required = name in section.get("required", ())
+        facts = [type_text(prop, schema), "required" if required else f"default `{json.dumps(default)}`"]
         facts += [RESUME_NOTES[resume[key]]] if key in resume else []
         yield from (f"#### `{key}` {{ #{key} }}", "", " · ".join(facts), "", paragraph(prop.get("description", "")), "")
         items = resolve(prop.get("items", {}), schema)
         if "properties" in items:
             nested.append((f"{key}.N", items))
     for key, target in nested:
-        yield from ("", f"### {key} {{ #{key} }}", "", *_section(target, f"{key}.", schema, resume))
+        yield from ("", f"### {key} {{ #{key} }}", "", *_section(target, f"{key}.", schema))
 
 
 def resolve(schema: Schema, root: Schema) -> Schema:

@@ -1,13 +1,21 @@
-"""What DESIGN.md says of the house and import-linter cannot check."""
+"""Rules that docs/architecture.md and CONTRIBUTING.md state and that neither ruff nor import-linter checks."""
 
 import ast
 from importlib.resources import files
 from pathlib import Path
 
+import grimp
+import networkx as nx
 import pytest
 
 HOUSE = Path(__file__).parents[1]
 PACKAGES = ("pretrain", "data_pipeline", "parallel", "launch")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "Makefile", "docs/architecture.md")
+MOST_FILES = 13
+"""Python files in a folder of `pretrain`."""
+KNOWN_CIRCLES = [{"pretrain.cli.data", "pretrain.cli.demo", "pretrain.cli.run"}]
+"""To be emptied: circles of imports that are being removed."""
+
 SOURCES = sorted(file for package in PACKAGES for file in (HOUSE / package).rglob("*.py"))
 
 
@@ -40,9 +48,7 @@ def test_a_hidden_import_is_seen(tmp_path: Path) -> None:
         assert any(name.startswith("torch.distributed") for name in imports(tmp_path / "bad.py")), line
 
 
-@pytest.mark.parametrize(
-    "room", [*PACKAGES, "configs", "tests", "benchmarks", "docs", "pyproject.toml", "README.md", "Makefile"]
-)
+@pytest.mark.parametrize("room", [*PACKAGES, "configs", "tests", "benchmarks", "docs", "pyproject.toml", *DOCUMENTS])
 def test_the_room_is_there_and_not_empty(room: str) -> None:
     path = HOUSE / room
     assert path.stat().st_size > 0
@@ -74,3 +80,29 @@ def test_a_function_is_seen_on_one_screen() -> None:
 def test_a_source_says_what_it_is() -> None:
     for file in SOURCES:
         assert ast.get_docstring(ast.parse(file.read_text())), file
+
+
+def circles(graph: grimp.ImportGraph) -> list[set[str]]:
+    """Groups of modules that import each other, wherever in a file the import stands."""
+    edges = ((module, to) for module in graph.modules for to in graph.find_modules_directly_imported_by(module))
+    return [group for group in nx.strongly_connected_components(nx.DiGraph(edges)) if len(group) > 1]
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    assert len(graph.modules) > 100
+    assert circles(graph) == KNOWN_CIRCLES
+
+
+def test_a_circle_is_found() -> None:
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    assert graph.direct_import_exists(importer="pretrain.model.transformer", imported="pretrain.model.mlp")
+    graph.add_import(importer="pretrain.model.mlp", imported="pretrain.model.transformer")
+    assert {"pretrain.model.mlp", "pretrain.model.transformer"} in circles(graph)
+
+
+def test_a_folder_has_few_files() -> None:
+    folders = {file.parent for file in SOURCES if file.is_relative_to(HOUSE / "pretrain")}
+    assert len(folders) >= 10
+    counts = {str(folder.relative_to(HOUSE)): len(list(folder.glob("*.py"))) for folder in folders}
+    assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
