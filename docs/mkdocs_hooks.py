@@ -46,7 +46,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def settings_reference() -> str:
-    """Return the settings reference in Markdown: type, default and sentence of every setting, and what a resume may do."""
+    """Return the settings in Markdown: type, default and sentence of each, and what may change on resume."""
     schema = settings.RunConfig.model_json_schema()
     lines = [
         "# Settings",
