@@ -9,13 +9,13 @@ from torch.distributed.tensor import _redistribute
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from parallel.layout import AXES, Layout
-from parallel.world import TIMEOUT
+from parallel.world import COLLECTIVE_TIMEOUT
 
 
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     """A mesh over all ranks with the axes of `layout.AXES`, those of size 1 included.
 
-    The default process group must be there and be as large as the layout. Where it is bound to a GPU (`parallel.world.start`) NCCL's
+    The default process group must be there and be as large as the layout. Where it is bound to a GPU (`parallel.world.process_group`) NCCL's
     communicators are split off at once, also those of axes of size 1: no rank waits for another at its first message.
     """
     root = init_device_mesh(
@@ -38,7 +38,7 @@ def _bound(mesh: DeviceMesh) -> None:
         if (
             get_backend(group := mesh.get_group(axis)) != "fake"
         ):  # nobody is waited for (`parallel.simulate.fake_world`)
-            _set_pg_timeout(TIMEOUT, group)
+            _set_pg_timeout(COLLECTIVE_TIMEOUT, group)
 
 
 def data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:

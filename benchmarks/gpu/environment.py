@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from benchmarks.common import machine
 from benchmarks.gpu.stage import StageContext
-from parallel.world import World, start
+from parallel.world import World, process_group
 from pretrain.estimate.hardware import find_accelerator
 from pretrain.model.kernels import flash_attn_version
 
@@ -54,7 +54,7 @@ def driver() -> str | None:
 def group_of_one(device: torch.device) -> float:
     """Seconds to start the group that a training process starts, and to add up a number in it."""
     began = time.monotonic()
-    with start(World.from_environment(), device.type, even_alone=True):
+    with process_group(World.from_environment(), device.type, even_if_alone=True):
         total = torch.ones(1, device=device)
         dist.all_reduce(total)
         assert total.item() == 1

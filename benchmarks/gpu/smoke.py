@@ -11,7 +11,7 @@ from benchmarks.gpu.stage import StageContext
 from benchmarks.gpu.training import Case, config_of, microbatches_of
 from parallel.engines.torch.build import divided
 from parallel.layout import Layout
-from parallel.world import World, start
+from parallel.world import World, process_group
 from pretrain.setup.engine import blueprint_of, build_engine, numbers_of
 
 STEPS = 3
@@ -55,7 +55,7 @@ def main() -> None:
     stage = StageContext(__doc__)
     eager = losses(stage, compiled=False, sharded=False)
     others = [losses(stage, compiled=True, sharded=False)]
-    with start(World.from_environment(), stage.device.type, even_alone=True):
+    with process_group(World.from_environment(), stage.device.type, even_if_alone=True):
         others += [losses(stage, compiled=compiled, sharded=True) for compiled in (False, True)]
     worst = max(abs(a - b) / b for other in others for a, b in zip(other, eager, strict=True))
     stage.row(what="largest relative difference of a loss", value=worst, tolerance=TOLERANCE)

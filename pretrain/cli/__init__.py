@@ -12,7 +12,8 @@ from rich.text import Text
 
 from data_pipeline.errors import DISK_ERRNOS, DataError, StorageError, redact
 from parallel.errors import LayoutError
-from parallel.world import World, fail_together
+from parallel.failure import fail_together
+from parallel.world import World
 from pretrain.cli import config, data, layout, run
 from pretrain.errors import Diverged, UserError
 from pretrain.streams import OutputLost, tolerant_streams

@@ -17,7 +17,7 @@ from data_pipeline.storage.tokenized import trusted_places
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from parallel.layout import Layout
 from parallel.pipeline.runner import describe
-from parallel.world import World, start
+from parallel.world import World, process_group
 from pretrain.checkpoint import directory
 from pretrain.checkpoint.ranks import gather
 from pretrain.config import AUTO, RunConfig, flatten
@@ -81,7 +81,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
         _warn_of_data(console, config, train_data, validation)
         stop = stack.enter_context(stop_on_signals(aloud=world.is_main))
         run_dir = stack.enter_context(RunDirectory.open(config) if world.is_main else RunDirectory.beside_main(config))
-        with start(world, config.train.device, even_alone=place.layout.offload):
+        with process_group(world, config.train.device, even_if_alone=place.layout.offload):
             _check_agreement(config, train_data, validation, place)
             engine = build_engine(config, place.layout, world.rank)
             beginning = restore(run_dir, engine, train_data, config, tokenizer, place)

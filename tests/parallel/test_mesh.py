@@ -10,7 +10,7 @@ from workers import WorkerPool
 import parallel.mesh
 from parallel.layout import Layout
 from parallel.mesh import build_mesh, near_mesh
-from parallel.world import TIMEOUT
+from parallel.world import COLLECTIVE_TIMEOUT
 
 HALF_AN_HOUR = timedelta(minutes=30)
 """What PyTorch gives a group of an axis."""
@@ -33,7 +33,7 @@ def timeout_of(group: ProcessGroup) -> timedelta:
     return timedelta(seconds=options._timeout.total_seconds())
 
 
-@pytest.mark.parametrize(("bounded", "expected"), [(True, TIMEOUT), (False, HALF_AN_HOUR)])
+@pytest.mark.parametrize(("bounded", "expected"), [(True, COLLECTIVE_TIMEOUT), (False, HALF_AN_HOUR)])
 def test_a_collective_of_an_axis_gives_up_as_soon_as_one_of_all_ranks(
     bounded: bool, expected: timedelta, workers: WorkerPool
 ) -> None:

@@ -18,10 +18,11 @@ import torch
 from torch.distributed import TCPStore, all_reduce, is_initialized
 from workers import PROCESSES
 
+import parallel.failure
 import parallel.world
 from data_pipeline.errors import DataError
 from parallel.errors import LayoutError
-from parallel.world import World, start
+from parallel.world import World, process_group
 from pretrain import cli
 from pretrain.errors import Diverged, UserError
 
@@ -63,7 +64,7 @@ def test_variables_that_cannot_be_are_refused(variables: dict[str, str], told: s
 
 
 def test_one_process_needs_no_group() -> None:
-    with start(World(), "cuda"):
+    with process_group(World(), "cuda"):
         assert not is_initialized()
 
 
@@ -75,7 +76,7 @@ def test_files_may_be_open_for_every_rank(soft: int, hard: int, after: int, monk
     limits = [(soft, hard)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.append(new))
-    parallel.world._allow_files(3072)
+    parallel.world._raise_open_file_limit(3072)
     assert limits[-1] == (after, hard)
 
 
@@ -83,7 +84,7 @@ def test_more_processes_than_gpus_are_refused_before_they_meet(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with (
         pytest.raises(LayoutError, match=r"2 processes on a machine with 1 GPUs: start at most 1"),
-        start(World(1, 2, 1, 2), "cuda"),
+        process_group(World(1, 2, 1, 2), "cuda"),
     ):
         pass
 
@@ -122,7 +123,7 @@ def life(how: str, when: Path) -> Callable[[], None]:
             raise LayoutError("parallel.tensor=3 does not divide model.n_heads=8")
         if how == "user" and world.rank == 1:
             fail()  # before the group exists, for which the others wait
-        with start(world, "cpu"):
+        with process_group(world, "cpu"):
             for _ in range(4):
                 all_reduce(torch.ones(1))
             if how not in ("well", "stopped"):
@@ -151,7 +152,7 @@ def live(rank: int, port: int, how: str, folder: Path) -> None:
     if how in ("alone", "usage, alone"):
         cli.fail_together = lambda world, show: nullcontext()
     if "nobody looks" in how:
-        parallel.world._Neighbour.is_alive = property(lambda _: True)
+        parallel.failure._LocalPeer.is_alive = property(lambda _: True)
     if how == "help of each":
         World.is_main = property(lambda _: True)
     cli.main()
@@ -196,7 +197,7 @@ def test_a_rank_that_raises_ends_the_others_within_10_seconds_and_is_heard_once(
     end = run_ranks(how)
     assert end.codes == [1, 1, 1]
     assert end.output.count("Traceback") == end.output.count("ValueError: a bug\non rank 1 of 3") == 1
-    assert "lost" not in end.output
+    assert "disappeared" not in end.output
     assert 0 < end.seconds < BOUND
 
 
@@ -251,7 +252,7 @@ def test_a_killed_rank_is_named_once_and_the_others_end(run_ranks: Callable[...,
     """Whether its peers see a connection close, as on gloo, or hang, as in NCCL's collectives."""
     end = run_ranks(how)
     assert end.codes == [1, -signal.SIGKILL, 1]
-    assert end.output.count("rank 1 was lost without a word: killed, or its machine went down\n") == 1
+    assert end.output.count("rank 1 disappeared: it was killed, or its machine went down\n") == 1
     assert 0 < end.seconds < BOUND
 
 
