@@ -164,7 +164,7 @@ def document_lengths(rng: np.random.Generator, tokens: int) -> np.ndarray:
 def write_set(folder: Path, shards: dict[str, int], write: Callable[[Path, str], Any]) -> Path:
     """A training split of so many shards by source, each made by `write`, whose result is the shard's entry in the manifest."""
     from data_pipeline.settings import PrepareConfig
-    from data_pipeline.storage.manifest import MANIFEST, Manifest, Recipe, SourceManifest
+    from data_pipeline.storage.manifest import MANIFEST, Recipe, SourceManifest, SplitManifest
 
     split = folder / "train"
     if (split / MANIFEST).exists():
@@ -188,7 +188,7 @@ def write_set(folder: Path, shards: dict[str, int], write: Callable[[Path, str],
             )
         )
     recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=False, listings=(), lists="", made_with={})
-    manifest = Manifest(
+    manifest = SplitManifest(
         split="train",
         splits=("train",),
         vocab_size=60_000,
@@ -244,7 +244,7 @@ def open_large(folder: Path) -> Figures:
 
     from data_pipeline.reading.loader import Loader
     from data_pipeline.storage.manifest import BLOCK_BYTES, Shard
-    from data_pipeline.storage.shards import index_bytes
+    from data_pipeline.storage.shards import encode_index
 
     rng, size = np.random.default_rng(0), 250_000_000
     blocks = [xxhash.xxh3_64_hexdigest(bytes(n)) for n in (BLOCK_BYTES, size % BLOCK_BYTES)]
@@ -252,7 +252,7 @@ def open_large(folder: Path) -> Figures:
     def shard(split: Path, name: str) -> Shard:
         lengths = rng.integers(100, 1901, 125_000, np.int32)
         lengths[-1] += 125_000_000 - lengths.sum()
-        index = index_bytes(lengths, "uint16")
+        index = encode_index(lengths, "uint16")
         (split / f"{name}.idx").write_bytes(index)
         with (split / f"{name}.bin").open("wb") as stream:
             stream.truncate(size)

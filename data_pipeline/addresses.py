@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import unquote
 
-from data_pipeline.errors import HIDDEN, DataError, redact, secret_parts
+from data_pipeline.errors import REDACTED, DataError, find_secrets, redact
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _FIXED = re.compile(r"[*?\[]")
 """Ends the part of an address that is the same for all files of a glob."""
 
-SOURCES = "data.sources"
-"""The setting that errors on sources name, unless `concealing` knows of another."""
+SOURCES_SETTING = "data.sources"
+"""The setting that errors on sources name, unless `redacting_errors` knows of another."""
 
 _LEAST = 4
 """Characters of the shortest secret that is looked for in a text: shorter ones are found in any."""
 
 
-def fill_in(address: str, setting: str = SOURCES, environment: Mapping[str, str] = os.environ) -> str:
+def expand_variables(address: str, setting: str = SOURCES_SETTING, environment: Mapping[str, str] = os.environ) -> str:
     """The address with the values of `${NAME}`, as it is opened.
 
     Raises:
@@ -39,20 +39,20 @@ def fill_in(address: str, setting: str = SOURCES, environment: Mapping[str, str]
             )
         return environment[match[1]]
 
-    if HIDDEN in secret_parts(address):
+    if REDACTED in find_secrets(address):
         raise DataError(
             f"{setting}: {address} was written without its secret; put the secret into an environment variable, and ${{NAME}} in "
-            f"the place of {HIDDEN}"
+            f"the place of {REDACTED}"
         )
     return _VARIABLE.sub(value, address)
 
 
-def as_given(path: str, given: str) -> str:
+def restore_spelling(path: str, given: str) -> str:
     """A path that a file system has for an address, or for a file below it, with the address spelt as given and without its secrets.
 
     Some file systems keep user, password and query in their paths. Only the address changes, whatever a file below it is called.
     """
-    filled, bare = fill_in(given), path.lstrip("/")
+    filled, bare = expand_variables(given), path.lstrip("/")
     if "://" not in given or redact(given) == filled:  # nothing to conceal
         return path
     for whole, spelt in ((filled, redact(given)), (_FIXED.split(filled)[0], redact(_FIXED.split(given)[0]))):
@@ -66,13 +66,13 @@ def as_given(path: str, given: str) -> str:
     return path
 
 
-def concealer(addresses: Iterable[str], environment: Mapping[str, str] = os.environ) -> Callable[[str], str]:
+def make_redactor(addresses: Iterable[str], environment: Mapping[str, str] = os.environ) -> Callable[[str], str]:
     """A function that redacts the secrets of these addresses in a text, even where only the password appears without its address."""
     found: dict[str, str] = {}
     for address in addresses:
         named = {environment[name]: f"${{{name}}}" for name in _VARIABLE.findall(address) if name in environment}
         literal = _VARIABLE.sub(lambda match: environment.get(match[1], match[0]), address)
-        found |= dict.fromkeys(secret_parts(literal), HIDDEN) | named
+        found |= dict.fromkeys(find_secrets(literal), REDACTED) | named
     forms = {
         form: instead for secret, instead in found.items() for form in (secret, unquote(secret)) if len(form) >= _LEAST
     }
@@ -87,14 +87,14 @@ def concealer(addresses: Iterable[str], environment: Mapping[str, str] = os.envi
 
 
 @contextmanager
-def concealing(addresses: Iterable[str], setting: str = SOURCES) -> Iterator[None]:
+def redacting_errors(addresses: Iterable[str], setting: str = SOURCES_SETTING) -> Iterator[None]:
     """Errors that leave the block tell no secret of these addresses, and name the setting that they stand in."""
     try:
         yield
     except DataError as error:
-        concealed = concealer(addresses)(str(error))
-        if concealed.startswith(f"{SOURCES}: "):
-            concealed = setting + concealed.removeprefix(SOURCES)
+        concealed = make_redactor(addresses)(str(error))
+        if concealed.startswith(f"{SOURCES_SETTING}: "):
+            concealed = setting + concealed.removeprefix(SOURCES_SETTING)
         if concealed == str(error):
             raise
         raise type(error)(concealed) from None

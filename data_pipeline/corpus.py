@@ -15,13 +15,13 @@ from pathlib import Path
 import xxhash
 from pydantic import BaseModel
 
-from data_pipeline.addresses import concealing
+from data_pipeline.addresses import redacting_errors
 from data_pipeline.cleaning.decontaminate import evaluation_hash
 from data_pipeline.cleaning.filters import check_filters, filter_versions, lists_hash
 from data_pipeline.errors import DataError, redact
 from data_pipeline.settings import AUTO, DedupConfig, PrepareConfig, SourceConfig, source_names
 from data_pipeline.storage.manifest import Recipe
-from data_pipeline.storage.tokenized import describe_tokens, trusted_places
+from data_pipeline.storage.tokenized import collect_trusted_paths, describe_tokenized_source
 from data_pipeline.text.chunks import Chunk, split_into_chunks
 from data_pipeline.text.files import (
     SourceFile,
@@ -117,7 +117,7 @@ class Corpus:
             for part in chunk.slices
         ]
         found = where or self._data_sets[chunk.source_index][chunk.number]
-        return digest(chunk.name, found, self._settings[chunk.source_index], decides)
+        return hash_json(chunk.name, found, self._settings[chunk.source_index], decides)
 
     @cached_property
     def _data_sets(self) -> list[list[tuple[str, str, str]]]:
@@ -125,7 +125,7 @@ class Corpus:
         of_sources = [source.paths if source.kind == "hf" else () for source in self.config.all_sources]
         found: list[list[tuple[str, str, str]]] = []
         for index, paths in enumerate(of_sources):
-            with concealing(paths, self.config.sources_setting(index)):
+            with redacting_errors(paths, self.config.sources_setting(index)):
                 found.append(
                     [
                         (path, name, dataset_version(path))
@@ -137,9 +137,9 @@ class Corpus:
     @cached_property
     def _settings(self) -> list[str]:
         """For each source the hash of its settings, but for those that only say which files it has."""
-        shared = digest(_READERS, self.config.filters.model_dump(mode="json"), self.lists, self.made_with)
+        shared = hash_json(_READERS, self.config.filters.model_dump(mode="json"), self.lists, self.made_with)
         return [
-            digest(shared, source.model_dump(mode="json", exclude={"name", "paths", "pattern", "exclude"}))
+            hash_json(shared, source.model_dump(mode="json", exclude={"name", "paths", "pattern", "exclude"}))
             for source in self.config.all_sources
         ]
 
@@ -163,7 +163,7 @@ class Corpus:
         return "; ".join(f"{source.kind} {_few(source.paths)}" for source in self.config.sources)
 
 
-def find(config: PrepareConfig) -> Corpus:
+def find_corpus(config: PrepareConfig) -> Corpus:
     """List the sources, and check what can be checked before any text is read.
 
     Raises:
@@ -182,15 +182,15 @@ def find(config: PrepareConfig) -> Corpus:
     check_filters(config)
     listed = []
     for i, source in enumerate(config.all_sources):
-        with concealing(source.paths, config.sources_setting(i)):
+        with redacting_errors(source.paths, config.sources_setting(i)):
             listed.append(list_source(source) if source.is_text else SourceListing([], []))
     files = tuple(tuple(found.files) for found in listed)
-    trusted = trusted_places(config)
+    trusted_paths = collect_trusted_paths(config)
     return Corpus(
         config=config,
         names=names,
         files=files,
-        listings=tuple(_listing(config, i, found, trusted) for i, found in enumerate(files)),
+        listings=tuple(_listing(config, i, found, trusted_paths) for i, found in enumerate(files)),
         passed_over=_passed_over(listed),
         lists=f"{lists_hash(config.filters)} {evaluation_hash(config.decontaminate)}",
         made_with=_made_with(config),
@@ -210,7 +210,7 @@ def total_bytes(chunks: Iterable[Chunk]) -> int | None:
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
-def digest(*things: object) -> str:
+def hash_json(*things: object) -> str:
     """Hash of settings and other things that JSON can spell."""
     plain = [thing.model_dump(mode="json") if isinstance(thing, BaseModel) else thing for thing in things]
     return xxhash.xxh3_128_hexdigest(json.dumps(plain).encode())
@@ -229,11 +229,13 @@ def _made_with(config: PrepareConfig) -> dict[str, str]:
     return made_with | filter_versions(config)
 
 
-def _listing(config: PrepareConfig, index: int, files: tuple[SourceFile, ...], trusted: Sequence[Path]) -> str | None:
+def _listing(
+    config: PrepareConfig, index: int, files: tuple[SourceFile, ...], trusted_paths: Sequence[Path]
+) -> str | None:
     source = config.all_sources[index]
     if not source.is_text:
-        with concealing(source.paths, config.sources_setting(index)):
-            return describe_tokens(source, trusted)
+        with redacting_errors(source.paths, config.sources_setting(index)):
+            return describe_tokenized_source(source, trusted_paths)
     return None if source.kind == "hf" else describe_files(files)
 
 

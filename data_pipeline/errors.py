@@ -7,7 +7,7 @@ import errno
 import re
 from collections.abc import Callable
 
-HIDDEN = "***"
+REDACTED = "***"
 """Stands where a secret was."""
 
 _ADDRESS = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'<>]+""")
@@ -46,10 +46,10 @@ class DataError(Exception):
 
     def __str__(self) -> str:
         """One line of printable characters, whatever a file or a column is called."""
-        return printable(super().__str__())
+        return escape_unprintable(super().__str__())
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """`text` with line breaks, other control characters and bytes that are no Unicode escaped."""
     if text.isprintable():
         return text
@@ -68,7 +68,7 @@ class StorageError(DataError):
     """
 
 
-def unreadable(path: object, error: OSError, what: str = "opened") -> StorageError:
+def unreadable_error(path: object, error: OSError, what: str = "opened") -> StorageError:
     """That a file could not be opened, or read or whatever `what` says. It tells nothing about what the file holds."""
     return StorageError(
         f"{path} cannot be {what} ({error.strerror or error}); nothing is known to be damaged: check the disk or mount, the "
@@ -78,10 +78,10 @@ def unreadable(path: object, error: OSError, what: str = "opened") -> StorageErr
 
 def redact(text: str) -> str:
     """`text` in which every address has `***` in place of user, password and the values behind `?`; `${NAME}` stays. Again: the same."""
-    return _ADDRESS.sub(lambda match: _in_parts(match[0], lambda part, _: HIDDEN), text) if "://" in text else text
+    return _ADDRESS.sub(lambda match: _in_parts(match[0], lambda part, _: REDACTED), text) if "://" in text else text
 
 
-def secret_parts(address: str) -> set[str]:
+def find_secrets(address: str) -> set[str]:
     """The literal passwords and values behind `?` of an address; a user without a password is one as well, except where it is a
     container or a login name, as of `abfs` and `ssh`."""
     found: set[str] = set()

@@ -19,7 +19,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio, odd: what splitmix64 steps by."""
 
 BATCH_CHARACTERS = 1 << 17
@@ -47,7 +47,7 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
     Source: G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
-    x = x + np.uint64(GOLDEN)
+    x = x + np.uint64(GOLDEN_GAMMA)
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -56,7 +56,7 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x
 
 
-def pieces(text: str) -> Iterator[str]:
+def split_long_text(text: str) -> Iterator[str]:
     """A long text in pieces of a batch. They end at white space, unless half a batch has none."""
     start = 0
     while start < len(text):
@@ -81,7 +81,7 @@ def word_batches(texts: Sequence[str], overlap: int) -> Iterator[tuple[int, NDAr
             first, size = i, 0
         size += len(text) + 1
         if len(text) > BATCH_CHARACTERS:
-            words = np.concatenate([_hash_words([piece])[0] for piece in pieces(text)])
+            words = np.concatenate([_hash_words([piece])[0] for piece in split_long_text(text)])
             step = BATCH_CHARACTERS // 4
             for start in range(0, max(1, len(words) - overlap), step):
                 part = words[start : start + step + overlap]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import ceil, floor, log10
 
-from data_pipeline.reading.mixture import in_turn
+from data_pipeline.reading.mixture import interleaved
 from data_pipeline.reading.packing import count_sequences
 from data_pipeline.settings import PrepareConfig, source_names
-from data_pipeline.storage.manifest import SPLITS, Manifest
+from data_pipeline.storage.manifest import SPLITS, SplitManifest
 
-LEAST_SEQUENCES = 8
+MIN_SEQUENCES = 8
 """The loss over fewer held-out sequences than this says little about a source."""
 
-LEAST_DOCUMENTS = 4
+MIN_DOCUMENTS = 4
 """The same for documents: one long document is not its source."""
 
 _AIM = 2
@@ -23,10 +23,10 @@ _LARGEST_FRACTION = 0.2
 """The largest data.validation_fraction that a warning proposes."""
 
 
-def sequences_to_read(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
+def allocate_validation_sequences(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
     """How many held-out sequences of each source a validation reads, from the source's first on; sources without any are left out.
 
-    A budget for all reads all. A smaller one is shared out in proportion to the sizes, but a source gets at least LEAST_SEQUENCES, or
+    A budget for all reads all. A smaller one is shared out in proportion to the sizes, but a source gets at least MIN_SEQUENCES, or
     all it has, or as many as an equal share would give it. So a few more than the budget may be read.
 
     Args:
@@ -37,12 +37,12 @@ def sequences_to_read(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
     budget = min(budget, sum(sizes.values()))
     if not budget:
         return {}
-    least = min(LEAST_SEQUENCES, max(1, budget // len(sizes)))
-    proportional = in_turn(sizes).counts(budget)
+    least = min(MIN_SEQUENCES, max(1, budget // len(sizes)))
+    proportional = interleaved(sizes).counts(budget)
     return {name: min(size, max(least, share)) for (name, size), share in zip(sizes.items(), proportional, strict=True)}
 
 
-def held_out_line(splits: Mapping[str, Manifest], seq_len: int) -> str:
+def format_held_out_counts(splits: Mapping[str, SplitManifest], seq_len: int) -> str:
     """One line: how many sequences of each source are held out. Empty where nothing is."""
     held_out = splits.get("validation")
     if held_out is None:
@@ -51,7 +51,7 @@ def held_out_line(splits: Mapping[str, Manifest], seq_len: int) -> str:
     return f"held out, in sequences of {seq_len:,} tokens: {counts}"
 
 
-def held_out_warnings(splits: Mapping[str, Manifest], seq_len: int) -> list[str]:
+def held_out_warnings(splits: Mapping[str, SplitManifest], seq_len: int) -> list[str]:
     """A line for each source of which too little is held out, with what to set. Nothing where no text was to be held out.
 
     Args:
@@ -72,7 +72,7 @@ def held_out_warnings(splits: Mapping[str, Manifest], seq_len: int) -> list[str]
     for name in dict.fromkeys((*training, *held_out)):
         documents, tokens = (held_out[name].documents, held_out[name].tokens) if name in held_out else (0, 0)
         sequences = count_sequences(tokens, seq_len)
-        if name not in asked or (sequences >= LEAST_SEQUENCES and documents >= LEAST_DOCUMENTS):
+        if name not in asked or (sequences >= MIN_SEQUENCES and documents >= MIN_DOCUMENTS):
             continue
         if documents:
             are = "is" if documents == 1 else "are"
@@ -94,7 +94,7 @@ def _way_out(name: str, documents: int, tokens: int, seq_len: int, settings: Pre
         return f"name more text in {settings.source_setting(index)}"
     if index is not None and settings.sources[index].kind == "prepared":
         return "prepare that data with a larger data.validation_fraction, or name held-out text in data.validation"
-    fraction = _AIM * max(LEAST_SEQUENCES * seq_len / max(1, tokens), LEAST_DOCUMENTS / max(1, documents))
+    fraction = _AIM * max(MIN_SEQUENCES * seq_len / max(1, tokens), MIN_DOCUMENTS / max(1, documents))
     fraction = max(fraction, _AIM * settings.validation_fraction)  # the hash may have drawn few
     if fraction > _LARGEST_FRACTION:
         return f"it is small ({_count(documents, 'document')}, {tokens:,} tokens): add text, or name held-out text in data.validation"

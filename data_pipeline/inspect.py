@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.reading.packing import read_concatenated
-from data_pipeline.recipe import Entry, recipe_of
-from data_pipeline.storage.manifest import Manifest, SourceManifest
+from data_pipeline.recipe import RecipeEntry, describe_recipe
+from data_pipeline.storage.manifest import SourceManifest, SplitManifest
 from data_pipeline.storage.prepared import open_prepared
 from data_pipeline.storage.shards import ShardFile, ShardSet
 from data_pipeline.tokenizing.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ _VISIBLE = (
 )
 """Control characters of a text become their pictures: nothing that a terminal would obey."""
 
-Decoded = tuple[str | None, ...]
+DecodedText = tuple[str | None, ...]
 """Text for people, in pieces; None stands for an end-of-text token."""
 
 
@@ -58,9 +58,9 @@ class SampleDocument:
     """Its first token's place in the stream of that part."""
     stop: int
     """One past its last token."""
-    head: Decoded
+    head: DecodedText
     """Its first tokens; all of it where `tail` is empty."""
-    tail: Decoded
+    tail: DecodedText
     """Its last tokens."""
 
 
@@ -75,7 +75,7 @@ class PackedPiece:
     count: int
     length: int
     """Tokens of the whole document."""
-    text: Decoded
+    text: DecodedText
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class PackedSequence:
 
 
 @dataclass(frozen=True)
-class Duplicates:
+class SourceDuplicates:
     """Documents of `source` that were dropped because `kept_in` holds them too."""
 
     source: str
@@ -142,7 +142,7 @@ class SourceDescription:
         )
 
     @property
-    def duplicates(self) -> tuple[Duplicates, ...]:
+    def duplicates(self) -> tuple[SourceDuplicates, ...]:
         """Where the documents are that it repeated."""
         counts = Counter(dict[tuple[str, str], int]())
         for reason, count in self._counts("dropped"):
@@ -151,7 +151,8 @@ class SourceDescription:
                 counts[kind.removesuffix("_of_held_out"), kept_in] += count
         sources = dict.fromkeys(kept_in for _, kept_in in counts)
         return tuple(
-            Duplicates(self.name, to, counts["exact_duplicate", to], counts["near_duplicate", to]) for to in sources
+            SourceDuplicates(self.name, to, counts["exact_duplicate", to], counts["near_duplicate", to])
+            for to in sources
         )
 
     @property
@@ -179,17 +180,17 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Description:
+class DataDescription:
     """A prepared data set."""
 
     path: Path
     tokenizer: Tokenizer
     end_of_text: str
     """How the tokenizer spells its end-of-text token."""
-    splits: Mapping[str, Manifest]
+    splits: Mapping[str, SplitManifest]
     """In the order train, validation."""
     sources: tuple[SourceDescription, ...]
-    recipe: Mapping[str, tuple[Entry, ...]]
+    recipe: Mapping[str, tuple[RecipeEntry, ...]]
     """How it was made, by sections."""
 
     @property
@@ -203,25 +204,25 @@ class Description:
         return sum(manifest.documents for manifest in self.splits.values())
 
 
-def describe(path: Path, samples: int = 3, trusted: Sequence[Path] | None = None) -> Description:
-    """Describe a prepared data set, with `samples` documents of each source. `trusted` as in `shards.open_split`.
+def describe_data(path: Path, samples: int = 3, trusted_paths: Sequence[Path] | None = None) -> DataDescription:
+    """Describe a prepared data set, with `samples` documents of each source. `trusted_paths` as in `shards.open_split`.
 
     Raises:
         DataError: there is none at `path`, or it is damaged.
     """
-    prepared = open_prepared(path, trusted=trusted)
+    prepared = open_prepared(path, trusted_paths=trusted_paths)
     names = dict.fromkeys(source.name for manifest in prepared.splits.values() for source in manifest.sources)
-    return Description(
+    return DataDescription(
         path=path,
         tokenizer=prepared.tokenizer,
         end_of_text=prepared.tokenizer.decode([prepared.tokenizer.eot_id]),
         splits=prepared.splits,
         sources=tuple(_describe_source(path, name, prepared.splits, prepared.tokenizer, samples) for name in names),
-        recipe=recipe_of(prepared.splits["train"], prepared.tokenizer),
+        recipe=describe_recipe(prepared.splits["train"], prepared.tokenizer),
     )
 
 
-def fertility(parts: Iterable[SourceManifest]) -> float | None:
+def bytes_per_token(parts: Iterable[SourceManifest]) -> float | None:
     """UTF-8 bytes of text by token, end-of-text tokens included: loss / ln 2 / this is bits per byte. None where it is not known."""
     known = [(part.text_bytes, part.tokens) for part in parts if part.text_bytes and part.tokens]
     return sum(size for size, _ in known) / sum(tokens for _, tokens in known) if known else None
@@ -235,7 +236,7 @@ def _most_first(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def _describe_source(
-    path: Path, name: str, splits: Mapping[str, Manifest], tokenizer: Tokenizer, samples: int
+    path: Path, name: str, splits: Mapping[str, SplitManifest], tokenizer: Tokenizer, samples: int
 ) -> SourceDescription:
     parts = {split: source for split, manifest in splits.items() for source in manifest.sources if source.name == name}
     shown = next((split for split, part in parts.items() if part.documents and samples), None)
@@ -293,7 +294,7 @@ def _packed(shards: ShardSet, tokenizer: Tokenizer) -> PackedSequence:
     return PackedSequence(start, tuple(pieces), start + PACKED_TOKENS - stop)
 
 
-def _decode(ids: NDArray[np.integer], tokenizer: Tokenizer) -> Decoded:
+def _decode(ids: NDArray[np.integer], tokenizer: Tokenizer) -> DecodedText:
     pieces: list[str | None] = []
     start = 0
     for end in [*np.flatnonzero(ids == tokenizer.eot_id).tolist(), len(ids)]:

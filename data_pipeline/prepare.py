@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.addresses import concealing
+from data_pipeline.addresses import redacting_errors
 from data_pipeline.cleaning.clean import (
     CleanJob,
     build_editor,
@@ -28,31 +28,31 @@ from data_pipeline.cleaning.clean import (
 from data_pipeline.cleaning.decontaminate import EVALUATION_EXTENSIONS, EvaluationNgrams
 from data_pipeline.cleaning.minhash import similarity_threshold
 from data_pipeline.cleaning.rejects import REJECTS
-from data_pipeline.corpus import Corpus, digest, find, total_bytes
+from data_pipeline.corpus import Corpus, find_corpus, hash_json, total_bytes
 from data_pipeline.errors import DataError
 from data_pipeline.records import read_record, write_record
 from data_pipeline.settings import AUTO, PrepareConfig
 from data_pipeline.splitting import (
-    EVERYTHING,
+    HOLD_OUT_ALL,
     chunks_to_hold_out_from,
     count_documents,
     notes_on_held_out,
-    total_by_reason,
+    sum_by_reason,
 )
-from data_pipeline.storage.manifest import MANIFEST, SPLITS, Manifest, Recipe, SourceManifest
+from data_pipeline.storage.manifest import MANIFEST, SPLITS, Recipe, SourceManifest, SplitManifest
 from data_pipeline.storage.prepared import (
-    DONE,
-    JUDGED,
-    Prepared,
-    bring_tokenizer,
+    RESULTS_FOLDER,
+    VERDICTS_FOLDER,
+    PreparedData,
     check_same_settings,
     commit,
+    install_tokenizer,
     open_prepared,
-    tidy,
+    remove_leftovers,
     working_folder,
 )
 from data_pipeline.storage.shards import token_dtype
-from data_pipeline.storage.tokenized import adopt, trusted_places
+from data_pipeline.storage.tokenized import collect_trusted_paths, import_tokenized
 from data_pipeline.text.chunks import Chunk
 from data_pipeline.text.files import file_patterns
 from data_pipeline.text.sources import DEFECTS, MAX_UNDECODED, Document
@@ -60,9 +60,9 @@ from data_pipeline.tokenizing.coverage import coverage_notes
 from data_pipeline.tokenizing.split_writer import SplitResult
 from data_pipeline.tokenizing.tokenize import ChunkResult, TokenizeJob, TokenizeSetup, init_worker, uniform_hash
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, sample_texts, train_tokenizer
-from data_pipeline.workers import Done, Tell, cores, run_jobs
+from data_pipeline.workers import Progress, ProgressCallback, available_cores, run_jobs
 
-Stage = Literal[
+PrepareStage = Literal[
     "cleaning",
     "comparing documents",
     "reading a sample",
@@ -77,10 +77,10 @@ _CONVERT = "convert it to UTF-8 if it is text (iconv -f LATIN1 -t UTF-8, or from
 
 
 @dataclass(frozen=True)
-class Progress:
+class StageProgress:
     """How far a preparation is."""
 
-    stage: Stage
+    stage: PrepareStage
     documents: int = 0
     tokens: int = 0
     read: int = 0
@@ -89,12 +89,12 @@ class Progress:
     """Bytes of the sources' files; None where a source (`hf`) cannot tell."""
 
 
-OnProgress = Callable[[Progress], None]
+StageProgressCallback = Callable[[StageProgress], None]
 
 
 def prepare(
-    path: Path, config: PrepareConfig, *, keep_rejects: bool = False, progress: OnProgress = lambda _: None
-) -> Prepared:
+    path: Path, config: PrepareConfig, *, keep_rejects: bool = False, progress: StageProgressCallback = lambda _: None
+) -> PreparedData:
     """Turn the sources into `<path>/train/`, `<path>/validation/` and `<path>/tokenizer.json`.
 
     Args:
@@ -107,21 +107,21 @@ def prepare(
         DataError: a source cannot be read or holds no text, `path` holds other data, or another process is preparing it. What was
             finished until then is kept aside for the next attempt; nothing looks like prepared data.
     """
-    corpus = find(config)
+    corpus = find_corpus(config)
     tokenizer = None if config.tokenizer == AUTO else config.tokenizer
     if (path / "train" / MANIFEST).is_file():
         check_same_settings(path, corpus.recipe(trained_tokenizer=tokenizer is None), tokenizer)
-        tidy(path)
+        remove_leftovers(path)
         more = (
             "; rejects are written only while it is prepared" if keep_rejects and not (path / REJECTS).exists() else ""
         )
         notes = (f"{path} is prepared already, with these very settings{more}", *_passed_over(corpus))
-        return open_prepared(path, notes, trusted_places(config))
+        return open_prepared(path, notes, collect_trusted_paths(config))
     with working_folder(path) as work:
         lossy_is_fine = config.allow_lossy_tokenizer or not any(source.is_text for source in config.all_sources)
         is_there = tokenizer is not None or (path / "tokenizer.json").is_file()
         # A tokenizer that does not fit is an error before any text is read.
-        made = bring_tokenizer(path, tokenizer or path, work, lossy_is_fine) if is_there else None
+        made = install_tokenizer(path, tokenizer or path, work, lossy_is_fine) if is_there else None
         adopted = None if made is None else _adopt(corpus, work, made, progress)
         verdicts = _clean(corpus, work, progress)
         if made is None or adopted is None:
@@ -132,10 +132,12 @@ def prepare(
         notes = (*_passed_over(corpus), *made.notes, *coverage_notes(made.coverage), *_notes(corpus, results))
         recipe = corpus.recipe(trained_tokenizer=not is_there)
         commit(work, path, _manifests(corpus, made, recipe, results, adopted), rejects)
-    return open_prepared(path, notes, trusted_places(config))
+    return open_prepared(path, notes, collect_trusted_paths(config))
 
 
-def build_tokenizer(file: Path, config: PrepareConfig, *, progress: OnProgress = lambda _: None) -> Tokenizer:
+def build_tokenizer(
+    file: Path, config: PrepareConfig, *, progress: StageProgressCallback = lambda _: None
+) -> Tokenizer:
     """Train a tokenizer on what is kept of the sources and write it to `file`; it is the one that `prepare` would train.
 
     Raises:
@@ -143,35 +145,37 @@ def build_tokenizer(file: Path, config: PrepareConfig, *, progress: OnProgress =
     """
     if file.exists():
         raise DataError(f"{file} is there already; delete it to train another (shards made with it are useless then)")
-    corpus = find(config)
+    corpus = find_corpus(config)
     with working_folder(file.parent) as work:
         tokenizer = _train(work / file.name, corpus, _clean(corpus, work, progress), progress)
         (work / file.name).replace(file)
     return replace(tokenizer, notes=(*_passed_over(corpus), *tokenizer.notes))
 
 
-def _clean(corpus: Corpus, work: Path, progress: OnProgress) -> dict[str, Path]:
+def _clean(corpus: Corpus, work: Path, progress: StageProgressCallback) -> dict[str, Path]:
     """The file of verdicts of each chunk; none where nothing but emptiness drops a document."""
     config = corpus.config
     if not corpus.chunks or not needs_cleaning(config):
         return {}
-    decides = digest(
+    decides = hash_json(
         config.dedup.model_dump(mode="json", exclude={"memory_mb"}), config.decontaminate, bool(config.validation)
     )
     jobs = [CleanJob(chunk, corpus.key(chunk, decides)) for chunk in corpus.chunks]
 
     def comparing(share: float) -> None:
-        progress(Progress("comparing documents", read=int(1000 * share), total=1000))
+        progress(StageProgress("comparing documents", read=int(1000 * share), total=1000))
 
     tell = _counter("cleaning", corpus.chunks, progress)
-    return clean_chunks(jobs, config, work / JUDGED, config.workers or cores(), tell, comparing)
+    return clean_chunks(jobs, config, work / VERDICTS_FOLDER, config.workers or available_cores(), tell, comparing)
 
 
-def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: OnProgress) -> Tokenizer:
+def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: StageProgressCallback) -> Tokenizer:
     """Train a tokenizer on an even sample of the kept training documents and write it to `file`, unless an earlier attempt did."""
     config, record = corpus.config, file.with_suffix(".key")
     settings = config.model_dump(include={"tokenizer_kind", "vocab_size", "tokenizer_sample_mb", "validation_fraction"})
-    key = digest(settings, [corpus.key(chunk, verdicts_digest(verdicts.get(chunk.name))) for chunk in corpus.sampled()])
+    key = hash_json(
+        settings, [corpus.key(chunk, verdicts_digest(verdicts.get(chunk.name))) for chunk in corpus.sampled()]
+    )
     if file.is_file():
         with suppress(DataError):  # it may be damaged, or of an attempt that was killed before it wrote its record
             tokenizer = load_tokenizer(file)
@@ -191,23 +195,23 @@ def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: OnPr
     return tokenizer
 
 
-def _counting(texts: Sequence[str], progress: OnProgress) -> Iterator[str]:
+def _counting(texts: Sequence[str], progress: StageProgressCallback) -> Iterator[str]:
     """The texts of the sample, and how far the trainer is in reading them. What it then does with the words cannot be followed."""
     sizes = [len(text.encode()) for text in texts]
     read, told, total = 0, 0, sum(sizes)
-    progress(Progress("counting words", read=0, total=total))
+    progress(StageProgress("counting words", read=0, total=total))
     for number, (text, size) in enumerate(zip(texts, sizes, strict=True)):
         if read - told >= 1 << 20:
-            progress(Progress("counting words", number, read=read, total=total))
+            progress(StageProgress("counting words", number, read=read, total=total))
             told = read
         yield text
         read += size
-    progress(Progress("counting words", len(texts), read=total, total=total))
-    progress(Progress("training the tokenizer", len(texts)))
+    progress(StageProgress("counting words", len(texts), read=total, total=total))
+    progress(StageProgress("training the tokenizer", len(texts)))
 
 
 def _kept_documents(
-    corpus: Corpus, verdicts: dict[str, Path], dropped: Counter[str], progress: OnProgress
+    corpus: Corpus, verdicts: dict[str, Path], dropped: Counter[str], progress: StageProgressCallback
 ) -> Iterator[Document]:
     """Training documents of enough chunks, evenly over the sources, for the tokenizer's sample. Counts in `dropped` those left out."""
     chunks = corpus.sampled()
@@ -223,19 +227,19 @@ def _kept_documents(
 
 
 def _adopt(
-    corpus: Corpus, work: Path, tokenizer: Tokenizer, progress: OnProgress
+    corpus: Corpus, work: Path, tokenizer: Tokenizer, progress: StageProgressCallback
 ) -> dict[str, dict[str, SourceManifest]]:
     """The parts of each source of tokens that are there already. As soon as there is a tokenizer: a wrong one is found in no time."""
     tell, fraction = _counter("checking tokens", None, progress), corpus.config.validation_fraction
     sources = enumerate(zip(corpus.names, corpus.config.all_sources, strict=True))
-    trusted = trusted_places(corpus.config)
+    trusted = collect_trusted_paths(corpus.config)
     adopted: dict[str, dict[str, SourceManifest]] = {}
     for index, (name, source) in sources:
         if not source.is_text:
-            with concealing(source.paths, corpus.config.sources_setting(index)):
+            with redacting_errors(source.paths, corpus.config.sources_setting(index)):
                 held_out = corpus.is_held_out(index)
-                adopted[name] = adopt(
-                    source, name, tokenizer, work, fraction, tell, is_held_out=held_out, trusted=trusted
+                adopted[name] = import_tokenized(
+                    source, name, tokenizer, work, fraction, tell, is_held_out=held_out, trusted_paths=trusted
                 )
     return adopted
 
@@ -246,25 +250,27 @@ def _tokenize(
     tokenizer: Tokenizer,
     verdicts: dict[str, Path],
     keep_rejects: bool,
-    progress: OnProgress,
+    progress: StageProgressCallback,
 ) -> dict[str, ChunkResult]:
     """The result of every chunk, in order. DataError if a split would be empty."""
     config, file = corpus.config, work / "tokenizer.json"
     file = file if file.is_file() else work.parent / "tokenizer.json"
-    setup = TokenizeSetup(config, work, work / DONE, file, tokenizer.fingerprint, keep_rejects)
+    setup = TokenizeSetup(config, work, work / RESULTS_FOLDER, file, tokenizer.fingerprint, keep_rejects)
     begin = partial(init_worker, setup)
 
     def job(chunk: Chunk, fraction: float) -> TokenizeJob:
-        decides = digest(tokenizer.fingerprint, fraction, config.shard_tokens, keep_rejects)
+        decides = hash_json(tokenizer.fingerprint, fraction, config.shard_tokens, keep_rejects)
         return TokenizeJob(chunk, fraction, verdicts.get(chunk.name), corpus.key(chunk, decides))
 
     jobs = [
-        job(chunk, EVERYTHING if corpus.is_held_out(chunk.source_index) else config.validation_fraction)
+        job(chunk, HOLD_OUT_ALL if corpus.is_held_out(chunk.source_index) else config.validation_fraction)
         for chunk in corpus.chunks
     ]
     found = {
         result.chunk: result
-        for result in run_jobs(begin, jobs, config.workers or cores(), _counter("tokenizing", corpus.chunks, progress))
+        for result in run_jobs(
+            begin, jobs, config.workers or available_cores(), _counter("tokenizing", corpus.chunks, progress)
+        )
     }
     results = {chunk.name: found[chunk.name] for chunk in corpus.chunks}
     if config.validation_fraction > 0:
@@ -273,7 +279,8 @@ def _tokenize(
             for chunk in chunks_to_hold_out_from(corpus, results)
         ]
         results |= {
-            result.chunk: result for result in run_jobs(begin, again, config.workers or cores(), lambda _: None)
+            result.chunk: result
+            for result in run_jobs(begin, again, config.workers or available_cores(), lambda _: None)
         }
     _check_not_empty(corpus, results)
     return results
@@ -374,7 +381,7 @@ def _check_not_empty(corpus: Corpus, results: dict[str, ChunkResult]) -> None:
 
 def _dropped(results: Mapping[str, ChunkResult]) -> dict[str, int]:
     """Documents dropped by reason."""
-    return total_by_reason(split.dropped for result in results.values() for split in result.splits.values())
+    return sum_by_reason(split.dropped for result in results.values() for split in result.splits.values())
 
 
 def _manifests(
@@ -383,7 +390,7 @@ def _manifests(
     recipe: Recipe,
     results: dict[str, ChunkResult],
     adopted: dict[str, dict[str, SourceManifest]],
-) -> list[Manifest]:
+) -> list[SplitManifest]:
     """The manifest of each split, with every source in the order of the config."""
     chunks: list[list[ChunkResult]] = [[] for _ in corpus.names]
     for chunk in corpus.chunks:
@@ -401,7 +408,7 @@ def _manifests(
     if not any(source.documents for source in sources["validation"]):
         _join(sources["train"], sources.pop("validation"))
     return [
-        Manifest(
+        SplitManifest(
             split=split,
             splits=tuple(sources),
             vocab_size=tokenizer.vocab_size,
@@ -428,9 +435,9 @@ def _text_manifests(name: str, tokenizer: Tokenizer, chunks: Sequence[ChunkResul
             text_bytes=sum(part.text_bytes for part in found),
             dtype=token_dtype(tokenizer.vocab_size),
             ends_with_eot=True,
-            dropped=total_by_reason(part.dropped for part in found),
-            repaired=total_by_reason(part.repaired for part in found),
-            marked=total_by_reason(part.marked for part in found),
+            dropped=sum_by_reason(part.dropped for part in found),
+            repaired=sum_by_reason(part.repaired for part in found),
+            marked=sum_by_reason(part.marked for part in found),
             unknown_tokens=sum(part.unknown_tokens for part in found),
             lost_characters=sum(part.lost_characters for part in found),
             shards=tuple(shard for part in found for shard in part.shards),
@@ -443,18 +450,16 @@ def _join(train: list[SourceManifest], validation: list[SourceManifest]) -> None
     """Nothing is held out: what was dropped from there is counted with the rest."""
     dropped = {source.name: source.dropped for source in validation}
     for i, source in enumerate(train):
-        train[i] = source.model_copy(
-            update={"dropped": total_by_reason([source.dropped, dropped.get(source.name, {})])}
-        )
+        train[i] = source.model_copy(update={"dropped": sum_by_reason([source.dropped, dropped.get(source.name, {})])})
 
 
-def _counter(stage: Stage, chunks: Iterable[Chunk] | None, progress: OnProgress) -> Tell:
+def _counter(stage: PrepareStage, chunks: Iterable[Chunk] | None, progress: StageProgressCallback) -> ProgressCallback:
     """Adds up what the workers tell of a stage that reads these chunks."""
-    total, sums = None if chunks is None else total_bytes(chunks), Done()
+    total, sums = None if chunks is None else total_bytes(chunks), Progress()
 
-    def tell(done: Done) -> None:
+    def tell(done: Progress) -> None:
         nonlocal sums
         sums += done
-        progress(Progress(stage, sums.documents, sums.tokens, sums.read, total))
+        progress(StageProgress(stage, sums.documents, sums.tokens, sums.read, total))
 
     return tell

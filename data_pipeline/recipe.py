@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from data_pipeline.cleaning.minhash import similarity_threshold
 from data_pipeline.settings import PrepareConfig, Settings, source_names
-from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.manifest import SplitManifest
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecipeEntry:
     """A line of the recipe."""
 
     name: str
@@ -20,17 +20,20 @@ class Entry:
     """It differs from the default."""
 
 
-def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry, ...]]:
+def describe_recipe(manifest: SplitManifest, tokenizer: Tokenizer) -> dict[str, tuple[RecipeEntry, ...]]:
     """The settings that decided something, by sections, and what was found there when it was prepared."""
     coverage = tokenizer.coverage
     recipe, settings = manifest.recipe, manifest.recipe.settings
     filters, dedup, clean = settings.filters, settings.dedup, settings.decontaminate
     entries = _recipe_sources(manifest)
     n_sources = len(settings.sources)
-    sections: dict[str, tuple[Entry, ...]] = {"sources": entries[:n_sources], "held-out text": entries[n_sources:]}
+    sections: dict[str, tuple[RecipeEntry, ...]] = {
+        "sources": entries[:n_sources],
+        "held-out text": entries[n_sources:],
+    }
     own = {name for source in settings.all_sources for name in source.filters or ()}
     used = [*filters.apply, *(name for name in type(filters).model_fields if name in own - set(filters.apply))]
-    sections["filters"] = (Entry("apply", ", ".join(filters.apply) or "none", bool(filters.apply)),)
+    sections["filters"] = (RecipeEntry("apply", ", ".join(filters.apply) or "none", bool(filters.apply)),)
     if used:
         sections["filters"] += _entries(filters, "language_of_rules")
     for name in used:
@@ -39,15 +42,15 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
     if dedup.minhash:
         half = similarity_threshold(dedup.bands, dedup.rows)
         sections["dedup"] += (
-            Entry("found", f"half of the pairs of Jaccard similarity {half:.2f}, more of closer ones"),
+            RecipeEntry("found", f"half of the pairs of Jaccard similarity {half:.2f}, more of closer ones"),
         )
     sections["decontaminate"] = _entries(clean, "paths", *(("ngram", "action") if clean.paths else ()))
     sections["tokenizer"] = (
-        Entry("fingerprint", tokenizer.fingerprint),
-        Entry("vocabulary", f"{tokenizer.vocab_size:,} ids"),
-        Entry("unknown characters", coverage.describe(), coverage.is_lossy),
-        *((Entry("changes text", "; ".join(coverage.text_changes), True),) if coverage.text_changes else ()),
-        Entry("made", "trained on these sources" if recipe.trained_tokenizer else "there before"),
+        RecipeEntry("fingerprint", tokenizer.fingerprint),
+        RecipeEntry("vocabulary", f"{tokenizer.vocab_size:,} ids"),
+        RecipeEntry("unknown characters", coverage.describe(), coverage.is_lossy),
+        *((RecipeEntry("changes text", "; ".join(coverage.text_changes), True),) if coverage.text_changes else ()),
+        RecipeEntry("made", "trained on these sources" if recipe.trained_tokenizer else "there before"),
         *(
             _entries(settings, "tokenizer_kind", "vocab_size", "tokenizer_sample_mb")
             if recipe.trained_tokenizer
@@ -55,11 +58,11 @@ def recipe_of(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, tuple[Entry
         ),
     )
     sections["shards"] = _entries(settings, "validation_fraction", "shard_tokens")
-    sections["made with"] = tuple(Entry(name, version) for name, version in recipe.made_with.items())
+    sections["made with"] = tuple(RecipeEntry(name, version) for name, version in recipe.made_with.items())
     return {name: entries for name, entries in sections.items() if entries}
 
 
-def _recipe_sources(manifest: Manifest) -> tuple[Entry, ...]:
+def _recipe_sources(manifest: SplitManifest) -> tuple[RecipeEntry, ...]:
     settings: PrepareConfig = manifest.recipe.settings
     entries = []
     passed_over = manifest.recipe.passed_over or (None,) * len(settings.all_sources)
@@ -67,15 +70,17 @@ def _recipe_sources(manifest: Manifest) -> tuple[Entry, ...]:
     for name, source, listing, others in of_sources:
         own = "" if source.filters is None else f"; filters: {', '.join(source.filters) or 'none'}"
         own += f"; passed over: {others}" if others else ""
-        entries.append(Entry(name, f"{source.kind} {', '.join(source.paths)}{f' ({listing})' if listing else ''}{own}"))
+        entries.append(
+            RecipeEntry(name, f"{source.kind} {', '.join(source.paths)}{f' ({listing})' if listing else ''}{own}")
+        )
     return tuple(entries)
 
 
-def _entries(settings: Settings, *names: str) -> tuple[Entry, ...]:
+def _entries(settings: Settings, *names: str) -> tuple[RecipeEntry, ...]:
     """Some fields, or all."""
     fields = type(settings).model_fields
     return tuple(
-        Entry(
+        RecipeEntry(
             name,
             _word(value := getattr(settings, name)),
             value != fields[name].get_default(call_default_factory=True, validated_data=dict(settings)),

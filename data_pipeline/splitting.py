@@ -14,7 +14,7 @@ from data_pipeline.corpus import Corpus
 from data_pipeline.text.chunks import Chunk
 from data_pipeline.tokenizing.tokenize import ChunkResult
 
-EVERYTHING = 2.0
+HOLD_OUT_ALL = 2.0
 """The fraction of documents that are held out of a source of data.validation: above every place of a document."""
 
 
@@ -42,7 +42,7 @@ def notes_on_held_out(corpus: Corpus, results: Mapping[str, ChunkResult]) -> lis
     config = corpus.config
     if not config.validation:
         return []
-    dropped = total_by_reason(split.dropped for result in results.values() for split in result.splits.values())
+    dropped = sum_by_reason(split.dropped for result in results.values() for split in result.splits.values())
     exact, near = (
         sum(count for reason, count in dropped.items() if reason.startswith(f"{kind}: "))
         for kind in HELD_OUT_DUPLICATES
@@ -64,7 +64,7 @@ def count_documents(results: Mapping[str, ChunkResult], split: str) -> int:
     return sum(result.splits[split].documents for result in results.values() if split in result.splits)
 
 
-def total_by_reason(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+def sum_by_reason(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """Counts by reason, added up; the order does not depend on which came first."""
     total = Counter[str]()
     for count in counts:

@@ -44,7 +44,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Done:
+class Progress:
     """How much of the jobs is done."""
 
     documents: int = 0
@@ -52,21 +52,21 @@ class Done:
     """Bytes of the sources' files, compressed size."""
     tokens: int = 0
 
-    def __add__(self, other: Done) -> Done:
-        return Done(self.documents + other.documents, self.read + other.read, self.tokens + other.tokens)
+    def __add__(self, other: Progress) -> Progress:
+        return Progress(self.documents + other.documents, self.read + other.read, self.tokens + other.tokens)
 
 
-Tell = Callable[[Done], None]
+ProgressCallback = Callable[[Progress], None]
 """Called inside a job after every batch with what the batch did."""
 
 
-def cores() -> int:
+def available_cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(
-    begin: Callable[[], Callable[[J, Tell], R]], jobs: Sequence[J], workers: int, progress: Tell
+    begin: Callable[[], Callable[[J, ProgressCallback], R]], jobs: Sequence[J], workers: int, progress: ProgressCallback
 ) -> Iterator[R]:
     """Yield the result of each job, in the order in which they finish.
 
@@ -100,7 +100,7 @@ def run_jobs(
                 return
             finished, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
             while told.poll():
-                progress(Done(*_MESSAGE.unpack(told.recv_bytes())))
+                progress(Progress(*_MESSAGE.unpack(told.recv_bytes())))
             for future in finished:
                 running.pop(future)
                 yield future.result()
@@ -134,22 +134,22 @@ def _no_interrupt() -> Iterator[None]:
 class _Worker:
     """What a worker process has been given."""
 
-    begin: Callable[[], Callable[[Any, Tell], object]]
+    begin: Callable[[], Callable[[Any, ProgressCallback], object]]
     pipe: Connection
     """Shared by all workers. A message is written in one piece, so it needs no lock that a worker could die with."""
 
     @cached_property
-    def work(self) -> Callable[[Any, Tell], object]:  # Any: only who calls `run_jobs` knows his jobs
+    def work(self) -> Callable[[Any, ProgressCallback], object]:  # Any: only who calls `run_jobs` knows his jobs
         return self.begin()
 
-    def tell(self, done: Done) -> None:
+    def tell(self, done: Progress) -> None:
         self.pipe.send_bytes(_MESSAGE.pack(done.documents, done.read, done.tokens))
 
 
 _worker: _Worker
 
 
-def _set_up(begin: Callable[[], Callable[[J, Tell], object]], tell: Connection, alive: Connection) -> None:
+def _set_up(begin: Callable[[], Callable[[J, ProgressCallback], object]], tell: Connection, alive: Connection) -> None:
     """Set up a worker. What a pool hands to its workers can only be kept in a global of theirs."""
     global _worker
     _worker = _Worker(begin, tell)

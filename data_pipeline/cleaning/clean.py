@@ -31,7 +31,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.settings import FilterName, PrepareConfig, SourceConfig, source_names
 from data_pipeline.text.chunks import Chunk, read_batches
 from data_pipeline.text.sources import Document
-from data_pipeline.workers import Done, Tell, run_jobs
+from data_pipeline.workers import Progress, ProgressCallback, run_jobs
 
 CONTAMINATED = "shares text with evaluation sets"
 EMPTY = "empty"
@@ -82,7 +82,7 @@ def clean_chunks(
     config: PrepareConfig,
     folder: Path,
     workers: int,
-    tell: Tell,
+    tell: ProgressCallback,
     comparing: Callable[[float], None],
 ) -> dict[str, Path]:
     """Judge every chunk, then compare all that is kept. Held-out text of its own comes first: what repeats it goes, and it stays.
@@ -146,17 +146,17 @@ class _Tools(NamedTuple):
     signer: MinHasher | None
 
 
-def _begin(config: PrepareConfig, folder: Path) -> Callable[[CleanJob, Tell], None]:
+def _begin(config: PrepareConfig, folder: Path) -> Callable[[CleanJob, ProgressCallback], None]:
     """What does the jobs of one process: word lists, models and evaluation texts are read once, when they are needed."""
     judge_by = functools.cache(functools.partial(build_filter, config.filters))
     contamination = functools.cache(functools.partial(EvaluationNgrams.load, config.decontaminate))
     near = config.dedup.minhash or config.validation
     signer = MinHasher(config.dedup.ngram, config.dedup.bands, config.dedup.rows) if near else None
 
-    def do(job: CleanJob, tell: Tell) -> None:
+    def do(job: CleanJob, tell: ProgressCallback) -> None:
         there = _finished(job, folder)
         if there is not None:
-            tell(Done(len(there.codes), job.chunk.bytes or 0))
+            tell(Progress(len(there.codes), job.chunk.bytes or 0))
             return
         source = config.all_sources[job.chunk.source_index]
         _judge_chunk(
@@ -176,7 +176,7 @@ def _finished(job: CleanJob, folder: Path) -> ChunkVerdicts | None:
 
 
 def _judge_chunk(
-    job: CleanJob, source: SourceConfig, config: PrepareConfig, folder: Path, tools: _Tools, tell: Tell
+    job: CleanJob, source: SourceConfig, config: PrepareConfig, folder: Path, tools: _Tools, tell: ProgressCallback
 ) -> None:
     """Read a chunk, apply the filters, sign what they keep; write the signatures and then the verdicts."""
     judge, contamination, signer = tools
@@ -205,9 +205,9 @@ def _judge_chunk(
         bands.append(signer.hash_bands(texts) if signer else np.zeros((len(batch), 0), np.uint64))
         for document in batch:
             seen.add(document.text)
-        tell(Done(len(batch), batch[-1].bytes_read - read))
+        tell(Progress(len(batch), batch[-1].bytes_read - read))
         read = batch[-1].bytes_read
-    tell(Done(0, (job.chunk.bytes or read) - read))
+    tell(Progress(0, (job.chunk.bytes or read) - read))
     codes, table = encode_reasons(reasons)
     file = _signatures_file(folder, job.name)
     if _signs(config):
@@ -220,7 +220,7 @@ def _judge_chunk(
 
 
 def read_with_verdicts(
-    chunk: Chunk, source: SourceConfig, file: Path | None, tell: Tell
+    chunk: Chunk, source: SourceConfig, file: Path | None, tell: ProgressCallback
 ) -> Iterator[list[DocumentVerdict]]:
     """The documents of a chunk again, with their verdicts, a few megabytes at a time.
 
@@ -247,9 +247,9 @@ def read_with_verdicts(
                 DocumentVerdict(document, verdicts.reason(i), bool(verdicts.marks[i]))
                 for i, document in enumerate(batch, first)
             ]
-        tell(Done(len(batch), batch[-1].bytes_read - read))
+        tell(Progress(len(batch), batch[-1].bytes_read - read))
         first, read = first + len(batch), batch[-1].bytes_read
-    tell(Done(0, (chunk.bytes or read) - read))
+    tell(Progress(0, (chunk.bytes or read) - read))
     if verdicts is not None and seen.hexdigest() != verdicts.texts:
         raise _changed(chunk, source, file)
 

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.addresses import concealing, fill_in
+from data_pipeline.addresses import expand_variables, redacting_errors
 from data_pipeline.errors import DataError, one_line
 from data_pipeline.hashing import hash_ngrams, word_batches
 from data_pipeline.settings import DecontaminateConfig
@@ -70,7 +70,7 @@ class EvaluationNgrams:
         """
         if not config.paths:
             return None
-        with concealing(config.paths):
+        with redacting_errors(config.paths):
             return EvaluationNgrams._read(config)
 
     @staticmethod
@@ -163,7 +163,7 @@ def _texts(files: Sequence[SourceFile]) -> Iterator[str]:
 def _find(given: str) -> tuple[list[SourceFile], list[str]]:
     """(the files that one entry of `paths` stands for, sorted; the paths of the visible files beside them)."""
     try:
-        fs, path = fsspec.core.url_to_fs(fill_in(given, SETTING))
+        fs, path = fsspec.core.url_to_fs(expand_variables(given, SETTING))
         if fs.isdir(path):
             found = walk(fs, path, ())
         elif any(sign in path for sign in "*?[") and not fs.exists(path):

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.hashing import hash_ngrams, pieces, splitmix64, word_batches
+from data_pipeline.hashing import hash_ngrams, split_long_text, splitmix64, word_batches
 
 NO_WORDS = np.uint32(0xFFFFFFFF)
 """The minima of a text without words."""
@@ -35,7 +35,7 @@ def similarity_threshold(bands: int, rows: int) -> float:
 def text_hash(text: str) -> int:
     """64 bits (XXH3) of a text without its case, and with one space for each run of white space. Punctuation counts."""
     hasher, begun = xxhash.xxh3_64(), False
-    for piece in pieces(text):
+    for piece in split_long_text(text):
         words = " ".join(piece.casefold().split())
         if words:
             space = " " if begun and piece[0].isspace() else ""

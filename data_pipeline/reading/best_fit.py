@@ -30,10 +30,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.durable import sync_folder
-from data_pipeline.errors import DataError, unreadable
+from data_pipeline.errors import DataError, unreadable_error
 from data_pipeline.reading.packing import NO_LABEL, Batch, number_documents
 from data_pipeline.storage.manifest import BLOCK_BYTES
-from data_pipeline.storage.mapped import CheckedArray, Damage
+from data_pipeline.storage.mapped import CheckedArray, CorruptDataError
 from data_pipeline.storage.shards import ShardSet
 
 _MAGIC = b"BESTFIT1"
@@ -44,7 +44,7 @@ _PIECE = np.dtype([("start", "<i8"), ("length", "<i4"), ("begins", "?"), ("ends"
 Piece = tuple[int, int, bool, bool, int]
 
 
-class BestFit:
+class BestFitPlan:
     """The plan of one source."""
 
     def __init__(self, shards: ShardSet, seq_len: int) -> None:
@@ -70,7 +70,7 @@ class BestFit:
         """
         try:
             return self._pieces(sequence)
-        except Damage:
+        except CorruptDataError:
             with _one_at_a_time(self.file):
                 if not (self._open() and self._is_sound(sequence)):
                     self._make()
@@ -83,7 +83,7 @@ class BestFit:
         return pieces
 
     def _is_sound(self, sequence: int) -> bool:
-        with suppress(Damage):
+        with suppress(CorruptDataError):
             return bool(self._pieces(sequence))
         return False
 
@@ -108,7 +108,7 @@ class BestFit:
         except (FileNotFoundError, struct.error):
             return False
         except OSError as error:
-            raise unreadable(self.file, error) from error
+            raise unreadable_error(self.file, error) from error
         if checksum != _checksum(header + checksums):
             return False
         way_out = "delete it: it is made again"
@@ -131,7 +131,7 @@ def plan(lengths: NDArray[np.int32], seq_len: int) -> tuple[NDArray[np.int64], N
     pieces["ends"][last] = True
     pieces["begins"][0:1] = True
     pieces["begins"][1:] = pieces["ends"][:-1]
-    bins = fit(pieces["length"], seq_len)
+    bins = best_fit_decreasing(pieces["length"], seq_len)
     first = np.empty(int(bins.max(initial=-1)) + 1, np.int64)
     first[bins[::-1]] = np.arange(len(bins))[::-1]  # the last assignment to a place is what stays
     opens = np.zeros(len(bins), np.bool_)
@@ -143,7 +143,7 @@ def plan(lengths: NDArray[np.int32], seq_len: int) -> tuple[NDArray[np.int64], N
     return starts, pieces[_stable_order(bins)]
 
 
-def fit(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int32]:
+def best_fit_decreasing(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int32]:
     """The bin of each item by best-fit decreasing; every length is from 1 to `capacity`."""
     longest_first = _stable_order(capacity - lengths)
     counts = np.bincount(lengths, minlength=1)
@@ -193,7 +193,7 @@ def _stable_order(numbers: NDArray[np.int32]) -> NDArray[np.int64]:
 
 
 def read_best_fit(
-    plans: Sequence[BestFit], rows: Sequence[tuple[int, int]], seq_len: int, eot_id: int, skip: bool
+    plans: Sequence[BestFitPlan], rows: Sequence[tuple[int, int]], seq_len: int, eot_id: int, skip: bool
 ) -> Batch:
     """Read sequences as planned.
 
@@ -205,7 +205,7 @@ def read_best_fit(
         skip: leave a row whose tokens are damaged empty instead of raising.
 
     Raises:
-        Damage: a block of a shard does not match its checksum.
+        CorruptDataError: a block of a shard does not match its checksum.
         DataError: a plan is damaged and cannot be made again, or a file cannot be opened; that is never skipped.
     """
     input_ids = np.full((len(rows), seq_len), eot_id, np.int32)
@@ -216,7 +216,7 @@ def read_best_fit(
         pieces = plans[source].pieces(sequence)
         try:
             _fill(input_ids[row], labels[row], plans[source].shards, pieces)
-        except Damage as error:
+        except CorruptDataError as error:
             if not skip:
                 raise
             damaged.append(str(error))

@@ -12,7 +12,7 @@ MANY_EPOCHS = 4
 
 
 @dataclass(frozen=True)
-class SourceReading:
+class SourceUsage:
     """What a stretch of the run reads of one source."""
 
     name: str
@@ -27,12 +27,12 @@ class SourceReading:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class RunSegment:
     """Samples [start, stop) of a run."""
 
     start: int
     stop: int
-    sources: tuple[SourceReading, ...]
+    sources: tuple[SourceUsage, ...]
 
     @property
     def tokens(self) -> int:
@@ -51,29 +51,29 @@ class Forecast:
 
     seq_len: int
     packing: str
-    whole: Stretch
-    stages: tuple[Stretch, ...]
+    run: RunSegment
+    stages: tuple[RunSegment, ...]
     """The same by stages of the mixture that the run gets to."""
 
     @property
     def padding(self) -> float:
         """Share of the run's positions that hold no token."""
-        return 1 - self.whole.tokens / (self.whole.stop * self.seq_len)
+        return 1 - self.run.tokens / (self.run.stop * self.seq_len)
 
-    def title(self, stage: Stretch) -> str:
+    def title(self, stage: RunSegment) -> str:
         """Which part of the run a stage is."""
-        low, high = (f"{100 * sample / self.whole.stop:.4g}%" for sample in (stage.start, stage.stop))
+        low, high = (f"{100 * sample / self.run.stop:.4g}%" for sample in (stage.start, stage.stop))
         return f"{low} to {high} of the run"
 
     @property
-    def read_often(self) -> tuple[SourceReading, ...]:
+    def heavily_repeated(self) -> tuple[SourceUsage, ...]:
         """The sources that are read more than MANY_EPOCHS times."""
-        return tuple(source for source in self.whole.sources if source.epochs > MANY_EPOCHS)
+        return tuple(source for source in self.run.sources if source.epochs > MANY_EPOCHS)
 
 
-def forecast(loader: Loader, samples: int) -> Forecast:
+def forecast_reading(loader: Loader, samples: int) -> Forecast:
     """What the first `samples` samples, at least one, read."""
-    mixture, parts = loader.mixture, loader.longest // loader.seq_len
+    mixture, parts = loader.mixture, loader.window // loader.seq_len
     starts = [start for stage in mixture.stages if (start := stage.start * parts) < samples]
     stages = tuple(
         _stretch(loader, mixture, start, stop) for start, stop in zip(starts, [*starts[1:], samples], strict=True)
@@ -81,7 +81,7 @@ def forecast(loader: Loader, samples: int) -> Forecast:
     return Forecast(loader.seq_len, loader.packing, _stretch(loader, mixture, 0, samples), stages)
 
 
-def warning(source: SourceReading) -> str:
+def format_repeat_warning(source: SourceUsage) -> str:
     """What to say of a source that is read often."""
     return (
         f"{source.name} is read {source.epochs:,.1f} times: beyond {MANY_EPOCHS} epochs, repeated text teaches less and less "
@@ -89,8 +89,8 @@ def warning(source: SourceReading) -> str:
     )
 
 
-def _stretch(loader: Loader, mixture: Mixture, start: int, stop: int) -> Stretch:
-    parts = loader.longest // loader.seq_len
+def _stretch(loader: Loader, mixture: Mixture, start: int, stop: int) -> RunSegment:
+    parts = loader.window // loader.seq_len
     readings = []
     for shards, size, *counts in zip(
         loader.sources, mixture.sizes, _counts(mixture, parts, start), _counts(mixture, parts, stop), strict=True
@@ -99,11 +99,11 @@ def _stretch(loader: Loader, mixture: Mixture, start: int, stop: int) -> Stretch
         tokens = [round(rounds * shards.n_tokens) for rounds in (before, after)]
         again = [max(0, read - shards.n_tokens) for read in tokens]
         readings.append(
-            SourceReading(
+            SourceUsage(
                 shards.source.name, counts[1] - counts[0], tokens[1] - tokens[0], after - before, again[1] - again[0]
             )
         )
-    return Stretch(start, stop, tuple(readings))
+    return RunSegment(start, stop, tuple(readings))
 
 
 def _counts(mixture: Mixture, parts: int, samples: int) -> list[int]:

@@ -16,8 +16,8 @@ from typing import Literal, TypeVar
 import xxhash
 
 from data_pipeline.errors import DataError
-from data_pipeline.reading.best_fit import BestFit, read_best_fit
-from data_pipeline.reading.mixture import Mixture, mix
+from data_pipeline.reading.best_fit import BestFitPlan, read_best_fit
+from data_pipeline.reading.mixture import Mixture, build_mixture
 from data_pipeline.reading.packing import Batch, count_sequences, read_concatenated
 from data_pipeline.settings import MixtureConfig
 from data_pipeline.storage.shards import open_split
@@ -33,7 +33,7 @@ T = TypeVar("T")
 class Loader:
     """Sequences of one prepared split.
 
-    With `longest` above `seq_len` the order is one of windows of `longest` tokens, whose parts of `seq_len` tokens are samples in a row.
+    With `window` above `seq_len` the order is one of windows of `window` tokens, whose parts of `seq_len` tokens are samples in a row.
     So a run may begin with short sequences and go on with longer ones: it reads the same windows in the same order. The last window of
     a source is filled up; a sample that lies behind the source's end is all padding, without labels.
     """
@@ -46,10 +46,10 @@ class Loader:
         seed: int,
         mixture: MixtureConfig = MixtureConfig(),  # noqa: B008 - frozen
         packing: Literal["concatenate", "best_fit"] = "concatenate",
-        longest: int | None = None,
+        window: int | None = None,
         total_samples: int | None = None,
         on_damage: Literal["stop", "skip"] = "stop",
-        trusted: Sequence[Path] | None = None,
+        trusted_paths: Sequence[Path] | None = None,
     ) -> None:
         """Open the split in `folder`; reads its manifest and no token. With `best_fit` it also makes the plan where there is none.
 
@@ -59,43 +59,43 @@ class Loader:
             seed: of the order.
             mixture: of the sources.
             packing: how documents become sequences.
-            longest: the longest sequence that the run ever asks for, a multiple of `seq_len`; None is `seq_len`.
+            window: the longest sequence that the run ever asks for, a multiple of `seq_len`; None is `seq_len`.
             total_samples: what the run reads, for the stages and the limit of the mixture; None is not known.
             on_damage: whether damaged tokens are an error or a row without labels.
-            trusted: folders and files outside of it whose tokens the split may name; None trusts every place.
+            trusted_paths: folders and files outside of it whose tokens the split may name; None trusts every place.
 
         Raises:
             DataError: the split is not there or incomplete, or the training split holds less than one sequence (a held-out split
                 may: it is one padded sequence then), or the settings do not fit it or each other.
         """
-        self.seq_len, self.longest, self.seed, self.packing = seq_len, longest or seq_len, seed, packing
-        if self.longest % seq_len:
-            raise DataError(f"the longest sequence, {longest}, is not a multiple of data.seq_len={seq_len}; change one")
-        if packing == "best_fit" and self.longest > seq_len:
+        self.seq_len, self.window, self.seed, self.packing = seq_len, window or seq_len, seed, packing
+        if self.window % seq_len:
+            raise DataError(f"the longest sequence, {window}, is not a multiple of data.seq_len={seq_len}; change one")
+        if packing == "best_fit" and self.window > seq_len:
             raise DataError(
-                f"data.packing=best_fit packs for one length, and the run asks for {seq_len} to {self.longest} tokens; use concatenate"
+                f"data.packing=best_fit packs for one length, and the run asks for {seq_len} to {self.window} tokens; use concatenate"
             )
-        split = open_split(folder, trusted)
+        split = open_split(folder, trusted_paths)
         self.manifest, self.sources = split.manifest, split.sources
         self.n_tokens = self.manifest.tokens
-        if self.n_tokens < (self.longest if self.manifest.split == "train" else 1):
+        if self.n_tokens < (self.window if self.manifest.split == "train" else 1):
             raise DataError(
-                f"data.seq_len={self.longest} is longer than the data: {folder} holds {self.n_tokens} tokens; "
+                f"data.seq_len={self.window} is longer than the data: {folder} holds {self.n_tokens} tokens; "
                 f"lower data.seq_len or prepare more text"
             )
         self._skip = on_damage == "skip"
-        self._parts = self.longest // seq_len  # samples in a window
-        self._plans = [BestFit(shards, seq_len) for shards in self.sources] if packing == "best_fit" else []
+        self._parts = self.window // seq_len  # samples in a window
+        self._plans = [BestFitPlan(shards, seq_len) for shards in self.sources] if packing == "best_fit" else []
         sizes = (
             {plan.shards.source.name: plan.n_sequences for plan in self._plans}
             if self._plans
-            else {shards.source.name: count_sequences(shards.n_tokens, self.longest) for shards in self.sources}
+            else {shards.source.name: count_sequences(shards.n_tokens, self.window) for shards in self.sources}
         )
         self.n_sequences = sum(sizes.values()) * self._parts
         """Samples in which everything is read once."""
-        self.mixture = mix(mixture, sizes, seed, total_samples, self._parts)
-        """Of windows of `longest` tokens."""
-        self._shuffled = _Order(self.mixture)
+        self.mixture = build_mixture(mixture, sizes, seed, total_samples, self._parts)
+        """Of windows of `window` tokens."""
+        self._shuffled = ShuffledIndex(self.mixture)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -110,7 +110,7 @@ class Loader:
         return self.manifest.fingerprint()
 
     @property
-    def fill(self) -> float:
+    def packing_efficiency(self) -> float:
         """Share of the positions that hold tokens and not padding, that of samples which are all padding included."""
         return self.n_tokens / (self.n_sequences * self.seq_len)
 
@@ -118,11 +118,11 @@ class Loader:
         """How often the first `samples` samples read each source."""
         return self.mixture.epochs(samples // self._parts)
 
-    def past(self, samples: int) -> str:
+    def order_fingerprint(self, samples: int) -> str:
         """Hash of all that decides the first `samples` samples: loaders of equal pasts give the same ones."""
-        mixture = self.mixture.past(-(-samples // self._parts))
+        mixture = self.mixture.order_fingerprint(-(-samples // self._parts))
         return xxhash.xxh3_128_hexdigest(
-            repr((self.fingerprint, self.seq_len, self.longest, self.packing, mixture)).encode()
+            repr((self.fingerprint, self.seq_len, self.window, self.packing, mixture)).encode()
         )
 
     def batch(self, first: int, count: int, seq_len: int | None = None) -> Batch:
@@ -131,7 +131,7 @@ class Loader:
         Args:
             first: sample.
             count: samples.
-            seq_len: tokens in a row, a multiple of the sample's that divides `longest`: a row is that many samples in a row, so
+            seq_len: tokens in a row, a multiple of the sample's that divides `window`: a row is that many samples in a row, so
                 there are fewer rows. `first` and `count` are multiples of as many. None is the sample's.
 
         Raises:
@@ -141,7 +141,7 @@ class Loader:
         together, rest = divmod(seq_len or self.seq_len, self.seq_len)
         if rest or not together or self._parts % together or first % together or count % together:
             raise ValueError(
-                f"samples {first} to {first + count} of {self.seq_len} tokens are not rows of {seq_len}, up to {self.longest}"
+                f"samples {first} to {first + count} of {self.seq_len} tokens are not rows of {seq_len}, up to {self.window}"
             )
         return self._read(self._shuffled, first, count, together)
 
@@ -158,7 +158,7 @@ class Loader:
         """What `batch` reads for samples [first, first + count): (number of the source, number of the source's sample) of each."""
         return self._samples(self._shuffled, first, count, 1)
 
-    def _samples(self, order: _Order, first: int, count: int, step: int) -> tuple[list[int], list[int]]:
+    def _samples(self, order: ShuffledIndex, first: int, count: int, step: int) -> tuple[list[int], list[int]]:
         """Every `step`-th one."""
         parts, window = self._parts, first // self._parts
         sources, sequences = order.windows(window, -(-(first + count) // parts))
@@ -167,7 +167,7 @@ class Loader:
         samples = range(first - window * parts, first - window * parts + count, step)
         return [sources[at // parts] for at in samples], [sequences[at // parts] * parts + at % parts for at in samples]
 
-    def _read(self, order: _Order, first: int, count: int, together: int) -> Batch:
+    def _read(self, order: ShuffledIndex, first: int, count: int, together: int) -> Batch:
         """Rows of `together` samples each."""
         return self._rows(*self._samples(order, first, count, together), together)
 
@@ -181,7 +181,7 @@ class Loader:
         return read_concatenated(self.sources, rows, together * self.seq_len, self.manifest.eot_id, self._skip)
 
 
-class _Order:
+class ShuffledIndex:
     """The windows of a mixture, computed a block at a time; the last few blocks are kept."""
 
     def __init__(self, mixture: Mixture) -> None:

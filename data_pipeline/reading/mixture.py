@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.hashing import splitmix64
-from data_pipeline.reading.order import order_key, permute
+from data_pipeline.reading.order import permutation_key, permute
 from data_pipeline.settings import MixtureConfig
 
 BLOCK = 4096
@@ -36,7 +36,7 @@ _LARGEST_CYCLE = 1 << 49  # times 2 * BLOCK still fits an int64
 
 
 @dataclass(frozen=True)
-class Stage:
+class ResolvedStage:
     """Weights from some sample on."""
 
     start: int
@@ -45,7 +45,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Block:
+class SampleBlock:
     """Consecutive samples."""
 
     first: int
@@ -67,12 +67,12 @@ class Mixture:
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     """Sequences of each source; a source of none has weight 0."""
-    stages: tuple[Stage, ...]
+    stages: tuple[ResolvedStage, ...]
     """The first begins at 0; starts rise."""
     seed: int | None
     """None permutes nothing: sources take turns, each in its own order."""
 
-    def block(self, sample: int) -> Block:
+    def block(self, sample: int) -> SampleBlock:
         """The samples around `sample`: those of its block, up to where the next stage begins."""
         t = max(t for t, stage in enumerate(self.stages) if stage.start <= sample)
         stage = self.stages[t]
@@ -86,7 +86,7 @@ class Mixture:
         for source, places in enumerate(np.split(grouped, ends[:-1])):
             if places.size:
                 sequences[places] = self._sequences(source, before[source] + np.arange(places.size))
-        return Block(stage.start + first, sources, sequences)
+        return SampleBlock(stage.start + first, sources, sequences)
 
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` samples come from each source."""
@@ -99,7 +99,7 @@ class Mixture:
             name: n / max(size, 1) for name, n, size in zip(self.names, self.counts(samples), self.sizes, strict=True)
         }
 
-    def past(self, samples: int) -> str:
+    def order_fingerprint(self, samples: int) -> str:
         """Hash of all that decides the first `samples` samples: equal pasts are equal samples. Later stages are no part of it."""
         stages = [(stage.start, stage.weights) for stage in self.stages if stage.start < samples]
         return xxhash.xxh3_128_hexdigest(json.dumps([self.seed, self.names, self.sizes, stages]).encode())
@@ -112,21 +112,21 @@ class Mixture:
             found.append([a + b for a, b in zip(found[-1], self._in_stage(stage, later.start), strict=True)])
         return found
 
-    def _in_stage(self, stage: Stage, stop: int) -> list[int]:
+    def _in_stage(self, stage: ResolvedStage, stop: int) -> list[int]:
         """Samples [stage.start, stop) by source: whole blocks in closed form, the rest by looking."""
         first, sources = self._pattern(stage, stop - stage.start)
         rest = np.bincount(sources[: stop - stage.start - first], minlength=len(self.sizes)).tolist()
         return [a + b for a, b in zip(counts(stage.weights, first), rest, strict=True)]
 
-    def _pattern(self, stage: Stage, sample: int) -> tuple[int, NDArray[np.int64]]:
+    def _pattern(self, stage: ResolvedStage, sample: int) -> tuple[int, NDArray[np.int64]]:
         """(first sample of the block around `sample`, sources of the samples of that block); samples count from the stage's start."""
         cycle = sum(stage.weights)
         cycles, place = divmod(sample, cycle)
         first = cycles * cycle + place // BLOCK * BLOCK
         size = min(BLOCK, cycle - place // BLOCK * BLOCK)
-        sources = sources_of(stage.weights, first, size)
+        sources = pattern_sources(stage.weights, first, size)
         if self.seed is not None:
-            sources = sources[permute(np.arange(size), size, order_key(self.seed, stage.start + first))]
+            sources = sources[permute(np.arange(size), size, permutation_key(self.seed, stage.start + first))]
         return first, sources
 
     def _sequences(self, source: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -135,7 +135,7 @@ class Mixture:
         epochs, places = np.divmod(numbers, size)
         if self.seed is None:
             return places
-        keys = splitmix64(np.uint64(order_key(self.seed, self.names[source])) ^ epochs.astype(np.uint64))
+        keys = splitmix64(np.uint64(permutation_key(self.seed, self.names[source])) ^ epochs.astype(np.uint64))
         return permute(places, size, keys)
 
 
@@ -149,7 +149,7 @@ def counts(weights: tuple[int, ...], n: int) -> list[int]:
     return counts(weights[:half], to_left) + counts(weights[half:], n - to_left)
 
 
-def sources_of(weights: tuple[int, ...], first: int, size: int) -> NDArray[np.int64]:
+def pattern_sources(weights: tuple[int, ...], first: int, size: int) -> NDArray[np.int64]:
     """The source of each of the `size` (at most BLOCK) samples of the regular pattern from `first` on."""
     sources = np.zeros(size, np.int64)
 
@@ -169,12 +169,14 @@ def sources_of(weights: tuple[int, ...], first: int, size: int) -> NDArray[np.in
     return sources
 
 
-def in_turn(sizes: Mapping[str, int]) -> Mixture:
+def interleaved(sizes: Mapping[str, int]) -> Mixture:
     """Every sequence of every source once and in order, the sources interleaved in proportion: a validation reads what comes first."""
-    return Mixture(tuple(sizes), tuple(sizes.values()), (Stage(0, tuple(sizes.values())),), None)
+    return Mixture(tuple(sizes), tuple(sizes.values()), (ResolvedStage(0, tuple(sizes.values())),), None)
 
 
-def mix(config: MixtureConfig, sizes: Mapping[str, int], seed: int, total: int | None, unit: int = 1) -> Mixture:
+def build_mixture(
+    config: MixtureConfig, sizes: Mapping[str, int], seed: int, total: int | None, unit: int = 1
+) -> Mixture:
     """The mixture that the settings mean for sources of these sizes.
 
     Args:
@@ -187,17 +189,17 @@ def mix(config: MixtureConfig, sizes: Mapping[str, int], seed: int, total: int |
     Raises:
         DataError: weights or stages that cannot be meant, or a source would be read more than max_epochs times.
     """
-    stages = [Stage(0, _weights(config, config.weights, sizes, "data.mixture.weights"))]
+    stages = [ResolvedStage(0, _weights(config, config.weights, sizes, "data.mixture.weights"))]
     for i, stage in enumerate(config.stages):
         setting = f"data.mixture.stages.{i}"
-        start = -(-sample_at(stage.start, total, setting) // unit)
+        start = -(-resolve_start_sample(stage.start, total, setting) // unit)
         if start < stages[-1].start:
             raise DataError(
                 f"{setting}.from={stage.start} lies before the stage in front of it; put the stages in order"
             )
         if start == stages[-1].start:
             stages.pop()  # it had no sample
-        stages.append(Stage(start, _weights(config, stage.weights, sizes, f"{setting}.weights")))
+        stages.append(ResolvedStage(start, _weights(config, stage.weights, sizes, f"{setting}.weights")))
     mixture = Mixture(tuple(sizes), tuple(sizes.values()), tuple(stages), seed)
     if config.max_epochs is not None and total is not None:
         for name, epochs in mixture.epochs(-(-total // unit)).items():
@@ -244,7 +246,7 @@ def _weights(
     return cycle
 
 
-def sample_at(start: str | int, total: int | None, setting: str) -> int:
+def resolve_start_sample(start: str | int, total: int | None, setting: str) -> int:
     """The sample at which a stage begins."""
     text = str(start)
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.hashing import GOLDEN, splitmix64
+from data_pipeline.hashing import GOLDEN_GAMMA, splitmix64
 
 ROUNDS = 8
 """Four make a permutation that cannot be told from a random one for large n; the digits of small n hold little, which wants more."""
@@ -25,7 +25,7 @@ _LEAST_BASE = 4  # less, and a round has almost nothing to hash
 _MASK64 = (1 << 64) - 1
 
 
-def order_key(seed: int, *parts: int | str) -> int:
+def permutation_key(seed: int, *parts: int | str) -> int:
     """A 64-bit key for what `parts` name: another seed, or other parts, give an unrelated order."""
     key = splitmix64(np.array([seed & _MASK64], np.uint64))
     for part in parts:
@@ -64,7 +64,7 @@ def _feistel(x: NDArray[np.uint64], a: int, b: int, keys: NDArray[np.uint64]) ->
     digit, other = np.divmod(x, np.uint64(b))
     base, other_base = np.uint64(a), np.uint64(b)
     for turn in range(1, ROUNDS + 1):
-        hashed = splitmix64((keys + np.uint64(turn * GOLDEN & _MASK64)) ^ other)
+        hashed = splitmix64((keys + np.uint64(turn * GOLDEN_GAMMA & _MASK64)) ^ other)
         change = ((hashed >> np.uint64(32)) * base) >> np.uint64(32)  # from 0 to base - 1
         change += digit
         np.minimum(

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.storage.mapped import Damage
+from data_pipeline.storage.mapped import CorruptDataError
 from data_pipeline.storage.shards import ShardSet
 
 NO_LABEL = -100
@@ -62,7 +62,7 @@ def read_concatenated(
         skip: leave a row whose tokens are damaged empty instead of raising.
 
     Raises:
-        Damage: a block of a shard, or an index, does not match its checksum.
+        CorruptDataError: a block of a shard, or an index, does not match its checksum.
         DataError: a file cannot be opened; that is never skipped.
     """
     tokens = np.empty((len(rows), seq_len + 1), np.int32)
@@ -83,7 +83,7 @@ def read_concatenated(
                 starts.append(near := file.starts_near(low, high))
                 places += (len(near), file.itemsize, row * seq_len + done - low, row * seq_len)
                 done += high - low
-        except Damage as error:
+        except CorruptDataError as error:
             if not skip:
                 raise
             damaged.append(str(error))

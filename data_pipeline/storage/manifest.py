@@ -26,7 +26,7 @@ from pydantic import (
     model_serializer,
 )
 
-from data_pipeline.errors import DataError, unreadable
+from data_pipeline.errors import DataError, unreadable_error
 from data_pipeline.settings import PrepareConfig
 
 BLOCK_BYTES = 1 << 20
@@ -40,13 +40,13 @@ TokenDtype = Literal["uint16", "int32"]
 DTYPES: dict[TokenDtype, np.dtype[np.integer]] = {"uint16": np.dtype("<u2"), "int32": np.dtype("<i4")}
 
 
-class Record(BaseModel):
+class ManifestModel(BaseModel):
     """What is written for others to read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class Shard(Record):
+class Shard(ManifestModel):
     """One `.bin` / `.idx` pair. The `.idx` is always ours, beside the manifest; the `.bin` may be a file of another tool."""
 
     name: str
@@ -69,7 +69,7 @@ class Shard(Record):
         return np.frombuffer(bytes.fromhex(self.bin_blocks_xxh3_64), ">u8").astype(np.uint64)
 
 
-class SourceManifest(Record):
+class SourceManifest(ManifestModel):
     """One source's part of a split. Documents read = `documents` + all `dropped`."""
 
     name: str
@@ -107,7 +107,7 @@ class SourceManifest(Record):
         return self.documents + sum(self.dropped.values())
 
 
-class Recipe(Record):
+class Recipe(ManifestModel):
     """How a split was made: the same recipe gives the same bytes.
 
     To a reader it is information. So settings that only another version has are ignored, and those that this one adds have their defaults.
@@ -155,7 +155,7 @@ class Recipe(Record):
                 return config
 
 
-class Manifest(Record):
+class SplitManifest(ManifestModel):
     """`manifest.json`."""
 
     format: Literal["pretrain-shards-2"] = "pretrain-shards-2"
@@ -191,7 +191,7 @@ class Manifest(Record):
 
     def model_copy(
         self, *, update: Mapping[str, Any] | None = None, deep: bool = False
-    ) -> Manifest:  # Any: as in pydantic
+    ) -> SplitManifest:  # Any: as in pydantic
         """One with other values is another file."""
         copied = super().model_copy(update=update, deep=deep)
         if update:
@@ -199,7 +199,7 @@ class Manifest(Record):
         return copied
 
 
-def load_manifest(folder: Path) -> Manifest:
+def load_manifest(folder: Path) -> SplitManifest:
     """Read the manifest of a split.
 
     Raises:
@@ -208,13 +208,13 @@ def load_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     try:
         content = file.read_bytes()
-        manifest = Manifest.model_validate_json(content)
+        manifest = SplitManifest.model_validate_json(content)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{folder} holds no prepared data (no {MANIFEST}); run `pretrain data prepare`, or set data.path"
         ) from None
     except OSError as error:
-        raise unreadable(file, error, "read") from error
+        raise unreadable_error(file, error, "read") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -239,7 +239,7 @@ def _spelt(tree: object) -> bytes:
     return (json.dumps(tree, indent=1) + "\n").encode()
 
 
-def _check_names(file: Path, manifest: Manifest) -> None:
+def _check_names(file: Path, manifest: SplitManifest) -> None:
     """DataError where the manifest, which may be a stranger's, leads out of its folder by a name."""
     shards = [shard.name for source in manifest.sources for shard in source.shards]
     outside = [name for name in shards if PurePath(name).name != name or name.startswith(".") or "\0" in name]
@@ -250,14 +250,14 @@ def _check_names(file: Path, manifest: Manifest) -> None:
         )
 
 
-def check_external(folder: Path, manifest: Manifest, trusted: Sequence[Path] | None) -> None:
+def check_external_files(folder: Path, manifest: SplitManifest, trusted_paths: Sequence[Path] | None) -> None:
     """Raise DataError if a manifest refers to token files outside of the trusted places.
 
-    folder: of the split. trusted: folders and files that may be read, beside `folder`; None trusts every place.
+    folder: of the split. trusted_paths: folders and files that may be read, beside `folder`; None trusts every place.
     """
-    if trusted is None:
+    if trusted_paths is None:
         return
-    places = [Path(os.path.realpath(place.expanduser())) for place in trusted]
+    places = [Path(os.path.realpath(place.expanduser())) for place in trusted_paths]
     named = sorted(
         {shard.external_bin for source in manifest.sources for shard in source.shards if shard.external_bin is not None}
     )

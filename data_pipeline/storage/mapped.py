@@ -1,6 +1,6 @@
 """Files of tokens as memory: mapped when first touched, those open longest let go of, every MiB compared with its checksum once.
 
-A file that is mapped holds two descriptors, and of those a process has few. So of all that is mapped here only MOST_OPEN / 2
+A file that is mapped holds two descriptors, and of those a process has few. So of all that is mapped here only MAX_OPEN_DESCRIPTORS / 2
 files are at a time, in the whole process; one that was let go of is mapped again when it is wanted. What was checked stays
 checked.
 
@@ -25,27 +25,27 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError, unreadable
+from data_pipeline.errors import DataError, unreadable_error
 from data_pipeline.storage.manifest import BLOCK_BYTES
 
-MOST_OPEN = 192
+MAX_OPEN_DESCRIPTORS = 192
 """Descriptors held at a time."""
 
 T = TypeVar("T")
 _BLOCK_BITS = BLOCK_BYTES.bit_length() - 1
-_open: OrderedDict[ref[Reopened[Any]], None] = OrderedDict()  # the first was opened first. Any: whatever each opens
+_open: OrderedDict[ref[MappedFile[Any]], None] = OrderedDict()  # the first was opened first. Any: whatever each opens
 _open_lock = threading.Lock()
 
 
-class Damage(DataError):
+class CorruptDataError(DataError):
     """A file was read, and it does not hold what it did. A file that cannot be opened is no damage: what it holds may well be whole."""
 
 
-def _forget(gone: ref[Reopened[Any]]) -> None:
+def _forget(gone: ref[MappedFile[Any]]) -> None:
     _open.pop(gone, None)
 
 
-class Reopened(ABC, Generic[T]):
+class MappedFile(ABC, Generic[T]):
     """What holds a file mapped and can map it again."""
 
     def __init__(self, file: Path, start: int, size: int, way_out: str) -> None:
@@ -69,7 +69,7 @@ class Reopened(ABC, Generic[T]):
         """It, opened if it is not. Whoever keeps it, or a view of it, keeps the file open.
 
         Raises:
-            Damage: the file is shorter than it was, or what `_make` says.
+            CorruptDataError: the file is shorter than it was, or what `_make` says.
             StorageError: the file cannot be opened.
         """
         held = self._held
@@ -78,8 +78,8 @@ class Reopened(ABC, Generic[T]):
             if (size := stream.seek(0, SEEK_END)) >= self._end:
                 return value
         except OSError as error:
-            raise unreadable(self._file, error, "read") from error
-        raise Damage(
+            raise unreadable_error(self._file, error, "read") from error
+        raise CorruptDataError(
             f"{self._file} was cut off to {size} bytes while it was in use, and needs {self._end}; {self._way_out}"
         )
 
@@ -87,7 +87,7 @@ class Reopened(ABC, Generic[T]):
         self._held = held = self._make()
         with _open_lock:
             _open[ref(self, _forget)] = None
-            while 2 * len(_open) > MOST_OPEN:
+            while 2 * len(_open) > MAX_OPEN_DESCRIPTORS:
                 oldest = _open.popitem(last=False)[0]()
                 if oldest is not None:
                     oldest._held = None
@@ -97,7 +97,7 @@ class Reopened(ABC, Generic[T]):
 Array = NDArray[Any]  # Any: of the type that was asked for
 
 
-class CheckedArray(Reopened[Array]):
+class CheckedArray(MappedFile[Array]):
     """An array in a file, mapped when first touched, each MiB of it compared with its checksum when that is first touched."""
 
     def __init__(
@@ -133,7 +133,7 @@ class CheckedArray(Reopened[Array]):
         """Items [low, high), at least one, read-only.
 
         Raises:
-            Damage: a block does not match its checksum, or the file is shorter by now.
+            CorruptDataError: a block does not match its checksum, or the file is shorter by now.
             StorageError: the file cannot be opened or read.
         """
         array = self.get()
@@ -148,7 +148,7 @@ class CheckedArray(Reopened[Array]):
         for block in range(first, last + 1):
             low = block * BLOCK_BYTES
             if not self._checked[block] and xxhash.xxh3_64_intdigest(self._read(low)) != expected[block]:
-                raise Damage(
+                raise CorruptDataError(
                     f"{self._file} is damaged: block {block} of {len(expected)} (1 MiB from byte {self._start + low}) does not "
                     f"match its checksum; {self._way_out}"
                 )
@@ -161,20 +161,20 @@ class CheckedArray(Reopened[Array]):
         try:
             return os.pread(stream.fileno(), min(BLOCK_BYTES, self._size - low), self._start + low)
         except OSError as error:
-            raise unreadable(self._file, error, "read") from error
+            raise unreadable_error(self._file, error, "read") from error
 
 
 def map_file(file: Path, start: int, size: int, way_out: str) -> tuple[memoryview, FileIO]:
     """(bytes [start, start + size) of a file, mapped; the file, which knows how long it is now).
 
     Raises:
-        Damage: the file is shorter.
+        CorruptDataError: the file is shorter.
         StorageError: it cannot be opened.
     """
     try:
         stream = FileIO(file)
         return np.memmap(stream, np.uint8, "r", start, (size,)).data, stream
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise unreadable_error(file, error) from error
     except ValueError as error:
-        raise Damage(f"{file} cannot be read ({error}); {way_out}") from None
+        raise CorruptDataError(f"{file} cannot be read ({error}); {way_out}") from None

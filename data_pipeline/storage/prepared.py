@@ -18,12 +18,12 @@ from data_pipeline.cleaning.rejects import REJECTS
 from data_pipeline.durable import sync_folder, write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.records import read_record, write_record
-from data_pipeline.storage.manifest import MANIFEST, SPLITS, Manifest, Recipe, load_manifest
+from data_pipeline.storage.manifest import MANIFEST, SPLITS, Recipe, SplitManifest, load_manifest
 from data_pipeline.storage.shards import open_split
 from data_pipeline.tokenizing.coverage import check_coverage
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
-JUDGED, DONE = "judged", "done"
+VERDICTS_FOLDER, RESULTS_FOLDER = "judged", "done"
 """Folders of the working folder that hold a file for every chunk that was cleaned, and tokenized."""
 
 _TEMPORARY = ".prepare.tmp"
@@ -33,24 +33,24 @@ _COMMIT = "commit"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """A prepared data set."""
 
     path: Path
     tokenizer: Tokenizer
-    splits: dict[str, Manifest]
+    splits: dict[str, SplitManifest]
     """`train`, and `validation` unless validation_fraction is 0."""
     notes: tuple[str, ...] = ()
     """What whoever prepared it should know, a line each."""
 
 
-def open_prepared(path: Path, notes: tuple[str, ...] = (), trusted: Sequence[Path] | None = None) -> Prepared:
-    """Open a prepared data set: manifests, file sizes and the tokenizer are checked, no token is read. `trusted` as in `open_split`.
+def open_prepared(path: Path, notes: tuple[str, ...] = (), trusted_paths: Sequence[Path] | None = None) -> PreparedData:
+    """Open a prepared data set: manifests, file sizes and the tokenizer are checked, no token is read. `trusted_paths` as in `open_split`.
 
     Raises:
         DataError: part of it is missing, cut off, or does not belong to the rest.
     """
-    train = open_split(path / "train", trusted).manifest
+    train = open_split(path / "train", trusted_paths).manifest
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != train.tokenizer:
         raise DataError(
@@ -59,13 +59,13 @@ def open_prepared(path: Path, notes: tuple[str, ...] = (), trusted: Sequence[Pat
         )
     splits = {"train": train}
     if "validation" in train.splits:
-        splits["validation"] = open_split(path / "validation", trusted).manifest
+        splits["validation"] = open_split(path / "validation", trusted_paths).manifest
         if splits["validation"].recipe != train.recipe:
             raise DataError(
                 f"{path}: train/ and validation/ were not made together; restore them from a copy, or prepare the data again in another "
                 f"data.path"
             )
-    return Prepared(path, tokenizer, splits, notes)
+    return PreparedData(path, tokenizer, splits, notes)
 
 
 def check_same_settings(path: Path, recipe: Recipe, tokenizer: Path | None) -> None:
@@ -133,11 +133,11 @@ def working_folder(path: Path) -> Iterator[Path]:
                 )
             _take_back(path, work)
             try:
-                for folder in (JUDGED, DONE, *SPLITS):
+                for folder in (VERDICTS_FOLDER, RESULTS_FOLDER, *SPLITS):
                     (work / folder).mkdir(parents=True, exist_ok=True)
                 yield work
             finally:
-                if not any(file for folder in (JUDGED, *SPLITS) for file in (work / folder).glob("*")):
+                if not any(file for folder in (VERDICTS_FOLDER, *SPLITS) for file in (work / folder).glob("*")):
                     shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise DataError(
@@ -145,7 +145,7 @@ def working_folder(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def tidy(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Delete what a preparation left behind that was killed after its last rename."""
     if (path / _TEMPORARY).exists():
         with suppress(OSError), _locked(path) as ours:
@@ -189,7 +189,7 @@ def _take_back(path: Path, work: Path) -> None:
             raise DataError(f"{folder} is in the way; move it, or set another data.path")
 
 
-def bring_tokenizer(path: Path, given: Path, work: Path, allow_lossy: bool) -> Tokenizer:
+def install_tokenizer(path: Path, given: Path, work: Path, allow_lossy: bool) -> Tokenizer:
     """Load the tokenizer at `given`, and write it to `work` as a `tokenizer.json` if `path` does not hold it yet.
 
     Raises:
@@ -209,7 +209,7 @@ def bring_tokenizer(path: Path, given: Path, work: Path, allow_lossy: bool) -> T
     return tokenizer
 
 
-def commit(work: Path, path: Path, manifests: Sequence[Manifest], rejects: Collection[str]) -> None:
+def commit(work: Path, path: Path, manifests: Sequence[SplitManifest], rejects: Collection[str]) -> None:
     """Write the manifests, delete what belongs to none of them, rename all into `path`, `train/` last, and delete the working folder.
 
     Args:

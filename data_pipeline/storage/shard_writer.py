@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.durable import write_synced
 from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES, Shard, TokenDtype
-from data_pipeline.storage.shards import index_bytes
+from data_pipeline.storage.shards import encode_index
 
 
 def write_shard(
@@ -27,7 +27,7 @@ def write_shard(
         dtype: what a token is stored as.
     """
     raw = np.ascontiguousarray(tokens, DTYPES[dtype]).data.cast("B")
-    index = index_bytes(lengths, dtype)
+    index = encode_index(lengths, dtype)
     write_synced(folder / f"{name}.bin", raw)
     write_synced(folder / f"{name}.idx", index)
     return describe_shard(name, raw, index, tokens=len(tokens), documents=len(lengths))
@@ -65,7 +65,7 @@ def describe_shard(
     )
 
 
-def is_whole(folder: Path, shard: Shard) -> bool:
+def is_shard_intact(folder: Path, shard: Shard) -> bool:
     """Whether both files of a shard in `folder` are there, as the entry says."""
     try:
         files = [(folder / f"{shard.name}{ending}").read_bytes() for ending in (".bin", ".idx")]

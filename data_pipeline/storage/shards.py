@@ -22,17 +22,17 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.errors import unreadable
+from data_pipeline.errors import unreadable_error
 from data_pipeline.storage.manifest import (
     DTYPES,
-    Manifest,
     Shard,
     SourceManifest,
+    SplitManifest,
     TokenDtype,
-    check_external,
+    check_external_files,
     load_manifest,
 )
-from data_pipeline.storage.mapped import CheckedArray, Damage, Reopened, map_file
+from data_pipeline.storage.mapped import CheckedArray, CorruptDataError, MappedFile, map_file
 
 Tokens = NDArray[np.integer]
 Span = tuple["ShardFile", int, int]
@@ -52,7 +52,7 @@ def token_dtype(vocab_size: int) -> TokenDtype:
     return "uint16" if vocab_size < _U16_VOCABULARY else "int32"
 
 
-def index_bytes(lengths: NDArray[np.int32], dtype: TokenDtype) -> bytes:
+def encode_index(lengths: NDArray[np.int32], dtype: TokenDtype) -> bytes:
     """The `.idx` of a shard whose documents have these lengths."""
     n = len(lengths)
     ends = np.cumsum(lengths, dtype=np.int64) * DTYPES[dtype].itemsize
@@ -64,35 +64,35 @@ def index_bytes(lengths: NDArray[np.int32], dtype: TokenDtype) -> bytes:
     )
 
 
-def index_lengths(index: bytes | memoryview) -> NDArray[np.int32]:
+def decode_lengths(index: bytes | memoryview) -> NDArray[np.int32]:
     """Tokens of each document, from the contents of an `.idx`."""
     n_sequences = _HEADER.unpack(bytes(index[: _HEADER.size]))[3]
     return np.frombuffer(index, "<i4", n_sequences, _HEADER.size)
 
 
 @dataclass(frozen=True)
-class Split:
+class OpenedSplit:
     """A split that was opened."""
 
     folder: Path
-    manifest: Manifest
+    manifest: SplitManifest
     sources: tuple[ShardSet, ...]
     """In the order of the manifest."""
 
 
-def open_split(folder: Path, trusted: Sequence[Path] | None = None) -> Split:
+def open_split(folder: Path, trusted_paths: Sequence[Path] | None = None) -> OpenedSplit:
     """Open the split in `folder`: reads its manifest and the sizes of its files, and no token.
 
     Args:
         folder: of the split.
-        trusted: folders and files outside of it whose tokens it may name; None trusts every place.
+        trusted_paths: folders and files outside of it whose tokens it may name; None trusts every place.
 
     Raises:
         DataError: it is not there, a file is missing or has another size than the manifest says, or lies where it may not.
     """
     manifest = load_manifest(folder)
-    check_external(folder, manifest, trusted)
-    return Split(folder, manifest, tuple(ShardSet(folder, source) for source in manifest.sources))
+    check_external_files(folder, manifest, trusted_paths)
+    return OpenedSplit(folder, manifest, tuple(ShardSet(folder, source) for source in manifest.sources))
 
 
 class ShardSet:
@@ -102,7 +102,7 @@ class ShardSet:
         """Look at the sizes of the files.
 
         Raises:
-            Damage: a file is missing or has another size than the manifest says.
+            CorruptDataError: a file is missing or has another size than the manifest says.
         """
         self.folder, self.source = folder, source
         self.n_tokens, self.n_documents = source.tokens, source.documents
@@ -114,7 +114,7 @@ class ShardSet:
         """Tokens [start, stop) of the stream, read-only.
 
         Raises:
-            Damage: a block of a shard does not match its checksum.
+            CorruptDataError: a block of a shard does not match its checksum.
             DataError: a file cannot be opened.
         """
         spans = self.spans(start, stop)
@@ -169,12 +169,14 @@ class ShardFile:
             way_out = f"restore it from a copy, or prepare {folder.parent} again without it"
         bytes_there = _size(bin_file, way_out)
         if bytes_there < shard.bin_start + shard.bin_bytes or (not external and bytes_there != shard.bin_bytes):
-            raise Damage(
+            raise CorruptDataError(
                 f"{bin_file} has {bytes_there} bytes where the manifest says {shard.bin_start + shard.bin_bytes}; {way_out}"
             )
         bytes_there = _size(idx_file, way_out)
         if bytes_there != shard.idx_bytes:
-            raise Damage(f"{idx_file} has {bytes_there} bytes where the manifest says {shard.idx_bytes}; {way_out}")
+            raise CorruptDataError(
+                f"{idx_file} has {bytes_there} bytes where the manifest says {shard.idx_bytes}; {way_out}"
+            )
         self.tokens = CheckedArray(
             bin_file, shard.bin_start, shard.bin_bytes, DTYPES[dtype], shard.blocks, way_out
         ).read
@@ -187,7 +189,7 @@ class ShardFile:
         They are a copy, which holds no file open.
 
         Raises:
-            Damage: the `.idx` does not match its checksum.
+            CorruptDataError: the `.idx` does not match its checksum.
             DataError: it cannot be opened.
         """
         index = self._idx.get()
@@ -206,11 +208,11 @@ class ShardFile:
         return self._idx.get().offsets
 
 
-class Index:
+class ShardIndex:
     """An `.idx` that is mapped."""
 
     def __init__(self, raw: memoryview, shard: Shard, itemsize: int) -> None:
-        self.lengths = index_lengths(raw)
+        self.lengths = decode_lengths(raw)
         """Tokens of each document."""
         low = _HEADER.size + 4 * shard.documents
         self.offsets = np.frombuffer(raw, "<i8", shard.documents, low)
@@ -233,7 +235,7 @@ class Index:
         return self.offsets[low : bisect.bisect_left(self._offsets, stop * self._itemsize, low)]
 
 
-class CheckedIndex(Reopened[Index]):
+class CheckedIndex(MappedFile[ShardIndex]):
     """The `.idx` of a shard, compared with its checksum as a whole, a few per cent of the tokens, when it is first opened."""
 
     def __init__(self, file: Path, shard: Shard, dtype: TokenDtype, way_out: str) -> None:
@@ -241,12 +243,12 @@ class CheckedIndex(Reopened[Index]):
         self._shard, self._dtype = shard, dtype
         self._is_sound = self._is_damaged = False  # not known yet
 
-    def _make(self) -> tuple[Index, FileIO]:
+    def _make(self) -> tuple[ShardIndex, FileIO]:
         if not self._is_damaged:
             raw, stream = map_file(self._file, 0, self._shard.idx_bytes, self._way_out)
             if self._is_sound or self._compare(raw, stream):
-                return Index(raw, self._shard, DTYPES[self._dtype].itemsize), stream
-        raise Damage(f"{self._file} is damaged: it does not match its checksum; {self._way_out}")
+                return ShardIndex(raw, self._shard, DTYPES[self._dtype].itemsize), stream
+        raise CorruptDataError(f"{self._file} is damaged: it does not match its checksum; {self._way_out}")
 
     def _compare(self, raw: memoryview, stream: FileIO) -> bool:
         n_documents = self._shard.documents
@@ -255,7 +257,7 @@ class CheckedIndex(Reopened[Index]):
             stream.seek(0)
             digest = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
         except OSError as error:
-            raise unreadable(self._file, error, "read") from error
+            raise unreadable_error(self._file, error, "read") from error
         self._is_sound = digest == self._shard.idx_xxh3_128 and bytes(raw[: _HEADER.size]) == header
         self._is_damaged = not self._is_sound
         return self._is_sound
@@ -265,6 +267,6 @@ def _size(file: Path, way_out: str) -> int:
     try:
         return file.stat().st_size
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Damage(f"{file} is missing ({error.strerror}); {way_out}") from None
+        raise CorruptDataError(f"{file} is missing ({error.strerror}); {way_out}") from None
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise unreadable_error(file, error) from error

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.addresses import concealing, fill_in
+from data_pipeline.addresses import expand_variables, redacting_errors
 from data_pipeline.errors import DataError
 from data_pipeline.settings import SourceConfig
 from data_pipeline.storage.manifest import BLOCK_BYTES
@@ -60,7 +60,7 @@ def list_token_files(source: SourceConfig) -> list[SourceFile]:
                 f"data.sources: {given} is not a local file; tokens are read in place, so copy them to a disk first"
             )
     pattern = source.pattern or _PATTERNS[source.kind]
-    with concealing(source.paths):
+    with redacting_errors(source.paths):
         listed = list_files(source.model_copy(update={"paths": token_paths(source), "pattern": pattern}))
     files = [file for file in listed if fnmatch.fnmatchcase(Path(file.path).name, pattern)]
     if not files:
@@ -72,7 +72,7 @@ def list_token_files(source: SourceConfig) -> list[SourceFile]:
 
 def token_paths(source: SourceConfig) -> tuple[str, ...]:
     """The files, folders and globs that `paths` of a source of tokens mean, `${NAME}` filled in."""
-    paths = tuple(fill_in(given).removeprefix("file://") for given in source.paths)
+    paths = tuple(expand_variables(given).removeprefix("file://") for given in source.paths)
     return tuple(map(_megatron_bin, paths)) if source.kind == "megatron" else paths
 
 

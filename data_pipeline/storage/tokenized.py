@@ -14,32 +14,32 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.addresses import concealing
+from data_pipeline.addresses import redacting_errors
 from data_pipeline.durable import write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.manifest import MANIFEST, SPLITS, Shard, SourceManifest, TokenDtype, load_manifest
 from data_pipeline.storage.shard_writer import describe_shard
-from data_pipeline.storage.shards import index_bytes, open_split
+from data_pipeline.storage.shards import encode_index, open_split
 from data_pipeline.storage.token_files import TokenFile, list_token_files, open_token_file, token_paths
-from data_pipeline.storage.verify import largest_id, unended
+from data_pipeline.storage.verify import count_missing_eot, largest_id
 from data_pipeline.text.files import describe_files
 from data_pipeline.text.walk import glob_root
 from data_pipeline.tokenizing.coverage import UNKNOWN_TOKENS
 from data_pipeline.tokenizing.tokenizer import Tokenizer
-from data_pipeline.workers import Done, Tell
+from data_pipeline.workers import Progress, ProgressCallback
 
 
-def adopt(
+def import_tokenized(
     source: SourceConfig,
     name: str,
     tokenizer: Tokenizer,
     work: Path,
     validation_fraction: float,
-    progress: Tell = lambda _: None,
+    progress: ProgressCallback = lambda _: None,
     *,
     is_held_out: bool = False,
-    trusted: Sequence[Path] | None = None,
+    trusted_paths: Sequence[Path] | None = None,
 ) -> dict[str, SourceManifest]:
     """The parts that a tokenized source has in each split; the `.idx` files are written to `work/<split>/`.
 
@@ -58,7 +58,7 @@ def adopt(
         validation_fraction: share of the tokens to hold out.
         progress: is told what was read, a MiB at a time.
         is_held_out: all of it is held-out text, both splits of a `prepared` source too; `validation_fraction` does not count then.
-        trusted: of a `prepared` source, as in `shards.open_split`.
+        trusted_paths: of a `prepared` source, as in `shards.open_split`.
 
     Raises:
         DataError: a file is missing, damaged or not of this kind, or its tokens were made with another tokenizer.
@@ -68,7 +68,7 @@ def adopt(
         parts["train"], validation_fraction = parts["validation"], 0.0
     if source.kind == "prepared":
         for split, folder in _prepared_splits(source):
-            _adopt_split(parts[split], folder, tokenizer, trusted)
+            _adopt_split(parts[split], folder, tokenizer, trusted_paths)
     else:
         files = [open_token_file(source, Path(file.path), tokenizer.eot_id) for file in list_token_files(source)]
         _adopt_files(parts, files, tokenizer, validation_fraction, progress)
@@ -83,21 +83,21 @@ def adopt(
     }
 
 
-def trusted_places(config: PrepareConfig) -> list[Path]:
+def collect_trusted_paths(config: PrepareConfig) -> list[Path]:
     """Where prepared data may have tokens read that lie outside of it: what the user's own settings name."""
     named: list[str] = []
     for i, source in enumerate(config.all_sources):
-        with concealing(source.paths, config.sources_setting(i)):
+        with redacting_errors(source.paths, config.sources_setting(i)):
             named += () if source.is_text else token_paths(source)
     return [*config.external, *(Path(glob_root(name) if set(name) & set("*?[") else name) for name in named)]
 
 
-def describe_tokens(source: SourceConfig, trusted: Sequence[Path] | None = None) -> str:
+def describe_tokenized_source(source: SourceConfig, trusted_paths: Sequence[Path] | None = None) -> str:
     """What a tokenized source holds now, for the recipe: the manifests' fingerprints, or count, bytes and a hash of names and sizes."""
     if source.kind != "prepared":
         return describe_files(list_token_files(source))
     return "prepared data " + ", ".join(
-        open_split(folder, trusted).manifest.fingerprint() for _, folder in _prepared_splits(source)
+        open_split(folder, trusted_paths).manifest.fingerprint() for _, folder in _prepared_splits(source)
     )
 
 
@@ -160,9 +160,9 @@ def _prepared_splits(source: SourceConfig) -> list[tuple[str, Path]]:
     return found
 
 
-def _adopt_split(part: _Part, folder: Path, tokenizer: Tokenizer, trusted: Sequence[Path] | None) -> None:
+def _adopt_split(part: _Part, folder: Path, tokenizer: Tokenizer, trusted_paths: Sequence[Path] | None) -> None:
     """Take over all sources of a prepared split."""
-    manifest = open_split(folder, trusted).manifest
+    manifest = open_split(folder, trusted_paths).manifest
     if manifest.tokenizer != tokenizer.fingerprint:
         raise DataError(
             f"{folder / MANIFEST}: a manifest of another tokenizer: {manifest.tokenizer}, where data.tokenizer is "
@@ -193,7 +193,7 @@ def _adopt_files(
     files: Sequence[TokenFile],
     tokenizer: Tokenizer,
     validation_fraction: float,
-    progress: Tell,
+    progress: ProgressCallback,
 ) -> None:
     """Adopt files of other tools, the last one first: it is the one to hold out from, so one file's documents are in memory at a time."""
     held_out = parts["validation"].shards
@@ -218,7 +218,13 @@ def _adopt_files(
 
 
 def _adopt_documents(
-    part: _Part, number: int, file: TokenFile, ends: NDArray[np.int64], start: int, tokenizer: Tokenizer, progress: Tell
+    part: _Part,
+    number: int,
+    file: TokenFile,
+    ends: NDArray[np.int64],
+    start: int,
+    tokenizer: Tokenizer,
+    progress: ProgressCallback,
 ) -> None:
     """Make consecutive documents of a file, the tokens from `start` to the last of `ends`, a shard."""
     itemsize = file.stored.itemsize
@@ -242,16 +248,16 @@ def _adopt_documents(
                 f"{file.path}: token {wrong} is not in the vocabulary of {tokenizer.vocab_size} of data.tokenizer; "
                 f"these tokens were made with another one, or are not {file.stored.name}"
             )
-        without_end += unended(block, start + at, ends, tokenizer.eot_id)
+        without_end += count_missing_eot(block, start + at, ends, tokenizer.eot_id)
         if unknown_id is not None:
             hits = np.flatnonzero(block == unknown_id)
             part.unknown_tokens += len(hits)
             with_unknown.update(np.unique(np.searchsorted(ends, hits + start + at, side="right")).tolist())
-        progress(Done(read=block.nbytes, tokens=len(block)))
+        progress(Progress(read=block.nbytes, tokens=len(block)))
         at += len(block)
 
     dtype: TokenDtype = "uint16" if itemsize == 2 else "int32"
-    index = index_bytes(lengths.astype(np.int32), dtype)
+    index = encode_index(lengths.astype(np.int32), dtype)
     name = part.write_index(number, index)
     raw = ids.view(np.uint8).data
     shard = describe_shard(
@@ -264,7 +270,7 @@ def _adopt_documents(
         bin_start=bin_start,
         progress=look,
     )
-    progress(Done(documents=len(ends)))
+    progress(Progress(documents=len(ends)))
     part.shards.append(shard)
     part.dtypes.setdefault(dtype, file.path)
     part.ends_with_eot &= without_end == 0

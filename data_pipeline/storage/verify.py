@@ -10,19 +10,19 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError, StorageError, unreadable
+from data_pipeline.errors import DataError, StorageError, unreadable_error
 from data_pipeline.storage.manifest import (
     BLOCK_BYTES,
     DTYPES,
     MANIFEST,
     SPLITS,
-    Manifest,
     Shard,
     SourceManifest,
-    check_external,
+    SplitManifest,
+    check_external_files,
     load_manifest,
 )
-from data_pipeline.storage.shards import index_bytes, index_lengths
+from data_pipeline.storage.shards import decode_lengths, encode_index
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
 
@@ -38,7 +38,7 @@ class VerifyReport:
 
 
 def verify(
-    path: Path, progress: Callable[[int], None] = lambda _: None, trusted: Sequence[Path] | None = None
+    path: Path, progress: Callable[[int], None] = lambda _: None, trusted_paths: Sequence[Path] | None = None
 ) -> VerifyReport:
     """Check a prepared data set (or one split of it) byte by byte: sizes, checksums, counts, document ends, the tokenizer.
 
@@ -47,7 +47,7 @@ def verify(
     Args:
         path: `data.path`, or one split's folder.
         progress: is given the bytes read so far, after every MiB and every `.idx`.
-        trusted: as in `shards.open_split`; what lies elsewhere is a problem, and is not read.
+        trusted_paths: as in `shards.open_split`; what lies elsewhere is a problem, and is not read.
 
     Raises:
         DataError: there is nothing prepared at `path`.
@@ -68,7 +68,7 @@ def verify(
     for folder in folders:
         try:
             manifest = load_manifest(folder)
-            check_external(folder, manifest, trusted)
+            check_external_files(folder, manifest, trusted_paths)
         except StorageError:
             raise
         except DataError as error:
@@ -91,7 +91,7 @@ def largest_id(tokens: NDArray[np.integer]) -> int:
     return int(tokens.view(f"u{tokens.itemsize}").max()) if tokens.size else -1
 
 
-def unended(tokens: NDArray[np.integer], start: int, ends: NDArray[np.int64], eot_id: int) -> int:
+def count_missing_eot(tokens: NDArray[np.integer], start: int, ends: NDArray[np.int64], eot_id: int) -> int:
     """How many documents end within these tokens, but not with the end-of-text token.
 
     Args:
@@ -115,7 +115,7 @@ def _check_totals(folder: Path, source: SourceManifest) -> list[str]:
     return problems
 
 
-def _check_tokenizer(path: Path, manifest: Manifest) -> list[str]:
+def _check_tokenizer(path: Path, manifest: SplitManifest) -> list[str]:
     try:
         tokenizer = load_tokenizer(path)
     except DataError as error:
@@ -128,7 +128,7 @@ def _check_tokenizer(path: Path, manifest: Manifest) -> list[str]:
 
 
 def _check_shard(
-    folder: Path, shard: Shard, source: SourceManifest, manifest: Manifest, count: Callable[[int], None]
+    folder: Path, shard: Shard, source: SourceManifest, manifest: SplitManifest, count: Callable[[int], None]
 ) -> list[str]:
     """Problems of one pair of files."""
     file = folder / f"{shard.name}.idx"
@@ -143,17 +143,17 @@ def _check_shard(
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return [f"{error.filename}: cannot be read: {error.strerror}"]
     except OSError as error:
-        raise unreadable(error.filename or folder / shard.name, error, "read") from error
+        raise unreadable_error(error.filename or folder / shard.name, error, "read") from error
 
 
 def _check_index(
     file: Path, index: bytes, shard: Shard, source: SourceManifest
 ) -> tuple[list[str], NDArray[np.int64] | None]:
     """(problems, where each document ends unless there are some)."""
-    lengths = index_lengths(index)
+    lengths = decode_lengths(index)
     ends = np.cumsum(lengths, dtype=np.int64)
     if (
-        index != index_bytes(lengths, source.dtype)
+        index != encode_index(lengths, source.dtype)
         or len(lengths) != shard.documents
         or not lengths.all()
         or ends[-1:].sum() != shard.tokens
@@ -166,7 +166,7 @@ def _check_bin(
     folder: Path,
     shard: Shard,
     source: SourceManifest,
-    manifest: Manifest,
+    manifest: SplitManifest,
     ends: NDArray[np.int64] | None,
     count: Callable[[int], None],
 ) -> list[str]:
@@ -188,7 +188,7 @@ def _check_bin(
                     f"{file}: block {number} holds token {largest_id(tokens)}, the vocabulary has {manifest.vocab_size}"
                 )
             if ends is not None and source.ends_with_eot:
-                without_end += unended(tokens, size // dtype.itemsize, ends, manifest.eot_id)
+                without_end += count_missing_eot(tokens, size // dtype.itemsize, ends, manifest.eot_id)
             size += len(block)
             count(len(block))
         there = stream.seek(0, 2) - shard.bin_start

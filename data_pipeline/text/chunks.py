@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from data_pipeline.addresses import SOURCES, concealing
+from data_pipeline.addresses import SOURCES_SETTING, redacting_errors
 from data_pipeline.text.columnar import Blocks, read_arrow, read_parquet, record_batches, row_groups
 from data_pipeline.text.files import FileSlice, SourceFile
 from data_pipeline.text.hf_datasets import read_hf_dataset
@@ -48,7 +48,7 @@ class Chunk:
     """Which chunk of the source; for `hf` which of `paths`."""
     slices: tuple[FileSlice, ...]
     """Where the documents are; empty for `hf`."""
-    setting: str = SOURCES
+    setting: str = SOURCES_SETTING
     """What names the source, for errors."""
 
     @property
@@ -63,7 +63,12 @@ class Chunk:
 
 
 def split_into_chunks(
-    index: int, name: str, source: SourceConfig, files: Sequence[SourceFile], text_bytes: int, setting: str = SOURCES
+    index: int,
+    name: str,
+    source: SourceConfig,
+    files: Sequence[SourceFile],
+    text_bytes: int,
+    setting: str = SOURCES_SETTING,
 ) -> list[Chunk]:
     """Cut a source into chunks of about `text_bytes` of text, in reading order.
 
@@ -113,7 +118,7 @@ def read_chunk(chunk: Chunk, source: SourceConfig) -> Iterator[Document]:
     Raises:
         DataError: a file is missing, unreadable, corrupt or of another kind, or a document lacks the text field.
     """
-    with concealing(source.paths, chunk.setting):
+    with redacting_errors(source.paths, chunk.setting):
         if source.kind == "hf":
             yield from read_hf_dataset(source.paths[chunk.number], source, chunk.source)
         before = 0
@@ -133,7 +138,7 @@ def _pieces(
     blocks: dict[int, Blocks] = {}
     if source.kind in _BLOCKS:
         with (
-            concealing(source.paths, setting),
+            redacting_errors(source.paths, setting),
             ThreadPoolExecutor(16) as pool,
         ):  # far away files are waited for side by side
             blocks = dict(zip(large, pool.map(lambda i: _BLOCKS[source.kind](files[i], source), large), strict=True))

@@ -16,8 +16,8 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from data_pipeline.addresses import as_given, concealing, fill_in
-from data_pipeline.errors import DataError, one_line, printable, redact
+from data_pipeline.addresses import expand_variables, redacting_errors, restore_spelling
+from data_pipeline.errors import DataError, escape_unprintable, one_line, redact
 from data_pipeline.text.walk import (
     BROKEN_LINK,
     FileInfo,
@@ -130,7 +130,7 @@ def list_source(source: SourceConfig) -> SourceListing:
     names: set[str] = set()
     real = cache(resolve_folder)
     for number, given in enumerate(source.paths):
-        with concealing([given]):
+        with redacting_errors([given]):
             fs, found, others = _find(given, source)
         passed_over += others
         for short, (path, info) in sorted(found.items()):
@@ -141,7 +141,7 @@ def list_source(source: SourceConfig) -> SourceListing:
                     f"data.sources: {path} is given twice, by {source.paths[first]} and by {given} of `paths`; "
                     f"every file is read once, so let them not overlap"
                 )
-            name = _unused(short, as_given(path, given), redact(given), names)
+            name = _unused(short, restore_spelling(path, given), redact(given), names)
             names.add(name)
             files.append(SourceFile(fs, path, name, int(info["size"] or 0), _version(info)))
     return SourceListing(files, sorted(set(passed_over) - {file.path for file in files}))
@@ -161,7 +161,7 @@ def dataset_version(name: str) -> str:
     Empty where nobody can tell: without a connection (what is read then is the copy on this machine), or where there is no such data
     set, which whoever opens it says. `${NAME}` is filled in. Data that a data set's own files only point to is not looked at.
     """
-    name = fill_in(name)
+    name = expand_variables(name)
     if Path(name).exists():
         fs = LocalFileSystem()
         try:
@@ -214,7 +214,7 @@ def summarize_paths(paths: Sequence[str]) -> str:
     endings = Counter(map(_ending, paths)).most_common()
     kinds = [f"{count:,} {ending}" for ending, count in sorted(endings[:5], key=lambda item: (-item[1], item[0]))]
     kinds += [f"{sum(count for _, count in endings[5:]):,} others"] if len(endings) > 5 else []
-    names = [printable(file_name(redact(path))) for path in paths[:_FEW]]
+    names = [escape_unprintable(file_name(redact(path))) for path in paths[:_FEW]]
     few = " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
     return f"{len(paths):,} file{'s' * (len(paths) > 1)} ({', '.join(kinds)}), {'such as ' * (len(paths) > _FEW)}{few}"
 
@@ -228,7 +228,7 @@ def _ending(path: str) -> str:
     """`.json.gz` of `x.json.gz`."""
     suffixes = PurePosixPath(file_name(redact(path))).suffixes[-2:]
     packed = len(suffixes) == 2 and suffixes[1].lower() in (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
-    return printable("".join(suffixes if packed else suffixes[-1:])) or "without an ending"
+    return escape_unprintable("".join(suffixes if packed else suffixes[-1:])) or "without an ending"
 
 
 def is_hidden(name: str) -> bool:
@@ -245,7 +245,7 @@ def _find(
     """
     wanted: tuple[str, ...] = ("*",)
     try:
-        fs, path = fsspec.core.url_to_fs(fill_in(given))
+        fs, path = fsspec.core.url_to_fs(expand_variables(given))
         if fs.isdir(path):
             root, found = path, walk(fs, path, source.exclude)
             wanted = file_patterns(source)
@@ -268,7 +268,7 @@ def _find(
     others: list[str] = []
     for file, info in sorted(found.items()):
         name = relative_path(root, file)
-        if (told := as_given(file, given)) != file:
+        if (told := restore_spelling(file, given)) != file:
             name = "/".join(told.split("/")[-1 - name.count("/") :])
         if is_excluded(name, source.exclude):
             continue

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.addresses import fill_in
+from data_pipeline.addresses import expand_variables
 from data_pipeline.errors import DataError, one_line
 from data_pipeline.text.files import dataset_names
 from data_pipeline.text.sources import Document, columns_to_read, explain_read_errors, extract_fields, make_document
@@ -39,7 +39,7 @@ def _open_hf(name: str, source: SourceConfig) -> datasets.Dataset | datasets.Ite
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it prints the errors that it raises
-    path = fill_in(name)
+    path = expand_variables(name)
     what = f"data set {name} (subset={source.subset}, split={source.split})"
     try:
         if any((Path(path) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):

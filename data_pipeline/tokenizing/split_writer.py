@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.cleaning.clean import CONTAMINATED
-from data_pipeline.reading.order import order_key, permute
-from data_pipeline.storage.manifest import DTYPES, Record, Shard
+from data_pipeline.reading.order import permutation_key, permute
+from data_pipeline.storage.manifest import DTYPES, ManifestModel, Shard
 from data_pipeline.storage.shard_writer import write_shard
 from data_pipeline.storage.shards import token_dtype
 from data_pipeline.text.sources import Document
@@ -25,7 +25,7 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer
 _GATHER_TOKENS = 4 << 20
 
 
-class SplitResult(Record):
+class SplitResult(ManifestModel):
     """What a chunk gave to one split."""
 
     documents: int
@@ -125,7 +125,7 @@ class SplitWriter:
 
 def _permuted(tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> tuple[NDArray[np.integer], NDArray[np.int32]]:
     """The documents in a random order that depends on their number alone."""
-    order = permute(np.arange(len(lengths)), len(lengths), order_key(0, 0))
+    order = permute(np.arange(len(lengths)), len(lengths), permutation_key(0, 0))
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[order]
     lengths = lengths[order]
     out = np.empty_like(tokens)

@@ -21,8 +21,8 @@ from data_pipeline.cleaning.rejects import REJECTS, RejectWriter
 from data_pipeline.errors import DataError, one_line
 from data_pipeline.records import read_record, write_record
 from data_pipeline.settings import PrepareConfig
-from data_pipeline.storage.manifest import SPLITS, Record
-from data_pipeline.storage.shard_writer import is_whole
+from data_pipeline.storage.manifest import SPLITS, ManifestModel
+from data_pipeline.storage.shard_writer import is_shard_intact
 from data_pipeline.text.chunks import Chunk
 from data_pipeline.text.sources import Document
 from data_pipeline.tokenizing.coverage import NO_TOKENS
@@ -30,12 +30,12 @@ from data_pipeline.tokenizing.encoder import Encoder, select_encoder
 from data_pipeline.tokenizing.split_writer import SplitResult, SplitWriter
 from data_pipeline.tokenizing.tokenizer import Tokenizer, document_hash, load_tokenizer
 from data_pipeline.tokenizing.unknown_text import UnknownTextCounter
-from data_pipeline.workers import Done, Tell
+from data_pipeline.workers import Progress, ProgressCallback
 
 _SAMPLE_CHARACTERS = 64 << 10
 
 
-class ChunkResult(Record):
+class ChunkResult(ManifestModel):
     """What became of a chunk; the record that it is done."""
 
     chunk: str
@@ -99,7 +99,7 @@ def uniform_hash(document: Document) -> float:
     return document_hash(f"{document.source}\0{document.id}", salt=0) / 2**64
 
 
-def init_worker(setup: TokenizeSetup) -> Callable[[TokenizeJob, Tell], ChunkResult]:
+def init_worker(setup: TokenizeSetup) -> Callable[[TokenizeJob, ProgressCallback], ChunkResult]:
     """What does the jobs of one process. The tokenizer is loaded once.
 
     The function that is returned reads a chunk, encodes what is kept, and writes its shards to `<work>/train` and `<work>/validation`,
@@ -113,11 +113,11 @@ def init_worker(setup: TokenizeSetup) -> Callable[[TokenizeJob, Tell], ChunkResu
         raise DataError(f"{setup.tokenizer} changed while it was used; run the command again")
     editors = functools.cache(lambda index: build_editor(setup.config.all_sources[index], setup.config))
 
-    def do(job: TokenizeJob, tell: Tell) -> ChunkResult:
+    def do(job: TokenizeJob, tell: ProgressCallback) -> ChunkResult:
         key = xxhash.xxh3_128_hexdigest(f"{job.key} {verdicts_digest(job.verdicts)}".encode())
         there = _finished(setup, job.name, key)
         if there is not None:
-            tell(Done(there.read, job.chunk.bytes or 0, there.tokens))
+            tell(Progress(there.read, job.chunk.bytes or 0, there.tokens))
             return there
         result = _tokenize_chunk(setup, job, key, tokenizer, editors(job.chunk.source_index), tell)
         write_record(_result_file(setup, job.name), result.model_dump_json().encode())
@@ -142,7 +142,9 @@ def _finished(setup: TokenizeSetup, name: str, key: str) -> ChunkResult | None:
         return None
     if result.key != key or (result.rejects and not _rejects_file(setup, name).is_file()):
         return None
-    whole = all(is_whole(setup.work / split, shard) for split, part in result.splits.items() for shard in part.shards)
+    whole = all(
+        is_shard_intact(setup.work / split, shard) for split, part in result.splits.items() for shard in part.shards
+    )
     return result if whole else None
 
 
@@ -152,7 +154,7 @@ def _tokenize_chunk(
     key: str,
     tokenizer: Tokenizer,
     edit: Callable[[Document], tuple[Document, tuple[str, ...]]],
-    tell: Tell,
+    tell: ProgressCallback,
 ) -> ChunkResult:
     config, chunk, counter = setup.config, job.chunk, _counter(tokenizer)
     names = SPLITS if job.fraction > 0 else ("train",)
@@ -176,7 +178,7 @@ def _tokenize_chunk(
                     encoder, why = select_encoder(tokenizer, tuple(_sample(entry.edited for entry in kept)))
                 written, n_tokens = _encode(encoder, counter, kept, rejects, tokenizer.eot_id)
                 lowest = min([lowest, *(entry.place for entry in written)])
-                tell(Done(tokens=n_tokens))
+                tell(Progress(tokens=n_tokens))
             read += len(batch)
     return ChunkResult(
         chunk=chunk.name,

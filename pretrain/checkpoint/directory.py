@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from data_pipeline.errors import StorageError, unreadable
+from data_pipeline.errors import StorageError, unreadable_error
 from pretrain.checkpoint.ranks import gather, on_first, together
 from pretrain.checkpoint.record import GONE, MANIFEST, read_manifest, verify
 from pretrain.errors import UserError
@@ -147,7 +147,7 @@ def _folders(directory: Path) -> list[tuple[Path, str | None]]:
     except GONE:
         return []
     except OSError as error:
-        raise unreadable(directory, error, "listed") from error
+        raise unreadable_error(directory, error, "listed") from error
 
 
 def _is_set_aside(attempt: str) -> bool:

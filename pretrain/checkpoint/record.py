@@ -11,7 +11,7 @@ from typing import Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from data_pipeline.errors import unreadable
+from data_pipeline.errors import unreadable_error
 from pretrain.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -106,7 +106,7 @@ def read_manifest(path: Path) -> Manifest:
     except GONE:
         raise UserError(f"{path} is no checkpoint: it has no {MANIFEST}") from None
     except OSError as error:
-        raise unreadable(file, error, "read") from error
+        raise unreadable_error(file, error, "read") from error
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
@@ -145,7 +145,7 @@ def extra_files(path: Path) -> list[str]:
     try:
         return sorted({entry.name for entry in path.iterdir()} - listed)
     except OSError as error:
-        raise unreadable(path, error, "listed") from error
+        raise unreadable_error(path, error, "listed") from error
 
 
 def check_file(path: Path, name: str) -> None:
@@ -166,7 +166,7 @@ def _problem(file: Path, expected: FileSum) -> str | None:
     except GONE:
         return f"{file} is missing"
     except OSError as error:
-        raise unreadable(file, error, "read") from error
+        raise unreadable_error(file, error, "read") from error
     return (
         None if digest == expected.xxh3 else f"{file} is damaged: its checksum is {digest} instead of {expected.xxh3}"
     )

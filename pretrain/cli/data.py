@@ -15,9 +15,9 @@ from pretrain.cli.settings_help import CONFIG_HELP, DataCommand
 from pretrain.streams import output_is_extra
 
 if TYPE_CHECKING:
-    from data_pipeline.prepare import OnProgress
+    from data_pipeline.prepare import StageProgressCallback
     from data_pipeline.reading.forecast import Forecast
-    from data_pipeline.storage.prepared import Prepared
+    from data_pipeline.storage.prepared import PreparedData
     from pretrain.config import DataConfig
 
 app = typer.Typer(help="Turn raw text into token shards, and look at them.", no_args_is_help=True)
@@ -86,11 +86,11 @@ def inspect(
 
     `pretrain data inspect data/my my.yaml train.steps=5000` adds what that run reads: tokens, epochs and repeats by source.
     """
-    from data_pipeline.inspect import describe
-    from data_pipeline.storage.tokenized import trusted_places
+    from data_pipeline.inspect import describe_data
+    from data_pipeline.storage.tokenized import collect_trusted_paths
 
-    trusted = [*(external or ()), *(trusted_places(_data_config(words)) if words else ())]
-    description = describe(path, samples, trusted)
+    trusted = [*(external or ()), *(collect_trusted_paths(_data_config(words)) if words else ())]
+    description = describe_data(path, samples, trusted)
     forecast = _forecast(path, words) if words else None
     if html is None:
         from pretrain.cli.data_view import draw
@@ -105,7 +105,7 @@ def inspect(
 
 def _forecast(path: Path, words: list[str]) -> Forecast:
     """What a run with these settings reads of the data in `path`."""
-    from data_pipeline.reading.forecast import forecast
+    from data_pipeline.reading.forecast import forecast_reading
     from pretrain.config.loading import load_words
     from pretrain.optim.schedule import samples_before
     from pretrain.setup.seq_len_schedule import check_growth
@@ -115,7 +115,7 @@ def _forecast(path: Path, words: list[str]) -> Forecast:
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     check_growth(config)
     train, _ = open_data(config)
-    return forecast(train, samples_before(config.train.steps + 1, config.train))
+    return forecast_reading(train, samples_before(config.train.steps + 1, config.train))
 
 
 @app.command()
@@ -140,7 +140,7 @@ def verify(path: DataPath, external: External = None) -> None:
     typer.echo(f"{path}: {report.shards} shards, {report.bytes_read / 1e6:.1f} MB, all as their manifests say")
 
 
-def prepare_data(data: DataConfig, console: Console, keep_rejects: bool = False) -> Prepared:
+def prepare_data(data: DataConfig, console: Console, keep_rejects: bool = False) -> PreparedData:
     """`data_pipeline.prepare` with a progress bar."""
     from data_pipeline.prepare import prepare as run
 
@@ -148,11 +148,11 @@ def prepare_data(data: DataConfig, console: Console, keep_rejects: bool = False)
         return run(data.path, data, keep_rejects=keep_rejects, progress=progress)
 
 
-def tell_prepared(prepared: Prepared, seq_len: int, console: Console) -> None:
+def tell_prepared(prepared: PreparedData, seq_len: int, console: Console) -> None:
     """What was read, dropped and written: one table a split, a line a source; and what is held out, in sequences of `seq_len` tokens."""
     from rich.table import Table
 
-    from data_pipeline.held_out import held_out_line, held_out_warnings
+    from data_pipeline.held_out import format_held_out_counts, held_out_warnings
     from pretrain.report.data_rows import losses
 
     for note in prepared.notes:
@@ -189,14 +189,14 @@ def tell_prepared(prepared: Prepared, seq_len: int, console: Console) -> None:
                     console.print(f"  {source.name}: {count:,} {what} ({reason})", highlight=False, markup=False)
         for sentence in losses(manifest.sources):
             console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
-    if line := held_out_line(prepared.splits, seq_len):
+    if line := format_held_out_counts(prepared.splits, seq_len):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for warning in held_out_warnings(prepared.splits, seq_len):
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def show_progress(console: Console) -> Iterator[OnProgress]:
+def show_progress(console: Console) -> Iterator[StageProgressCallback]:
     """A bar for each stage, with MB/s, tokens and time left. Without a terminal each stage is one line."""
     from rich.progress import (
         BarColumn,
@@ -208,7 +208,7 @@ def show_progress(console: Console) -> Iterator[OnProgress]:
         TransferSpeedColumn,
     )
 
-    from data_pipeline.prepare import Progress as Report
+    from data_pipeline.prepare import StageProgress
 
     columns = (
         SpinnerColumn(),
@@ -222,7 +222,7 @@ def show_progress(console: Console) -> Iterator[OnProgress]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, object] = {}
 
-        def show(report: Report) -> None:
+        def show(report: StageProgress) -> None:
             done = f"{report.documents:,} documents" + (f", {report.tokens:,} tokens" if report.tokens else "")
             if report.stage not in tasks:
                 for task in bars.tasks:  # a new stage: the one before is complete

@@ -9,16 +9,23 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, PackedSequence, SampleDocument, SourceDescription
-from data_pipeline.reading.forecast import Forecast, Stretch, warning
-from data_pipeline.storage.manifest import Manifest
+from data_pipeline.inspect import (
+    PACKED_TOKENS,
+    DataDescription,
+    DecodedText,
+    PackedSequence,
+    SampleDocument,
+    SourceDescription,
+)
+from data_pipeline.reading.forecast import Forecast, RunSegment, format_repeat_warning
+from data_pipeline.storage.manifest import SplitManifest
 from pretrain.report.data_rows import held_out, losses, places, split_rows, stretch_rows
 
 BAR = 24
 """Characters of the longest bar."""
 
 
-def draw(description: Description, forecast: Forecast | None, console: Console) -> None:
+def draw(description: DataDescription, forecast: Forecast | None, console: Console) -> None:
     """Everything, the figures first."""
     tokenizer = description.tokenizer
     head = Text.assemble(
@@ -63,7 +70,7 @@ def _table(first: str, *numbers: str) -> Table:
     return table
 
 
-def _split_table(manifest: Manifest) -> Table:
+def _split_table(manifest: SplitManifest) -> Table:
     table = _table(
         f"\n{manifest.split}", "\nread", "\ndropped", "\nwritten", "\ntokens", "\nshare", "bytes/\ntoken", "\nshards"
     )
@@ -76,7 +83,7 @@ def _split_table(manifest: Manifest) -> Table:
 
 
 def _draw_forecast(forecast: Forecast, console: Console) -> None:
-    whole = forecast.whole
+    whole = forecast.run
     _heading(console, "A run with these settings reads", f"{whole.stop:,} sequences of {forecast.seq_len:,} tokens")
     table = _table("", "sequences", "tokens", "share", "epochs", "repeated tokens")
     _add_stretch(table, "the whole run", whole)
@@ -84,11 +91,11 @@ def _draw_forecast(forecast: Forecast, console: Console) -> None:
         _add_stretch(table, forecast.title(stage), stage)
     console.print(table)
     _line(console, f"{forecast.padding:.2%} of the positions are padding (data.packing={forecast.packing})", "dim")
-    for source in forecast.read_often:
-        _line(console, warning(source), "yellow")
+    for source in forecast.heavily_repeated:
+        _line(console, format_repeat_warning(source), "yellow")
 
 
-def _add_stretch(table: Table, title: str, stretch: Stretch) -> None:
+def _add_stretch(table: Table, title: str, stretch: RunSegment) -> None:
     table.add_row(Text(title, "dim"))
     for name, *cells in stretch_rows(stretch):
         table.add_row(f"  {name}", *cells)
@@ -174,7 +181,7 @@ def _draw_lengths(sources: Sequence[SourceDescription], console: Console) -> Non
         console.print(table)
 
 
-def _draw_samples(description: Description, console: Console) -> None:
+def _draw_samples(description: DataDescription, console: Console) -> None:
     for source in description.sources:
         for sample in source.samples:
             _draw_sample(source.name, sample, description.end_of_text, console)
@@ -208,12 +215,12 @@ def _draw_packed(name: str, packed: PackedSequence, end: str, console: Console) 
         _line(console, f"  {packed.padding} tokens of padding", "dim")
 
 
-def _decoded(pieces: Decoded, end: str) -> Text:
+def _decoded(pieces: DecodedText, end: str) -> Text:
     """Text with its end-of-text tokens as marks: what a text merely spells looks different, with and without colours."""
     return Text.assemble(*((f"▌{end}▐", "reverse cyan") if piece is None else piece for piece in pieces))
 
 
-def _draw_recipe(description: Description, console: Console) -> None:
+def _draw_recipe(description: DataDescription, console: Console) -> None:
     _heading(console, "How it was made", "what differs from the defaults is bold")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(style="dim", no_wrap=True)

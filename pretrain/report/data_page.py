@@ -7,15 +7,15 @@ from pathlib import Path
 
 from data_pipeline.inspect import (
     PACKED_TOKENS,
-    Decoded,
-    Description,
+    DataDescription,
+    DecodedText,
     PackedSequence,
     SampleDocument,
     SourceDescription,
-    fertility,
+    bytes_per_token,
 )
-from data_pipeline.reading.forecast import Forecast, Stretch, warning
-from data_pipeline.storage.manifest import Manifest
+from data_pipeline.reading.forecast import Forecast, RunSegment, format_repeat_warning
+from data_pipeline.storage.manifest import SplitManifest
 from pretrain.console import amount
 from pretrain.errors import UserError
 from pretrain.report import frame
@@ -26,7 +26,7 @@ from pretrain.report.frame import text
 from pretrain.runs.records import write_whole
 
 
-def write_data_page(file: Path, description: Description, forecast: Forecast | None) -> None:
+def write_data_page(file: Path, description: DataDescription, forecast: Forecast | None) -> None:
     """Write the page. UserError where `file` cannot be written."""
     if file.is_dir():
         raise UserError(f"--html: {file} is a folder; name a file")
@@ -36,7 +36,7 @@ def write_data_page(file: Path, description: Description, forecast: Forecast | N
         raise UserError(f"--html: {file} cannot be written: {error.strerror}; name another file") from None
 
 
-def data_page(description: Description, forecast: Forecast | None) -> str:
+def data_page(description: DataDescription, forecast: Forecast | None) -> str:
     """The page as HTML."""
     sources = description.sources
     dropping = [source for source in sources if source.drops]
@@ -44,7 +44,7 @@ def data_page(description: Description, forecast: Forecast | None) -> str:
     if dropping:
         figures["drops"] = drops(dropping)
     held_out_line, warnings = held_out(description, forecast)
-    warnings += [warning(source) for source in forecast.read_often] if forecast else []
+    warnings += [format_repeat_warning(source) for source in forecast.heavily_repeated] if forecast else []
     body = [
         frame.tiles(_tiles(description)),
         frame.notices(warnings),
@@ -63,11 +63,11 @@ def data_page(description: Description, forecast: Forecast | None) -> str:
     )
 
 
-def _tiles(description: Description) -> list[tuple[str, str, str]]:
+def _tiles(description: DataDescription) -> list[tuple[str, str, str]]:
     sources = description.sources
     read, dropped = sum(source.read for source in sources), sum(sum(source.drops.values()) for source in sources)
     parts = [part for source in sources for part in source.splits.values()]
-    known = fertility(parts)
+    known = bytes_per_token(parts)
     return [
         (
             "Tokens",
@@ -81,7 +81,7 @@ def _tiles(description: Description) -> list[tuple[str, str, str]]:
     ]
 
 
-def _splits(description: Description, held_out_line: str) -> str:
+def _splits(description: DataDescription, held_out_line: str) -> str:
     tables = "".join(
         f'<h3>{text(name)}</h3><div class="scroll">{_split(m)}</div>' for name, m in description.splits.items()
     )
@@ -94,13 +94,13 @@ def _splits(description: Description, held_out_line: str) -> str:
     return frame.card("splits", "What it holds", tables + lines)
 
 
-def _split(manifest: Manifest) -> str:
+def _split(manifest: SplitManifest) -> str:
     head = ("Source", "Documents read", "Dropped", "Written", "Tokens", "Share", "Bytes/token", "Shards")
     return frame.table(head, split_rows(manifest), total=True)
 
 
 def _forecast(forecast: Forecast) -> str:
-    whole = forecast.whole
+    whole = forecast.run
     body = f'<h3>The whole run</h3><div class="scroll">{_stretch(whole)}</div>'
     for stage in forecast.stages if len(forecast.stages) > 1 else ():
         body += f'<h3>{text(forecast.title(stage))}</h3><div class="scroll">{_stretch(stage)}</div>'
@@ -111,7 +111,7 @@ def _forecast(forecast: Forecast) -> str:
     return frame.card("forecast", "What a run with these settings reads", body, note)
 
 
-def _stretch(stretch: Stretch) -> str:
+def _stretch(stretch: RunSegment) -> str:
     return frame.table(
         ("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), stretch_rows(stretch), total=True
     )
@@ -134,7 +134,7 @@ def _kept(sources: Iterable[SourceDescription]) -> str:
     return frame.card("changes", "Kept with a remark", frame.table(("Source", "Remark", "Documents"), rows, words=2))
 
 
-def _samples(description: Description) -> str:
+def _samples(description: DataDescription) -> str:
     shown = [source for source in description.sources if source.samples]
     if not shown:
         return ""
@@ -171,10 +171,10 @@ def _packed(packed: PackedSequence, end: str) -> str:
     return f'<p class="note">{note}</p><pre class="sample">{parts}{padding}</pre>'
 
 
-def _decoded(pieces: Decoded, end: str) -> str:
+def _decoded(pieces: DecodedText, end: str) -> str:
     return "".join(end if piece is None else text(piece) for piece in pieces)
 
 
-def _recipe(description: Description) -> str:
+def _recipe(description: DataDescription) -> str:
     sections = {name: [(e.name, e.value, e.changed) for e in entries] for name, entries in description.recipe.items()}
     return frame.card("config", "How it was made", frame.settings(sections), "What differs from the defaults is bold.")

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data_pipeline.held_out import held_out_line, held_out_warnings
-from data_pipeline.inspect import Description, SourceDescription, fertility
-from data_pipeline.reading.forecast import Forecast, Stretch
-from data_pipeline.storage.manifest import Manifest, SourceManifest
+from data_pipeline.held_out import format_held_out_counts, held_out_warnings
+from data_pipeline.inspect import DataDescription, SourceDescription, bytes_per_token
+from data_pipeline.reading.forecast import Forecast, RunSegment
+from data_pipeline.storage.manifest import SourceManifest, SplitManifest
 from data_pipeline.tokenizing.coverage import LOST_CHARACTERS, UNKNOWN_TOKENS
 from pretrain.config import DataConfig
 from pretrain.report.frame import Row
 
 
-def split_rows(manifest: Manifest) -> list[Row]:
+def split_rows(manifest: SplitManifest) -> list[Row]:
     """Source, documents read, dropped, written, tokens, share of the tokens, bytes/token, shards; of several sources the sum as well."""
     rows = [(source.name, *_counts([source], manifest.tokens)) for source in manifest.sources]
     return [*rows, ("all", *_counts(manifest.sources, manifest.tokens))] if len(rows) > 1 else rows
 
 
-def stretch_rows(stretch: Stretch) -> list[Row]:
+def stretch_rows(stretch: RunSegment) -> list[Row]:
     """Source, sequences, tokens, share of the tokens, epochs, repeated tokens; of several sources the sum as well."""
     rows = [
         (source.name, source.sequences, source.tokens, f"{source.epochs:.2f}", source.repeats)
@@ -64,16 +64,16 @@ def _documents(count: int) -> str:
     return f"{count:,} document{'s' * (count != 1)}"
 
 
-def held_out(description: Description, forecast: Forecast | None) -> tuple[str, list[str]]:
+def held_out(description: DataDescription, forecast: Forecast | None) -> tuple[str, list[str]]:
     """(how many sequences of each source are held out, a warning for each of which there are few). Sequences are those of the run, or of
     the usual length."""
     seq_len = DataConfig().seq_len if forecast is None else forecast.seq_len
-    line = held_out_line(description.splits, seq_len) or "nothing is held out for validation"
+    line = format_held_out_counts(description.splits, seq_len) or "nothing is held out for validation"
     return line, held_out_warnings(description.splits, seq_len)
 
 
 def _counts(sources: Sequence[SourceManifest], all_tokens: int) -> Row:
-    tokens, known = sum(source.tokens for source in sources), fertility(sources)
+    tokens, known = sum(source.tokens for source in sources), bytes_per_token(sources)
     return (
         f"{sum(source.read for source in sources):,}",
         f"{sum(sum(source.dropped.values()) for source in sources):,}",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from data_pipeline.held_out import LEAST_SEQUENCES
+from data_pipeline.held_out import MIN_SEQUENCES
 from pretrain.config import RunConfig, flatten
 from pretrain.console import amount, decimal, duration
 from pretrain.report import frame
@@ -153,7 +153,7 @@ def _notices(run: Run) -> list[str]:
         notices.append(
             f"The loss of {len(bad):,} step{'s' * (len(bad) > 1)} was not finite, first at step {bad[0]:,}: the curves have gaps there."
         )
-    few = run.config.data.seq_len * (LEAST_SEQUENCES - 1)
+    few = run.config.data.seq_len * (MIN_SEQUENCES - 1)
     by_source = run.metrics.validations[-1].by_source if run.metrics.validations else {}
     small = [f"{name} ({source.tokens:,} tokens)" for name, source in by_source.items() if source.tokens <= few]
     if small:

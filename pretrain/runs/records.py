@@ -16,7 +16,7 @@ from typing import Annotated, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, computed_field
 
-from data_pipeline.errors import unreadable
+from data_pipeline.errors import unreadable_error
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
 
@@ -175,7 +175,7 @@ def read_config(path: Path) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML; restore it, or choose another run.dir") from error
     except OSError as error:
-        raise unreadable(path, error, "read") from error
+        raise unreadable_error(path, error, "read") from error
 
 
 def read_events(path: Path) -> list[Event]:
@@ -198,7 +198,7 @@ def whole_lines(path: Path) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise unreadable(path, error, "read") from error
+        raise unreadable_error(path, error, "read") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.reading.mixture import sample_at
+from data_pipeline.reading.mixture import resolve_start_sample
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
 from pretrain.optim.schedule import batch_size_at, samples_before
@@ -86,6 +86,7 @@ def _stages(config: RunConfig) -> list[tuple[int, int]]:
     """(first sample, seq_len) of each stage."""
     total = samples_before(config.train.steps + 1, config.train)
     later = [
-        (sample_at(stage.start, total, f"data.growth.{i}"), stage.seq_len) for i, stage in enumerate(config.data.growth)
+        (resolve_start_sample(stage.start, total, f"data.growth.{i}"), stage.seq_len)
+        for i, stage in enumerate(config.data.growth)
     ]
     return [(0, config.data.seq_len), *later]

@@ -178,7 +178,7 @@ def _check_full(parent: Parent, config: RunConfig, data: Loader, named: str) -> 
             f"its data ({manifest.dataset}, {parent.config.data.path}); set data.path to that, or "
             "run.init_mode=weights to begin with other data"
         )
-    if manifest.order != data.past(manifest.samples):
+    if manifest.order != data.order_fingerprint(manifest.samples):
         raise UserError(
             f"{full} reads on where that run stopped, but its first {manifest.samples} sequences would have come in "
             f"another order: {_order_differs(parent.config, config)}; put that back, or set run.init_mode=weights"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.held_out import sequences_to_read
+from data_pipeline.held_out import allocate_validation_sequences
 from data_pipeline.reading.loader import Loader, prefetch
 from data_pipeline.reading.packing import Batch
 from parallel.engine import Engine, StepResult
@@ -178,7 +178,7 @@ class Loop:
         with self.meter.paused(), self.stop.during(Activity.VALIDATION):
             sums = {
                 name: self._loss_of(self.validation, name, n_sequences, step)
-                for name, n_sequences in sequences_to_read(self.validation.sizes, budget).items()
+                for name, n_sequences in allocate_validation_sequences(self.validation.sizes, budget).items()
             }
             targets = sum(n_targets for _, n_targets in sums.values())
             if not targets:
@@ -220,7 +220,7 @@ class Loop:
                 config=config.model_dump(mode="json"),
                 dataset=self.train.fingerprint,
                 tokenizer=self.train.manifest.tokenizer,
-                order=self.train.past(self._samples_before(step + 1)),
+                order=self.train.order_fingerprint(self._samples_before(step + 1)),
                 layout=place.sizes,
                 rng=dict(states),
             )

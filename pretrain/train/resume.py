@@ -167,7 +167,7 @@ def _check_data(path: Path, manifest: Manifest, data: Loader) -> None:
             f"{path} was trained on other data (manifest {manifest.dataset}) than data.path holds now ({data.fingerprint}); "
             f"put the data back, or start in another run.dir"
         )
-    if manifest.order != data.past(manifest.samples):
+    if manifest.order != data.order_fingerprint(manifest.samples):
         raise UserError(
             f"{path} read its first {manifest.samples} sequences in another order than run.seed, data.mixture, "
             "data.growth and data.window give now; put them back (a stage may be appended from there on; a share "

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from data_pipeline.held_out import held_out_warnings
 from data_pipeline.reading.loader import Loader
-from data_pipeline.storage.tokenized import trusted_places
+from data_pipeline.storage.tokenized import collect_trusted_paths
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from parallel.layout import Layout
 from parallel.pipeline.runner import describe
@@ -154,22 +154,22 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
 
 def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
     """The training data, and the held-out documents if some were held out."""
-    data, seed, trusted = config.data, config.run.seed, trusted_places(config.data)
+    data, seed, trusted = config.data, config.run.seed, collect_trusted_paths(config.data)
     train_data = Loader(
         data.path / "train",
         seq_len=data.seq_len,
         seed=seed,
         mixture=data.mixture,
         packing=data.packing,
-        longest=window_of(config),
+        window=window_of(config),
         total_samples=samples_before(config.train.steps + 1, config.train),
         on_damage=data.on_damage,
-        trusted=trusted,
+        trusted_paths=trusted,
     )
     if "validation" not in train_data.manifest.splits:
         return train_data, None
     return train_data, Loader(
-        data.path / "validation", seq_len=data.seq_len, seed=seed, on_damage=data.on_damage, trusted=trusted
+        data.path / "validation", seq_len=data.seq_len, seed=seed, on_damage=data.on_damage, trusted_paths=trusted
     )
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import yaml
 
-from data_pipeline.prepare import OnProgress, Progress, Stage, prepare
+from data_pipeline.prepare import PrepareStage, StageProgress, StageProgressCallback, prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.storage.prepared import Prepared
+from data_pipeline.storage.prepared import PreparedData
 
 PATIENCE = 60.0
 """Seconds to wait for something that takes one."""
@@ -74,8 +74,13 @@ def write_text(folder: Path, documents: int) -> Text:
 
 
 def prepare_here(
-    path: Path, jsonl: Path, progress: OnProgress = lambda _: None, *, keep_rejects: bool = False, **settings: Any
-) -> Prepared:
+    path: Path,
+    jsonl: Path,
+    progress: StageProgressCallback = lambda _: None,
+    *,
+    keep_rejects: bool = False,
+    **settings: Any,
+) -> PreparedData:
     """In this process, without workers: the result does not depend on them."""
     source = SourceConfig(kind="jsonl", paths=(str(jsonl),))
     config = PrepareConfig(**(SETTINGS | {"sources": (source,), "workers": 1} | settings))
@@ -142,10 +147,10 @@ def looks_prepared(path: Path) -> bool:
     return any((path / name).exists() for name in ("train", "validation", "tokenizer.json", "rejects"))
 
 
-def interrupt(path: Path, jsonl: Path, stage: Stage, **settings: Any) -> None:
+def interrupt(path: Path, jsonl: Path, stage: PrepareStage, **settings: Any) -> None:
     """A preparation that is stopped in the middle of a stage."""
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: StageProgress) -> None:
         if progress.stage == stage and progress.read > (progress.total or 0) / 2:
             raise KeyboardInterrupt
 

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.prepare import OnProgress, prepare
+from data_pipeline.prepare import StageProgressCallback, prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.storage.manifest import MANIFEST, Manifest, Recipe, SourceManifest, TokenDtype
-from data_pipeline.storage.prepared import Prepared
+from data_pipeline.storage.manifest import MANIFEST, Recipe, SourceManifest, SplitManifest, TokenDtype
+from data_pipeline.storage.prepared import PreparedData
 from data_pipeline.storage.shard_writer import write_shard
-from data_pipeline.storage.shards import Split, open_split, token_dtype
+from data_pipeline.storage.shards import OpenedSplit, open_split, token_dtype
 
 WORDS = [
     "the",
@@ -53,12 +53,17 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def prepare_at() -> Callable[..., Prepared]:
+def prepare_at() -> Callable[..., PreparedData]:
     """`prepare` with small settings; keywords override them."""
 
     def run(
-        path: Path, folder: Path, *, keep_rejects: bool = False, progress: OnProgress = lambda _: None, **settings: Any
-    ) -> Prepared:
+        path: Path,
+        folder: Path,
+        *,
+        keep_rejects: bool = False,
+        progress: StageProgressCallback = lambda _: None,
+        **settings: Any,
+    ) -> PreparedData:
         defaults: dict[str, Any] = {
             "sources": [SourceConfig(kind="text", paths=(str(folder),))],
             "vocab_size": 300,
@@ -73,7 +78,7 @@ def prepare_at() -> Callable[..., Prepared]:
 
 
 @pytest.fixture
-def write_split(tmp_path: Path) -> Callable[..., Split]:
+def write_split(tmp_path: Path) -> Callable[..., OpenedSplit]:
     """A split of documents given as token lists by source."""
 
     def write(
@@ -82,7 +87,7 @@ def write_split(tmp_path: Path) -> Callable[..., Split]:
         shard_tokens: int = 50,
         eot_id: int = 0,
         name: str = "train",
-    ) -> Split:
+    ) -> OpenedSplit:
         folder = tmp_path / "split" / name
         folder.mkdir(parents=True)
         recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=False, listings=(), lists="", made_with={})
@@ -90,7 +95,7 @@ def write_split(tmp_path: Path) -> Callable[..., Split]:
             _write_source(folder, source, lists, token_dtype(vocab_size), shard_tokens)
             for source, lists in documents.items()
         )
-        manifest = Manifest(
+        manifest = SplitManifest(
             split=name,
             splits=(name,),
             vocab_size=vocab_size,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from data_pipeline.reading.loader import Loader
 from data_pipeline.reading.packing import NO_LABEL
 from data_pipeline.settings import MixtureConfig
-from data_pipeline.storage.manifest import DTYPES, SPLITS, Manifest, load_manifest
+from data_pipeline.storage.manifest import DTYPES, SPLITS, SplitManifest, load_manifest
 
 SEQ_LEN = 256
 PACKAGES = ("rich", "fsspec", "typer", "yaml")
@@ -146,7 +146,7 @@ def count_lines(file: Path) -> int:
     return len(zstandard.ZstdDecompressor().stream_reader(file.read_bytes()).read().splitlines())
 
 
-def manifests(path: Path) -> dict[str, Manifest]:
+def manifests(path: Path) -> dict[str, SplitManifest]:
     return {split: load_manifest(path / split) for split in SPLITS}
 
 

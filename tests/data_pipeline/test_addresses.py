@@ -10,11 +10,11 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data_pipeline.addresses import as_given, concealer, fill_in
+from data_pipeline.addresses import expand_variables, make_redactor, restore_spelling
 from data_pipeline.errors import DataError, redact
 from data_pipeline.settings import PrepareConfig, SourceConfig, source_names
 from data_pipeline.storage.token_files import list_token_files, token_paths
-from data_pipeline.storage.tokenized import trusted_places
+from data_pipeline.storage.tokenized import collect_trusted_paths
 from data_pipeline.text.chunks import read_chunk, split_into_chunks
 from data_pipeline.text.files import dataset_version, list_files, summarize_paths
 
@@ -84,21 +84,23 @@ def test_no_source_is_named_by_a_secret() -> None:
 
 
 def test_variables_are_filled_in_from_the_environment() -> None:
-    assert fill_in("s3://${K}:${S}@b/${K}", environment={"K": "key", "S": "secret"}) == "s3://key:secret@b/key"
-    assert fill_in("$K/{K}/x", environment={}) == "$K/{K}/x"
+    assert expand_variables("s3://${K}:${S}@b/${K}", environment={"K": "key", "S": "secret"}) == "s3://key:secret@b/key"
+    assert expand_variables("$K/{K}/x", environment={}) == "$K/{K}/x"
     with pytest.raises(DataError) as caught:
-        fill_in("s3://${K}@b", environment={})
+        expand_variables("s3://${K}@b", environment={})
     assert (
         str(caught.value) == "data.sources: s3://${K}@b needs ${K}, which the environment does not have; export K=..."
     )
     with pytest.raises(
         DataError, match=r"s3://\*\*\*:\*\*\*@b was written without its secret; put the secret into an environment"
     ):
-        fill_in("s3://***:***@b")
+        expand_variables("s3://***:***@b")
 
 
 def test_what_libraries_say_is_concealed_whatever_form_the_secret_has() -> None:
-    conceal = concealer(["ftp://bob:pa%2Fssword@h/x?sig=signature", "s3://${K}@b", "x://a:b@c"], {"K": "value of K"})
+    conceal = make_redactor(
+        ["ftp://bob:pa%2Fssword@h/x?sig=signature", "s3://${K}@b", "x://a:b@c"], {"K": "value of K"}
+    )
     said = "530 Login of bob with pa/ssword or pa%2Fssword failed; signature, value of K; ftp://other:secret@h; abc"
     assert conceal(said) == "530 Login of bob with *** or *** failed; ***, ${K}; ftp://***:***@h; abc"
 
@@ -160,7 +162,7 @@ def test_in_a_path_only_the_address_is_concealed(
     path: str, given: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("V", "value")
-    assert as_given(path, given) == told
+    assert restore_spelling(path, given) == told
 
 
 def test_no_secret_renames_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +183,7 @@ def test_every_kind_of_source_is_found_by_variables(tmp_path: Path, monkeypatch:
     prepared = SourceConfig(kind="prepared", paths=("${DATA}/p",))
     assert token_paths(megatron) == (f"{tmp_path}/x.bin",)
     assert [file.path for file in list_token_files(megatron)] == [f"{tmp_path}/x.bin"]
-    assert trusted_places(PrepareConfig(sources=(megatron, prepared))) == [tmp_path / "x.bin", tmp_path / "p"]
+    assert collect_trusted_paths(PrepareConfig(sources=(megatron, prepared))) == [tmp_path / "x.bin", tmp_path / "p"]
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
     saved = SourceConfig(kind="hf", paths=("${DATA}/saved",))
     (chunk,) = split_into_chunks(0, "s", saved, [], 1)
@@ -193,7 +195,7 @@ def test_every_kind_of_source_is_found_by_variables(tmp_path: Path, monkeypatch:
             DataError,
             match=r"^data\.validation: \$\{ELSEWHERE\}/x needs \$\{ELSEWHERE\}, which the environment does not",
         ):
-            trusted_places(PrepareConfig(sources=(megatron,), validation=(elsewhere,)))
+            collect_trusted_paths(PrepareConfig(sources=(megatron,), validation=(elsewhere,)))
 
 
 class Vault(MemoryFileSystem):

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.reading import best_fit
-from data_pipeline.reading.best_fit import BestFit, fit, plan
+from data_pipeline.reading.best_fit import BestFitPlan, best_fit_decreasing, plan
 from data_pipeline.reading.loader import Loader
 from data_pipeline.reading.packing import NO_LABEL
 from data_pipeline.storage.manifest import BLOCK_BYTES
-from data_pipeline.storage.shards import Split, open_split
+from data_pipeline.storage.shards import OpenedSplit, open_split
 
-WriteSplit = Callable[..., Split]
+WriteSplit = Callable[..., OpenedSplit]
 Draw = Callable[..., list[list[int]]]
 
 
@@ -71,7 +71,7 @@ def test_packing_by_hand(write_split: WriteSplit) -> None:
         [0, 1, 2, 0, 1],
         [0, 1, 2, 0, 1],
     ]
-    assert loader.fill == 22 / 25
+    assert loader.packing_efficiency == 22 / 25
 
 
 def test_the_end_of_a_document_predicts_no_middle_of_another(write_split: WriteSplit) -> None:
@@ -87,7 +87,7 @@ def test_the_end_of_a_document_predicts_no_middle_of_another(write_split: WriteS
 @given(capacity=st.integers(1, 40), data=st.data())
 def test_it_is_best_fit_decreasing(capacity: int, data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
-    bins = fit(np.array(lengths, np.int32), capacity)
+    bins = best_fit_decreasing(np.array(lengths, np.int32), capacity)
     used = np.bincount(bins, lengths).astype(int)
     assert sorted((capacity - used).tolist()) == one_by_one(lengths, capacity)
 
@@ -164,13 +164,13 @@ def test_a_plan_is_kept_and_made_again_where_it_is_damaged_or_of_other_data(
         return plan(lengths, seq_len)
 
     monkeypatch.setattr(best_fit, "plan", counted)
-    first = BestFit(shards, 64)
+    first = BestFitPlan(shards, 64)
     n, sequences = first.n_sequences, [first.pieces(i) for i in range(first.n_sequences)]
     assert made == [64]
     whole = first.file.read_bytes()
     assert len(whole) > 40_000
     assert first.file.parent == split.folder
-    assert [BestFit(shards, 64).pieces(i) for i in range(n)] == sequences
+    assert [BestFitPlan(shards, 64).pieces(i) for i in range(n)] == sequences
     assert made == [64]
     for damaged in (
         whole[:-1],
@@ -182,24 +182,24 @@ def test_a_plan_is_kept_and_made_again_where_it_is_damaged_or_of_other_data(
     ):
         made.clear()
         first.file.write_bytes(damaged)
-        assert [BestFit(shards, 64).pieces(i) for i in range(n)] == sequences
+        assert [BestFitPlan(shards, 64).pieces(i) for i in range(n)] == sequences
         assert made == [64]
         assert first.file.read_bytes() == whole
     body = bytearray(whole)
     body[-5] ^= 1
     first.file.write_bytes(body)
-    opened = BestFit(shards, 64)
+    opened = BestFitPlan(shards, 64)
     assert made == [64]  # the body is not read when it is opened
     assert [opened.pieces(i) for i in range(n)] == sequences
     assert made == [64, 64]
-    assert BestFit(shards, 32).file != first.file
+    assert BestFitPlan(shards, 32).file != first.file
     assert [file.suffix for file in split.folder.iterdir() if "best_fit" in file.name] == [".plan", ".plan"]
 
 
 def test_a_plan_for_other_documents_has_another_name(write_split: WriteSplit) -> None:
     one = write_split({"a": [[1, 0], [2, 2, 0]]}, name="train").sources[0]
     two = write_split({"a": [[1, 1, 0], [2, 0]]}, name="validation").sources[0]
-    assert BestFit(one, 8).file.name != BestFit(two, 8).file.name
+    assert BestFitPlan(one, 8).file.name != BestFitPlan(two, 8).file.name
 
 
 def test_a_disk_that_is_full_is_named_and_leaves_nothing(
@@ -261,7 +261,7 @@ def test_of_processes_that_start_at_once_one_makes_the_plan(
 
     def rank() -> None:
         begin.wait()
-        assert BestFit(shards, 8).pieces(0)
+        assert BestFitPlan(shards, 8).pieces(0)
 
     monkeypatch.setattr(best_fit, "plan", slow)
     if not locks:
@@ -313,5 +313,5 @@ def test_it_packs_for_one_length_only(write_split: WriteSplit) -> None:
     with pytest.raises(
         DataError, match=r"data\.packing=best_fit packs for one length, and the run asks for 8 to 16 tokens"
     ):
-        Loader(folder, seq_len=8, seed=0, longest=16, packing="best_fit")
+        Loader(folder, seq_len=8, seed=0, window=16, packing="best_fit")
     assert open_split(folder).manifest.tokens == 80

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from attempts import contents, finished, interrupt, prepare_here, write_jsonl
 
-from data_pipeline.corpus import Corpus, find
+from data_pipeline.corpus import Corpus, find_corpus
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import build_tokenizer
 from data_pipeline.settings import PrepareConfig, SourceConfig, TextKind, TokenizedKind
@@ -39,7 +39,7 @@ def corpus(folder: Path, source: dict[str, Any] | None = None, **settings: Any) 
     sources = tuple(
         SourceConfig(kind="jsonl", paths=(str(folder / name),), **(source or {})) for name in ("news", "web")
     )
-    return find(PrepareConfig(**({"sources": sources, "shard_tokens": 1000} | settings)))
+    return find_corpus(PrepareConfig(**({"sources": sources, "shard_tokens": 1000} | settings)))
 
 
 def keys(found: Corpus) -> dict[str, str]:
@@ -119,7 +119,7 @@ def test_a_key_changes_with_the_name_that_documents_get_their_ids_from(tmp_path:
     write(tmp_path / "a" / "x.jsonl", 10, "x")
 
     def key(given: Path) -> str:
-        found = find(PrepareConfig(sources=(SourceConfig(name="s", kind="jsonl", paths=(str(given),)),)))
+        found = find_corpus(PrepareConfig(sources=(SourceConfig(name="s", kind="jsonl", paths=(str(given),)),)))
         return found.key(found.chunks[0], "")
 
     assert key(tmp_path / "a") == key(tmp_path / "a" / "x.jsonl")  # x.jsonl
@@ -133,7 +133,7 @@ def test_a_key_changes_with_the_files_of_a_data_set(tmp_path: Path) -> None:
 
     def both() -> dict[str, str]:
         source = SourceConfig(name="s", kind="hf", paths=(str(tmp_path / "one"), str(tmp_path / "other")))
-        return keys(find(PrepareConfig(sources=(source,))))
+        return keys(find_corpus(PrepareConfig(sources=(source,))))
 
     before = both()
     assert both() == before
@@ -167,7 +167,7 @@ def test_a_result_is_made_with_the_packages_that_its_sources_need(folder: Path) 
         pq.write_table(pa.table({"text": ["a"]}), folder / "x.parquet")
         (folder / "x.txt").write_text("a")
         sources = tuple(SourceConfig(name=kind, kind=kind, paths=(str(folder),)) for kind in kinds)
-        return list(find(PrepareConfig(sources=sources)).made_with)
+        return list(find_corpus(PrepareConfig(sources=sources)).made_with)
 
     always = ["python", "tokenizers", "gigatoken"]
     assert made_with("text", "jsonl") == always
@@ -181,7 +181,7 @@ def test_a_result_is_made_with_the_packages_that_its_sources_need(folder: Path) 
 @pytest.mark.parametrize("kind", [*get_args(TextKind), *get_args(TokenizedKind)])
 def test_a_source_without_paths_is_told_whatever_its_kind(kind: TextKind | TokenizedKind) -> None:
     with pytest.raises(DataError, match=rf"data\.sources: my of kind {kind} has no paths; name its files"):
-        find(PrepareConfig(sources=(SourceConfig(name="my", kind=kind),)))
+        find_corpus(PrepareConfig(sources=(SourceConfig(name="my", kind=kind),)))
 
 
 def names(chunks: list[Chunk]) -> list[str]:
@@ -211,7 +211,7 @@ def test_a_tokenizer_from_a_small_sample_is_the_same_every_time(folder: Path, tm
             tmp_path / str(number) / "tokenizer.json", config, progress=lambda progress: read.append(progress.read)
         )
     assert (tmp_path / "1" / "tokenizer.json").read_bytes() == (tmp_path / "2" / "tokenizer.json").read_bytes()
-    found = find(config)
+    found = find_corpus(config)
     drawn = sum(chunk.bytes or 0 for chunk in found.sampled())
     assert max(read) == drawn < sum(chunk.bytes or 0 for chunk in found.chunks) / 3
 
@@ -220,9 +220,11 @@ def test_what_another_source_reads_is_not_passed_over(tmp_path: Path) -> None:
     for name in ("a.txt", "b.jsonl", "c.json"):
         (tmp_path / name).write_text('{"text": "a"}')
     text, lines = (SourceConfig(name=kind, kind=kind, paths=(str(tmp_path),)) for kind in ("text", "jsonl"))
-    assert find(PrepareConfig(sources=(text,))).passed_over == ("2 files (1 .json, 1 .jsonl), b.jsonl and c.json",)
-    assert find(PrepareConfig(sources=(text, lines))).passed_over == ("1 file (1 .json), c.json",) * 2
+    assert find_corpus(PrepareConfig(sources=(text,))).passed_over == (
+        "2 files (1 .json, 1 .jsonl), b.jsonl and c.json",
+    )
+    assert find_corpus(PrepareConfig(sources=(text, lines))).passed_over == ("1 file (1 .json), c.json",) * 2
     assert (
-        find(PrepareConfig(sources=(text, lines))).recipe(trained_tokenizer=True).passed_over
+        find_corpus(PrepareConfig(sources=(text, lines))).recipe(trained_tokenizer=True).passed_over
         == ("1 file (1 .json), c.json",) * 2
     )

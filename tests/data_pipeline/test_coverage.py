@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.inspect import describe
+from data_pipeline.inspect import describe_data
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.manifest import MANIFEST, load_manifest
-from data_pipeline.storage.prepared import Prepared
+from data_pipeline.storage.prepared import PreparedData
 from data_pipeline.tokenizing.coverage import LOST_CHARACTERS, NO_TOKENS, UNKNOWN_TOKENS, analyze_coverage
 from data_pipeline.tokenizing.encoder import GigaEncoder, ReferenceEncoder, select_encoder
 from data_pipeline.tokenizing.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
@@ -127,7 +127,7 @@ def load(folder: Path, config: Config) -> Tokenizer:
     return load_tokenizer(file)
 
 
-def prepared_with(folder: Path, config: Config, documents: list[str] = DOCUMENTS, **settings: Any) -> Prepared:
+def prepared_with(folder: Path, config: Config, documents: list[str] = DOCUMENTS, **settings: Any) -> PreparedData:
     load(folder, config)
     (folder / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     defaults: dict[str, Any] = {
@@ -439,7 +439,7 @@ def test_inspect_tells_what_is_unknown_and_what_is_changed(tmp_path: Path) -> No
     from pretrain.report.data_page import data_page
 
     prepared_with(tmp_path, UNKNOWING["wordlevel"])
-    description = describe(tmp_path / "data")
+    description = describe_data(tmp_path / "data")
     assert {entry.name: entry.value for entry in description.recipe["tokenizer"]} == {
         "fingerprint": description.tokenizer.fingerprint,
         "vocabulary": "3 ids",

@@ -14,13 +14,13 @@ from data_pipeline.reading.loader import Loader
 from data_pipeline.reading.packing import NO_LABEL
 from data_pipeline.settings import SourceConfig
 from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES
-from data_pipeline.storage.prepared import Prepared, open_prepared
-from data_pipeline.storage.shards import Split, open_split
+from data_pipeline.storage.prepared import PreparedData, open_prepared
+from data_pipeline.storage.shards import OpenedSplit, open_split
 from data_pipeline.storage.verify import verify
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
-Prepare = Callable[..., Prepared]
-WriteSplit = Callable[..., Split]
+Prepare = Callable[..., PreparedData]
+WriteSplit = Callable[..., OpenedSplit]
 RandomDocuments = Callable[..., list[list[int]]]
 
 
@@ -95,11 +95,11 @@ class TestDamage:
     """Prepared data that is not what it was."""
 
     @pytest.fixture
-    def split(self, write_split: WriteSplit, random_documents: RandomDocuments) -> Split:
+    def split(self, write_split: WriteSplit, random_documents: RandomDocuments) -> OpenedSplit:
         """One shard of three blocks."""
         return write_split({"web": random_documents(6000, 460)}, shard_tokens=10**7)
 
-    def test_a_flipped_bit_is_named_with_its_block(self, split: Split) -> None:
+    def test_a_flipped_bit_is_named_with_its_block(self, split: OpenedSplit) -> None:
         file = split.folder / "web-00000.bin"
         assert file.stat().st_size > 2 * BLOCK_BYTES
         loader = Loader(split.folder, seq_len=1024, seed=0)
@@ -127,7 +127,7 @@ class TestDamage:
             assert (ours[~left_out] == theirs[~left_out]).all()
 
     @pytest.mark.parametrize("ending", ["bin", "idx"])
-    def test_a_shard_that_is_cut_off_or_missing_is_named_before_training(self, split: Split, ending: str) -> None:
+    def test_a_shard_that_is_cut_off_or_missing_is_named_before_training(self, split: OpenedSplit, ending: str) -> None:
         file = split.folder / f"web-00000.{ending}"
         Loader(split.folder, seq_len=1024, seed=0)
         raw = file.read_bytes()

@@ -27,7 +27,7 @@ from attempts import (
 )
 
 from data_pipeline.errors import DataError
-from data_pipeline.prepare import Progress, prepare
+from data_pipeline.prepare import StageProgress, prepare
 from data_pipeline.reading.loader import Loader
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.prepared import open_prepared
@@ -73,7 +73,7 @@ class TestInterruption:
         assert len(kept) >= len(done)
         seen: dict[Path, tuple[int, int]] = {}
 
-        def look(progress: Progress) -> None:
+        def look(progress: StageProgress) -> None:
             if (
                 progress.stage == ("cleaning" if pass_ == "judged" else "tokenizing")
                 and progress.read == progress.total

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.reading.forecast import MANY_EPOCHS, Forecast, forecast, warning
+from data_pipeline.reading.forecast import MANY_EPOCHS, Forecast, forecast_reading, format_repeat_warning
 from data_pipeline.reading.loader import Loader
 from data_pipeline.settings import MixtureConfig, MixtureStage
-from data_pipeline.storage.shards import Split
+from data_pipeline.storage.shards import OpenedSplit
 
-WriteSplit = Callable[..., Split]
+WriteSplit = Callable[..., OpenedSplit]
 Draw = Callable[..., list[list[int]]]
 
 
@@ -28,19 +28,19 @@ def stages(*weights: tuple[str | int, dict[str, float]]) -> MixtureConfig:
 
 def columns(found: Forecast, name: str) -> list[list[float]]:
     """A column of the whole run, and of each stage."""
-    return [[getattr(source, name) for source in stretch.sources] for stretch in (found.whole, *found.stages)]
+    return [[getattr(source, name) for source in stretch.sources] for stretch in (found.run, *found.stages)]
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_one_epoch_of_everything_is_every_token_once(three: Path, packing: str) -> None:
     loader = Loader(three, seq_len=16, seed=1, packing=packing)  # type: ignore[arg-type]
-    found = forecast(loader, loader.n_sequences)
+    found = forecast_reading(loader, loader.n_sequences)
     assert columns(found, "tokens")[0] == [shards.n_tokens for shards in loader.sources]
     assert columns(found, "sequences")[0] == list(loader.mixture.sizes)
     assert columns(found, "epochs")[0] == [1, 1, 1]
-    assert found.whole.repeats == 0
-    assert found.whole.tokens == loader.n_tokens
-    assert found.padding == pytest.approx(1 - loader.fill)
+    assert found.run.repeats == 0
+    assert found.run.tokens == loader.n_tokens
+    assert found.padding == pytest.approx(1 - loader.packing_efficiency)
     assert found.padding > 0
     assert found.packing == packing
 
@@ -49,15 +49,15 @@ def test_one_epoch_of_everything_is_every_token_once(three: Path, packing: str) 
 @pytest.mark.parametrize("samples", [1, 777, 802, 1500, 2003])
 def test_sequences_are_those_that_the_loader_reads(three: Path, longest: int, samples: int) -> None:
     mixture = stages(("40%", {"web": 1, "books": 9}), ("80%", {"code": 1}))
-    loader = Loader(three, seq_len=16, seed=1, mixture=mixture, longest=longest, total_samples=2003)
+    loader = Loader(three, seq_len=16, seed=1, mixture=mixture, window=longest, total_samples=2003)
     parts = longest // 16
     read: list[int] = []
     while len(read) * parts < samples:
         block = loader.mixture.block(len(read))
         assert block.first <= len(read)
         read += block.sources[len(read) - block.first :].tolist()
-    found = forecast(loader, samples)
-    for stretch in (found.whole, *found.stages):
+    found = forecast_reading(loader, samples)
+    for stretch in (found.run, *found.stages):
         counted = Counter(read[sample // parts] for sample in range(stretch.start, stretch.stop))
         assert [source.sequences for source in stretch.sources] == [counted[i] for i in range(3)]
     assert len(found.stages) == (1 if samples <= 802 else 2 if samples < 1603 else 3)
@@ -66,7 +66,7 @@ def test_sequences_are_those_that_the_loader_reads(three: Path, longest: int, sa
 
 def test_stages_add_up_to_the_whole_run(three: Path) -> None:
     mixture = stages(("30%", {"web": 1, "books": 9}), ("60%", {"code": 1}), ("90%", {"books": 1, "code": 1}))
-    found = forecast(Loader(three, seq_len=16, seed=1, mixture=mixture, total_samples=5000), 5000)
+    found = forecast_reading(Loader(three, seq_len=16, seed=1, mixture=mixture, total_samples=5000), 5000)
     for name in ("sequences", "tokens", "repeats"):
         whole, *parts = columns(found, name)
         assert whole == [sum(part) for part in zip(*parts, strict=True)]
@@ -83,15 +83,15 @@ def test_stages_add_up_to_the_whole_run(three: Path) -> None:
 
 def test_repeats_are_what_was_read_before_whichever_stage_read_it(three: Path) -> None:
     loader = Loader(three, seq_len=16, seed=1, mixture=stages(("50%", {"books": 1})), total_samples=1000)
-    found = forecast(loader, 1000)
+    found = forecast_reading(loader, 1000)
     web, code, books = loader.sources
     first, second = (stage.sources[2] for stage in found.stages)
     assert 0 < first.epochs < 1
     assert first.repeats == 0
     assert first.tokens + second.tokens - books.n_tokens == second.repeats > 0
     assert [source.repeats for source in found.stages[1].sources[:2]] == [0, 0]
-    assert found.whole.sources[0].tokens < web.n_tokens
-    assert found.whole.sources[1].tokens < code.n_tokens
+    assert found.run.sources[0].tokens < web.n_tokens
+    assert found.run.sources[1].tokens < code.n_tokens
 
 
 @pytest.mark.parametrize(("epochs", "warned"), [(4, []), (4.2, ["books"])])
@@ -99,15 +99,15 @@ def test_what_is_read_more_than_four_times_is_warned_of(three: Path, epochs: flo
     assert MANY_EPOCHS == 4
     loader = Loader(three, seq_len=16, seed=1, mixture=MixtureConfig(weights={"web": 1, "code": 0, "books": epochs}))
     cycle = sum(loader.mixture.stages[0].weights)
-    found = forecast(loader, cycle)
-    assert [source.name for source in found.read_often] == warned
-    assert found.whole.sources[1].epochs == 0
+    found = forecast_reading(loader, cycle)
+    assert [source.name for source in found.heavily_repeated] == warned
+    assert found.run.sources[1].epochs == 0
     if warned:
-        assert warning(found.read_often[0]).startswith("books is read 4.2 times: beyond 4 epochs, ")
+        assert format_repeat_warning(found.heavily_repeated[0]).startswith("books is read 4.2 times: beyond 4 epochs, ")
 
 
 def test_no_token_is_read(three: Path) -> None:
     loader = Loader(three, seq_len=16, seed=1)
     for file in [*three.glob("*.bin"), *three.glob("*.idx")]:
         file.unlink()
-    assert forecast(loader, 10).whole.tokens > 0
+    assert forecast_reading(loader, 10).run.tokens > 0

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.storage.prepared import Prepared
+from data_pipeline.storage.prepared import PreparedData
 from data_pipeline.text.chunks import read_chunk, split_into_chunks
 from data_pipeline.text.files import list_files
 from data_pipeline.text.formats import HEAD_BYTES, detect_binary_format
@@ -363,7 +363,7 @@ def test_whatever_the_bytes_they_give_one_document_or_one_line(head: bytes, end:
         assert document.n_bytes == len(document.text.encode())
 
 
-def prepared_of(tmp_path: Path, source: SourceConfig, *, keep_rejects: bool = False) -> Prepared:
+def prepared_of(tmp_path: Path, source: SourceConfig, *, keep_rejects: bool = False) -> PreparedData:
     config = PrepareConfig(sources=(source,), vocab_size=300, validation_fraction=0, workers=1)
     return prepare(tmp_path / "data", config, keep_rejects=keep_rejects)
 

@@ -1,4 +1,4 @@
-"""What `describe` says of a prepared data set, held against the text that it was made of."""
+"""What `describe_data` says of a prepared data set, held against the text that it was made of."""
 
 import json
 import weakref
@@ -11,7 +11,14 @@ import pytest
 
 import data_pipeline.inspect
 from data_pipeline.errors import DataError
-from data_pipeline.inspect import PACKED_TOKENS, Decoded, Description, SourceDescription, describe, fertility
+from data_pipeline.inspect import (
+    PACKED_TOKENS,
+    DataDescription,
+    DecodedText,
+    SourceDescription,
+    bytes_per_token,
+    describe_data,
+)
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import (
     DecontaminateConfig,
@@ -21,7 +28,7 @@ from data_pipeline.settings import (
     PrepareConfig,
     SourceConfig,
 )
-from data_pipeline.storage.prepared import Prepared
+from data_pipeline.storage.prepared import PreparedData
 from data_pipeline.storage.shards import ShardFile, open_split
 
 WORDS = [
@@ -56,7 +63,7 @@ def texts_of(seed: int, count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """Two sources: 90 good documents of `web`, of which 7 are in `code` again, 5 of them to the letter; 3 empty ones, 4 short ones, and
     one in an evaluation set."""
     folder = tmp_path_factory.mktemp("inspect")
@@ -81,21 +88,21 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def description(prepared: Prepared) -> Description:
-    return describe(prepared.path, samples=4)
+def description(prepared: PreparedData) -> DataDescription:
+    return describe_data(prepared.path, samples=4)
 
 
-def source(description: Description, name: str) -> SourceDescription:
+def source(description: DataDescription, name: str) -> SourceDescription:
     return next(source for source in description.sources if source.name == name)
 
 
-def plain(pieces: Decoded) -> str:
+def plain(pieces: DecodedText) -> str:
     """As the tokenizer would decode it all."""
     return "".join(END if piece is None else piece for piece in pieces)
 
 
 def test_every_document_read_is_written_or_dropped_over_all_splits(
-    prepared: Prepared, description: Description
+    prepared: PreparedData, description: DataDescription
 ) -> None:
     web, code = source(description, "web"), source(description, "code")
     assert list(description.splits) == ["train", "validation"] == list(web.splits)
@@ -107,7 +114,7 @@ def test_every_document_read_is_written_or_dropped_over_all_splits(
     )
 
 
-def test_drops_are_told_by_reason_the_most_frequent_first(description: Description) -> None:
+def test_drops_are_told_by_reason_the_most_frequent_first(description: DataDescription) -> None:
     assert source(description, "web").drops == {"empty": 3}
     assert list(source(description, "code").drops.items()) == [
         ("exact duplicate", 5),
@@ -119,13 +126,13 @@ def test_drops_are_told_by_reason_the_most_frequent_first(description: Descripti
     assert source(description, "web").changes == {}
 
 
-def test_duplicates_are_told_from_where_to_where(description: Description) -> None:
+def test_duplicates_are_told_from_where_to_where(description: DataDescription) -> None:
     (found,) = source(description, "code").duplicates
     assert (found.source, found.kept_in, found.exact, found.near) == ("code", "web", 5, 2)
     assert source(description, "web").duplicates == ()
 
 
-def test_lengths_are_those_of_all_documents(prepared: Prepared, description: Description) -> None:
+def test_lengths_are_those_of_all_documents(prepared: PreparedData, description: DataDescription) -> None:
     for number, found in enumerate(description.sources):
         lengths = np.concatenate(
             [
@@ -142,7 +149,7 @@ def test_lengths_are_those_of_all_documents(prepared: Prepared, description: Des
         assert found.lengths[-1].documents > 0
 
 
-def test_no_more_than_one_index_is_open_at_a_time(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_one_index_is_open_at_a_time(prepared: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[ShardFile] = weakref.WeakSet()
     others: list[int] = []
 
@@ -153,12 +160,12 @@ def test_no_more_than_one_index_is_open_at_a_time(prepared: Prepared, monkeypatc
             alive.add(self)
 
     monkeypatch.setattr(data_pipeline.inspect, "ShardFile", Counted)
-    describe(prepared.path, samples=0)
+    describe_data(prepared.path, samples=0)
     assert len(others) == sum(len(s.shards) for manifest in prepared.splits.values() for s in manifest.sources) > 4
     assert set(others) == {0}
 
 
-def test_samples_are_whole_documents_with_their_places(prepared: Prepared, description: Description) -> None:
+def test_samples_are_whole_documents_with_their_places(prepared: PreparedData, description: DataDescription) -> None:
     for number, found in enumerate(description.sources):
         shards = open_split(prepared.path / "train").sources[number]
         assert [sample.number for sample in found.samples] == [i * shards.n_documents // 4 for i in range(4)]
@@ -171,7 +178,7 @@ def test_samples_are_whole_documents_with_their_places(prepared: Prepared, descr
             assert (sample.tail + sample.head).count(None) == 1
 
 
-def test_a_packed_sequence_shows_where_documents_meet(prepared: Prepared, description: Description) -> None:
+def test_a_packed_sequence_shows_where_documents_meet(prepared: PreparedData, description: DataDescription) -> None:
     for number, found in enumerate(description.sources):
         packed, shards = found.packed, open_split(prepared.path / "train").sources[number]
         assert packed is not None
@@ -187,28 +194,28 @@ def test_a_packed_sequence_shows_where_documents_meet(prepared: Prepared, descri
         assert packed.pieces[0].first > 0
 
 
-def few(tmp_path: Path, texts: list[str]) -> Prepared:
+def few(tmp_path: Path, texts: list[str]) -> PreparedData:
     source = jsonl(tmp_path / "few.jsonl", texts)
     return prepare(tmp_path / "few", PrepareConfig(sources=(source,), vocab_size=300, workers=1, validation_fraction=0))
 
 
 def test_what_a_text_spells_is_no_end_of_text_and_no_control_character(tmp_path: Path) -> None:
     prepared = few(tmp_path, [LITERAL, HOSTILE])
-    description = describe(prepared.path)
+    description = describe_data(prepared.path)
     heads = {sample.head for sample in description.sources[0].samples}
     assert description.end_of_text == END
     assert heads == {(LITERAL, None), ("colours ␛[31m, a bell ␇ and \ufffd8m\n", None)}
 
 
 def test_a_short_stream_is_filled_up_in_the_packed_sequence(tmp_path: Path) -> None:
-    packed = describe(few(tmp_path, ["one\n", "two\n"]).path).sources[0].packed
+    packed = describe_data(few(tmp_path, ["one\n", "two\n"]).path).sources[0].packed
     assert packed is not None
     assert (packed.start, len(packed.pieces)) == (0, 2)
     assert packed.padding == PACKED_TOKENS - sum(piece.count for piece in packed.pieces) > 0
 
 
-def test_no_samples_are_read_where_none_are_wanted(prepared: Prepared) -> None:
-    for found in describe(prepared.path, samples=0).sources:
+def test_no_samples_are_read_where_none_are_wanted(prepared: PreparedData) -> None:
+    for found in describe_data(prepared.path, samples=0).sources:
         assert (found.samples, found.packed) == ((), None)
         assert found.lengths
 
@@ -220,10 +227,10 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     raw[40] ^= 1
     index.write_bytes(raw)
     with pytest.raises(DataError, match=rf"{index.name} is damaged: it does not match its checksum"):
-        describe(path, samples=0)
+        describe_data(path, samples=0)
 
 
-def test_the_recipe_lists_what_decided_and_marks_what_differs_from_the_defaults(description: Description) -> None:
+def test_the_recipe_lists_what_decided_and_marks_what_differs_from_the_defaults(description: DataDescription) -> None:
     recipe = {
         section: {entry.name: (entry.value, entry.changed) for entry in lines}
         for section, lines in description.recipe.items()
@@ -249,19 +256,19 @@ def test_the_recipe_lists_what_decided_and_marks_what_differs_from_the_defaults(
 
 
 def test_thresholds_of_filters_that_judged_nothing_are_left_out(tmp_path: Path) -> None:
-    recipe = describe(few(tmp_path, texts_of(3, 5)).path).recipe
+    recipe = describe_data(few(tmp_path, texts_of(3, 5)).path).recipe
     assert [section for section in recipe if section.startswith("filters")] == ["filters"]
     assert recipe["filters"][0].value == "none"
     assert [entry.name for entry in recipe["dedup"]] == ["exact", "minhash"]
 
 
-def test_tokens_read_in_place_are_told_with_their_folder(prepared: Prepared, tmp_path: Path) -> None:
+def test_tokens_read_in_place_are_told_with_their_folder(prepared: PreparedData, tmp_path: Path) -> None:
     there = SourceConfig(kind="prepared", paths=(str(prepared.path),), name="theirs")
     own = jsonl(tmp_path / "own.jsonl", texts_of(4, 30))
     settings = PrepareConfig(
         sources=(there, own), tokenizer=prepared.path / "tokenizer.json", validation_fraction=0.1, workers=1
     )
-    description = describe(prepare(tmp_path / "both", settings).path)
+    description = describe_data(prepare(tmp_path / "both", settings).path)
     theirs = source(description, "theirs")
     shards = sum(len(s.shards) for manifest in prepared.splits.values() for s in manifest.sources)
     assert theirs.in_place == (shards, str(prepared.path))
@@ -271,12 +278,12 @@ def test_tokens_read_in_place_are_told_with_their_folder(prepared: Prepared, tmp
 
 
 def test_fertility_is_of_the_sources_whose_text_is_known(
-    prepared: Prepared, write_split: Callable[..., object]
+    prepared: PreparedData, write_split: Callable[..., object]
 ) -> None:
     web, code = prepared.splits["train"].sources
     assert web.text_bytes
     assert code.text_bytes
-    assert fertility([web, code]) == (web.text_bytes + code.text_bytes) / (web.tokens + code.tokens)
+    assert bytes_per_token([web, code]) == (web.text_bytes + code.text_bytes) / (web.tokens + code.tokens)
     unknown = code.model_copy(update={"text_bytes": None})
-    assert fertility([web, unknown]) == web.text_bytes / web.tokens
-    assert fertility([unknown]) is None
+    assert bytes_per_token([web, unknown]) == web.text_bytes / web.tokens
+    assert bytes_per_token([unknown]) is None

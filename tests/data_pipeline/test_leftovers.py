@@ -8,8 +8,8 @@ import pytest
 from attempts import Text, contents, finished, interrupt, looks_prepared, prepare_here, write_text
 
 from data_pipeline.errors import DataError
-from data_pipeline.prepare import Progress, Stage
-from data_pipeline.storage.prepared import Prepared
+from data_pipeline.prepare import PrepareStage, StageProgress
+from data_pipeline.storage.prepared import PreparedData
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +98,12 @@ def test_a_trained_tokenizer_is_used_again_only_if_it_is_the_one_of_its_record(
 
 
 def test_notes_on_the_training_of_a_tokenizer_outlive_an_interruption(
-    tmp_path: Path, prepare_at: Callable[..., Prepared], corpus: Path
+    tmp_path: Path, prepare_at: Callable[..., PreparedData], corpus: Path
 ) -> None:
     (corpus / "dna.txt").write_text("ACGT" * 500)
     note = "cut for the training of the tokenizer, and only there: 1 unbroken run of more than 512 characters"
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: StageProgress) -> None:
         if progress.stage == "tokenizing" and any((tmp_path / "data" / ".prepare.tmp" / "train").glob("*.bin")):
             raise KeyboardInterrupt
 
@@ -146,13 +146,13 @@ def test_a_damaged_piece_of_an_earlier_attempt_is_made_again(tmp_path: Path, sho
 @pytest.mark.parametrize("stage", ["comparing documents", "reading a sample"])
 @pytest.mark.parametrize("change", ["a letter", "a line more", "a line less"])
 def test_a_source_that_changes_after_it_was_cleaned_is_named_and_then_cleaned_again(
-    tmp_path: Path, short: Text, change: str, stage: Stage
+    tmp_path: Path, short: Text, change: str, stage: PrepareStage
 ) -> None:
     file, data = tmp_path / "words.jsonl", tmp_path / "data"
     lines = short.jsonl.read_text().splitlines(keepends=True)
     file.write_text("".join(lines))
 
-    def meddle(progress: Progress) -> None:
+    def meddle(progress: StageProgress) -> None:
         if progress.stage == stage and progress.read == progress.total:
             middle = len(lines) // 2
             if change == "a letter":  # of the same size: nothing but the text tells

@@ -14,9 +14,9 @@ from data_pipeline.reading.mixture import BLOCK
 from data_pipeline.reading.packing import NO_LABEL, Batch
 from data_pipeline.settings import MixtureConfig, MixtureStage
 from data_pipeline.storage.manifest import BLOCK_BYTES
-from data_pipeline.storage.shards import Split
+from data_pipeline.storage.shards import OpenedSplit
 
-WriteSplit = Callable[..., Split]
+WriteSplit = Callable[..., OpenedSplit]
 Draw = Callable[..., list[list[int]]]
 FIELDS = ("input_ids", "labels", "positions", "document_ids")
 
@@ -64,7 +64,7 @@ def test_an_epoch_is_every_token_of_every_source_exactly_once(write_split: Write
         counts[0] -= padding
         assert set(counts.values()) == {1}
         assert len(counts) == 5000
-    assert loader.fill == 5000 / (loader.n_sequences * 32)
+    assert loader.packing_efficiency == 5000 / (loader.n_sequences * 32)
     assert loader.epochs(2 * loader.n_sequences) == {"web": 2, "code": 2, "books": 2}
 
 
@@ -94,7 +94,7 @@ def test_epochs_hold_the_same_rows_in_another_order_and_a_batch_may_span_two(thr
 
 
 def test_longer_sequences_hold_the_tokens_that_the_shorter_ones_would_have_held(three: Path) -> None:
-    loader = Loader(three, seq_len=8, seed=5, longest=32)
+    loader = Loader(three, seq_len=8, seed=5, window=32)
     assert loader.n_sequences % 4 == 0
     n = 2 * loader.n_sequences
     short = loader.batch(0, n)
@@ -112,7 +112,7 @@ def test_longer_sequences_hold_the_tokens_that_the_shorter_ones_would_have_held(
 
 def test_samples_behind_the_end_of_a_source_are_padding_and_no_damage(write_split: WriteSplit) -> None:
     sources = {"a": [[1] * 41 + [0]], "b": [[2] * 64]}
-    loader = Loader(write_split(sources).folder, seq_len=8, seed=5, longest=32, on_damage="skip")
+    loader = Loader(write_split(sources).folder, seq_len=8, seed=5, window=32, on_damage="skip")
     n = loader.n_sequences
     assert n == 16
     batch = loader.batch(0, n)
@@ -121,7 +121,7 @@ def test_samples_behind_the_end_of_a_source_are_padding_and_no_damage(write_spli
     assert batch.damaged == ()
     assert not batch.input_ids[empty].any()
     assert not batch.document_ids[empty].any()
-    assert loader.fill == 106 / (n * 8)
+    assert loader.packing_efficiency == 106 / (n * 8)
 
 
 @pytest.mark.parametrize(("longest", "packing"), [(8, "concatenate"), (32, "concatenate"), (8, "best_fit")])
@@ -130,7 +130,7 @@ def test_the_order_is_what_batches_read(write_split: WriteSplit, longest: int, p
         name: [[1000 * k + 8 * i + j for j in range(8)] for i in range(40)] for k, name in enumerate(("a", "b", "c"))
     }
     folder = write_split(sources, vocab_size=5000).folder
-    loader = Loader(folder, seq_len=8, seed=5, longest=longest, packing=packing)
+    loader = Loader(folder, seq_len=8, seed=5, window=longest, packing=packing)
     for first, count in ((0, loader.n_sequences), (7, 30), (3 * loader.n_sequences - 5, 9)):
         read = loader.batch(first, count).input_ids[:, 0].tolist()
         assert [1000 * source + 8 * sample for source, sample in zip(*loader.order(first, count), strict=True)] == read
@@ -146,7 +146,7 @@ def test_sequential_is_every_sequence_of_a_source_once_and_in_order(write_split:
         assert same(rows(loader.sequential(name, 0, 3), loader.sequential(name, 3, 99)), whole)
         assert loader.sequential(name, len(ids), 4).input_ids.shape == (0, 8)
     assert loader.sequential("books", 2, 2).input_ids[:, 0].tolist() == [3, 4]
-    wider = Loader(loader.sources[0].folder, seq_len=8, seed=6, longest=24)
+    wider = Loader(loader.sources[0].folder, seq_len=8, seed=6, window=24)
     assert wider.sizes == {"web": 21, "code": 12, "books": 6, "none": 0}  # windows of 24 tokens, the last filled up
     assert (wider.sequential("books", 5, 1).labels == NO_LABEL).all()
 
@@ -203,9 +203,9 @@ def test_training_on_less_than_one_window_is_refused_and_validating_is_padded(wr
     ):
         Loader(folder, seq_len=6, seed=0)
     with pytest.raises(DataError, match=r"data\.seq_len=8 is longer"):
-        Loader(folder, seq_len=4, seed=0, longest=8)
+        Loader(folder, seq_len=4, seed=0, window=8)
     with pytest.raises(DataError, match=r"6, is not a multiple of data\.seq_len=4"):
-        Loader(folder, seq_len=4, seed=0, longest=6)
+        Loader(folder, seq_len=4, seed=0, window=6)
     held_out = Loader(write_split(documents, name="validation").folder, seq_len=8, seed=0)
     assert held_out.sequential("a", 0, 9).document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]]
     assert held_out.sequential("b", 0, 9).document_ids.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]
@@ -226,7 +226,7 @@ def test_a_mixture_is_read_in_its_proportions_exactly_at_its_blocks(write_split:
 
 def test_equal_pasts_are_equal_samples_and_a_later_stage_is_no_part_of_it(three: Path) -> None:
     def past(samples: int, **settings: Any) -> str:
-        return Loader(three, **({"seq_len": 8, "seed": 5} | settings)).past(samples)
+        return Loader(three, **({"seq_len": 8, "seed": 5} | settings)).order_fingerprint(samples)
 
     later = MixtureConfig(stages=(MixtureStage(start=100, weights={"web": 1}),))
     assert past(100) == past(100) == past(100, mixture=later)
@@ -234,7 +234,7 @@ def test_equal_pasts_are_equal_samples_and_a_later_stage_is_no_part_of_it(three:
     changed = [
         {"seed": 6},
         {"seq_len": 16},
-        {"longest": 16},
+        {"window": 16},
         {"packing": "best_fit"},
         {"mixture": MixtureConfig(weights={"web": 1})},
     ]
@@ -247,6 +247,6 @@ def test_opening_maps_no_file_of_tokens(three: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(np, "memmap", refuse)
     loader = Loader(three, seq_len=16, seed=5)
-    assert loader.past(10**9)
+    assert loader.order_fingerprint(10**9)
     with pytest.raises(DataError, match="a file is mapped"):
         loader.batch(0, 1)

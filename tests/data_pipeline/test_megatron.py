@@ -14,8 +14,8 @@ from tokenizers.models import WordLevel
 from data_pipeline.errors import DataError
 from data_pipeline.settings import SourceConfig
 from data_pipeline.storage.shard_writer import write_shard
-from data_pipeline.storage.shards import ShardSet, index_bytes, token_dtype
-from data_pipeline.storage.tokenized import adopt
+from data_pipeline.storage.shards import ShardSet, encode_index, token_dtype
+from data_pipeline.storage.tokenized import import_tokenized
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures/megatron"
@@ -63,7 +63,7 @@ def test_megatrons_files_read_back_document_by_document(
     tmp_path: Path, dtype: str, vocab_size: int, kind: str, ending: str
 ) -> None:
     source = SourceConfig(kind="megatron", paths=(f"{FIXTURES}/{kind}-{dtype}{ending}",))
-    part = adopt(source, "theirs", make_tokenizer(tmp_path, vocab_size), tmp_path, 0.0)["train"]
+    part = import_tokenized(source, "theirs", make_tokenizer(tmp_path, vocab_size), tmp_path, 0.0)["train"]
     shards = ShardSet(tmp_path / "train", part)
     documents = [shards.tokens(*shards.document_span(i)).tolist() for i in range(shards.n_documents)]
     assert documents == recorded_documents(vocab_size)
@@ -80,14 +80,18 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_a_glob_may_name_either_f
         write_ours(tmp_path / name, [[ord(name), 0]], 1000)
     tokenizer = make_tokenizer(tmp_path, 1000)
     for path in (tmp_path, f"{tmp_path}/*/ours-*", f"{tmp_path}/*/*.idx"):
-        part = adopt(SourceConfig(kind="megatron", paths=(str(path),)), "x", tokenizer, tmp_path / "work", 0.0)["train"]
+        part = import_tokenized(
+            SourceConfig(kind="megatron", paths=(str(path),)), "x", tokenizer, tmp_path / "work", 0.0
+        )["train"]
         assert ShardSet(tmp_path / "work/train", part).tokens(0, 4).tolist() == [97, 0, 98, 0]
 
 
 def test_a_negative_id_is_named(tmp_path: Path) -> None:
     ours = write_ours(tmp_path, [[5, -1, 0]], 128_256)
     with pytest.raises(DataError, match=r"ours-00000\.bin: token -1 is not in the vocabulary of 128256"):
-        adopt(SourceConfig(kind="megatron", paths=(str(ours),)), "x", make_tokenizer(tmp_path, 128_256), tmp_path, 0.0)
+        import_tokenized(
+            SourceConfig(kind="megatron", paths=(str(ours),)), "x", make_tokenizer(tmp_path, 128_256), tmp_path, 0.0
+        )
 
 
 @pytest.mark.parametrize(
@@ -114,12 +118,12 @@ def test_an_index_that_does_not_tell_the_whole_file_is_refused(
 ) -> None:
     ours = write_ours(tmp_path, [[5, 6, 0], [7, 0]], 1000)
     source, tokenizer = SourceConfig(kind="megatron", paths=(str(ours),)), make_tokenizer(tmp_path, 1000)
-    assert adopt(source, "x", tokenizer, tmp_path, 0.0)["train"].documents == 2
+    assert import_tokenized(source, "x", tokenizer, tmp_path, 0.0)["train"].documents == 2
     raw = bytearray(ours.with_suffix(".idx").read_bytes())
     raw[at : at + len(value)] = value
     ours.with_suffix(".idx").write_bytes(raw)
     with pytest.raises(DataError, match=message):
-        adopt(source, "x", tokenizer, tmp_path, 0.0)
+        import_tokenized(source, "x", tokenizer, tmp_path, 0.0)
 
 
 def test_a_bin_that_is_cut_or_longer_and_lengths_below_zero_are_refused(tmp_path: Path) -> None:
@@ -129,18 +133,20 @@ def test_a_bin_that_is_cut_or_longer_and_lengths_below_zero_are_refused(tmp_path
     for there in (whole[:-2], whole + whole):
         ours.with_suffix(".bin").write_bytes(there)
         with pytest.raises(DataError, match=rf"ours-00000\.idx: its sequences do not fill the {len(there)} bytes"):
-            adopt(source, "x", tokenizer, tmp_path, 0.0)
+            import_tokenized(source, "x", tokenizer, tmp_path, 0.0)
     ours.with_suffix(".bin").write_bytes(whole)
-    ours.with_suffix(".idx").write_bytes(index_bytes(np.array([7, -2], np.int32), "uint16"))
+    ours.with_suffix(".idx").write_bytes(encode_index(np.array([7, -2], np.int32), "uint16"))
     with pytest.raises(DataError, match=r"ours-00000\.idx: its sequences do not fill the 10 bytes"):
-        adopt(source, "x", tokenizer, tmp_path, 0.0)
+        import_tokenized(source, "x", tokenizer, tmp_path, 0.0)
 
 
 def test_a_bin_without_an_index_is_named(tmp_path: Path) -> None:
     ours = write_ours(tmp_path, [[5, 0]], 1000)
     ours.with_suffix(".idx").unlink()
     with pytest.raises(DataError, match=r"cannot read .*ours-00000\.idx: No such file"):
-        adopt(SourceConfig(kind="megatron", paths=(str(ours),)), "x", make_tokenizer(tmp_path, 1000), tmp_path, 0.0)
+        import_tokenized(
+            SourceConfig(kind="megatron", paths=(str(ours),)), "x", make_tokenizer(tmp_path, 1000), tmp_path, 0.0
+        )
 
 
 @BOTH

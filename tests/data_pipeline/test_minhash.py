@@ -75,7 +75,7 @@ def all_alike(signer: MinHasher) -> MinHasher:
 
 
 def test_splitmix64_gives_its_published_sequence() -> None:
-    state = np.array([0, hashing.GOLDEN, 2 * hashing.GOLDEN % 2**64], np.uint64)
+    state = np.array([0, hashing.GOLDEN_GAMMA, 2 * hashing.GOLDEN_GAMMA % 2**64], np.uint64)
     assert splitmix64(state).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert state[0] == 0
 

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.reading.mixture import BLOCK, Mixture, counts, in_turn, mix, sources_of
+from data_pipeline.reading.mixture import BLOCK, Mixture, build_mixture, counts, interleaved, pattern_sources
 from data_pipeline.settings import MixtureConfig, MixtureStage
 
 WEIGHTS = st.lists(st.integers(0, 10**6), min_size=1, max_size=9).map(tuple).filter(any)
@@ -43,7 +43,7 @@ def test_counts_are_near_their_shares_rise_by_single_steps_and_are_exact_after_a
             abs(count * cycle - n * weight) * 2 <= depth * cycle
         )  # exact integers: within depth / 2 of n * weight / cycle
     seen = np.array(before)
-    for i, source in enumerate(sources_of(weights, n, size).tolist()):
+    for i, source in enumerate(pattern_sources(weights, n, size).tolist()):
         seen[source] += 1
         assert seen.tolist() == counts(weights, n + i + 1)
     assert counts(weights, n + 7 * cycle) == [count + 7 * weight for count, weight in zip(before, weights, strict=True)]
@@ -52,9 +52,9 @@ def test_counts_are_near_their_shares_rise_by_single_steps_and_are_exact_after_a
 def test_numbers_beyond_64_bits_do_not_wrap() -> None:
     weights = (3_000_000_000, 3_999_999_937, 41)
     n = 10**14 + 12_345  # n * weight is 4e23
-    found = np.bincount(sources_of(weights, n, BLOCK), minlength=3).tolist()
+    found = np.bincount(pattern_sources(weights, n, BLOCK), minlength=3).tolist()
     assert found == [b - a for a, b in zip(counts(weights, n), counts(weights, n + BLOCK), strict=True)]
-    mixture = mix(MixtureConfig(), BIG, 0, None)
+    mixture = build_mixture(MixtureConfig(), BIG, 0, None)
     block = mixture.block(10**14)
     assert block.first <= 10**14 < block.stop
     assert (block.sequences < np.array(list(BIG.values()))[block.sources]).all()
@@ -73,7 +73,9 @@ def mixtures(draw: st.DrawFn) -> tuple[Mixture, int]:
         stages=tuple(MixtureStage(start=start, weights=draw(table)) for start in starts),
     )
     sizes = {name: draw(st.integers(20, 3000)) for name in names}
-    return mix(config, sizes, draw(st.integers(0, 2**64 - 1)), None), max([0, *starts]) + draw(st.integers(1, 6000))
+    return build_mixture(config, sizes, draw(st.integers(0, 2**64 - 1)), None), max([0, *starts]) + draw(
+        st.integers(1, 6000)
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -105,18 +107,19 @@ def test_after_a_cycle_each_source_was_read_exactly_its_weight_times(
     weights: tuple[int, ...], sizes: tuple[int, ...], seed: int
 ) -> None:
     assume(any(weights))
-    mixture = mix(MixtureConfig(weights=sized(weights)), dict(zip(NAMES, sizes, strict=True)), seed, None)
+    mixture = build_mixture(MixtureConfig(weights=sized(weights)), dict(zip(NAMES, sizes, strict=True)), seed, None)
     cycle = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
     times = Counter(stream(mixture, cycle))
     assert times == {(s, i): weights[s] for s in range(3) for i in range(sizes[s]) if weights[s]}
     assert mixture.epochs(cycle) == sized(weights)
-    everything = mix(MixtureConfig(), dict(zip(NAMES, sizes, strict=True)), seed, None)
+    everything = build_mixture(MixtureConfig(), dict(zip(NAMES, sizes, strict=True)), seed, None)
     assert everything.epochs(sum(sizes)) == sized((1, 1, 1))
 
 
 def test_sources_of_a_sequence_or_two_are_read_round_and_round() -> None:
     read = stream(
-        mix(MixtureConfig(by="tokens", weights=sized((1, 1, 0))), {"web": 1, "code": 2, "books": 5}, 0, None), 2 * BLOCK
+        build_mixture(MixtureConfig(by="tokens", weights=sized((1, 1, 0))), {"web": 1, "code": 2, "books": 5}, 0, None),
+        2 * BLOCK,
     )
     web, code = ([sequence for s, sequence in read if s == source] for source in (0, 1))
     assert web == [0] * BLOCK
@@ -126,8 +129,12 @@ def test_sources_of_a_sequence_or_two_are_read_round_and_round() -> None:
 
 
 def test_counts_are_exact_at_every_block_and_random_inside() -> None:
-    mixture = mix(MixtureConfig(by="tokens", weights=sized((0.5, 0.3, 0.2))), dict.fromkeys(NAMES, 10**6), 1, None)
-    other = mix(MixtureConfig(by="tokens", weights=sized((0.5, 0.3, 0.2))), dict.fromkeys(NAMES, 10**6), 2, None)
+    mixture = build_mixture(
+        MixtureConfig(by="tokens", weights=sized((0.5, 0.3, 0.2))), dict.fromkeys(NAMES, 10**6), 1, None
+    )
+    other = build_mixture(
+        MixtureConfig(by="tokens", weights=sized((0.5, 0.3, 0.2))), dict.fromkeys(NAMES, 10**6), 2, None
+    )
     for k in range(1, 20):
         assert mixture.counts(k * BLOCK) == counts((500_000, 300_000, 200_000), k * BLOCK)
     block, next_block = mixture.block(0).sources, mixture.block(BLOCK).sources
@@ -136,13 +143,13 @@ def test_counts_are_exact_at_every_block_and_random_inside() -> None:
     expected = np.outer(*[np.bincount(block)] * 2) / BLOCK  # pairs of neighbours, if they were independent
     pairs = np.bincount(block[:-1] * 3 + block[1:], minlength=9).reshape(3, 3)
     assert ((pairs - expected) ** 2 / expected).sum() < 25
-    regular = in_turn({"web": 500_000, "code": 300_000, "books": 200_000}).block(0).sources
+    regular = interleaved({"web": 500_000, "code": 300_000, "books": 200_000}).block(0).sources
     pairs = np.bincount(regular[:-1] * 3 + regular[1:], minlength=9).reshape(3, 3)
     assert ((pairs - expected) ** 2 / expected).sum() > 500
 
 
 def test_sources_in_turn_are_each_in_order_and_evenly_spread() -> None:
-    read = stream(in_turn({"web": 300, "code": 150, "books": 50}), 500)
+    read = stream(interleaved({"web": 300, "code": 150, "books": 50}), 500)
     for source, size in enumerate((300, 150, 50)):
         assert [sequence for s, sequence in read if s == source] == list(range(size))
     for start in range(0, 500, 10):
@@ -154,11 +161,11 @@ def test_an_appended_stage_leaves_the_past_as_it_was_and_sources_go_on_where_the
     sizes = {"web": 9000, "code": 3000, "books": 500}
     start = 3 * BLOCK + 1234  # inside a block
     config = MixtureConfig(by="tokens", weights=sized((0.7, 0.2, 0.1)))
-    plain = mix(config, sizes, 5, None)
-    staged = mix(
+    plain = build_mixture(config, sizes, 5, None)
+    staged = build_mixture(
         config.model_copy(update={"stages": (MixtureStage(start=start, weights={"books": 1}),)}), sizes, 5, None
     )
-    again = mix(
+    again = build_mixture(
         config.model_copy(update={"stages": (MixtureStage(start=start, weights=config.weights),)}), sizes, 5, None
     )
     assert stream(staged, start) == stream(plain, start) == stream(again, start)
@@ -173,7 +180,7 @@ def test_weights_mean_what_they_say() -> None:
     sizes = {"web": 4000, "code": 1000, "books": 10}
 
     def cycle(**config: object) -> tuple[int, ...]:
-        return mix(MixtureConfig.model_validate(config), sizes, 0, None).stages[0].weights
+        return build_mixture(MixtureConfig.model_validate(config), sizes, 0, None).stages[0].weights
 
     assert cycle() == cycle(by="tokens") == (4000, 1000, 10)
     assert cycle(weights={"web": 1, "books": 2.5}) == (4000, 0, 25)
@@ -190,7 +197,7 @@ def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_units() -> 
 
     def starts(*froms: str | int, total: int | None = 1001, unit: int = 1) -> list[int]:
         config = MixtureConfig(stages=tuple(MixtureStage(start=start, weights={"web": 1}) for start in froms))
-        return [stage.start for stage in mix(config, sizes, 0, total, unit).stages]
+        return [stage.start for stage in build_mixture(config, sizes, 0, total, unit).stages]
 
     assert starts("80%", 900, "99.5%") == [0, 801, 900, 996]
     assert starts(50, "100", total=None) == [0, 50, 100]
@@ -226,36 +233,38 @@ def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_units() -> 
 def test_what_cannot_be_meant_is_refused_with_the_way_out(config: dict[str, object], message: str) -> None:
     sizes = {"web": 100, "code": 100, "books": 100, "none": 0}
     with pytest.raises(DataError, match=message):
-        mix(MixtureConfig.model_validate(config), sizes, 0, 1000)
+        build_mixture(MixtureConfig.model_validate(config), sizes, 0, 1000)
 
 
 def test_a_share_of_a_run_of_unknown_length_is_refused_and_its_epochs_are_not_limited() -> None:
     config = MixtureConfig(max_epochs=4, weights={"web": 1, "code": 9})
     sizes = dict.fromkeys(NAMES, 100)
-    assert mix(config, sizes, 0, 100).epochs(100)["code"] < 1
-    assert mix(config, sizes, 0, None).epochs(1000)["code"] == 9
+    assert build_mixture(config, sizes, 0, 100).epochs(100)["code"] < 1
+    assert build_mixture(config, sizes, 0, None).epochs(1000)["code"] == 9
     with pytest.raises(DataError, match=r"from=80% is a share of the run, whose length is not known"):
-        mix(MixtureConfig(stages=(MixtureStage(start="80%", weights={}),)), sizes, 0, None)
+        build_mixture(MixtureConfig(stages=(MixtureStage(start="80%", weights={}),)), sizes, 0, None)
 
 
 def test_equal_pasts_are_equal_samples_and_other_pasts_are_not() -> None:
     sizes = dict.fromkeys(NAMES, 500)
 
     def make(seed: int = 0, sizes: dict[str, int] = sizes, **config: object) -> Mixture:
-        return mix(MixtureConfig.model_validate(config), sizes, seed, 1000)
+        return build_mixture(MixtureConfig.model_validate(config), sizes, seed, 1000)
 
     plain, later = make(), make(stages=[{"from": "30%", "weights": {"web": 1}}])
-    assert plain.past(300) == later.past(300)
+    assert plain.order_fingerprint(300) == later.order_fingerprint(300)
     assert stream(plain, 300) == stream(later, 300)
-    assert plain.past(301) != later.past(301)
+    assert plain.order_fingerprint(301) != later.order_fingerprint(301)
     assert stream(plain, 400) != stream(later, 400)
-    assert plain.past(300) == make(weights=dict.fromkeys(NAMES, 1)).past(300)  # the same, said otherwise
+    assert plain.order_fingerprint(300) == make(weights=dict.fromkeys(NAMES, 1)).order_fingerprint(
+        300
+    )  # the same, said otherwise
     others = [
         make(1),
         make(sizes=dict.fromkeys(NAMES, 600)),
         make(weights={"web": 1}),
         make(by="tokens", weights=dict.fromkeys(NAMES, 1)),
     ]
-    assert len({plain.past(300), *(other.past(300) for other in others)}) == 5
+    assert len({plain.order_fingerprint(300), *(other.order_fingerprint(300) for other in others)}) == 5
     for other in others:
         assert stream(other, 300) != stream(plain, 300)

@@ -10,12 +10,12 @@ import pytest
 from attempts import contents
 
 from data_pipeline.errors import DataError
-from data_pipeline.held_out import held_out_line, held_out_warnings
-from data_pipeline.inspect import describe
-from data_pipeline.prepare import Progress, prepare
+from data_pipeline.held_out import format_held_out_counts, held_out_warnings
+from data_pipeline.inspect import describe_data
+from data_pipeline.prepare import StageProgress, prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.storage.manifest import MANIFEST, Manifest, Recipe, SourceManifest
-from data_pipeline.storage.prepared import Prepared, open_prepared
+from data_pipeline.storage.manifest import MANIFEST, Recipe, SourceManifest, SplitManifest
+from data_pipeline.storage.prepared import PreparedData, open_prepared
 from data_pipeline.storage.shards import open_split
 from data_pipeline.storage.verify import verify
 
@@ -35,7 +35,7 @@ def write_source(folder: Path, name: str, texts: list[str]) -> SourceConfig:
     return SourceConfig(name=name, kind="jsonl", paths=(str(file),))
 
 
-def documents(prepared: Prepared, split: str) -> dict[str, list[str]]:
+def documents(prepared: PreparedData, split: str) -> dict[str, list[str]]:
     """The texts of each source of a split, decoded."""
     found = {}
     for shards in open_split(prepared.path / split).sources:
@@ -81,7 +81,7 @@ def test_training_text_that_repeats_named_held_out_text_is_dropped_and_counted(
         "(half of those of Jaccard similarity 0.68 are found, and more of closer ones)"
     ) in prepared.notes
     assert verify(tmp_path / "data").problems == ()
-    web_there = describe(tmp_path / "data").sources[0]
+    web_there = describe_data(tmp_path / "data").sources[0]
     assert web_there.drops == {"exact duplicate of held-out text": 4, "near duplicate of held-out text": 1}
     assert [(entry.kept_in, entry.exact, entry.near) for entry in web_there.duplicates] == [("exam", 4, 1)]
 
@@ -161,7 +161,7 @@ def test_the_bytes_depend_neither_on_workers_nor_on_interruptions(
     seen: set[str] = set()
     for _ in range(8):  # once in each stage
 
-        def stop(progress: Progress) -> None:
+        def stop(progress: StageProgress) -> None:
             if progress.stage not in seen:
                 seen.add(progress.stage)
                 raise KeyboardInterrupt
@@ -206,7 +206,7 @@ def test_a_prepared_path_knows_its_held_out_text(
     assert open_prepared(tmp_path / "plain").splits["train"].recipe.settings.validation == ()
     assert (
         own.splits["train"].fingerprint()
-        == Manifest.model_validate_json((tmp_path / "plain/train" / MANIFEST).read_bytes()).fingerprint()
+        == SplitManifest.model_validate_json((tmp_path / "plain/train" / MANIFEST).read_bytes()).fingerprint()
     )
 
 
@@ -268,7 +268,7 @@ def test_tokens_are_held_out_where_they_are(tmp_path: Path, web_and_exam: tuple[
 
 
 def test_every_source_of_several_documents_holds_out_one_at_least(
-    tmp_path: Path, make_corpus: Callable[..., Path], prepare_at: Callable[..., Prepared]
+    tmp_path: Path, make_corpus: Callable[..., Path], prepare_at: Callable[..., PreparedData]
 ) -> None:
     folders = [
         make_corpus(tmp_path / name, count, seed)
@@ -290,11 +290,11 @@ def test_every_source_of_several_documents_holds_out_one_at_least(
 
 def splits_of(
     held_out: dict[str, tuple[int, int]], training: dict[str, tuple[int, int]], **settings: Any
-) -> dict[str, Manifest]:
+) -> dict[str, SplitManifest]:
     """Manifests of (documents, tokens) by source."""
     recipe = Recipe(settings=PrepareConfig(**settings), trained_tokenizer=False, listings=(), lists="", made_with={})
 
-    def manifest(split: str, counts: dict[str, tuple[int, int]]) -> Manifest:
+    def manifest(split: str, counts: dict[str, tuple[int, int]]) -> SplitManifest:
         sources = tuple(
             SourceManifest(
                 name=name, documents=documents, tokens=tokens, text_bytes=0, dtype="uint16", ends_with_eot=True,
@@ -302,7 +302,9 @@ def splits_of(
             )
             for name, (documents, tokens) in counts.items()
         )  # fmt: skip
-        return Manifest(split=split, splits=(), vocab_size=300, eot_id=0, tokenizer="", recipe=recipe, sources=sources)
+        return SplitManifest(
+            split=split, splits=(), vocab_size=300, eot_id=0, tokenizer="", recipe=recipe, sources=sources
+        )
 
     return {"train": manifest("train", training)} | (
         {"validation": manifest("validation", held_out)} if held_out else {}
@@ -313,7 +315,9 @@ def test_too_little_held_out_text_is_told_with_numbers_and_what_to_set() -> None
     held_out = {"web": (40, 8 * 2048), "code": (1, 312), "book": (1, 90_000), "note": (0, 0)}
     training = {"web": (4000, 1_600_000), "code": (199, 700_000), "book": (2, 150_000), "note": (1, 300)}
     splits = splits_of(held_out, training)
-    assert held_out_line(splits, 2048) == "held out, in sequences of 2,048 tokens: web 8, code 1, book 44, note 0"
+    assert (
+        format_held_out_counts(splits, 2048) == "held out, in sequences of 2,048 tokens: web 8, code 1, book 44, note 0"
+    )
     assert held_out_warnings(splits, 2048) == [
         "code: only 1 document with 312 tokens is held out (1 sequence of data.seq_len=2048): its validation loss says little; "
         "prepare it with data.validation_fraction=0.047, or name held-out text in data.validation",

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from data_pipeline.reading import order
-from data_pipeline.reading.order import order_key, permute
+from data_pipeline.reading.order import permutation_key, permute
 
 
 def whole(n: int, key: int) -> NDArray[np.int64]:
@@ -21,16 +21,16 @@ def chi_square(counts: NDArray[np.int64]) -> float:
 @settings(max_examples=150, deadline=None)
 @given(n=st.integers(1, 3000), seed=st.integers(-(2**63), 2**64 - 1), epoch=st.integers(0, 10**6))
 def test_every_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
-    assert np.array_equal(np.sort(whole(n, order_key(seed, epoch))), np.arange(n))
+    assert np.array_equal(np.sort(whole(n, permutation_key(seed, epoch))), np.arange(n))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 15, 16, 17, 255, 256, 257, 65_536, 65_537, 100_003])
 def test_it_is_a_permutation_at_and_around_powers_of_two(n: int) -> None:
-    assert np.array_equal(np.sort(whole(n, order_key(1, 2))), np.arange(n))
+    assert np.array_equal(np.sort(whole(n, permutation_key(1, 2))), np.arange(n))
 
 
 def test_one_sample_alone_goes_where_it_goes_in_a_crowd() -> None:
-    n, key = 12_345, order_key(3, 4)
+    n, key = 12_345, permutation_key(3, 4)
     together = whole(n, key)
     for index in (0, 1, 6_000, n - 1):
         assert permute(np.array([index]), n, key)[0] == together[index]
@@ -38,17 +38,18 @@ def test_one_sample_alone_goes_where_it_goes_in_a_crowd() -> None:
 
 def test_a_key_for_each_sample_is_the_permutation_of_that_key() -> None:
     n, index = 1000, np.arange(500, 600)
-    keys = np.array([order_key(7, "web", epoch) for epoch in range(100)], np.uint64)
+    keys = np.array([permutation_key(7, "web", epoch) for epoch in range(100)], np.uint64)
     alone = [int(permute(index[i : i + 1], n, int(key))[0]) for i, key in enumerate(keys)]
     assert permute(index, n, keys).tolist() == alone
     assert (
-        len({order_key(7, *parts) for parts in ((), (0,), (0, 0), ("web",), ("web", 0), ("code", 0), ("web", 1))}) == 7
+        len({permutation_key(7, *parts) for parts in ((), (0,), (0, 0), ("web",), ("web", 0), ("code", 0), ("web", 1))})
+        == 7
     )
 
 
 def test_a_trillion_samples_need_no_memory() -> None:
     n = 10**12 + 39
-    out = permute(np.arange(n - 1000, n), n, order_key(0, 0))
+    out = permute(np.arange(n - 1000, n), n, permutation_key(0, 0))
     assert np.unique(out).size == 1000
     assert out.min() >= 0
     assert out.max() < n
@@ -56,7 +57,7 @@ def test_a_trillion_samples_need_no_memory() -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 5, 9])
 def test_small_orders_are_uniform_over_seeds(n: int) -> None:
-    keys = np.array([order_key(seed, 0) for seed in range(1500)], np.uint64)
+    keys = np.array([permutation_key(seed, 0) for seed in range(1500)], np.uint64)
     draws = permute(np.tile(np.arange(n), 1500), n, np.repeat(keys, n)).reshape(1500, n)
     for place in (0, n - 1):
         assert abs(chi_square(np.bincount(draws[:, place], minlength=n))) < 5
@@ -67,7 +68,7 @@ def test_small_orders_are_uniform_over_seeds(n: int) -> None:
 
 def test_neighbours_land_apart_and_epochs_are_unrelated() -> None:
     n = 50_000
-    first, second = whole(n, order_key(7, 0)), whole(n, order_key(7, 1))
+    first, second = whole(n, permutation_key(7, 0)), whole(n, permutation_key(7, 1))
     for sequence in (first - np.arange(n), np.diff(first), first - second):
         assert abs(chi_square(np.bincount(sequence % n * 64 // n, minlength=64))) < 5
     assert abs(np.corrcoef(first, second)[0, 1]) < 5 / n**0.5
@@ -77,12 +78,12 @@ def test_neighbours_land_apart_and_epochs_are_unrelated() -> None:
 def test_the_statistics_notice_too_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "ROUNDS", 1)
     n = 50_000
-    steps = np.diff(whole(n, order_key(7, 0)))
+    steps = np.diff(whole(n, permutation_key(7, 0)))
     assert abs(chi_square(np.bincount(steps % n * 64 // n, minlength=64))) > 100
 
 
 def test_the_order_is_the_one_it_has_always_been() -> None:
-    assert whole(10, order_key(1234, 0)).tolist() == [4, 8, 6, 9, 7, 5, 0, 3, 1, 2]
+    assert whole(10, permutation_key(1234, 0)).tolist() == [4, 8, 6, 9, 7, 5, 0, 3, 1, 2]
 
 
 def test_an_index_outside_is_refused() -> None:

@@ -6,9 +6,9 @@ import pytest
 
 from data_pipeline.reading.loader import Loader
 from data_pipeline.reading.packing import NO_LABEL, number_documents, read_concatenated
-from data_pipeline.storage.shards import Split
+from data_pipeline.storage.shards import OpenedSplit
 
-WriteSplit = Callable[..., Split]
+WriteSplit = Callable[..., OpenedSplit]
 Draw = Callable[..., list[list[int]]]
 
 

@@ -13,18 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from data_pipeline.corpus import find
+from data_pipeline.corpus import find_corpus
 from data_pipeline.errors import DataError
-from data_pipeline.inspect import describe
-from data_pipeline.prepare import Progress, build_tokenizer
+from data_pipeline.inspect import describe_data
+from data_pipeline.prepare import StageProgress, build_tokenizer
 from data_pipeline.settings import DedupConfig, PrepareConfig, SourceConfig
-from data_pipeline.storage.manifest import MANIFEST, Manifest, load_manifest
-from data_pipeline.storage.prepared import Prepared, open_prepared
+from data_pipeline.storage.manifest import MANIFEST, SplitManifest, load_manifest
+from data_pipeline.storage.prepared import PreparedData, open_prepared
 from data_pipeline.storage.shards import ShardSet, open_split
 from data_pipeline.storage.verify import verify
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
-Prepare = Callable[..., Prepared]
+Prepare = Callable[..., PreparedData]
 MakeCorpus = Callable[..., Path]
 
 
@@ -47,12 +47,12 @@ def corpus_texts(corpus: Path) -> list[str]:
     return [file.read_text() for file in sorted(corpus.rglob("*.txt"))]
 
 
-def dropped(manifest: Manifest) -> dict[str, int]:
+def dropped(manifest: SplitManifest) -> dict[str, int]:
     assert len(manifest.sources) == 1
     return manifest.sources[0].dropped
 
 
-def was_there(prepared: Prepared) -> bool:
+def was_there(prepared: PreparedData) -> bool:
     return any("is prepared already" in note for note in prepared.notes)
 
 
@@ -85,7 +85,7 @@ def test_documents_are_shuffled_inside_a_chunk_and_nowhere_else(
     for name, shard in zip(names, prepared.splits["train"].sources[0].shards, strict=True):
         done.append((name, sorted(in_chunks[start : start + shard.documents])))
         start += shard.documents
-    chunks = find(prepared.splits["train"].recipe.settings).chunks
+    chunks = find_corpus(prepared.splits["train"].recipe.settings).chunks
     assert len(chunks) > 5
     expected = {chunk.name: sorted(Path(part.file.path).read_text() for part in chunk.slices) for chunk in chunks}
     found: dict[str, list[str]] = {}
@@ -358,7 +358,7 @@ def test_a_tokenizer_trained_first_leaves_the_cleaning_for_the_preparation(
     times = [file.stat().st_mtime_ns for file in judged]
     assert len(judged) > 1
 
-    def hear(progress: Progress) -> None:
+    def hear(progress: StageProgress) -> None:
         if progress.stage == "tokenizing" and times:
             assert [file.stat().st_mtime_ns for file in judged] == times
             times.clear()
@@ -393,7 +393,7 @@ def test_files_that_are_passed_over_are_noted_recorded_and_shown(
     )
     assert made.notes[0] == told
     assert open_prepared(tmp_path / "data").splits["train"].recipe.passed_over == (others,)
-    (entry,) = describe(tmp_path / "data", samples=0).recipe["sources"]
+    (entry,) = describe_data(tmp_path / "data", samples=0).recipe["sources"]
     assert entry.value.endswith(f"; passed over: {others}")
     assert prepare_at(tmp_path / "data", corpus).notes[1] == told  # and again where it is prepared already
     config = PrepareConfig(sources=(SourceConfig(kind="text", paths=(str(corpus),)),), vocab_size=300, workers=1)

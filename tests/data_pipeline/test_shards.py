@@ -19,12 +19,12 @@ import xxhash
 from data_pipeline.errors import DataError, StorageError
 from data_pipeline.reading.loader import Loader
 from data_pipeline.storage import mapped
-from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Manifest, Shard, SourceManifest, load_manifest
-from data_pipeline.storage.mapped import Damage
+from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Shard, SourceManifest, SplitManifest, load_manifest
+from data_pipeline.storage.mapped import CorruptDataError
 from data_pipeline.storage.shard_writer import write_shard
-from data_pipeline.storage.shards import ShardSet, Split, open_split, token_dtype
+from data_pipeline.storage.shards import OpenedSplit, ShardSet, open_split, token_dtype
 
-WriteSplit = Callable[..., Split]
+WriteSplit = Callable[..., OpenedSplit]
 Draw = Callable[..., list[list[int]]]
 
 
@@ -128,7 +128,7 @@ def test_a_block_is_hashed_once(write_split: WriteSplit, monkeypatch: pytest.Mon
     starts = starts_in(shards, 0, shards.n_tokens)
     for module in ("mapped", "shards"):
         monkeypatch.setattr(f"data_pipeline.storage.{module}.xxhash", None)
-    monkeypatch.setattr(mapped, "MOST_OPEN", 1)  # also where the files are closed and opened again
+    monkeypatch.setattr(mapped, "MAX_OPEN_DESCRIPTORS", 1)  # also where the files are closed and opened again
     for _ in range(3):
         assert shards.tokens(0, shards.n_tokens).size == 220
         assert starts_in(shards, 0, shards.n_tokens) == starts
@@ -165,7 +165,7 @@ def test_a_cut_a_longer_and_a_missing_file_are_named_before_anything_is_read(
 def test_a_file_that_shrinks_after_it_was_opened_is_named(write_split: WriteSplit) -> None:
     split = write_split({"web": [[1, 2, 0], [3, 0]]})
     (split.folder / "web-00000.bin").write_bytes(b"\x01\x00")
-    with pytest.raises(Damage, match=r"web-00000\.bin cannot be read"):
+    with pytest.raises(CorruptDataError, match=r"web-00000\.bin cannot be read"):
         split.sources[0].tokens(0, 5)
 
 
@@ -206,7 +206,7 @@ def test_many_shards_are_read_with_few_descriptors(
     assert sum(len(shards.files) for shards in loader.sources) > 250
     expected = loader.batch(0, loader.n_sequences)
     del loader
-    monkeypatch.setattr(mapped, "MOST_OPEN", 16)
+    monkeypatch.setattr(mapped, "MAX_OPEN_DESCRIPTORS", 16)
     for file in folder.glob("*.plan"):
         file.unlink()
     with few_descriptors(spare=32):
@@ -216,11 +216,11 @@ def test_many_shards_are_read_with_few_descriptors(
             for field in ("input_ids", "labels", "document_ids"):
                 assert np.array_equal(getattr(batch, field), getattr(expected, field))
         assert sum(shards.tokens(0, shards.n_tokens).size for shards in loader.sources) == loader.n_tokens
-        monkeypatch.setattr(mapped, "MOST_OPEN", 128)
+        monkeypatch.setattr(mapped, "MAX_OPEN_DESCRIPTORS", 128)
         loader = Loader(folder, **settings, on_damage="skip")
         with pytest.raises(DataError, match="Too many open files") as raised:
             loader.batch(0, loader.n_sequences)
-    assert not isinstance(raised.value, Damage)
+    assert not isinstance(raised.value, CorruptDataError)
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
@@ -240,7 +240,7 @@ def test_a_file_that_cannot_be_opened_is_no_damage(
         DataError, match=rf"cannot be opened \({os.strerror(number)}\); nothing is known to be damaged"
     ) as raised:
         loader.batch(0, 2)
-    assert not isinstance(raised.value, Damage)
+    assert not isinstance(raised.value, CorruptDataError)
     assert "delete" not in str(raised.value)
     monkeypatch.setattr(np, "memmap", unpatched)
     assert loader.batch(0, 2).damaged == ()
@@ -264,7 +264,7 @@ def test_a_file_that_is_cut_off_while_it_is_in_use_is_one_line(
     assert len(whole) > 2 * mmap.PAGESIZE
     os.truncate(file, 100)
     told = f"{file} was cut off to 100 bytes while it was in use, and needs {len(whole)}; restore it from a copy"
-    with pytest.raises(Damage, match=re.escape(told)):
+    with pytest.raises(CorruptDataError, match=re.escape(told)):
         loader.batch(0, loader.n_sequences)
     file.write_bytes(whole)
     assert np.array_equal(loader.batch(0, loader.n_sequences).input_ids, expected.input_ids)
@@ -305,10 +305,10 @@ def test_a_damaged_index_is_hashed_once(write_split: WriteSplit, monkeypatch: py
     folder = write_split({"web": [[1, 2, 0], [3, 0]]}).folder
     flip(folder / "web-00000.idx", 40)
     (shards,) = open_split(folder).sources
-    with pytest.raises(Damage, match="does not match its checksum"):
+    with pytest.raises(CorruptDataError, match="does not match its checksum"):
         shards.document_span(0)
     monkeypatch.setattr("data_pipeline.storage.shards.map_file", None)
-    with pytest.raises(Damage, match="does not match its checksum"):
+    with pytest.raises(CorruptDataError, match="does not match its checksum"):
         shards.document_span(0)
 
 
@@ -411,5 +411,5 @@ def test_a_wrong_value_in_a_recipe_and_an_unknown_key_elsewhere_are_errors(
 
 def test_a_manifest_made_in_memory_has_the_fingerprint_of_what_it_writes(write_split: WriteSplit) -> None:
     read = write_split({"web": [[1, 2, 0], [3, 0]]}).manifest
-    made = Manifest.model_validate(read.model_dump())
+    made = SplitManifest.model_validate(read.model_dump())
     assert made.fingerprint() == xxhash.xxh3_128_hexdigest(made.to_bytes()) == read.fingerprint()

@@ -10,12 +10,12 @@ from tokenizers.models import WordLevel
 
 from data_pipeline.errors import DataError
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Manifest, Recipe, SourceManifest
+from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Recipe, SourceManifest, SplitManifest
 from data_pipeline.storage.shard_writer import write_shard
 from data_pipeline.storage.shards import ShardSet, open_split
-from data_pipeline.storage.tokenized import adopt, describe_tokens
+from data_pipeline.storage.tokenized import describe_tokenized_source, import_tokenized
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
-from data_pipeline.workers import Done
+from data_pipeline.workers import Progress
 
 DATATROVE = Path(__file__).parent / "fixtures/datatrove"
 LENGTHS = (5, 1, 64, 17, 2, 33, 128, 9)
@@ -60,7 +60,7 @@ def adopted(
     work: Path, source: SourceConfig, tokenizer: Tokenizer, fraction: float = 0.0
 ) -> tuple[Documents, Documents]:
     """(documents for training, documents held out)."""
-    parts = adopt(source, "other", tokenizer, work, fraction)
+    parts = import_tokenized(source, "other", tokenizer, work, fraction)
     return read(work / "train", parts["train"]), read(work / "validation", parts.get("validation"))
 
 
@@ -86,7 +86,7 @@ def write_manifest(
 ) -> None:
     recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=False, listings=(), lists="", made_with={})
     ids = {"vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id, "tokenizer": tokenizer.fingerprint}
-    manifest = Manifest(split=folder.name, splits=splits, recipe=recipe, sources=tuple(sources), **ids)
+    manifest = SplitManifest(split=folder.name, splits=splits, recipe=recipe, sources=tuple(sources), **ids)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
 
 
@@ -104,24 +104,28 @@ def test_no_token_is_copied_and_progress_tells_every_byte_token_and_document(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     (file,) = DATATROVE.glob("uint16_*.ds")
-    told: list[Done] = []
-    parts = adopt(SourceConfig(kind="datatrove", paths=(str(file),)), "other", tokenizer, tmp_path, 0.3, told.append)
+    told: list[Progress] = []
+    parts = import_tokenized(
+        SourceConfig(kind="datatrove", paths=(str(file),)), "other", tokenizer, tmp_path, 0.3, told.append
+    )
     assert [p.name for p in sorted(tmp_path.rglob("*")) if p.suffix not in (".json", "")] == ["other-00000.idx"] * 2
     assert {shard.external_bin for part in parts.values() for shard in part.shards} == {str(file)}
-    assert sum(told, Done()) == Done(documents=8, read=file.stat().st_size, tokens=sum(LENGTHS))
+    assert sum(told, Progress()) == Progress(documents=8, read=file.stat().st_size, tokens=sum(LENGTHS))
 
 
 def test_documents_without_an_end_of_text_token_are_noticed_and_empty_ones_counted(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    parts = adopt(
+    parts = import_tokenized(
         SourceConfig(kind="datatrove", paths=(str(DATATROVE / "unended_00000.ds"),)), "x", tokenizer, tmp_path, 0.0
     )
     documents = fixture_documents(1000)
     assert read(tmp_path / "train", parts["train"]) == [ids[:-1] if i == 3 else ids for i, ids in enumerate(documents)]
     assert not parts["train"].ends_with_eot
     assert parts["train"].dropped == {"empty": 1}
-    whole = adopt(SourceConfig(kind="datatrove", paths=(f"{DATATROVE}/uint16_*.ds",)), "x", tokenizer, tmp_path, 0.0)
+    whole = import_tokenized(
+        SourceConfig(kind="datatrove", paths=(f"{DATATROVE}/uint16_*.ds",)), "x", tokenizer, tmp_path, 0.0
+    )
     assert whole["train"].ends_with_eot
     assert whole["train"].dropped == {}
 
@@ -137,7 +141,9 @@ def test_one_missing_end_is_found_wherever_the_mebibytes_begin(
     if unended is not None:
         documents[unended][-1] = 5
     write_datatrove(tmp_path / "x.ds", documents)
-    part = adopt(SourceConfig(kind="datatrove", paths=(str(tmp_path),)), "x", tokenizer, tmp_path, 0.0)["train"]
+    part = import_tokenized(SourceConfig(kind="datatrove", paths=(str(tmp_path),)), "x", tokenizer, tmp_path, 0.0)[
+        "train"
+    ]
     assert part.ends_with_eot == (unended is None)
     assert read(tmp_path / "train", part) == documents
 
@@ -178,8 +184,8 @@ def test_folder_glob_and_file_mean_the_same_and_pattern_and_exclude_hold(tmp_pat
         ]
     some = SourceConfig(kind="datatrove", paths=ways[0], pattern="[ab].ds", exclude=("b.*",))
     assert adopted(tmp_path, some, tokenizer)[0] == [[97, 0]]
-    assert describe_tokens(some).startswith("1 files, 4 bytes, ")
-    assert describe_tokens(some) != describe_tokens(SourceConfig(kind="datatrove", paths=ways[0]))
+    assert describe_tokenized_source(some).startswith("1 files, 4 bytes, ")
+    assert describe_tokenized_source(some) != describe_tokenized_source(SourceConfig(kind="datatrove", paths=ways[0]))
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
@@ -208,7 +214,7 @@ def test_raw_arrays_of_olmo_with_metadata_without_and_with_a_numpy_header(
 
 def test_what_follows_the_last_end_of_text_token_is_a_document_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
     np.array([7, 0, 0, 8, 9], np.uint32).tofile(tmp_path / "x.npy")
-    parts = adopt(SourceConfig(kind="olmo", paths=(str(tmp_path / "x.npy"),)), "x", tokenizer, tmp_path, 0.0)
+    parts = import_tokenized(SourceConfig(kind="olmo", paths=(str(tmp_path / "x.npy"),)), "x", tokenizer, tmp_path, 0.0)
     assert read(tmp_path / "train", parts["train"]) == [[7, 0], [0], [8, 9]]
     assert not parts["train"].ends_with_eot
 
@@ -226,7 +232,7 @@ def test_a_prepared_folder_is_adopted_with_its_own_split_counts_and_checksums(
         there, splits, tokenizer, dropped={"c4: too short": 2}, repaired={"UTF-8": 1}, marked={"contaminated": 3}
     )
     source = SourceConfig(kind="prepared", paths=(str(there),))
-    parts = adopt(source, "mine", tokenizer, tmp_path / "work", 0.5)
+    parts = import_tokenized(source, "mine", tokenizer, tmp_path / "work", 0.5)
     train = parts["train"]
     assert read(tmp_path / "work/train", train) == documents[:6]
     assert read(tmp_path / "work/validation", parts["validation"]) == documents[6:]
@@ -238,18 +244,20 @@ def test_a_prepared_folder_is_adopted_with_its_own_split_counts_and_checksums(
     # One split's folder is all for training.
     once = SourceConfig(kind="prepared", paths=(str(there / "train"), str(there / "validation")))
     assert adopted(tmp_path / "again", once, tokenizer) == (documents, [])
-    assert describe_tokens(source) == describe_tokens(once)
-    assert open_split(there / "train").manifest.fingerprint() in describe_tokens(source)
+    assert describe_tokenized_source(source) == describe_tokenized_source(once)
+    assert open_split(there / "train").manifest.fingerprint() in describe_tokenized_source(source)
 
 
 def test_adopted_data_is_adopted_again_and_the_tokens_stay_where_they_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = fixture_documents(1000)
     write_datatrove(tmp_path / "x.ds", documents)
     first, second = tmp_path / "first", tmp_path / "second"
-    parts = adopt(SourceConfig(kind="datatrove", paths=(str(tmp_path / "x.ds"),)), "one", tokenizer, first, 0.3)
+    parts = import_tokenized(
+        SourceConfig(kind="datatrove", paths=(str(tmp_path / "x.ds"),)), "one", tokenizer, first, 0.3
+    )
     for split, part in parts.items():
         write_manifest(first / split, tuple(parts), [part], tokenizer)
-    again = adopt(SourceConfig(kind="prepared", paths=(str(first),)), "two", tokenizer, second, 0.0)
+    again = import_tokenized(SourceConfig(kind="prepared", paths=(str(first),)), "two", tokenizer, second, 0.0)
     assert read(second / "train", again["train"]) + read(second / "validation", again["validation"]) == documents
     assert {shard.external_bin for part in again.values() for shard in part.shards} == {str(tmp_path / "x.ds")}
     assert again["train"].text_bytes is None
@@ -262,7 +270,9 @@ def test_each_split_tells_for_itself_whether_its_documents_end(
     documents = fixture_documents(1000)
     documents[unended][-1] = 5
     write_datatrove(tmp_path / "x.ds", documents)
-    parts = adopt(SourceConfig(kind="datatrove", paths=(str(tmp_path / "x.ds"),)), "x", tokenizer, tmp_path, 0.01)
+    parts = import_tokenized(
+        SourceConfig(kind="datatrove", paths=(str(tmp_path / "x.ds"),)), "x", tokenizer, tmp_path, 0.01
+    )
     assert parts["validation"].documents == 1
     assert (parts["train"].ends_with_eot, parts["validation"].ends_with_eot) == (unended != 0, unended != 7)
 
@@ -276,11 +286,11 @@ def test_a_manifest_of_another_tokenizer_and_a_damaged_index_are_refused(tmp_pat
         DataError,
         match=f"a manifest of another tokenizer: {tokenizer.fingerprint}, where data.tokenizer is {other.fingerprint}",
     ):
-        adopt(source, "x", other, tmp_path / "work", 0.0)
+        import_tokenized(source, "x", other, tmp_path / "work", 0.0)
     index = there / "train/web-00000.idx"
     index.write_bytes(index.read_bytes()[:-1] + b"\x01")
     with pytest.raises(DataError, match=r"web-00000\.idx is damaged"):
-        adopt(source, "x", tokenizer, tmp_path / "work", 0.0)
+        import_tokenized(source, "x", tokenizer, tmp_path / "work", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -294,12 +304,14 @@ def test_an_id_that_the_tokenizer_does_not_have_is_named(
     assert adopted(tmp_path, source, tokenizer)[0] == [[999, 0]]
     write_datatrove(tmp_path / "x.ds", [[5, 0], [5, bad, 0]], dtype)
     with pytest.raises(DataError, match=rf"x\.ds: token {told} is not in the vocabulary of 1000"):
-        adopt(source, "x", tokenizer, tmp_path, 0.0)
+        import_tokenized(source, "x", tokenizer, tmp_path, 0.0)
 
 
 def test_tokens_that_were_read_in_place_are_guarded_by_checksums(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_datatrove(tmp_path / "x.ds", [[5, 0], [6, 0]])
-    part = adopt(SourceConfig(kind="datatrove", paths=(str(tmp_path),)), "x", tokenizer, tmp_path, 0.0)["train"]
+    part = import_tokenized(SourceConfig(kind="datatrove", paths=(str(tmp_path),)), "x", tokenizer, tmp_path, 0.0)[
+        "train"
+    ]
     raw = bytearray((tmp_path / "x.ds").read_bytes())
     raw[4] ^= 1
     (tmp_path / "x.ds").write_bytes(raw)
@@ -365,7 +377,7 @@ def test_files_that_do_not_fit_together_are_refused_by_name(
     folder = tmp_path / "in"
     folder.mkdir()
     with pytest.raises(DataError, match=message):
-        adopt(damage(what)(folder), "other", tokenizer, tmp_path, 0.0)
+        import_tokenized(damage(what)(folder), "other", tokenizer, tmp_path, 0.0)
 
 
 def test_tokens_elsewhere_and_paths_without_files_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -375,6 +387,6 @@ def test_tokens_elsewhere_and_paths_without_files_are_refused(tmp_path: Path, to
         (str(tmp_path / "tokenizer.json"), r"matches \*\.ds; set `pattern`"),
     ]:
         with pytest.raises(DataError, match=message):
-            adopt(SourceConfig(kind="datatrove", paths=(path,)), "x", tokenizer, tmp_path, 0.0)
+            import_tokenized(SourceConfig(kind="datatrove", paths=(path,)), "x", tokenizer, tmp_path, 0.0)
     with pytest.raises(DataError, match="holds no prepared data"):
-        adopt(SourceConfig(kind="prepared", paths=(str(tmp_path / "gone"),)), "x", tokenizer, tmp_path, 0.0)
+        import_tokenized(SourceConfig(kind="prepared", paths=(str(tmp_path / "gone"),)), "x", tokenizer, tmp_path, 0.0)

@@ -16,10 +16,18 @@ from tokenizers.models import WordLevel
 
 from data_pipeline.errors import DataError, StorageError
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.storage.manifest import BLOCK_BYTES, MANIFEST, Manifest, Recipe, Shard, SourceManifest, load_manifest
+from data_pipeline.storage.manifest import (
+    BLOCK_BYTES,
+    MANIFEST,
+    Recipe,
+    Shard,
+    SourceManifest,
+    SplitManifest,
+    load_manifest,
+)
 from data_pipeline.storage.shard_writer import write_shard
-from data_pipeline.storage.tokenized import adopt
-from data_pipeline.storage.verify import largest_id, unended, verify
+from data_pipeline.storage.tokenized import import_tokenized
+from data_pipeline.storage.verify import count_missing_eot, largest_id, verify
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
 VOCABULARY = 1000
@@ -57,9 +65,9 @@ def data(tmp_path: Path) -> Path:
     tokenizer = load_tokenizer(path)
     np.array(list(itertools.chain(*THEIRS)), "<u2").tofile(theirs)
     np.cumsum([len(ids) for ids in THEIRS], dtype="<u8").tofile(f"{theirs}.index")
-    adopted = adopt(SourceConfig(kind="datatrove", paths=(str(theirs),)), "theirs", tokenizer, path, 0.5)
+    adopted = import_tokenized(SourceConfig(kind="datatrove", paths=(str(theirs),)), "theirs", tokenizer, path, 0.5)
     for split, documents in (("train", OURS), ("validation", [[21, 0], [22, 0]])):
-        manifest = Manifest(
+        manifest = SplitManifest(
             split=split,
             splits=("validation", "train"),
             vocab_size=VOCABULARY,
@@ -78,7 +86,7 @@ def flip(file: Path, byte: int) -> None:
     file.write_bytes(raw)
 
 
-def rewrite(folder: Path, change: Callable[[Manifest], Manifest]) -> None:
+def rewrite(folder: Path, change: Callable[[SplitManifest], SplitManifest]) -> None:
     (folder / MANIFEST).write_bytes(change(load_manifest(folder)).to_bytes())
 
 
@@ -123,7 +131,7 @@ def test_a_cut_a_longer_and_a_grown_file_are_told_apart(data: Path) -> None:
 
 
 def test_counts_that_do_not_add_up_are_named_by_source(data: Path) -> None:
-    def one_more(manifest: Manifest) -> Manifest:
+    def one_more(manifest: SplitManifest) -> SplitManifest:
         ours, theirs = manifest.sources
         changed = theirs.model_copy(update={"tokens": theirs.tokens + 1, "documents": theirs.documents + 1})
         return manifest.model_copy(update={"sources": (ours, changed)})
@@ -189,7 +197,7 @@ def test_unended_documents_are_counted_in_pieces_as_in_one() -> None:
     expected = sum(int(tokens[end - 1]) != 0 for end in ends)
     assert 0 < expected < 90
     for step in (1, 7, 64, 500):
-        assert sum(unended(tokens[at : at + step], at, ends, 0) for at in range(0, 500, step)) == expected
+        assert sum(count_missing_eot(tokens[at : at + step], at, ends, 0) for at in range(0, 500, step)) == expected
 
 
 def test_a_file_that_cannot_be_read_now_is_no_problem_of_the_data(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.corpus import find
+from data_pipeline.corpus import find_corpus
 from data_pipeline.errors import DataError
-from data_pipeline.prepare import Progress
+from data_pipeline.prepare import StageProgress
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from data_pipeline.storage.prepared import Prepared
+from data_pipeline.storage.prepared import PreparedData
 from data_pipeline.tokenizing.tokenize import TokenizeJob, TokenizeSetup, init_worker
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
-from data_pipeline.workers import Done, Tell, run_jobs
+from data_pipeline.workers import Progress, ProgressCallback, run_jobs
 
-Prepare = Callable[..., Prepared]
+Prepare = Callable[..., PreparedData]
 FOREVER = 3600.0
 
 SYLLABLES = ("ba", "de", "fi", "go", "lu", "ma", "ne", "ri", "so", "tu")
@@ -93,9 +93,9 @@ def test_progress_never_falls_and_ends_each_stage_at_its_total(
 ) -> None:
     size = sum(Path(source.paths[0]).stat().st_size for source in sources)
     for stop_at in ("cleaning", "tokenizing", None):  # None: the last attempt, which goes on from the others
-        seen: list[Progress] = []
+        seen: list[StageProgress] = []
 
-        def hear(progress: Progress, stop_at: str | None = stop_at, seen: list[Progress] = seen) -> None:
+        def hear(progress: StageProgress, stop_at: str | None = stop_at, seen: list[StageProgress] = seen) -> None:
             seen.append(progress)
             if progress.stage == stop_at and progress.read > size / 2:
                 raise KeyboardInterrupt
@@ -130,8 +130,8 @@ def test_progress_never_falls_and_ends_each_stage_at_its_total(
                 assert own[-1].read == own[-1].total
     ends = {progress.stage: progress for progress in seen}
     tokens = sum(manifest.tokens for manifest in made.splits.values())
-    assert ends["tokenizing"] == Progress("tokenizing", 420, tokens, size, size)
-    assert ends["cleaning"] == Progress("cleaning", 420, 0, size, size)
+    assert ends["tokenizing"] == StageProgress("tokenizing", 420, tokens, size, size)
+    assert ends["cleaning"] == StageProgress("cleaning", 420, 0, size, size)
 
 
 def test_a_worker_holds_one_chunk_however_many_there_are(tmp_path: Path, prepare_at: Prepare) -> None:
@@ -149,7 +149,7 @@ def test_a_worker_holds_one_chunk_however_many_there_are(tmp_path: Path, prepare
             config, work, work / "done", tokenizer, load_tokenizer(tokenizer).fingerprint, keep_rejects=False
         )
         do = init_worker(setup)
-        chunks = find(config).chunks[:n_chunks]
+        chunks = find_corpus(config).chunks[:n_chunks]
         assert len(chunks) == n_chunks
         tracemalloc.start()
         for chunk in chunks:
@@ -178,10 +178,10 @@ class Sleep:
         return f"job {self.number}"
 
 
-def begin_sleeping(start: int) -> Callable[[Sleep, Tell], int]:
+def begin_sleeping(start: int) -> Callable[[Sleep, ProgressCallback], int]:
     begun = os.getpid()
 
-    def do(job: Sleep, tell: Tell) -> int:
+    def do(job: Sleep, tell: ProgressCallback) -> int:
         (job.folder / str(os.getpid())).touch()
         assert os.getpid() == begun
         time.sleep(job.seconds)
@@ -190,7 +190,7 @@ def begin_sleeping(start: int) -> Callable[[Sleep, Tell], int]:
         if job.then == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         for _ in range(100):
-            tell(Done(documents=1, read=job.number, tokens=2))
+            tell(Progress(documents=1, read=job.number, tokens=2))
         return start + job.number
 
     return do
@@ -209,11 +209,11 @@ def pids(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_job_is_done_once_and_all_is_told(tmp_path: Path, workers: int) -> None:
-    told: list[Done] = []
+    told: list[Progress] = []
     jobs = [Sleep(number, tmp_path) for number in range(40)]
     results = list(run_jobs(partial(begin_sleeping, 1000), jobs, workers, told.append))
     assert sorted(results) == list(range(1000, 1040))
-    assert sum(told, Done()) == Done(documents=4000, read=100 * sum(range(40)), tokens=8000)
+    assert sum(told, Progress()) == Progress(documents=4000, read=100 * sum(range(40)), tokens=8000)
     assert pids(tmp_path) == [os.getpid()] if workers == 1 else os.getpid() not in pids(tmp_path)
     assert not any(is_alive(pid) for pid in pids(tmp_path) if pid != os.getpid())
 
@@ -261,7 +261,7 @@ def test_who_stops_listening_stops_the_workers(tmp_path: Path) -> None:
 
 
 def test_without_jobs_nothing_is_begun() -> None:
-    def begin() -> Callable[[int, Tell], int]:
+    def begin() -> Callable[[int, ProgressCallback], int]:
         raise AssertionError("begun")
 
     assert list(run_jobs(begin, [], 4, lambda _: None)) == []

@@ -108,7 +108,7 @@ def test_rows_that_fill_up_add_exactly_nothing(attention: str, precision: str, t
 def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:
     """What the loop of a rank reads of a step; nothing else of the loop is there."""
     loader = Loader(
-        config.data.path / "train", seq_len=config.data.seq_len, seed=config.run.seed, longest=window_of(config)
+        config.data.path / "train", seq_len=config.data.seq_len, seed=config.run.seed, window=window_of(config)
     )
     nothing: Any = None
     place = Place(World(rank, layout.world_size), layout)
@@ -131,7 +131,7 @@ def test_the_ranks_together_read_the_global_batch_of_every_step(
     layout: Layout, words: tuple[str, ...], tiny_words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     config = load(None, tiny_words(tmp_path, "train.steps=8", "train.micro_batch_size=2", *words)).config
-    whole = Loader(config.data.path / "train", seq_len=32, seed=config.run.seed, longest=window_of(config))
+    whole = Loader(config.data.path / "train", seq_len=32, seed=config.run.seed, window=window_of(config))
     for step in range(1, 9):
         first = samples_before(step, config.train)
         expected = whole.batch(first, batch_size_at(step, config.train), seq_len_at(first, config))

@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from data_pipeline.inspect import Description, LengthBin, PackedPiece, PackedSequence, SampleDocument, SourceDescription
-from data_pipeline.reading.forecast import Forecast, SourceReading, Stretch
+from data_pipeline.inspect import (
+    DataDescription,
+    LengthBin,
+    PackedPiece,
+    PackedSequence,
+    SampleDocument,
+    SourceDescription,
+)
+from data_pipeline.reading.forecast import Forecast, RunSegment, SourceUsage
 from data_pipeline.reading.loader import Loader
-from data_pipeline.recipe import Entry
+from data_pipeline.recipe import RecipeEntry
 from data_pipeline.settings import PrepareConfig
-from data_pipeline.storage.manifest import Manifest, Recipe, SourceManifest
+from data_pipeline.storage.manifest import Recipe, SourceManifest, SplitManifest
 from data_pipeline.storage.prepared import open_prepared
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.cli.data_view import draw
@@ -131,7 +138,7 @@ def manifest_of(name: str, documents: int, dropped: dict[str, int]) -> SourceMan
 
 
 @pytest.fixture
-def large(tiny_data: Path) -> Description:
+def large(tiny_data: Path) -> DataDescription:
     """Four sources of a hundred million documents each, whose texts and reasons would be markup, if anybody took them for it."""
     tokenizer = load_tokenizer(tiny_data)
     reasons = {
@@ -143,7 +150,7 @@ def large(tiny_data: Path) -> Description:
     parts = [manifest_of(f"common-crawl-{i}", 100_000_000, reasons) for i in range(4)]
     text = ("[red]a text[/] that spells <|endoftext|>", None)
     recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=True, listings=(), lists="", made_with={})
-    manifest = Manifest(
+    manifest = SplitManifest(
         split="train",
         splits=("train",),
         vocab_size=300,
@@ -162,26 +169,26 @@ def large(tiny_data: Path) -> Description:
         )
         for part in parts
     )
-    return Description(
+    return DataDescription(
         tiny_data,
         tokenizer,
         "<|endoftext|>",
         {"train": manifest},
         sources,
-        {"shards": (Entry("shard_tokens", "[b]5[/b]", True),)},
+        {"shards": (RecipeEntry("shard_tokens", "[b]5[/b]", True),)},
     )
 
 
-def drawn(description: Description, forecast: Forecast | None, width: int) -> str:
+def drawn(description: DataDescription, forecast: Forecast | None, width: int) -> str:
     out = io.StringIO()
     draw(description, forecast, Console(file=out, width=width))
     return out.getvalue()
 
 
 @pytest.mark.parametrize("width", [90, 120, 200])
-def test_nothing_is_cut_off(large: Description, width: int) -> None:
-    readings = tuple(SourceReading(source.name, 10**10, 10**13, 2.5, 10**12) for source in large.sources)
-    out = drawn(large, Forecast(2048, "concatenate", Stretch(0, 4 * 10**10, readings), ()), width)
+def test_nothing_is_cut_off(large: DataDescription, width: int) -> None:
+    readings = tuple(SourceUsage(source.name, 10**10, 10**13, 2.5, 10**12) for source in large.sources)
+    out = drawn(large, Forecast(2048, "concatenate", RunSegment(0, 4 * 10**10, readings), ()), width)
     assert "…" not in out
     tables = [line for line in out.splitlines() if re.search(r"\d%|uint16", line)]
     assert max(map(len, tables)) <= width
@@ -193,14 +200,14 @@ def test_nothing_is_cut_off(large: Description, width: int) -> None:
         )  # and in the table of duplicates
 
 
-def test_bars_are_on_one_axis(large: Description) -> None:
+def test_bars_are_on_one_axis(large: DataDescription) -> None:
     out = drawn(large, None, 200)
     rows = [line for line in out.splitlines() if re.match(r"  [a-z\[].*%", line)]
     bars = [line.count("█") for line in rows if "kept" not in line]
     assert bars == [24, 3, 0, 0] * 4  # of 9,999,999 documents, 1,234,567, and a few
 
 
-def test_what_is_in_the_data_is_no_markup_and_no_mark(large: Description) -> None:
+def test_what_is_in_the_data_is_no_markup_and_no_mark(large: DataDescription) -> None:
     out = drawn(large, None, 120)
     assert "  [bold]c4[/]: [/red] " in out
     assert out.count("[red]a text[/] that spells <|endoftext|>▌<|endoftext|>▐\n") == 3 * 4

@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 from test_report_page import browse, charts_in, text_of
 
-from data_pipeline.inspect import Description, LengthBin, PackedPiece, PackedSequence, SampleDocument, SourceDescription
-from data_pipeline.reading.forecast import Forecast, SourceReading, Stretch
-from data_pipeline.recipe import Entry
+from data_pipeline.inspect import (
+    DataDescription,
+    LengthBin,
+    PackedPiece,
+    PackedSequence,
+    SampleDocument,
+    SourceDescription,
+)
+from data_pipeline.reading.forecast import Forecast, RunSegment, SourceUsage
+from data_pipeline.recipe import RecipeEntry
 from data_pipeline.settings import PrepareConfig
-from data_pipeline.storage.manifest import Manifest, Recipe, SourceManifest
+from data_pipeline.storage.manifest import Recipe, SourceManifest, SplitManifest
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.report.data_page import data_page
 
@@ -46,12 +53,12 @@ def described(name: str, parts: dict[str, SourceManifest]) -> SourceDescription:
 
 
 @pytest.fixture
-def two(tiny_data: Path) -> Description:
+def two(tiny_data: Path) -> DataDescription:
     """Sources web and code; only code dropped documents."""
     tokenizer = load_tokenizer(tiny_data)
     recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=True, listings=(), lists="", made_with={})
     splits = {
-        split: Manifest(
+        split: SplitManifest(
             split=split, splits=("validation", "train"), vocab_size=300, eot_id=0, tokenizer=tokenizer.fingerprint, recipe=recipe,
             sources=(part("web", size, {}), part("code", 2 * size, REASONS if split == "train" else {})),
         )
@@ -61,21 +68,21 @@ def two(tiny_data: Path) -> Description:
         described(name, {split: manifest.sources[i] for split, manifest in splits.items()})
         for i, name in enumerate(("web", "code"))
     )
-    entries = {"dedup": (Entry("minhash", "yes", changed=True), Entry("bands", "14"))}
-    return Description(Path("data/my-text"), tokenizer, "<|endoftext|>", splits, sources, entries)
+    entries = {"dedup": (RecipeEntry("minhash", "yes", changed=True), RecipeEntry("bands", "14"))}
+    return DataDescription(Path("data/my-text"), tokenizer, "<|endoftext|>", splits, sources, entries)
 
 
 def run(epochs: float) -> Forecast:
     stages = [
-        Stretch(start, stop, (SourceReading("web", stop - start, 64 * (stop - start), epochs / 2, start),))
+        RunSegment(start, stop, (SourceUsage("web", stop - start, 64 * (stop - start), epochs / 2, start),))
         for start, stop in ((0, 800), (800, 1000))
     ]
     return Forecast(
-        64, "best_fit", Stretch(0, 1000, (SourceReading("web", 1000, 63_360, epochs, 1234),)), tuple(stages)
+        64, "best_fit", RunSegment(0, 1000, (SourceUsage("web", 1000, 63_360, epochs, 1234),)), tuple(stages)
     )
 
 
-def test_the_head_names_tokens_documents_drops_and_fertility(two: Description) -> None:
+def test_the_head_names_tokens_documents_drops_and_fertility(two: DataDescription) -> None:
     page = text_of(data_page(two, None))
     for words in (
         "my-text train + validation",
@@ -87,7 +94,7 @@ def test_the_head_names_tokens_documents_drops_and_fertility(two: Description) -
     assert "Fertility 3.25 bytes of text by token" in page
 
 
-def test_the_tables_hold_every_split_and_source(two: Description) -> None:
+def test_the_tables_hold_every_split_and_source(two: DataDescription) -> None:
     page = text_of(data_page(two, None))
     assert "web 4,000 0 4,000 400,000 33.3% 3.25 0 uint16" in page
     assert "code 8,265 265 8,000 800,000 66.7% 3.25 0 uint16" in page
@@ -99,7 +106,7 @@ def test_the_tables_hold_every_split_and_source(two: Description) -> None:
     assert "What a run" not in page
 
 
-def test_samples_show_the_end_of_text_token_as_a_mark_and_its_spelling_as_text(two: Description) -> None:
+def test_samples_show_the_end_of_text_token_as_a_mark_and_its_spelling_as_text(two: DataDescription) -> None:
     page = data_page(two, None)
     assert page.count("&lt;|endoftext|&gt; <span") == 0
     assert page.count('<span class="end">&lt;|endoftext|&gt;</span>') == 2 * 2
@@ -109,7 +116,7 @@ def test_samples_show_the_end_of_text_token_as_a_mark_and_its_spelling_as_text(t
     assert "14 tokens of padding" in page
 
 
-def test_a_run_is_told_with_its_stages_and_warned_of_above_four_epochs(two: Description) -> None:
+def test_a_run_is_told_with_its_stages_and_warned_of_above_four_epochs(two: DataDescription) -> None:
     page = text_of(data_page(two, run(4.5)))
     assert "1,000 sequences of 64 tokens; 1.00% of the positions are padding (data.packing=best_fit)." in page
     assert (
@@ -123,7 +130,7 @@ def test_a_run_is_told_with_its_stages_and_warned_of_above_four_epochs(two: Desc
     assert "times: beyond" not in text_of(data_page(two, run(4.0)))
 
 
-def test_the_page_needs_no_network_and_its_texts_are_no_markup(two: Description) -> None:
+def test_the_page_needs_no_network_and_its_texts_are_no_markup(two: DataDescription) -> None:
     page = data_page(two, run(1))
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert re.findall(r"""(?:src|href)=|@import|url\(""", markup) == []
@@ -142,7 +149,7 @@ def bars(chart: str) -> list[int]:
     ]
 
 
-def test_chromium_draws_a_bar_for_each_length_and_reason(two: Description, tmp_path: Path) -> None:
+def test_chromium_draws_a_bar_for_each_length_and_reason(two: DataDescription, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text(data_page(two, run(4.5)))
     document, console = browse(file, tmp_path / "profile")
@@ -159,7 +166,7 @@ def test_chromium_draws_a_bar_for_each_length_and_reason(two: Description, tmp_p
         assert words in charts["drops"].replace("\xa0", " ")
 
 
-def test_chromium_draws_the_dark_page_of_data_that_dropped_nothing(two: Description, tmp_path: Path) -> None:
+def test_chromium_draws_the_dark_page_of_data_that_dropped_nothing(two: DataDescription, tmp_path: Path) -> None:
     web, code = two.sources
     code = replace(code, splits={name: part.model_copy(update={"dropped": {}}) for name, part in code.splits.items()})
     file = tmp_path / "page.html"

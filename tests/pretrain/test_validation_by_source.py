@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.held_out import sequences_to_read
+from data_pipeline.held_out import allocate_validation_sequences
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.prepared import open_prepared
@@ -139,14 +139,14 @@ def test_two_ranks_find_the_same_losses(
 
 def test_a_budget_for_all_reads_all_and_a_smaller_one_a_share_of_each() -> None:
     sizes = {"web": 9_900, "code": 90, "tiny": 3, "none": 0}
-    assert sequences_to_read(sizes, 10**6) == {"web": 9_900, "code": 90, "tiny": 3}
-    read = sequences_to_read(sizes, 640)
+    assert allocate_validation_sequences(sizes, 10**6) == {"web": 9_900, "code": 90, "tiny": 3}
+    read = allocate_validation_sequences(sizes, 640)
     assert read == {"web": 634, "code": 8, "tiny": 3}  # in proportion: 634, 6, 0
-    assert sequences_to_read({"web": 500}, 2) == {"web": 2}
-    assert sequences_to_read({"web": 500, "code": 500}, 64) == {"web": 32, "code": 32}
-    assert sequences_to_read({"web": 500, "code": 5}, 4) == {"web": 4, "code": 2}
-    assert sequences_to_read({"web": 500, "code": 5, "tiny": 1}, 1) == {"web": 1, "code": 1, "tiny": 1}
-    assert sequences_to_read({"web": 0}, 4) == {}
+    assert allocate_validation_sequences({"web": 500}, 2) == {"web": 2}
+    assert allocate_validation_sequences({"web": 500, "code": 500}, 64) == {"web": 32, "code": 32}
+    assert allocate_validation_sequences({"web": 500, "code": 5}, 4) == {"web": 4, "code": 2}
+    assert allocate_validation_sequences({"web": 500, "code": 5, "tiny": 1}, 1) == {"web": 1, "code": 1, "tiny": 1}
+    assert allocate_validation_sequences({"web": 0}, 4) == {}
 
 
 def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
