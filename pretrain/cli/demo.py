@@ -22,7 +22,7 @@ from rich.text import Text
 from pretrain.cli.data import prepare_data, tell_prepared
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
-from pretrain.console import duration
+from pretrain.console import format_duration
 from pretrain.runs.records import StepRecord, ValidationRecord, read_events, read_metrics
 from pretrain.train.loop import Outcome
 from pretrain.train.run import train
@@ -76,7 +76,7 @@ def demo(directory: Path, console: Console) -> Outcome:
 
     _chapter(console, "Result", "")
     _tell_result(config, console)
-    console.print(f"\nThe whole demo took {duration(time.monotonic() - began)}. Try:", highlight=False)
+    console.print(f"\nThe whole demo took {format_duration(time.monotonic() - began)}. Try:", highlight=False)
     program = "pretrain" if shutil.which("pretrain") else sys.argv[0]
     console.print(Text(f"  {program} generate {config.run.dir} 'def main():'"), soft_wrap=True)
     console.print(Text(f"  {program} data inspect {config.data.path}"), soft_wrap=True)

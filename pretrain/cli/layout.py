@@ -84,7 +84,7 @@ def _size(count: float) -> str:
 
 def _draw_axes(config: RunConfig, layout: Layout, ranks_per_node: int, console: Console) -> None:
     from parallel.layout import AXES
-    from pretrain.console import amount
+    from pretrain.console import format_count
     from pretrain.estimate.flops import parameter_count
 
     axes = [f"{axis}={getattr(layout, axis)}" for axis in AXES]
@@ -93,7 +93,7 @@ def _draw_axes(config: RunConfig, layout: Layout, ranks_per_node: int, console: 
     ranks = f"{layout.world_size:,} {'ranks' if layout.world_size > 1 else 'rank'}"
     console.print(
         Text.assemble(
-            (f"{amount(parameter_count(config.model))} parameters on {ranks}", "bold"),
+            (f"{format_count(parameter_count(config.model))} parameters on {ranks}", "bold"),
             f", {nodes:,} {'nodes' if nodes > 1 else 'node'} of {ranks_per_node}: {' x '.join(axes)}",
             (f"; zero={layout.zero}", "dim"),
         ),

@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from pretrain.console import decimal
+from pretrain.console import format_decimal
 from pretrain.runs.records import Event, Metrics
 
 MAX_POINTS = 2000
@@ -194,7 +194,7 @@ def _validation(metrics: Metrics) -> go.Scatter:
         meta="other",
         line={"width": 1.5, "dash": "dot", "simplify": False},
         marker={"size": 8},
-        text=[decimal(loss) if i in ends else "" for i, loss in enumerate(losses)],
+        text=[format_decimal(loss) if i in ends else "" for i, loss in enumerate(losses)],
         textposition=["middle right" if i == 0 else "top left" for i in range(len(losses))],
         cliponaxis=False,
         hovertemplate="%{y:.4f}",

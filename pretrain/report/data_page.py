@@ -16,7 +16,7 @@ from data_pipeline.inspect import (
 )
 from data_pipeline.reading.forecast import Forecast, RunSegment, format_repeat_warning
 from data_pipeline.storage.manifest import SplitManifest
-from pretrain.console import amount
+from pretrain.console import format_count
 from pretrain.errors import UserError
 from pretrain.report import frame
 from pretrain.report.charts import themes
@@ -71,10 +71,10 @@ def _tiles(description: DataDescription) -> list[tuple[str, str, str]]:
     return [
         (
             "Tokens",
-            amount(description.tokens),
-            ", ".join(f"{amount(m.tokens)} {name}" for name, m in description.splits.items()),
+            format_count(description.tokens),
+            ", ".join(f"{format_count(m.tokens)} {name}" for name, m in description.splits.items()),
         ),
-        ("Documents", amount(description.documents), f"{description.documents:,} of {read:,} read"),
+        ("Documents", format_count(description.documents), f"{description.documents:,} of {read:,} read"),
         ("Dropped", f"{dropped / max(1, read):.1%}", f"{dropped:,} documents"),
         ("Fertility", f"{known:.2f}" if known else "not known", "bytes of text by token"),
         ("Sources", f"{len(sources)}", f"{sum(len(part.shards) for part in parts):,} shards"),

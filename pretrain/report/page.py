@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 
 from data_pipeline.held_out import MIN_SEQUENCES
 from pretrain.config import RunConfig, flatten
-from pretrain.console import amount, decimal, duration
+from pretrain.console import format_count, format_decimal, format_duration
 from pretrain.report import frame
 from pretrain.report.charts import MAX_POINTS, charts, themes
 from pretrain.report.frame import text
@@ -89,17 +89,23 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     model = run.config.model
     parameters = next((event.parameters for event in reversed(run.events) if event.parameters), None)
     shape = f"{model.n_layers} layers, width {model.d_model:,}"
-    tiles = [("Parameters", amount(parameters), shape) if parameters else ("Model", shape, "")]
+    tiles = [("Parameters", format_count(parameters), shape) if parameters else ("Model", shape, "")]
     if steps:
-        tiles.append(("Tokens", amount(steps[-1].tokens), f"{steps[-1].step:,} of {run.config.train.steps:,} steps"))
+        tiles.append(
+            ("Tokens", format_count(steps[-1].tokens), f"{steps[-1].step:,} of {run.config.train.steps:,} steps")
+        )
     if validations:
         last = validations[-1]
-        first = f"from {decimal(validations[0].val_loss)}, " if len(validations) > 1 else ""
+        first = f"from {format_decimal(validations[0].val_loss)}, " if len(validations) > 1 else ""
         tiles.append(
-            ("Validation loss", decimal(last.val_loss), f"{first}perplexity {decimal(last.val_perplexity, 2)}")
+            (
+                "Validation loss",
+                format_decimal(last.val_loss),
+                f"{first}perplexity {format_decimal(last.val_perplexity, 2)}",
+            )
         )
     if steps:
-        tiles.append(("Training time", duration(_seconds_at_work(run)), _attempts(run.events)))
+        tiles.append(("Training time", format_duration(_seconds_at_work(run)), _attempts(run.events)))
         speed = statistics.median(record.tokens_per_s for record in steps)
         shares = [record.mfu for record in steps if record.mfu is not None]
         tiles.append(
@@ -183,15 +189,21 @@ def _by_source(figures: Mapping[str, go.Figure], validations: Sequence[Validatio
     for name, source in last.by_source.items():
         first = next(record.by_source[name] for record in validations if name in record.by_source)
         rows.append(
-            (name, f"{source.tokens:,}", decimal(first.loss), decimal(source.loss), decimal(source.perplexity, 2))
+            (
+                name,
+                f"{source.tokens:,}",
+                format_decimal(first.loss),
+                format_decimal(source.loss),
+                format_decimal(source.perplexity, 2),
+            )
         )
     rows.append(
         (
             "all",
             f"{last.val_tokens:,}",
-            decimal(validations[0].val_loss),
-            decimal(last.val_loss),
-            decimal(last.val_perplexity, 2),
+            format_decimal(validations[0].val_loss),
+            format_decimal(last.val_loss),
+            format_decimal(last.val_perplexity, 2),
         )
     )
     table = frame.table(("Source", "Tokens predicted", "First loss", "Last loss", "Perplexity"), rows, total=True)
@@ -231,7 +243,7 @@ def _events(events: Sequence[Event]) -> str:
     rows = "".join(
         f'<tr><td class="number">{"" if e.step is None else f"{e.step:,}"}</td><td><span class="kind {text(e.kind)}">'
         f'{text(e.kind.replace("_", " "))}</span></td><td>{text(e.text)}</td><td class="number" title="{frame.when(e.time)}">'
-        f"{duration(e.time - began)}</td></tr>"
+        f"{format_duration(e.time - began)}</td></tr>"
         for e in told
     )
     head = '<tr><th class="number">Step</th><th>Event</th><th></th><th class="number">After</th></tr>'

@@ -23,6 +23,7 @@ from parallel.simulate.fake_world import pretend
 from parallel.simulate.trackers import REST, Meter, Traffic, kinds_of
 from pretrain.config import RunConfig
 from pretrain.config.loading import validate
+from pretrain.console import format_memory, plain_table
 from pretrain.errors import UserError
 from pretrain.estimate.communication import traffic
 from pretrain.estimate.rank_memory import Holding, fullest, hold, n_microbatches
@@ -33,6 +34,9 @@ from pretrain.setup.resolve import plan
 ROUNDS = {"gpipe": None, "1f1b": 1}
 """Microbatches of a dry step at most, times the ranks of the pipeline; 2 where nothing is said. More are more of the same, but under GPipe,
 which keeps the activations of all."""
+
+SHOWN_DIGITS = 3
+"""Decimals of a size in GiB, MiB or KiB."""
 
 SMALL = 1024
 """Bytes sent that are not told."""
@@ -152,7 +156,7 @@ class _ObservedOptimizer:
 
 
 def _held_table(measured: Measured, held: Holding) -> Table:
-    table = _table("held by this rank", "measured", "formula", "difference")
+    table = plain_table("held by this rank", "measured", "formula", "difference")
     formulas = {
         "parameters": held.master_bytes,
         "optimizer state": held.optimizer_bytes,
@@ -162,12 +166,12 @@ def _held_table(measured: Measured, held: Holding) -> Table:
     }
     for kind, formula in formulas.items():
         table.add_row(*_compared(kind + (" (estimate)" if kind == REST else ""), measured.most[kind], formula))
-    table.add_row("most at one time", _size(measured.peak))
+    table.add_row("most at one time", format_memory(measured.peak, SHOWN_DIGITS))
     return table
 
 
 def _sent_table(sent: dict[str, dict[str, int]], formulas: dict[str, dict[str, float]]) -> Table:
-    table = _table("sent by this rank in the step", "measured", "formula", "difference")
+    table = plain_table("sent by this rank in the step", "measured", "formula", "difference")
     for axis, operations in sent.items():
         for operation, count in operations.items():
             if count < SMALL:  # sums of losses and norms, which no formula counts
@@ -176,20 +180,10 @@ def _sent_table(sent: dict[str, dict[str, int]], formulas: dict[str, dict[str, f
     return table
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    return table
-
-
 def _compared(name: str, measured: float, formula: float) -> tuple[str, str, str, str]:
-    return name, _size(measured), _size(formula), f"{measured / formula - 1:+.2%}" if formula else ""
-
-
-def _size(count: float) -> str:
-    """Bytes, as GPU memory is told."""
-    unit, name = next(
-        ((2**power, name) for power, name in ((30, "GiB"), (20, "MiB")) if count >= 2**power), (2**10, "KiB")
+    return (
+        name,
+        format_memory(measured, SHOWN_DIGITS),
+        format_memory(formula, SHOWN_DIGITS),
+        f"{measured / formula - 1:+.2%}" if formula else "",
     )
-    return f"{count / unit:,.3f} {name}"

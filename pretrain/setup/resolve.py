@@ -19,7 +19,7 @@ import torch
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.config import AUTO, RunConfig, flatten, on_resume
 from pretrain.config.loading import validate
-from pretrain.console import amount
+from pretrain.console import format_count
 from pretrain.errors import UserError
 from pretrain.estimate.flops import parameter_count
 from pretrain.model import kernels
@@ -193,8 +193,8 @@ def _compile(config: RunConfig) -> tuple[object, str]:
         * config.data.seq_len
     )
     if flops < COMPILE_WORTH_FLOPS:
-        return False, f"{amount(flops)} FLOPs are too few to repay compiling"
-    return True, f"{amount(flops)} FLOPs repay compiling"
+        return False, f"{format_count(flops)} FLOPs are too few to repay compiling"
+    return True, f"{format_count(flops)} FLOPs repay compiling"
 
 
 def _missing_compiler(device: str) -> str | None:

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pretrain.console import decimal, duration
+from pretrain.console import format_decimal, format_duration
 from pretrain.runs.metrics import Pace
 from pretrain.runs.records import Event, StepRecord, ValidationRecord
 from pretrain.signals import Activity, StopRequest
@@ -92,7 +92,7 @@ class Display:
     def validation(self, record: ValidationRecord) -> None:
         """Show a validation; the panel keeps the newest."""
         self._validation = record
-        line = f"validation after step {record.step}: loss {decimal(record.val_loss)}, perplexity {decimal(record.val_perplexity, 2)}"
+        line = f"validation after step {record.step}: loss {format_decimal(record.val_loss)}, perplexity {format_decimal(record.val_perplexity, 2)}"
         self._say(Text(line, style="bold"))
         if len(record.by_source) > 1:
             self._say(Text(f"  {sources_line(record)}"))
@@ -120,7 +120,7 @@ class Display:
             if self._step is None and self._stop.activity is Activity.STEP
             else self._stop.activity.value
         )
-        waiting = duration(max(0.0, self._clock() - self._stop.since))
+        waiting = format_duration(max(0.0, self._clock() - self._stop.since))
         if self._stop:
             return [
                 Text(self._stop.notice, style="bold yellow"),
@@ -137,7 +137,10 @@ class Display:
         bar.add_row(
             ProgressBar(total=self._total, completed=done, complete_style="cyan", finished_style="green"),
             Text(f"step {done} of {self._total}", style="bold"),
-            Text(f"{duration(self._pace.seconds_left)} left" if self._pace and done < self._total else "", style="dim"),
+            Text(
+                f"{format_duration(self._pace.seconds_left)} left" if self._pace and done < self._total else "",
+                style="dim",
+            ),
         )
         bar.expand = True
         curve = Text.assemble((self._curve.draw(min(60, self._console.width - 20)), "cyan"), ("  training loss", "dim"))
@@ -148,7 +151,7 @@ class Display:
         """The newest validation loss of each source, as many as fit into a line; nothing where there is one source."""
         if self._validation is None or len(self._validation.by_source) < 2:
             return
-        cells = [f"{name} {decimal(source.loss)}" for name, source in self._validation.by_source.items()]
+        cells = [f"{name} {format_decimal(source.loss)}" for name, source in self._validation.by_source.items()]
         line, room = "by source", self._console.width - len("  +9999")
         for shown, cell in enumerate(cells):
             if len(line) + 2 + len(cell) > room:
@@ -161,7 +164,7 @@ class Display:
 def sources_line(record: ValidationRecord) -> str:
     """The validation loss and perplexity of each source; of very many only the first ones."""
     cells = [
-        f"{name} {decimal(source.loss)} (perplexity {decimal(source.perplexity, 2)})"
+        f"{name} {format_decimal(source.loss)} (perplexity {format_decimal(source.perplexity, 2)})"
         for name, source in record.by_source.items()
     ]
     more = f", and {len(cells) - MOST_SOURCES} more in metrics.jsonl" if len(cells) > MOST_SOURCES else ""
@@ -172,27 +175,27 @@ def plain_line(record: StepRecord, pace: Pace | None, total_steps: int) -> str:
     """One step as one line of a log."""
     parts = [
         f"step {record.step}/{total_steps}",
-        f"loss {decimal(record.loss, 4)}",
+        f"loss {format_decimal(record.loss, 4)}",
         f"lr {record.lr:.2e}",
-        f"grad norm {decimal(record.grad_norm, 2)}",
+        f"grad norm {format_decimal(record.grad_norm, 2)}",
         f"{(pace or record).tokens_per_s:,.0f} tokens/s",
     ]
     mfu = (pace or record).mfu
     if mfu is not None:
         parts.append(f"MFU {mfu:.1%}")
     if pace and record.step < total_steps:
-        parts.append(f"{duration(pace.seconds_left)} left")
+        parts.append(f"{format_duration(pace.seconds_left)} left")
     return "  ".join(parts)
 
 
 def _numbers(record: StepRecord, pace: Pace | None, validation: ValidationRecord | None) -> Table:
     """Names above, values below."""
-    cells = {"loss": decimal(record.loss)}
+    cells = {"loss": format_decimal(record.loss)}
     if validation is not None:
-        cells["validation"] = decimal(validation.val_loss)
+        cells["validation"] = format_decimal(validation.val_loss)
     cells |= {
         "learning rate": f"{record.lr:.2e}",
-        "grad norm": decimal(record.grad_norm, 2),
+        "grad norm": format_decimal(record.grad_norm, 2),
         "tokens/s": f"{(pace or record).tokens_per_s:,.0f}",
     }
     mfu = (pace or record).mfu

@@ -11,6 +11,7 @@ from parallel.layout import Layout
 from pretrain.checkpoint.directory import committed, partial_path, unfinished
 from pretrain.checkpoint.record import GONE
 from pretrain.config import RunConfig
+from pretrain.console import format_disk_size
 from pretrain.errors import UserError
 from pretrain.estimate.rank_memory import hold, weights
 
@@ -56,14 +57,14 @@ def check_room(config: RunConfig) -> str:
     free += sum(_bytes_of(path) for path in (*there[keep:], *unfinished(checkpoints)))  # deleted when the run goes on
     if free < size:
         raise UserError(
-            f"run.dir={config.run.dir}: a checkpoint takes {_amount(size)}, and {_amount(free)} are free there: make room, choose "
+            f"run.dir={config.run.dir}: a checkpoint takes {format_disk_size(size)}, and {format_disk_size(free)} are free there: make room, choose "
             f"a run.dir on another disk, or use a smaller model"
         )
     more = max(1, keep + 1 - len(there))
     if free < more * size:
         return (
-            f"checkpoint.keep={keep} will need {_amount(more * size)} more ({more} checkpoints of {_amount(size)}; one is written "
-            f"before the oldest is deleted), and {_amount(free)} are free in {config.run.dir}: make room, or lower checkpoint.keep"
+            f"checkpoint.keep={keep} will need {format_disk_size(more * size)} more ({more} checkpoints of {format_disk_size(size)}; one is written "
+            f"before the oldest is deleted), and {format_disk_size(free)} are free in {config.run.dir}: make room, or lower checkpoint.keep"
         )
     return ""
 
@@ -95,14 +96,14 @@ def check_writable(checkpoints: Path) -> None:
 def cannot_save(config: RunConfig, path: Path, error: OSError) -> StorageError:
     """What to say when the checkpoint at `path` could not be written: what it needs, what is free, what is safe."""
     free = free_bytes(path.parent)
-    room = "" if free is None else f", and {_amount(free)} are free"
+    room = "" if free is None else f", and {format_disk_size(free)} are free"
     try:
         safe = committed(path.parent)
     except StorageError:
         safe = []
     kept = f"Safe is {safe[0].name}, from which the same command goes on" if safe else "No checkpoint is there yet"
     return StorageError(
-        f"{path} cannot be written ({error.strerror or error}): it takes {_amount(checkpoint_bytes(config))}{room}. {kept}: "
+        f"{path} cannot be written ({error.strerror or error}): it takes {format_disk_size(checkpoint_bytes(config))}{room}. {kept}: "
         f"make room or make it writable first, or lower checkpoint.keep={config.checkpoint.keep}"
     )
 
@@ -113,11 +114,3 @@ def _bytes_of(folder: Path) -> int:
         return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     except GONE:
         return 0
-
-
-def _amount(n_bytes: int) -> str:
-    """Rounded down: 5.0 MB free are less than 5.0 MB needed only by what is not shown."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if n_bytes >= size:
-            return f"{n_bytes // (size // 10) / 10:,.1f} {unit}"
-    return f"{n_bytes:,} bytes"

@@ -21,7 +21,7 @@ from parallel.world import World, process_group
 from pretrain.checkpoint import directory
 from pretrain.checkpoint.ranks import gather
 from pretrain.config import AUTO, RunConfig, flatten
-from pretrain.console import amount, duration
+from pretrain.console import format_count, format_duration
 from pretrain.errors import UserError
 from pretrain.estimate.flops import flops_per_token, parameter_count
 from pretrain.estimate.hardware import find_accelerator
@@ -270,7 +270,7 @@ def _tell_start(
         books.event("notice", notice, beginning.step)
     parameters, step = parameter_count(config.model), beginning.step
     samples = samples_before(config.train.steps + 1, config.train) + beginning.ahead
-    begin = f"{amount(parameters)} parameters on {amount(samples * config.data.seq_len)} tokens of {config.data.path}"
+    begin = f"{format_count(parameters)} parameters on {format_count(samples * config.data.seq_len)} tokens of {config.data.path}"
     text = f"{begin}: {_epochs(data, samples)}"
     if beginning.resumed:
         text = f"step {step} of {config.train.steps}, from the newest checkpoint"
@@ -308,4 +308,6 @@ def _tell_end(books: Books, config: RunConfig, run_dir: RunDirectory, tokenizer:
         for prompt in config.log.samples:
             text = "".join(continue_text(model, tokenizer, prompt, Sampling(seed=config.run.seed)))
             books.event("sample", text, config.train.steps, prompt=prompt)
-    books.event("finish", f"{config.train.steps} steps; this attempt took {duration(seconds)}", config.train.steps)
+    books.event(
+        "finish", f"{config.train.steps} steps; this attempt took {format_duration(seconds)}", config.train.steps
+    )

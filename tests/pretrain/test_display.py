@@ -8,7 +8,7 @@ import signal
 import pytest
 from rich.console import Console
 
-from pretrain.console import amount, decimal, duration
+from pretrain.console import format_count, format_decimal, format_duration
 from pretrain.runs.metrics import Pace
 from pretrain.runs.records import Event, SourceLoss, StepRecord, ValidationRecord
 from pretrain.signals import Activity, StopRequest, stop_on_signals
@@ -164,21 +164,21 @@ def test_a_flat_curve_is_flat() -> None:
 
 
 def test_words_for_numbers() -> None:
-    assert [duration(s) for s in (0.4, 59.6, 192, 7500, 370_000)] == [
+    assert [format_duration(s) for s in (0.4, 59.6, 192, 7500, 370_000)] == [
         "0 s",
         "1 min 00 s",
         "3 min 12 s",
         "2 h 05 min",
         "4 d 06 h",
     ]
-    assert [amount(n) for n in (950, 8192, 12_588_032, 999_600_000, 1.4e12)] == [
+    assert [format_count(n) for n in (950, 8192, 12_588_032, 999_600_000, 1.4e12)] == [
         "950",
         "8.19k",
         "12.6M",
         "1.00B",
         "1.40T",
     ]
-    assert (decimal(2.4706), decimal(math.inf)) == ("2.471", "not finite")
+    assert (format_decimal(2.4706), format_decimal(math.inf)) == ("2.471", "not finite")
 
 
 def panel(stop: StopRequest, *records: StepRecord) -> list[str]:
