@@ -13,7 +13,7 @@ PACKAGES = ("pretrain", "data_pipeline", "parallel", "launch")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "Makefile", "docs/architecture.md")
 MOST_FILES = 13
 """Python files in a folder of `pretrain`."""
-KNOWN_CIRCLES = [{"pretrain.cli.data", "pretrain.cli.demo", "pretrain.cli.run"}]
+KNOWN_CIRCLES = [{"pretrain.cli.data", "pretrain.cli.demo", "pretrain.cli.train"}]
 """To be emptied: circles of imports that are being removed."""
 
 SOURCES = sorted(file for package in PACKAGES for file in (HOUSE / package).rglob("*.py"))

@@ -14,7 +14,7 @@ from data_pipeline.errors import DISK_ERRNOS, DataError, StorageError, redact
 from parallel.errors import LayoutError
 from parallel.failure import fail_together
 from parallel.world import World
-from pretrain.cli import config, data, layout, run
+from pretrain.cli import config, data, layout, train
 from pretrain.errors import Diverged, UserError
 from pretrain.streams import OutputLost, tolerant_streams
 
@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-run.add_to(app)
+train.add_to(app)
 layout.add_to(app)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")

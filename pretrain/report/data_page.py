@@ -18,11 +18,11 @@ from data_pipeline.reading.forecast import Forecast, RunSegment, format_repeat_w
 from data_pipeline.storage.manifest import SplitManifest
 from pretrain.console import format_count
 from pretrain.errors import UserError
-from pretrain.report import frame
-from pretrain.report.charts import themes
+from pretrain.report import render
 from pretrain.report.data_charts import drops, lengths
-from pretrain.report.data_rows import held_out, losses, places, split_rows, stretch_rows
-from pretrain.report.frame import text
+from pretrain.report.data_tables import held_out, losses, places, split_rows, stretch_rows
+from pretrain.report.render import text
+from pretrain.report.run_charts import themes
 from pretrain.runs.records import write_whole
 
 
@@ -46,11 +46,11 @@ def data_page(description: DataDescription, forecast: Forecast | None) -> str:
     held_out_line, warnings = held_out(description, forecast)
     warnings += [format_repeat_warning(source) for source in forecast.heavily_repeated] if forecast else []
     body = [
-        frame.tiles(_tiles(description)),
-        frame.notices(warnings),
+        render.tiles(_tiles(description)),
+        render.notices(warnings),
         _splits(description, held_out_line),
         _forecast(forecast) if forecast else "",
-        frame.card("lengths", "Document lengths", frame.chart("lengths", "documents and tokens by length")),
+        render.card("lengths", "Document lengths", render.chart("lengths", "documents and tokens by length")),
         _dropped(dropping) if dropping else "",
         _kept(sources),
         _samples(description),
@@ -58,7 +58,7 @@ def data_page(description: DataDescription, forecast: Forecast | None) -> str:
     ]
     subtitle = f"{description.path} · tokenizer of {description.tokenizer.vocab_size:,} tokens, {description.tokenizer.fingerprint}"
     state = " + ".join(description.splits)
-    return frame.page(
+    return render.page(
         description.path.resolve().name, state, subtitle, "\n".join(body), "the manifests and shards", figures, themes()
     )
 
@@ -91,12 +91,12 @@ def _splits(description: DataDescription, held_out_line: str) -> str:
         held_out_line,
     ]
     lines = "".join(f'<p class="note">{text(sentence)}</p>' for sentence in sentences)
-    return frame.card("splits", "What it holds", tables + lines)
+    return render.card("splits", "What it holds", tables + lines)
 
 
 def _split(manifest: SplitManifest) -> str:
     head = ("Source", "Documents read", "Dropped", "Written", "Tokens", "Share", "Bytes/token", "Shards")
-    return frame.table(head, split_rows(manifest), total=True)
+    return render.table(head, split_rows(manifest), total=True)
 
 
 def _forecast(forecast: Forecast) -> str:
@@ -108,30 +108,30 @@ def _forecast(forecast: Forecast) -> str:
         f"{whole.stop:,} sequences of {forecast.seq_len:,} tokens; {forecast.padding:.2%} of the positions are padding "
         f"(data.packing={forecast.packing})."
     )
-    return frame.card("forecast", "What a run with these settings reads", body, note)
+    return render.card("forecast", "What a run with these settings reads", body, note)
 
 
 def _stretch(stretch: RunSegment) -> str:
-    return frame.table(
+    return render.table(
         ("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), stretch_rows(stretch), total=True
     )
 
 
 def _dropped(sources: Sequence[SourceDescription]) -> str:
-    chart = frame.chart("drops", "dropped documents by reason")
+    chart = render.chart("drops", "dropped documents by reason")
     duplicates = [entry for source in sources for entry in source.duplicates]
     if duplicates:
         rows = [(entry.source, entry.kept_in, f"{entry.exact:,}", f"{entry.near:,}") for entry in duplicates]
-        table = frame.table(("Dropped from", "Kept in", "Exact", "Near"), rows, words=2)
+        table = render.table(("Dropped from", "Kept in", "Exact", "Near"), rows, words=2)
         chart += f'<h3>Duplicates, and where the document is that was kept</h3><div class="scroll">{table}</div>'
-    return frame.card("drops", "Dropped documents", chart, "Shares of the documents that were read of the source.")
+    return render.card("drops", "Dropped documents", chart, "Shares of the documents that were read of the source.")
 
 
 def _kept(sources: Iterable[SourceDescription]) -> str:
     rows = [(source.name, reason, f"{count:,}") for source in sources for reason, count in source.changes.items()]
     if not rows:
         return ""
-    return frame.card("changes", "Kept with a remark", frame.table(("Source", "Remark", "Documents"), rows, words=2))
+    return render.card("changes", "Kept with a remark", render.table(("Source", "Remark", "Documents"), rows, words=2))
 
 
 def _samples(description: DataDescription) -> str:
@@ -146,7 +146,7 @@ def _samples(description: DataDescription) -> str:
         parts.append(
             f"<details{' open' * (number == 0)}><summary>{text(source.name)}</summary>{documents}{packed}</details>"
         )
-    return frame.card("samples", "Samples", "".join(parts), "Decoded; the end-of-text token is marked.")
+    return render.card("samples", "Samples", "".join(parts), "Decoded; the end-of-text token is marked.")
 
 
 def _sample(sample: SampleDocument, end: str) -> str:
@@ -177,4 +177,6 @@ def _decoded(pieces: DecodedText, end: str) -> str:
 
 def _recipe(description: DataDescription) -> str:
     sections = {name: [(e.name, e.value, e.changed) for e in entries] for name, entries in description.recipe.items()}
-    return frame.card("config", "How it was made", frame.settings(sections), "What differs from the defaults is bold.")
+    return render.card(
+        "config", "How it was made", render.settings(sections), "What differs from the defaults is bold."
+    )

@@ -27,7 +27,7 @@ from pretrain.estimate.flops import flops_per_token, parameter_count
 from pretrain.estimate.hardware import find_accelerator
 from pretrain.inference.sample import Sampling, check_prompt, continue_text, keep_tokenizer, trained_model
 from pretrain.optim.schedule import samples_before
-from pretrain.report.page import write_report
+from pretrain.report.run_page import write_report
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.metrics import Meter, mfu_statement
 from pretrain.runs.records import read_config

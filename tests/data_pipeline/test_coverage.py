@@ -435,7 +435,7 @@ def test_a_sentencepiece_model_tells_its_changes_and_its_unknown_token(tmp_path:
 def test_inspect_tells_what_is_unknown_and_what_is_changed(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from pretrain.cli.data_view import draw
+    from pretrain.cli.data.description import draw
     from pretrain.report.data_page import data_page
 
     prepared_with(tmp_path, UNKNOWING["wordlevel"])

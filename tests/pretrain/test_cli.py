@@ -79,7 +79,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     modules = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
-    assert "pretrain.cli.run" in modules
+    assert "pretrain.cli.train" in modules
     assert not modules & {
         "torch",
         "datasets",

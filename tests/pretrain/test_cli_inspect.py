@@ -24,7 +24,7 @@ from data_pipeline.settings import PrepareConfig
 from data_pipeline.storage.manifest import Recipe, SourceManifest, SplitManifest
 from data_pipeline.storage.prepared import open_prepared
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
-from pretrain.cli.data_view import draw
+from pretrain.cli.data.description import draw
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 RUN = ("data.seq_len=32", "train.batch_size=4", "train.steps=500")

@@ -18,7 +18,7 @@ from pretrain.checkpoint.directory import checkpoint_path
 from pretrain.checkpoint.record import read_manifest
 from pretrain.config.loading import load
 from pretrain.errors import UserError
-from pretrain.report.page import write_report
+from pretrain.report.run_page import write_report
 from pretrain.runs.records import read_config, read_events, read_metrics
 from pretrain.setup.engine import build_engine
 from pretrain.train.init_from import find_parent

@@ -13,8 +13,8 @@ import pytest
 
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
-from pretrain.report.charts import MAX_POINTS, smooth, thin
-from pretrain.report.page import write_report
+from pretrain.report.run_charts import MAX_POINTS, smooth, thin
+from pretrain.report.run_page import write_report
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.metrics import RecordFile
 from pretrain.runs.records import Event, SourceLoss, StepRecord, ValidationRecord

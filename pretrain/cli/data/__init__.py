@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pretrain.cli.run import resumable
 from pretrain.cli.settings_help import CONFIG_HELP, DataCommand
+from pretrain.cli.train import resumable
 from pretrain.streams import output_is_extra
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def inspect(
     description = describe_data(path, samples, trusted)
     forecast = _forecast(path, words) if words else None
     if html is None:
-        from pretrain.cli.data_view import draw
+        from pretrain.cli.data.description import draw
 
         draw(description, forecast, Console())
     else:
@@ -153,7 +153,7 @@ def tell_prepared(prepared: PreparedData, seq_len: int, console: Console) -> Non
     from rich.table import Table
 
     from data_pipeline.held_out import format_held_out_counts, held_out_warnings
-    from pretrain.report.data_rows import losses
+    from pretrain.report.data_tables import losses
 
     for note in prepared.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)

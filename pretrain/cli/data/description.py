@@ -19,7 +19,7 @@ from data_pipeline.inspect import (
 )
 from data_pipeline.reading.forecast import Forecast, RunSegment, format_repeat_warning
 from data_pipeline.storage.manifest import SplitManifest
-from pretrain.report.data_rows import held_out, losses, places, split_rows, stretch_rows
+from pretrain.report.data_tables import held_out, losses, places, split_rows, stretch_rows
 
 BAR = 24
 """Characters of the longest bar."""

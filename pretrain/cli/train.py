@@ -129,7 +129,7 @@ def report(
     ],
 ) -> None:
     """Write report.html, one self-contained page: curves, events, config, samples."""
-    from pretrain.report.page import write_report
+    from pretrain.report.run_page import write_report
 
     output_is_extra()
     typer.echo(write_report(run_dir))

@@ -15,9 +15,9 @@ import plotly.graph_objects as go
 from data_pipeline.held_out import MIN_SEQUENCES
 from pretrain.config import RunConfig, flatten
 from pretrain.console import format_count, format_decimal, format_duration
-from pretrain.report import frame
-from pretrain.report.charts import MAX_POINTS, charts, themes
-from pretrain.report.frame import text
+from pretrain.report import render
+from pretrain.report.render import text
+from pretrain.report.run_charts import MAX_POINTS, charts, themes
 from pretrain.runs.records import (
     Event,
     Metrics,
@@ -66,11 +66,11 @@ def write_report(run_dir: Path) -> Path:
 def _page(run: Run) -> str:
     figures = charts(run.metrics, run.events)
     sections = "".join(
-        frame.card(name, title, frame.chart(name, f"{title} over the steps")) for name, title in SECTIONS.items()
+        render.card(name, title, render.chart(name, f"{title} over the steps")) for name, title in SECTIONS.items()
     )
     body = [
-        frame.tiles(_tiles(run)),
-        frame.notices(_notices(run)),
+        render.tiles(_tiles(run)),
+        render.notices(_notices(run)),
         f'<div class="charts">{sections}</div>',
         _by_source(figures, run.metrics.validations),
         f'<p class="note">{text(_remarks(run))}</p>',
@@ -80,7 +80,7 @@ def _page(run: Run) -> str:
         _config(run.config),
     ]
     source = "metrics.jsonl and events.jsonl"
-    return frame.page(run.name, _state(run.events), _subtitle(run), "\n".join(body), source, figures, themes())
+    return render.page(run.name, _state(run.events), _subtitle(run), "\n".join(body), source, figures, themes())
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -206,10 +206,10 @@ def _by_source(figures: Mapping[str, go.Figure], validations: Sequence[Validatio
             format_decimal(last.val_perplexity, 2),
         )
     )
-    table = frame.table(("Source", "Tokens predicted", "First loss", "Last loss", "Perplexity"), rows, total=True)
-    chart = frame.chart("by_source", "Validation loss by source over the steps")
+    table = render.table(("Source", "Tokens predicted", "First loss", "Last loss", "Perplexity"), rows, total=True)
+    chart = render.chart("by_source", "Validation loss by source over the steps")
     note = "The last row is the mean over all these tokens."
-    return frame.card("by_source", "Validation loss by source", f'{chart}<div class="scroll">{table}</div>', note)
+    return render.card("by_source", "Validation loss by source", f'{chart}<div class="scroll">{table}</div>', note)
 
 
 def _samples(events: Sequence[Event]) -> str:
@@ -217,7 +217,7 @@ def _samples(events: Sequence[Event]) -> str:
     if not samples:
         return ""
     figures = "".join(f'<pre class="sample"><b>{text(s.prompt or "")}</b>{text(s.text)}</pre>' for s in samples)
-    return frame.card("samples", "What it writes", figures, "The prompt is bold.")
+    return render.card("samples", "What it writes", figures, "The prompt is bold.")
 
 
 def _ancestry(config: RunConfig) -> str:
@@ -232,7 +232,7 @@ def _ancestry(config: RunConfig) -> str:
     )
     head = '<tr><th class="number">Step</th><th>Run</th><th>Taken over</th><th>Checkpoint</th></tr>'
     table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
-    return frame.card("ancestry", "Began from", table, "The nearest checkpoint first, then that run's own beginning.")
+    return render.card("ancestry", "Began from", table, "The nearest checkpoint first, then that run's own beginning.")
 
 
 def _events(events: Sequence[Event]) -> str:
@@ -242,13 +242,13 @@ def _events(events: Sequence[Event]) -> str:
     began = told[0].time
     rows = "".join(
         f'<tr><td class="number">{"" if e.step is None else f"{e.step:,}"}</td><td><span class="kind {text(e.kind)}">'
-        f'{text(e.kind.replace("_", " "))}</span></td><td>{text(e.text)}</td><td class="number" title="{frame.when(e.time)}">'
+        f'{text(e.kind.replace("_", " "))}</span></td><td>{text(e.text)}</td><td class="number" title="{render.when(e.time)}">'
         f"{format_duration(e.time - began)}</td></tr>"
         for e in told
     )
     head = '<tr><th class="number">Step</th><th>Event</th><th></th><th class="number">After</th></tr>'
     table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
-    return frame.card("events", "Events", table, f"Since {frame.when(began)}.")
+    return render.card("events", "Events", table, f"Since {render.when(began)}.")
 
 
 def _config(config: RunConfig) -> str:
@@ -259,4 +259,4 @@ def _config(config: RunConfig) -> str:
         section, _, name = key.partition(".")
         word = json.dumps(value, ensure_ascii=False) if isinstance(value, list | bool) or value is None else str(value)
         sections.setdefault(section, []).append((name, word, value != defaults[key]))
-    return frame.card("config", "Settings", frame.settings(sections), "What differs from the defaults is bold.")
+    return render.card("config", "Settings", render.settings(sections), "What differs from the defaults is bold.")

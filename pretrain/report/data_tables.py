@@ -10,7 +10,7 @@ from data_pipeline.reading.forecast import Forecast, RunSegment
 from data_pipeline.storage.manifest import SourceManifest, SplitManifest
 from data_pipeline.tokenizing.coverage import LOST_CHARACTERS, UNKNOWN_TOKENS
 from pretrain.config import DataConfig
-from pretrain.report.frame import Row
+from pretrain.report.render import Row
 
 
 def split_rows(manifest: SplitManifest) -> list[Row]:
