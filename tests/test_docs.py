@@ -20,12 +20,15 @@ from mkdocs.exceptions import Abort
 from docs.draw_architecture import DRAWING, ROOMS, UPWARD, arrows, draw, imports
 from docs.mkdocs_hooks import paragraph, settings_reference
 from pretrain.config import AUTO, RunConfig, flatten, walk
+from pretrain.config.loading import load
+from pretrain.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "benchmarks", "docs", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 SECTIONS = "|".join(RunConfig.model_fields)
 PACKAGES = "pretrain|parallel|data_pipeline|launch|configs|tests|benchmarks|docs"
+PARAMETERS = ("model.layers", "model.embed_tokens", "model.norm")
 ENDINGS = ("py", "yaml", "yml", "md", "jsonl", "json", "html", "txt", "toml", "log", "zst", "gz", "bin", "idx")
 
 
@@ -133,7 +136,9 @@ def wrong_names(words: list[str]) -> list[str]:
         if text.endswith("?") and "is not a setting" in text:  # an example of an error
             continue
         for name in re.findall(rf"(?<![\w./-])(?:{PACKAGES}|{SECTIONS})(?:\.[A-Za-z_]\w*)+(?![\w(*/-])", text):
-            if name not in known and name.rpartition(".")[2] not in ENDINGS and pydoc.locate(name) is None:
+            if name in known or name.startswith(PARAMETERS) or name.rpartition(".")[2] in ENDINGS:
+                continue
+            if pydoc.locate(name) is None:
                 wrong.append(name)
         wrong += [f"make {name}" for name in re.findall(r"\bmake ([a-z][a-z-]+)", text) if name not in targets]
         for name in re.findall(rf"(?<![\w./~-])(?:{PACKAGES})/[\w./-]*\w\.(?:py|md|yaml|svg)\b", text):
@@ -146,6 +151,26 @@ def test_a_name_that_does_not_exist_is_found() -> None:
     wrong = ["train.stepz", "make tset", "parallel/none.py", "pretrain.train.run.none"]
     assert wrong_names(right) == []
     assert sorted(wrong_names([" ".join(["train.stepz=5", *wrong[1:]])])) == sorted(wrong)
+
+
+def yaml_blocks() -> list[tuple[Path, str]]:
+    tokens = ((page, token) for page in GUIDES for token in inline(parse(page)))
+    return [(page, token.content) for page, token in tokens if token.type == "fence" and token.info == "yaml"]
+
+
+def test_every_example_of_a_config_loads(tmp_path: Path) -> None:
+    blocks = yaml_blocks()
+    assert len(blocks) >= 3
+    for number, (page, text) in enumerate(blocks):
+        file = tmp_path / f"{number}-{page.stem}.yaml"
+        file.write_text(text)
+        load(file, [])
+
+
+def test_an_example_with_a_wrong_setting_does_not_load(tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text(yaml_blocks()[0][1].replace("data:", "dota:", 1))
+    with pytest.raises(UserError, match="dota"):
+        load(tmp_path / "wrong.yaml", [])
 
 
 def drawn() -> tuple[set[str], set[tuple[str, str]]]:
