@@ -15,8 +15,8 @@ from mkdocs.structure.pages import Page
 import pretrain.config as settings  # not its functions: mkdocs takes every name that begins with on_ for a hook
 
 ROOT = Path(__file__).parents[1]
-ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-"""Pages of the site that lie in the root of the repository; README.md is the first page."""
+ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
+"""Files of the site that lie in the root of the repository; README.md is the first page."""
 
 SETTINGS_PAGE = "reference/settings.md"
 
