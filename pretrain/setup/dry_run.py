@@ -1,8 +1,8 @@
-"""A training step of any rank of any layout without GPUs, peers or data: what the rank holds and sends, measured, beside the formulas.
+"""Dry run: one training step of any rank of any layout without GPUs, peers or data. Prints measurements beside formulas.
 
-The code that trains builds the rank and takes the step, on tensors that have a shape and no memory
-(`parallel.simulate.fake_world`). Attention runs by the variable-length kernels of GPUs, which make no mask of [S, S];
-nothing is compiled. Writes no file.
+The real engine is built and takes the step, on tensors that have a shape but no memory
+(`parallel.simulate.fake_world`). Attention uses the variable-length GPU kernels, which make no [S, S] mask. Nothing is
+compiled, and no file is written.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from parallel.engine import Blueprint, Microbatch, Optimizer
 from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
-from parallel.simulate.fake_world import pretend
-from parallel.simulate.trackers import REST, Meter, Traffic, kinds_of
+from parallel.simulate.communication import CommTracker
+from parallel.simulate.fake_world import fake_world
+from parallel.simulate.memory import ACTIVATIONS, MemoryTracker, tensor_kinds
 from pretrain.config import RunConfig
 from pretrain.config.loading import validate
 from pretrain.console import format_memory, plain_table
@@ -32,33 +33,33 @@ from pretrain.setup.layout import layout_of
 from pretrain.setup.resolve import plan
 
 ROUNDS = {"gpipe": None, "1f1b": 1}
-"""Microbatches of a dry step at most, times the ranks of the pipeline; 2 where nothing is said. More are more of the same, but under GPipe,
-which keeps the activations of all."""
+"""Microbatches of a dry-run step, in units of the pipeline's ranks; 2 for schedules not listed. More would show nothing
+new, except under GPipe, which keeps the activations of all microbatches (None: take all)."""
 
 SHOWN_DIGITS = 3
 """Decimals of a size in GiB, MiB or KiB."""
 
-SMALL = 1024
-"""Bytes sent that are not told."""
+MIN_BYTES_SHOWN = 1024
+"""Smaller transfers are not printed."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank had in a step, in bytes."""
+    """What one rank held and sent in a step, in bytes."""
 
-    most: dict[str, int]
-    """Of each kind of `parallel.simulate.trackers`, at its most."""
+    peak_by_kind: dict[str, int]
+    """The peak of each kind of `parallel.simulate.memory`, each at its own moment."""
     peak: int
-    """Of all kinds together, at one moment."""
+    """The peak of all kinds together."""
     sent: dict[str, dict[str, int]]
     """{axis: {operation: bytes}}."""
 
 
 def dry_run(config: RunConfig, world_size: int, rank: int | None, console: Console) -> None:
-    """Print what a rank of `world_size` would hold and send in a step; without a rank, the one that holds most.
+    """Print what a rank of `world_size` would hold and send in a step. Without a rank, take the one that holds most.
 
     Raises:
-        UserError: a layout that cannot be, or a rank that there is not.
+        UserError: the layout is impossible, or there is no such rank.
     """
     config, _ = plan(config, world_size)
     layout = layout_of(config, world_size)
@@ -96,7 +97,7 @@ def dry_run(config: RunConfig, world_size: int, rank: int | None, console: Conso
 
 
 def shortened(config: RunConfig, layout: Layout) -> RunConfig:
-    """The config of a step that shows all that a whole one shows, and runs in a dry run."""
+    """The config of a step with few microbatches, which can run here and peaks like the full one."""
     tree = config.model_dump(mode="json")
     rounds, all_of_them = ROUNDS.get(layout.schedule, 2), n_microbatches(config, layout)
     few = all_of_them if rounds is None else min(all_of_them, max(2, rounds * layout.pipeline))
@@ -106,32 +107,34 @@ def shortened(config: RunConfig, layout: Layout) -> RunConfig:
 
 
 def measure(config: RunConfig, layout: Layout, rank: int) -> Measured:
-    """Build a rank of a resolved config and take a step, in pretence; in a second or a minute, by its layers and microbatches."""
+    """Build one rank of a resolved config in a fake world and take a step. Takes a second to a minute."""
     layout = replace(
         layout, offload=False, async_tensor=False
     )  # both are for devices that are not there, and change no size
-    with pretend(rank, layout.world_size), Meter() as meter:
-        blueprint = _observed(blueprint_of(config), meter)
+    with fake_world(rank, layout.world_size), MemoryTracker() as memory:
+        blueprint = _observed(blueprint_of(config), memory)
         engine = build_engine(blueprint, numbers_of(config), layout=layout, rank=rank, device=torch.device("cpu"))
-        meter.watch(kinds_of(engine))
+        memory.watch(tensor_kinds(engine))
         step = [_microbatch(config) for _ in range(n_microbatches(config, layout))]
-        with Traffic(layout) as moved:
+        with CommTracker(layout) as comm:
             engine.train_step(step, lr_scale=1.0)
-    return Measured(meter.most, meter.peak, {axis: dict(operations) for axis, operations in moved.sent.items()})
+    return Measured(
+        memory.peak_by_kind, memory.peak, {axis: dict(operations) for axis, operations in comm.sent.items()}
+    )
 
 
 def _microbatch(config: RunConfig) -> Microbatch:
-    """Rows of one document each."""
+    """Sequences of one document each."""
     b, S = config.train.micro_batch_size, config.data.seq_len
     zeros_BS = torch.zeros(b, S, dtype=torch.int32)
     return Microbatch(zeros_BS, zeros_BS, torch.arange(S, dtype=torch.int32).expand(b, S), zeros_BS, n_targets=b * S)
 
 
-def _observed(blueprint: Blueprint, meter: Meter) -> Blueprint:
-    """The same without initial values; the meter looks before the optimizer steps, when all gradients are reduced and none is freed."""
+def _observed(blueprint: Blueprint, memory: MemoryTracker) -> Blueprint:
+    """The same without initial values. The tracker counts just before the optimizer steps: all gradients exist then."""
 
     def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-        return _ObservedOptimizer(blueprint.build_optimizer(named_parameters), meter)
+        return _ObservedOptimizer(blueprint.build_optimizer(named_parameters), memory)
 
     return replace(blueprint, fill=lambda *_: None, build_optimizer=build_optimizer)
 
@@ -139,13 +142,13 @@ def _observed(blueprint: Blueprint, meter: Meter) -> Blueprint:
 @dataclass(frozen=True)
 class _ObservedOptimizer:
     optimizer: Optimizer
-    meter: Meter
+    memory: MemoryTracker
 
     def set_lr(self, scale: float) -> None:
         self.optimizer.set_lr(scale)
 
     def step(self) -> None:
-        self.meter.by_kind()
+        self.memory.by_kind()
         self.optimizer.step()
 
     def zero_grad(self) -> None:
@@ -162,10 +165,12 @@ def _held_table(measured: Measured, held: Holding) -> Table:
         "optimizer state": held.optimizer_bytes,
         "gradients": held.gradient_bytes,
         "gathered parameters": held.copy_bytes + held.gathered_bytes,
-        REST: held.activation_bytes,
+        ACTIVATIONS: held.activation_bytes,
     }
     for kind, formula in formulas.items():
-        table.add_row(*_compared(kind + (" (estimate)" if kind == REST else ""), measured.most[kind], formula))
+        table.add_row(
+            *_compared(kind + (" (estimate)" if kind == ACTIVATIONS else ""), measured.peak_by_kind[kind], formula)
+        )
     table.add_row("most at one time", format_memory(measured.peak, SHOWN_DIGITS))
     return table
 
@@ -174,7 +179,7 @@ def _sent_table(sent: dict[str, dict[str, int]], formulas: dict[str, dict[str, f
     table = plain_table("sent by this rank in the step", "measured", "formula", "difference")
     for axis, operations in sent.items():
         for operation, count in operations.items():
-            if count < SMALL:  # sums of losses and norms, which no formula counts
+            if count < MIN_BYTES_SHOWN:  # sums of losses and norms, which no formula counts
                 continue
             table.add_row(*_compared(f"{axis}: {operation}", count, formulas.get(axis, {}).get(operation, 0)))
     return table

@@ -12,7 +12,7 @@ from parallel.engine import LossSum, Microbatch
 from parallel.engines.torch.build import build_engine
 from parallel.fsdp import Sharded
 from parallel.layout import Layout
-from parallel.simulate.trackers import Meter, kinds_of
+from parallel.simulate.memory import MemoryTracker, tensor_kinds
 from pretrain.config import RunConfig
 from pretrain.setup.engine import blueprint_of, numbers_of
 
@@ -51,10 +51,10 @@ def held(size: int, zeros: tuple[int, ...]) -> dict[int, dict[str, int]]:
 
 def held_between(layout: Layout, rank: int) -> dict[str, int]:
     blueprint, found = blueprint_of(CONFIG), list[dict[str, int]]()
-    with Meter() as meter:
+    with MemoryTracker() as memory:
 
         def compute(part: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Tensor | LossSum:
-            found.append(meter.by_kind())
+            found.append(memory.by_kind())
             return blueprint.compute(part, received, microbatch)
 
         engine = build_engine(
@@ -64,7 +64,7 @@ def held_between(layout: Layout, rank: int) -> dict[str, int]:
             rank=rank,
             device=torch.device("cpu"),
         )
-        meter.watch(kinds_of(engine))
+        memory.watch(tensor_kinds(engine))
         engine.train_step([microbatch(), microbatch()], lr_scale=1.0)
     return found[1]
 

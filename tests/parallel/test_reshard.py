@@ -54,7 +54,7 @@ def engine_of(layout: Layout, n_layers: int = N_LAYERS) -> TorchEngine:
 
 def fsdp2_by_itself() -> AbstractContextManager[object]:
     """A number for `reshard_after_forward` and nothing else."""
-    return patch.multiple(parallel.shard, near_mesh=lambda *_: None, _resharded_over=lambda _: nullcontext())
+    return patch.multiple(parallel.fsdp, near_mesh=lambda *_: None, _resharded_over=lambda _: nullcontext())
 
 
 def groups_made(layout: Layout, n_layers: int, by_itself: bool) -> int:

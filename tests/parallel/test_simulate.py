@@ -11,8 +11,9 @@ from workers import WorkerPool
 from parallel.engine import Microbatch
 from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
-from parallel.simulate.fake_world import pretend
-from parallel.simulate.trackers import Meter, Traffic, kinds_of
+from parallel.simulate.communication import CommTracker
+from parallel.simulate.fake_world import fake_world
+from parallel.simulate.memory import MemoryTracker, tensor_kinds
 from pretrain.config import RunConfig
 from pretrain.setup.engine import blueprint_of, numbers_of
 
@@ -36,31 +37,31 @@ CONFIG = RunConfig.model_validate(
 
 
 def test_live_bytes_count_storages_once_and_forget_what_is_gone() -> None:
-    with Meter() as meter:
+    with MemoryTracker() as memory:
         a = torch.zeros(KIB)
         view = a.view(16, 16)
         b = a + 1
-        assert meter.live() == 2 * 1024
+        assert memory.live() == 2 * 1024
         del a, b
-        assert meter.live() == 1024  # the view holds its storage
+        assert memory.live() == 1024  # the view holds its storage
         view.untyped_storage().resize_(0)
-        assert meter.live() == 0
+        assert memory.live() == 0
 
 
 def test_the_peak_is_that_of_the_moment_when_most_lived_and_tells_the_kinds() -> None:
-    with Meter() as meter:
+    with MemoryTracker() as memory:
         weight = torch.ones(4 * KIB, requires_grad=True)
-        meter.watch(lambda: {"parameters": [weight], "gradients": [weight.grad] if weight.grad is not None else []})
+        memory.watch(lambda: {"parameters": [weight], "gradients": [weight.grad] if weight.grad is not None else []})
         loss = (weight * 2).exp().exp().sum()  # the product is gone when the second result is made
-        assert meter.peak == pytest.approx(3 * 4096, rel=0.01)
+        assert memory.peak == pytest.approx(3 * 4096, rel=0.01)
         loss.backward()
-        assert meter.by_kind() == {"parameters": 4096, "gradients": 4096, "activations": loss.nbytes}
+        assert memory.by_kind() == {"parameters": 4096, "gradients": 4096, "activations": loss.nbytes}
 
 
 def test_pretended_tensors_are_counted_and_take_no_memory() -> None:
-    with pretend(5, 64), Meter() as meter:
+    with fake_world(5, 64), MemoryTracker() as memory:
         huge = torch.empty(2**40, dtype=torch.bfloat16)
-        assert meter.live() == 2**41
+        assert memory.live() == 2**41
         assert dist.get_rank() == 5
         assert dist.get_world_size() == 64
         assert float(huge.sum()) == 1.0
@@ -72,7 +73,7 @@ def each_collective() -> dict[str, dict[str, int]]:
     """Every operation once, on a tensor of 4 KiB that is the whole of it or the rank's own."""
     n, rank = dist.get_world_size(), dist.get_rank()
     whole, part = torch.ones(4 * KIB), torch.ones(4 * KIB // n)
-    with Traffic(Layout(shard=n)) as traffic:
+    with CommTracker(Layout(shard=n)) as comm:
         dist.all_gather_into_tensor(whole, part)
         dist.reduce_scatter_tensor(part, whole)
         dist.all_reduce(whole)
@@ -83,7 +84,7 @@ def each_collective() -> dict[str, dict[str, int]]:
             dist.recv(whole, 0)
         alone = dist.new_group([rank], use_local_synchronization=True)
         dist.all_reduce(whole, group=alone)
-    return {axis: dict(sent) for axis, sent in traffic.sent.items()}
+    return {axis: dict(sent) for axis, sent in comm.sent.items()}
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -100,14 +101,14 @@ def a_step(layout: Layout, rank: int) -> tuple[dict[str, int], dict[str, dict[st
     ids_BS = torch.arange(16)[None]
     microbatch = Microbatch(ids_BS, ids_BS, ids_BS, torch.zeros_like(ids_BS), n_targets=16)
     blueprint = replace(blueprint_of(CONFIG), fill=fill)
-    with Meter() as meter:
+    with MemoryTracker() as memory:
         engine = build_engine(blueprint, numbers_of(CONFIG), layout=layout, rank=rank, device=torch.device("cpu"))
-        meter.watch(kinds_of(engine))
-        held = meter.by_kind()
-        with Traffic(layout) as traffic:
+        memory.watch(tensor_kinds(engine))
+        held = memory.by_kind()
+        with CommTracker(layout) as comm:
             engine.train_step([microbatch] * 2, lr_scale=1.0)
     del held["activations"]  # of the mesh, the ids
-    return held, {axis: dict(sent) for axis, sent in traffic.sent.items()}
+    return held, {axis: dict(sent) for axis, sent in comm.sent.items()}
 
 
 def fill(name: str, part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
@@ -129,7 +130,7 @@ def a_real_step(layout: Layout) -> tuple[dict[str, int], dict[str, dict[str, int
 )
 def test_a_pretended_rank_holds_and_sends_what_a_real_one_does(layout: Layout, workers: WorkerPool) -> None:
     for rank, real in enumerate(workers.run(a_real_step, layout.world_size, layout)):
-        with pretend(rank, layout.world_size):
+        with fake_world(rank, layout.world_size):
             assert a_step(layout, rank) == real
 
 
