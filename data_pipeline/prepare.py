@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.addresses import redacting_errors
+from data_pipeline.atomic import read_checksummed, write_checksummed
 from data_pipeline.cleaning.clean import (
     CleanJob,
     build_editor,
@@ -30,7 +31,6 @@ from data_pipeline.cleaning.minhash import similarity_threshold
 from data_pipeline.cleaning.rejects import REJECTS
 from data_pipeline.corpus import Corpus, find_corpus, hash_json, total_bytes
 from data_pipeline.errors import DataError
-from data_pipeline.records import read_record, write_record
 from data_pipeline.settings import AUTO, PrepareConfig
 from data_pipeline.splitting import (
     HOLD_OUT_ALL,
@@ -179,7 +179,7 @@ def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: Stag
     if file.is_file():
         with suppress(DataError):  # it may be damaged, or of an attempt that was killed before it wrote its record
             tokenizer = load_tokenizer(file)
-            made, *notes = (read_record(record) or b"").decode().split("\n")
+            made, *notes = (read_checksummed(record) or b"").decode().split("\n")
             if made == f"{key} {tokenizer.fingerprint}":
                 return replace(tokenizer, notes=tuple(notes))
     dropped = Counter[str]()
@@ -191,7 +191,7 @@ def _train(file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: Stag
             f"data.sources hold no text to train a tokenizer on{held_out} {_found_instead(corpus, dropped)}"
         )
     tokenizer = train_tokenizer(_counting(texts, progress), config.vocab_size, file, config.tokenizer_kind)
-    write_record(record, "\n".join([f"{key} {tokenizer.fingerprint}", *tokenizer.notes]).encode())
+    write_checksummed(record, "\n".join([f"{key} {tokenizer.fingerprint}", *tokenizer.notes]).encode())
     return tokenizer
 
 

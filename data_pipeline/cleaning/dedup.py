@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.durable import sync_folder, write_synced
+from data_pipeline.atomic import write_atomic
 from data_pipeline.errors import DataError
 from data_pipeline.settings import DedupConfig
 
@@ -79,10 +79,7 @@ def write_signatures(
     columns[1:, kept] = bands[kept].T
     content = io.BytesIO()
     np.save(content, columns)
-    aside = file.with_name(f"{file.name}.tmp")
-    write_synced(aside, content.getbuffer())
-    aside.replace(file)
-    sync_folder(file.parent)
+    write_atomic(file, content.getbuffer(), sync_parent=True)
 
 
 def find_duplicates(

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.records import read_record, write_record
+from data_pipeline.atomic import read_checksummed, write_checksummed
 
 KEPT = 0
 
@@ -88,12 +88,12 @@ def write_verdicts(file: Path, verdicts: ChunkVerdicts) -> None:
     content = io.BytesIO()
     strings = np.array([verdicts.texts, verdicts.signatures, verdicts.key, *verdicts.reasons], np.str_)
     np.savez_compressed(content, codes=verdicts.codes, marks=verdicts.marks, strings=strings)
-    write_record(file, content.getvalue())
+    write_checksummed(file, content.getvalue())
 
 
 def read_verdicts(file: Path) -> ChunkVerdicts | None:
     """None where there are none, or they are damaged."""
-    content = read_record(file)
+    content = read_checksummed(file)
     if content is None:
         return None
     with np.load(io.BytesIO(content)) as arrays:

@@ -15,7 +15,6 @@ makes it and the others wait.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import struct
 from bisect import bisect_left, insort
@@ -23,14 +22,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.durable import sync_folder
+from data_pipeline.atomic import open_atomic
 from data_pipeline.errors import DataError, unreadable_error
+from data_pipeline.locks import FileLock
 from data_pipeline.reading.packing import NO_LABEL, Batch, number_documents
 from data_pipeline.storage.manifest import BLOCK_BYTES
 from data_pipeline.storage.mapped import CheckedArray, CorruptDataError
@@ -242,20 +241,15 @@ def _fill(inputs: NDArray[np.int32], labels: NDArray[np.int32], shards: ShardSet
 @contextmanager
 def _one_at_a_time(file: Path) -> Iterator[None]:
     """Wait for other processes that make this plan. The lock is let go of when its process ends, however it does."""
-    lock_file = file.with_name(f"{file.name}.lock")
     try:
-        lock = lock_file.open("wb")
+        # Without locks, every process makes the plan: the same bytes, and the last rename wins.
+        lock = FileLock.acquire(file.with_name(f"{file.name}.lock"), blocking=True, required=False)
     except OSError as error:
         raise _unwritable(file, error) from error
-    with lock:
-        with suppress(OSError):  # a file system without locks: each makes it, and they are the same
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock_file.unlink(
-                missing_ok=True
-            )  # who waited for it finds the plan; if that failed, two may make it, which does no harm
+    try:
+        yield
+    finally:
+        lock.release(delete=True)
 
 
 def _write_plan(file: Path, starts: NDArray[np.int64], pieces: NDArray[np.void]) -> None:
@@ -269,17 +263,11 @@ def _write_plan(file: Path, starts: NDArray[np.int64], pieces: NDArray[np.void])
 
     header = _HEADER.pack(_MAGIC, len(starts) - 1, len(pieces))
     checksums = b"".join(xxhash.xxh3_64_intdigest(block).to_bytes(8, "little") for block in blocks())
-    aside = file.with_name(f"{file.name}.{uuid4().hex}.tmp")  # where there are no locks, every rank may be here at once
     try:
-        with aside.open("wb") as stream:
+        with open_atomic(file, sync_parent=True) as stream:
             stream.write(header + _checksum(header + checksums) + checksums)
             stream.writelines(blocks())
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.rename(file)
-        sync_folder(file.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise _unwritable(file, error) from error
 
 

@@ -6,18 +6,16 @@ is there. The next preparation goes on from what a killed one left.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.atomic import read_checksummed, sync_folder, write_checksummed, write_synced
 from data_pipeline.cleaning.rejects import REJECTS
-from data_pipeline.durable import sync_folder, write_synced
 from data_pipeline.errors import DataError
-from data_pipeline.records import read_record, write_record
+from data_pipeline.locks import FileLock, LockHeldError
 from data_pipeline.storage.manifest import MANIFEST, SPLITS, Recipe, SplitManifest, load_manifest
 from data_pipeline.storage.shards import open_split
 from data_pipeline.tokenizing.coverage import check_coverage
@@ -126,11 +124,7 @@ def working_folder(path: Path) -> Iterator[Path]:
     """
     work = path / _TEMPORARY
     try:
-        with _locked(path) as ours:
-            if not ours:
-                raise DataError(
-                    f"data.path={path} is being prepared by another process; wait for it, or set another data.path"
-                )
+        with _locked(path):
             _take_back(path, work)
             try:
                 for folder in (VERDICTS_FOLDER, RESULTS_FOLDER, *SPLITS):
@@ -139,6 +133,10 @@ def working_folder(path: Path) -> Iterator[Path]:
             finally:
                 if not any(file for folder in (VERDICTS_FOLDER, *SPLITS) for file in (work / folder).glob("*")):
                     shutil.rmtree(work, ignore_errors=True)
+    except LockHeldError:
+        raise DataError(
+            f"data.path={path} is being prepared by another process; wait for it, or set another data.path"
+        ) from None
     except OSError as error:
         raise DataError(
             f"data.path={path} cannot be prepared: {error}; mend it and run the command again, it goes on from what is finished"
@@ -148,39 +146,35 @@ def working_folder(path: Path) -> Iterator[Path]:
 def remove_leftovers(path: Path) -> None:
     """Delete what a preparation left behind that was killed after its last rename."""
     if (path / _TEMPORARY).exists():
-        with suppress(OSError), _locked(path) as ours:
-            if ours:
-                shutil.rmtree(path / _TEMPORARY)
+        with suppress(OSError, LockHeldError), _locked(path):
+            shutil.rmtree(path / _TEMPORARY)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Whether this process has `path` to itself inside the block. It is made if it is not there, and deleted if nothing came of it."""
+def _locked(path: Path) -> Iterator[None]:
+    """Lock `path` for this process. The folder is made if it is missing, and deleted if it is empty in the end.
+
+    Raises:
+        DataError: `path` is a file.
+        LockHeldError: another process holds the lock.
+    """
     if path.exists() and not path.is_dir():
         raise DataError(f"data.path={path} is a file; set data.path to a folder, which is made if it is not there")
     path.mkdir(parents=True, exist_ok=True)
-    file = path / _LOCK
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may have had it until now, and deleted the file, which then locks nobody else out.
-            ours = os.path.samestat(os.fstat(lock.fileno()), file.stat())
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        try:
-            yield ours
-        finally:
-            if ours:
-                file.unlink(missing_ok=True)
-                with suppress(OSError):  # not empty: the data is there
-                    path.rmdir()
+    lock = FileLock.acquire(path / _LOCK, blocking=False)
+    try:
+        yield
+    finally:
+        lock.release(delete=True)
+        with suppress(OSError):  # not empty: the data is there
+            path.rmdir()
 
 
 def _take_back(path: Path, work: Path) -> None:
     """Undo what a commit did that was killed half way; refuse to touch anything else."""
     if (path / "train" / MANIFEST).is_file():  # it was not there before the lock was taken
         raise DataError(f"data.path={path} was prepared by another process meanwhile; run the command again")
-    for name in (read_record(work / _COMMIT) or b"").decode().split():
+    for name in (read_checksummed(work / _COMMIT) or b"").decode().split():
         if (path / name).exists() and not (work / name).exists():
             (path / name).rename(work / name)
     (work / _COMMIT).unlink(missing_ok=True)
@@ -229,7 +223,7 @@ def commit(work: Path, path: Path, manifests: Sequence[SplitManifest], rejects: 
         sync_folder(work / REJECTS)
     splits = [split for split in SPLITS if split in {manifest.split for manifest in manifests}]
     names = [name for name in ("tokenizer.json", *((REJECTS,) if rejects else ()), *splits) if (work / name).exists()]
-    write_record(work / _COMMIT, " ".join(names).encode())
+    write_checksummed(work / _COMMIT, " ".join(names).encode())
     sync_folder(work)
     for name in names:
         (work / name).replace(path / name)

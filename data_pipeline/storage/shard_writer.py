@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.durable import write_synced
+from data_pipeline.atomic import write_synced
 from data_pipeline.storage.manifest import BLOCK_BYTES, DTYPES, Shard, TokenDtype
 from data_pipeline.storage.shards import encode_index
 

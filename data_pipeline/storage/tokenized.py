@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.addresses import redacting_errors
-from data_pipeline.durable import write_synced
+from data_pipeline.atomic import write_synced
 from data_pipeline.errors import DataError
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.manifest import MANIFEST, SPLITS, Shard, SourceManifest, TokenDtype, load_manifest

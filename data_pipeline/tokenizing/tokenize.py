@@ -16,10 +16,10 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from data_pipeline.atomic import read_checksummed, write_checksummed
 from data_pipeline.cleaning.clean import build_editor, read_with_verdicts, verdicts_digest
 from data_pipeline.cleaning.rejects import REJECTS, RejectWriter
 from data_pipeline.errors import DataError, one_line
-from data_pipeline.records import read_record, write_record
 from data_pipeline.settings import PrepareConfig
 from data_pipeline.storage.manifest import SPLITS, ManifestModel
 from data_pipeline.storage.shard_writer import is_shard_intact
@@ -120,7 +120,7 @@ def init_worker(setup: TokenizeSetup) -> Callable[[TokenizeJob, ProgressCallback
             tell(Progress(there.read, job.chunk.bytes or 0, there.tokens))
             return there
         result = _tokenize_chunk(setup, job, key, tokenizer, editors(job.chunk.source_index), tell)
-        write_record(_result_file(setup, job.name), result.model_dump_json().encode())
+        write_checksummed(_result_file(setup, job.name), result.model_dump_json().encode())
         return result
 
     return do
@@ -137,7 +137,7 @@ def _rejects_file(setup: TokenizeSetup, name: str) -> Path:
 def _finished(setup: TokenizeSetup, name: str, key: str) -> ChunkResult | None:
     """The result of an earlier attempt if it was decided by the same, and its files are whole."""
     try:
-        result = ChunkResult.model_validate_json(read_record(_result_file(setup, name)) or b"")
+        result = ChunkResult.model_validate_json(read_checksummed(_result_file(setup, name)) or b"")
     except ValidationError:  # there is none, or it is damaged or of another version
         return None
     if result.key != key or (result.rejects and not _rejects_file(setup, name).is_file()):

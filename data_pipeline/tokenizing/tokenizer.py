@@ -17,7 +17,7 @@ import tokenizers
 import xxhash
 from tokenizers import models, pre_tokenizers, trainers
 
-from data_pipeline.durable import write_synced
+from data_pipeline.atomic import write_atomic
 from data_pipeline.errors import DataError
 from data_pipeline.text.sources import Document
 from data_pipeline.tokenizing.coverage import Coverage, analyze_coverage
@@ -164,9 +164,7 @@ def train_tokenizer(
         {END_OF_TEXT: 0}, model, pre_tokenizer=byte_level(SPLIT_PATTERN), decoder=BYTE_LEVEL_DECODER
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    write_synced(temporary, (json.dumps(config, ensure_ascii=False, indent=1) + "\n").encode())
-    temporary.replace(file)
+    write_atomic(file, (json.dumps(config, ensure_ascii=False, indent=1) + "\n").encode())
     runs = f"{n_cut:,} unbroken run{'s' * (n_cut != 1)} of more than {MAX_PIECE} characters"
     cut = f"cut for the training of the tokenizer, and only there: {runs}"
     return replace(load_tokenizer(file), notes=(cut,) if n_cut else ())

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
-from data_pipeline.durable import sync_folder
+from data_pipeline.atomic import sync_folder
 from pretrain.checkpoint.directory import checkpoint_path, partial_path, set_aside
 from pretrain.checkpoint.files import HashingFileSystem
 from pretrain.checkpoint.ranks import gather, is_first, on_first, together

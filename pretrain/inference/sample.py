@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.atomic import write_atomic
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint import directory, store
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
 from pretrain.inference.generate import generate
 from pretrain.model.transformer import Transformer
-from pretrain.runs.records import read_config, write_whole
+from pretrain.runs.records import read_config
 from pretrain.setup.engine import DTYPES, build_model
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -82,7 +83,7 @@ def keep_tokenizer(source: Path, run_dir: Path) -> None:
     """Copy the run's tokenizer into its directory, once: text can be generated wherever the run is taken."""
     target = run_dir / "tokenizer.json"
     if not target.exists():
-        write_whole(target, load_tokenizer(source).to_json())
+        write_atomic(target, load_tokenizer(source).to_json().encode())
 
 
 def open_trained(

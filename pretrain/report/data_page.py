@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data_pipeline.atomic import write_atomic
 from data_pipeline.inspect import (
     PACKED_TOKENS,
     DataDescription,
@@ -23,7 +24,6 @@ from pretrain.report.data_charts import drops, lengths
 from pretrain.report.data_tables import held_out, losses, places, split_rows, stretch_rows
 from pretrain.report.render import text
 from pretrain.report.run_charts import themes
-from pretrain.runs.records import write_whole
 
 
 def write_data_page(file: Path, description: DataDescription, forecast: Forecast | None) -> None:
@@ -31,7 +31,7 @@ def write_data_page(file: Path, description: DataDescription, forecast: Forecast
     if file.is_dir():
         raise UserError(f"--html: {file} is a folder; name a file")
     try:
-        write_whole(file, data_page(description, forecast))
+        write_atomic(file, data_page(description, forecast).encode())
     except OSError as error:
         raise UserError(f"--html: {file} cannot be written: {error.strerror}; name another file") from None
 

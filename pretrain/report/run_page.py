@@ -12,6 +12,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from data_pipeline.atomic import write_atomic
 from data_pipeline.held_out import MIN_SEQUENCES
 from pretrain.config import RunConfig, flatten
 from pretrain.console import format_count, format_decimal, format_duration
@@ -25,7 +26,6 @@ from pretrain.runs.records import (
     read_config,
     read_events,
     read_metrics,
-    write_whole,
 )
 
 SECTIONS = {
@@ -59,7 +59,7 @@ def write_report(run_dir: Path) -> Path:
         read_events(run_dir / "events.jsonl"),
     )
     report = run_dir / "report.html"
-    write_whole(report, _page(run))
+    write_atomic(report, _page(run).encode())
     return report
 
 

@@ -7,19 +7,20 @@ number of the run (`MayChange` in `pretrain.config.resume`), and those of the sc
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from data_pipeline.atomic import write_atomic
+from data_pipeline.locks import FileLock, LockHeldError
 from pretrain.config import RunConfig, on_resume
 from pretrain.config.differences import differences
 from pretrain.config.loading import dump
 from pretrain.errors import UserError
 from pretrain.runs.metrics import RecordFile
-from pretrain.runs.records import Event, read_config, read_events, write_whole
+from pretrain.runs.records import Event, read_config, read_events
 
 SHOWN_DIFFERENCES = 5
 LOCK_FILE = ".lock"
@@ -33,8 +34,8 @@ class RunDirectory:
     path: Path
     attempt: int
     """1 for the first start, one more with each start or resume that `events.jsonl` tells of."""
-    lock: int | None
-    """File descriptor that holds the lock; None on the processes of a run that do not write."""
+    lock: FileLock | None
+    """None on the processes of a run that do not write."""
     changes: tuple[str, ...]
     """Settings that differ from those on disk, one sentence each. Settings that must not change were already refused."""
 
@@ -51,10 +52,10 @@ class RunDirectory:
             changes = _changes(path, config)
             starts = sum(event.kind in {"start", "resume"} for event in read_events(path / "events.jsonl"))
         except OSError as error:
-            os.close(lock)
+            lock.release()
             raise _unusable(path, error) from error
         except Exception:
-            os.close(lock)
+            lock.release()
             raise
         return cls(path, starts + 1, lock, changes)
 
@@ -71,7 +72,7 @@ class RunDirectory:
                 with RecordFile(self.events) as events:
                     events.append(Event(time=time.time(), kind="settings", text="; ".join(self.changes)))
             if self.changes or not file.exists():
-                write_whole(file, dump(config))
+                write_atomic(file, dump(config).encode())
         except OSError as error:
             raise _unusable(self.path, error) from error
 
@@ -96,7 +97,7 @@ class RunDirectory:
     def close(self) -> None:
         """Release the lock."""
         if self.lock is not None:
-            os.close(self.lock)
+            self.lock.release()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -107,27 +108,17 @@ class RunDirectory:
         self.close()
 
 
-def _lock(path: Path) -> int:
-    """Make the directory if need be and take its lock. The kernel gives it back when the process ends, however it ends."""
+def _lock(path: Path) -> FileLock:
+    """Make the directory if it is missing, and lock it for this process."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _unusable(path, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-    except BlockingIOError:
-        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(lock)
+        return FileLock.acquire(path / LOCK_FILE, blocking=False)
+    except LockHeldError as error:
         raise UserError(
-            f"run.dir={path} is in use by process {holder}; wait for it or stop it, or choose another run.dir"
+            f"run.dir={path} is in use by process {error.holder}; wait for it or stop it, or choose another run.dir"
         ) from None
-    except OSError as error:  # a file system without locks, a full disk
-        os.close(lock)
+    except OSError as error:  # no permission, a file system without locks, a full disk
         raise _unusable(path, error) from error
-    return lock
 
 
 def _unusable(path: Path, error: OSError) -> UserError:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from data_pipeline.atomic import write_atomic
 from data_pipeline.errors import StorageError
 from pretrain.estimate.hardware import Accelerator
-from pretrain.runs.records import Record, step_of_line, whole_lines, write_whole
+from pretrain.runs.records import Record, step_of_line, whole_lines
 
 
 class RecordFile:
@@ -63,14 +64,14 @@ def truncate_after(path: Path, step: int) -> None:
     lines = whole_lines(path)
     kept = [line for number, line in enumerate(lines, 1) if step_of_line(line, path, number) <= step]
     if len(kept) < len(lines):
-        write_whole(path, "".join(line + "\n" for line in kept))
+        write_atomic(path, "".join(line + "\n" for line in kept).encode())
 
 
 def copy_aside(path: Path, attempt: int) -> None:
     """Keep a copy of a record file as it was before this attempt, beside it; one that is there already stays."""
     aside = path.with_name(f"{path.stem}.before-attempt-{attempt}{path.suffix}")
     if path.exists() and not aside.exists():
-        write_whole(aside, path.read_text(encoding="utf-8", errors="replace"))
+        write_atomic(aside, path.read_text(encoding="utf-8", errors="replace").encode())
 
 
 def _unwritable(path: Path, error: OSError) -> StorageError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -199,19 +198,6 @@ def whole_lines(path: Path) -> list[str]:
         return []
     except OSError as error:
         raise unreadable_error(path, error, "read") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file such that it is there completely or not at all: to a temporary name, to the disk, then one rename."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse(kind: type[R], line: str, path: Path, number: int) -> R:

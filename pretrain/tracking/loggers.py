@@ -6,9 +6,10 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from data_pipeline.atomic import write_atomic
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
-from pretrain.runs.records import StepRecord, ValidationRecord, write_whole
+from pretrain.runs.records import StepRecord, ValidationRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -116,5 +117,5 @@ class WandbLogger:
 def _wandb_id(run_dir: Path) -> str:
     path = run_dir / WANDB_ID_FILE
     if not path.exists():
-        write_whole(path, secrets.token_hex(4))
+        write_atomic(path, secrets.token_hex(4).encode())
     return path.read_text(encoding="utf-8").strip()
