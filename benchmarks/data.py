@@ -357,9 +357,9 @@ def reading_rows(folder: Path) -> Iterator[dict[str, object]]:
 
 def main() -> None:
     """Both tables; `--json FILE` holds the first, FILE with `-reading` before its ending the second."""
-    from benchmarks.common import parser, report
+    from benchmarks.common import make_parser, print_table
 
-    command_line = parser(__doc__)
+    command_line = make_parser(__doc__)
     command_line.add_argument("--mb", type=float, default=100, help="megabytes of text to tokenize")
     command_line.add_argument("--rounds", type=int, default=3)
     command_line.add_argument(
@@ -370,9 +370,9 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         write_corpus(folder, arguments.mb)
-        report("Tokenizing", list(tokenizing_rows(folder, arguments.rounds)), arguments.json)
+        print_table("Tokenizing", list(tokenizing_rows(folder, arguments.rounds)), arguments.json)
         reading = arguments.json and arguments.json.with_stem(f"{arguments.json.stem}-reading")
-        report("Reading", list(reading_rows(folder)), reading)
+        print_table("Reading", list(reading_rows(folder)), reading)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import parser, report
+from benchmarks.common import make_parser, print_table
 from data_pipeline.cleaning.decontaminate import EvaluationNgrams
 from data_pipeline.cleaning.dedup import find_duplicates, write_signatures
 from data_pipeline.cleaning.minhash import MinHasher, detection_probability, similarity_threshold, text_hash
@@ -183,7 +183,7 @@ def measured(work: Callable[[], object], repeats: int = 3) -> tuple[float, float
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = make_parser(__doc__)
     arguments.add_argument("--documents", type=int, default=50_000)
     arguments.add_argument("--pairs", type=int, default=1000, help="planted for each similarity")
     arguments.add_argument("--bands", type=int, default=14)
@@ -193,14 +193,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         rows = curve(options.documents, options.pairs, config, Path(name))
         half = f"half are found at J={similarity_threshold(config.bands, config.rows):.3f}"
-        report(
+        print_table(
             f"MinHash on {options.documents:,} documents, {config.bands} bands of {config.rows}: {half}",
             rows,
             options.json,
         )
         rows = [*cost(config, Path(name)), cost_of_comparing(config, Path(name))]
         second = options.json and options.json.with_stem(f"{options.json.stem}-cost")
-        report("What it costs, one process", rows, second)
+        print_table("What it costs, one process", rows, second)
 
 
 if __name__ == "__main__":

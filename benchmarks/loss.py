@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import parser, report, synchronize
+from benchmarks.common import make_parser, print_table, synchronize
 from pretrain.model.loss import linear_cross_entropy
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -68,7 +68,7 @@ def measure(kind: str, V: int, S: int, D: int) -> tuple[int, float]:
 
 
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = make_parser(__doc__)
     arguments.add_argument("--vocabulary", type=int, default=131_072)
     arguments.add_argument("--sequence", type=int, default=4096)
     arguments.add_argument("--width", type=int, default=2048)
@@ -99,7 +99,7 @@ def main() -> None:
                 "seconds": float(seconds),
             }
         )
-    report(
+    print_table(
         f"Loss over V={V:,}, S={S:,}, B=1, D={D:,}, bf16; fp32 logits + gradient are {limit / 1e6:,.0f} MB",
         rows,
         options.json,

@@ -1,22 +1,21 @@
-"""Our training step beside that of `transformers`: the same Llama shape, batch and precision, alternating in one process.
+"""Our training step beside that of `transformers`: the same Llama shape, batch and precision, in turns in one process.
 
-Both are compiled, clip the global norm to 1 and use AdamW (fused). The peer holds bf16 weights and bf16 optimizer state, its fastest
-setting; ours pays for fp32 masters. Each alternation times a few steps of one and then of the other; the ratio is the median over
-alternations, since the machine's speed drifts. Model FLOPs are counted as in `pretrain.estimate.flops`.
+Both sides are compiled, clip the global gradient norm to 1 and use fused AdamW. The peer holds bf16 weights and bf16 optimizer state, its
+fastest setting; ours also keeps fp32 master weights. Each alternation times a few steps of one side, then of the other. The ratio is the
+median over alternations, because the machine's speed drifts. Model FLOPs are counted by `pretrain.estimate.flops`.
 
     python -m benchmarks.step [--json FILE] [--alternations 5] [--steps 5]
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import matmul_peak, parser, report, synchronize
+from benchmarks.common import make_parser, matmul_peak, print_table, time_calls
 from parallel.engine import Microbatch
 from pretrain.config import RunConfig
 from pretrain.config.loading import validate
@@ -24,7 +23,8 @@ from pretrain.estimate.flops import flops_per_token, parameter_count
 from pretrain.model.kernels import choose_backend
 from pretrain.setup.engine import DTYPES, build_engine
 
-SHAPES = {
+LlamaShape = dict[str, int]
+SHAPES: dict[str, LlamaShape] = {
     "cpu": {
         "d_model": 384,
         "n_layers": 6,
@@ -51,11 +51,10 @@ SHAPES = {
 WARM_UP = 3
 
 
-def our_config(shape: dict[str, int], device: str, precision: str) -> RunConfig:
-    """The shape as a resolved config."""
-    attention, _ = choose_backend(
-        device, precision=precision, compiled=True, head_dim=shape["d_model"] // shape["n_heads"]
-    )
+def make_config(shape: LlamaShape, device: str, precision: str) -> RunConfig:
+    """Return the resolved config of a shape, without document masks: the peer has none."""
+    head_dim = shape["d_model"] // shape["n_heads"]
+    attention, _ = choose_backend(device, precision=precision, compiled=True, head_dim=head_dim)
     model = {key: shape[key] for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab_size")}
     return validate(
         {
@@ -67,7 +66,7 @@ def our_config(shape: dict[str, int], device: str, precision: str) -> RunConfig:
 
 
 def our_step(config: RunConfig, ids: torch.Tensor) -> Callable[[], float]:
-    """One step of our engine, without document masks: the peer has none."""
+    """Return a function that takes one step of our engine and returns the loss."""
     engine = build_engine(config)
     labels = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
     positions = torch.arange(ids.shape[1]).expand(ids.shape)
@@ -75,8 +74,8 @@ def our_step(config: RunConfig, ids: torch.Tensor) -> Callable[[], float]:
     return lambda: engine.train_step([batch], 1.0).loss
 
 
-def their_step(config: RunConfig, ids: torch.Tensor) -> Callable[[], float]:
-    """One step of `LlamaForCausalLM` as a careful user would write it."""
+def transformers_step(config: RunConfig, ids: torch.Tensor) -> Callable[[], float]:
+    """Return a function that takes one step of `LlamaForCausalLM`, written as a careful user would."""
     shape = config.model
     llama = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -107,39 +106,27 @@ def their_step(config: RunConfig, ids: torch.Tensor) -> Callable[[], float]:
     return step
 
 
-def seconds_a_step(step: Callable[[], float], steps: int, device: torch.device) -> float:
-    """Median seconds of `steps` steps."""
-    times = []
-    for _ in range(steps):
-        synchronize(device)
-        began = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return median(times)
-
-
 def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--alternations", type=int, default=5)
-    arguments.add_argument("--steps", type=int, default=5, help="steps timed of each side in an alternation")
-    arguments.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    options = arguments.parse_args()
+    parser = make_parser(__doc__)
+    parser.add_argument("--alternations", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="steps of each side that an alternation times")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = SHAPES[device.type]
-    config = our_config(shape, device.type, options.precision)
+    config = make_config(shape, device.type, args.precision)
     torch.manual_seed(0)
     ids = torch.randint(0, shape["vocab_size"], (shape["batch"], shape["seq_len"]), device=device)
-    sides = {"pretrain": our_step(config, ids), "transformers": their_step(config, ids)}
+    sides = {"pretrain": our_step(config, ids), "transformers": transformers_step(config, ids)}
     for step in sides.values():
-        seconds_a_step(step, WARM_UP, device)
-    tokens, flops = ids.numel(), flops_per_token(config.model, shape["seq_len"])
+        time_calls(step, device, WARM_UP)
+    n_tokens, flops = ids.numel(), flops_per_token(config.model, shape["seq_len"])
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     peaks = []
-    for _ in range(options.alternations):
-        peaks.append(matmul_peak(device, DTYPES[options.precision]))
+    for _ in range(args.alternations):
+        peaks.append(matmul_peak(device, DTYPES[args.precision]))
         for name, step in sides.items():
-            speeds[name].append(tokens / seconds_a_step(step, options.steps, device))
+            speeds[name].append(n_tokens / median(time_calls(step, device, args.steps)))
     ratios = [ours / theirs for ours, theirs in zip(speeds["pretrain"], speeds["transformers"], strict=True)]
     rows: list[dict[str, object]] = [
         {
@@ -152,10 +139,11 @@ def main() -> None:
         for name, speed in speeds.items()
     ]
     title = (
-        f"Training step, {parameter_count(config.model) / 1e6:.1f}M parameters, {options.precision}, "
-        f"{shape['batch']} x {shape['seq_len']} tokens, attention {config.train.attention}; matmul peak {median(peaks) / 1e9:,.0f} GFLOP/s"
+        f"Training step, {parameter_count(config.model) / 1e6:.1f}M parameters, {args.precision}, "
+        f"{shape['batch']} x {shape['seq_len']} tokens, attention {config.train.attention}; "
+        f"matmul peak {median(peaks) / 1e9:,.0f} GFLOP/s"
     )
-    report(title, rows, options.json)
+    print_table(title, rows, args.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import machine
+from benchmarks.common import describe_machine
 from benchmarks.gpu.stage import StageContext
 from parallel.world import World, process_group
 from pretrain.estimate.hardware import find_accelerator
@@ -89,7 +89,7 @@ def main() -> None:
     versions = {name.replace("-", "_"): version_of(name) for name in PACKAGES}
     stage.row(
         what="software",
-        **machine(),
+        **describe_machine(),
         **versions,
         compiler=shutil.which("g++"),
         driver=driver(),

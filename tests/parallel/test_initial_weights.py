@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # no public name
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.parity import CPU, TIED, config_of, whole
+from benchmarks.parity.cases import TIED
+from benchmarks.parity.compare import CPU, full_copy, make_config
 from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
 from pretrain.setup.engine import blueprint_of, numbers_of
@@ -38,7 +39,7 @@ LAYOUTS = [
 
 def initial(layout: Layout, words: tuple[str, ...]) -> dict[str, Tensor]:
     """Whole parameters that this rank holds some of, before the first step."""
-    config = config_of(words)
+    config = make_config(words)
     engine = build_engine(
         blueprint_of(config),
         numbers_of(config),
@@ -46,7 +47,7 @@ def initial(layout: Layout, words: tuple[str, ...]) -> dict[str, Tensor]:
         rank=dist.get_rank() if layout.world_size > 1 else 0,
         device=CPU,
     )
-    return {name: whole(tensor) for name, tensor in engine.masters.items()}
+    return {name: full_copy(tensor) for name, tensor in engine.masters.items()}
 
 
 @pytest.mark.parametrize("tied", [(), TIED], ids=["untied", "tied"])
@@ -86,7 +87,7 @@ def _in_memory(value: object) -> bool:
 
 def largest(layout: Layout) -> tuple[int, int]:
     """(numbers of the largest tensor made while the engine is built, numbers of this rank's largest part)."""
-    config = config_of(WIDE)
+    config = make_config(WIDE)
     rank = dist.get_rank() if layout.world_size > 1 else 0
     with Largest() as mode:
         engine = build_engine(blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=CPU)

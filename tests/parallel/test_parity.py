@@ -1,4 +1,4 @@
-"""Every layout gives the numbers of one process; broken ones do not, by the same comparison. The table is `benchmarks/parity.py`."""
+"""Every layout gives the numbers of one process; broken ones do not, by the same comparison. The table is `benchmarks.parity`."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,8 @@ from torch._dynamo.backends.debugging import aot_eager  # no public name
 
 import parallel.fsdp
 import parallel.gradients
-from benchmarks.parity import LARGE, TIED, TOLERANCES, Case, Course, alone, cases, compare, on_rank
+from benchmarks.parity.cases import LARGE, TIED, TOLERANCES, Case, all_cases
+from benchmarks.parity.compare import TrainingTrace, compare, train_case, train_reference
 from parallel.engine import Microbatch
 from parallel.engines.torch import build
 from parallel.engines.torch.engine import TorchEngine
@@ -25,10 +26,12 @@ from tests.workers import WorkerPool
 STEPS = 3
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name.replace(" ", "_"))
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name.replace(" ", "_"))
 def test_losses_gradients_and_parameters_are_those_of_one_process(case: Case, workers: WorkerPool) -> None:
-    steps = steps_of(case.words)
-    errors = compare(workers.run(on_rank, case.layout.world_size, case, steps, timeout=120), alone(case.words, steps))
+    steps = steps_of(case.settings)
+    errors = compare(
+        workers.run(train_case, case.layout.world_size, case, steps, timeout=120), train_reference(case.settings, steps)
+    )
     assert {kind: errors[kind] for kind, tolerance in case.tolerances.items() if errors[kind] > tolerance} == {}
 
 
@@ -133,9 +136,9 @@ def changed(how: Break) -> Iterator[None]:
         yield
 
 
-def on_changed_rank(case: Case, steps: int, how: Break) -> Course | None:
+def on_changed_rank(case: Case, steps: int, how: Break) -> TrainingTrace | None:
     with changed(how):
-        return on_rank(case, steps)
+        return train_case(case, steps)
 
 
 def operations_compiled(case: Case) -> int:
@@ -151,7 +154,7 @@ def operations_compiled(case: Case) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda *given, **more: compile(*given, **more, backend=count))
         torch.compiler.reset()
-        on_rank(case, 1)
+        train_case(case, 1)
     return found
 
 
@@ -169,9 +172,9 @@ COMPILED = [
 
 @pytest.mark.parametrize(("layout", "words"), COMPILED, ids=str)
 def test_compiled_blocks_give_the_same_numbers(layout: Layout, words: tuple[str, ...], workers: WorkerPool) -> None:
-    case = Case(layout, own=("train.compile=true", *words), micro_batch=1)
+    case = Case(layout, layout_settings=("train.compile=true", *words), micro_batch=1)
     errors = compare(
-        workers.run(on_changed_rank, layout.world_size, case, STEPS, traced, timeout=120), alone((), STEPS)
+        workers.run(on_changed_rank, layout.world_size, case, STEPS, traced, timeout=120), train_reference((), STEPS)
     )
     assert {kind: error for kind, error in errors.items() if error > TOLERANCES[kind]} == {}
 
@@ -182,7 +185,10 @@ def test_compiled_blocks_give_the_same_numbers(layout: Layout, words: tuple[str,
 def test_blocks_that_recompute_are_compiled_all_the_same(layout: Layout, mode: str, workers: WorkerPool) -> None:
     plain, recomputing = (
         workers.run(
-            operations_compiled, 2, Case(layout, own=("train.compile=true", *words), micro_batch=1), timeout=120
+            operations_compiled,
+            2,
+            Case(layout, layout_settings=("train.compile=true", *words), micro_batch=1),
+            timeout=120,
         )[0]
         for words in ((), (f"train.recompute={mode}",))
     )
@@ -196,17 +202,17 @@ def test_blocks_that_recompute_are_compiled_all_the_same(layout: Layout, mode: s
 def test_a_broken_layout_is_noticed(how: Break, layout: Layout, words: tuple[str, ...], workers: WorkerPool) -> None:
     case, steps = Case(layout, words, micro_batch=4 if words == LARGE else 1), steps_of(words)
     errors = compare(
-        workers.run(on_changed_rank, layout.world_size, case, steps, how, timeout=120), alone(words, steps)
+        workers.run(on_changed_rank, layout.world_size, case, steps, how, timeout=120), train_reference(words, steps)
     )
     # Not by the parameters, which may be the very thing that is broken: by what the passes computed with them.
     assert max(errors[kind] / TOLERANCES[kind] for kind in ("loss_error", "gradient_error", "norm_error")) > 10
 
 
 def test_the_comparison_sees_a_missing_parameter() -> None:
-    reference = Course(
+    reference = TrainingTrace(
         [1.0], [1.0], [{"a": torch.ones(2), "b": torch.ones(2)}], {"a": torch.ones(2), "b": torch.ones(2)}
     )
-    half = Course([1.0], [1.0], [{"a": torch.ones(2)}], {"a": torch.ones(2)})
+    half = TrainingTrace([1.0], [1.0], [{"a": torch.ones(2)}], {"a": torch.ones(2)})
     assert compare([half], reference)["parameter_error"] == float("inf")
 
 
@@ -224,5 +230,5 @@ def test_every_kind_and_every_pair_is_in_the_table() -> None:
         if a < b
     }
     assert single | pairs | {frozenset({"shard", "tensor", "pipeline"}), frozenset({"replicate", "shard"})} <= kinds(
-        cases()
+        all_cases()
     )
