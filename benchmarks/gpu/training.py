@@ -30,7 +30,7 @@ from pretrain.config.loading import load
 from pretrain.estimate.flops import flops_per_token, parameter_count
 from pretrain.estimate.hardware import find_accelerator
 from pretrain.setup.engine import build_engine
-from pretrain.setup.resolve import resolve
+from pretrain.setup.resolve import resolve_run
 from pretrain.train.batching import microbatches, to_host
 
 WARM_UP = 2
@@ -121,7 +121,7 @@ def config_of(case: Case, device: torch.device) -> RunConfig:
         f"train.attention={case.attention}",
         *case.model,
     ]
-    return resolve(load(None, words).config, tokenizer_size=case.vocabulary, previous=None)[0]
+    return resolve_run(load(None, words).config, tokenizer_size=case.vocabulary).config
 
 
 def microbatches_of(config: RunConfig, case: Case, seed: int) -> list[Microbatch]:

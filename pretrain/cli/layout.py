@@ -29,19 +29,18 @@ def layout(
     """Print what each rank of a layout holds and what its collectives move in a step. `auto` is decided as on a cluster of GPUs."""
     from pretrain.config.loading import load_words
     from pretrain.errors import UserError
-    from pretrain.setup.layout import layout_of
-    from pretrain.setup.resolve import plan
+    from pretrain.setup.resolve import resolve_for_cluster
 
     if rank is not None and rank >= world_size:
         raise UserError(
             f"--rank={rank} is not one of the ranks of --world-size={world_size}: use 0 to {world_size - 1}"
         )
-    config, decisions = plan(load_words(words).config, world_size)
-    found = layout_of(config, world_size)
+    resolved = resolve_for_cluster(load_words(words).config, world_size)
+    config, found = resolved.config, resolved.layout
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH_OF_FILES
-    for decision in decisions:
+    for decision in resolved.decisions:
         if decision.key.startswith("parallel.") or decision.key == "train.micro_batch_size":
             console.print(
                 Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")),
@@ -54,7 +53,8 @@ def layout(
     _draw_holdings(config, found, ranks, console)
     _draw_traffic(config, found, ranks, ranks_per_node, console)
     if found.pipeline > 1:
-        _draw_bubble(config, found, console)
+        _heading(console, "Pipeline")
+        console.print(Text(resolved.pipeline), soft_wrap=True)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -191,15 +191,3 @@ def _draw_traffic(config: RunConfig, layout: Layout, ranks: list[int], ranks_per
             name, where = (axis, "yes" if inside else "no") if i == 0 else ("", "")
             table.add_row(name, where, operation, str(size) if i == 0 else "", _size(count))
     console.print(table)
-
-
-def _draw_bubble(config: RunConfig, layout: Layout, console: Console) -> None:
-    from parallel.pipeline.runner import describe
-    from pretrain.estimate.rank_memory import end_costs, n_microbatches
-
-    first, last = end_costs(config.model)
-    count = n_microbatches(config, layout)
-    _heading(console, "Pipeline")
-    console.print(
-        Text(describe(layout, config.model.n_layers, count, first_cost=first, last_cost=last)), soft_wrap=True
-    )

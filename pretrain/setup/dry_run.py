@@ -27,10 +27,9 @@ from pretrain.config.loading import validate
 from pretrain.console import format_memory, plain_table
 from pretrain.errors import UserError
 from pretrain.estimate.communication import traffic
-from pretrain.estimate.rank_memory import Holding, fullest, hold, n_microbatches
+from pretrain.estimate.rank_memory import Holding, hold, n_microbatches
 from pretrain.setup.engine import blueprint_of, numbers_of
-from pretrain.setup.layout import layout_of
-from pretrain.setup.resolve import plan
+from pretrain.setup.resolve import resolve_for_cluster
 
 ROUNDS = {"gpipe": None, "1f1b": 1}
 """Microbatches of a dry-run step, in units of the pipeline's ranks; 2 for schedules not listed. More would show nothing
@@ -61,9 +60,9 @@ def dry_run(config: RunConfig, world_size: int, rank: int | None, console: Conso
     Raises:
         UserError: the layout is impossible, or there is no such rank.
     """
-    config, _ = plan(config, world_size)
-    layout = layout_of(config, world_size)
-    rank = fullest(config, layout) if rank is None else rank
+    resolved = resolve_for_cluster(config, world_size)
+    config, layout = resolved.config, resolved.layout
+    rank = resolved.peak_rank if rank is None else rank
     if not 0 <= rank < world_size:
         raise UserError(f"--rank={rank} is not one of {world_size} ranks; use 0 to {world_size - 1}")
     config, in_full = shortened(config, layout), n_microbatches(config, layout)

@@ -23,10 +23,10 @@ from pretrain.checkpoint.record import Record
 from pretrain.config import RunConfig
 from pretrain.errors import Diverged, UserError
 from pretrain.estimate.flops import flops_per_token
-from pretrain.optim.schedule import batch_size_at, lr_scale, samples_before
+from pretrain.optim.schedule import lr_scale
 from pretrain.runs.metrics import Meter
 from pretrain.runs.records import SourceLoss, StepRecord, ValidationRecord
-from pretrain.setup.seq_len_schedule import seq_len_at
+from pretrain.setup.batch_schedule import BatchSchedule
 from pretrain.signals import Activity, StopRequest
 from pretrain.tracking.recorder import Books
 from pretrain.train.batching import HostBatch, fill_up, microbatches, to_host
@@ -46,6 +46,7 @@ class Loop:
     """One attempt at a run. `run(step)` goes on after that many steps."""
 
     config: RunConfig
+    batches: BatchSchedule
     engine: Engine
     train: Loader
     validation: Loader | None
@@ -54,8 +55,6 @@ class Loop:
     meter: Meter
     stop: StopRequest
     place: Place
-    ahead: int = 0
-    """Samples that the run has read more than batches of today's size would have; see `train.batch_size`."""
     _told: set[str] = field(default_factory=set)
 
     @property
@@ -93,13 +92,10 @@ class Loop:
 
     def _read(self, step: int) -> Batch:
         """Its rows of the global batch of a step, filled up to as many as every data rank gives."""
-        first, samples = self._samples_before(step), batch_size_at(step, self.config.train)
-        seq_len = seq_len_at(first, self.config)
-        together = seq_len // self.config.data.seq_len
-        n_rows, share = samples // together, self.place.share
-        mine = share.rows(n_rows)
-        batch = self.train.batch(first + mine.start * together, len(mine) * together, seq_len)
-        return fill_up(batch, share.given(n_rows, self._micro_batch(seq_len)))
+        planned, share = self.batches.batch(step), self.place.share
+        mine, per_row = share.rows(planned.n_rows), planned.samples_per_row
+        batch = self.train.batch(planned.first_sample + mine.start * per_row, len(mine) * per_row, planned.seq_len)
+        return fill_up(batch, share.given(planned.n_rows, self.batches.micro_batch_size(planned.seq_len)))
 
     def _train(self, step: int, batch: HostBatch) -> bool:
         """One step; whether any rank was asked to stop: one that is alone may have been after its passes."""
@@ -109,10 +105,10 @@ class Loop:
                 f"every sequence of the batch of step {step} is damaged, so data.on_damage=skip has nothing left to train on"
             )
         scale = lr_scale(step, config.train.steps, config.optim)
-        mine = list(microbatches(batch, self._micro_batch(seq_len), self.device))
+        mine = list(microbatches(batch, self.batches.micro_batch_size(seq_len), self.device))
         result = self.engine.train_step(mine, scale, asks=lambda: bool(self.stop))
-        samples = self._samples_before(step + 1)
-        tokens = (samples - self._samples_before(step)) * config.data.seq_len
+        samples = self.batches.samples_before(step + 1)
+        tokens = (samples - self.batches.samples_before(step)) * config.data.seq_len
         speed = self.meter.step(tokens, flops_per_token(config.model, seq_len))
         record = StepRecord(
             step=step,
@@ -138,10 +134,6 @@ class Loop:
         """Whether any rank was asked to stop by now, as after a validation or a save, which may take long: nothing more is begun then."""
         return any(gather(bool(self.stop), self.place.group))
 
-    def _samples_before(self, step: int) -> int:
-        """Where the data of a step begins."""
-        return samples_before(step, self.config.train) + self.ahead
-
     def _agree_on_damage(self, batch: HostBatch, step: int) -> bool:
         """Tell each damaged place once, as validation meets it every time; whether any process has something left to train on."""
         if self.config.data.on_damage == "stop":
@@ -152,10 +144,6 @@ class Loop:
                 self._told.add(message)
                 self.books.event("skip_data", message, step)
         return any(has_targets for _, has_targets in reports)
-
-    def _micro_batch(self, seq_len: int) -> int:
-        """Sequences in a microbatch: `train.micro_batch_size` of `data.seq_len` tokens, or as many tokens in longer ones, at least one."""
-        return max(1, self.config.train.micro_batch_size * self.config.data.seq_len // seq_len)
 
     def _diverged(self, step: int, result: StepResult) -> None:
         text = f"loss {result.loss} and gradient norm {result.grad_norm} at step {step}"
@@ -216,11 +204,11 @@ class Loop:
             states = gather((place.position, rng.capture()), place.group)
             record = Record(
                 step=step,
-                samples=self._samples_before(step + 1),
+                samples=self.batches.samples_before(step + 1),
                 config=config.model_dump(mode="json"),
                 dataset=self.train.fingerprint,
                 tokenizer=self.train.manifest.tokenizer,
-                order=self.train.order_fingerprint(self._samples_before(step + 1)),
+                order=self.train.order_fingerprint(self.batches.samples_before(step + 1)),
                 layout=place.sizes,
                 rng=dict(states),
             )

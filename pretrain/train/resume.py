@@ -16,11 +16,10 @@ from pretrain.checkpoint.record import Manifest, read_manifest
 from pretrain.config import RunConfig
 from pretrain.config.loading import validate
 from pretrain.errors import UserError
-from pretrain.optim.schedule import samples_before
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.metrics import copy_aside, truncate_after
 from pretrain.runs.records import read_events
-from pretrain.setup.seq_len_schedule import check_growth
+from pretrain.setup.batch_schedule import BatchSchedule
 from pretrain.train.disk_space import check_writable
 from pretrain.train.init_from import Parent, check_parent, find_parent, load_parent
 from pretrain.train.rank_info import Place
@@ -35,10 +34,10 @@ BEFORE_ANY_STEP = -1
 class Beginning:
     """Where an attempt begins."""
 
+    batches: BatchSchedule
+    """Which samples the steps to come read."""
     step: int = 0
     """Steps done."""
-    ahead: int = 0
-    """Samples that they read more than batches of today's size would have."""
     skipped: tuple[tuple[Path, str], ...] = ()
     """Each newer checkpoint that was passed over, with its first problem."""
     resumed: bool = False
@@ -56,6 +55,7 @@ def restore(
     engine: Engine,
     data: Loader,
     config: RunConfig,
+    batches: BatchSchedule,
     tokenizer: Tokenizer,
     place: Place,
 ) -> Beginning:
@@ -80,11 +80,11 @@ def restore(
     manifest = None if path is None else read_manifest(path)
     findings = on_first(place.group, lambda: check_records(run_dir.path, path, manifest, none_whole, go_back=go_back))
     if path is not None and manifest is not None:
-        beginning = _resume(path, manifest, run_dir, engine, data, config, place)
+        beginning = _resume(path, manifest, run_dir, engine, data, config, batches, place)
     elif config.run.init_from is not None:
-        beginning = _begin_from_parent(engine, data, config, tokenizer, place)
+        beginning = _begin_from_parent(engine, data, config, batches, tokenizer, place)
     else:
-        beginning = Beginning()
+        beginning = Beginning(batches)
     finished = beginning.step == config.train.steps and on_first(
         place.group, lambda: is_finished(run_dir.events, beginning.step)
     )
@@ -118,34 +118,39 @@ def _ready_to_save(checkpoints: Path, *, finished: bool) -> None:
 
 
 def _resume(
-    path: Path, manifest: Manifest, run_dir: RunDirectory, engine: Engine, data: Loader, config: RunConfig, place: Place
+    path: Path,
+    manifest: Manifest,
+    run_dir: RunDirectory,
+    engine: Engine,
+    data: Loader,
+    config: RunConfig,
+    batches: BatchSchedule,
+    place: Place,
 ) -> Beginning:
     """Fill the engine from a checkpoint of this run."""
     kept = on_first(place.group, lambda: directory.kept_steps(run_dir.checkpoints))
     check_schedule(run_dir.path, validate(manifest.config), config, manifest.step, manifest.samples, kept)
     _check_data(path, manifest, data)
-    ahead = manifest.samples - samples_before(manifest.step + 1, config.train)
-    check_growth(config, manifest.step, ahead)
+    batches = batches.after(manifest.step, manifest.samples)
     store.load(path, engine.state(), place.group)
     engine.loaded()
     _restore_rng(manifest, place)
-    return Beginning(manifest.step, ahead, resumed=True)
+    return Beginning(batches, manifest.step, resumed=True)
 
 
 def _begin_from_parent(
-    engine: Engine, data: Loader, config: RunConfig, tokenizer: Tokenizer, place: Place
+    engine: Engine, data: Loader, config: RunConfig, batches: BatchSchedule, tokenizer: Tokenizer, place: Place
 ) -> Beginning:
     """Fill the engine from another run's checkpoint. The first rank says which: that run may be saving others."""
     parent = on_first(place.group, lambda: find_parent(config))
     check_parent(parent, config, tokenizer, data)
     manifest, mode = parent.manifest, config.run.init_mode
-    step, ahead = 0, 0
+    step = 0
     if mode == "full":
-        step, ahead = manifest.step, manifest.samples - samples_before(manifest.step + 1, config.train)
-        check_growth(config, step, ahead)
+        step, batches = manifest.step, batches.after(manifest.step, manifest.samples)
         _restore_rng(manifest, place)
     load_parent(parent, engine, mode, place.group)
-    return Beginning(step, ahead, parent=parent)
+    return Beginning(batches, step, parent=parent)
 
 
 def _restore_rng(manifest: Manifest, place: Place) -> None:

@@ -15,28 +15,22 @@ from data_pipeline.held_out import held_out_warnings
 from data_pipeline.reading.loader import Loader
 from data_pipeline.storage.tokenized import collect_trusted_paths
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
-from parallel.layout import Layout
-from parallel.pipeline.runner import describe
 from parallel.world import World, process_group
 from pretrain.checkpoint import directory
 from pretrain.checkpoint.ranks import gather
-from pretrain.config import AUTO, RunConfig, flatten
+from pretrain.config import AUTO, DataConfig, RunConfig, flatten
 from pretrain.console import format_count, format_duration
 from pretrain.errors import UserError
 from pretrain.estimate.flops import flops_per_token, parameter_count
 from pretrain.estimate.hardware import find_accelerator
 from pretrain.inference.sample import Sampling, check_prompt, continue_text, keep_tokenizer, trained_model
-from pretrain.optim.schedule import samples_before
 from pretrain.report.run_page import write_report
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.metrics import Meter, mfu_statement
 from pretrain.runs.records import read_config
-from pretrain.setup.engine import blueprint_of, build_engine
-from pretrain.setup.layout import layout_of, microbatch_counts
-from pretrain.setup.layout_rules import padding_note
-from pretrain.setup.memory import check_fits
-from pretrain.setup.resolve import Decision, resolve
-from pretrain.setup.seq_len_schedule import window_of
+from pretrain.setup.batch_schedule import BatchSchedule
+from pretrain.setup.engine import build_engine
+from pretrain.setup.resolve import ResolvedRun, resolve_run
 from pretrain.signals import stop_on_signals
 from pretrain.streams import reason, tolerant_console
 from pretrain.tracking.display import Display
@@ -66,25 +60,24 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     console = console if world.is_main else QUIET
     tokenizer = open_tokenizer(config)
     previous = _previous(config.run.dir)
-    config, decisions = resolve(
-        hold_parent(config, previous), tokenizer_size=tokenizer.vocab_size, previous=previous, world_size=world.size
+    resolved = resolve_run(
+        hold_parent(config, previous), tokenizer_size=tokenizer.vocab_size, world_size=world.size, previous=previous
     )
-    place = Place(world, layout_of(config, world.size))
-    check_fits(config, place.layout)
+    config, place = resolved.config, Place(world, resolved.layout)
     shortage = _shortage(config) if world.is_main else ""
-    train_data, validation = open_data(config)
+    train_data, validation = open_data(config.data, config.run.seed, resolved.batches)
     _check_tokenizer(config, tokenizer, train_data)
     _check_parent(config, tokenizer, train_data)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(tolerant_console(console))
-        _tell_decisions(console, config, decisions, place.layout)
+        _tell_decisions(console, resolved)
         _warn_of_data(console, config, train_data, validation)
         stop = stack.enter_context(stop_on_signals(aloud=world.is_main))
         run_dir = stack.enter_context(RunDirectory.open(config) if world.is_main else RunDirectory.beside_main(config))
         with process_group(world, config.train.device, even_if_alone=place.layout.offload):
             _check_agreement(config, train_data, validation, place)
             engine = build_engine(config, place.layout, world.rank)
-            beginning = restore(run_dir, engine, train_data, config, tokenizer, place)
+            beginning = restore(run_dir, engine, train_data, config, resolved.batches, tokenizer, place)
             if beginning.parent is not None:
                 config = with_ancestry(config, beginning.parent)
             if world.is_main:
@@ -101,9 +94,8 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             loggers = [*open_loggers(config, run_dir.path, beginning.step), *observers] if world.is_main else []
             books = stack.enter_context(open_books(run_dir, display, loggers, output))
             _tell_start(books, config, beginning, train_data, statement, place, shortage)
-            loop = Loop(
-                config, engine, train_data, validation, run_dir.checkpoints, books, meter, stop, place, beginning.ahead
-            )
+            batches, checkpoints = beginning.batches, run_dir.checkpoints
+            loop = Loop(config, batches, engine, train_data, validation, checkpoints, books, meter, stop, place)
             outcome = loop.run(beginning.step, validate_first=not beginning.resumed)
             del loop, engine  # the samples need their memory
         if outcome is Outcome.FINISHED and world.is_main:
@@ -111,18 +103,17 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     return outcome
 
 
-def _tell_decisions(console: Console, config: RunConfig, decisions: Sequence[Decision], layout: Layout) -> None:
+def _tell_decisions(console: Console, resolved: ResolvedRun) -> None:
     """What `auto` became and why, and what else is worth knowing before the first step."""
-    for decision in decisions:
+    for decision in resolved.reported_decisions:
         _say(
             console,
             Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")),
         )
-    note = padding_note(config)
-    if note is not None:
+    for note in resolved.notes:
         _say(console, Text.assemble(("note: ", "dim"), note))
-    if layout.pipeline > 1:
-        _say(console, Text.assemble(("pipeline: ", "dim"), _pipeline(config, layout)))
+    if resolved.pipeline:
+        _say(console, Text.assemble(("pipeline: ", "dim"), resolved.pipeline))
 
 
 def _warn_of_data(console: Console, config: RunConfig, train_data: Loader, validation: Loader | None) -> None:
@@ -152,17 +143,17 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
     return load_tokenizer(file)
 
 
-def open_data(config: RunConfig) -> tuple[Loader, Loader | None]:
+def open_data(data: DataConfig, seed: int, batches: BatchSchedule) -> tuple[Loader, Loader | None]:
     """The training data, and the held-out documents if some were held out."""
-    data, seed, trusted = config.data, config.run.seed, collect_trusted_paths(config.data)
+    trusted = collect_trusted_paths(data)
     train_data = Loader(
         data.path / "train",
         seq_len=data.seq_len,
         seed=seed,
         mixture=data.mixture,
         packing=data.packing,
-        window=window_of(config),
-        total_samples=samples_before(config.train.steps + 1, config.train),
+        window=batches.window,
+        total_samples=batches.total_samples,
         on_damage=data.on_damage,
         trusted_paths=trusted,
     )
@@ -233,14 +224,6 @@ def _report(run_dir: Path, console: Console, error: BaseException | None) -> Non
             _say(console, Text.assemble(("report: ", "dim"), str(report)))
 
 
-def _pipeline(config: RunConfig, layout: Layout) -> str:
-    """The stages, and how long their ranks wait."""
-    blueprint, n_microbatches = blueprint_of(config), microbatch_counts(config)[""]
-    return describe(
-        layout, blueprint.n_layers, n_microbatches, first_cost=blueprint.first_cost, last_cost=blueprint.last_cost
-    )
-
-
 def _previous(run_dir: Path) -> RunConfig | None:
     """The config of the run that is there already; its decisions hold on resume."""
     file = run_dir / "config.yaml"
@@ -253,8 +236,8 @@ def _meter(config: RunConfig, beginning: Beginning, devices: int) -> tuple[Meter
     accelerator = find_accelerator(name) if config.train.precision == "bf16" else None
     flops = flops_per_token(config.model, config.data.seq_len)
     meter = Meter(
-        total_tokens=(samples_before(config.train.steps + 1, config.train) + beginning.ahead) * config.data.seq_len,
-        tokens_done=(samples_before(beginning.step + 1, config.train) + beginning.ahead) * config.data.seq_len,
+        total_tokens=beginning.batches.total_samples * config.data.seq_len,
+        tokens_done=beginning.batches.samples_before(beginning.step + 1) * config.data.seq_len,
         peak_flops=None if accelerator is None else accelerator.bf16_flops * devices,
     )
     return meter, mfu_statement(flops, name, accelerator, devices)
@@ -269,7 +252,7 @@ def _tell_start(
     for notice in (*beginning.notices, *filter(None, [shortage])):
         books.event("notice", notice, beginning.step)
     parameters, step = parameter_count(config.model), beginning.step
-    samples = samples_before(config.train.steps + 1, config.train) + beginning.ahead
+    samples = beginning.batches.total_samples
     begin = f"{format_count(parameters)} parameters on {format_count(samples * config.data.seq_len)} tokens of {config.data.path}"
     text = f"{begin}: {_epochs(data, samples)}"
     if beginning.resumed:

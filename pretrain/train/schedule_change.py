@@ -12,7 +12,7 @@ from pretrain.config import RunConfig, on_resume
 from pretrain.config.differences import differences
 from pretrain.errors import UserError
 from pretrain.optim.schedule import batch_size_at, lr_scale, wsd_decay_steps
-from pretrain.setup.seq_len_schedule import stages_before
+from pretrain.setup.batch_schedule import BatchSchedule, SeqLenStage
 
 
 def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, samples: int, kept: Sequence[int]) -> None:
@@ -108,16 +108,18 @@ def _with_setting(before: RunConfig, now: RunConfig, key: str) -> RunConfig:
 
 def _check_growth(before: RunConfig, now: RunConfig, samples: int) -> None:
     """Stages of data.growth that have begun must be the same ones."""
-    begun, would_have = stages_before(samples, before), stages_before(samples, now)
+    begun, would_have = (
+        BatchSchedule.from_config(config.data, config.train).stages_before(samples) for config in (before, now)
+    )
     if begun == would_have:
         return
 
-    def tell(stages: list[tuple[int, int]]) -> str:
-        return ", ".join(f"{seq_len} tokens from sequence {start} on" for start, seq_len in stages)
+    def tell(stages: list[SeqLenStage]) -> str:
+        return ", ".join(f"{stage.seq_len} tokens from sequence {stage.first_sample} on" for stage in stages)
 
     raise UserError(
         f"data.growth: the {samples} sequences read so far had {tell(begun)}, and would have had {tell(would_have)}; "
         "a share of the run such as 80% moves with train.steps and train.batch_size: write the stages that have "
         "begun as numbers of sequences of data.seq_len tokens, "
-        f"{', '.join(f'from: {start}' for start, _ in begun[1:]) or 'and begin new ones later'}"
+        f"{', '.join(f'from: {stage.first_sample}' for stage in begun[1:]) or 'and begin new ones later'}"
     )

@@ -23,7 +23,7 @@ from pretrain.estimate.hardware import find_accelerator
 from pretrain.model.transformer import Transformer
 from pretrain.runs.records import read_events, read_metrics
 from pretrain.setup.engine import build_engine, compute
-from pretrain.setup.resolve import resolve
+from pretrain.setup.resolve import resolve_run
 from pretrain.train.batching import microbatches, to_host
 
 pytestmark = [
@@ -60,7 +60,7 @@ def config_of(*words: str) -> RunConfig:
         "optim.lr=1e-3",
         "train.z_loss=1e-4",
     )
-    return resolve(load(None, [*model, *run, *words]).config, tokenizer_size=VOCABULARY, previous=None)[0]
+    return resolve_run(load(None, [*model, *run, *words]).config, tokenizer_size=VOCABULARY).config
 
 
 def batch_of(seed: int, documents: int = 5, rows: int = ROWS) -> Batch:

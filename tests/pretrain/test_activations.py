@@ -14,8 +14,7 @@ from pretrain.estimate import block_activations as blocks
 from pretrain.estimate.block_activations import Tensors, tensors_of
 from pretrain.estimate.rank_memory import hold
 from pretrain.setup.dry_run import Measured, measure, shortened
-from pretrain.setup.layout import layout_of
-from pretrain.setup.resolve import plan
+from pretrain.setup.resolve import resolve_for_cluster
 
 SMALL = (
     *(
@@ -72,9 +71,8 @@ Layer = Callable[[Tensors], Tensors]
 
 def planned(case: str) -> tuple[RunConfig, Layout, int]:
     world_size, rank, words = CASES[case]
-    config, _ = plan(load(None, [*SMALL, *words]).config, world_size)
-    layout = layout_of(config, world_size)
-    return shortened(config, layout), layout, rank
+    resolved = resolve_for_cluster(load(None, [*SMALL, *words]).config, world_size)
+    return shortened(resolved.config, resolved.layout), resolved.layout, rank
 
 
 @pytest.fixture(scope="module")

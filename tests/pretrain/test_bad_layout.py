@@ -1,6 +1,7 @@
 """Every layout that cannot be ends in exit code 2 and one line with the way out, before any process group starts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from parallel.world import World
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.errors import UserError
-from pretrain.setup.layout import layout_of
-from pretrain.setup.memory import GIB, check_batch, check_memory
-from pretrain.setup.resolve import plan
+from pretrain.setup.machine import GPU_CLUSTER
+from pretrain.setup.memory import GIB, batch_fits_host, state_fits_device
+from pretrain.setup.resolve import resolve_for_cluster, resolve_run
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 
@@ -116,7 +117,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "microbatch": (
         2,
         ("train.micro_batch_size=3",),
-        "train.micro_batch_size=3 is larger than train.batch_size=4 / 2 data ranks = 2; use at most that",
+        "train.micro_batch_size=3 is larger than train.batch_size=4 / 2 data ranks = 2: use at most that",
     ),
     "longer sequences": (
         4,
@@ -165,7 +166,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         2,
         (*LONG, "parallel.pipeline=2", "parallel.schedule=zbv", "train.compile=true", "train.recompute=selective"),
         "train.compile=true does not go with parallel.schedule=zbv and train.recompute=selective, which would keep what compiled code "
-        "writes over; use train.recompute=full, train.compile=false, or parallel.schedule=interleaved or 1f1b",
+        "writes over: use train.recompute=full, train.compile=false, or parallel.schedule=interleaved or 1f1b",
     ),
     "resharding of what stays whole": (
         2,
@@ -240,8 +241,8 @@ def _must_not_start(*_: object, **__: object) -> None:
 
 
 def planned(world_size: int, *words: str) -> tuple[RunConfig, Layout]:
-    config, _ = plan(load(None, words).config, world_size)
-    return config, layout_of(config, world_size)
+    resolved = resolve_for_cluster(load(None, words).config, world_size)
+    return resolved.config, resolved.layout
 
 
 GOOD = [
@@ -332,20 +333,22 @@ BIG = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=64")
 def test_a_model_that_does_not_fit_is_refused_with_the_smallest_change_that_does(
     world_size: int, words: tuple[str, ...], way_out: str
 ) -> None:
-    config, layout = planned(world_size, *BIG, *words)
+    config, layout = planned(world_size, *BIG, *words)  # with memory that is not known
+    small = replace(GPU_CLUSTER, device_bytes=lambda device: 39 * GIB if device == "cuda" else None)
     with pytest.raises(
         UserError, match=rf"the fullest rank would hold .* GiB .*, and a device has 39\.0 GiB: {way_out}"
     ):
-        check_memory(config, layout, 39 * GIB)
-    check_memory(config, layout, None)
-    check_memory(*planned(8, *BIG), 39 * GIB)
+        resolve_run(config, tokenizer_size=300, world_size=world_size, machine=small)
+    assert state_fits_device(config, layout, None) is None
+    assert state_fits_device(*planned(8, *BIG), 39 * GIB) is None
 
 
 def test_a_batch_that_does_not_fit_into_the_host_is_refused_with_the_largest_that_does() -> None:
     config, layout = planned(
         8, *BIG, "parallel.zero=1", "parallel.tensor=2"
     )  # 4 data ranks of 16 sequences, each 2 x 16 x 8,192 bytes
-    check_batch(config, layout, 16 * 2 * 16 * 8192)
-    check_batch(config, layout, None)
+    assert batch_fits_host(config, layout, 16 * 2 * 16 * 8192) is None
+    assert batch_fits_host(config, layout, None) is None
+    small = replace(GPU_CLUSTER, host_bytes=lambda: 15 * 2 * 16 * 8192)
     with pytest.raises(UserError, match=r"train\.batch_size=64 .* data\.seq_len=8192 tokens need .*: at most 60 fit"):
-        check_batch(config, layout, 15 * 2 * 16 * 8192)
+        resolve_run(config, tokenizer_size=300, world_size=8, machine=small)

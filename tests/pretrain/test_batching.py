@@ -16,8 +16,8 @@ from parallel.world import World
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.optim.schedule import batch_size_at, samples_before
+from pretrain.setup.batch_schedule import BatchSchedule
 from pretrain.setup.engine import build_engine, compute
-from pretrain.setup.seq_len_schedule import seq_len_at, window_of
 from pretrain.train.batching import Share, fill_up, microbatches, to_host
 from pretrain.train.loop import Loop
 from pretrain.train.rank_info import Place
@@ -107,12 +107,13 @@ def test_rows_that_fill_up_add_exactly_nothing(attention: str, precision: str, t
 
 def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:
     """What the loop of a rank reads of a step; nothing else of the loop is there."""
+    batches = BatchSchedule.from_config(config.data, config.train)
     loader = Loader(
-        config.data.path / "train", seq_len=config.data.seq_len, seed=config.run.seed, window=window_of(config)
+        config.data.path / "train", seq_len=config.data.seq_len, seed=config.run.seed, window=batches.window
     )
     nothing: Any = None
     place = Place(World(rank, layout.world_size), layout)
-    return Loop(config, nothing, loader, None, Path(), nothing, nothing, nothing, place)._read(step)
+    return Loop(config, batches, nothing, loader, None, Path(), nothing, nothing, nothing, place)._read(step)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +132,11 @@ def test_the_ranks_together_read_the_global_batch_of_every_step(
     layout: Layout, words: tuple[str, ...], tiny_words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     config = load(None, tiny_words(tmp_path, "train.steps=8", "train.micro_batch_size=2", *words)).config
-    whole = Loader(config.data.path / "train", seq_len=32, seed=config.run.seed, window=window_of(config))
+    schedule = BatchSchedule.from_config(config.data, config.train)
+    whole = Loader(config.data.path / "train", seq_len=32, seed=config.run.seed, window=schedule.window)
     for step in range(1, 9):
         first = samples_before(step, config.train)
-        expected = whole.batch(first, batch_size_at(step, config.train), seq_len_at(first, config))
+        expected = whole.batch(first, batch_size_at(step, config.train), schedule.seq_len_at(first))
         batches = [read(config, layout, rank, step) for rank in range(layout.world_size)]
         assert len({batch.input_ids.shape for batch in batches}) == 1
         by_data_rank = {layout.data_rank(rank): batch for rank, batch in enumerate(batches)}

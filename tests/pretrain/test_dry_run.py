@@ -12,8 +12,7 @@ from pretrain.config.loading import load
 from pretrain.estimate.communication import traffic
 from pretrain.estimate.rank_memory import hold
 from pretrain.setup.dry_run import Measured, measure, shortened
-from pretrain.setup.layout import layout_of
-from pretrain.setup.resolve import plan
+from pretrain.setup.resolve import resolve_for_cluster
 
 TINY = (
     "model.n_layers=4",
@@ -28,9 +27,9 @@ SHORT = ("data.seq_len=64", "model.max_seq_len=64", "train.micro_batch_size=1")
 
 
 def dry(world_size: int, rank: int, *words: str) -> tuple[RunConfig, Layout, Measured]:
-    config, _ = plan(load(None, list(words)).config, world_size)
-    layout = layout_of(config, world_size)
-    config = shortened(config, layout)
+    resolved = resolve_for_cluster(load(None, list(words)).config, world_size)
+    layout = resolved.layout
+    config = shortened(resolved.config, layout)
     return config, layout, measure(config, layout, rank)
 
 

@@ -16,8 +16,7 @@ from pretrain.estimate.flops import parameter_count
 from pretrain.estimate.rank_memory import Weight, end_costs, fullest, hold, layers_of_stages, weights
 from pretrain.model.transformer import SPLIT_PLAN, Transformer
 from pretrain.setup.engine import blueprint_of
-from pretrain.setup.layout import layout_of
-from pretrain.setup.resolve import plan
+from pretrain.setup.resolve import resolve_for_cluster
 
 LLAMA_8B = 8_030_261_248
 LLAMA_405B = 405_853_388_800
@@ -33,8 +32,8 @@ SPLIT_DIMENSION = {"vocabulary_rows": 0, "columns": 0, "kv_columns": 0, "rows_th
 
 
 def planned(world_size: int, *words: str) -> tuple[RunConfig, Layout]:
-    config, _ = plan(load(None, words).config, world_size)
-    return config, layout_of(config, world_size)
+    resolved = resolve_for_cluster(load(None, words).config, world_size)
+    return resolved.config, resolved.layout
 
 
 @pytest.mark.parametrize(

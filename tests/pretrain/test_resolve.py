@@ -1,5 +1,6 @@
 """Every `auto` becomes a value once, by its rule and with a reason; a resumed run keeps the values it began with."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,8 +9,7 @@ import torch
 from pretrain.config import AUTO, RunConfig, flatten
 from pretrain.config.loading import load
 from pretrain.errors import UserError
-from pretrain.setup.layout_rules import padding_note
-from pretrain.setup.resolve import resolve
+from pretrain.setup.resolve import ResolvedRun, resolve_run
 
 TINY = ("model.preset=tiny", "data.seq_len=128", "train.steps=200", "train.batch_size=32")
 BF16 = {"avx512_bf16": True}
@@ -26,6 +26,7 @@ def machine(
 ) -> None:
     patch.setattr(torch.cuda, "is_available", lambda: gpu)
     patch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
     patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu)
     patch.setattr(torch.cpu, "get_capabilities", lambda: cpu or {})
@@ -33,12 +34,18 @@ def machine(
     patch.setattr("pretrain.model.kernels.flash_attn_version", lambda *_: None)
 
 
+def resolve(*words: str, size: int = 300, previous: RunConfig | None = None, world_size: int = 1) -> ResolvedRun:
+    config = load(None, [*TINY, *words]).config
+    return resolve_run(config, tokenizer_size=size, world_size=world_size, previous=previous)
+
+
 def resolved(*words: str, size: int = 300, previous: RunConfig | None = None) -> dict[str, Any]:
-    return flatten(resolve(load(None, [*TINY, *words]).config, tokenizer_size=size, previous=previous)[0])
+    return flatten(resolve(*words, size=size, previous=previous).config)
 
 
 def test_on_a_plain_cpu_these_are_the_decisions_and_reasons() -> None:
-    config, decisions = resolve(load(None, TINY).config, tokenizer_size=300, previous=None)
+    run = resolve()
+    decisions = run.reported_decisions
     assert {decision.key: (decision.value, decision.reason) for decision in decisions} == {
         "data.tokenizer": ("data/default/tokenizer.json", "the one the data was made with"),
         "model.vocab_size": (320, "the tokenizer's 300, rounded up"),
@@ -50,8 +57,9 @@ def test_on_a_plain_cpu_these_are_the_decisions_and_reasons() -> None:
         "train.compile": (False, "465B FLOPs are too few to repay compiling"),
         "train.attention": ("sdpa", "PyTorch's scaled_dot_product_attention runs everywhere"),
     }
-    assert AUTO not in flatten(config).values()
-    assert resolve(config, tokenizer_size=300, previous=None) == (config, [])
+    assert AUTO not in flatten(run.config).values()
+    again = resolve_run(run.config, tokenizer_size=300)
+    assert (again.config, again.decisions) == (run.config, ())
     assert str(decisions[1]) == "model.vocab_size=320 (the tokenizer's 300, rounded up)"
 
 
@@ -63,8 +71,9 @@ def test_what_is_set_is_not_decided() -> None:
         "train.compile=false",
         "optim.decay=0.5",
     )
-    config, decisions = resolve(load(None, [*TINY, *words]).config, tokenizer_size=300, previous=None)
-    assert [decision.key for decision in decisions] == [
+    run = resolve(*words)
+    config = run.config
+    assert [decision.key for decision in run.reported_decisions] == [
         "data.tokenizer",
         "optim.warmup",
         "train.device",
@@ -110,8 +119,7 @@ def test_a_microbatch_fills_up_at_most_a_tenth_of_a_run_with_a_batch_ramp(ramp: 
         f"train.batch_ramp_steps={ramp}",
         f"train.batch_ramp_start={start}",
     )
-    _, decisions = resolve(load(None, [*TINY, *words]).config, tokenizer_size=300, previous=None)
-    (decision,) = (decision for decision in decisions if decision.key == "train.micro_batch_size")
+    (decision,) = (decision for decision in resolve(*words).decisions if decision.key == "train.micro_batch_size")
     assert decision.value == micro
     assert ("fills up at most 10% of the run's sequences in the batch ramp" in decision.reason) == (micro < 32)
 
@@ -128,13 +136,12 @@ def test_a_microbatch_fills_up_at_most_a_tenth_of_a_run_with_a_batch_ramp(ramp: 
 )  # fmt: skip
 def test_microbatches_that_are_filled_up_in_every_step_are_told(batch: int, micro: int, note: str | None) -> None:
     words = (f"train.batch_size={batch}", f"train.micro_batch_size={micro}")
-    config, _ = resolve(load(None, [*TINY, *words]).config, tokenizer_size=300, previous=None)
-    assert padding_note(config) == (note and f"train.micro_batch_size={micro} does not divide {note}")
+    expected = () if note is None else (f"train.micro_batch_size={micro} does not divide {note}",)
+    assert resolve(*words).notes == expected
 
 
 def test_how_ranks_divide_the_work_is_told_where_there_are_several() -> None:
-    config = load(None, [*TINY, "parallel.tensor=2", "parallel.replicate=2"]).config
-    _, decisions = resolve(config, tokenizer_size=300, previous=None, world_size=8)
+    decisions = resolve("parallel.tensor=2", "parallel.replicate=2", world_size=8).reported_decisions
     told = {
         decision.key: (decision.value, decision.reason)
         for decision in decisions
@@ -189,11 +196,11 @@ def test_a_gpu_is_used_with_all_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_resumed_run_keeps_the_decisions_its_numbers_depend_on_whatever_the_rules_say_now(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    began = resolve(load(None, [*TINY, "optim.warmup=7"]).config, tokenizer_size=300, previous=None)[0]
+    began = resolve("optim.warmup=7").config
     machine(monkeypatch, cpu=BF16)
-    config, decisions = resolve(load(None, TINY).config, tokenizer_size=300, previous=began)
-    assert config == began
-    kept = {decision.key for decision in decisions if decision.reason == "as the run began"}
+    run = resolve(previous=began)
+    assert run.config == began
+    kept = {decision.key for decision in run.decisions if decision.reason == "as the run began"}
     assert kept == {"model.vocab_size", "optim.warmup", "optim.decay", "train.precision"}
     assert (resolved()["train.precision"], resolved()["optim.warmup"]) == (
         "bf16",
@@ -205,7 +212,7 @@ def test_a_run_goes_on_another_device_in_the_same_precision_and_with_the_kernels
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine(monkeypatch, gpu=True)
-    on_gpu = resolve(load(None, TINY).config, tokenizer_size=300, previous=None)[0]
+    on_gpu = resolve().config
     machine(monkeypatch)
     moved = resolved(previous=on_gpu)
     assert [moved[f"train.{name}"] for name in ("device", "precision", "compile", "attention")] == [
@@ -236,10 +243,10 @@ def test_a_gpu_that_is_not_there_is_told_before_a_rule_asks_it_anything(
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     with pytest.raises(UserError) as refusal:
         resolved("train.device=cuda", *words)
-    expected = "train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto (PyTorch 2.13.0+cpu is built without CUDA)"
+    expected = "train.device=cuda, but PyTorch sees no GPU here: use train.device=cpu or auto (PyTorch 2.13.0+cpu is built without CUDA)"
     assert str(refusal.value) == expected
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    with pytest.raises(UserError, match=r"sees no GPU here; use train\.device=cpu or auto$"):
+    with pytest.raises(UserError, match=r"sees no GPU here: use train\.device=cpu or auto$"):
         resolved("train.device=cuda", *words)
 
 
@@ -249,7 +256,7 @@ def test_a_gpu_without_bf16_takes_fp32_and_refuses_bf16(monkeypatch: pytest.Monk
     assert resolved()["train.precision"] == "fp32"
     with pytest.raises(
         UserError,
-        match=r"train\.precision=bf16, but NVIDIA H100 .* cannot compute in bf16; use train\.precision=fp32 or auto",
+        match=r"train\.precision=bf16, but NVIDIA H100 .* cannot compute in bf16: use train\.precision=fp32 or auto",
     ):
         resolved("train.precision=bf16")
 
@@ -268,7 +275,7 @@ def test_compiling_without_a_compiler_is_refused_before_anything_begins(
     assert resolved()["train.compile"] is False
     with pytest.raises(
         UserError,
-        match=rf"train\.compile=true, but there is no {missing}; install it, or use train\.compile=false or auto",
+        match=rf"train\.compile=true, but there is no {missing}: install it, or use train\.compile=false or auto",
     ):
         resolved("train.compile=true")
 
@@ -284,7 +291,7 @@ def test_compiling_without_a_compiler_is_refused_before_anything_begins(
             ("train.attention=varlen", "train.precision=fp32"),
             "train.attention=varlen does not run here .*fp32 .* use sdpa or auto",
         ),
-        (("train.attention=varlen", "model.head_dim=12"), "model.head_dim=12; use sdpa or auto"),
+        (("train.attention=varlen", "model.head_dim=12"), "model.head_dim=12: use sdpa or auto"),
     ],
 )
 def test_kernels_that_do_not_run_are_refused_before_anything_begins(

@@ -16,14 +16,15 @@ from parallel.engines.torch.engine import TorchEngine
 from pretrain.config.loading import load
 from pretrain.errors import UserError
 from pretrain.runs.records import StepRecord, read_events, read_metrics
-from pretrain.setup.seq_len_schedule import check_growth, longest_seq_len, seq_len_at
+from pretrain.setup.batch_schedule import BatchSchedule, check_seq_lens
 from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]
 
 
-def config_of(*words: str):
-    return load(None, ["data.seq_len=32", "train.steps=10", "train.batch_size=8", *words]).config
+def schedule_of(*words: str) -> BatchSchedule:
+    config = load(None, ["data.seq_len=32", "train.steps=10", "train.batch_size=8", *words]).config
+    return BatchSchedule.from_config(config.data, config.train)
 
 
 @pytest.fixture
@@ -41,16 +42,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 def test_the_length_is_a_function_of_the_step() -> None:
-    config = config_of("data.growth=[{from: 50%, seq_len: 64}, {from: 72, seq_len: 256}]")
-    check_growth(config)
-    assert [seq_len_at(8 * step, config) for step in range(10)] == [32] * 5 + [64] * 4 + [256]
-    assert longest_seq_len(config) == 256
-    assert longest_seq_len(config_of()) == 32
+    schedule = schedule_of("data.growth=[{from: 50%, seq_len: 64}, {from: 72, seq_len: 256}]")
+    check_seq_lens(schedule)
+    assert [schedule.seq_len_at(8 * step) for step in range(10)] == [32] * 5 + [64] * 4 + [256]
+    assert schedule.longest_seq_len == 256
+    assert schedule_of().longest_seq_len == 32
 
 
 def test_a_stage_begins_with_the_first_whole_step_after_its_start() -> None:
-    config = config_of("data.growth=[{from: 41, seq_len: 64}]")  # sample 41 lies in step 6, samples 40 to 48
-    assert [seq_len_at(8 * step, config) for step in (4, 5, 6)] == [32, 32, 64]
+    schedule = schedule_of("data.growth=[{from: 41, seq_len: 64}]")  # sample 41 lies in step 6, samples 40 to 48
+    assert [schedule.seq_len_at(8 * step) for step in (4, 5, 6)] == [32, 32, 64]
 
 
 @pytest.mark.parametrize(
@@ -71,22 +72,22 @@ def test_a_stage_begins_with_the_first_whole_step_after_its_start() -> None:
         ),
         (
             ["data.growth=[{from: 1, seq_len: 64}]", "train.batch_ramp_steps=5", "train.batch_ramp_start=2"],
-            "data.growth.0.from=1 lies in the batch ramp of 5 steps; let sequences grow after it",
+            "data.growth.0.from=1 lies in the batch ramp of 5 steps: let sequences grow after it",
         ),
     ],
 )
 def test_what_does_not_fit_is_refused(words: list[str], answer: str) -> None:
     with pytest.raises(UserError) as refusal:
-        check_growth(config_of(*words))
+        check_seq_lens(schedule_of(*words))
     assert str(refusal.value).startswith(answer)
 
 
 def test_a_batch_may_not_be_less_than_a_window_whose_end_may_be_padding() -> None:
-    check_growth(config_of("data.window=256"))
+    check_seq_lens(schedule_of("data.window=256"))
     with pytest.raises(
         UserError, match=r"a batch of 8 sequences of data\.seq_len=32 is less than a window of 288 tokens"
     ):
-        check_growth(config_of("data.window=288"))
+        check_seq_lens(schedule_of("data.window=288"))
 
 
 def test_another_batch_size_goes_on_at_the_sequence_where_the_run_stopped(

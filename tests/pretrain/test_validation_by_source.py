@@ -18,8 +18,7 @@ from pretrain.config.loading import load
 from pretrain.runs.metrics import Meter
 from pretrain.runs.records import ValidationRecord, read_metrics
 from pretrain.setup.engine import build_engine
-from pretrain.setup.layout import layout_of
-from pretrain.setup.resolve import resolve
+from pretrain.setup.resolve import resolve_run
 from pretrain.signals import StopRequest
 from pretrain.train.loop import Loop
 from pretrain.train.rank_info import Place
@@ -110,13 +109,14 @@ def validate_on(config: RunConfig) -> ValidationRecord:
     from torch import distributed
 
     world = World(distributed.get_rank(), distributed.get_world_size())
-    config, _ = resolve(config, tokenizer_size=300, previous=None, world_size=world.size)
-    place = Place(world, layout_of(config, world.size))
+    resolved = resolve_run(config, tokenizer_size=300, world_size=world.size)
+    config, batches, place = resolved.config, resolved.batches, Place(world, resolved.layout)
+    data = open_data(config.data, config.run.seed, batches)
     records: list[ValidationRecord] = []
     books = SimpleNamespace(log=records.append, display=SimpleNamespace(validation=lambda _: None))
     meter = Meter(total_tokens=1, peak_flops=None)
     engine = build_engine(config, place.layout, world.rank)
-    Loop(config, engine, *open_data(config), config.run.dir, books, meter, StopRequest(), place)._validate(0)  # type: ignore[arg-type]  # stand-ins
+    Loop(config, batches, engine, *data, config.run.dir, books, meter, StopRequest(), place)._validate(0)  # type: ignore[arg-type]  # stand-ins
     return records[0]
 
 

@@ -107,15 +107,14 @@ def _forecast(path: Path, words: list[str]) -> Forecast:
     """What a run with these settings reads of the data in `path`."""
     from data_pipeline.reading.forecast import forecast_reading
     from pretrain.config.loading import load_words
-    from pretrain.optim.schedule import samples_before
-    from pretrain.setup.seq_len_schedule import check_growth
+    from pretrain.setup.batch_schedule import BatchSchedule, check_seq_lens
     from pretrain.train.run import open_data
 
     config = load_words(words).config
-    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
-    check_growth(config)
-    train, _ = open_data(config)
-    return forecast_reading(train, samples_before(config.train.steps + 1, config.train))
+    batches = BatchSchedule.from_config(config.data, config.train)
+    check_seq_lens(batches)
+    train, _ = open_data(config.data.model_copy(update={"path": path}), config.run.seed, batches)
+    return forecast_reading(train, batches.total_samples)
 
 
 @app.command()
