@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """The parts of all ranks, laid end to end along `dim` in rank order; the gradient of a part is summed over the ranks.
 
     All ranks give the same shape.
     """
-    out: Tensor = _Gather.apply(x, group.group_name, group.size(), dim % x.ndim)  # type: ignore[no-untyped-call]  # untyped in torch
+    out: Tensor = _AllGather.apply(x, group.group_name, group.size(), dim % x.ndim)  # type: ignore[no-untyped-call]  # untyped in torch
     return out
 
 
-def exchange(x: Tensor, group: ProcessGroup, split_dim: int, concat_dim: int) -> Tensor:
+def all_to_all(x: Tensor, group: ProcessGroup, split_dim: int, concat_dim: int) -> Tensor:
     """Rank r gets the r-th part along `split_dim` of every rank's x, laid end to end along `concat_dim` in rank order (all-to-all).
 
     The gradient goes back the same way. Raises ValueError unless the group's size divides `split_dim`.
@@ -32,11 +32,11 @@ def exchange(x: Tensor, group: ProcessGroup, split_dim: int, concat_dim: int) ->
             f"{x.shape[split_dim]} parts along dimension {split_dim} cannot be shared out to {group.size()} ranks"
         )
     name, size = group.group_name, group.size()
-    out: Tensor = _Exchange.apply(x, name, size, split_dim % x.ndim, concat_dim % x.ndim)  # type: ignore[no-untyped-call]  # as above
+    out: Tensor = _AllToAll.apply(x, name, size, split_dim % x.ndim, concat_dim % x.ndim)  # type: ignore[no-untyped-call]  # as above
     return out
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     """All-gather, and reduce-scatter for the gradient."""
 
     @staticmethod
@@ -56,7 +56,7 @@ class _Gather(torch.autograd.Function):
         return _wait(mine), None, None, None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """All-to-all; its gradient is the all-to-all with the dimensions the other way round."""
 
     @staticmethod
@@ -64,15 +64,15 @@ class _Exchange(torch.autograd.Function):
         ctx: Any, x: Tensor, group_name: str, size: int, split_dim: int, concat_dim: int
     ) -> Tensor:  # Any: as above
         ctx.where = group_name, size, split_dim, concat_dim
-        return _all_to_all(x, group_name, size, split_dim, concat_dim)
+        return _all_to_all_single(x, group_name, size, split_dim, concat_dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # Any: as above
         group_name, size, split_dim, concat_dim = ctx.where
-        return _all_to_all(grad, group_name, size, concat_dim, split_dim), None, None, None, None
+        return _all_to_all_single(grad, group_name, size, concat_dim, split_dim), None, None, None, None
 
 
-def _all_to_all(x: Tensor, group_name: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
+def _all_to_all_single(x: Tensor, group_name: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
     parts = _split(x, size, split_dim).flatten(0, 1)
     rows = [len(parts) // size] * size
     return _join(_wait(torch.ops._c10d_functional.all_to_all_single(parts, rows, rows, group_name)), size, concat_dim)

@@ -24,25 +24,25 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.collectives import exchange, gather
-from parallel.engine import Held, Microbatch
+from parallel.collectives import all_gather, all_to_all
+from parallel.engine import LocalTokens, Microbatch
 from parallel.errors import LayoutError
 from parallel.layout import Layout
 
-Attend = Callable[[Tensor, Tensor, Tensor, object], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, object], Tensor]
 """(queries [B, S, H, K], keys and values [B, R, G, K], mask) -> [B, S, H, K]. The mask's type is the model's, and passes through."""
 
 
 @runtime_checkable
-class Attends(Protocol):
+class HasAttentionFunction(Protocol):
     """A module that does its attention by a function, which can be replaced."""
 
-    attend: Attend
+    attention_function: AttentionFunction
 
 
-def held(seq_len: int, layout: Layout, context_rank: int) -> Held:
+def local_tokens(seq_len: int, layout: Layout, context_rank: int) -> LocalTokens:
     """The tokens of each row of `seq_len` that a rank of the context axis holds. Raises LayoutError if they cannot be shared out evenly."""
-    ranks, chunks = layout.context, chunks_of_row(layout)
+    ranks, chunks = layout.context, chunks_per_row(layout)
     if seq_len % chunks:
         raise LayoutError(
             f"data.seq_len={seq_len} has to be a multiple of {chunks} with parallel.context={ranks} and "
@@ -50,41 +50,43 @@ def held(seq_len: int, layout: Layout, context_rank: int) -> Held:
         )
     size = seq_len // chunks
     if chunks == ranks:
-        return Held(((context_rank * size, (context_rank + 1) * size),), whole_rows=True)
+        return LocalTokens(((context_rank * size, (context_rank + 1) * size),), full_rows=True)
     mirrored = chunks - 1 - context_rank
-    return Held(
-        ((context_rank * size, (context_rank + 1) * size), (mirrored * size, (mirrored + 1) * size)), whole_rows=False
+    return LocalTokens(
+        ((context_rank * size, (context_rank + 1) * size), (mirrored * size, (mirrored + 1) * size)), full_rows=False
     )
 
 
-def chunks_of_row(layout: Layout) -> int:
+def chunks_per_row(layout: Layout) -> int:
     """How many equal chunks a row is cut into: its length has to be a multiple of that."""
     return 2 * layout.context if layout.context > 1 and layout.context_method == "gather" else layout.context
 
 
-def cut(microbatch: Microbatch, held: Held) -> Microbatch:
+def shard_sequence(microbatch: Microbatch, tokens: LocalTokens) -> Microbatch:
     """The held tokens of whole rows. Positions and document ids stay whole, for the mask; so does the number of targets."""
 
     def mine(rows_BR: Tensor) -> Tensor:
-        parts = [rows_BR[:, first:end] for first, end in held.ranges]
+        parts = [rows_BR[:, first:end] for first, end in tokens.ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    return replace(microbatch, input_ids=mine(microbatch.input_ids), labels=mine(microbatch.labels), held=held)
+    return replace(
+        microbatch, input_ids=mine(microbatch.input_ids), labels=mine(microbatch.labels), local_tokens=tokens
+    )
 
 
-def split(module: nn.Module, mesh: DeviceMesh, method: str) -> None:
+def apply_context_parallel(module: nn.Module, mesh: DeviceMesh, method: str) -> None:
     """Let every attention inside `module` reach over the ranks of the 1-D `mesh`, by `gather` or `ulysses`."""
-    around = {"gather": gathered, "ulysses": exchanged}[method]
+    around = {"gather": allgather_attention, "ulysses": ulysses_attention}[method]
     for part in module.modules():
-        if isinstance(part, Attends):
-            part.attend = partial(around, part.attend, mesh.get_group())
+        if isinstance(part, HasAttentionFunction):
+            part.attention_function = partial(around, part.attention_function, mesh.get_group())
 
 
-def gathered(
-    attend: Attend, group: ProcessGroup, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object
+def allgather_attention(
+    attend: AttentionFunction, group: ProcessGroup, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object
 ) -> Tensor:
     """Attention of the held queries over the keys and values of whole rows; the mask says where in the row the queries stand."""
-    k_BRGK, v_BRGK = _in_order(gather(torch.stack((k_BSGK, v_BSGK))[None], group, 0))  # one message for both
+    k_BRGK, v_BRGK = _in_order(all_gather(torch.stack((k_BSGK, v_BSGK))[None], group, 0))  # one message for both
     return attend(q_BSHK, k_BRGK, v_BRGK, mask)
 
 
@@ -94,8 +96,8 @@ def _in_order(parts_C2BSGK: Tensor) -> Tensor:
     return torch.cat((*early, *reversed(late.unbind())), dim=2)
 
 
-def exchanged(
-    attend: Attend, group: ProcessGroup, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object
+def ulysses_attention(
+    attend: AttentionFunction, group: ProcessGroup, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object
 ) -> Tensor:
     """Attention of whole rows in this rank's share of the heads. Raises ValueError unless the ranks divide the key/value heads."""
     if k_BSGK.shape[2] % group.size():
@@ -103,5 +105,5 @@ def exchanged(
             f"parallel.context_method=ulysses shares out key/value heads, and parallel.context={group.size()} does not divide the "
             f"{k_BSGK.shape[2]} of a rank; use parallel.context_method=gather"
         )
-    q, k, v = (exchange(x, group, split_dim=2, concat_dim=1) for x in (q_BSHK, k_BSGK, v_BSGK))
-    return exchange(attend(q, k, v, mask), group, split_dim=1, concat_dim=2)
+    q, k, v = (all_to_all(x, group, split_dim=2, concat_dim=1) for x in (q_BSHK, k_BSGK, v_BSGK))
+    return all_to_all(attend(q, k, v, mask), group, split_dim=1, concat_dim=2)

@@ -19,28 +19,28 @@ class Microbatch:
     """Sequences of one forward and backward pass; labels of -100 are no targets."""
 
     input_ids: Tensor
-    """[b, S], as `labels`; S are the tokens of `held` where there is one."""
+    """[b, S], as `labels`; S are the tokens of `local_tokens` where there is one."""
     labels: Tensor
     positions: Tensor
     """[b, row], whole rows on the host, as `document_ids`: the mask made of both reads their values, and a GPU would have to wait."""
     document_ids: Tensor
     n_targets: int
     """Labels of the whole rows that count, known on the host so that nobody waits for the device to count them."""
-    held: Held | None = None
+    local_tokens: LocalTokens | None = None
     """Set by the engine under context parallelism."""
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalTokens:
     """Under context parallelism: which tokens of each row a rank holds."""
 
     ranges: tuple[tuple[int, int], ...]
     """(first, end) in the row, in the order in which the rank holds them."""
-    whole_rows: bool
+    full_rows: bool
     """True if attention sees whole rows of some heads; False if the held queries see all keys of the row."""
 
 
-class LossSum(Protocol):
+class MicrobatchLoss(Protocol):
     """Sums over the targets of a microbatch, scalars: what is minimised, fp32, and its two parts, fp64, detached."""
 
     @property
@@ -63,7 +63,7 @@ class StepResult:
     loss: float
     z_loss: float
     grad_norm: float
-    asked: bool = False
+    stop_requested: bool = False
     """Whether any rank's `asks` said so."""
 
     @property
@@ -88,18 +88,18 @@ class Optimizer(Protocol):
         """Per parameter name, the tensors that a resumed run needs."""
 
 
-Compute = Callable[[nn.Module, Tensor | None, Microbatch], "Tensor | LossSum"]
+ForwardStep = Callable[[nn.Module, Tensor | None, Microbatch], "Tensor | MicrobatchLoss"]
 """One part of the model over one microbatch: what the part before sent (None: this is the first, which reads `input_ids`) -> what the
 next part needs, or the loss if this is the last."""
 
 BuildOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
 
 
-class Part(Protocol):
+class ModelChunk(Protocol):
     """Consecutive layers of a model, an `nn.Module`: what they say of themselves, so that they can be split."""
 
     @property
-    def plan(self) -> Mapping[str, str]:
+    def tp_plan(self) -> Mapping[str, str]:
         """How tensor parallelism may split each module of the whole model, by patterns of names; `parallel.tensor` knows the words."""
 
     @property
@@ -107,29 +107,29 @@ class Part(Protocol):
         """The blocks that are here, in order: what is recomputed as one."""
 
     @property
-    def units(self) -> Sequence[nn.Module]:
+    def fsdp_units(self) -> Sequence[nn.Module]:
         """Modules whose parameters are used at one time, in the order of their use: what is gathered as one."""
 
     @property
-    def tied(self) -> str | None:
+    def tied_parameter(self) -> str | None:
         """Canonical name of the parameter that the first and the last part share, or None."""
 
-    def compile_parts(self) -> None:
+    def compile_submodules(self) -> None:
         """torch.compile what repeats. Before anything is split: compilation itself waits for the first pass."""
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class ModelSpec:
     """What an engine makes a model of."""
 
     n_layers: int
-    width: int
+    d_model: int
     """Of what one block hands to the next."""
     build: Callable[[range], nn.Module]
-    """These layers as a `Part` without values, on the device of the `torch.device` context; `range(n_layers)` is the whole model."""
-    fill: Callable[[str, Tensor, tuple[int, ...], tuple[int, ...]], None]
+    """These layers as a `ModelChunk` without values, on the device of the `torch.device` context; `range(n_layers)` is the whole model."""
+    init_shard: Callable[[str, Tensor, tuple[int, ...], tuple[int, ...]], None]
     """(canonical name, this rank's tensor, its offset in the whole parameter, the whole parameter's shape): writes its initial values."""
-    compute: Compute
+    forward_step: ForwardStep
     build_optimizer: BuildOptimizer
     first_cost: float = 0.0
     """What comes before the first layer, and after the last one, in time of a layer: stages of a pipeline are balanced by it."""
@@ -137,12 +137,12 @@ class Blueprint:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class EngineOptions:
     """How an engine computes."""
 
     dtype: torch.dtype
     """Of the forward and backward pass; masters, sums of gradients and optimizer state are fp32."""
-    clip: float | None
+    max_grad_norm: float | None
     """Largest global gradient norm."""
     compile: bool = False
     recompute: str = "none"
@@ -155,7 +155,7 @@ class Engine(Protocol):
     """A model and its optimizer on their devices."""
 
     def train_step(
-        self, microbatches: Sequence[Microbatch], lr_scale: float, asks: Callable[[], bool] = lambda: False
+        self, microbatches: Sequence[Microbatch], lr_scale: float, stop_requested: Callable[[], bool] = lambda: False
     ) -> StepResult:
         """One optimizer step over the global batch, of which each data rank gives its own microbatches, all ranks equally many.
 
@@ -166,7 +166,7 @@ class Engine(Protocol):
         """(sum of the cross-entropy in nats, number of targets) over the microbatches of all data ranks, weights untouched."""
 
     def state(self) -> State:
-        """Live tensors of everything a checkpoint holds: writing into them is loading, followed by `loaded`."""
+        """Live tensors of everything a checkpoint holds: writing into them is loading, followed by `sync_compute_weights`."""
 
-    def loaded(self) -> None:
+    def sync_compute_weights(self) -> None:
         """Say that the tensors of `state()` were written into."""

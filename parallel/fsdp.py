@@ -37,10 +37,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from parallel.layout import Layout
-from parallel.mesh import data_mesh, near_mesh
+from parallel.mesh import data_mesh, reshard_mesh
 
 
-class Sharded:
+class FSDPRoot:
     """A module whose parameters are sharded, and what it does around each microbatch."""
 
     def __init__(self, root: nn.Module, layout: Layout) -> None:
@@ -54,14 +54,16 @@ class Sharded:
         self._root.set_requires_all_reduce(last)
         self._root.set_reshard_after_backward(last or self._zero == 3)
 
-    def forget_gathered(self) -> None:
+    def reshard(self) -> None:
         """Free the copies that a forward pass without backward pass left behind: the masters may be written into now."""
         for module in cast(nn.Module, self._root).modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
-def shard(root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout: Layout, dtype: torch.dtype) -> Sharded:
+def apply_fsdp(
+    root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout: Layout, dtype: torch.dtype
+) -> FSDPRoot:
     """Shard the parameters of `root` in place; its parameters become DTensors that hold this rank's part of the fp32 masters.
 
     Args:
@@ -79,7 +81,7 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout:
     )
     offload = CPUOffloadPolicy() if layout.offload else OffloadPolicy()
     some = layout.reshard_to if layout.zero == 3 and layout.reshard_to != layout.fsdp else None
-    with nullcontext() if some is None else _resharded_over(near_mesh(mesh, layout)):
+    with nullcontext() if some is None else _resharded_over(reshard_mesh(mesh, layout)):
         for unit in units:
             fully_shard(
                 unit,
@@ -99,10 +101,10 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, layout:
             sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # without it a factor of 1 asks for NCCL's premultiplied sum
     _prefetch([cast(FSDPModule, unit) for unit in units], layout.prefetch)
-    return Sharded(root, layout)
+    return FSDPRoot(root, layout)
 
 
-def groups_of(root: FSDPModule) -> Iterator[_fsdp_param_group.FSDPParamGroup]:
+def fsdp_param_groups(root: FSDPModule) -> Iterator[_fsdp_param_group.FSDPParamGroup]:
     """What FSDP2 gathers and reduces as one, of all modules that share a root with this one, once a forward pass has found them.
 
     No public name leads there; torch's pipelines go this way too, in `perform_reduce_grad`.

@@ -14,14 +14,16 @@ from parallel.local import local
 _CPU_PIECE = 2**18  # numbers: an fp64 copy of 2 MB stays in the cache, and 8 threads have enough to share
 
 
-def squared_norm(masters: Mapping[str, nn.Parameter], layout: Layout, n_copies: Callable[[str], int]) -> Tensor:
+def local_squared_norm(
+    master_weights: Mapping[str, nn.Parameter], layout: Layout, n_copies: Callable[[str], int]
+) -> Tensor:
     """This rank's share of the squared norm of all gradients, fp64: summed over all ranks it is the whole.
 
     Where k ranks hold the same numbers each contributes a k-th of their squares, so that one sum over the world is right for parameters
     that are divided over different axes. `n_copies`: stages that hold a parameter of that name.
     """
     by_holders: dict[int, list[Tensor]] = {}
-    for name, master in masters.items():
+    for name, master in master_weights.items():
         if master.grad is not None:
             by_holders.setdefault(_holders(master, layout) * n_copies(name), []).extend(_pieces(local(master.grad)))
     shares = []
@@ -48,8 +50,8 @@ def _holders(parameter: Tensor, layout: Layout) -> int:
     return holders
 
 
-def clip_(masters: Iterable[nn.Parameter], largest: float, norm: float) -> None:
+def clip_gradients_(master_weights: Iterable[nn.Parameter], largest: float, norm: float) -> None:
     """Scale all gradients in place so that their global norm, which is `norm`, is at most `largest`."""
     if norm > largest:
-        gradients = [local(master.grad) for master in masters if master.grad is not None]
+        gradients = [local(master.grad) for master in master_weights if master.grad is not None]
         torch._foreach_mul_(gradients, largest / (norm + 1e-6))  # no public name; as clip_grad_norm_ does it

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-class LocalPart(NamedTuple):
+class LocalShard(NamedTuple):
     """A box of a tensor: `whole[offset[0] : offset[0] + local.shape[0], ...]`."""
 
     local: Tensor
@@ -24,17 +24,17 @@ class LocalPart(NamedTuple):
     """Of the whole."""
 
 
-def local_part(parameter: Tensor) -> LocalPart:
+def local_shard(parameter: Tensor) -> LocalShard:
     """What this rank holds of a plain tensor (all of it) or of a DTensor, however it is sharded: unevenly, or twice along a dimension."""
     if not isinstance(parameter, DTensor):
-        return LocalPart(parameter.detach(), (0,) * parameter.ndim, tuple(parameter.shape))
+        return LocalShard(parameter.detach(), (0,) * parameter.ndim, tuple(parameter.shape))
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     local = cast(DTensor, parameter.detach()).to_local()
     if tuple(local.shape) != tuple(shape):
         raise ValueError(
             f"a part of shape {tuple(local.shape)} is where {parameter.placements} of {tuple(parameter.shape)} puts {shape}"
         )
-    return LocalPart(local, tuple(offset), tuple(parameter.shape))
+    return LocalShard(local, tuple(offset), tuple(parameter.shape))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def split_masters(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, nn.Parameter], Callable[[], None]]:
+def split_master_weights(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, nn.Parameter], Callable[[], None]]:
     """Turn the module's parameters into copies of `dtype`, if they are not of it already.
 
     Returns:
@@ -16,12 +16,12 @@ def split_masters(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, nn.Pa
     """
     if dtype == torch.float32:
         return dict(model.named_parameters()), lambda: None
-    masters = {name: nn.Parameter(parameter.detach()) for name, parameter in model.named_parameters()}
+    master_weights = {name: nn.Parameter(parameter.detach()) for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype)  # new memory: what it had is the master's alone from here on
-        parameter.register_post_accumulate_grad_hook(_collect_into(masters[name]))  # type: ignore[no-untyped-call]  # untyped in torch
-    copies, originals = list[Tensor](model.parameters()), list[Tensor](masters.values())
-    return masters, lambda: torch._foreach_copy_(
+        parameter.register_post_accumulate_grad_hook(_collect_into(master_weights[name]))  # type: ignore[no-untyped-call]  # untyped in torch
+    copies, originals = list[Tensor](model.parameters()), list[Tensor](master_weights.values())
+    return master_weights, lambda: torch._foreach_copy_(
         copies, originals
     )  # no public name; a loop of copy_() does the same, slower
 

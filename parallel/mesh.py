@@ -50,7 +50,7 @@ def data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     return root["replicate", "fsdp"] if layout.replicate > 1 else root["fsdp"]
 
 
-def near_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+def reshard_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     """(`apart`, `near`): the "fsdp" ranks of one `replicate`, neighbours in groups of `reshard_to`, which has to be there and divide them.
 
     Makes process groups: all ranks must come here together, and what is sharded alike should have one.
@@ -64,7 +64,7 @@ def near_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     return near
 
 
-def forget_meshes() -> None:
+def clear_mesh_caches() -> None:
     """After a process group was destroyed, where another may follow: DTensor remembers what it found out by the shape of a mesh.
 
     It would take a mesh of the next group for the same and name groups that are gone, and keeps the threads of gloo alive. No public name

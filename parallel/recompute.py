@@ -43,7 +43,7 @@ OPERATORS: dict[str, frozenset[str]] = {
 """Operators whose results each word of `train.recompute_keep` keeps, by their names in PyTorch's dispatcher."""
 
 
-def recompute(
+def apply_recompute(
     blocks: Sequence[nn.Module], mode: str, first: int = 0, every: int = 1, keep: Collection[str] = ()
 ) -> None:
     """Have every `every`-th block of the model recompute its activations, in place.

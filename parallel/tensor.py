@@ -6,16 +6,16 @@ the collectives around it. Kernels and the compiler meet no DTensor but where a 
 
 | word                 | weight        | before                     | after                       |
 |----------------------|---------------|----------------------------|-----------------------------|
-| `vocabulary_rows`    | rows          | ids of other ranks give 0  | sum over the ranks          |
+| `vocab_parallel_embedding`    | rows          | ids of other ranks give 0  | sum over the ranks          |
 | `sequence`           | whole         |                            |                             |
 | `gather_sequence`    |               | sequence gathered          |                             |
-| `columns`            | rows          |                            |                             |
-| `kv_columns`         | rows          |                            |                             |
-| `heads`              | whole         |                            |                             |
-| `rows_then_reduce`   | columns       |                            | sum over the ranks          |
-| `vocabulary_columns` | rows          |                            |                             |
+| `colwise`            | rows          |                            |                             |
+| `kv_colwise`         | rows          |                            |                             |
+| `replicated_with_grad_allreduce`              | whole         |                            |                             |
+| `rowwise`   | columns       |                            | sum over the ranks          |
+| `vocab_parallel_head` | rows          |                            |                             |
 
-(`columns` is said of the product x W', whose columns are the rows of W.) With `sequence` a sum leaves each rank its part of the sequence
+(`colwise` is said of the product x W', whose columns are the rows of W.) With `sequence` a sum leaves each rank its part of the sequence
 (reduce-scatter), without it all of it (all-reduce). Shape suffixes: B batch, S sequence, D model width.
 """
 
@@ -33,12 +33,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from parallel.errors import LayoutError
-from parallel.vocabulary import HasLoss, split_loss
+from parallel.vocabulary import HasLinearLoss, vocab_parallel_loss
 
 Forward = Callable[..., Tensor]
 
 
-def split(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str], *, sequence: bool, replicate_kv: bool) -> None:
+def apply_tensor_parallel(
+    module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str], *, sequence: bool, replicate_kv: bool
+) -> None:
     """Split a model, or a part of one, over the ranks of the one-dimensional `mesh`, in place.
 
     Args:
@@ -58,10 +60,10 @@ def split(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str], *, seque
         tuple[object, ...], type[nn.Module]
     ] = {}  # few: a class of its own for each layer would be compiled anew
     for pattern, word in plan.items():
-        if word not in _ROLES:
-            raise ValueError(f"the plan says {word!r} for {pattern}; words are {', '.join(_ROLES)}")
+        if word not in _STYLES:
+            raise ValueError(f"the plan says {word!r} for {pattern}; words are {', '.join(_STYLES)}")
         for name, parent, part in list(_find(module, pattern)):
-            role = _ROLES[word](ranks, parent, part)
+            role = _STYLES[word](ranks, parent, part)
             _distribute(part, role, ranks, name)
             key = type(part), word, *(name for name, _ in part.named_parameters(recurse=False))
             if key not in classes:
@@ -71,8 +73,8 @@ def split(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str], *, seque
         if not isinstance(parameter, DTensor):
             raise ValueError(f"the plan has no pattern for {name}")
     if hasattr(module, "linear_loss"):
-        losing = cast(HasLoss, module)
-        losing.linear_loss = split_loss(losing.linear_loss, mesh.get_group(), ranks.gather)
+        losing = cast(HasLinearLoss, module)
+        losing.linear_loss = vocab_parallel_loss(losing.linear_loss, mesh.get_group(), ranks.gather)
 
 
 def enable_async(mesh: DeviceMesh) -> None:
@@ -121,7 +123,7 @@ class _Ranks:
         )
 
 
-class _Role(NamedTuple):
+class ParallelStyle(NamedTuple):
     """What a word makes of a module."""
 
     weight: Placement = Replicate()
@@ -137,7 +139,7 @@ class _Role(NamedTuple):
     """Forward of the class -> forward of the split module; both are called with the module first."""
 
 
-def _vocabulary_rows(ranks: _Ranks, _: nn.Module, __: nn.Module) -> _Role:
+def _vocab_parallel_embedding(ranks: _Ranks, _: nn.Module, __: nn.Module) -> ParallelStyle:
     n_ranks, rank = ranks.mesh.size(), ranks.mesh.get_local_rank()
 
     def embed(module: nn.Module, ids_BS: Tensor) -> Tensor:
@@ -149,61 +151,61 @@ def _vocabulary_rows(ranks: _Ranks, _: nn.Module, __: nn.Module) -> _Role:
         x_BSD = F.embedding(row_BS.masked_fill(elsewhere_BS, 0), weight_RD)
         return ranks.reduce(x_BSD.masked_fill(elsewhere_BS[..., None], 0))
 
-    return _Role(Shard(0), Shard(0), wrap=lambda _: embed)
+    return ParallelStyle(Shard(0), Shard(0), wrap=lambda _: embed)
 
 
-def _rows(_: _Ranks, __: nn.Module, ___: nn.Module) -> _Role:
-    return _Role(Shard(0), Shard(0))
+def _rows(_: _Ranks, __: nn.Module, ___: nn.Module) -> ParallelStyle:
+    return ParallelStyle(Shard(0), Shard(0))
 
 
-def _kv_rows(ranks: _Ranks, parent: nn.Module, part: nn.Module) -> _Role:
+def _kv_rows(ranks: _Ranks, parent: nn.Module, part: nn.Module) -> ParallelStyle:
     """Whole heads each; where there are fewer heads than ranks, ranks that follow one another share one, as their queries do."""
     head_dim, width, n_ranks = cast(int, parent.head_dim), cast(nn.Linear, part).out_features, ranks.mesh.size()
     n_heads = width // head_dim
     if n_heads % n_ranks == 0:
-        return _Role(Shard(0), Shard(0))
+        return ParallelStyle(Shard(0), Shard(0))
     if not ranks.replicate_kv or n_ranks % n_heads:
         raise ValueError(
             f"{n_heads} key/value heads cannot be shared out to {n_ranks} ranks with replicate_kv={ranks.replicate_kv}"
         )
     first = ranks.mesh.get_local_rank() * n_heads // n_ranks * head_dim
-    return _Role(Replicate(), Partial(), rows=slice(first, first + head_dim))
+    return ParallelStyle(Replicate(), Partial(), rows=slice(first, first + head_dim))
 
 
-def _heads(_: _Ranks, __: nn.Module, ___: nn.Module) -> _Role:
-    return _Role(Replicate(), Partial())
+def _heads(_: _Ranks, __: nn.Module, ___: nn.Module) -> ParallelStyle:
+    return ParallelStyle(Replicate(), Partial())
 
 
-def _sequence(ranks: _Ranks, _: nn.Module, __: nn.Module) -> _Role:
-    return _Role(Replicate(), Partial() if ranks.sequence else Replicate())
+def _sequence(ranks: _Ranks, _: nn.Module, __: nn.Module) -> ParallelStyle:
+    return ParallelStyle(Replicate(), Partial() if ranks.sequence else Replicate())
 
 
-def _gather_sequence(ranks: _Ranks, _: nn.Module, __: nn.Module) -> _Role:
+def _gather_sequence(ranks: _Ranks, _: nn.Module, __: nn.Module) -> ParallelStyle:
     def wrap(forward: Forward) -> Forward:
         return lambda module, x_BSD, *rest, **named: forward(module, ranks.gather(x_BSD), *rest, **named)
 
-    return _Role(wrap=wrap)
+    return ParallelStyle(wrap=wrap)
 
 
-def _rows_then_reduce(ranks: _Ranks, _: nn.Module, part: nn.Module) -> _Role:
+def _rowwise(ranks: _Ranks, _: nn.Module, part: nn.Module) -> ParallelStyle:
     if getattr(part, "bias", None) is not None:
-        raise ValueError("rows_then_reduce cannot split a module with a bias: it would be added once a rank")
+        raise ValueError("rowwise cannot split a module with a bias: it would be added once a rank")
 
     def wrap(forward: Forward) -> Forward:
         return lambda module, x: ranks.reduce(forward(module, x))
 
-    return _Role(Shard(1), Shard(1), wrap=wrap)
+    return ParallelStyle(Shard(1), Shard(1), wrap=wrap)
 
 
-_ROLES: dict[str, Callable[[_Ranks, nn.Module, nn.Module], _Role]] = {
-    "vocabulary_rows": _vocabulary_rows,
-    "sequence": _sequence,
+_STYLES: dict[str, Callable[[_Ranks, nn.Module, nn.Module], ParallelStyle]] = {
+    "vocab_parallel_embedding": _vocab_parallel_embedding,
+    "sequence_parallel": _sequence,
     "gather_sequence": _gather_sequence,
-    "columns": _rows,
-    "kv_columns": _kv_rows,
-    "heads": _heads,
-    "rows_then_reduce": _rows_then_reduce,
-    "vocabulary_columns": _rows,
+    "colwise": _rows,
+    "kv_colwise": _kv_rows,
+    "replicated_with_grad_allreduce": _heads,
+    "rowwise": _rowwise,
+    "vocab_parallel_head": _rows,
 }
 """Word of a plan -> (ranks, the module above, the module) -> role."""
 
@@ -222,7 +224,7 @@ def _find(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module, nn.
     yield from found
 
 
-def _distribute(part: nn.Module, role: _Role, ranks: _Ranks, name: str) -> None:
+def _distribute(part: nn.Module, role: ParallelStyle, ranks: _Ranks, name: str) -> None:
     """Turn the parameters of `part` itself into DTensors."""
     for key, parameter in list(part.named_parameters(recurse=False)):
         n_ranks = ranks.mesh.size()
@@ -234,7 +236,7 @@ def _distribute(part: nn.Module, role: _Role, ranks: _Ranks, name: str) -> None:
         part.register_parameter(key, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
-def _subclass(part: nn.Module, role: _Role, mesh: DeviceMesh) -> type[nn.Module]:
+def _subclass(part: nn.Module, role: ParallelStyle, mesh: DeviceMesh) -> type[nn.Module]:
     """The class of `part` with the attributes that its role gives it; its parameters stay what they are in `parameters()`."""
     base = type(part)
     members: dict[str, object] = {key: _local(key, role, mesh) for key, _ in part.named_parameters(recurse=False)}
@@ -243,7 +245,7 @@ def _subclass(part: nn.Module, role: _Role, mesh: DeviceMesh) -> type[nn.Module]
     return type(f"Split{base.__name__}", (base,), members)
 
 
-def _local(key: str, role: _Role, mesh: DeviceMesh) -> property:
+def _local(key: str, role: ParallelStyle, mesh: DeviceMesh) -> property:
     """An attribute that is this rank's part of the parameter of that name, a plain tensor; while FSDP2 has it sharded, the parameter."""
 
     def read(module: nn.Module) -> Tensor:

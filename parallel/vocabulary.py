@@ -13,26 +13,26 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.engine import LossSum
+from parallel.engine import MicrobatchLoss
 
 
-class LinearLoss(Protocol):
+class ShardableLoss(Protocol):
     """A model's loss: hidden states [..., D], output weight [V, D], labels [...], weight of the z-loss -> sums over the labels."""
 
     def __call__(
         self, hidden: Tensor, weight_VD: Tensor, labels: Tensor, z_loss: float, /, **options: object
-    ) -> LossSum:
-        """The option `vocabulary` is a `Part`: the weight then has its rows alone."""
+    ) -> MicrobatchLoss:
+        """The option `vocabulary` is a `VocabShard`: the weight then has its rows alone."""
 
 
-class HasLoss(Protocol):
+class HasLinearLoss(Protocol):
     """A module that calls its `linear_loss`."""
 
-    linear_loss: LinearLoss
+    linear_loss: ShardableLoss
 
 
 @dataclass(frozen=True)
-class Part:
+class VocabShard:
     """The rows of the output weight that this rank has, and how its numbers meet those of the others."""
 
     first: int
@@ -54,7 +54,9 @@ class Part:
         return x
 
 
-def split_loss(loss: LinearLoss, group: dist.ProcessGroup, gather: Callable[[Tensor], Tensor]) -> LinearLoss:
+def vocab_parallel_loss(
+    loss: ShardableLoss, group: dist.ProcessGroup, gather: Callable[[Tensor], Tensor]
+) -> ShardableLoss:
     """`loss` with the rows of the weight split over the group; every rank gets the whole sums.
 
     Args:
@@ -63,8 +65,8 @@ def split_loss(loss: LinearLoss, group: dist.ProcessGroup, gather: Callable[[Ten
         gather: what a rank holds of the hidden states -> those of all labels, whose gradients it sums over the group.
     """
 
-    def split(hidden: Tensor, weight_VD: Tensor, labels: Tensor, z_loss: float, /, **options: object) -> LossSum:
-        part = Part(dist.get_rank(group) * len(weight_VD), group)
+    def split(hidden: Tensor, weight_VD: Tensor, labels: Tensor, z_loss: float, /, **options: object) -> MicrobatchLoss:
+        part = VocabShard(dist.get_rank(group) * len(weight_VD), group)
         return loss(gather(hidden), weight_VD, labels, z_loss, vocabulary=part, **options)
 
     return split

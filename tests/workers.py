@@ -295,8 +295,8 @@ def _leave() -> None:
     """Close the group's connections, and have DTensor forget its meshes: it would take those of the next case for the same."""
     from torch import distributed
 
-    from parallel.mesh import forget_meshes
+    from parallel.mesh import clear_mesh_caches
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    forget_meshes()
+    clear_mesh_caches()

@@ -12,7 +12,7 @@ from benchmarks.gpu.training import Case, config_of, microbatches_of
 from parallel.engines.torch.build import divided
 from parallel.layout import Layout
 from parallel.world import World, process_group
-from pretrain.setup.engine import blueprint_of, build_engine, numbers_of
+from pretrain.setup.engine import build_engine, build_engine_options, build_model_spec
 
 STEPS = 3
 TOLERANCE = 5e-3
@@ -28,8 +28,8 @@ def losses(stage: StageContext, *, compiled: bool, sharded: bool) -> list[float]
     config = config_of(case, stage.device)
     if sharded:
         engine = divided(
-            blueprint_of(config),
-            numbers_of(config),
+            build_model_spec(config),
+            build_engine_options(config),
             layout=Layout(zero=3),
             rank=0,
             device=torch.device(stage.device.type, 0),

@@ -29,20 +29,20 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
-from parallel.engine import Compute, Microbatch, Part
+from parallel.engine import ForwardStep, Microbatch, ModelChunk
 from parallel.layout import Layout
 from parallel.local import local
 from parallel.pipeline.schedule import (
     Action,
     Kind,
-    assign,
-    check_schedule,
-    rank_of,
-    share_waited,
-    splits_backward,
+    assign_layers,
+    bubble_fraction,
+    check_stages_per_rank,
+    has_split_backward,
+    rank_of_stage,
     stage_costs,
 )
-from parallel.pipeline.zero_bubble import WeightPass
+from parallel.pipeline.zero_bubble import ZeroBubbleBackward
 
 SINGLE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 MULTI: dict[str, type[PipelineScheduleMulti]] = {
@@ -52,19 +52,21 @@ MULTI: dict[str, type[PipelineScheduleMulti]] = {
 }
 
 
-class Stage(nn.Module):
+class StageModule(nn.Module):
     """Some layers of the model, as torch's pipelines call them: what the stage before gave -> what the next one needs, or the loss.
 
     FSDP is to be applied to this module, not to `part`: torch holds its reductions back where the module that it calls is an FSDPModule.
     """
 
-    def __init__(self, part: nn.Module, compute: Compute, layout: Layout) -> None:
+    def __init__(self, part: nn.Module, forward_step: ForwardStep, layout: Layout) -> None:
         """A stage of a part that tensor parallelism has not split yet: it may have to split its backward pass first, in place."""
         super().__init__()
         self.part = part
-        self._compute = compute
+        self._forward_step = forward_step
         self.weight_pass = (
-            WeightPass(cast(Part, part).layers) if splits_backward(layout.pipeline, layout.schedule) else None
+            ZeroBubbleBackward(cast(ModelChunk, part).layers)
+            if has_split_backward(layout.pipeline, layout.schedule)
+            else None
         )
         self._microbatches: Iterator[Microbatch] = iter(())
         self._scale: Tensor | None = None
@@ -80,7 +82,7 @@ class Stage(nn.Module):
 
     def forward(self, received: Tensor | None = None) -> Tensor:
         """[b, S, D] -> [b, S, D] for the next microbatch; the last stage gives `scale` * loss, adds (cross-entropy, z-loss) to `sums`."""
-        out = self._compute(self.part, received, next(self._microbatches))
+        out = self._forward_step(self.part, received, next(self._microbatches))
         if isinstance(out, Tensor):
             return out
         assert self._scale is not None
@@ -90,38 +92,38 @@ class Stage(nn.Module):
         return out.total * self._scale
 
 
-class Pipeline:
+class PipelineRunner:
     """Carries microbatches through the stages of this rank and its neighbours in `group`."""
 
     def __init__(
         self,
-        stages: Mapping[int, Stage],
+        stages: Mapping[int, StageModule],
         layout: Layout,
         group: dist.ProcessGroup,
         *,
         device: torch.device,
         activation: torch.dtype,
-        width: int,
+        d_model: int,
         sequence_split: int = 1,
     ) -> None:
-        """A pipeline whose microbatches `parallel.pipeline.schedule.check` has accepted. Raises LayoutError where the layout alone cannot be.
+        """Raises LayoutError where the layout alone cannot be; `parallel.pipeline.schedule.check_pipeline` checks the microbatches.
 
         Args:
-            stages: those of this rank by their number, `stages_of`.
+            stages: those of this rank by their number, `stages_of_rank`.
             layout: its `pipeline`, `schedule` and `stages_per_rank` count here.
             group: the ranks of the axis `pipeline`, in order.
             device: where activations are.
             activation: the type that they are sent in, which is the one that the stages compute them in.
-            width: D.
+            d_model: D.
             sequence_split: ranks that share out the tokens of what is sent, under sequence parallelism.
         """
-        check_schedule(layout)
+        check_stages_per_rank(layout)
         self._stages = stages
         self._layout = layout
         self._group = group
         self._device = device
         self._activation = activation
-        self._width = width
+        self._d_model = d_model
         self._sequence_split = sequence_split
         self._built: tuple[tuple[int, int, int], PipelineScheduleSingle | PipelineScheduleMulti] | None = None
 
@@ -206,13 +208,13 @@ class Pipeline:
 
     def _activations(self, b: int, S: int, device: torch.device | str | None = None) -> Tensor:
         return torch.empty(
-            b, S // self._sequence_split, self._width, dtype=self._activation, device=device or self._device
+            b, S // self._sequence_split, self._d_model, dtype=self._activation, device=device or self._device
         )
 
     def _transfer(
         self, direction: Any, activation: Tensor, peer_stage: int
     ) -> dist.P2POp:  # Any: P2POp compares functions by identity
-        return dist.P2POp(direction, activation, group=self._group, group_peer=rank_of(peer_stage, self._layout))
+        return dist.P2POp(direction, activation, group=self._group, group_peer=rank_of_stage(peer_stage, self._layout))
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         last = self._stages.get(self._layout.n_stages - 1)
@@ -239,7 +241,7 @@ def _loss(out: Tensor, _: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Tied:
+class TiedEmbedding:
     """The embedding and the output projection as one parameter, of which the first and the last stage hold a copy each."""
 
     name: str
@@ -251,14 +253,14 @@ class Tied:
     """Rank in `group` that holds the other copy; None if it is this one."""
 
     @classmethod
-    def of(cls, parts: Mapping[int, nn.Module], layout: Layout, mesh: DeviceMesh) -> Tied | None:
+    def of(cls, parts: Mapping[int, nn.Module], layout: Layout, mesh: DeviceMesh) -> TiedEmbedding | None:
         """What this rank has to do with the parameter that the `parts` of the model, by stage, say is tied; None if they say none is."""
-        name = cast(str | None, next(iter(parts.values())).tied)
+        name = cast(str | None, next(iter(parts.values())).tied_parameter)
         if name is None:
             return None
         first, last = 0, layout.n_stages - 1
         copies = [parts[stage] for stage in (first, last) if stage in parts]
-        ends = {rank_of(first, layout), rank_of(last, layout)}
+        ends = {rank_of_stage(first, layout), rank_of_stage(last, layout)}
         group = mesh["pipeline"].get_group()
         others = ends - {dist.get_rank(group)}
         return cls(name, copies, group, first in parts, others.pop() if others else None)
@@ -298,7 +300,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return local(parameter.grad)
 
 
-def order(layout: Layout, n_microbatches: int) -> dict[int, list[Action]]:
+def schedule_actions(layout: Layout, n_microbatches: int) -> dict[int, list[Action]]:
     """What each rank of the pipeline does, in its order."""
     p = layout.pipeline
     if layout.schedule in SINGLE:
@@ -334,22 +336,28 @@ def _one_stage(stage: int, n_microbatches: int, ahead: int) -> list[Action]:
     return forward[:ahead] + turns + backward[n_microbatches - ahead :]
 
 
-def bubble_fraction(layout: Layout, n_microbatches: int, costs: Sequence[float] | None = None) -> float:
+def layout_bubble_fraction(layout: Layout, n_microbatches: int, costs: Sequence[float] | None = None) -> float:
     """Which part of a step the average rank waits, if a backward pass takes twice a forward pass and sending takes no time.
 
     `costs` of the stages; None is equal ones. Then p ranks with m microbatches wait (p - 1) / (m + p - 1) of a step under GPipe and 1F1B,
     and (p - 1) / (v m + p - 1) with v interleaved stages each (arXiv:2104.04473, section 2.2, which divides by the work alone).
     """
-    return share_waited(order(layout, n_microbatches), costs or [1.0] * layout.n_stages)
+    return bubble_fraction(schedule_actions(layout, n_microbatches), costs or [1.0] * layout.n_stages)
 
 
-def describe(layout: Layout, n_layers: int, n_microbatches: int, *, first_cost: float, last_cost: float) -> str:
+def describe_pipeline(
+    layout: Layout, n_layers: int, n_microbatches: int, *, first_cost: float, last_cost: float
+) -> str:
     """One line for the start of a run.
 
     `4 stages of 3+3+3+2 layers on 4 ranks, 1f1b, 16 microbatches a step: ranks wait 18% of it`
     """
-    counts = [len(layers) for layers in assign(n_layers, layout.n_stages, first_cost=first_cost, last_cost=last_cost)]
-    waited = bubble_fraction(layout, n_microbatches, stage_costs(counts, first_cost=first_cost, last_cost=last_cost))
+    counts = [
+        len(layers) for layers in assign_layers(n_layers, layout.n_stages, first_cost=first_cost, last_cost=last_cost)
+    ]
+    waited = layout_bubble_fraction(
+        layout, n_microbatches, stage_costs(counts, first_cost=first_cost, last_cost=last_cost)
+    )
     return (
         f"{layout.n_stages} stages of {'+'.join(map(str, counts))} layers on {layout.pipeline} ranks, {layout.schedule}, "
         f"{n_microbatches} microbatches a step: ranks wait {waited:.0%} of it"

@@ -22,7 +22,7 @@ ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
 """Schedules that compute the gradients of the parameters apart from those of the activations, and later."""
 
 
-def assign(n_layers: int, n_stages: int, *, first_cost: float, last_cost: float) -> list[range]:
+def assign_layers(n_layers: int, n_stages: int, *, first_cost: float, last_cost: float) -> list[range]:
     """Consecutive layers of every stage, so that the most expensive stage is as cheap as can be.
 
     A layer costs 1; `first_cost` is what the embedding adds to the first stage, `last_cost` what norm, output projection and loss add to
@@ -55,12 +55,12 @@ def stage_costs(counts: Sequence[int], *, first_cost: float, last_cost: float) -
     return costs
 
 
-def stages_of(pipeline_rank: int, layout: Layout) -> tuple[int, ...]:
+def stages_of_rank(pipeline_rank: int, layout: Layout) -> tuple[int, ...]:
     """The stages that a rank of the pipeline holds: every p-th, or for `zbv` one on the way down the V and one on the way up.
 
-    >>> stages_of(1, Layout(pipeline=4, schedule="interleaved", stages_per_rank=2))
+    >>> stages_of_rank(1, Layout(pipeline=4, schedule="interleaved", stages_per_rank=2))
     (1, 5)
-    >>> stages_of(1, Layout(pipeline=4, schedule="zbv", stages_per_rank=2))
+    >>> stages_of_rank(1, Layout(pipeline=4, schedule="zbv", stages_per_rank=2))
     (1, 6)
     """
     if layout.schedule == "zbv":
@@ -68,23 +68,23 @@ def stages_of(pipeline_rank: int, layout: Layout) -> tuple[int, ...]:
     return tuple(range(pipeline_rank, layout.n_stages, layout.pipeline))
 
 
-def rank_of(stage: int, layout: Layout) -> int:
+def rank_of_stage(stage: int, layout: Layout) -> int:
     """The rank of the pipeline that holds a stage."""
     if layout.schedule == "zbv":
         return min(stage, layout.n_stages - 1 - stage)
     return stage % layout.pipeline
 
 
-def splits_backward(pipeline: int, schedule: str) -> bool:
+def has_split_backward(pipeline: int, schedule: str) -> bool:
     """Whether the gradients of weights have a pass of their own (`parallel.pipeline.zero_bubble`)."""
     return pipeline > 1 and schedule in ZERO_BUBBLE
 
 
-def check(layout: Layout, n_layers: int, n_microbatches: int) -> None:
+def check_pipeline(layout: Layout, n_layers: int, n_microbatches: int) -> None:
     """Raise LayoutError unless the schedule can run `n_microbatches` a step, on each data rank, over that many layers."""
     if layout.pipeline == 1:
         return
-    check_schedule(layout)
+    check_stages_per_rank(layout)
     p, held, schedule = layout.pipeline, layout.stages_per_rank, layout.schedule
     if layout.n_stages > n_layers:
         fits = n_layers // held
@@ -106,8 +106,8 @@ def check(layout: Layout, n_layers: int, n_microbatches: int) -> None:
         )
 
 
-def check_schedule(layout: Layout) -> None:
-    """The part of `check` that the layout alone decides."""
+def check_stages_per_rank(layout: Layout) -> None:
+    """The part of `check_pipeline` that the layout alone decides."""
     fewest, most = STAGES_PER_RANK[layout.schedule]
     held, schedule = layout.stages_per_rank, layout.schedule
     if held < fewest or (most is not None and held > most):
@@ -145,7 +145,7 @@ class Action(NamedTuple):
 _DURATION: dict[Kind, float] = {"forward": 1.0, "input": 1.0, "weight": 1.0, "backward": 2.0}
 
 
-def share_waited(orders: Mapping[int, Sequence[Action]], costs: Sequence[float]) -> float:
+def bubble_fraction(orders: Mapping[int, Sequence[Action]], costs: Sequence[float]) -> float:
     """Which part of a step the average rank waits for others, if each does its actions in the given order, and sending takes no time.
 
     A forward pass takes a stage its cost, as long as each half of the backward pass. Raises ValueError if the ranks wait for each other.

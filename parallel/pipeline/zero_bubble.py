@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from parallel.fsdp import groups_of
+from parallel.fsdp import fsdp_param_groups
 
 
-class WeightPass:
+class ZeroBubbleBackward:
     """The weights' part of the backward passes of one stage."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
@@ -100,5 +100,5 @@ class _LinearOfInput(torch.autograd.Function):
 
 def _sum_as_reduced(stage: nn.Module) -> None:
     """Have FSDP2 add new gradients, which are of the weights' type, to its sums. It does so after a backward pass of its own."""
-    for group in groups_of(stage) if isinstance(stage, FSDPModule) else ():
+    for group in fsdp_param_groups(stage) if isinstance(stage, FSDPModule) else ():
         group.post_backward()

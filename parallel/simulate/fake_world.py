@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # document
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
-from parallel.mesh import forget_meshes
+from parallel.mesh import clear_mesh_caches
 
 
 @contextmanager
@@ -35,14 +35,14 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
 
     Tensors created inside are useless outside. No other process group may exist.
     """
-    forget_meshes()
+    clear_mesh_caches()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         with _FakeFloats(FakeTensorMode(allow_non_fake_inputs=True)):
             yield
     finally:
         dist.destroy_process_group()
-        forget_meshes()
+        clear_mesh_caches()
 
 
 class _FakeFloats(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from parallel.engines.torch.engine import TorchEngine
-from parallel.fsdp import groups_of
+from parallel.fsdp import fsdp_param_groups
 from parallel.simulate.fake_world import tensors_in
 
 KINDS = ("parameters", "optimizer state", "gradients", "gathered parameters")
@@ -121,22 +121,22 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # unty
 def tensor_kinds(engine: TorchEngine) -> TensorKinds:
     """The tensors of an engine by KINDS, during a step and between steps. Call it while no parameter is gathered."""
     state = engine.state()
-    chunk_parameters = [parameter for part in engine.parts for parameter in part.parameters()]
+    chunk_parameters = [parameter for part in engine.model_chunks for parameter in part.parameters()]
     # DTensors are sharded masters. Those that the state lacks are copies of tied parameters on another stage.
     master_weights = [x for x in state["model"].values() if isinstance(x, Tensor)]
     master_weights += [parameter for parameter in chunk_parameters if isinstance(parameter, DTensor)]
     optimizer_state = [x for slots in state["optimizer"].values() if isinstance(slots, dict) for x in slots.values()]
 
-    fsdp_modules = [module for part in engine.parts for module in part.modules() if isinstance(module, FSDPModule)]
+    fsdp_modules = [module for part in engine.model_chunks for module in part.modules() if isinstance(module, FSDPModule)]
     accumulates_unsharded = engine.layout.zero == 1 or engine.layout.pipeline > 1
 
     def kinds() -> dict[str, list[Tensor]]:
-        sharded_gradients = [p.grad for p in engine.masters.values() if p.grad is not None]
+        sharded_gradients = [p.grad for p in engine.master_weights.values() if p.grad is not None]
         return {
             "parameters": master_weights,
             "optimizer state": optimizer_state,
             "gradients": [*sharded_gradients, *_unsharded_gradients(fsdp_modules, accumulates_unsharded)],
-            "gathered parameters": [parameter for part in engine.parts for parameter in part.parameters()],
+            "gathered parameters": [parameter for part in engine.model_chunks for parameter in part.parameters()],
         }
 
     return kinds
@@ -150,7 +150,7 @@ def _unsharded_gradients(modules: Iterable[FSDPModule], accumulates: bool) -> It
         accumulates: whether FSDP2 accumulates them over the microbatches of a step. If they have the dtype of the
             reduction, it leaves them in `.grad`, where autograd put them.
     """
-    groups = {id(group): group for module in modules for group in groups_of(module)}
+    groups = {id(group): group for module in modules for group in fsdp_param_groups(module)}
     for group in groups.values():
         for parameter in group.fsdp_params:
             if parameter.unsharded_accumulated_grad is not None:

@@ -8,7 +8,7 @@ model: sums of norms and of losses. Shape suffixes: D model width, V vocabulary.
 from __future__ import annotations
 
 from parallel.layout import Layout
-from parallel.pipeline.schedule import rank_of
+from parallel.pipeline.schedule import rank_of_stage
 from pretrain.config import RunConfig
 from pretrain.estimate.activations import COMPUTE_BYTES, recomputing
 from pretrain.estimate.rank_memory import Holding, Weight, hold, n_microbatches, weights
@@ -146,12 +146,12 @@ def _pipeline(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     model, held = config.model, hold(config, layout, rank)
     here, ends = layout.coordinates(rank)["pipeline"], layout.n_stages
     cuts = sum(
-        0 <= neighbour < ends and rank_of(neighbour, layout) != here
+        0 <= neighbour < ends and rank_of_stage(neighbour, layout) != here
         for stage in held.stages
         for neighbour in (stage - 1, stage + 1)
     )
     split = layout.tensor if layout.sequence else 1
     sent = cuts * _tokens(config, layout) * model.d_model * COMPUTE_BYTES[config.train.precision] / split
-    if model.tie_embeddings and rank_of(0, layout) != rank_of(ends - 1, layout):
+    if model.tie_embeddings and rank_of_stage(0, layout) != rank_of_stage(ends - 1, layout):
         sent += FP32 * held.parameters["embedding"]
     return {"send": sent}

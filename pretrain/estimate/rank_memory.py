@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from parallel.layout import Layout
-from parallel.pipeline.schedule import assign, stages_of
+from parallel.pipeline.schedule import assign_layers, stages_of_rank
 from pretrain.config import ModelConfig, RunConfig
 from pretrain.estimate.activations import COMPUTE_BYTES, activation_bytes
 from pretrain.estimate.flops import count_parameters
@@ -103,7 +103,7 @@ def hold(config: RunConfig, layout: Layout, rank: int) -> Holding:
     AdamW, gradients, and copies in bf16 only.
     """
     at, micro = layout.coordinates(rank), n_microbatches(config, layout)
-    ranges, stages = layers_of_stages(config, layout), stages_of(at["pipeline"], layout)
+    ranges, stages = layers_of_stages(config, layout), stages_of_rank(at["pipeline"], layout)
     held = [weight for stage in stages for weight in weights(config.model, ranges[stage], layout)]
     kept = {
         weight.name: weight.elements(layout, layout.fsdp_rank(rank)) for weight in held
@@ -146,7 +146,7 @@ def fullest(config: RunConfig, layout: Layout) -> int:
 def layers_of_stages(config: RunConfig, layout: Layout) -> list[range]:
     """The layers of every stage of the pipeline."""
     first, last = end_costs(config.model)
-    return assign(config.model.n_layers, layout.n_stages, first_cost=first, last_cost=last)
+    return assign_layers(config.model.n_layers, layout.n_stages, first_cost=first, last_cost=last)
 
 
 def end_costs(model: ModelConfig) -> tuple[float, float]:

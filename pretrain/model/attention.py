@@ -207,7 +207,7 @@ def _sdpa(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, allowed_B1ST: Tensor |
     return out_BHSK.transpose(1, 2)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, DocumentMask], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, DocumentMask], Tensor]
 """`attention`, or what context parallelism puts around it."""
 
 
@@ -224,7 +224,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_width, config.d_model, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.attend: Attend = attention
+        self.attention_function: AttentionFunction = attention
 
     def forward(self, x_BSD: Tensor, rope: Rope, mask: DocumentMask, cache: LayerCache | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D]; with a cache, the S tokens also attend to the cached ones and are appended to it."""
@@ -236,5 +236,5 @@ class Attention(nn.Module):
         q_BSHK, k_BSGK = rope.rotate(q_BSHK), rope.rotate(k_BSGK)
         if cache is not None:
             k_BSGK, v_BSGK = cache.append(k_BSGK, v_BSGK)
-        out_BSD: Tensor = self.o_proj(self.attend(q_BSHK, k_BSGK, v_BSGK, mask).flatten(2))
+        out_BSD: Tensor = self.o_proj(self.attention_function(q_BSHK, k_BSGK, v_BSGK, mask).flatten(2))
         return out_BSD

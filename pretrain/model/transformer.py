@@ -20,23 +20,23 @@ from pretrain.model.mlp import MLP
 from pretrain.model.norm import RMSNorm
 from pretrain.model.rope import Rope, rope_tables
 
-SPLIT_PLAN = {
-    "model.embed_tokens": "vocabulary_rows",
-    "model.layers.*.input_layernorm": "sequence",
+TP_PLAN = {
+    "model.embed_tokens": "vocab_parallel_embedding",
+    "model.layers.*.input_layernorm": "sequence_parallel",
     "model.layers.*.self_attn": "gather_sequence",
-    "model.layers.*.self_attn.q_proj": "columns",
-    "model.layers.*.self_attn.k_proj": "kv_columns",
-    "model.layers.*.self_attn.v_proj": "kv_columns",
-    "model.layers.*.self_attn.q_norm": "heads",
-    "model.layers.*.self_attn.k_norm": "heads",
-    "model.layers.*.self_attn.o_proj": "rows_then_reduce",
-    "model.layers.*.post_attention_layernorm": "sequence",
+    "model.layers.*.self_attn.q_proj": "colwise",
+    "model.layers.*.self_attn.k_proj": "kv_colwise",
+    "model.layers.*.self_attn.v_proj": "kv_colwise",
+    "model.layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "model.layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.post_attention_layernorm": "sequence_parallel",
     "model.layers.*.mlp": "gather_sequence",
-    "model.layers.*.mlp.gate_proj": "columns",
-    "model.layers.*.mlp.up_proj": "columns",
-    "model.layers.*.mlp.down_proj": "rows_then_reduce",
-    "model.norm": "sequence",
-    "lm_head": "vocabulary_columns",
+    "model.layers.*.mlp.gate_proj": "colwise",
+    "model.layers.*.mlp.up_proj": "colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+    "model.norm": "sequence_parallel",
+    "lm_head": "vocab_parallel_head",
 }
 """How tensor parallelism may split the model: what each module does with its weight and its input. `parallel.tensor` knows the words.
 `model.layers.*` is what pipelines cut between, and what is recomputed, compiled and sharded as one."""
@@ -96,8 +96,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False) if untied else None
         self.linear_loss: LinearLoss = linear_cross_entropy
         self.compiled = False
-        self.plan = SPLIT_PLAN
-        self.tied = "model.embed_tokens.weight" if config.tie_embeddings else None
+        self.tp_plan = TP_PLAN
+        self.tied_parameter = "model.embed_tokens.weight" if config.tie_embeddings else None
 
     @property
     def layers(self) -> list[Block]:
@@ -105,9 +105,9 @@ class Transformer(nn.Module):
         return [layer for layer in self.model.layers.values() if isinstance(layer, Block)]
 
     @property
-    def units(self) -> list[nn.Module]:
+    def fsdp_units(self) -> list[nn.Module]:
         """What is used at one time: the embedding, unless it is the output projection too, and each block. The rest is used at the end."""
-        embedding = [] if self.model.embed_tokens is None or self.tied else [self.model.embed_tokens]
+        embedding = [] if self.model.embed_tokens is None or self.tied_parameter else [self.model.embed_tokens]
         return [*embedding, *self.layers]
 
     @property
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         assert projection is not None
         return projection.weight
 
-    def compile_parts(self) -> None:
+    def compile_submodules(self) -> None:
         """torch.compile what repeats or is made of many small operations: every block, the final norm, the softmax of the loss.
 
         `dynamic=False`: a length of sequences has graphs of its own. By default the second length would make graphs whose every size is a

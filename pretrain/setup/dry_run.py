@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from parallel.engine import Blueprint, Microbatch, Optimizer
+from parallel.engine import Microbatch, ModelSpec, Optimizer
 from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
 from parallel.simulate.communication import CommTracker
@@ -28,7 +28,7 @@ from pretrain.console import format_memory, plain_table
 from pretrain.errors import UserError
 from pretrain.estimate.communication import traffic
 from pretrain.estimate.rank_memory import Holding, hold, n_microbatches
-from pretrain.setup.engine import blueprint_of, numbers_of
+from pretrain.setup.engine import build_model_spec, build_engine_options
 from pretrain.setup.resolve import resolve_for_cluster
 
 ROUNDS = {"gpipe": None, "1f1b": 1}
@@ -111,8 +111,8 @@ def measure(config: RunConfig, layout: Layout, rank: int) -> Measured:
         layout, offload=False, async_tensor=False
     )  # both are for devices that are not there, and change no size
     with fake_world(rank, layout.world_size), MemoryTracker() as memory:
-        blueprint = _observed(blueprint_of(config), memory)
-        engine = build_engine(blueprint, numbers_of(config), layout=layout, rank=rank, device=torch.device("cpu"))
+        spec = _observed(build_model_spec(config), memory)
+        engine = build_engine(spec, build_engine_options(config), layout=layout, rank=rank, device=torch.device("cpu"))
         memory.watch(tensor_kinds(engine))
         step = [_microbatch(config) for _ in range(n_microbatches(config, layout))]
         with CommTracker(layout) as comm:
@@ -129,13 +129,13 @@ def _microbatch(config: RunConfig) -> Microbatch:
     return Microbatch(zeros_BS, zeros_BS, torch.arange(S, dtype=torch.int32).expand(b, S), zeros_BS, n_targets=b * S)
 
 
-def _observed(blueprint: Blueprint, memory: MemoryTracker) -> Blueprint:
+def _observed(spec: ModelSpec, memory: MemoryTracker) -> ModelSpec:
     """The same without initial values. The tracker counts just before the optimizer steps: all gradients exist then."""
 
     def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-        return _ObservedOptimizer(blueprint.build_optimizer(named_parameters), memory)
+        return _ObservedOptimizer(spec.build_optimizer(named_parameters), memory)
 
-    return replace(blueprint, fill=lambda *_: None, build_optimizer=build_optimizer)
+    return replace(spec, init_shard=lambda *_: None, build_optimizer=build_optimizer)
 
 
 @dataclass(frozen=True)

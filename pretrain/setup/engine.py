@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo  # documented, but `torch.compiler.config` does not have the limit
 
-from parallel.engine import Blueprint, LossSum, Microbatch, Numbers
+from parallel.engine import EngineOptions, Microbatch, MicrobatchLoss, ModelSpec
 from parallel.engines.torch.build import build_engine as build
 from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
@@ -33,7 +33,11 @@ def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) ->
     if config.train.compile:
         _allow_compilations(config)
     return build(
-        blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=torch.device(config.train.device)
+        build_model_spec(config),
+        build_engine_options(config),
+        layout=layout,
+        rank=rank,
+        device=torch.device(config.train.device),
     )
 
 
@@ -45,28 +49,28 @@ def _allow_compilations(config: RunConfig) -> None:
     )  # torch 2.11 has this limit for the whole process alone
 
 
-def blueprint_of(config: RunConfig) -> Blueprint:
+def build_model_spec(config: RunConfig) -> ModelSpec:
     """The model that the config describes."""
     model = config.model
     first_cost, last_cost = end_costs(model)
-    return Blueprint(
+    return ModelSpec(
         n_layers=model.n_layers,
-        width=model.d_model,
+        d_model=model.d_model,
         build=lambda layers: Transformer(model, config.train.attention, layers),
-        fill=partial(fill, config=model, seed=config.run.seed),
-        compute=partial(compute, config=config),
+        init_shard=partial(fill, config=model, seed=config.run.seed),
+        forward_step=partial(forward_step, config=config),
         build_optimizer=partial(build_optimizer, config=config.optim),
         first_cost=first_cost,
         last_cost=last_cost,
     )
 
 
-def numbers_of(config: RunConfig) -> Numbers:
+def build_engine_options(config: RunConfig) -> EngineOptions:
     """How the config computes."""
     train = config.train
-    return Numbers(
+    return EngineOptions(
         dtype=DTYPES[train.precision],
-        clip=config.optim.clip,
+        max_grad_norm=config.optim.clip,
         compile=train.compile,
         recompute=train.recompute,
         recompute_every=train.recompute_every,
@@ -74,13 +78,13 @@ def numbers_of(config: RunConfig) -> Numbers:
     )
 
 
-def compute(
+def forward_step(
     model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, config: RunConfig
-) -> Tensor | LossSum:
+) -> Tensor | MicrobatchLoss:
     """One part of the model over one microbatch: what the next part needs, or the loss if this is the last."""
     assert isinstance(model, Transformer)
     x = microbatch.input_ids if received is None else received
-    held = microbatch.held
-    ranges, whole_rows = (None, True) if held is None else (held.ranges, held.whole_rows)
-    mask = model.document_mask(microbatch.document_ids, microbatch.positions, ranges, whole_rows).to(x.device)
+    tokens = microbatch.local_tokens
+    ranges, full_rows = (None, True) if tokens is None else (tokens.ranges, tokens.full_rows)
+    mask = model.document_mask(microbatch.document_ids, microbatch.positions, ranges, full_rows).to(x.device)
     return model.loss(x, microbatch.labels, mask, z_loss=config.train.z_loss) if model.is_last else model(x, mask)

@@ -227,7 +227,7 @@ def schedule_fits(config: RunConfig) -> Violation | None:
     counts = BatchSchedule.from_config(config.data, config.train).microbatch_counts(layout.data)
     for when, count in counts.items():
         try:
-            schedule.check(layout, config.model.n_layers, count)
+            schedule.check_pipeline(layout, config.model.n_layers, count)
         except LayoutError as error:
             remedy = "; raise train.batch_ramp_start" if "ramp" in when else ""
             return Violation(f"{error} ({when}{remedy})" if when else str(error))
@@ -330,7 +330,7 @@ def _layout_of(parallel: ParallelConfig) -> Layout:
 
 
 def _splits_backward(config: RunConfig) -> bool:
-    return schedule.splits_backward(config.parallel.pipeline, config.parallel.schedule)
+    return schedule.has_split_backward(config.parallel.pipeline, config.parallel.schedule)
 
 
 def _replicates_kv(config: RunConfig) -> bool:

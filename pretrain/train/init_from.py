@@ -216,7 +216,7 @@ def load_parent(parent: Parent, engine: Engine, mode: str, group: ProcessGroup |
     except (OSError, StorageError, UserError):
         _refuse_if_gone(parent, group)
         raise
-    engine.loaded()
+    engine.sync_compute_weights()
 
 
 def _refuse_if_gone(parent: Parent, group: ProcessGroup | None) -> None:

@@ -106,7 +106,7 @@ class Loop:
             )
         scale = lr_scale(step, config.train.steps, config.optim)
         mine = list(microbatches(batch, self.batches.micro_batch_size(seq_len), self.device))
-        result = self.engine.train_step(mine, scale, asks=lambda: bool(self.stop))
+        result = self.engine.train_step(mine, scale, stop_requested=lambda: bool(self.stop))
         samples = self.batches.samples_before(step + 1)
         tokens = (samples - self.batches.samples_before(step)) * config.data.seq_len
         speed = self.meter.step(tokens, flops_per_token(config.model, seq_len))
@@ -128,7 +128,7 @@ class Loop:
         self.books.display.step(record, self.meter.pace())
         if not result.is_finite:
             self._diverged(step, result)
-        return result.asked if self.place.world.size > 1 else bool(self.stop)
+        return result.stop_requested if self.place.world.size > 1 else bool(self.stop)
 
     def _any_rank_asked(self) -> bool:
         """Whether any rank was asked to stop by now, as after a validation or a save, which may take long: nothing more is begun then."""

@@ -133,7 +133,7 @@ def _resume(
     _check_data(path, manifest, data)
     batches = batches.after(manifest.step, manifest.samples)
     store.load(path, engine.state(), place.group)
-    engine.loaded()
+    engine.sync_compute_weights()
     _restore_rng(manifest, place)
     return Beginning(batches, manifest.step, resumed=True)
 

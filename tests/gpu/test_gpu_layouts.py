@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel import context, tensor
-from parallel.engine import Blueprint, Held, Part
+from parallel.engine import LocalTokens, ModelChunk, ModelSpec
 from parallel.engines.torch import build as assembly
 from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
 from pretrain.config import RunConfig
-from pretrain.setup.engine import blueprint_of, build_engine, numbers_of
+from pretrain.setup.engine import build_engine, build_engine_options, build_model_spec
 from tests.gpu.test_gpu_training import SEQ_LEN, config_of, train
 
 pytestmark = [
@@ -49,10 +49,10 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def divided(config: RunConfig, layout: Layout, blueprint: Blueprint | None = None) -> TorchEngine:
+def divided(config: RunConfig, layout: Layout, spec: ModelSpec | None = None) -> TorchEngine:
     return assembly.divided(
-        blueprint or blueprint_of(config),
-        numbers_of(config),
+        spec or build_model_spec(config),
+        build_engine_options(config),
         layout=layout,
         rank=0,
         device=torch.device(config.train.device, 0),
@@ -99,20 +99,20 @@ def test_tensor_and_context_parallel_modules_compute_what_they_are_made_of(
 ) -> None:
     """The split modules on meshes of one rank, with the flash kernels for the parts of a row that a context rank holds."""
     config = config_of(*BF16, f"train.compile={compiled}")
-    blueprint = blueprint_of(config)
+    spec = build_model_spec(config)
     mesh = assembly.build_mesh(Layout(), "cuda")
 
     def build(layers: range) -> nn.Module:
-        part = blueprint.build(layers)
-        described: Part = part
-        tensor.split(part, mesh["tensor"], described.plan, sequence=sequence, replicate_kv=False)
-        context.split(part, mesh["context"], method)
+        part = spec.build(layers)
+        described: ModelChunk = part
+        tensor.apply_tensor_parallel(part, mesh["tensor"], described.tp_plan, sequence=sequence, replicate_kv=False)
+        context.apply_context_parallel(part, mesh["context"], method)
         return part
 
-    engine = divided(config, Layout(), replace(blueprint, build=build))
+    engine = divided(config, Layout(), replace(spec, build=build))
     halves, whole = ((0, SEQ_LEN // 2), (SEQ_LEN // 2, SEQ_LEN)), ((0, SEQ_LEN),)
-    held = Held(halves, whole_rows=False) if method == "gather" else Held(whole, whole_rows=True)
-    engine._cut = lambda microbatch: context.cut(microbatch, held)
+    local_tokens = LocalTokens(halves, full_rows=False) if method == "gather" else LocalTokens(whole, full_rows=True)
+    engine._cut = lambda microbatch: context.shard_sequence(microbatch, local_tokens)
     loss, norm = closeness(train(engine, config, STEPS), train(build_engine(config), config, STEPS))
     assert loss < 2e-3
     assert norm < 1e-2

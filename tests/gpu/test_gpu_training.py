@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from data_pipeline.reading.packing import Batch
 from parallel.engine import Microbatch
 from parallel.engines.torch.engine import TorchEngine
-from parallel.gradients import squared_norm
+from parallel.gradients import local_squared_norm
 from parallel.layout import Layout
 from pretrain.checkpoint import store
 from pretrain.checkpoint.record import Record
@@ -22,7 +22,7 @@ from pretrain.config.loading import load
 from pretrain.estimate.hardware import find_accelerator
 from pretrain.model.transformer import Transformer
 from pretrain.runs.records import read_events, read_metrics
-from pretrain.setup.engine import build_engine, compute
+from pretrain.setup.engine import build_engine, forward_step
 from pretrain.setup.resolve import resolve_run
 from pretrain.train.batching import microbatches, to_host
 
@@ -147,10 +147,10 @@ def test_the_forward_pass_never_waits_for_the_gpu() -> None:
     model = engine.model
     assert isinstance(model, Transformer)
     warm, *others = (fed(config, batch_of(seed, documents))[0] for seed, documents in ((0, 5), (1, 3), (2, 9)))
-    compute(model, None, warm, config=config)
+    forward_step(model, None, warm, config=config)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        totals = [compute(model, None, microbatch, config=config).total for microbatch in others]
+        totals = [forward_step(model, None, microbatch, config=config).total for microbatch in others]
         with pytest.raises(RuntimeError, match="synchronizing"):  # it does see one that waits
             totals[0].item()
     finally:
@@ -166,7 +166,7 @@ def test_the_gradient_norm_is_that_of_fp64_and_never_waits_for_the_gpu() -> None
         parameter.grad = gradient
     torch.cuda.set_sync_debug_mode("error")
     try:
-        squares = squared_norm(parameters, Layout(), lambda _: 1)
+        squares = local_squared_norm(parameters, Layout(), lambda _: 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert squares.item() == pytest.approx(float(wanted), rel=1e-12)
@@ -223,7 +223,7 @@ def test_resume_on_the_gpu_restores_every_bit_and_goes_on_as_before(tmp_path: Pa
     resumed = build_engine(config)
     started_anew = build_engine(config)
     store.load(path, resumed.state())
-    resumed.loaded()
+    resumed.sync_compute_weights()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in flat(resumed).items())
     # Flash attention's backward pass adds in an order of its own; bf16 makes a little of that visible after a step.
     for (loss, norm), (wanted_loss, wanted_norm) in zip(

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from workers import WorkerPool
 
 from parallel import collectives
-from parallel.collectives import exchange, gather
+from parallel.collectives import all_gather, all_to_all
 
 SHAPE = (4, 3, 8)
 
@@ -28,22 +28,22 @@ def weights(rank: int, shape: torch.Size) -> Tensor:
     )
 
 
-def whole_gather(parts: list[Tensor], dim: int) -> list[Tensor]:
+def whole_all_gather(parts: list[Tensor], dim: int) -> list[Tensor]:
     """What every rank gets, on one process."""
     return [torch.cat(parts, dim)] * len(parts)
 
 
-def whole_exchange(parts: list[Tensor], split_dim: int, concat_dim: int) -> list[Tensor]:
+def whole_all_to_all(parts: list[Tensor], split_dim: int, concat_dim: int) -> list[Tensor]:
     pieces = [x.chunk(len(parts), split_dim) for x in parts]
     return [torch.cat([piece[rank] for piece in pieces], concat_dim) for rank in range(len(parts))]
 
 
 OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]] = {
-    **{f"gather along {d}": (partial(gather, dim=d), partial(whole_gather, dim=d)) for d in (0, 1, -1)},
+    **{f"all-gather along {d}": (partial(all_gather, dim=d), partial(whole_all_gather, dim=d)) for d in (0, 1, -1)},
     **{
-        f"exchange {s} for {c}": (
-            partial(exchange, split_dim=s, concat_dim=c),
-            partial(whole_exchange, split_dim=s, concat_dim=c),
+        f"all-to-all {s} for {c}": (
+            partial(all_to_all, split_dim=s, concat_dim=c),
+            partial(whole_all_to_all, split_dim=s, concat_dim=c),
         )
         for s, c in ((0, 1), (2, 1), (0, 2), (-1, 0), (0, 0))
     },
@@ -91,12 +91,12 @@ def test_values_and_gradients_are_those_of_whole_tensors(operation: str, size: i
     assert max(compare(workers.run(result, size, operation, torch.float32), operation, size)) < 1e-6
 
 
-@pytest.mark.parametrize("operation", ["gather along 1", "exchange 2 for 1"])
+@pytest.mark.parametrize("operation", ["all-gather along 1", "all-to-all 2 for 1"])
 def test_bf16_is_right_to_its_8_bits(operation: str, workers: WorkerPool) -> None:
     assert max(compare(workers.run(result, 2, operation, torch.bfloat16), operation, 2)) < 8e-3
 
 
-@pytest.mark.parametrize("operation", ["gather along 1", "exchange 2 for 1"])
+@pytest.mark.parametrize("operation", ["all-gather along 1", "all-to-all 2 for 1"])
 @pytest.mark.parametrize("around", ["compiled", "recomputed"])
 def test_they_compile_into_one_graph_and_can_be_recomputed(around: str, operation: str, workers: WorkerPool) -> None:
     results = workers.run(result, 2, operation, torch.float32, around, timeout=180)
@@ -110,22 +110,22 @@ def without_reduction(operation: str) -> tuple[Tensor, Tensor]:
         _, size, dim = ctx.where  # type: ignore[attr-defined]  # set by forward
         return grad.chunk(size, dim)[dist.get_rank()], None, None, None
 
-    whole, collectives._Gather.backward = collectives._Gather.backward, staticmethod(backward)
+    whole, collectives._AllGather.backward = collectives._AllGather.backward, staticmethod(backward)
     try:
         return result(operation, torch.float32)
     finally:
-        collectives._Gather.backward = staticmethod(whole)
+        collectives._AllGather.backward = staticmethod(whole)
 
 
 def test_a_gradient_without_the_reduction_is_seen(workers: WorkerPool) -> None:
-    values, gradients = compare(workers.run(without_reduction, 2, "gather along 1"), "gather along 1", 2)
+    values, gradients = compare(workers.run(without_reduction, 2, "all-gather along 1"), "all-gather along 1", 2)
     assert values < 1e-6
     assert gradients > 0.1
 
 
 def uneven() -> str:
     with pytest.raises(ValueError, match="3 parts along dimension 1") as raised:
-        exchange(part(0), dist.group.WORLD, 1, 0)
+        all_to_all(part(0), dist.group.WORLD, 1, 0)
     return str(raised.value)
 
 
@@ -138,7 +138,7 @@ def fake_shapes() -> list[tuple[int, ...]]:
     dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=64)
     x = torch.empty(2, 6, 128, 5, device="meta", requires_grad=True)
-    outs = [gather(x, dist.group.WORLD, 1), exchange(x, dist.group.WORLD, 2, 1)]
+    outs = [all_gather(x, dist.group.WORLD, 1), all_to_all(x, dist.group.WORLD, 2, 1)]
     return [tuple(y.shape) for out in outs for y in (out, *torch.autograd.grad(out.sum(), x))]
 
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from workers import WorkerPool
 
 from parallel import collectives, context
-from parallel.context import chunks_of_row, cut, held, split
-from parallel.engine import Held, Microbatch
+from parallel.context import apply_context_parallel, chunks_per_row, local_tokens, shard_sequence
+from parallel.engine import LocalTokens, Microbatch
 from parallel.errors import LayoutError
 from parallel.layout import Layout
 from pretrain.config import ModelConfig
@@ -58,31 +58,35 @@ def heads(config: ModelConfig) -> list[Tensor]:
     return [torch.randn(B, R, n, K, generator=generator) for n in (H, G, G, H)]
 
 
-def rows_here(method: str) -> tuple[Held, DeviceMesh]:
+def rows_here(method: str) -> tuple[LocalTokens, DeviceMesh]:
     ranks = dist.get_world_size()
-    return held(R, Layout(context=ranks, context_method=method), dist.get_rank()), init_device_mesh(
+    return local_tokens(R, Layout(context=ranks, context_method=method), dist.get_rank()), init_device_mesh(
         "cpu", (ranks,), mesh_dim_names=("context",)
     )
 
 
 class Holder(nn.Module):
-    """What `split` looks for."""
+    """What `apply_context_parallel` looks for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.attend = attention
+        self.attention_function = attention
 
 
-def attention_here(method: str, kernel: str, window: int | None, masked: bool = True) -> tuple[Held, list[Tensor]]:
+def attention_here(
+    method: str, kernel: str, window: int | None, masked: bool = True
+) -> tuple[LocalTokens, list[Tensor]]:
     """One rank's output and gradients of q, k, v."""
     config, (mine, mesh) = config_of(dist.get_world_size(), window), rows_here(method)
     kernels._varlen_attn = reference_varlen  # the real one runs on GPUs only
     model = nn.ModuleList([Holder()])
-    split(model, mesh, method)
+    apply_context_parallel(model, mesh, method)
     documents, positions = packed_rows()
     documents = documents if masked else torch.zeros_like(documents)
     q, k, v, grad = (torch.cat([x[:, a:b] for a, b in mine.ranges], 1).requires_grad_() for x in heads(config))
-    out = model[0].attend(q, k, v, document_mask(documents, positions, kernel, config, mine.ranges, mine.whole_rows))
+    out = model[0].attention_function(
+        q, k, v, document_mask(documents, positions, kernel, config, mine.ranges, mine.full_rows)
+    )
     return mine, [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
@@ -97,7 +101,7 @@ def relative(x: Tensor, wanted: Tensor) -> float:
     return float((x.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def errors(results: list[tuple[Held, list[Tensor]]], config: ModelConfig) -> list[float]:
+def errors(results: list[tuple[LocalTokens, list[Tensor]]], config: ModelConfig) -> list[float]:
     """Of the output and the gradients of q, k, v: the ranks' tokens put in their places, against one process."""
     wanted = attention_alone(config)
     found = [torch.full_like(x, torch.nan) for x in wanted]
@@ -118,7 +122,7 @@ def test_attention_over_packed_documents_is_that_of_one_process(
     assert max(errors(workers.run(attention_here, ranks, method, kernel, window), config_of(ranks, window))) < 1e-6
 
 
-def with_broken(module: object, name: str, broken: object, *args: object) -> tuple[Held, list[Tensor]]:
+def with_broken(module: object, name: str, broken: object, *args: object) -> tuple[LocalTokens, list[Tensor]]:
     whole = getattr(module, name)
     setattr(module, name, broken)
     try:
@@ -127,28 +131,28 @@ def with_broken(module: object, name: str, broken: object, *args: object) -> tup
         setattr(module, name, whole)
 
 
-def chunks_in_wrong_order() -> tuple[Held, list[Tensor]]:
+def chunks_in_wrong_order() -> tuple[LocalTokens, list[Tensor]]:
     return with_broken(context, "_in_order", lambda parts: torch.cat(parts.unbind(), 2), "gather", "sdpa", None)
 
 
-def no_reduction() -> tuple[Held, list[Tensor]]:
+def no_reduction() -> tuple[LocalTokens, list[Tensor]]:
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None, None]:
         _, size, dim = ctx.where  # type: ignore[attr-defined]  # set by forward
         return grad.chunk(size, dim)[dist.get_rank()], None, None, None
 
-    return with_broken(collectives._Gather, "backward", staticmethod(backward), "gather", "sdpa", None)
+    return with_broken(collectives._AllGather, "backward", staticmethod(backward), "gather", "sdpa", None)
 
 
-def heads_in_wrong_order() -> tuple[Held, list[Tensor]]:
-    def exchange(x: Tensor, group: dist.ProcessGroup, split_dim: int, concat_dim: int) -> Tensor:
-        return collectives.exchange(
+def heads_in_wrong_order() -> tuple[LocalTokens, list[Tensor]]:
+    def all_to_all(x: Tensor, group: dist.ProcessGroup, split_dim: int, concat_dim: int) -> Tensor:
+        return collectives.all_to_all(
             x.flip(2) if split_dim == 2 and x.shape[2] == 2 else x, group, split_dim, concat_dim
         )
 
-    return with_broken(context, "exchange", exchange, "ulysses", "sdpa", None)
+    return with_broken(context, "all_to_all", all_to_all, "ulysses", "sdpa", None)
 
 
-BROKEN: dict[str, Callable[[], tuple[Held, list[Tensor]]]] = {
+BROKEN: dict[str, Callable[[], tuple[LocalTokens, list[Tensor]]]] = {
     "documents ignored, gather": partial(attention_here, "gather", "sdpa", None, masked=False),
     "documents ignored, ulysses": partial(attention_here, "ulysses", "sdpa", None, masked=False),
     "chunks in wrong order": chunks_in_wrong_order,
@@ -156,7 +160,7 @@ BROKEN: dict[str, Callable[[], tuple[Held, list[Tensor]]]] = {
 }
 
 
-def run_broken(name: str) -> tuple[Held, list[Tensor]]:
+def run_broken(name: str) -> tuple[LocalTokens, list[Tensor]]:
     return BROKEN[name]()
 
 
@@ -180,7 +184,7 @@ def microbatch(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> Microbatch:
 
 
 def loss_and_gradients(model: Transformer, batch: Microbatch) -> tuple[float, dict[str, Tensor]]:
-    span = () if batch.held is None else (batch.held.ranges, batch.held.whole_rows)
+    span = () if batch.local_tokens is None else (batch.local_tokens.ranges, batch.local_tokens.full_rows)
     mask = model.document_mask(batch.document_ids, batch.positions, *span)
     total = model.loss(batch.input_ids, batch.labels, mask, z_loss=0.01).total / batch.n_targets
     total.backward()
@@ -197,11 +201,11 @@ def model_here(method: str, config: ModelConfig, kernel: str, around: str) -> tu
     """One rank's share of the loss and of every gradient."""
     mine, mesh = rows_here(method)
     model = model_of(config, kernel)
-    split(model, mesh, method)
+    apply_context_parallel(model, mesh, method)
     if around == "recomputed":
         for layer in model.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    return loss_and_gradients(model, cut(microbatch(), mine))
+    return loss_and_gradients(model, shard_sequence(microbatch(), mine))
 
 
 def assert_sum_is(parts: list[tuple[float, dict[str, Tensor]]], loss: float, gradients: dict[str, Tensor]) -> None:
@@ -243,13 +247,13 @@ def compiled_here(method: str) -> tuple[int, list[tuple[float, dict[str, Tensor]
 
     mine, mesh = rows_here(method)
     model = model_of(config_of(2), "blocked")
-    split(model, mesh, method)
+    apply_context_parallel(model, mesh, method)
     counter = CompileCounterWithBackend("aot_eager")
     for layer in model.layers:
         layer.compile(backend=counter, fullgraph=True)
     found = []
     for lengths in BATCHES:
-        found.append(loss_and_gradients(model, cut(microbatch(lengths), mine)))
+        found.append(loss_and_gradients(model, shard_sequence(microbatch(lengths), mine)))
         model.zero_grad()
     return counter.frame_count, found
 
@@ -266,17 +270,17 @@ def test_compiled_blocks_are_one_graph_and_right_whatever_documents_a_batch_hold
 
 
 def test_gather_balances_the_work_of_a_causal_mask_and_ulysses_keeps_neighbours() -> None:
-    gathers = [held(64, Layout(context=4), rank) for rank in range(4)]
+    gathers = [local_tokens(64, Layout(context=4), rank) for rank in range(4)]
     assert [mine.ranges for mine in gathers[:2]] == [((0, 8), (56, 64)), ((8, 16), (48, 56))]
     assert {sum(sum(range(first, end)) for first, end in mine.ranges) for mine in gathers} == {sum(range(64)) // 4}
-    exchanges = [held(64, Layout(context=4, context_method="ulysses"), rank) for rank in range(4)]
+    exchanges = [local_tokens(64, Layout(context=4, context_method="ulysses"), rank) for rank in range(4)]
     assert [mine.ranges for mine in exchanges] == [((0, 16),), ((16, 32),), ((32, 48),), ((48, 64),)]
-    assert (gathers[0].whole_rows, exchanges[0].whole_rows) == (False, True)
+    assert (gathers[0].full_rows, exchanges[0].full_rows) == (False, True)
 
 
 def test_one_rank_holds_whole_rows() -> None:
-    assert held(7, Layout(), 0) == Held(((0, 7),), whole_rows=True)
-    assert chunks_of_row(Layout()) == 1
+    assert local_tokens(7, Layout(), 0) == LocalTokens(((0, 7),), full_rows=True)
+    assert chunks_per_row(Layout()) == 1
 
 
 @pytest.mark.parametrize(
@@ -287,12 +291,12 @@ def test_a_row_that_cannot_be_shared_out_is_refused_with_the_next_length_that_ca
     method: str, seq_len: int, way_out: str
 ) -> None:
     with pytest.raises(LayoutError, match=f"data.seq_len={seq_len} .*{way_out}"):
-        held(seq_len, Layout(context=4, context_method=method), 0)
+        local_tokens(seq_len, Layout(context=4, context_method=method), 0)
 
 
 def test_a_cut_microbatch_keeps_whole_rows_for_the_mask_and_all_targets() -> None:
     whole = microbatch()
-    mine = cut(whole, held(R, Layout(context=4), 1))
+    mine = shard_sequence(whole, local_tokens(R, Layout(context=4), 1))
     here = [*range(4, 8), *range(24, 28)]
     assert torch.equal(mine.input_ids, whole.input_ids[:, here])
     assert torch.equal(mine.labels, whole.labels[:, here])
@@ -302,10 +306,10 @@ def test_a_cut_microbatch_keeps_whole_rows_for_the_mask_and_all_targets() -> Non
 def too_many_ranks() -> str:
     config, (mine, mesh) = config_of(1), rows_here("ulysses")
     model = Holder()
-    split(model, mesh, "ulysses")
+    apply_context_parallel(model, mesh, "ulysses")
     q, k, v, _ = heads(config)
     with pytest.raises(ValueError, match="ulysses") as raised:
-        model.attend(q, k, v, document_mask(*packed_rows(), "sdpa", config, mine.ranges))
+        model.attention_function(q, k, v, document_mask(*packed_rows(), "sdpa", config, mine.ranges))
     return str(raised.value)
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from workers import WorkerPool
 
 import parallel.gradients
-from parallel.gradients import clip_, squared_norm
+from parallel.gradients import clip_gradients_, local_squared_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 
@@ -31,7 +31,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def norm_of(*gradients: Tensor) -> float:
-    found = squared_norm({str(i): parameter(g) for i, g in enumerate(gradients)}, Layout(), lambda _: 1)
+    found = local_squared_norm({str(i): parameter(g) for i, g in enumerate(gradients)}, Layout(), lambda _: 1)
     assert found.dtype == torch.float64
     return math.sqrt(found)
 
@@ -52,7 +52,7 @@ def test_clipping_12_million_numbers_gives_the_norm_that_was_asked_for() -> None
     """A norm that is 0.03% too small, as a sum in fp32 gives it, would leave the gradients 0.03% too large."""
     clipped = parameter(numbers(MANY))
     assert clipped.grad is not None
-    clip_([clipped], 0.5, norm_of(clipped.grad))
+    clip_gradients_([clipped], 0.5, norm_of(clipped.grad))
     assert exact(clipped.grad) == pytest.approx(0.5, rel=1e-6)
 
 
@@ -112,7 +112,7 @@ def squares_of_rank(layout: Layout) -> float:
         dist.get_rank() // (layout.world_size // layout.pipeline) > 0
     ):  # a later stage has its copy of the tied one, and nothing else
         del masters["split"], masters["whole"]
-    return squared_norm(masters, layout, lambda name: layout.pipeline if name == "tied" else 1).item()
+    return local_squared_norm(masters, layout, lambda name: layout.pipeline if name == "tied" else 1).item()
 
 
 @pytest.mark.parametrize(

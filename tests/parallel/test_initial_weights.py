@@ -11,7 +11,7 @@ from benchmarks.parity.cases import TIED
 from benchmarks.parity.compare import CPU, full_copy, make_config
 from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
-from pretrain.setup.engine import blueprint_of, numbers_of
+from pretrain.setup.engine import build_engine_options, build_model_spec
 from tests.workers import WorkerPool
 
 UNEVEN = ("model.n_layers=5", "model.d_ff=100", "run.seed=7")
@@ -41,13 +41,13 @@ def initial(layout: Layout, words: tuple[str, ...]) -> dict[str, Tensor]:
     """Whole parameters that this rank holds some of, before the first step."""
     config = make_config(words)
     engine = build_engine(
-        blueprint_of(config),
-        numbers_of(config),
+        build_model_spec(config),
+        build_engine_options(config),
         layout=layout,
         rank=dist.get_rank() if layout.world_size > 1 else 0,
         device=CPU,
     )
-    return {name: full_copy(tensor) for name, tensor in engine.masters.items()}
+    return {name: full_copy(tensor) for name, tensor in engine.master_weights.items()}
 
 
 @pytest.mark.parametrize("tied", [(), TIED], ids=["untied", "tied"])
@@ -90,8 +90,10 @@ def largest(layout: Layout) -> tuple[int, int]:
     config = make_config(WIDE)
     rank = dist.get_rank() if layout.world_size > 1 else 0
     with Largest() as mode:
-        engine = build_engine(blueprint_of(config), numbers_of(config), layout=layout, rank=rank, device=CPU)
-    parts = [getattr(master, "_local_tensor", master) for master in engine.masters.values()]
+        engine = build_engine(
+            build_model_spec(config), build_engine_options(config), layout=layout, rank=rank, device=CPU
+        )
+    parts = [getattr(master, "_local_tensor", master) for master in engine.master_weights.values()]
     return mode.numel, max(part.numel() for part in parts)
 
 

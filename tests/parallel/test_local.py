@@ -13,7 +13,7 @@ from workers import WorkerPool
 
 from parallel import local, tensor
 from parallel.layout import Layout
-from parallel.local import local_part
+from parallel.local import local_shard
 from parallel.mesh import build_mesh, data_mesh
 from pretrain.config import ModelConfig
 from pretrain.model.init import ROWS, fill, initialise
@@ -39,13 +39,13 @@ def started(layout: Layout, naive: bool = False) -> tuple[dict[str, Tensor], int
     with torch.device("meta"):
         model = Transformer(UNEVEN)
     if layout.tensor > 1:
-        tensor.split(model, mesh["tensor"], model.plan, sequence=False, replicate_kv=True)
+        tensor.apply_tensor_parallel(model, mesh["tensor"], model.tp_plan, sequence=False, replicate_kv=True)
     for module in (*model.layers, model):
         fully_shard(module, mesh=data_mesh(mesh, layout))
     model.to_empty(device="cpu")
     empty = 0
     for name, parameter in model.named_parameters():
-        part = local_part(parameter)
+        part = local_shard(parameter)
         part.local.fill_(torch.nan)
         offset = (0,) * parameter.ndim if naive else part.offset
         fill(name, part.local, offset, part.shape, UNEVEN, seed=5)
@@ -88,7 +88,7 @@ def test_parts_filled_as_if_all_began_at_the_first_element_are_seen(workers: Wor
 
 def test_a_plain_tensor_is_here_as_a_whole_and_written_through() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3, 4))
-    part = local_part(parameter)
+    part = local_shard(parameter)
     part.local.fill_(1)
     assert (part.offset, part.shape) == ((0, 0), (3, 4))
     assert parameter.sum() == 12
@@ -102,7 +102,7 @@ def misplaced() -> str:
         patch.object(local, "compute_local_shape_and_global_offset", return_value=((3, 4), (0, 0))),
         pytest.raises(ValueError, match="part of") as e,
     ):
-        local_part(model.weight)
+        local_shard(model.weight)
     return str(e.value)
 
 

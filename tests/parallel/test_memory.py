@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from workers import WorkerPool
 
-from parallel.engine import LossSum, Microbatch
+from parallel.engine import Microbatch, MicrobatchLoss
 from parallel.engines.torch.build import build_engine
-from parallel.fsdp import Sharded
+from parallel.fsdp import FSDPRoot
 from parallel.layout import Layout
 from parallel.simulate.memory import MemoryTracker, tensor_kinds
 from pretrain.config import RunConfig
-from pretrain.setup.engine import blueprint_of, numbers_of
+from pretrain.setup.engine import build_engine_options, build_model_spec
 
 CONFIG = RunConfig.model_validate(
     {
@@ -50,16 +50,16 @@ def held(size: int, zeros: tuple[int, ...]) -> dict[int, dict[str, int]]:
 
 
 def held_between(layout: Layout, rank: int) -> dict[str, int]:
-    blueprint, found = blueprint_of(CONFIG), list[dict[str, int]]()
+    spec, found = build_model_spec(CONFIG), list[dict[str, int]]()
     with MemoryTracker() as memory:
 
-        def compute(part: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Tensor | LossSum:
+        def forward_step(part: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Tensor | MicrobatchLoss:
             found.append(memory.by_kind())
-            return blueprint.compute(part, received, microbatch)
+            return spec.forward_step(part, received, microbatch)
 
         engine = build_engine(
-            replace(blueprint, compute=compute),
-            numbers_of(CONFIG),
+            replace(spec, forward_step=forward_step),
+            build_engine_options(CONFIG),
             layout=layout,
             rank=rank,
             device=torch.device("cpu"),
@@ -76,17 +76,17 @@ def microbatch() -> Microbatch:
 
 def held_without_resharding(size: int) -> dict[int, dict[str, int]]:
     """As `held` for ZeRO-3, whose blocks stay gathered after their backward pass."""
-    right = Sharded.before
+    right = FSDPRoot.before
 
-    def wrong(sharded: Sharded, *, last: bool) -> None:
+    def wrong(sharded: FSDPRoot, *, last: bool) -> None:
         right(sharded, last=last)
         sharded._root.set_reshard_after_backward(False)
 
-    Sharded.before = wrong
+    FSDPRoot.before = wrong
     try:
         return held(size, (3,))
     finally:
-        Sharded.before = right
+        FSDPRoot.before = right
 
 
 def expected(zero: int, n: int) -> dict[str, float]:
@@ -103,7 +103,7 @@ def expected(zero: int, n: int) -> dict[str, float]:
 def parameters() -> int:
     with torch.device("meta"):
         return sum(
-            parameter.numel() for parameter in blueprint_of(CONFIG).build(range(CONFIG.model.n_layers)).parameters()
+            parameter.numel() for parameter in build_model_spec(CONFIG).build(range(CONFIG.model.n_layers)).parameters()
         )
 
 

@@ -9,7 +9,7 @@ from workers import WorkerPool
 
 import parallel.mesh
 from parallel.layout import Layout
-from parallel.mesh import build_mesh, near_mesh
+from parallel.mesh import build_mesh, reshard_mesh
 from parallel.world import COLLECTIVE_TIMEOUT
 
 HALF_AN_HOUR = timedelta(minutes=30)
@@ -23,7 +23,7 @@ def timeouts(bounded: bool) -> set[timedelta]:
             patch.setattr(parallel.mesh, "_bound", lambda _: None)
         mesh = build_mesh(layout, "cpu")
         groups = [mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()] + [
-            near_mesh(mesh, layout).get_group("near")
+            reshard_mesh(mesh, layout).get_group("near")
         ]
     return {timeout_of(group) for group in groups if group.size() < 4}  # a group of all ranks is that of the case
 

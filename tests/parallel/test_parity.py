@@ -17,8 +17,8 @@ from parallel.engine import Microbatch
 from parallel.engines.torch import build
 from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
-from parallel.pipeline.runner import Tied
-from parallel.pipeline.zero_bubble import WeightPass
+from parallel.pipeline.runner import TiedEmbedding
+from parallel.pipeline.zero_bubble import ZeroBubbleBackward
 from pretrain.optim.build import Optimizers
 from pretrain.setup import engine as program
 from tests.workers import WorkerPool
@@ -52,15 +52,15 @@ def own_loss_scale(patch: pytest.MonkeyPatch) -> None:
 
 def wrong_head_order(patch: pytest.MonkeyPatch) -> None:
     """Tensor ranks hold each other's key heads, and nobody else's."""
-    local_part = build.local_part
+    local_shard = build.local_shard
 
     def swapped(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
-        mine, offset, shape = local_part(parameter)
+        mine, offset, shape = local_shard(parameter)
         if shape == (32, 64):  # k_proj and v_proj: 4 heads of width 8
             offset = ((offset[0] + 16) % 32, offset[1])
         return mine, offset, shape
 
-    patch.setattr(build, "local_part", swapped)
+    patch.setattr(build, "local_shard", swapped)
 
 
 def stale_weights(patch: pytest.MonkeyPatch) -> None:
@@ -71,24 +71,24 @@ def stale_weights(patch: pytest.MonkeyPatch) -> None:
 
 def no_document_mask(patch: pytest.MonkeyPatch) -> None:
     """Context ranks attend across documents."""
-    compute = program.compute
+    forward_step = program.forward_step
 
     def blind(model: nn.Module, received: torch.Tensor | None, microbatch: Microbatch, *, config: object) -> object:
         one = microbatch.document_ids * 0
-        return compute(model, received, Microbatch(**{**vars(microbatch), "document_ids": one}), config=config)
+        return forward_step(model, received, Microbatch(**{**vars(microbatch), "document_ids": one}), config=config)
 
-    patch.setattr(program, "compute", blind)
+    patch.setattr(program, "forward_step", blind)
 
 
 def untied(patch: pytest.MonkeyPatch) -> None:
     """The embedding and the output projection keep their own gradients."""
-    patch.setattr(Tied, "sum_gradients", lambda self: None)
+    patch.setattr(TiedEmbedding, "sum_gradients", lambda self: None)
 
 
 def no_weight_pass(patch: pytest.MonkeyPatch) -> None:
     """Zero bubble forgets every second half of a backward pass."""
-    take = WeightPass.take
-    patch.setattr(WeightPass, "take", lambda self, stage: [take(self, stage), lambda: None][-1])
+    take = ZeroBubbleBackward.take
+    patch.setattr(ZeroBubbleBackward, "take", lambda self, stage: [take(self, stage), lambda: None][-1])
 
 
 def naive_norm(patch: pytest.MonkeyPatch) -> None:
@@ -100,8 +100,8 @@ def naive_norm(patch: pytest.MonkeyPatch) -> None:
 
 def same_ranges(patch: pytest.MonkeyPatch) -> None:
     """Every context rank takes the tokens of the first one."""
-    held = build.context.held
-    patch.setattr(build.context, "held", lambda seq_len, layout, context_rank: held(seq_len, layout, 0))
+    local_tokens = build.context.local_tokens
+    patch.setattr(build.context, "local_tokens", lambda seq_len, layout, context_rank: local_tokens(seq_len, layout, 0))
 
 
 def traced(patch: pytest.MonkeyPatch) -> None:

@@ -12,17 +12,24 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from workers import WorkerPool
 
-from parallel.engine import LossSum, Microbatch
-from parallel.fsdp import shard
+from parallel.engine import Microbatch, MicrobatchLoss
+from parallel.fsdp import apply_fsdp
 from parallel.gradients import local
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.pipeline import zero_bubble
-from parallel.pipeline.runner import Pipeline, Stage, Tied, bubble_fraction, describe, order
-from parallel.pipeline.schedule import assign, stages_of
+from parallel.pipeline.runner import (
+    PipelineRunner,
+    StageModule,
+    TiedEmbedding,
+    describe_pipeline,
+    layout_bubble_fraction,
+    schedule_actions,
+)
+from parallel.pipeline.schedule import assign_layers, stages_of_rank
 from pretrain.config import ModelConfig
 from pretrain.model.init import initialise
-from pretrain.model.loss import LossSum as Sums
+from pretrain.model.loss import MicrobatchLoss as Sums
 from pretrain.model.transformer import Transformer
 
 V, S, D = 64, 12, 16
@@ -41,7 +48,7 @@ class Result:
     validation: float
 
 
-def compute(part: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Tensor | LossSum:
+def forward_step(part: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Tensor | MicrobatchLoss:
     assert isinstance(part, Transformer)
     mask = part.document_mask(microbatch.document_ids, microbatch.positions)
     x = microbatch.input_ids if received is None else received
@@ -63,7 +70,7 @@ def microbatches(n: int, b: int = 2) -> list[Microbatch]:
 def test_a_stage_adds_up_the_losses_of_many_microbatches_in_fp64() -> None:
     """0.1 nats 20,000 times; a running sum in fp32 is 1e-5 off."""
     many, tenth = 20_000, torch.tensor(0.1)
-    stage = Stage(nn.Identity(), lambda *_: Sums(tenth, tenth, tenth / 2), Layout())
+    stage = StageModule(nn.Identity(), lambda *_: Sums(tenth, tenth, tenth / 2), Layout())
     stage.begin([Microbatch(*(tenth,) * 4, n_targets=1)] * many, torch.ones(()))
     for _ in range(many):
         stage()
@@ -102,14 +109,14 @@ def alone(config: ModelConfig, steps: list[list[Microbatch]]) -> Result:
     model = part_of(config, range(config.n_layers))
     losses: list[list[float]] = []
     for batch in steps:
-        sums = [compute(model, None, microbatch) for microbatch in batch]
+        sums = [forward_step(model, None, microbatch) for microbatch in batch]
         for each in sums:
             assert isinstance(each, Sums)
             (each.total * scale_of(batch)).backward()
         losses.append([sum(float(each.cross_entropy) for each in sums), sum(float(each.z_loss) for each in sums)])  # type: ignore[union-attr]  # all are Sums
         gradients = step(model)
     with torch.no_grad():
-        validation = sum(float(compute(model, None, microbatch).cross_entropy) for microbatch in validation_set())  # type: ignore[union-attr]  # as above
+        validation = sum(float(forward_step(model, None, microbatch).cross_entropy) for microbatch in validation_set())  # type: ignore[union-attr]  # as above
     return Result(losses, gradients, validation)
 
 
@@ -134,18 +141,18 @@ def in_stages(
     """What a rank of a pipeline finds, in steps of so many microbatches."""
     config = config_of(layout, tie)
     mesh = build_mesh(layout, "cpu")
-    ranges = assign(config.n_layers, layout.n_stages, first_cost=0, last_cost=0)
-    held = stages_of(mesh.get_local_rank("pipeline"), layout)
-    stages = {i: Stage(part_of(config, ranges[i]), compute, layout) for i in held}
+    ranges = assign_layers(config.n_layers, layout.n_stages, first_cost=0, last_cost=0)
+    held = stages_of_rank(mesh.get_local_rank("pipeline"), layout)
+    stages = {i: StageModule(part_of(config, ranges[i]), forward_step, layout) for i in held}
     parts = {i: stage.part for i, stage in stages.items()}
     if fsdp:
         for stage in stages.values():
-            shard(stage, stage.part.units, mesh, layout, dtype)
+            apply_fsdp(stage, stage.part.fsdp_units, mesh, layout, dtype)
             assert isinstance(stage, FSDPModule)
-    pipeline = Pipeline(
+    pipeline = PipelineRunner(
         stages, layout, mesh["pipeline"].get_group(), device=torch.device("cpu"), activation=dtype, width=D
     )
-    tied = Tied.of(parts, layout, mesh)
+    tied = TiedEmbedding.of(parts, layout, mesh)
     pipeline.evaluate(microbatches(1))  # as before the first step of a run; nothing of it may stay
     losses, gradients = [], dict[str, Tensor]()
     for number, n in enumerate(counts):
@@ -163,7 +170,7 @@ def in_stages(
     return Result(losses, gradients, float(pipeline.evaluate(validation_set())))
 
 
-def follow(parts: dict[int, nn.Module], tied: Tied | None) -> None:
+def follow(parts: dict[int, nn.Module], tied: TiedEmbedding | None) -> None:
     """Where one rank holds both copies of a parameter, the second follows the first, as in the engine."""
     if tied is not None and len(tied.copies) == 2:
         first, last = (local(part.get_parameter(tied.name).detach()) for part in tied.copies)
@@ -250,12 +257,12 @@ def test_in_bf16_zero_bubble_gives_the_gradients_of_1f1b(workers: WorkerPool, br
 @pytest.mark.parametrize(("p", "m"), [(2, 2), (4, 4), (4, 16), (8, 64)])
 def test_ranks_wait_as_the_papers_say(schedule: str, v: int, p: int, m: int) -> None:
     layout = Layout(pipeline=p, schedule=schedule, stages_per_rank=v)
-    assert bubble_fraction(layout, m) == pytest.approx((p - 1) / (v * m + p - 1))
+    assert layout_bubble_fraction(layout, m) == pytest.approx((p - 1) / (v * m + p - 1))
 
 
 def test_zero_bubble_waits_less_than_half_as_long_as_interleaved() -> None:
     interleaved, zero_bubble, v = (
-        bubble_fraction(layout_of(s, 8), 64) for s in ("interleaved", "interleaved_zero_bubble", "zbv")
+        layout_bubble_fraction(layout_of(s, 8), 64) for s in ("interleaved", "interleaved_zero_bubble", "zbv")
     )
     assert v < interleaved / 2
     assert zero_bubble < interleaved / 2
@@ -264,17 +271,17 @@ def test_zero_bubble_waits_less_than_half_as_long_as_interleaved() -> None:
 @pytest.mark.parametrize("schedule", HELD)
 def test_every_rank_does_every_pass_of_its_stages_once(schedule: str) -> None:
     layout = layout_of(schedule, 4)
-    for rank, actions in order(layout, 8).items():
+    for rank, actions in schedule_actions(layout, 8).items():
         halves = [
             (kind, a.stage, a.microbatch)
             for a in actions
             for kind in (("input", "weight") if a.kind == "backward" else (a.kind,))
         ]
         assert sorted(halves) == sorted(
-            (k, s, i) for k in ("forward", "input", "weight") for s in stages_of(rank, layout) for i in range(8)
+            (k, s, i) for k in ("forward", "input", "weight") for s in stages_of_rank(rank, layout) for i in range(8)
         )
 
 
 def test_the_pipeline_of_a_run_is_told_in_one_line() -> None:
-    line = describe(layout_of("1f1b", 4), 11, 16, first_cost=0, last_cost=1.5)
+    line = describe_pipeline(layout_of("1f1b", 4), 11, 16, first_cost=0, last_cost=1.5)
     assert line == "4 stages of 3+3+3+2 layers on 4 ranks, 1f1b, 16 microbatches a step: ranks wait 23% of it"

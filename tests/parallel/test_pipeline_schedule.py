@@ -6,7 +6,15 @@ import pytest
 
 from parallel.errors import LayoutError
 from parallel.layout import Layout
-from parallel.pipeline.schedule import Action, assign, check, rank_of, share_waited, stage_costs, stages_of
+from parallel.pipeline.schedule import (
+    Action,
+    assign_layers,
+    bubble_fraction,
+    check_pipeline,
+    rank_of_stage,
+    stage_costs,
+    stages_of_rank,
+)
 
 
 def best(n_layers: int, n_stages: int, first: float, last: float) -> float:
@@ -18,7 +26,7 @@ def best(n_layers: int, n_stages: int, first: float, last: float) -> float:
 @pytest.mark.parametrize("n_stages", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 2.5), (1.2, 0.4), (0.1, 7), (12, 12)])
 def test_no_assignment_has_a_cheaper_most_expensive_stage(n_stages: int, first: float, last: float) -> None:
-    ranges = assign(9, n_stages, first_cost=first, last_cost=last)
+    ranges = assign_layers(9, n_stages, first_cost=first, last_cost=last)
     assert [layer for layers in ranges for layer in layers] == list(range(9))
     assert all(ranges)
     counts = [len(layers) for layers in ranges]
@@ -26,27 +34,27 @@ def test_no_assignment_has_a_cheaper_most_expensive_stage(n_stages: int, first: 
 
 
 def test_layers_that_are_left_over_go_to_later_stages() -> None:
-    assert assign(5, 4, first_cost=0, last_cost=0) == [range(1), range(1, 2), range(2, 3), range(3, 5)]
+    assert assign_layers(5, 4, first_cost=0, last_cost=0) == [range(1), range(1, 2), range(2, 3), range(3, 5)]
 
 
 def test_the_output_projection_costs_the_last_stage_layers() -> None:
-    assert [len(layers) for layers in assign(126, 16, first_cost=0.1, last_cost=1.8)] == [8] * 15 + [6]
+    assert [len(layers) for layers in assign_layers(126, 16, first_cost=0.1, last_cost=1.8)] == [8] * 15 + [6]
 
 
 def test_an_uneven_pipeline_that_ignores_its_head_is_noticed() -> None:
-    ignored = [len(layers) for layers in assign(8, 4, first_cost=0, last_cost=0)]
+    ignored = [len(layers) for layers in assign_layers(8, 4, first_cost=0, last_cost=0)]
     assert max(stage_costs(ignored, first_cost=0, last_cost=2.5)) > best(8, 4, 0, 2.5)
 
 
 @pytest.mark.parametrize(("schedule", "v"), [("1f1b", 1), ("interleaved", 3), ("zbv", 2)])
 def test_every_stage_is_held_by_one_rank(schedule: str, v: int) -> None:
     layout = Layout(pipeline=4, schedule=schedule, stages_per_rank=v)
-    held = {stage: rank for rank in range(4) for stage in stages_of(rank, layout)}
-    assert held == {stage: rank_of(stage, layout) for stage in range(layout.n_stages)}
+    held = {stage: rank for rank in range(4) for stage in stages_of_rank(rank, layout)}
+    assert held == {stage: rank_of_stage(stage, layout) for stage in range(layout.n_stages)}
 
 
 def test_a_rank_of_a_v_holds_the_first_and_the_last_stage() -> None:
-    assert stages_of(0, Layout(pipeline=4, schedule="zbv", stages_per_rank=2)) == (0, 7)
+    assert stages_of_rank(0, Layout(pipeline=4, schedule="zbv", stages_per_rank=2)) == (0, 7)
 
 
 REFUSED = {
@@ -99,7 +107,7 @@ REFUSED = {
 def test_a_pipeline_that_cannot_be_is_refused_in_one_line(case: str) -> None:
     layout, n_layers, n_microbatches, line = REFUSED[case]
     with pytest.raises(LayoutError, match=line) as error:
-        check(layout, n_layers, n_microbatches)
+        check_pipeline(layout, n_layers, n_microbatches)
     assert "\n" not in str(error.value)
 
 
@@ -115,18 +123,18 @@ def test_a_pipeline_that_cannot_be_is_refused_in_one_line(case: str) -> None:
     ids=str,
 )
 def test_a_pipeline_that_can_be_is_accepted(layout: Layout, n_layers: int, n_microbatches: int) -> None:
-    check(layout, n_layers, n_microbatches)
+    check_pipeline(layout, n_layers, n_microbatches)
 
 
 def test_more_stages_than_layers_cannot_be_assigned() -> None:
     with pytest.raises(LayoutError, match=r"model\.n_layers=3 cannot fill 4 stages"):
-        assign(3, 4, first_cost=0, last_cost=0)
+        assign_layers(3, 4, first_cost=0, last_cost=0)
 
 
 def test_a_slow_stage_makes_the_others_wait() -> None:
     orders = {rank: [Action("forward", rank, i) for i in range(4)] for rank in range(2)}
-    assert share_waited(orders, [1, 1]) == pytest.approx(1 - 8 / 10)
-    assert share_waited(orders, [1, 3]) == pytest.approx(1 - 16 / 26)
+    assert bubble_fraction(orders, [1, 1]) == pytest.approx(1 - 8 / 10)
+    assert bubble_fraction(orders, [1, 3]) == pytest.approx(1 - 16 / 26)
 
 
 def test_ranks_that_wait_for_each_other_are_found() -> None:
@@ -135,4 +143,4 @@ def test_ranks_that_wait_for_each_other_are_found() -> None:
         1: [Action("forward", 1, 0), Action("backward", 1, 0)],
     }
     with pytest.raises(ValueError, match="no rank can go on"):
-        share_waited(orders, [1, 1])
+        bubble_fraction(orders, [1, 1])

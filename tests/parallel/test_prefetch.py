@@ -11,7 +11,7 @@ from parallel.engine import Microbatch
 from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
 from pretrain.config import RunConfig
-from pretrain.setup.engine import blueprint_of, numbers_of
+from pretrain.setup.engine import build_engine_options, build_model_spec
 
 N_LAYERS, MICROBATCHES = 5, 2
 UNITS = N_LAYERS + 2
@@ -31,10 +31,14 @@ CONFIG = RunConfig.model_validate(
 def gathered_before_each_block(layout: Layout) -> tuple[list[list[int]], int, float]:
     """All-gathers of a rank from the start of a step until the forward pass of each block, by microbatch; all of the step; its loss."""
     engine = build_engine(
-        blueprint_of(CONFIG), numbers_of(CONFIG), layout=layout, rank=dist.get_rank(), device=torch.device("cpu")
+        build_model_spec(CONFIG),
+        build_engine_options(CONFIG),
+        layout=layout,
+        rank=dist.get_rank(),
+        device=torch.device("cpu"),
     )
     counts, gathers = list[int](), Gathers()
-    for block in engine.parts[0].layers:
+    for block in engine.model_chunks[0].layers:
         block.register_forward_pre_hook(lambda *_: counts.append(gathers.number))  # after the one of FSDP2
     with gathers:
         loss = engine.train_step([microbatch(i) for i in range(MICROBATCHES)], lr_scale=1.0).loss

@@ -19,9 +19,9 @@ from parallel.engine import Microbatch
 from parallel.engines.torch.build import build_engine
 from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
-from parallel.mesh import build_mesh, data_mesh, near_mesh
+from parallel.mesh import build_mesh, data_mesh, reshard_mesh
 from pretrain.config import RunConfig
-from pretrain.setup.engine import blueprint_of, numbers_of
+from pretrain.setup.engine import build_engine_options, build_model_spec
 
 N_LAYERS = 3
 UNITS = N_LAYERS + 1
@@ -48,13 +48,17 @@ def engine_of(layout: Layout, n_layers: int = N_LAYERS) -> TorchEngine:
         }
     )
     return build_engine(
-        blueprint_of(config), numbers_of(config), layout=layout, rank=dist.get_rank(), device=torch.device("cpu")
+        build_model_spec(config),
+        build_engine_options(config),
+        layout=layout,
+        rank=dist.get_rank(),
+        device=torch.device("cpu"),
     )
 
 
 def fsdp2_by_itself() -> AbstractContextManager[object]:
     """A number for `reshard_after_forward` and nothing else."""
-    return patch.multiple(parallel.fsdp, near_mesh=lambda *_: None, _resharded_over=lambda _: nullcontext())
+    return patch.multiple(parallel.fsdp, reshard_mesh=lambda *_: None, _resharded_over=lambda _: nullcontext())
 
 
 def groups_made(layout: Layout, n_layers: int, by_itself: bool) -> int:
@@ -63,7 +67,7 @@ def groups_made(layout: Layout, n_layers: int, by_itself: bool) -> int:
     with fsdp2_by_itself() if by_itself else nullcontext():
         engine = engine_of(layout, n_layers)
     assert private == (_fully_shard._get_post_forward_mesh_info, _fsdp_param_group.FSDPParam)  # type: ignore[attr-defined]
-    assert engine.parts
+    assert engine.model_chunks
     return len(dist.distributed_c10d._world.pg_map)  # no public name counts them
 
 
@@ -86,7 +90,7 @@ def test_one_mesh_is_made_however_many_blocks_there_are(n_layers: int, workers: 
 def neighbours(layout: Layout) -> tuple[list[int], list[int]]:
     """Of this rank, as they are and as FSDP2 takes them."""
     mesh = build_mesh(layout, "cpu")
-    near = near_mesh(mesh, layout)["near"].get_group()
+    near = reshard_mesh(mesh, layout)["near"].get_group()
     by_fsdp2 = cast(Tensor, data_mesh(mesh, layout).mesh).view(-1, layout.reshard_to or 0)
     (mine,) = by_fsdp2[(by_fsdp2 == dist.get_rank()).any(1)].tolist()
     return dist.get_process_group_ranks(near), mine

@@ -15,7 +15,7 @@ from parallel.simulate.communication import CommTracker
 from parallel.simulate.fake_world import fake_world
 from parallel.simulate.memory import MemoryTracker, tensor_kinds
 from pretrain.config import RunConfig
-from pretrain.setup.engine import blueprint_of, numbers_of
+from pretrain.setup.engine import build_engine_options, build_model_spec
 
 KIB = 256  # fp32 numbers
 CONFIG = RunConfig.model_validate(
@@ -100,9 +100,9 @@ def a_step(layout: Layout, rank: int) -> tuple[dict[str, int], dict[str, dict[st
     """(bytes by kind before it, bytes sent in it), by axis and operation."""
     ids_BS = torch.arange(16)[None]
     microbatch = Microbatch(ids_BS, ids_BS, ids_BS, torch.zeros_like(ids_BS), n_targets=16)
-    blueprint = replace(blueprint_of(CONFIG), fill=fill)
+    spec = replace(build_model_spec(CONFIG), init_shard=fill)
     with MemoryTracker() as memory:
-        engine = build_engine(blueprint, numbers_of(CONFIG), layout=layout, rank=rank, device=torch.device("cpu"))
+        engine = build_engine(spec, build_engine_options(CONFIG), layout=layout, rank=rank, device=torch.device("cpu"))
         memory.watch(tensor_kinds(engine))
         held = memory.by_kind()
         with CommTracker(layout) as comm:

@@ -19,12 +19,12 @@ from workers import WorkerPool
 from parallel import tensor
 from parallel.errors import LayoutError
 from parallel.layout import Layout
-from parallel.local import local_part
+from parallel.local import local_shard
 from parallel.mesh import build_mesh, data_mesh
 from pretrain.config import ModelConfig
 from pretrain.model.init import fill, initialise
 from pretrain.model.loss import softmax_gradient_
-from pretrain.model.transformer import SPLIT_PLAN, Transformer
+from pretrain.model.transformer import TP_PLAN, Transformer
 
 TINY = ModelConfig(
     vocab_size=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32, init_std=0.2
@@ -61,7 +61,7 @@ def split_model(config: ModelConfig, sequence: bool, compiled: bool = False) -> 
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
         model = Transformer(config)
-    tensor.split(model, mesh["tensor"], model.plan, sequence=sequence, replicate_kv=True)
+    tensor.apply_tensor_parallel(model, mesh["tensor"], model.tp_plan, sequence=sequence, replicate_kv=True)
     if compiled:
         compiled_by = {"backend": "aot_eager", "fullgraph": True}
         model.linear_loss = partial(model.linear_loss, softmax=torch.compile(softmax_gradient_, **compiled_by))
@@ -72,15 +72,17 @@ def split_model(config: ModelConfig, sequence: bool, compiled: bool = False) -> 
     register_fsdp_forward_method(model, "loss")
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
-        fill(name, *local_part(parameter), config, 3)
+        fill(name, *local_shard(parameter), config, 3)
     return model
 
 
 BROKEN = {
-    "sum after o_proj and down_proj left out": {"rows_then_reduce": lambda *_: tensor._Role(Shard(1), Shard(1))},
-    "gradient of q_norm not summed": {"heads": lambda *_: tensor._Role(Replicate(), Replicate())},
+    "sum after o_proj and down_proj left out": {"rowwise": lambda *_: tensor.ParallelStyle(Shard(1), Shard(1))},
+    "gradient of q_norm not summed": {
+        "replicated_with_grad_allreduce": lambda *_: tensor.ParallelStyle(Replicate(), Replicate())
+    },
     "ranks take turns in the key/value heads": {
-        "kv_columns": lambda ranks, parent, part: tensor._kv_rows(ranks, parent, part)._replace(
+        "kv_colwise": lambda ranks, parent, part: tensor._kv_rows(ranks, parent, part)._replace(
             rows=slice(
                 ranks.mesh.get_local_rank() % 2 * parent.head_dim,
                 (ranks.mesh.get_local_rank() % 2 + 1) * parent.head_dim,
@@ -93,7 +95,7 @@ BROKEN = {
 def split_gradients(
     config: ModelConfig, sequence: bool, compiled: bool = False, broken: str = ""
 ) -> tuple[float, Gradients]:
-    with patch.dict(tensor._ROLES, BROKEN[broken]) if broken else nullcontext():
+    with patch.dict(tensor._STYLES, BROKEN[broken]) if broken else nullcontext():
         loss, gradients = loss_and_gradients(split_model(config, sequence, compiled))
     return loss, {name: gradient.full_tensor() for name, gradient in gradients.items() if isinstance(gradient, DTensor)}
 
@@ -144,7 +146,7 @@ def collectives(n_layers: int, sequence: bool) -> tuple[dict[str, int], dict[str
     """Collectives of the (forward, backward) pass, by name; of a model with values, without FSDP2."""
     model = Transformer(TINY.model_copy(update={"n_layers": n_layers}))
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
-    tensor.split(model, mesh, model.plan, sequence=sequence, replicate_kv=False)
+    tensor.apply_tensor_parallel(model, mesh, model.tp_plan, sequence=sequence, replicate_kv=False)
     ids, labels, documents = batch()
     mask = model.document_mask(documents, torch.arange(16).expand(2, 16))
     counts = []
@@ -182,19 +184,19 @@ def test_around_the_blocks_are_one_sum_of_the_embedding_one_gather_of_the_loss_a
 def refusals() -> list[str]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
     cases: list[tuple[dict[str, object], dict[str, str]]] = [
-        ({}, {**SPLIT_PLAN, "lm_head": "diagonal"}),
-        ({}, {**SPLIT_PLAN, "model.layers.*.mlp.middle_proj": "columns"}),
-        ({}, {name: word for name, word in SPLIT_PLAN.items() if name != "model.layers.*.mlp.up_proj"}),
-        ({"n_kv_heads": 1}, SPLIT_PLAN),
-        ({"d_ff": 33}, SPLIT_PLAN),
-        ({"qkv_bias": True}, {**SPLIT_PLAN, "model.layers.*.self_attn.q_proj": "rows_then_reduce"}),
+        ({}, {**TP_PLAN, "lm_head": "diagonal"}),
+        ({}, {**TP_PLAN, "model.layers.*.mlp.middle_proj": "colwise"}),
+        ({}, {name: word for name, word in TP_PLAN.items() if name != "model.layers.*.mlp.up_proj"}),
+        ({"n_kv_heads": 1}, TP_PLAN),
+        ({"d_ff": 33}, TP_PLAN),
+        ({"qkv_bias": True}, {**TP_PLAN, "model.layers.*.self_attn.q_proj": "rowwise"}),
     ]
     said = []
     for changes, plan in cases:
         with torch.device("meta"):
             model = Transformer(TINY.model_copy(update=changes))
         with pytest.raises(ValueError, match=r"\w") as error:
-            tensor.split(model, mesh, plan, sequence=True, replicate_kv=False)
+            tensor.apply_tensor_parallel(model, mesh, plan, sequence=True, replicate_kv=False)
         said.append(str(error.value))
     with pytest.raises(LayoutError) as refused:
         tensor.enable_async(mesh)
@@ -203,13 +205,15 @@ def refusals() -> list[str]:
 
 def test_what_cannot_be_split_is_named(workers: WorkerPool) -> None:
     for said in workers.run(refusals, 2):
-        assert said[0].startswith("the plan says 'diagonal' for lm_head; words are vocabulary_rows, sequence")
+        assert said[0].startswith(
+            "the plan says 'diagonal' for lm_head; words are vocab_parallel_embedding, sequence_parallel"
+        )
         assert said[1:] == [
             "the plan's pattern model.layers.*.mlp.middle_proj finds nothing: model.layers.0.mlp has no 'middle_proj'",
             "the plan has no pattern for model.layers.0.mlp.up_proj.weight",
             "1 key/value heads cannot be shared out to 2 ranks with replicate_kv=False",
             "model.layers.0.mlp.gate_proj.weight: 33 rows cannot be shared out to 2 ranks",
-            "rows_then_reduce cannot split a module with a bias: it would be added once a rank",
+            "rowwise cannot split a module with a bias: it would be added once a rank",
             "parallel.async_tensor=true needs CUDA, and this run is on cpu; set it to false",
         ]
 
@@ -234,7 +238,7 @@ def whole_weights() -> None:
     initialise(whole, 3)
     model = Transformer(TINY)
     initialise(model, 3)
-    tensor.split(model, init_device_mesh("cpu", (2,)), model.plan, sequence=True, replicate_kv=False)
+    tensor.apply_tensor_parallel(model, init_device_mesh("cpu", (2,)), model.tp_plan, sequence=True, replicate_kv=False)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         assert torch.equal(parameter.full_tensor(), whole.get_parameter(name))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.engine import Microbatch, Numbers
+from parallel.engine import EngineOptions, Microbatch
 from parallel.engines.torch.build import one_process
 from parallel.engines.torch.engine import TorchEngine
 
@@ -72,10 +72,12 @@ class Recorder:
 
 
 def engine(
-    dtype: torch.dtype = torch.float32, clip: float | None = None, loss: Callable[..., Sums] = compute_loss
+    dtype: torch.dtype = torch.float32, max_grad_norm: float | None = None, loss: Callable[..., Sums] = compute_loss
 ) -> TorchEngine:
     torch.manual_seed(0)
-    return one_process(Model(), loss, lambda named: Recorder(list(named)), Numbers(dtype, clip), torch.device("cpu"))
+    return one_process(
+        Model(), loss, lambda named: Recorder(list(named)), EngineOptions(dtype, max_grad_norm), torch.device("cpu")
+    )
 
 
 def batch(uneven: bool = True) -> tuple[Tensor, Tensor]:
@@ -203,7 +205,7 @@ def test_what_is_written_into_the_state_is_computed_with_once_it_is_said_to_be_l
     with torch.no_grad():
         e.state()["model"]["up.bias"].fill_(1 / 3)
     assert e.model.up.bias[0].item() != pytest.approx(1 / 3, rel=1e-2)
-    e.loaded()
+    e.sync_compute_weights()
     assert torch.equal(e.model.up.bias, torch.full((2 * D,), 1 / 3).bfloat16())
 
 
@@ -215,7 +217,7 @@ def test_fp32_weights_are_not_held_twice() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_clipping_scales_all_gradients_to_the_norm_and_reports_the_one_before(dtype: torch.dtype) -> None:
-    free, clipped, loose = engine(dtype), engine(dtype, clip=0.01), engine(dtype, clip=1e6)
+    free, clipped, loose = engine(dtype), engine(dtype, max_grad_norm=0.01), engine(dtype, max_grad_norm=1e6)
     results = [e.train_step(cut(*batch(), (4, 4)), 0.1) for e in (free, clipped, loose)]
     norm = results[0].grad_norm
     assert norm > 0.1
@@ -238,7 +240,7 @@ def test_a_step_that_is_not_finite_is_told_and_leaves_everything_as_it_was(dtype
         extra = torch.nan * sums.total if poison == "loss" else (model.up.weight * 0).float().norm().sqrt()
         return Sums(sums.total + extra, sums.cross_entropy + extra.detach(), sums.z_loss)
 
-    e, healthy = engine(dtype, clip=1.0, loss=loss), engine(dtype, clip=1.0)
+    e, healthy = engine(dtype, max_grad_norm=1.0, loss=loss), engine(dtype, max_grad_norm=1.0)
     for each in (e, healthy):
         each.train_step(cut(*batch(), (4, 4)), 0.1)
     before = [tensor.clone() for tensor in (*e.state()["model"].values(), *e.model.parameters())]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from workers import WorkerPool
 
-from parallel.vocabulary import Part, split_loss
+from parallel.vocabulary import VocabShard, vocab_parallel_loss
 from pretrain.model import loss as loss_module
 from pretrain.model.loss import linear_cross_entropy, softmax_gradient_
 
@@ -54,14 +54,14 @@ def split(dtype: torch.dtype = torch.float32, compiled: bool = False, wrong_by: 
     rows = weight.detach().chunk(size)[rank].clone().requires_grad_()
     group = dist.group.WORLD
     assert group is not None
-    loss = split_loss(linear_cross_entropy, group, lambda x: x)
+    loss = vocab_parallel_loss(linear_cross_entropy, group, lambda x: x)
     softmax = torch.compile(softmax_gradient_, backend="aot_eager", fullgraph=True) if compiled else softmax_gradient_
     first = (rank + wrong_by) % size * len(rows)
     collectives, widest = CommDebugMode(), Widest()
     with ExitStack() as around:
         around.enter_context(patch.object(loss_module, "_CHUNKS", 4))
         around.enter_context(patch.object(loss_module, "_SMALLEST_CHUNK", {"cpu": 1}))
-        around.enter_context(patch("parallel.vocabulary.Part", lambda _, group: Part(first, group)))
+        around.enter_context(patch("parallel.vocabulary.VocabShard", lambda _, group: VocabShard(first, group)))
         for watching in () if compiled else (collectives, widest):  # the compiler compiles nothing under them
             around.enter_context(watching)
         sums = loss(hidden, rows, labels, Z, softmax=softmax)

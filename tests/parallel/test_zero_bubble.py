@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel.pipeline.zero_bubble import WeightPass
-from parallel.recompute import recompute
+from parallel.pipeline.zero_bubble import ZeroBubbleBackward
+from parallel.recompute import apply_recompute
 from pretrain.config import ModelConfig
 from pretrain.model.init import initialise
 from pretrain.model.transformer import Transformer
@@ -52,10 +52,10 @@ def is_linear(name: str) -> bool:
 )
 def test_both_passes_make_the_gradients_of_one(mode: str, compiled: bool) -> None:
     whole, split = model(), model()
-    weights = WeightPass(split.layers)
+    weights = ZeroBubbleBackward(split.layers)
     for layer in split.layers if compiled else ():
         layer.forward = torch.compile(layer.forward, backend="aot_eager")  # type: ignore[method-assign]  # as the model does
-    recompute(split.layers, mode, keep=("matmul",))
+    apply_recompute(split.layers, mode, keep=("matmul",))
     assert first_pass(split) == pytest.approx(first_pass(whole), rel=1e-6)
     weights.take(split)()
     assert_same_gradients(split, whole, atol=1e-7)
@@ -63,7 +63,7 @@ def test_both_passes_make_the_gradients_of_one(mode: str, compiled: bool) -> Non
 
 def test_only_weights_of_linear_layers_in_blocks_wait() -> None:
     split = model()
-    weights = WeightPass(split.layers)
+    weights = ZeroBubbleBackward(split.layers)
     first_pass(split)
     assert {name for name, gradient in gradients(split).items() if gradient is None} == {
         name for name in gradients(split) if is_linear(name)
@@ -74,7 +74,7 @@ def test_only_weights_of_linear_layers_in_blocks_wait() -> None:
 
 def test_microbatches_may_wait_together_and_end_in_any_order() -> None:
     whole, split = model(), model()
-    weights = WeightPass(split.layers)
+    weights = ZeroBubbleBackward(split.layers)
     later = []
     for microbatch in range(3):
         first_pass(split, microbatch)
@@ -87,7 +87,7 @@ def test_microbatches_may_wait_together_and_end_in_any_order() -> None:
 
 def test_what_was_set_aside_is_freed_once_it_is_added() -> None:
     split = model()
-    weights = WeightPass(split.layers)
+    weights = ZeroBubbleBackward(split.layers)
     first_pass(split)
     add = weights.take(split)
     kept = tensors_of(S * 2, CONFIG.d_ff)
@@ -105,14 +105,14 @@ def tensors_of(rows: int, columns: int) -> int:
 
 def test_names_and_state_are_those_of_plain_layers() -> None:
     split = model()
-    WeightPass(split.layers)
+    ZeroBubbleBackward(split.layers)
     assert list(split.state_dict()) == list(model().state_dict())
     assert all(torch.equal(a, b) for a, b in zip(split.parameters(), model().parameters(), strict=True))
 
 
 def test_what_a_step_left_that_did_not_end_is_forgotten() -> None:
     split = model()
-    weights = WeightPass(split.layers)
+    weights = ZeroBubbleBackward(split.layers)
     first_pass(split)
     weights.begin()
     weights.take(split)()

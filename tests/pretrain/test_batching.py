@@ -17,7 +17,7 @@ from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.optim.schedule import batch_size_at, samples_before
 from pretrain.setup.batch_schedule import BatchSchedule
-from pretrain.setup.engine import build_engine, compute
+from pretrain.setup.engine import build_engine, forward_step
 from pretrain.train.batching import Share, fill_up, microbatches, to_host
 from pretrain.train.loop import Loop
 from pretrain.train.rank_info import Place
@@ -95,11 +95,11 @@ def test_rows_that_fill_up_add_exactly_nothing(attention: str, precision: str, t
     with flash_on_a_cpu():
         for microbatch, adds in ((empty, False), (whole, True)):
             engine.model.zero_grad()
-            sums = compute(engine.model, None, microbatch, config=config)
+            sums = forward_step(engine.model, None, microbatch, config=config)
             assert not isinstance(sums, torch.Tensor)
             sums.total.backward()
-            gradients = [master.grad for master in engine.masters.values() if master.grad is not None]
-            assert len(gradients) == len(engine.masters)
+            gradients = [master.grad for master in engine.master_weights.values() if master.grad is not None]
+            assert len(gradients) == len(engine.master_weights)
             assert all(gradient.isfinite().all() for gradient in gradients)
             assert any(gradient.any() for gradient in gradients) == adds
             assert bool(sums.total) == bool(sums.cross_entropy) == bool(sums.z_loss) == adds

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from parallel.layout import Layout
-from parallel.pipeline.runner import order
+from parallel.pipeline.runner import schedule_actions
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.estimate.activations import most_pairs
@@ -15,7 +15,7 @@ from pretrain.estimate.communication import traffic
 from pretrain.estimate.flops import parameter_count
 from pretrain.estimate.rank_memory import Weight, end_costs, fullest, hold, layers_of_stages, weights
 from pretrain.model.transformer import SPLIT_PLAN, Transformer
-from pretrain.setup.engine import blueprint_of
+from pretrain.setup.engine import build_model_spec
 from pretrain.setup.resolve import resolve_for_cluster
 
 LLAMA_8B = 8_030_261_248
@@ -28,7 +28,7 @@ TINY = (
     "model.d_ff=80",
     "model.vocab_size=96",
 )
-SPLIT_DIMENSION = {"vocabulary_rows": 0, "columns": 0, "kv_columns": 0, "rows_then_reduce": 1, "vocabulary_columns": 0}
+SPLIT_DIMENSION = {"vocab_parallel_embedding": 0, "colwise": 0, "kv_colwise": 0, "rowwise": 1, "vocab_parallel_head": 0}
 
 
 def planned(world_size: int, *words: str) -> tuple[RunConfig, Layout]:
@@ -49,7 +49,7 @@ def test_the_weights_are_those_of_the_model_and_split_as_its_plan_says(more: tup
     for weight in found:
         name = weight.name.rpartition(".")[0]
         pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        assert weight.split == SPLIT_DIMENSION.get(SPLIT_PLAN[pattern])
+        assert weight.split == SPLIT_DIMENSION.get(TP_PLAN[pattern])
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 5, 16])
@@ -163,8 +163,8 @@ def test_the_fullest_rank_is_found_among_all() -> None:
 
 def test_stages_are_cut_where_the_engine_cuts_them() -> None:
     config, layout = planned(2, *TINY, "data.seq_len=48", "parallel.pipeline=2")
-    blueprint = blueprint_of(config)
-    assert end_costs(config.model) == (blueprint.first_cost, blueprint.last_cost)
+    spec = build_model_spec(config)
+    assert end_costs(config.model) == (spec.first_cost, spec.last_cost)
     assert [len(layers) for layers in layers_of_stages(config, layout)] == [3, 3]
 
 
@@ -175,7 +175,7 @@ def test_the_most_that_is_kept_is_that_of_the_schedule(schedule: str, microbatch
     """Whatever a pair that waits for its weights' gradients costs beside one that is not that far."""
     layout = Layout(pipeline=4, schedule=schedule, stages_per_rank=1 if schedule in ("gpipe", "1f1b") else 2)
     change = {"forward": 1.0, "backward": -1.0, "input": cost - 1, "weight": -cost}
-    for rank, actions in order(layout, microbatches).items():
+    for rank, actions in schedule_actions(layout, microbatches).items():
         most = max(accumulate(change[action.kind] for action in actions))
         assert max(
             begun + cost * waiting for begun, waiting in most_pairs(layout, rank, microbatches)

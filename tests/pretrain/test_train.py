@@ -271,13 +271,15 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     train_step, count = TorchEngine.train_step, iter(range(1, 1000))
 
     def poisoned(self: TorchEngine, microbatches: list, lr_scale: float, **more: object) -> object:
-        compute = self._runner._compute
+        compute = self._runner._forward_step
         if next(count) == step:
-            self._runner._compute = lambda *given: type(out := compute(*given))(*(part * torch.nan for part in out))
+            self._runner._forward_step = lambda *given: type(out := compute(*given))(
+                *(part * torch.nan for part in out)
+            )
         try:
             return train_step(self, microbatches, lr_scale, **more)
         finally:
-            self._runner._compute = compute
+            self._runner._forward_step = compute
 
     monkeypatch.setattr(TorchEngine, "train_step", poisoned)
 

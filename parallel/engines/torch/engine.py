@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.engine import Compute, Microbatch, Optimizer, State, StepResult
-from parallel.fsdp import Sharded
-from parallel.gradients import clip_, squared_norm
+from parallel.engine import ForwardStep, Microbatch, Optimizer, State, StepResult
+from parallel.fsdp import FSDPRoot
+from parallel.gradients import clip_gradients_, local_squared_norm
 from parallel.layout import Layout
 
 
@@ -34,12 +34,12 @@ class Runner(Protocol):
         """Forward passes: sum of the cross-entropy, fp64, 0 where the last part of the model is not."""
 
 
-class OnePart:
+class SingleStageRunner:
     """`Runner` of a rank that holds all layers: microbatches one after the other."""
 
-    def __init__(self, model: nn.Module, compute: Compute, sharded: Sharded | None = None) -> None:
+    def __init__(self, model: nn.Module, forward_step: ForwardStep, sharded: FSDPRoot | None = None) -> None:
         self._model = model
-        self._compute = compute
+        self._forward_step = forward_step
         self._sharded = sharded
 
     def train(self, microbatches: Sequence[Microbatch], scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class OnePart:
         for i, microbatch in enumerate(microbatches, 1):
             if self._sharded is not None:
                 self._sharded.before(last=i == len(microbatches))
-            sums = self._compute(self._model, None, microbatch)
+            sums = self._forward_step(self._model, None, microbatch)
             assert not isinstance(sums, Tensor)
             (sums.total * scale).backward()  # type: ignore[no-untyped-call]  # torch does not type backward()
             cross_entropy += sums.cross_entropy.detach()
@@ -59,7 +59,7 @@ class OnePart:
         """See `Runner`."""
         total: Tensor | None = None
         for microbatch in microbatches:
-            sums = self._compute(self._model, None, microbatch)
+            sums = self._forward_step(self._model, None, microbatch)
             assert not isinstance(sums, Tensor)
             total = sums.cross_entropy.double() if total is None else total + sums.cross_entropy
         assert total is not None, "nothing to evaluate"
@@ -71,13 +71,13 @@ class TorchEngine:
 
     def __init__(
         self,
-        parts: Sequence[nn.Module],
-        masters: dict[str, nn.Parameter],
+        model_chunks: Sequence[nn.Module],
+        master_weights: dict[str, nn.Parameter],
         optimizer: Optimizer,
         runner: Runner,
         *,
         device: torch.device,
-        clip: float | None,
+        max_grad_norm: float | None,
         layout: Layout = Layout(),  # noqa: B008  # frozen
         rank: int = 0,
         n_copies: Callable[[str], int] = lambda _: 1,
@@ -88,16 +88,16 @@ class TorchEngine:
     ) -> None:
         """An engine of its pieces; `parallel.engines.torch.build` puts them together.
 
-        parts: of the model, on this rank. masters: its fp32 parameters by canonical name. device: of the losses. n_copies: stages that
+        model_chunks: of the model, on this rank. masters: its fp32 parameters by canonical name. device: of the losses. n_copies: stages that
         hold a parameter. cut: a microbatch's share of a context rank. finish_gradients: called between the last backward pass and the
         norm. refresh: called when masters have changed. after_evaluation: called after forward passes that no backward pass follows.
         """
-        self.parts = parts
-        self.masters = masters
+        self.model_chunks = model_chunks
+        self.master_weights = master_weights
         self._optimizer = optimizer
         self._runner = runner
         self._device = device
-        self._clip = float("inf") if clip is None else clip
+        self._max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         self.layout = layout
         at = layout.coordinates(rank)
         self._counts_targets = (
@@ -112,27 +112,29 @@ class TorchEngine:
     @property
     def model(self) -> nn.Module:
         """The model, where one rank holds all layers."""
-        (model,) = self.parts
+        (model,) = self.model_chunks
         return model
 
     def train_step(
-        self, microbatches: Sequence[Microbatch], lr_scale: float, asks: Callable[[], bool] = lambda: False
+        self, microbatches: Sequence[Microbatch], lr_scale: float, stop_requested: Callable[[], bool] = lambda: False
     ) -> StepResult:
         """One optimizer step; the loss is averaged over the targets of the global batch, however they are spread."""
         n_targets = self._count_targets(microbatches).clamp(min=1)
         cross_entropy, z_loss = self._runner.train([self._cut(m) for m in microbatches], n_targets.float().reciprocal())
         self._finish_gradients()
-        share = squared_norm(self.masters, self.layout, self._n_copies)
+        share = local_squared_norm(self.master_weights, self.layout, self._n_copies)
         # Tensor ranks have the same loss; all other ranks have different parts of it, or none.
         losses = torch.stack([cross_entropy, z_loss]) / (self.layout.tensor * n_targets)
-        asking = torch.full((), asks(), dtype=torch.float64, device=self._device)
-        loss, z, squares, asked = self._sum(torch.cat([losses, torch.stack([share.to(self._device), asking])])).tolist()
-        result = StepResult(loss, z, squares**0.5, asked=asked > 0)
+        stop_here = torch.full((), stop_requested(), dtype=torch.float64, device=self._device)
+        loss, z, squares, n_stops = self._sum(
+            torch.cat([losses, torch.stack([share.to(self._device), stop_here])])
+        ).tolist()
+        result = StepResult(loss, z, squares**0.5, stop_requested=n_stops > 0)
         if result.is_finite:  # weights that met a NaN are lost; the loop decides what happens next
-            clip_(self.masters.values(), self._clip, result.grad_norm)
+            clip_gradients_(self.master_weights.values(), self._max_grad_norm, result.grad_norm)
             self._optimizer.set_lr(lr_scale)
             self._optimizer.step()
-            self.loaded()
+            self.sync_compute_weights()
         self._optimizer.zero_grad()
         return result
 
@@ -146,11 +148,13 @@ class TorchEngine:
 
     def state(self) -> State:
         """Live fp32 masters and optimizer state by canonical name; DTensors where they are divided."""
-        model: dict[str, Tensor | dict[str, Tensor]] = {name: master.detach() for name, master in self.masters.items()}
+        model: dict[str, Tensor | dict[str, Tensor]] = {
+            name: master.detach() for name, master in self.master_weights.items()
+        }
         return {"model": model, "optimizer": dict(self._optimizer.state())}
 
     @torch.no_grad()
-    def loaded(self) -> None:
+    def sync_compute_weights(self) -> None:
         """Let the next pass compute with what the masters are now."""
         self._refresh()
 
