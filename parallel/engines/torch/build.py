@@ -60,11 +60,8 @@ def divided(spec: ModelSpec, options: EngineOptions, *, layout: Layout, rank: in
     ranges = assign_layers(spec.n_layers, layout.n_stages, first_cost=spec.first_cost, last_cost=spec.last_cost)
     parts = {stage: _shapes(spec, ranges[stage], options, layout) for stage in stages_of_rank(at["pipeline"], layout)}
     # Before they are split: zero bubble changes the class of linear layers, and what splits them makes subclasses of that.
-    stages = (
-        {stage: StageModule(part, spec.forward_step, layout) for stage, part in parts.items()}
-        if layout.pipeline > 1
-        else {}
-    )
+    several = layout.pipeline > 1
+    stages = {i: StageModule(part, spec.forward_step, layout) for i, part in parts.items() if several}
     for part in parts.values():
         _split(part, mesh, layout)
     sharded = [
