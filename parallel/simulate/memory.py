@@ -127,7 +127,9 @@ def tensor_kinds(engine: TorchEngine) -> TensorKinds:
     master_weights += [parameter for parameter in chunk_parameters if isinstance(parameter, DTensor)]
     optimizer_state = [x for slots in state["optimizer"].values() if isinstance(slots, dict) for x in slots.values()]
 
-    fsdp_modules = [module for part in engine.model_chunks for module in part.modules() if isinstance(module, FSDPModule)]
+    fsdp_modules = [
+        module for part in engine.model_chunks for module in part.modules() if isinstance(module, FSDPModule)
+    ]
     accumulates_unsharded = engine.layout.zero == 1 or engine.layout.pipeline > 1
 
     def kinds() -> dict[str, list[Tensor]]:
