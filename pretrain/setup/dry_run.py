@@ -28,7 +28,7 @@ from pretrain.console import format_memory, plain_table
 from pretrain.errors import UserError
 from pretrain.estimate.communication import traffic
 from pretrain.estimate.rank_memory import Holding, hold, n_microbatches
-from pretrain.setup.engine import build_model_spec, build_engine_options
+from pretrain.setup.engine import build_engine_options, build_model_spec
 from pretrain.setup.resolve import resolve_for_cluster
 
 ROUNDS = {"gpipe": None, "1f1b": 1}

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from parallel.layout import Layout
-from parallel.pipeline.runner import describe
+from parallel.pipeline.runner import describe_pipeline
 from pretrain.config import AUTO, RunConfig, flatten, on_resume
 from pretrain.config.loading import validate
 from pretrain.errors import UserError
@@ -97,7 +97,9 @@ class ResolvedRun:
             return ""
         first, last = end_costs(self.config.model)
         n_microbatches = self.batches.microbatch_counts(self.layout.data)[""]
-        return describe(self.layout, self.config.model.n_layers, n_microbatches, first_cost=first, last_cost=last)
+        return describe_pipeline(
+            self.layout, self.config.model.n_layers, n_microbatches, first_cost=first, last_cost=last
+        )
 
 
 def resolve_run(

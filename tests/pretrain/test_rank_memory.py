@@ -14,7 +14,7 @@ from pretrain.estimate.activations import most_pairs
 from pretrain.estimate.communication import traffic
 from pretrain.estimate.flops import parameter_count
 from pretrain.estimate.rank_memory import Weight, end_costs, fullest, hold, layers_of_stages, weights
-from pretrain.model.transformer import SPLIT_PLAN, Transformer
+from pretrain.model.transformer import TP_PLAN, Transformer
 from pretrain.setup.engine import build_model_spec
 from pretrain.setup.resolve import resolve_for_cluster
 
