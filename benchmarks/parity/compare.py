@@ -19,7 +19,7 @@ from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
-from pretrain.setup.engine import blueprint_of, numbers_of
+from pretrain.setup.engine import build_engine_options, build_model_spec
 from pretrain.train.batching import microbatches, to_host
 
 CPU = torch.device("cpu")
@@ -93,16 +93,16 @@ def full_copy(tensor: Tensor) -> Tensor:
 
 def train_on_layout(config: RunConfig, layout: Layout, rank: int, micro_batch: int, steps: int) -> TrainingTrace:
     """Train `steps` steps as one rank of a layout."""
-    blueprint, recorders = blueprint_of(config), list[GradientRecorder]()
+    spec, recorders = build_model_spec(config), list[GradientRecorder]()
 
     def build_recorder(named: Iterable[tuple[str, nn.Parameter]]) -> GradientRecorder:
         parameters = dict(named)
-        recorders.append(GradientRecorder(blueprint.build_optimizer(parameters.items()), parameters))
+        recorders.append(GradientRecorder(spec.build_optimizer(parameters.items()), parameters))
         return recorders[0]
 
     build: BuildOptimizer = build_recorder
     engine = build_engine(
-        replace(blueprint, build_optimizer=build), numbers_of(config), layout=layout, rank=rank, device=CPU
+        replace(spec, build_optimizer=build), build_engine_options(config), layout=layout, rank=rank, device=CPU
     )
     results = [
         engine.train_step(
