@@ -1,4 +1,4 @@
-"""What the tests of the whole program share: a tiny prepared data set, words for a tiny run on it, and both ways to start one."""
+"""Shared fixtures: a tiny prepared data set, arguments of a tiny run on it, and two ways to start that run."""
 
 import io
 import sys
@@ -27,19 +27,19 @@ WHAT = ("a token", "its batch", "the gradient", "two documents", "the next step"
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Sums have one order, and the tests leave the other cores to others."""
+    """One thread: sums have one order, and other processes keep their cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def same_draws() -> None:
-    """What a test draws without a generator of its own is the same in every run, whichever tests ran before it."""
+    """Seed the global generator before each test, so that a test does not depend on those before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:
-    """`workers.run(function, 4, ...)`: the function on 4 ranks of a gloo group. The processes start with the first case that needs them."""
+    """`workers.run(function, 4, ...)` runs the function on 4 ranks of a gloo group. Processes start when first needed."""
     with WorkerPool() as pool:
         yield pool
 
@@ -58,7 +58,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same text, prepared with a vocabulary of 300 tokens. Nobody writes here."""
+    """The same text, prepared with a vocabulary of 300 tokens. Read-only."""
     path = tmp_path_factory.mktemp("prepared") / "data"
     source = SourceConfig(kind="text", paths=(str(tiny_text),))
     prepare(

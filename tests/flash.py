@@ -1,4 +1,4 @@
-"""A stand-in for the variable-length flash kernels of GPUs, so that how they are called is tested without one."""
+"""A CPU reference for the variable-length flash-attention kernels, to test the calls of them without a GPU."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ def reference_varlen(
     *,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """What flash attention's documentation promises, on any device: the last query of a document stands at its last key."""
+    """Attention as flash-attn documents it, on any device. The last query of a document is aligned with its last key."""
     outs = []
     pieces = zip(*(pairwise(ends.tolist()) for ends in (cu_seq_q, cu_seq_k)), strict=True)
     for (start, end), (first, last) in pieces:
@@ -38,7 +38,7 @@ def reference_varlen(
 
 @contextmanager
 def flash_on_a_cpu() -> Iterator[None]:
-    """Let `varlen_attn` run on a CPU: PyTorch's own operators around the reference, which stands in for the two CUDA kernels alone."""
+    """Let `varlen_attn` run on a CPU. Only the two CUDA kernels are replaced; PyTorch's operators around them run."""
     with torch.library._scoped_library("aten", "IMPL") as library:  # the public Library cannot be taken back
         library.impl("_flash_attention_forward", _forward, "CPU")
         library.impl("_flash_attention_backward", _backward, "CPU")
@@ -54,11 +54,11 @@ def _forward(
     window_size_right: int,
     **_: object,
 ) -> tuple[Tensor, ...]:
-    """(output, log-sum-exp, and three that nobody reads); without autograd, as a kernel is."""
+    """Return (output, log-sum-exp, three unused tensors). Records nothing for autograd, like a kernel."""
     window = window_size_left, window_size_right
     out = reference_varlen(query, key, value, *documents[:4], window_size=window)  # type: ignore[arg-type]  # the operator's own order
-    unread = query.new_empty(0)
-    return out, query.new_zeros(query.shape[1], len(query)), unread, unread, unread
+    unused = query.new_empty(0)
+    return out, query.new_zeros(query.shape[1], len(query)), unused, unused, unused
 
 
 def _backward(
@@ -79,5 +79,5 @@ def _backward(
         out = reference_varlen(*given, *documents[:4], window_size=window)  # type: ignore[arg-type]  # as above
         return torch.autograd.grad(out, given, grad_out)
 
-    with ThreadPoolExecutor(1) as another:  # in this thread, inside of an operator, nothing is recorded for autograd
+    with ThreadPoolExecutor(1) as another:  # inside an operator this thread records nothing for autograd
         return another.submit(gradients).result()

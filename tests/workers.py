@@ -1,9 +1,10 @@
-"""A pool of worker processes for tests of what takes several ranks: torch is imported once a session, a case is a function sent to them.
+"""A pool of worker processes for multi-rank tests. torch is imported once a session; a test sends a function to the pool.
 
     pool.run(function, 4, *args, **kwargs)    # calls function(*args, **kwargs) on 4 ranks of a gloo group; one result per rank
 
-A case that raises is told with the traceback of the rank that failed first, a hang is cut with the stacks of all ranks, a dead worker is
-noticed at once; after each of them the pool goes on. `with WorkerPool() as pool` works without pytest too.
+If a case raises, the error shows the traceback of the rank that failed first. If it hangs, it is stopped and the error shows
+the stacks of all ranks. A dead worker is noticed at once. The pool stays usable after each of these. It works without
+pytest too: `with WorkerPool() as pool`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-LARGEST_WORLD = 8
+MAX_WORLD_SIZE = 8
 START_TIMEOUT = 120.0
 PROCESSES = multiprocessing.get_context("forkserver")
-"""Starts processes as forks of one that has imported what takes long, and nothing else: none of them pays for it again."""
+"""Forks processes from a server that has the slow imports already."""
 PROCESSES.set_forkserver_preload(
     [
         "torch.distributed.fsdp",
@@ -44,22 +45,22 @@ PROCESSES.set_forkserver_preload(
     ]
 )
 GRACE = 2.0
-"""Seconds in which the peers of a failed rank may answer; those that do not are replaced."""
+"""Seconds that the peers of a failed rank get to answer. Those that do not are replaced."""
 STACK_WAIT = 0.5
-MOST_CASES = 16
-"""A worker is replaced after so many: FSDP2 keeps the classes of modules that were sharded, split ones know their mesh, and gloo's groups
-have threads. A fresh one is forked in a tenth of a second."""
+MAX_CASES = 16
+"""A worker is replaced after this many. FSDP2 keeps the classes of sharded modules, parallelized modules keep their mesh, and
+gloo groups have threads. Forking a new worker takes a tenth of a second."""
 
 R = TypeVar("R")
 
 
 class CaseFailed(RuntimeError):
-    """A case raised on some rank, hung, or killed its worker; the message holds the traceback or the stacks."""
+    """A case raised on some rank, hung, or killed its worker. The message holds the traceback or the stacks."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a worker is sent. The call is pickled by itself: the path has to be there before its function can be found."""
+    """Sent to a worker. The call is pickled separately: `path` must be set before its function can be imported."""
 
     path: list[str]
     name: str
@@ -71,14 +72,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Returned:
-    """What a rank answers. The value is pickled by itself, so that tensors go by value and not as shared memory."""
+    """A rank's answer. The value is pickled separately, so that tensors travel by value and not as shared memory."""
 
     value: bytes
 
 
 @dataclass(frozen=True)
 class Raised:
-    """What a rank answers that failed. The clock is the machine's: of several ranks, the earliest is the cause."""
+    """The answer of a rank that failed. All ranks use the machine's clock, so the earliest failure is the cause."""
 
     when: float
     text: str
@@ -86,12 +87,12 @@ class Raised:
 
 @dataclass
 class Worker:
-    """One process, the pipe to it, the file that gets its stack when it crashes or gets SIGUSR1, and the cases that it has served."""
+    """One process, the pipe to it, the file for its stack (on a crash or SIGUSR1), and the number of cases it ran."""
 
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     stack: Path
-    served: int = 0
+    n_cases: int = 0
 
     def end(self) -> None:
         self.process.kill()
@@ -100,7 +101,7 @@ class Worker:
 
 
 class WorkerPool:
-    """Up to 8 worker processes on this machine, started when they are first needed."""
+    """Up to 8 worker processes on this machine, started when first needed."""
 
     def __init__(self) -> None:
         self._workers: list[Worker] = []
@@ -121,44 +122,44 @@ class WorkerPool:
     def run(
         self, function: Callable[..., R], world_size: int, /, *args: object, timeout: float = 60.0, **kwargs: object
     ) -> list[R]:
-        """Call `function` on every rank of a fresh gloo group, with the same seed and one thread.
+        """Call `function` on every rank of a new gloo group, with the same seed and one thread.
 
         Args:
-            function: defined at the top level of a module; closures and lambdas cannot be sent.
+            function: from the top level of a module; closures and lambdas cannot be pickled.
             world_size: number of ranks, 1 to 8.
-            args, kwargs: the same for all ranks, by value.
+            args, kwargs: passed by value, the same for all ranks.
             timeout: seconds until the case counts as hung.
 
         Returns:
-            What each rank returned, by rank; tensors are copies.
+            The value of each rank, in rank order; tensors are copies.
 
         Raises:
-            CaseFailed: with the first failure; the others that it caused are left out.
-            TypeError: the function or an argument cannot be sent.
+            CaseFailed: with the first failure. Failures that it caused on other ranks are left out.
+            TypeError: the function or an argument cannot be pickled.
         """
-        if not 1 <= world_size <= LARGEST_WORLD:
-            raise ValueError(f"world_size={world_size}: the pool has 1 to {LARGEST_WORLD} workers")
+        if not 1 <= world_size <= MAX_WORLD_SIZE:
+            raise ValueError(f"world_size={world_size}: the pool has 1 to {MAX_WORLD_SIZE} workers")
         call = _pickle(function, args, kwargs)
-        self._grow(world_size)
-        team = self._workers[:world_size]
+        self._ensure_workers(world_size)
+        ranks = self._workers[:world_size]
         answers: dict[int, Returned | Raised] = {}
         name = f"case-{next(self._names)}"
         try:
-            for rank, worker in enumerate(team):
+            for rank, worker in enumerate(ranks):
                 worker.pipe.send_bytes(pickle.dumps(Case(sys.path, name, rank, world_size, timeout, call)))
-            _listen(team, answers, timeout)
-            if problem := _problem(team, answers, timeout):
+            _collect_answers(ranks, answers, timeout)
+            if problem := _describe_failure(ranks, answers, timeout):
                 raise CaseFailed(f"{function.__module__}.{function.__qualname__}: {problem}")
             return [pickle.loads(answer.value) for _, answer in sorted(answers.items()) if isinstance(answer, Returned)]
         finally:
-            self._settle(team, answers)
+            self._end_case(ranks, answers)
 
-    def _grow(self, size: int) -> None:
-        """Start the workers that are missing, all at once, and wait until they are there."""
+    def _ensure_workers(self, size: int) -> None:
+        """Start missing workers all at once, and wait until they are ready."""
         from torch.distributed import TCPStore
 
         self._workers = [worker for worker in self._workers if worker.process.is_alive()]
-        for worker in [worker for worker in self._workers if worker.served >= MOST_CASES]:
+        for worker in [worker for worker in self._workers if worker.n_cases >= MAX_CASES]:
             self._workers.remove(worker)
             worker.end()
         if self._store is None:
@@ -178,11 +179,11 @@ class WorkerPool:
                 raise CaseFailed(f"a worker did not start within {START_TIMEOUT:.0f} s")
             worker.pipe.recv_bytes()
 
-    def _settle(self, team: Sequence[Worker], answers: dict[int, Returned | Raised]) -> None:
-        """Let all ranks leave the group; replace the workers that owe an answer, whatever it was that interrupted them."""
-        for rank, worker in enumerate(team):
+    def _end_case(self, ranks: Sequence[Worker], answers: dict[int, Returned | Raised]) -> None:
+        """Have all ranks leave the group. Replace workers that did not answer."""
+        for rank, worker in enumerate(ranks):
             if rank in answers:
-                worker.served += 1
+                worker.n_cases += 1
                 worker.pipe.send_bytes(b"leave")
             else:
                 self._workers.remove(worker)
@@ -194,13 +195,13 @@ def _pickle(function: Callable[..., object], args: object, kwargs: object) -> by
         return pickle.dumps((function, args, kwargs))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(
-            f"cannot be sent to a worker: {error}; the function must stand at the top level of its module, and be given plain values"
+            f"cannot be sent to a worker: {error}; use a function from the top level of a module, and plain values"
         ) from error
 
 
-def _listen(team: Sequence[Worker], answers: dict[int, Returned | Raised], timeout: float) -> None:
-    """Collect the answers until all are there, or time is over, or one failed and its peers had time to notice."""
-    waiting = {worker.pipe: rank for rank, worker in enumerate(team)}
+def _collect_answers(ranks: Sequence[Worker], answers: dict[int, Returned | Raised], timeout: float) -> None:
+    """Collect answers until all ranks answered, time is up, or a rank failed and its peers had time to notice."""
+    waiting = {worker.pipe: rank for rank, worker in enumerate(ranks)}
     deadline = time.monotonic() + timeout
     while waiting and (left := deadline - time.monotonic()) > 0:
         for pipe in wait(list(waiting), left):
@@ -209,15 +210,15 @@ def _listen(team: Sequence[Worker], answers: dict[int, Returned | Raised], timeo
             try:
                 answers[rank] = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
-                team[rank].process.join()  # it died
+                ranks[rank].process.join()  # it died
             if not isinstance(answers.get(rank), Returned):
                 deadline = min(deadline, time.monotonic() + GRACE)
 
 
-def _problem(team: Sequence[Worker], answers: dict[int, Returned | Raised], timeout: float) -> str | None:
-    """What went wrong, if something did: a death before an error that it may have caused, an error before a wait that it may have."""
-    size = len(team)
-    for rank, worker in enumerate(team):
+def _describe_failure(ranks: Sequence[Worker], answers: dict[int, Returned | Raised], timeout: float) -> str | None:
+    """Describe what went wrong, the likely cause first: a dead worker, then an exception, then a hang. None if nothing."""
+    size = len(ranks)
+    for rank, worker in enumerate(ranks):
         if rank not in answers and (code := worker.process.exitcode) is not None:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             return f"rank {rank} of {size} {how}\n{worker.stack.read_text()}".rstrip()
@@ -226,51 +227,51 @@ def _problem(team: Sequence[Worker], answers: dict[int, Returned | Raised], time
         return f"rank {first} of {size} raised\n{raised[first].text}"
     if len(answers) == size:
         return None
-    return f"no end after {timeout:g} s\n" + "\n".join(_stacks(team, answers))
+    return f"no answer after {timeout:g} s\n" + "\n".join(_stacks(ranks, answers))
 
 
-def _stacks(team: Sequence[Worker], answers: dict[int, Returned | Raised]) -> list[str]:
-    """Where each rank is."""
-    for rank, worker in enumerate(team):
+def _stacks(ranks: Sequence[Worker], answers: dict[int, Returned | Raised]) -> list[str]:
+    """The stack of each rank."""
+    for rank, worker in enumerate(ranks):
         if rank not in answers and worker.process.pid is not None:
             os.kill(worker.process.pid, signal.SIGUSR1)
-    time.sleep(STACK_WAIT)  # faulthandler writes in the signal handler itself, even below a blocked call
+    time.sleep(STACK_WAIT)  # faulthandler writes inside the signal handler, even during a blocked C call
     return [
         f"rank {rank}: " + ("has returned" if rank in answers else "\n" + worker.stack.read_text())
-        for rank, worker in enumerate(team)
+        for rank, worker in enumerate(ranks)
     ]
 
 
 def _serve(pipe: Connection, port: int, stack: Path) -> None:
-    """A worker's life: wait for a case, attempt it, answer, leave the group when all have answered."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # for what it may start itself
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    """Main loop of a worker: receive a case, run it, answer, and leave the group when all ranks answered."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for processes that a case starts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     with stack.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file)
-        faulthandler.enable(file)  # where it was when it crashed
+        faulthandler.enable(file)  # writes the stack on a crash
         import torch
         from torch import distributed
 
         torch.set_num_threads(1)
-        gc.freeze()  # what is imported stays: looking through it after every failure would take longer than the case
+        gc.freeze()  # imported modules stay; scanning them after every failure would take longer than a case
         store = distributed.TCPStore("127.0.0.1", port, is_master=False)
-        pipe.send_bytes(b"here")
+        pipe.send_bytes(b"ready")
         while True:
             try:
                 message = pipe.recv_bytes()
             except EOFError:  # the parent is gone
                 return
-            answer = _attempt(pickle.loads(message), store)
+            answer = _run_case(pickle.loads(message), store)
             if isinstance(answer, Raised):
-                gc.collect()  # whatever the case left behind could keep the group's connections open
-                _leave()  # peers that wait for this rank fail, and need not be waited for
+                gc.collect()  # objects of the failed case may keep connections of the group open
+                _leave_group()  # peers that wait for this rank fail at once
             pipe.send_bytes(pickle.dumps(answer))
             pipe.recv_bytes()
-            _leave()
-            gc.collect()  # models and meshes go in circles, and hold groups, each of which has threads of its own
+            _leave_group()
+            gc.collect()  # models and meshes form cycles and hold groups, which have threads
 
 
-def _attempt(case: Case, store: Store) -> Returned | Raised:
+def _run_case(case: Case, store: Store) -> Returned | Raised:
     import torch
     from torch import distributed
 
@@ -286,13 +287,13 @@ def _attempt(case: Case, store: Store) -> Returned | Raised:
             timeout=timedelta(seconds=case.timeout),
         )
         return Returned(pickle.dumps(function(*args, **kwargs)))
-    except BaseException as error:  # the parent raises it: SystemExit and pytest's outcomes too
+    except BaseException as error:  # the parent raises it again, also SystemExit and pytest outcomes
         when, trace = time.monotonic(), error.__traceback__
         return Raised(when, "".join(traceback.format_exception(error.with_traceback(trace.tb_next if trace else None))))
 
 
-def _leave() -> None:
-    """Close the group's connections, and have DTensor forget its meshes: it would take those of the next case for the same."""
+def _leave_group() -> None:
+    """Close the group, and clear DTensor's cache of meshes: it would reuse them for the next case."""
     from torch import distributed
 
     from parallel.mesh import clear_mesh_caches

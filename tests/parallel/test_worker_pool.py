@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from workers import MOST_CASES, CaseFailed, WorkerPool
+from workers import MAX_CASES, CaseFailed, WorkerPool
 
 FOREVER = 3600.0
 
@@ -120,7 +120,7 @@ def fresh() -> Iterator[WorkerPool]:
 
 def test_the_processes_live_until_they_have_served_enough(fresh: WorkerPool) -> None:
     first = fresh.run(pid, 2)
-    assert [fresh.run(pid, 2) for _ in range(MOST_CASES - 1)] == [first] * (MOST_CASES - 1)
+    assert [fresh.run(pid, 2) for _ in range(MAX_CASES - 1)] == [first] * (MAX_CASES - 1)
     assert not set(first) & {os.getpid(), *fresh.run(pid, 2)}
 
 
@@ -147,7 +147,7 @@ def test_a_hang_is_cut_and_shows_where_every_rank_is(workers: WorkerPool) -> Non
     with pytest.raises(CaseFailed) as failed:
         workers.run(one_stays_away, 3, timeout=2)
     told = str(failed.value)
-    assert "one_stays_away: no end after 2 s" in told
+    assert "one_stays_away: no answer after 2 s" in told
     assert [told.count(f"rank {rank}: ") for rank in range(3)] == [1, 1, 1]
     assert told.count("in one_stays_away") == 3
     assert told.count("in barrier") == 2
@@ -170,7 +170,7 @@ def test_a_dead_worker_is_noticed_long_before_the_timeout(workers: WorkerPool) -
 
 def test_what_cannot_be_sent_is_refused(workers: WorkerPool) -> None:
     with pytest.raises(
-        TypeError, match=r"cannot be sent to a worker: .*; the function must stand at the top level of its module"
+        TypeError, match=r"cannot be sent to a worker: .*; use a function from the top level of a module"
     ):
         workers.run(lambda: 1, 2)
     with pytest.raises(ValueError, match=r"world_size=9: the pool has 1 to 8 workers"):
