@@ -1,20 +1,25 @@
-"""Duplicates over all sources: signature files in, for each document in or out.
+"""Find duplicate documents across all sources: reads signature files and gives each document a reason to drop it, or none.
 
-A document is dropped if one before it, in the order of the files, has the same text hash (exact) or shares a band (near). The first of
-its kind therefore stays, however the documents were cut into files. One before it counts even if it is dropped itself.
+A document is dropped if an earlier document, in the order of the files, has the same text hash (exact duplicate) or the same hash in
+any band (near-duplicate). So the first document of a group stays, whichever files the documents are in. An earlier document counts
+even if it is dropped itself.
 
-Held-out text of its own is compared whatever the settings are: documents that repeat it are dropped for reasons of their own.
+Held-out sources (`data.validation`) come first. Training documents that repeat a held-out one are always dropped, even where the
+settings turn exact or near-duplicate removal off, and have drop reasons of their own.
 
-A signature file is a `.npy` of 64-bit numbers, [1 + bands, documents]: the text hashes, then each band, each in one piece, so that one
-column of all files can be read without the others. 0 takes no part: a document that a filter dropped, a text without words.
+A signature file is a `.npy` array of uint64, [1 + bands, documents]: one row of text hashes, then one row for each band. A row is
+contiguous in the file, so one row of all files can be read without the others. The value 0 is never compared: it stands for a
+document that a filter dropped or a text without words.
 
-Memory is bounded whatever the number of documents: columns are compared one by one, each in as many ranges of its values as that
-takes; every range reads the column again. Only one byte a document stays all along (two if there are more than 127 sources).
+Memory is bounded whatever the number of documents. Rows are compared one after the other, and the values of a row in as many ranges
+as the memory requires; each range reads the row again. Only the drop codes of all documents stay in memory: 1 byte a document, or 2
+with more than 127 sources.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -28,51 +33,75 @@ from data_pipeline.errors import DataError
 from data_pipeline.settings import DedupConfig
 
 HELD_OUT_DUPLICATES = ("exact_duplicate_of_held_out", "near_duplicate_of_held_out")
-"""Why a document for training is dropped that repeats held-out text; behind it stands the name of the held-out source."""
+"""Drop reasons of training documents that repeat a held-out document; `: <held-out source>` follows."""
 
 ReasonCodes = NDArray[np.uint8 | np.uint16]
 Hashes = NDArray[np.uint64]
 DocumentIndices = NDArray[np.int64]
+"""Indices of documents, counted over all files."""
 
 BYTES_PER_ENTRY = 72
-"""Peak bytes for each value that is compared at a time: value, number and order, sorted, and what a sort takes besides."""
+"""Peak memory of each value compared at a time: the value, its document and its sort order, all of them sorted, and the sort's own."""
 
 MIN_ENTRIES = 8192
-"""Values that are compared at a time at least, however small the memory: 0.6 MB."""
+"""Values compared at a time at least, however small `memory_mb` is: 0.6 MB."""
 
 
 @dataclass(frozen=True, eq=False)
 class DuplicateCodes:
-    """What is to be dropped."""
+    """Which documents to drop, and why."""
 
     codes: tuple[ReasonCodes, ...]
-    """For each file one number a document, an index of `reasons`; 0 stays."""
+    """For each file an index into `reasons` for each document; 0 keeps the document."""
 
     reasons: tuple[str | None, ...]
-    """`exact_duplicate: web`: the text of a document of source `web`, the first that has it. `near_duplicate: web`: likewise. Of a document
-    for training that repeats held-out text: `exact_duplicate_of_held_out: NAME`, `near_duplicate_of_held_out: NAME`."""
+    """`exact_duplicate: web` or `near_duplicate: web`, where `web` is the source of the first such document. For training documents that
+    repeat held-out text: `exact_duplicate_of_held_out: NAME` or `near_duplicate_of_held_out: NAME`."""
 
 
 @dataclass(frozen=True)
 class _SignatureFile:
     path: Path
     first: int
-    """Documents in the files before it."""
+    """Index of its first document."""
     documents: int
     data: int
-    """Byte at which the numbers begin."""
+    """Byte offset of the array's data."""
+
+
+@dataclass(frozen=True, eq=False)
+class _SignedDocuments:
+    """The documents of all signature files, and the source of each."""
+
+    files: tuple[_SignatureFile, ...]
+    sources: tuple[str, ...]
+    """Each name once, held-out sources first."""
+    source_starts: DocumentIndices
+    """Index of the first document of each source."""
+    n_documents: int
+    n_held_out: int
+    """Held-out sources."""
+
+    def source_of(self, documents: DocumentIndices) -> NDArray[np.int64]:
+        """The index in `sources` of each of these documents."""
+        return np.searchsorted(self.source_starts, documents, "right") - 1
+
+    @property
+    def first_training_document(self) -> int:
+        has_training = self.n_held_out < len(self.sources)
+        return int(self.source_starts[self.n_held_out]) if has_training else self.n_documents
 
 
 def write_signatures(
     file: Path, text_hashes: NDArray[np.uint64], bands: NDArray[np.uint64], kept: NDArray[np.bool_]
 ) -> None:
-    """Write the signatures of some documents; the file is there whole or not at all.
+    """Write the signatures of some documents atomically.
 
     Args:
-        file: what to write; replaced if it is there.
+        file: what to write; an existing file is replaced.
         text_hashes: `text_hash` of each document, [documents]; zeros where `exact` is off.
         bands: `MinHasher.hash_bands` of the documents, [documents, bands]; no bands where `minhash` is off.
-        kept: whether a document takes part, [documents].
+        kept: whether to compare each document, [documents].
     """
     columns = np.zeros((1 + bands.shape[1], len(kept)), np.uint64)
     columns[0, kept] = text_hashes[kept]
@@ -90,130 +119,176 @@ def find_duplicates(
     *,
     n_held_out: int = 0,
 ) -> DuplicateCodes:
-    """Which documents of all files repeat earlier ones. A document that does so both ways is an exact duplicate.
-
-    Documents for training are compared with held-out ones in both ways, whether or not the settings ask for one of them.
+    """Find the documents that repeat earlier ones. A document that is both an exact and a near-duplicate is an exact one.
 
     Args:
         files: signature files in the order of the documents.
-        sources: the source of each file; those of one source stand together.
-        config: what to compare, and the memory for it. The bands must be those of the files.
-        progress: is given the share that is done, from 0 to 1.
-        n_held_out: how many of the sources are held-out text of its own; they come first.
+        sources: the source of each file; files of one source must be consecutive.
+        config: what to compare, and the memory for it. `bands` must match the files.
+        progress: called with the fraction done, from 0 to 1.
+        n_held_out: how many of the sources are held-out text; they come first.
 
     Raises:
         DataError: a file is damaged or was written with another number of bands.
-        ValueError: the files of a source do not stand together.
+        ValueError: the files of a source are not consecutive.
     """
+    signed = _open_signed_documents(files, sources, config, n_held_out)
+    reasons = _reasons(signed)
+    codes: ReasonCodes = np.zeros(signed.n_documents, np.uint8 if len(reasons) <= 256 else np.uint16)
+    max_entries = max(MIN_ENTRIES, int(config.memory_mb * 1e6 / BYTES_PER_ENTRY))
+    n_ranges = max(1, ceil(signed.n_documents / (0.8 * max_entries)))  # 0.8: the hashes do not fill all ranges alike
+    rows = _rows_to_compare(config, n_held_out)
+    for done, (row, range_index) in enumerate(itertools.product(rows, range(n_ranges)), start=1):
+        entries = _read_value_range(signed.files, row, range_index, n_ranges, block=max_entries // 16)
+        for repeats, firsts in _find_repeats(entries, max_entries):
+            _set_codes(codes, repeats, firsts, signed, config, is_near=row > 0)
+        progress(done / (len(rows) * n_ranges))
+    per_file = tuple(codes[file.first : file.first + file.documents] for file in signed.files)
+    return DuplicateCodes(per_file, reasons)
+
+
+def _rows_to_compare(config: DedupConfig, n_held_out: int) -> range:
+    """The rows of the signature files to compare. Held-out text is compared in both ways, whatever the settings are."""
+    has_exact, has_near = config.exact or n_held_out > 0, config.minhash or n_held_out > 0
+    return range(0 if has_exact else 1, 1 + (config.bands if has_near else 0))
+
+
+def _reasons(signed: _SignedDocuments) -> tuple[str | None, ...]:
+    """The reason of each code, the one that takes precedence first: see `_set_codes`."""
+    held_out = signed.sources[: signed.n_held_out]
+    kinds = [(kind, held_out) for kind in HELD_OUT_DUPLICATES]
+    kinds += [("exact_duplicate", signed.sources), ("near_duplicate", signed.sources)]
+    return (None, *(f"{kind}: {name}" for kind, names in kinds for name in names))
+
+
+def _set_codes(
+    codes: ReasonCodes,
+    repeats: DocumentIndices,
+    firsts: DocumentIndices,
+    signed: _SignedDocuments,
+    config: DedupConfig,
+    *,
+    is_near: bool,
+) -> None:
+    """Give documents the code of why they are duplicates. A document that has a code already keeps the lower of the two.
+
+    Args:
+        codes: of all documents; changed in place.
+        repeats: documents with a value that an earlier document has.
+        firsts: for each of them the first document with that value.
+        signed: the documents and their sources.
+        config: a kind of duplicate that it turns off is dropped only where it repeats held-out text.
+        is_near: the value is a band, not a text hash.
+    """
+    n_sources, n_held_out = len(signed.sources), signed.n_held_out
+    source = signed.source_of(firsts)
+    is_of_held_out = (source < n_held_out) & (repeats >= signed.first_training_document)
+    if not (config.minhash if is_near else config.exact):
+        repeats, source, is_of_held_out = (
+            repeats[is_of_held_out],
+            source[is_of_held_out],
+            is_of_held_out[is_of_held_out],
+        )
+    # The order of `_reasons`: exact and near of each held-out source, then exact and near of each source.
+    offset = np.where(is_of_held_out, n_held_out if is_near else 0, 2 * n_held_out + (n_sources if is_near else 0))
+    code = 1 + offset + source
+    current = codes[repeats]
+    codes[repeats] = np.where(current == 0, code, np.minimum(current, code))
+
+
+def _open_signed_documents(
+    files: Sequence[Path], sources: Sequence[str], config: DedupConfig, n_held_out: int
+) -> _SignedDocuments:
+    """Read the headers of the signature files and check them. Arguments and errors are those of `find_duplicates`."""
     names = tuple(dict.fromkeys(sources))
     source_of_file = [names.index(source) for source in sources]
     if source_of_file != sorted(source_of_file):
-        raise ValueError(f"the files of a source must stand together, got {', '.join(sources)}")
-    found = _open_all(files, 1 + config.bands if config.minhash or n_held_out else None)
-    documents = sum(file.documents for file in found)
-    source_starts = np.array([found[source_of_file.index(source)].first for source in range(len(names))])
-    first_training = next(
-        (file.first for file, source in zip(found, source_of_file, strict=True) if source >= n_held_out), documents
-    )
-    codes: ReasonCodes = np.zeros(documents, np.uint8 if 2 * (n_held_out + len(names)) < 256 else np.uint16)
-    room = max(MIN_ENTRIES, int(config.memory_mb * 1e6 / BYTES_PER_ENTRY))
-    parts = max(1, ceil(documents / (0.8 * room)))
-    columns = range(0 if config.exact or n_held_out else 1, 1 + (config.bands if config.minhash or n_held_out else 0))
-    for done, column in enumerate(columns):
-        for part in range(parts):
-            for repeats, firsts in _repeated(_read(found, column, part, parts, room // 16), room):
-                code = np.searchsorted(source_starts, firsts, "right") - 1
-                near, asked = int(column > 0), config.minhash if column else config.exact
-                if n_held_out:
-                    of_held_out = code < n_held_out
-                    of_held_out &= repeats >= first_training
-                    code[of_held_out] -= 2 * n_held_out + near * (
-                        len(names) - n_held_out
-                    )  # the lowest codes: this reason goes first
-                    if not asked:
-                        repeats, code = repeats[of_held_out], code[of_held_out]
-                code += 1 + 2 * n_held_out + near * len(names)
-                before = codes[repeats]
-                codes[repeats] = np.where(before == 0, code, np.minimum(before, code))
-            progress((done + (part + 1) / parts) / len(columns))
-    kinds = [
-        *((kind, names[:n_held_out]) for kind in HELD_OUT_DUPLICATES),
-        ("exact_duplicate", names),
-        ("near_duplicate", names),
-    ]
-    reasons = (None, *(f"{kind}: {name}" for kind, those in kinds for name in those))
-    return DuplicateCodes(tuple(codes[file.first : file.first + file.documents] for file in found), reasons)
-
-
-def _open_all(files: Sequence[Path], columns: int | None) -> list[_SignatureFile]:
-    """Where each file's numbers are; DataError if one is damaged or does not have these columns."""
-    found, first = [], 0
+        raise ValueError(f"the files of a source must be consecutive, got {', '.join(sources)}")
+    opened: list[_SignatureFile] = []
+    n_documents = 0
+    n_rows = 1 + config.bands if config.minhash or n_held_out else None
     for path in files:
-        try:
-            with path.open("rb") as stream:
-                np.lib.format.read_magic(stream)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-                data = stream.tell()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a signature file ({error}); remove it and prepare again") from error
-        if dtype != np.uint64 or len(shape) != 2 or columns not in (None, shape[0]):
-            raise DataError(
-                f"{path}: has shape {shape}, not {columns or 1} columns of hashes; remove it and prepare again"
-            )
-        if path.stat().st_size != data + 8 * shape[0] * shape[1]:
-            raise DataError(
-                f"{path}: not whole, {path.stat().st_size} bytes, not {data + 8 * shape[0] * shape[1]}; remove it and prepare again"
-            )
-        found.append(_SignatureFile(path, first, shape[1], data))
-        first += shape[1]
-    return found
+        opened.append(_open_signature_file(path, n_documents, n_rows))
+        n_documents += opened[-1].documents
+    starts = np.array([opened[source_of_file.index(source)].first for source in range(len(names))], np.int64)
+    return _SignedDocuments(tuple(opened), names, starts, n_documents, n_held_out)
 
 
-def _read(
-    files: Sequence[_SignatureFile], column: int, part: int, parts: int, block: int
+def _open_signature_file(path: Path, first: int, n_rows: int | None) -> _SignatureFile:
+    """Read the header of a signature file; DataError if the file is damaged or does not have `n_rows` rows."""
+    try:
+        with path.open("rb") as stream:
+            np.lib.format.read_magic(stream)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            data = stream.tell()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a signature file ({error}); remove it and prepare again") from error
+    if dtype != np.uint64 or len(shape) != 2 or n_rows not in (None, shape[0]):
+        raise DataError(f"{path}: has shape {shape}, not {n_rows or 1} rows of hashes; remove it and prepare again")
+    size, expected = path.stat().st_size, data + 8 * shape[0] * shape[1]
+    if size != expected:
+        raise DataError(f"{path}: has {size} bytes, not {expected}: it is truncated; remove it and prepare again")
+    return _SignatureFile(path, first, shape[1], data)
+
+
+def _read_value_range(
+    files: Sequence[_SignatureFile], row: int, range_index: int, n_ranges: int, block: int
 ) -> Iterator[tuple[Hashes, DocumentIndices]]:
-    """(values, numbers of their documents) of one of `parts` equal ranges of a column's values, a block of documents at a time."""
-    lowest, highest = np.uint64(max(1, -(-(part << 64) // parts))), np.uint64(-(-((part + 1) << 64) // parts) - 1)
+    """Yield (values, their documents) of one row, for the values in one of `n_ranges` equal ranges of [1, 2^64).
+
+    Reads `block` documents at a time.
+    """
+    lowest, highest = (
+        np.uint64(max(1, -(-(range_index << 64) // n_ranges))),
+        np.uint64(-(-((range_index + 1) << 64) // n_ranges) - 1),
+    )
     for file in files:
         for start in range(0, file.documents, block):
-            count, at = min(block, file.documents - start), file.data + 8 * (column * file.documents + start)
-            values = np.fromfile(file.path, np.uint64, count, offset=at)
-            wanted = np.flatnonzero((values >= lowest) & (values <= highest))
-            yield values[wanted], wanted + (file.first + start)
+            count, offset = min(block, file.documents - start), file.data + 8 * (row * file.documents + start)
+            values = np.fromfile(file.path, np.uint64, count, offset=offset)
+            in_range = np.flatnonzero((values >= lowest) & (values <= highest))
+            yield values[in_range], in_range + (file.first + start)
 
 
-def _repeated(
-    entries: Iterable[tuple[Hashes, DocumentIndices]], room: int
+def _find_repeats(
+    entries: Iterable[tuple[Hashes, DocumentIndices]], max_entries: int
 ) -> Iterator[tuple[DocumentIndices, DocumentIndices]]:
-    """(documents whose value an earlier one has, the first document with that value), from entries in the order of the documents.
+    """Yield (documents with a value that an earlier document has, the first document with that value).
 
-    Entries are collected until there is no room for more; of those that are equal only the first goes on. A value that a billion
-    documents share takes no more memory than others.
+    Args:
+        entries: (values, their documents) in the order of the documents.
+        max_entries: entries to hold in memory. When it is reached, only the first entry of each value is kept, so a value that a
+            billion documents share takes no more memory than any other.
     """
-    values, numbers, size = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], 0
-    for more_values, more_numbers in entries:
-        if size + len(more_values) > room:
-            yield _keep_first(values, numbers)
+    values, documents, size = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], 0
+    for more_values, more_documents in entries:
+        if size + len(more_values) > max_entries:
+            yield _keep_first_of_each(values, documents)
             size = len(values[0])
         values.append(more_values)
-        numbers.append(more_numbers)
+        documents.append(more_documents)
         size += len(more_values)
-    yield _keep_first(values, numbers)
+    yield _keep_first_of_each(values, documents)
 
 
-def _keep_first(values: list[Hashes], numbers: list[DocumentIndices]) -> tuple[DocumentIndices, DocumentIndices]:
-    """(documents that repeat a value, the first document with it); leaves only first ones in the lists, as one array each."""
-    value, number = np.concatenate(values), np.concatenate(numbers)
-    values.clear()  # as everywhere here: what is not needed any more makes room
-    numbers.clear()
+def _keep_first_of_each(
+    values: list[Hashes], documents: list[DocumentIndices]
+) -> tuple[DocumentIndices, DocumentIndices]:
+    """Reduce the lists to the first entry of each value, as one array each, and return (repeats, firsts) of `_find_repeats`.
+
+    Every array is freed as soon as it is not needed: BYTES_PER_ENTRY counts on it.
+    """
+    value, document = np.concatenate(values), np.concatenate(documents)
+    values.clear()
+    documents.clear()
     order = np.argsort(value, kind="stable")
     value = value[order]
-    number = number[order]
+    document = document[order]
     del order
-    new = np.ones(len(value), np.bool_)
-    np.not_equal(value[1:], value[:-1], out=new[1:])
-    firsts, repeats = np.flatnonzero(new), np.flatnonzero(~new)
-    originals = number[firsts[np.searchsorted(firsts, repeats) - 1]]
-    values.append(value[firsts])
-    numbers.append(number[firsts])
-    return number[repeats], originals
+    is_first = np.ones(len(value), np.bool_)
+    np.not_equal(value[1:], value[:-1], out=is_first[1:])
+    first, repeat = np.flatnonzero(is_first), np.flatnonzero(~is_first)
+    firsts_of_repeats = document[first[np.searchsorted(first, repeat) - 1]]
+    values.append(value[first])
+    documents.append(document[first])
+    return document[repeat], firsts_of_repeats

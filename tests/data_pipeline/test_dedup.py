@@ -152,11 +152,11 @@ def test_two_hundred_sources_are_told_apart(tmp_path: Path) -> None:
 
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     (file,) = write(tmp_path, random_columns(100, bands=2), [])
-    with pytest.raises(DataError, match=r"000\.signatures: has shape \(3, 100\), not 15 columns"):
+    with pytest.raises(DataError, match=r"000\.signatures: has shape \(3, 100\), not 15 rows"):
         find_duplicates([file], ["a"], settings(14))
     whole = file.read_bytes()
     for content, message in (
-        (whole[:-8], "not whole, 2520 bytes, not 2528"),
+        (whole[:-8], "has 2520 bytes, not 2528"),
         (whole[:50], "not a signature file"),
         (b"", "not a signature file"),
     ):
@@ -164,7 +164,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"000\.signatures: {message}.*; remove it and prepare again"):
             find_duplicates([file], ["a"], settings(2))
     file.write_bytes(whole)
-    with pytest.raises(ValueError, match="stand together, got a, b, a"):
+    with pytest.raises(ValueError, match="must be consecutive, got a, b, a"):
         find_duplicates([file] * 3, ["a", "b", "a"], settings(2))
 
 
