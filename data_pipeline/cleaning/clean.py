@@ -1,6 +1,7 @@
 """What is left of the raw text: every document gets a verdict, and one that is dropped gets its reason.
 
-One pass over the chunks applies the filters and signs what they keep; the signatures of all chunks then tell the duplicates.
+One pass over the chunks applies the filters and signs what they keep; the signatures of all chunks then tell the
+duplicates.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def clean_chunks(
     tell: ProgressCallback,
     comparing: Callable[[float], None],
 ) -> dict[str, Path]:
-    """Judge every chunk, then compare all that is kept. Held-out text of its own comes first: what repeats it goes, and it stays.
+    """Judge every chunk, then compare all that is kept. Held-out text of its own comes first: what repeats it goes, and
+    it stays.
 
     Args:
         jobs: the chunks in order; what an earlier attempt finished with the same key is not done again.
@@ -121,7 +123,9 @@ def clean_chunks(
 
 
 def _comparison_key(config: PrepareConfig, judged: Mapping[str, Path]) -> str:
-    """Hash of all that decides which documents are duplicates: it is compared again only if one chunk was judged anew."""
+    """Hash of all that decides which documents are duplicates: it is compared again only if one chunk was judged
+    anew.
+    """
     whole = xxhash.xxh3_128(config.dedup.model_dump_json(exclude={"memory_mb"}).encode())
     whole.update(repr(source_names(config)[len(config.sources) :]).encode())
     for name, file in judged.items():
@@ -147,7 +151,9 @@ class _Tools(NamedTuple):
 
 
 def _begin(config: PrepareConfig, folder: Path) -> Callable[[CleanJob, ProgressCallback], None]:
-    """What does the jobs of one process: word lists, models and evaluation texts are read once, when they are needed."""
+    """What does the jobs of one process: word lists, models and evaluation texts are read once, when they are
+    needed.
+    """
     judge_by = functools.cache(functools.partial(build_filter, config.filters))
     contamination = functools.cache(functools.partial(EvaluationNgrams.load, config.decontaminate))
     near = config.dedup.minhash or config.validation
@@ -244,7 +250,7 @@ def read_with_verdicts(
             for document in batch:
                 seen.add(document.text)
             yield [
-                DocumentVerdict(document, verdicts.reason(i), bool(verdicts.marks[i]))
+                DocumentVerdict(document, verdicts.drop_reason(i), bool(verdicts.marks[i]))
                 for i, document in enumerate(batch, first)
             ]
         tell(Progress(len(batch), batch[-1].bytes_read - read))

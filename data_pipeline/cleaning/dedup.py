@@ -1,19 +1,20 @@
-"""Find duplicate documents across all sources: reads signature files and gives each document a reason to drop it, or none.
+"""Find duplicate documents across all sources: reads signature files and gives each document a reason to drop it, or
+none.
 
-A document is dropped if an earlier document, in the order of the files, has the same text hash (exact duplicate) or the same hash in
-any band (near-duplicate). So the first document of a group stays, whichever files the documents are in. An earlier document counts
-even if it is dropped itself.
+A document is dropped if an earlier document, in the order of the files, has the same text hash (exact duplicate) or the
+same hash in any band (near-duplicate). So the first document of a group stays, whichever files the documents are in. An
+earlier document counts even if it is dropped itself.
 
-Held-out sources (`data.validation`) come first. Training documents that repeat a held-out one are always dropped, even where the
-settings turn exact or near-duplicate removal off, and have drop reasons of their own.
+Held-out sources (`data.validation`) come first. Training documents that repeat a held-out one are always dropped, even
+where the settings turn exact or near-duplicate removal off, and have drop reasons of their own.
 
-A signature file is a `.npy` array of uint64, [1 + bands, documents]: one row of text hashes, then one row for each band. A row is
-contiguous in the file, so one row of all files can be read without the others. The value 0 is never compared: it stands for a
-document that a filter dropped or a text without words.
+A signature file is a `.npy` array of uint64, [1 + bands, documents]: one row of text hashes, then one row for each
+band. A row is contiguous in the file, so one row of all files can be read without the others. The value 0 is never
+compared: it stands for a document that a filter dropped or a text without words.
 
-Memory is bounded whatever the number of documents. Rows are compared one after the other, and the values of a row in as many ranges
-as the memory requires; each range reads the row again. Only the drop codes of all documents stay in memory: 1 byte a document, or 2
-with more than 127 sources.
+Memory is bounded whatever the number of documents. Rows are compared one after the other, and the values of a row in as
+many ranges as the memory requires; each range reads the row again. Only the drop codes of all documents stay in memory:
+1 byte a document, or 2 with more than 127 sources.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ DocumentIndices = NDArray[np.int64]
 """Indices of documents, counted over all files."""
 
 BYTES_PER_ENTRY = 72
-"""Peak memory of each value compared at a time: the value, its document and its sort order, all of them sorted, and the sort's own."""
+"""Peak memory of each value compared at a time: the value, its document and its sort order, all of them sorted, and the
+sort's own."""
 
 MIN_ENTRIES = 8192
 """Values compared at a time at least, however small `memory_mb` is: 0.6 MB."""
@@ -55,8 +57,9 @@ class DuplicateCodes:
     """For each file an index into `reasons` for each document; 0 keeps the document."""
 
     reasons: tuple[str | None, ...]
-    """`exact_duplicate: web` or `near_duplicate: web`, where `web` is the source of the first such document. For training documents that
-    repeat held-out text: `exact_duplicate_of_held_out: NAME` or `near_duplicate_of_held_out: NAME`."""
+    """`exact_duplicate: web` or `near_duplicate: web`, where `web` is the source of the first such document. For
+    training documents that repeat held-out text: `exact_duplicate_of_held_out: NAME` or `near_duplicate_of_held_out:
+    NAME`."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def find_duplicates(
     *,
     n_held_out: int = 0,
 ) -> DuplicateCodes:
-    """Find the documents that repeat earlier ones. A document that is both an exact and a near-duplicate is an exact one.
+    """Find the documents that repeat earlier ones. A document that is both an exact and a near-duplicate is an exact
+    one.
 
     Args:
         files: signature files in the order of the documents.
@@ -170,7 +174,8 @@ def _set_codes(
     *,
     is_near: bool,
 ) -> None:
-    """Give documents the code of why they are duplicates. A document that has a code already keeps the lower of the two.
+    """Give documents the code of why they are duplicates. A document that has a code already keeps the lower of the
+    two.
 
     Args:
         codes: of all documents; changed in place.
@@ -257,8 +262,8 @@ def _find_repeats(
 
     Args:
         entries: (values, their documents) in the order of the documents.
-        max_entries: entries to hold in memory. When it is reached, only the first entry of each value is kept, so a value that a
-            billion documents share takes no more memory than any other.
+        max_entries: entries to hold in memory. When it is reached, only the first entry of each value is kept, so a
+            value that a billion documents share takes no more memory than any other.
     """
     values, documents, size = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], 0
     for more_values, more_documents in entries:
@@ -274,7 +279,8 @@ def _find_repeats(
 def _keep_first_of_each(
     values: list[Hashes], documents: list[DocumentIndices]
 ) -> tuple[DocumentIndices, DocumentIndices]:
-    """Reduce the lists to the first entry of each value, as one array each, and return (repeats, firsts) of `_find_repeats`.
+    """Reduce the lists to the first entry of each value, as one array each, and return (repeats, firsts) of
+    `_find_repeats`.
 
     Every array is freed as soon as it is not needed: BYTES_PER_ENTRY counts on it.
     """

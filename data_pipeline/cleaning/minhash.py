@@ -1,11 +1,13 @@
-"""What duplicates are told by: a hash of the text for exact ones, and MinHash signatures, cut into bands, for near ones.
+"""Signatures of documents for finding duplicates: a hash of the text for exact ones, banded MinHash for near ones.
 
-A document is the set of its shingles, the runs of `ngram` words. Of each of bands * rows random orders of all shingles, its smallest
-one is kept: two documents agree there with the probability of their Jaccard similarity J, the share of their shingles that both have
-(A. Broder, "On the resemblance and containment of documents", SEQUENCES 1997). A band is the hash of `rows` of them, so that some
-band is equal with probability 1 - (1 - J^rows)^bands (P. Indyk and R. Motwani, "Approximate nearest neighbors", STOC 1998).
+A document is the set of its shingles: its runs of `ngram` words. For each of bands * rows random orders of all
+shingles, MinHash keeps the smallest shingle of the document. Two documents agree on it with a probability equal to
+their Jaccard similarity J, the fraction of their shingles that both have (A. Broder, "On the resemblance and
+containment of documents", SEQUENCES 1997). A band is the hash of `rows` such minima, so two documents have at least one
+equal band with probability 1 - (1 - J^rows)^bands (P. Indyk and R. Motwani, "Approximate nearest neighbors", STOC
+1998).
 
-Only arrays in and out; what is done with them is told in `dedup.py`.
+This module only maps texts to arrays; `dedup.py` compares them.
 """
 
 from __future__ import annotations
@@ -19,44 +21,49 @@ from numpy.typing import NDArray
 from data_pipeline.hashing import hash_ngrams, split_long_text, splitmix64, word_batches
 
 NO_WORDS = np.uint32(0xFFFFFFFF)
-"""The minima of a text without words."""
+"""All minima of a text without words."""
 
 
 def detection_probability(jaccard: float, bands: int, rows: int) -> float:
-    """Of two documents of this similarity: that they have a band in common."""
+    """Return the probability that two documents of this Jaccard similarity have an equal band."""
     return 1 - (1 - jaccard**rows) ** bands
 
 
 def similarity_threshold(bands: int, rows: int) -> float:
-    """The Jaccard similarity at which half of the pairs are found."""
+    """Return the Jaccard similarity at which half of the pairs are found."""
     return float((1 - 0.5 ** (1 / bands)) ** (1 / rows))
 
 
 def text_hash(text: str) -> int:
-    """64 bits (XXH3) of a text without its case, and with one space for each run of white space. Punctuation counts."""
-    hasher, begun = xxhash.xxh3_64(), False
+    """Return 64 bits (XXH3) of the text, ignoring case and treating each run of white space as one space. Punctuation
+    counts.
+    """
+    hasher, has_content = xxhash.xxh3_64(), False
     for piece in split_long_text(text):
         words = " ".join(piece.casefold().split())
         if words:
-            space = " " if begun and piece[0].isspace() else ""
+            space = " " if has_content and piece[0].isspace() else ""
             hasher.update((space + words).encode("utf-8", "surrogatepass"))
-            begun = True
+            has_content = True
     return hasher.intdigest()
 
 
 class MinHasher:
-    """Makes signatures. Those of two signers compare if all of `ngram`, `bands`, `rows` and `seed` are equal."""
+    """Computes MinHash signatures. Two hashers give comparable ones if `ngram`, `bands`, `rows` and `seed` are
+    equal.
+    """
 
     def __init__(self, ngram: int, bands: int, rows: int, seed: int = 0) -> None:
         self.ngram, self.bands, self.rows = ngram, bands, rows
-        numbers = splitmix64(np.arange(bands * rows + rows, dtype=np.uint64) + (np.uint64(seed) << np.uint64(32)))
-        self._factors = (numbers[: bands * rows] >> np.uint64(32)).astype(np.uint32).reshape(bands, rows, 1)
-        self._weights = numbers[bands * rows :] | np.uint64(1)
+        random = splitmix64(np.arange(bands * rows + rows, dtype=np.uint64) + (np.uint64(seed) << np.uint64(32)))
+        self._factors = (random[: bands * rows] >> np.uint64(32)).astype(np.uint32).reshape(bands, rows, 1)
+        self._weights = random[bands * rows :] | np.uint64(1)
 
     def hash_bands(self, texts: Sequence[str]) -> NDArray[np.uint64]:
-        """The hash of each band of each text, [texts, bands]; 0 and only 0 for a text without words, which is like no other.
+        """Return the hash of each band of each text, [texts, bands]. It is 0 only for a text without words, which
+        matches no other.
 
-        A text of fewer words than a shingle has one shingle: all its words.
+        A text with fewer words than `ngram` has one shingle: all its words.
         """
         minima = self.min_hashes(texts)
         hashes = np.empty((len(texts), self.bands), np.uint64)
@@ -67,23 +74,24 @@ class MinHasher:
         return hashes
 
     def min_hashes(self, texts: Sequence[str]) -> NDArray[np.uint32]:
-        """The smallest hash of each text's shingles under each function, [bands, rows, texts].
+        """Return the smallest hash of each text's shingles under each hash function, [bands, rows, texts].
 
-        A shingle's 64-bit hash is two numbers x and y of 32 bits, and function i is factor[i] * x + y modulo 2^32: a multiplication
-        and an addition that a CPU does in eight or more lanes at once, and over random shingles two of them are all but independent.
+        A shingle's 64-bit hash is two 32-bit numbers x and y, and function i is factor[i] * x + y modulo 2^32: one
+        multiplication and one addition, which a CPU does in eight or more lanes at once. Over random shingles, two such
+        functions are all but independent.
         """
         minima = np.full((self.bands, self.rows, len(texts)), NO_WORDS)
         for first, words, counts in word_batches(texts, self.ngram - 1):
             shingles, per_text = hash_ngrams(words, counts, self.ngram)
-            filled = np.flatnonzero(per_text)
-            if not len(filled):
+            with_words = np.flatnonzero(per_text)
+            if not len(with_words):
                 continue
-            starts = (per_text.cumsum() - per_text)[filled]
+            starts = (per_text.cumsum() - per_text)[with_words]
             x, y = shingles.astype(np.uint32), (shingles >> np.uint64(32)).astype(np.uint32)
-            scratch = np.empty((self.rows, len(shingles)), np.uint32)
+            hashed = np.empty((self.rows, len(shingles)), np.uint32)
             for band in range(self.bands):
-                np.multiply(x, self._factors[band], out=scratch)
-                np.add(scratch, y, out=scratch)
-                ours = minima[band, :, first : first + len(counts)]
-                ours[:, filled] = np.minimum(ours[:, filled], np.minimum.reduceat(scratch, starts, axis=1))
+                np.multiply(x, self._factors[band], out=hashed)
+                np.add(hashed, y, out=hashed)
+                batch = minima[band, :, first : first + len(counts)]
+                batch[:, with_words] = np.minimum(batch[:, with_words], np.minimum.reduceat(hashed, starts, axis=1))
         return minima

@@ -1,4 +1,4 @@
-"""Documents that were dropped, with their reasons, for people to look at: a zstd-compressed jsonl file a chunk."""
+"""Dropped documents with their reasons, for people to inspect: one zstd-compressed jsonl file for each chunk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ REJECTS = "rejects"
 
 
 class RejectWriter:
-    """Writes `{"id", "source", "reason", "text", "metadata"}` lines. No file: does nothing; no line: makes no file."""
+    """Writes `{"id", "source", "reason", "text", "metadata"}` lines.
+
+    Does nothing if `file` is None, and creates the file with the first line.
+    """
 
     def __init__(self, file: Path | None) -> None:
         self.file, self.written = file, 0
@@ -32,11 +35,11 @@ class RejectWriter:
     ) -> None:
         if self._stream is not None and self._raw is not None:
             with self._raw:
-                self._stream.close()  # type: ignore[no-untyped-call]  # of zstandard
+                self._stream.close()  # type: ignore[no-untyped-call]  # zstandard has no types here
                 os.fsync(self._raw.fileno())
 
     def write(self, document: Document, reason: str) -> None:
-        """Append one document."""
+        """Append a document and the reason why it is dropped."""
         if self.file is None:
             return
         row = {
@@ -47,9 +50,8 @@ class RejectWriter:
             "metadata": dict(document.metadata),
         }
         line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
-        self._open(self.file).write(
-            line.encode(errors="backslashreplace")
-        )  # a file's name, and so an id, may be no Unicode
+        # An id may be a file name that is not valid Unicode.
+        self._open(self.file).write(line.encode(errors="backslashreplace"))
         self.written += 1
 
     def _open(self, file: Path) -> zstandard.ZstdCompressionWriter:

@@ -1,4 +1,6 @@
-"""What became of each document of a chunk: kept, marked, or dropped for a reason. A small file a chunk, whole or not there."""
+"""Verdicts on the documents of a chunk: kept, contaminated but kept, or dropped for a reason. One small file a chunk,
+written atomically.
+"""
 
 from __future__ import annotations
 
@@ -21,70 +23,69 @@ class ChunkVerdicts:
     """Verdicts on the documents of one chunk, in reading order."""
 
     codes: NDArray[np.uint16]
-    """KEPT, or 1 + the place of the reason in `reasons`."""
+    """KEPT, or 1 + the index of the drop reason in `reasons`."""
     reasons: tuple[str, ...]
     marks: NDArray[np.bool_]
     """Documents that share n-grams with evaluation sets and are kept all the same."""
     texts: str
-    """Hash of the texts that were judged, see `TextsHash`."""
+    """`TextsHash` of the texts that the verdicts are about."""
     signatures: str
-    """Hash of the file of signatures that was written with them; empty where there is none."""
+    """Hash of the signature file written with the verdicts; empty where there is none."""
     key: str
-    """Hash of all that decided them."""
+    """Hash of everything that decides the verdicts."""
 
-    def reason(self, document: int) -> str | None:
-        """Why a document is dropped; None where it is kept."""
+    def drop_reason(self, document: int) -> str | None:
+        """Return why a document is dropped, or None if it is kept."""
         code = int(self.codes[document])
         return None if code == KEPT else self.reasons[code - 1]
 
     def with_reasons(self, codes: NDArray[np.uint8 | np.uint16], reasons: Sequence[str | None]) -> ChunkVerdicts:
-        """With reasons for documents that were kept so far; one that is dropped already keeps its first reason.
+        """Return the verdicts with further documents dropped. A document that is dropped already keeps its reason.
 
         Args:
-            codes: for each document an index of `reasons`.
-            reasons: the first is None, for a document that stays.
+            codes: for each document an index into `reasons`.
+            reasons: the first is None and keeps a document.
         """
-        found, places = np.unique(codes, return_inverse=True)
-        more = [reason for reason in (reasons[code] for code in found.tolist()) if reason is not None]
-        shift = len(self.reasons) + (0 if codes.size and found[0] == 0 else 1)
-        late = (self.codes == KEPT) & (codes > 0)
-        return replace(
-            self, codes=np.where(late, places + shift, self.codes).astype(np.uint16), reasons=(*self.reasons, *more)
-        )
+        used, new_codes = np.unique(codes, return_inverse=True)
+        new_reasons = [reason for reason in (reasons[code] for code in used.tolist()) if reason is not None]
+        shift = len(self.reasons) + (0 if codes.size and used[0] == 0 else 1)
+        is_newly_dropped = (self.codes == KEPT) & (codes > 0)
+        merged = np.where(is_newly_dropped, new_codes + shift, self.codes).astype(np.uint16)
+        return replace(self, codes=merged, reasons=(*self.reasons, *new_reasons))
 
     def digest(self) -> str:
-        """Hash of what they say."""
-        whole = xxhash.xxh3_128(repr((self.reasons, self.texts)).encode())
-        whole.update(self.codes.tobytes())
-        whole.update(self.marks.tobytes())
-        return whole.hexdigest()
+        """Return a hash of the verdicts and of the texts that they are about."""
+        hasher = xxhash.xxh3_128(repr((self.reasons, self.texts)).encode())
+        hasher.update(self.codes.tobytes())
+        hasher.update(self.marks.tobytes())
+        return hasher.hexdigest()
 
 
 class TextsHash:
-    """Hash of texts, one after the other: by it a file that changed between two passes is noticed."""
+    """Hash of a sequence of texts, by which a second pass notices that a file has changed."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
 
     def add(self, text: str) -> None:
-        """The next one."""
+        """Add the next text."""
         self._hash.update(text.encode())
-        self._hash.update(b"\xff")  # a byte that no text holds
+        self._hash.update(b"\xff")  # separates texts: no UTF-8 text holds this byte
 
     def hexdigest(self) -> str:
-        """Of those so far."""
+        """Return the hash of the texts so far."""
         return self._hash.hexdigest()
 
 
 def encode_reasons(reasons: Sequence[str | None]) -> tuple[NDArray[np.uint16], tuple[str, ...]]:
-    """(codes, table) of a reason, or None, for each document."""
+    """Return `codes` and `reasons` of `ChunkVerdicts` for a drop reason, or None, of each document."""
     table = tuple(dict.fromkeys(reason for reason in reasons if reason is not None))
     codes: dict[str | None, int] = {None: KEPT} | {reason: i for i, reason in enumerate(table, start=1)}
     return np.fromiter((codes[reason] for reason in reasons), np.uint16, len(reasons)), table
 
 
 def write_verdicts(file: Path, verdicts: ChunkVerdicts) -> None:
-    """Write them; a file of that name is whole."""
+    """Write the verdicts atomically."""
     content = io.BytesIO()
     strings = np.array([verdicts.texts, verdicts.signatures, verdicts.key, *verdicts.reasons], np.str_)
     np.savez_compressed(content, codes=verdicts.codes, marks=verdicts.marks, strings=strings)
@@ -92,7 +93,7 @@ def write_verdicts(file: Path, verdicts: ChunkVerdicts) -> None:
 
 
 def read_verdicts(file: Path) -> ChunkVerdicts | None:
-    """None where there are none, or they are damaged."""
+    """Return the verdicts in a file, or None if it is missing or damaged."""
     content = read_checksummed(file)
     if content is None:
         return None

@@ -14,7 +14,7 @@ def verdicts(*reasons: str | None) -> ChunkVerdicts:
 
 
 def reasons_of(found: ChunkVerdicts) -> list[str | None]:
-    return [found.reason(i) for i in range(len(found.codes))]
+    return [found.drop_reason(i) for i in range(len(found.codes))]
 
 
 def test_verdicts_are_read_back_and_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
