@@ -18,7 +18,7 @@ import xxhash
 
 from data_pipeline.cleaning.decontaminate import EvaluationNgrams
 from data_pipeline.cleaning.dedup import find_duplicates, write_signatures
-from data_pipeline.cleaning.filters import EDITING_FILTERS, DocumentFilter, FilterResult, build_filter
+from data_pipeline.cleaning.filters import EDITING_FILTERS, DocumentFilter, FilterResult, build_filter, source_filters
 from data_pipeline.cleaning.minhash import MinHasher, text_hash
 from data_pipeline.cleaning.verdicts import (
     KEPT,
@@ -29,7 +29,7 @@ from data_pipeline.cleaning.verdicts import (
     write_verdicts,
 )
 from data_pipeline.errors import DataError
-from data_pipeline.settings import FilterName, PrepareConfig, SourceConfig, source_names
+from data_pipeline.settings import PrepareConfig, SourceConfig, source_names
 from data_pipeline.text.chunks import Chunk, read_batches
 from data_pipeline.text.sources import Document
 from data_pipeline.workers import Progress, ProgressCallback, run_jobs
@@ -267,11 +267,6 @@ def verdicts_digest(file: Path | None) -> str:
         DataError: it is damaged.
     """
     return "" if file is None else _need_verdicts(file).digest()
-
-
-def source_filters(source: SourceConfig, config: PrepareConfig) -> tuple[FilterName, ...]:
-    """The filters that judge a source."""
-    return config.filters.apply if source.filters is None else source.filters
 
 
 def build_editor(source: SourceConfig, config: PrepareConfig) -> Callable[[Document], tuple[Document, tuple[str, ...]]]:

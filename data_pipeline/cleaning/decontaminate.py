@@ -94,7 +94,8 @@ class EvaluationNgrams:
             n_too_short += int(((n_words > 0) & (n_words < min_words)).sum())
         if not n_texts:
             raise DataError(
-                f"{SETTING}: none of the texts in {', '.join(config.paths)} has {min_words} words ({n_too_short} have fewer)"
+                f"{SETTING}: none of the texts in {', '.join(config.paths)} has {min_words} words "
+                f"({n_too_short} have fewer)"
             )
         return EvaluationNgrams(
             np.unique(np.concatenate(hashes_of_batches)),

@@ -42,8 +42,8 @@ DocumentIndices = NDArray[np.int64]
 """Indices of documents, counted over all files."""
 
 BYTES_PER_ENTRY = 72
-"""Peak memory of each value compared at a time: the value, its document and its sort order, all of them sorted, and the
-sort's own."""
+"""Peak memory of each value that is compared at a time: the value, its document and its sort order, and sorted
+copies."""
 
 MIN_ENTRIES = 8192
 """Values compared at a time at least, however small `memory_mb` is: 0.6 MB."""

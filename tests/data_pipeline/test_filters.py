@@ -311,11 +311,11 @@ def test_the_hash_of_the_lists_is_of_their_contents_not_of_their_names(tmp_path:
             "language",
             "data.filters.language.keep: no model for english; it knows af, als, am",
         ),
-        ({"language_of_rules": "qq"}, "fineweb", "data.filters.language_of_rules=qq is no language that"),
+        ({"language_of_rules": "qq"}, "fineweb", "data.filters.language_of_rules=qq is not a language that"),
         (
             {"language_of_rules": "de"},
             "gopher_quality",
-            "gopher_quality.stop_words are English and language_of_rules=de",
+            "gopher_quality.stop_words are English, but language_of_rules=de",
         ),
     ],
 )
@@ -407,7 +407,7 @@ def test_no_text_makes_a_filter_fail(text: str) -> None:
 
 
 def test_ordinary_texts_get_the_verdicts_of_datatrove_itself() -> None:
-    from datatrove.data import Document as TheirDocument
+    from datatrove.data import Document as DatatroveDocument
     from datatrove.pipeline import filters
 
     texts = [
@@ -422,7 +422,7 @@ def test_ordinary_texts_get_the_verdicts_of_datatrove_itself() -> None:
     for name, kind in zip(THEIRS, kinds, strict=True):
         theirs, ours = kind(), build_filter(FilterConfig(), [name])
         for text in [GOOD, *texts]:
-            document, verdict = TheirDocument(text=text, id=""), ours(doc(text))
+            document, verdict = DatatroveDocument(text=text, id=""), ours(doc(text))
             result = theirs.filter(document)
             assert verdict.reason == (None if result is True else f"{name}: {result[1]}")
             assert verdict.reason is not None or verdict.text == document.text
@@ -448,14 +448,14 @@ def test_a_filter_that_fails_names_the_document(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_long_runs_are_broken_up_in_place_and_text_is_not() -> None:
-    from data_pipeline.cleaning.filters.datatrove_rules import _tame
+    from data_pipeline.cleaning.filters.datatrove_rules import _break_long_runs
 
     for run in ("(" * 100_000, "_" * 100_000, "'s" * 50_000, "a" * 100_000):
-        broken = _tame(f"so {run} on")
+        broken = _break_long_runs(f"so {run} on")
         assert len(broken) == 100_006
         assert max(map(len, broken.split())) <= 1000
     for text in (GOOD, "-" * 79, "x" * 900, "https://example.org/" + "a/b?c=d&" * 20):
-        assert _tame(text) == text
+        assert _break_long_runs(text) == text
     assert reason_of("gopher_quality", GOOD + "(" * 20_000) == "gopher_quality: gopher_below_alpha_threshold"
 
 
@@ -467,10 +467,10 @@ def test_a_text_that_would_take_gigabytes_is_dropped_unread() -> None:
 def test_the_rules_of_datatrove_split_a_text_into_words_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from datatrove.utils.text import split_into_parts
 
-    from data_pipeline.cleaning.filters.datatrove_rules import _Words
+    from data_pipeline.cleaning.filters.datatrove_rules import _SafeWordTokenizer
 
-    split, count = _Words.word_tokenize, []
-    monkeypatch.setattr(_Words, "word_tokenize", lambda self, text: count.append(text) or split(self, text))
+    split, count = _SafeWordTokenizer.word_tokenize, []
+    monkeypatch.setattr(_SafeWordTokenizer, "word_tokenize", lambda self, text: count.append(text) or split(self, text))
     judge = build_filter(FilterConfig(), ["gopher_quality", "gopher_repetition", "fineweb"])
     texts = [GOOD + str(i) + "." for i in range(3)]
     assert [judge(doc(text)).reason for text in texts] == [None] * 3

@@ -1,4 +1,4 @@
-"""What a filter says of a document."""
+"""The result of a filter on a document."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class FilterResult:
     """Dropped for a reason, or kept with the text that is left."""
 
     text: str
-    """What to keep of the text: all of it, unless a filter that edits (`c4`) judged. Of a dropped document: all of it."""
+    """The text to keep. It differs from the document's only if the document is kept and a filter edited it (`c4`)."""
     reason: str | None = None
-    """Why it is dropped; None keeps it."""
+    """Why the document is dropped; None keeps it."""
     repairs: tuple[str, ...] = ()
-    """How the text was changed, for the counts of repaired documents."""
+    """How the text was edited, for the counts of repaired documents."""
 
 
 DocumentFilter = Callable[[Document], FilterResult]
