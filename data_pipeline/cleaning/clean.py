@@ -1,7 +1,7 @@
-"""What is left of the raw text: every document gets a verdict, and one that is dropped gets its reason.
+"""Cleaning: give every document a verdict. It is kept, or dropped for a reason.
 
-One pass over the chunks applies the filters and signs what they keep; the signatures of all chunks then tell the
-duplicates.
+The first pass reads each chunk, applies the filters, and computes the signatures of the documents that they keep. Then
+the signatures of all chunks are compared to find duplicates.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from data_pipeline.cleaning.decontaminate import EvaluationNgrams
 from data_pipeline.cleaning.dedup import find_duplicates, write_signatures
@@ -44,7 +45,7 @@ class CleanJob:
 
     chunk: Chunk
     key: str
-    """Hash of all that decides the verdicts."""
+    """Hash of everything that decides the verdicts."""
 
     @property
     def name(self) -> str:
@@ -58,22 +59,22 @@ class DocumentVerdict(NamedTuple):
     document: Document
     """As it was read."""
     drop_reason: str | None
-    """Why it is dropped."""
+    """Why it is dropped; None if it is kept."""
     is_contaminated: bool
     """It shares text with evaluation sets and is kept all the same."""
 
 
 def basic_drop_reason(document: Document) -> str | None:
-    """Why a document is dropped before any filter sees it: it is empty, or no text."""
+    """Return why a document is dropped before any filter sees it: it is empty, or it is not text."""
     return document.defect if document.text.strip() else EMPTY
 
 
 def needs_cleaning(config: PrepareConfig) -> bool:
-    """Whether anything but `basic_drop_reason` can drop a document."""
+    """Return whether anything but `basic_drop_reason` can drop a document."""
     return bool(
         config.filters.apply
         or any(source.filters for source in config.all_sources)
-        or _signs(config)
+        or _needs_signatures(config)
         or config.decontaminate.paths
     )
 
@@ -83,55 +84,61 @@ def clean_chunks(
     config: PrepareConfig,
     folder: Path,
     workers: int,
-    tell: ProgressCallback,
-    comparing: Callable[[float], None],
+    on_read: ProgressCallback,
+    on_comparison: Callable[[float], None],
 ) -> dict[str, Path]:
-    """Judge every chunk, then compare all that is kept. Held-out text of its own comes first: what repeats it goes, and
-    it stays.
+    """Filter every chunk, then find duplicates among the documents that the filters keep.
+
+    Held-out sources are compared first, so training documents that repeat held-out ones are dropped and the held-out
+    ones stay.
 
     Args:
-        jobs: the chunks in order; what an earlier attempt finished with the same key is not done again.
+        jobs: the chunks in order. A chunk that an earlier attempt finished with the same key is not read again.
         config: what to drop.
         folder: for the verdicts and signatures.
         workers: processes.
-        tell: is told what was read.
-        comparing: is told the share of the comparison that is done.
+        on_read: called with what was read.
+        on_comparison: called with the fraction of the comparison that is done.
 
     Returns:
-        For each chunk's name the file of its verdicts.
+        The file of verdicts of each chunk, by the chunk's name.
     """
-    for _ in run_jobs(functools.partial(_begin, config, folder), jobs, workers, tell):
+    for _ in run_jobs(functools.partial(_init_worker, config, folder), jobs, workers, on_read):
         pass
-    judged = {job.name: _verdicts_file(folder, job.name) for job in jobs}
-    if not _signs(config):
-        return judged
+    filtered = {job.name: _verdicts_file(folder, job.name) for job in jobs}
+    if not _needs_signatures(config):
+        return filtered
     compared = {job.name: folder / f"{job.name}.compared" for job in jobs}
-    key = _comparison_key(config, judged)
-    if all((there := read_verdicts(file)) is not None and there.key == key for file in compared.values()):
+    key = _comparison_key(config, filtered)
+    existing = [read_verdicts(file) for file in compared.values()]
+    if all(verdicts is not None and verdicts.key == key for verdicts in existing):
         return compared
     n_sources = len(config.sources)
-    ordered = sorted(jobs, key=lambda job: job.chunk.source_index < n_sources)
-    signatures = [_signatures_file(folder, job.name) for job in ordered]
-    n_held_out = len({job.chunk.source_index for job in jobs if job.chunk.source_index >= n_sources})
-    found = find_duplicates(
-        signatures, [job.chunk.source for job in ordered], config.dedup, comparing, n_held_out=n_held_out
+    held_out_first = sorted(jobs, key=lambda job: job.chunk.source_index < n_sources)
+    duplicates = find_duplicates(
+        [_signatures_file(folder, job.name) for job in held_out_first],
+        [job.chunk.source for job in held_out_first],
+        config.dedup,
+        on_comparison,
+        n_held_out=len({job.chunk.source_index for job in jobs if job.chunk.source_index >= n_sources}),
     )
-    for job, codes in zip(ordered, found.codes, strict=True):
-        verdicts = _need_verdicts(judged[job.name]).with_reasons(codes, found.reasons)
+    for job, codes in zip(held_out_first, duplicates.codes, strict=True):
+        verdicts = _require_verdicts(filtered[job.name]).with_reasons(codes, duplicates.reasons)
         write_verdicts(compared[job.name], replace(verdicts, key=key))
     return compared
 
 
-def _comparison_key(config: PrepareConfig, judged: Mapping[str, Path]) -> str:
-    """Hash of all that decides which documents are duplicates: it is compared again only if one chunk was judged
-    anew.
+def _comparison_key(config: PrepareConfig, filtered: Mapping[str, Path]) -> str:
+    """Return a hash of everything that decides which documents are duplicates.
+
+    It changes when any chunk is filtered anew.
     """
-    whole = xxhash.xxh3_128(config.dedup.model_dump_json(exclude={"memory_mb"}).encode())
-    whole.update(repr(source_names(config)[len(config.sources) :]).encode())
-    for name, file in judged.items():
-        verdicts = _need_verdicts(file)
-        whole.update(f"{name} {verdicts.digest()} {verdicts.signatures}\n".encode())
-    return whole.hexdigest()
+    hasher = xxhash.xxh3_128(config.dedup.model_dump_json(exclude={"memory_mb"}).encode())
+    hasher.update(repr(source_names(config)[len(config.sources) :]).encode())
+    for name, file in filtered.items():
+        verdicts = _require_verdicts(file)
+        hasher.update(f"{name} {verdicts.digest()} {verdicts.signatures}\n".encode())
+    return hasher.hexdigest()
 
 
 def _verdicts_file(folder: Path, name: str) -> Path:
@@ -143,169 +150,188 @@ def _signatures_file(folder: Path, name: str) -> Path:
 
 
 class _Tools(NamedTuple):
-    """What looks at texts."""
+    """What a worker applies to the documents of a chunk."""
 
-    judge: DocumentFilter
-    contamination: EvaluationNgrams | None
-    signer: MinHasher | None
+    apply_filters: DocumentFilter
+    evaluation: EvaluationNgrams | None
+    min_hasher: MinHasher | None
 
 
-def _begin(config: PrepareConfig, folder: Path) -> Callable[[CleanJob, ProgressCallback], None]:
-    """What does the jobs of one process: word lists, models and evaluation texts are read once, when they are
-    needed.
+def _init_worker(config: PrepareConfig, folder: Path) -> Callable[[CleanJob, ProgressCallback], None]:
+    """Return the function that cleans a chunk.
+
+    It loads lists, models and evaluation texts once a process, at first use.
     """
-    judge_by = functools.cache(functools.partial(build_filter, config.filters))
-    contamination = functools.cache(functools.partial(EvaluationNgrams.load, config.decontaminate))
-    near = config.dedup.minhash or config.validation
-    signer = MinHasher(config.dedup.ngram, config.dedup.bands, config.dedup.rows) if near else None
+    filter_for = functools.cache(functools.partial(build_filter, config.filters))
+    load_evaluation = functools.cache(functools.partial(EvaluationNgrams.load, config.decontaminate))
+    finds_near = config.dedup.minhash or config.validation
+    min_hasher = MinHasher(config.dedup.ngram, config.dedup.bands, config.dedup.rows) if finds_near else None
 
-    def do(job: CleanJob, tell: ProgressCallback) -> None:
-        there = _finished(job, folder)
-        if there is not None:
-            tell(Progress(len(there.codes), job.chunk.bytes or 0))
+    def clean_chunk(job: CleanJob, on_read: ProgressCallback) -> None:
+        finished = _load_finished(job, folder)
+        if finished is not None:
+            on_read(Progress(len(finished.codes), job.chunk.bytes or 0))
             return
         source = config.all_sources[job.chunk.source_index]
-        _judge_chunk(
-            job, source, config, folder, _Tools(judge_by(source_filters(source, config)), contamination(), signer), tell
-        )
+        tools = _Tools(filter_for(source_filters(source, config)), load_evaluation(), min_hasher)
+        _filter_chunk(job, source, config, folder, tools, on_read)
 
-    return do
+    return clean_chunk
 
 
-def _finished(job: CleanJob, folder: Path) -> ChunkVerdicts | None:
-    """What an earlier attempt found, if it is whole and was decided by the same."""
-    there = read_verdicts(_verdicts_file(folder, job.name))
-    if there is None or there.key != job.key:
+def _load_finished(job: CleanJob, folder: Path) -> ChunkVerdicts | None:
+    """Return the verdicts of an earlier attempt if they have the same key and their signature file is intact."""
+    verdicts = read_verdicts(_verdicts_file(folder, job.name))
+    if verdicts is None or verdicts.key != job.key:
         return None
     file = _signatures_file(folder, job.name)
-    return there if not there.signatures or (file.is_file() and _hash(file) == there.signatures) else None
+    is_intact = not verdicts.signatures or (file.is_file() and _file_hash(file) == verdicts.signatures)
+    return verdicts if is_intact else None
 
 
-def _judge_chunk(
-    job: CleanJob, source: SourceConfig, config: PrepareConfig, folder: Path, tools: _Tools, tell: ProgressCallback
+class _BatchResult(NamedTuple):
+    """What is computed for the documents of a batch; arrays [documents] and [documents, bands]."""
+
+    reasons: list[str | None]
+    marks: NDArray[np.bool_]
+    hashes: NDArray[np.uint64]
+    bands: NDArray[np.uint64]
+
+
+def _filter_batch(batch: Sequence[Document], config: PrepareConfig, tools: _Tools) -> _BatchResult:
+    """Apply the filters, look for evaluation text, and compute signatures of what the filters leave of each text."""
+    results = []
+    for document in batch:
+        reason = basic_drop_reason(document)
+        results.append(FilterResult(document.text, reason) if reason else tools.apply_filters(document))
+    reasons, texts = [result.reason for result in results], [result.text for result in results]
+    none = np.zeros(len(batch), np.bool_)
+    is_contaminated = tools.evaluation.find_contaminated(texts) if tools.evaluation else none
+    if config.decontaminate.action == "drop":
+        contaminated = is_contaminated.tolist()
+        reasons = [reason or (CONTAMINATED if hit else None) for reason, hit in zip(reasons, contaminated, strict=True)]
+    finds_exact = config.dedup.exact or config.validation
+    return _BatchResult(
+        reasons,
+        is_contaminated & (config.decontaminate.action == "mark"),
+        np.array([text_hash(text) if finds_exact else 0 for text in texts], np.uint64),
+        tools.min_hasher.hash_bands(texts) if tools.min_hasher else np.zeros((len(batch), 0), np.uint64),
+    )
+
+
+def _filter_chunk(
+    job: CleanJob, source: SourceConfig, config: PrepareConfig, folder: Path, tools: _Tools, on_read: ProgressCallback
 ) -> None:
-    """Read a chunk, apply the filters, sign what they keep; write the signatures and then the verdicts."""
-    judge, contamination, signer = tools
-    exact = config.dedup.exact or config.validation
-    reasons: list[str | None] = []
-    marks, hashes, bands = (
-        [np.zeros(0, np.bool_)],
-        [np.zeros(0, np.uint64)],
-        [np.zeros((0, signer.bands if signer else 0), np.uint64)],
-    )
-    seen, read = TextsHash(), 0
+    """Read a chunk, filter it, and write the signatures and then the verdicts."""
+    n_bands = tools.min_hasher.bands if tools.min_hasher else 0
+    empty = np.zeros(0, np.uint64)
+    results = [_BatchResult([], np.zeros(0, np.bool_), empty, empty.reshape(0, n_bands))]
+    texts_hash, read = TextsHash(), 0
     for batch in read_batches(job.chunk, source):
-        judged = [
-            FilterResult(document.text, no) if (no := basic_drop_reason(document)) else judge(document)
-            for document in batch
-        ]
-        verdicts, texts = [verdict.reason for verdict in judged], [verdict.text for verdict in judged]
-        hits = contamination.find_contaminated(texts) if contamination else np.zeros(len(batch), np.bool_)
-        if config.decontaminate.action == "drop":
-            verdicts = [
-                verdict or (CONTAMINATED if hit else None) for verdict, hit in zip(verdicts, hits.tolist(), strict=True)
-            ]
-        reasons += verdicts
-        marks.append(hits & (config.decontaminate.action == "mark"))
-        hashes.append(np.array([text_hash(text) if exact else 0 for text in texts], np.uint64))
-        bands.append(signer.hash_bands(texts) if signer else np.zeros((len(batch), 0), np.uint64))
+        results.append(_filter_batch(batch, config, tools))
         for document in batch:
-            seen.add(document.text)
-        tell(Progress(len(batch), batch[-1].bytes_read - read))
+            texts_hash.add(document.text)
+        on_read(Progress(len(batch), batch[-1].bytes_read - read))
         read = batch[-1].bytes_read
-    tell(Progress(0, (job.chunk.bytes or read) - read))
-    codes, table = encode_reasons(reasons)
-    file = _signatures_file(folder, job.name)
-    if _signs(config):
-        write_signatures(file, np.concatenate(hashes), np.concatenate(bands), codes == KEPT)
-    signed = _hash(file) if _signs(config) else ""
-    write_verdicts(
-        _verdicts_file(folder, job.name),
-        ChunkVerdicts(codes, table, np.concatenate(marks), seen.hexdigest(), signed, job.key),
-    )
+    on_read(Progress(0, (job.chunk.bytes or read) - read))
+    codes, reasons = encode_reasons([reason for result in results for reason in result.reasons])
+    signatures = ""
+    if _needs_signatures(config):
+        file = _signatures_file(folder, job.name)
+        hashes, bands = (np.concatenate(arrays) for arrays in zip(*(result[2:] for result in results), strict=True))
+        write_signatures(file, hashes, bands, codes == KEPT)
+        signatures = _file_hash(file)
+    marks = np.concatenate([result.marks for result in results])
+    verdicts = ChunkVerdicts(codes, reasons, marks, texts_hash.hexdigest(), signatures, job.key)
+    write_verdicts(_verdicts_file(folder, job.name), verdicts)
 
 
 def read_with_verdicts(
-    chunk: Chunk, source: SourceConfig, file: Path | None, tell: ProgressCallback
+    chunk: Chunk, source: SourceConfig, file: Path | None, on_read: ProgressCallback
 ) -> Iterator[list[DocumentVerdict]]:
-    """The documents of a chunk again, with their verdicts, a few megabytes at a time.
+    """Read the documents of a chunk again, with their verdicts, a few megabytes at a time.
 
     Args:
         chunk: what to read.
         source: its settings.
-        file: of its verdicts; None drops what is empty or no text.
-        tell: is told what was read of a batch when the next one is asked for.
+        file: its verdicts; None drops only what `basic_drop_reason` drops.
+        on_read: called with what a batch held when the next batch is requested.
 
     Raises:
-        DataError: as `read_chunk`; or the documents are not those that were judged.
+        DataError: as `read_chunk`; or the documents are not the ones that the verdicts are about.
     """
-    verdicts = None if file is None else _need_verdicts(file)
-    first, seen, read = 0, TextsHash(), 0
+    verdicts = None if file is None else _require_verdicts(file)
+    first, texts_hash, read = 0, TextsHash(), 0
     for batch in read_batches(chunk, source):
         if verdicts is None:
             yield [DocumentVerdict(document, basic_drop_reason(document), False) for document in batch]
         elif first + len(batch) > len(verdicts.codes):
-            raise _changed(chunk, source, file)
+            raise _source_changed(chunk, source, file)
         else:
             for document in batch:
-                seen.add(document.text)
+                texts_hash.add(document.text)
             yield [
                 DocumentVerdict(document, verdicts.drop_reason(i), bool(verdicts.marks[i]))
                 for i, document in enumerate(batch, first)
             ]
-        tell(Progress(len(batch), batch[-1].bytes_read - read))
+        on_read(Progress(len(batch), batch[-1].bytes_read - read))
         first, read = first + len(batch), batch[-1].bytes_read
-    tell(Progress(0, (chunk.bytes or read) - read))
-    if verdicts is not None and seen.hexdigest() != verdicts.texts:
-        raise _changed(chunk, source, file)
+    on_read(Progress(0, (chunk.bytes or read) - read))
+    if verdicts is not None and texts_hash.hexdigest() != verdicts.texts:
+        raise _source_changed(chunk, source, file)
 
 
 def verdicts_digest(file: Path | None) -> str:
-    """Hash of what a file of verdicts says; empty where there is none.
+    """Return a hash of the verdicts in a file, or an empty string for None.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the file is damaged.
     """
-    return "" if file is None else _need_verdicts(file).digest()
+    return "" if file is None else _require_verdicts(file).digest()
 
 
 def build_editor(source: SourceConfig, config: PrepareConfig) -> Callable[[Document], tuple[Document, tuple[str, ...]]]:
-    """What makes of a kept document what the filters that change texts leave of it, and tells what they changed."""
+    """Return a function that applies the editing filters of a source to a kept document.
+
+    The function returns the edited document and how it was edited.
+    """
     names = tuple(name for name in source_filters(source, config) if name in EDITING_FILTERS)
     if not names:
         return lambda document: (document, ())
-    judge = build_filter(config.filters, names)
+    apply_filters = build_filter(config.filters, names)
 
     def edit(document: Document) -> tuple[Document, tuple[str, ...]]:
-        verdict = judge(document)
-        return replace(document, text=verdict.text, n_bytes=len(verdict.text.encode())), verdict.repairs
+        result = apply_filters(document)
+        return replace(document, text=result.text, n_bytes=len(result.text.encode())), result.repairs
 
     return edit
 
 
-def _signs(config: PrepareConfig) -> bool:
+def _needs_signatures(config: PrepareConfig) -> bool:
     return bool(config.dedup.exact or config.dedup.minhash or config.validation)
 
 
-def _hash(file: Path) -> str:
+def _file_hash(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
-def _need_verdicts(file: Path) -> ChunkVerdicts:
+def _require_verdicts(file: Path) -> ChunkVerdicts:
     verdicts = read_verdicts(file)
     if verdicts is None:
         raise DataError(f"{file} is damaged or was deleted while it was needed; run the command again")
     return verdicts
 
 
-def _changed(chunk: Chunk, source: SourceConfig, file: Path | None) -> DataError:
-    """The verdicts are deleted, so that the next attempt judges anew."""
+def _source_changed(chunk: Chunk, source: SourceConfig, file: Path | None) -> DataError:
+    """Return the error for a chunk whose files changed, and delete its verdicts: the next attempt cleans it
+    anew.
+    """
     if file is not None:
         _verdicts_file(file.parent, chunk.name).unlink(missing_ok=True)
-    files = [part.file.path for part in chunk.slices] or [source.paths[chunk.number]]
+    files = [piece.file.path for piece in chunk.slices] or [source.paths[chunk.number]]
     more = f" and {len(files) - 2} more" if len(files) > 2 else ""
     return DataError(
-        f"{chunk.setting}: {', '.join(files[:2])}{more} changed while it was prepared (it was cleaned and then read again, and the texts "
-        f"are others now); run the command again"
+        f"{chunk.setting}: {', '.join(files[:2])}{more} changed during the preparation (the texts read after cleaning "
+        f"differ from those that were cleaned); run the command again"
     )

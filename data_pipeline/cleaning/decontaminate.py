@@ -141,17 +141,16 @@ class EvaluationNgrams:
 
 
 def evaluation_hash(config: DecontaminateConfig) -> str:
-    """Return a hash of all evaluation n-grams, or an empty string if there are no paths. Raises what
-    `EvaluationNgrams.load` raises.
+    """Return a hash of all evaluation n-grams, or an empty string if there are no paths.
+
+    Raises what `EvaluationNgrams.load` raises.
     """
     ngrams = EvaluationNgrams.load(config)
     return xxhash.xxh3_128_hexdigest(ngrams.hashes.tobytes()) if ngrams else ""
 
 
 def _read_texts(files: Sequence[SourceFile]) -> Iterator[str]:
-    """Yield all evaluation texts: a text file as a whole, and every string in .jsonl lines and .parquet rows, at any
-    depth.
-    """
+    """Yield all evaluation texts: each text file, and every string at any depth of .jsonl lines and .parquet rows."""
     for file in files:
         read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[_extension(file.path)]
         try:

@@ -1,5 +1,4 @@
-"""Find duplicate documents across all sources: reads signature files and gives each document a reason to drop it, or
-none.
+"""Find duplicate documents across all sources, from their signature files.
 
 A document is dropped if an earlier document, in the order of the files, has the same text hash (exact duplicate) or the
 same hash in any band (near-duplicate). So the first document of a group stays, whichever files the documents are in. An
@@ -122,8 +121,9 @@ def find_duplicates(
     *,
     n_held_out: int = 0,
 ) -> DuplicateCodes:
-    """Find the documents that repeat earlier ones. A document that is both an exact and a near-duplicate is an exact
-    one.
+    """Find the documents that repeat earlier ones.
+
+    A document that is both an exact and a near-duplicate is an exact one.
 
     Args:
         files: signature files in the order of the documents.
@@ -174,8 +174,9 @@ def _set_codes(
     *,
     is_near: bool,
 ) -> None:
-    """Give documents the code of why they are duplicates. A document that has a code already keeps the lower of the
-    two.
+    """Give documents the code of why they are duplicates.
+
+    A document that has a code already keeps the lower of the two.
 
     Args:
         codes: of all documents; changed in place.
@@ -279,8 +280,7 @@ def _find_repeats(
 def _keep_first_of_each(
     values: list[Hashes], documents: list[DocumentIndices]
 ) -> tuple[DocumentIndices, DocumentIndices]:
-    """Reduce the lists to the first entry of each value, as one array each, and return (repeats, firsts) of
-    `_find_repeats`.
+    """Reduce each list to one array, of the first entry of each value, and return what `_find_repeats` yields.
 
     Every array is freed as soon as it is not needed: BYTES_PER_ENTRY counts on it.
     """

@@ -35,8 +35,9 @@ def similarity_threshold(bands: int, rows: int) -> float:
 
 
 def text_hash(text: str) -> int:
-    """Return 64 bits (XXH3) of the text, ignoring case and treating each run of white space as one space. Punctuation
-    counts.
+    """Return 64 bits (XXH3) of the text, ignoring case and treating each run of white space as one space.
+
+    Punctuation counts.
     """
     hasher, has_content = xxhash.xxh3_64(), False
     for piece in split_long_text(text):
@@ -49,8 +50,9 @@ def text_hash(text: str) -> int:
 
 
 class MinHasher:
-    """Computes MinHash signatures. Two hashers give comparable ones if `ngram`, `bands`, `rows` and `seed` are
-    equal.
+    """Computes MinHash signatures.
+
+    Two hashers give comparable ones if `ngram`, `bands`, `rows` and `seed` are equal.
     """
 
     def __init__(self, ngram: int, bands: int, rows: int, seed: int = 0) -> None:
@@ -60,8 +62,9 @@ class MinHasher:
         self._weights = random[bands * rows :] | np.uint64(1)
 
     def hash_bands(self, texts: Sequence[str]) -> NDArray[np.uint64]:
-        """Return the hash of each band of each text, [texts, bands]. It is 0 only for a text without words, which
-        matches no other.
+        """Return the hash of each band of each text, [texts, bands].
+
+        It is 0 only for a text without words, which matches no other.
 
         A text with fewer words than `ngram` has one shingle: all its words.
         """

@@ -1,5 +1,6 @@
-"""Verdicts on the documents of a chunk: kept, contaminated but kept, or dropped for a reason. One small file a chunk,
-written atomically.
+"""Verdicts on the documents of a chunk: kept, contaminated but kept, or dropped for a reason.
+
+One small file a chunk, written atomically.
 """
 
 from __future__ import annotations

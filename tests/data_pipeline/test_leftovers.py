@@ -166,7 +166,7 @@ def test_a_source_that_changes_after_it_was_cleaned_is_named_and_then_cleaned_ag
                 )
             file.write_text("".join(lines))
 
-    with pytest.raises(DataError, match=r"words\.jsonl changed while it was prepared .* run the command again"):
+    with pytest.raises(DataError, match=r"words\.jsonl changed during the preparation .* run the command again"):
         prepare_here(data, file, meddle)
     assert not looks_prepared(data)
     prepare_here(data, file)

