@@ -1,1 +1,4 @@
-"""Documents to those worth training on: filters, duplicates, evaluation sets; every dropped one has its reason."""
+"""Choosing the documents to train on: quality filters, deduplication, decontamination.
+
+Each dropped document has a reason.
+"""

@@ -27,8 +27,9 @@ from data_pipeline.addresses import expand_variables, redacting_errors
 from data_pipeline.errors import DataError, one_line
 from data_pipeline.hashing import hash_ngrams, word_batches
 from data_pipeline.settings import DecontaminateConfig
+from data_pipeline.text.blocks import read_lines
 from data_pipeline.text.files import SourceFile, file_name, is_hidden, is_library_error, summarize_paths
-from data_pipeline.text.sources import decode_bytes, decode_file, detect_other_format, make_document, read_lines
+from data_pipeline.text.sources import decode_bytes, decode_file, detect_other_format, make_document
 from data_pipeline.text.walk import BROKEN_LINK, find_glob, walk
 
 MIN_WORDS = 8

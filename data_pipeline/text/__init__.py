@@ -1,1 +1,1 @@
-"""Raw text in: files, folders and data sets become documents, in chunks that workers share out."""
+"""Reading raw text: files, folders and datasets become documents, in chunks that workers read in parallel."""

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files: their rows as documents, and where they can be cut. pyarrow is imported where it is used."""
+"""Read parquet and Arrow files: each row is a document. pyarrow is imported only where it is used."""
 
 from __future__ import annotations
 
@@ -19,52 +19,53 @@ if TYPE_CHECKING:
     from data_pipeline.text.files import FileSlice, SourceFile
 
 _ROWS = 256
-"""Rows that become Python objects at a time."""
+"""Rows converted to Python objects at a time."""
 
-Blocks = list[tuple[int, int]]
-"""(rows, bytes of text) of each row group or record batch of a file."""
+BlockSizes = list[tuple[int, int]]
+"""(rows, bytes of text) of each row group or record batch of a file, between which the file can be split."""
 
 
-def read_parquet(part: FileSlice, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
-    """Yield a document for each row of these row groups. Arguments as in `sources.read_text`."""
+def read_parquet(piece: FileSlice, source: SourceConfig, source_name: str, bytes_before: int) -> Iterator[Document]:
+    """Yield a document for each row of the slice's row groups. Arguments as in `sources.read_text`."""
     import pyarrow
     import pyarrow.parquet
 
-    path, done = part.file.path, 0
-    with explain_read_errors(path, part.file, source.kind), part.file.fs.open(path, "rb") as stream:
+    path, done = piece.file.path, 0
+    with explain_read_errors(path, piece.file, source.kind), piece.file.fs.open(path, "rb") as stream:
         table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-        if not table.metadata.num_rows:  # pandas writes no column of an empty table
+        if not table.metadata.num_rows:  # pandas writes an empty table without columns
             return
         columns = _check_columns(table.schema_arrow, path, source)
-        groups = range(table.num_row_groups)[part.start : part.stop]
+        groups = range(table.num_row_groups)[piece.start : piece.stop]
         rows = sum(table.metadata.row_group(group).num_rows for group in groups)
         for batch in table.iter_batches(_ROWS, list(groups), columns, use_threads=False):
             done += batch.num_rows
-            first = part.row + done - batch.num_rows
-            yield from _documents(batch, part.file, first, source, origin, before + part.bytes * done // rows)
+            first = piece.row + done - batch.num_rows
+            bytes_read = bytes_before + piece.bytes * done // rows
+            yield from _rows_to_documents(batch, piece.file, first, source, source_name, bytes_read)
 
 
-def read_arrow(part: FileSlice, source: SourceConfig, origin: str, before: int) -> Iterator[Document]:
-    """Yield a document for each row of these record batches. Arguments as in `sources.read_text`."""
-
-    path, row = part.file.path, part.row
-    with explain_read_errors(path, part.file, source.kind), _opened(part.file) as stream:
-        for number, batch in enumerate(_batches(stream, part.start, part.stop), start=1):
+def read_arrow(piece: FileSlice, source: SourceConfig, source_name: str, bytes_before: int) -> Iterator[Document]:
+    """Yield a document for each row of the slice's record batches. Arguments as in `sources.read_text`."""
+    path, row = piece.file.path, piece.row
+    with explain_read_errors(path, piece.file, source.kind), _open_file(piece.file) as stream:
+        for number, batch in enumerate(_iter_batches(stream, piece.start, piece.stop), start=1):
             if not batch.num_rows:
                 continue
             columns = _check_columns(batch.schema, path, source)
-            # Nobody knows how many batches a stream has, but its position tells how much of the file was read.
-            read = (
-                part.bytes * number // (part.stop - (part.start or 0)) if part.stop else min(stream.tell(), part.bytes)
-            )
+            # Without `stop` the number of batches is unknown, but the position in the file says how much was read.
+            n_batches = piece.stop - (piece.start or 0) if piece.stop else 0
+            bytes_read = piece.bytes * number // n_batches if n_batches else min(stream.tell(), piece.bytes)
             for start in range(0, batch.num_rows, _ROWS):
                 rows = batch.select(columns).slice(start, _ROWS)
-                yield from _documents(rows, part.file, row + start, source, origin, before + read)
+                yield from _rows_to_documents(
+                    rows, piece.file, row + start, source, source_name, bytes_before + bytes_read
+                )
             row += batch.num_rows
 
 
-def row_groups(file: SourceFile, source: SourceConfig) -> Blocks:
-    """The row groups of a parquet file, from its footer."""
+def row_groups(file: SourceFile, source: SourceConfig) -> BlockSizes:
+    """Return the sizes of the row groups of a parquet file, from its footer."""
     import pyarrow
     import pyarrow.parquet
 
@@ -75,24 +76,23 @@ def row_groups(file: SourceFile, source: SourceConfig) -> Blocks:
         return [(group.num_rows, sum(group.column(i).total_uncompressed_size for i in texts)) for group in groups]
 
 
-def record_batches(file: SourceFile, source: SourceConfig) -> Blocks:
-    """The record batches of a local Arrow file; of one elsewhere all rows are one, since only reading it would tell."""
-
+def record_batches(file: SourceFile, source: SourceConfig) -> BlockSizes:
+    """Return the sizes of the record batches of an Arrow file; an empty list if it is remote, so as not to download it."""
     if not isinstance(file.fs, LocalFileSystem):
         return []
-    with explain_read_errors(file.path, file, source.kind), _opened(file) as stream:
+    with explain_read_errors(file.path, file, source.kind), _open_file(file) as stream:
         return [
             (
                 batch.num_rows,
                 batch.column(source.text_field).nbytes if batch.schema.names.count(source.text_field) == 1 else 0,
             )
-            for batch in _batches(stream, None, None)
+            for batch in _iter_batches(stream, None, None)
         ]
 
 
 @contextmanager
-def _opened(file: SourceFile) -> Iterator[BinaryIO]:
-    """The file's bytes; those of a local one are mapped, so that what is passed over costs nothing."""
+def _open_file(file: SourceFile) -> Iterator[BinaryIO]:
+    """Open the file. A local one is memory-mapped, so that skipped batches cost nothing."""
     import pyarrow
 
     with (
@@ -103,8 +103,8 @@ def _opened(file: SourceFile) -> Iterator[BinaryIO]:
         yield stream
 
 
-def _batches(stream: BinaryIO, start: int | None, stop: int | None) -> Iterator[pyarrow.RecordBatch]:
-    """Record batches of an Arrow file of either format: with a footer, or as a stream, as `datasets` writes them."""
+def _iter_batches(stream: BinaryIO, start: int | None, stop: int | None) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the record batches of an Arrow file: in the file format, or in the streaming format that `datasets` writes."""
     import pyarrow
 
     magic = stream.read(6)
@@ -117,23 +117,24 @@ def _batches(stream: BinaryIO, start: int | None, stop: int | None) -> Iterator[
         yield from itertools.islice(pyarrow.ipc.open_stream(stream), start, stop)
 
 
-def _documents(
-    batch: pyarrow.RecordBatch, file: SourceFile, first: int, source: SourceConfig, origin: str, read: int
+def _rows_to_documents(
+    batch: pyarrow.RecordBatch, file: SourceFile, first: int, source: SourceConfig, source_name: str, bytes_read: int
 ) -> Iterator[Document]:
-    """The rows of a small batch, of which the first is row `first` of the file."""
-    there = set(batch.schema.names)
-    texts = _raw(batch.column(source.text_field))
-    names = _values(batch, source.id_field, file.path) if source.id_field else itertools.repeat(None)
-    metadata = {field: _values(batch, field, file.path) for field in source.metadata_fields if field in there}
+    """Yield the rows of a small batch as documents. Its first row is row `first` of the file."""
+    columns = set(batch.schema.names)
+    texts = _column_bytes(batch.column(source.text_field))
+    ids = _column_values(batch, source.id_field, file.path) if source.id_field else itertools.repeat(None)
+    metadata = {field: _column_values(batch, field, file.path) for field in source.metadata_fields if field in columns}
     absent = dict.fromkeys(source.metadata_fields)
-    for i, (raw, name) in enumerate(zip(texts, names, strict=False)):
+    for i, (raw, row_id) in enumerate(zip(texts, ids, strict=False)):
         text, lost = decode_bytes(raw or b"")
         values = absent | {field: column[i] for field, column in metadata.items()}
-        yield make_document(f"{file.name}:{first + i}" if name is None else str(name), text, origin, values, lost, read)
+        document_id = f"{file.name}:{first + i}" if row_id is None else str(row_id)
+        yield make_document(document_id, text, source_name, values, lost, bytes_read)
 
 
 def _check_columns(schema: pyarrow.Schema, path: str, source: SourceConfig) -> list[str]:
-    """The columns to read; DataError if the text is not there or is none."""
+    """Return the columns to read; DataError if the text column is missing or does not hold text."""
     columns = columns_to_read(schema.names, path, source)
     kind = schema.field(source.text_field).type
     if not _is_text(kind):
@@ -144,7 +145,10 @@ def _check_columns(schema: pyarrow.Schema, path: str, source: SourceConfig) -> l
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
-    """Whether it holds strings or bytes, perhaps encoded, or nothing at all: writers make type `null` of a column without a value."""
+    """Return whether a column of this type holds strings or bytes, in any encoding, or only nulls.
+
+    Writers give the type `null` to a column without any value.
+    """
     import pyarrow
 
     if isinstance(kind, pyarrow.BaseExtensionType):
@@ -154,26 +158,33 @@ def _is_text(kind: pyarrow.DataType) -> bool:
     return str(kind) in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
 
-def _raw(column: pyarrow.Array) -> list[bytes | None]:
-    """The bytes of a column of texts: Arrow does not check that its strings are UTF-8, and raises on the first that is not."""
+def _column_bytes(column: pyarrow.Array) -> list[bytes | None]:
+    """Return the raw bytes of a column of texts.
+
+    Bytes, because Arrow does not check that its strings are UTF-8 when it reads them, and raises at the first one that
+    is not.
+    """
     import pyarrow
     import pyarrow.compute
 
-    column.validate()  # a damaged Arrow file may tell of more values than it has bytes for
+    column.validate()  # a damaged Arrow file may claim more values than it has bytes for
     if isinstance(column, pyarrow.ExtensionArray):
-        return _raw(column.storage)
+        return _column_bytes(column.storage)
     if pyarrow.types.is_dictionary(column.type):
-        return _looked_up(column)
+        return _dictionary_bytes(column)
     if pyarrow.types.is_run_end_encoded(column.type):
-        return _raw(pyarrow.compute.run_end_decode(column))
+        return _column_bytes(pyarrow.compute.run_end_decode(column))
     raw = column.cast(pyarrow.large_binary())
-    raw.validate(full=True)  # nothing else notices that the offsets in a damaged Arrow file point anywhere
+    raw.validate(full=True)  # nothing else notices wrong offsets in a damaged Arrow file
     values: list[bytes | None] = raw.to_pylist()
     return values
 
 
-def _looked_up(column: pyarrow.DictionaryArray) -> list[bytes | None]:
-    """The bytes of a column with a dictionary. Only the entries in use are looked at: a large dictionary belongs to many small batches."""
+def _dictionary_bytes(column: pyarrow.DictionaryArray) -> list[bytes | None]:
+    """Return the raw bytes of a dictionary-encoded column.
+
+    Decodes only the entries in use, because many small batches may share a large dictionary.
+    """
     import pyarrow
 
     dictionary, found = column.dictionary, dict[int, bytes | None]()
@@ -181,23 +192,26 @@ def _looked_up(column: pyarrow.DictionaryArray) -> list[bytes | None]:
     for index in {index for index in indices if index is not None}:
         if not 0 <= index < len(dictionary):
             raise pyarrow.ArrowInvalid(f"index {index} is outside of a dictionary of {len(dictionary)} values")
-        (found[index],) = _raw(dictionary.slice(index, 1))
+        (found[index],) = _column_bytes(dictionary.slice(index, 1))
     return [None if index is None else found[index] for index in indices]
 
 
-def _values(batch: pyarrow.RecordBatch, name: str, path: str) -> list[object]:
-    """Any column as Python values. DataError where Python has no such value, as a date of the year 10,000."""
+def _column_values(batch: pyarrow.RecordBatch, name: str, path: str) -> list[object]:
+    """Return any column as Python values.
+
+    DataError if Python cannot represent a value, such as a date in the year 10,000.
+    """
     import pyarrow
 
     column = batch.column(name)
     if _is_text(column.type):
-        return [None if raw is None else decode_bytes(raw)[0] for raw in _raw(column)]
+        return [None if raw is None else decode_bytes(raw)[0] for raw in _column_bytes(column)]
     try:
         values: list[object] = column.to_pylist()
     except (ArithmeticError, ValueError, KeyError, NotImplementedError, pyarrow.ArrowException) as error:
         detail = one_line(error)
         raise DataError(
-            f"{path}: column {name} of type {column.type} has a value that cannot be read ({detail}); leave it out of metadata_fields "
-            f"and id_field"
+            f"{path}: column {name} of type {column.type} has a value that cannot be read ({detail}); leave it out of "
+            f"metadata_fields and id_field"
         ) from error
     return values

@@ -1,4 +1,7 @@
-"""Looking through the folders of any file system: links are followed, what may not be read is an error, and globs do as folders do."""
+"""List the files below a folder or that match a glob, on any fsspec file system.
+
+Links are followed, and a folder without read permission is an error.
+"""
 
 from __future__ import annotations
 
@@ -15,72 +18,77 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-FileInfo = dict[str, Any]  # Any: every file system adds entries of its own; `name`, `type` and `size` are always there
+FileInfo = dict[str, Any]  # Any: every file system adds keys of its own to `name`, `type` and `size`
 
 BROKEN_LINK = "nowhere"
-"""The `type` of a link that leads nowhere."""
+"""The `type` of a link whose target does not exist."""
 
 
 def walk(
-    fs: fsspec.AbstractFileSystem, root: str, exclude: tuple[str, ...], leads: Callable[[str], bool] = lambda _: True
+    fs: fsspec.AbstractFileSystem,
+    root: str,
+    exclude: tuple[str, ...],
+    should_enter: Callable[[str], bool] = lambda _: True,
 ) -> dict[str, FileInfo]:
-    """{path: what the file system knows of it} of all below `root` that is no folder.
+    """Return everything below a folder that is not a folder, by path, with the file system's information on it.
 
-    fsspec's own walk neither follows links nor tells of a folder below that it may not read.
+    fsspec's own `walk` does not follow links and silently skips folders that it may not read.
 
     Args:
-        fs: where.
+        fs: the file system.
         root: a folder.
-        exclude: files and folders to pass over.
-        leads: whether to look into a folder.
+        exclude: globs of files and folders to skip.
+        should_enter: returns whether to look into a folder.
     """
     found: dict[str, FileInfo] = {}
-    folders: list[tuple[str, tuple[str, ...]]] = [(root, (resolve_folder(fs, root),))]
+    folders: list[tuple[str, tuple[str, ...]]] = [
+        (root, (resolve_folder(fs, root),))
+    ]  # (path, real paths of it and its parents)
     while folders:
-        folder, above = folders.pop()
+        folder, ancestors = folders.pop()
         for listed in fs.ls(folder, detail=True):
             path = listed["name"].rstrip("/")
             if path == folder.rstrip("/") or is_excluded(relative_path(root, path), exclude):
                 continue
-            info = _followed(fs, path, listed)
+            info = _follow_link(fs, path, listed)
             if info["type"] != "directory":
                 found[path] = info
-            elif (
-                leads(path) and (real := resolve_folder(fs, path)) not in above
-            ):  # a link to a folder above would lead round for ever
-                folders.append((path, (*above, real)))
+            # A link to a parent folder would never end.
+            elif should_enter(path) and (real := resolve_folder(fs, path)) not in ancestors:
+                folders.append((path, (*ancestors, real)))
     return found
 
 
 def find_glob(fs: fsspec.AbstractFileSystem, glob: str, exclude: tuple[str, ...]) -> dict[str, FileInfo]:
-    """What a glob matches. Its wildcards match linked folders as well, where a file system is local.
+    """Return everything that a glob matches, by path. On a local file system the wildcards also match links to folders.
 
-    fsspec's own glob leaves out a folder that may not be read, without a word. It is used all the same where paths are whole addresses
-    (HTTP), and for object stores: they list all that lies below a prefix in one answer, and have no folders that could be closed.
+    fsspec's own `glob` silently skips folders that it may not read. It is still used over HTTP, where paths are whole
+    addresses, and for object stores, which list everything below a prefix in one answer and have no folder permissions.
     """
     if "http" in fs.protocol or _lists_flat(fs):
-        return {path: _followed(fs, path, info) for path, info in fs.glob(glob, detail=True).items()}
+        return {path: _follow_link(fs, path, info) for path, info in fs.glob(glob, detail=True).items()}
     parts = glob.split("/")
 
-    def leads(folder: str) -> bool:
+    def may_contain_matches(folder: str) -> bool:
         depth = folder.count("/") + 1
         return "**" in parts[:depth] or (depth < len(parts) and _match("/".join(parts[:depth]), folder))
 
-    return {path: info for path, info in walk(fs, glob_root(glob), exclude, leads).items() if _match(glob, path)}
+    found = walk(fs, glob_root(glob), exclude, may_contain_matches)
+    return {path: info for path, info in found.items() if _match(glob, path)}
 
 
 def _lists_flat(fs: fsspec.AbstractFileSystem) -> bool:
-    """Whether it finds files in a way of its own, not folder by folder: s3fs, gcsfs, adlfs and the one of huggingface_hub."""
-    own = type(fs).find is not fsspec.AbstractFileSystem.find
-    return own or (isinstance(fs, AsyncFileSystem) and type(fs)._find is not AsyncFileSystem._find)
+    """Return whether a file system lists everything below a prefix at once, as s3fs, gcsfs, adlfs and huggingface_hub do."""
+    overrides_find = type(fs).find is not fsspec.AbstractFileSystem.find
+    return overrides_find or (isinstance(fs, AsyncFileSystem) and type(fs)._find is not AsyncFileSystem._find)
 
 
 def _match(glob: str, path: str) -> bool:
-    return re.match(glob_translate(glob), path) is not None  # re keeps what it compiled
+    return re.match(glob_translate(glob), path) is not None  # `re` caches compiled patterns
 
 
-def _followed(fs: fsspec.AbstractFileSystem, path: str, listed: FileInfo) -> FileInfo:
-    """What is known of a listed path; of a link, what it leads to: listings tell only that it is neither file nor folder."""
+def _follow_link(fs: fsspec.AbstractFileSystem, path: str, listed: FileInfo) -> FileInfo:
+    """Return the information on a listed path; for a link that on its target, which the listing does not have."""
     if listed["type"] in ("file", "directory"):
         return listed
     try:
@@ -93,24 +101,24 @@ def _followed(fs: fsspec.AbstractFileSystem, path: str, listed: FileInfo) -> Fil
 
 
 def resolve_folder(fs: fsspec.AbstractFileSystem, folder: str) -> str:
-    """A folder's path without links; only a local file system tells."""
+    """Return a folder's path with links resolved, on a local file system; on others the path as it is."""
     return os.path.realpath(folder or "/") if isinstance(fs, LocalFileSystem) else folder
 
 
 def relative_path(root: str, path: str) -> str:
-    """A path without the folder it lies in."""
+    """Return a path relative to a folder above it."""
     return path.removeprefix(root.rstrip("/") + "/")
 
 
 def glob_root(glob: str) -> str:
-    """The folder in front of a glob's first wildcard."""
+    """Return the folder before a glob's first wildcard."""
     parts = PurePosixPath(glob).parts
-    wild = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
-    return str(PurePosixPath(*parts[:wild])) if wild else ""
+    first_wildcard = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    return str(PurePosixPath(*parts[:first_wildcard])) if first_wildcard else ""
 
 
 def is_excluded(name: str, globs: tuple[str, ...]) -> bool:
-    """Whether a glob matches the name of the file or of a folder above it, or the path down to one of them."""
+    """Return whether a glob matches the name or the path of a file or of a folder above it."""
     if not globs:
         return False
     parts = name.split("/")

@@ -1,1 +1,1 @@
-"""Documents to token ids, at the speed of the fastest back end that gives the right ones."""
+"""Documents to token ids, by the fastest library whose ids equal the reference's."""

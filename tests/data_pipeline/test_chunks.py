@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
 from data_pipeline.settings import SourceConfig
-from data_pipeline.text import sources
+from data_pipeline.text import blocks
 from data_pipeline.text.chunks import Chunk, read_chunk, split_into_chunks
 from data_pipeline.text.files import list_files
 from data_pipeline.text.sources import Document
@@ -93,7 +93,7 @@ def test_jsonl_cut_anywhere_reads_as_the_whole(
     fsspec.filesystem("memory").pipe("/cuts/x.jsonl", raw)
     source = source_of("jsonl", "memory://cuts/x.jsonl", metadata_fields=["url"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_BLOCK", block)
+        patch.setattr(blocks, "_BLOCK", block)
         found = check_every_cut_reads_the_same(source, text_bytes)
     assert [(document.id, document.text, document.metadata["url"]) for document in found] == naive_jsonl(raw)
 
@@ -102,7 +102,7 @@ def test_the_check_of_jsonl_cuts_sees_a_cut_that_forgets_where_lines_begin(monke
     fsspec.filesystem("memory").pipe("/cuts/y.jsonl", b'{"text": "a"}\n{"text": "bbb"}\n')
     source = source_of("jsonl", "memory://cuts/y.jsonl")
     check_every_cut_reads_the_same(source, 20)
-    monkeypatch.setattr(sources, "_first_line", lambda stream, start, stop: start)
+    monkeypatch.setattr(blocks, "_next_line_start", lambda stream, start, stop: start)
     with pytest.raises(DataError, match=r"y\.jsonl, byte 15: broken JSON"):
         check_every_cut_reads_the_same(source, 20)
 
@@ -217,7 +217,7 @@ def test_a_parquet_file_is_cut_by_the_bytes_of_its_text_alone(tmp_path: Path) ->
 def test_what_is_read_grows_with_every_block_up_to_the_bytes_of_the_chunk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_BLOCK", 20)
+    monkeypatch.setattr(blocks, "_BLOCK", 20)
     raw = b'{"text": "12345678"}\n' + b'{"text": "2"}\n' * 3
     (tmp_path / "a.jsonl").write_bytes(raw)
     (tmp_path / "b.jsonl").write_bytes(raw)
@@ -248,8 +248,8 @@ def test_a_line_over_many_parts_is_passed_over_by_those_in_its_middle(
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "%s"}\n{"text": "b"}' % (b"a" * 10_000))
     source = source_of("jsonl", tmp_path)
     read: list[int] = []
-    monkeypatch.setattr(sources, "_BLOCK", 100)
-    monkeypatch.setattr(sources, "_blocks", counting(sources._blocks, read))
+    monkeypatch.setattr(blocks, "_BLOCK", 100)
+    monkeypatch.setattr(blocks, "read_blocks", counting(blocks.read_blocks, read))
     chunks = cut_at(source, 1000)
     assert [len(list(read_chunk(chunk, source))) for chunk in chunks] == [1] + [0] * 9 + [1]
     assert sum(read) < 11_000  # the long line is unpacked once, not once a part

@@ -122,7 +122,7 @@ def test_a_column_that_holds_no_strings_is_named_with_its_type(tmp_path: Path, k
     assert line.startswith(f"column text holds {kind}")
     assert line.endswith(", not text; set text_field to a column of strings")
     assert texts(path, text_field="a.b") == ["one", "zwei", ""]  # a dot in a name is no path
-    assert failure(path, text_field="text.a") == "text_field=text.a is not there; it has: text, a.b. Set text_field"
+    assert failure(path, text_field="text.a") == "text_field=text.a does not exist; it has: text, a.b. Set text_field"
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -159,7 +159,7 @@ def test_names_of_columns_are_told_on_one_line_of_bearable_length(tmp_path: Path
         pa.table({"a\nb": ["x"]} | {"c" * 10_000: ["x"]} | {f"d{i}": ["x"] for i in range(500)}), tmp_path, "parquet"
     )
     line = failure(path)
-    assert line.startswith(f"text_field=text is not there; it has: a\\nb, {'c' * 57}..., d0, d1, ")
+    assert line.startswith(f"text_field=text does not exist; it has: a\\nb, {'c' * 57}..., d0, d1, ")
     assert line.endswith(", d17 and 482 more. Set text_field")
 
 
@@ -202,11 +202,11 @@ def parquet_bytes() -> bytes:
             b"FEA1" + bytes(40) + b"FEA1",
             "cannot be read, it is a Feather file of version 1: write it anew as parquet",
         ),
-        ("x.parquet", b"", "cannot be read, it may be corrupt or out of reach (Parquet file size is 0 bytes)"),
+        ("x.parquet", b"", "cannot be read, it may be corrupt or unreachable (Parquet file size is 0 bytes)"),
         (
             "x.parquet",
             parquet_bytes()[:-3],
-            "cannot be read, it may be corrupt or out of reach (Parquet magic bytes not found in footer",
+            "cannot be read, it may be corrupt or unreachable (Parquet magic bytes not found in footer",
         ),
     ],
 )
@@ -260,7 +260,7 @@ def test_an_error_of_a_builtin_kind_counts_as_the_files_only_where_a_reader_rais
     with (
         pytest.raises(
             DataError,
-            match=r"x: cannot be read, it may be corrupt or out of reach \('Field \"a\" exists 2 times in schema'\)",
+            match=r"x: cannot be read, it may be corrupt or unreachable \('Field \"a\" exists 2 times in schema'\)",
         ),
         explain_read_errors("x"),
     ):
@@ -309,7 +309,7 @@ def test_a_saved_data_set_with_a_part_missing_or_unknown_is_one_line(
     path = saved(tmp_path / "saved", change)
     capfd.readouterr()
     told = failure(path)
-    assert told.startswith(f"data.sources: cannot open data set {path} (subset=None, split=train): ")
+    assert told.startswith(f"data.sources: cannot open dataset {path} (subset=None, split=train): ")
     assert line in told
     assert told.endswith("; check `paths`, `subset`, `split` and the connection")
     assert capfd.readouterr().err == ""
@@ -324,7 +324,7 @@ def test_splits_and_columns_of_other_kinds_are_told_or_passed_by(tmp_path: Path)
     assert [document.text for document in read(tmp_path / "dict", split="test")] == ["a", "b"]
     assert failure(tmp_path / "dict", split="dev").endswith("it has the splits train, test; set `split` to one of them")
     shutil.rmtree(tmp_path / "dict" / "train")
-    assert "cannot open data set" in failure(tmp_path / "dict")
+    assert "cannot open dataset" in failure(tmp_path / "dict")
     (tmp_path / "twice").mkdir()
     pq.write_table(pa.Table.from_arrays([TEXTS, TEXTS], names=["text", "text"]), tmp_path / "twice" / "x.parquet")
     for streaming in (True, False):
@@ -337,7 +337,7 @@ def test_the_reader_of_columns_is_the_one_that_is_used(tmp_path: Path, monkeypat
     monkeypatch.setattr(columnar, "_check_columns", lambda schema, path, source: ["text"])
     with pytest.raises(
         DataError,
-        match=r"cannot be read, it may be corrupt or out of reach \('Field \"text\" exists 2 times in schema'\)",
+        match=r"cannot be read, it may be corrupt or unreachable \('Field \"text\" exists 2 times in schema'\)",
     ):
         read(path)
 
@@ -360,14 +360,14 @@ def test_a_bad_byte_in_a_dictionary_is_a_repaired_document_as_in_plain_strings(
 
 def test_a_dictionary_is_not_looked_through_for_every_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     column = pa.DictionaryArray.from_arrays(pa.array([0, 4999] * 500), pa.array([f"text {i}" for i in range(5000)]))
-    path, seen, raw_of = write(pa.table({"text": column}), tmp_path, "arrow"), 0, columnar._raw
+    path, seen, raw_of = write(pa.table({"text": column}), tmp_path, "arrow"), 0, columnar._column_bytes
 
     def counting(values: pa.Array) -> list[bytes | None]:
         nonlocal seen
         seen += len(values)
         return raw_of(values)
 
-    monkeypatch.setattr(columnar, "_raw", counting)
+    monkeypatch.setattr(columnar, "_column_bytes", counting)
     assert [document.text for document in read(path)] == ["text 0", "text 4999"] * 500
     assert seen <= 2 * 1000  # rows, and the entries that they use
 
@@ -376,4 +376,4 @@ def test_an_index_outside_of_its_dictionary_is_told() -> None:
     for index in (-1, 2):
         damaged = pa.DictionaryArray.from_arrays(pa.array([0, index]), pa.array(["a", "b"]), safe=False)
         with pytest.raises(pa.ArrowInvalid, match=f"index {index} is outside of a dictionary of 2 values"):
-            columnar._raw(damaged)
+            columnar._column_bytes(damaged)

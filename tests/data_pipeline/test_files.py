@@ -250,7 +250,7 @@ def test_what_a_driver_raises_while_a_file_is_read_is_one_line(
 
     monkeypatch.setattr(MemoryFileSystem, "open", fails)
     with pytest.raises(
-        DataError, match=r"^/far/x\.txt: cannot be read, it may be corrupt or out of reach \(broken pipe\)"
+        DataError, match=r"^/far/x\.txt: cannot be read, it may be corrupt or unreachable \(broken pipe\)"
     ):
         list(read_chunk(chunk, source))
 

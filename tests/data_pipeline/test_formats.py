@@ -167,7 +167,7 @@ def test_a_file_that_is_no_text_is_refused_by_name_with_a_way_out(tmp_path: Path
     (tmp_path / "x.jsonl").write_bytes(OTHERS[name])
     with pytest.raises(DataError, match=rf"x\.jsonl:1: .*; the file is {name.strip()}[^;]*: .") as error:
         read("jsonl", tmp_path / "x.jsonl")
-    assert "mend the line" not in str(error.value)
+    assert "fix the line" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -265,8 +265,8 @@ def test_a_compressed_text_that_is_not_what_its_name_says_or_cut_off_is_one_line
         ("x.jsonl.zst", zstd(json.dumps([{"text": "a"}])), "the file is a JSON array: one object a line is needed"),
         ("x.jsonl", b"<!DOCTYPE html>\n<html>\n", "the file is HTML or XML"),
         ("x.jsonl", bytes(4096), "the file is nothing but NUL bytes, as a crash leaves them"),
-        ("x.jsonl", LINES.encode() + bytes(99), "mend the line"),
-        ("x.jsonl", b"text,url\na,b\n", "mend the line"),
+        ("x.jsonl", LINES.encode() + bytes(99), "fix the line"),
+        ("x.jsonl", b"text,url\na,b\n", "fix the line"),
     ],
 )
 def test_the_advice_on_broken_jsonl_follows_the_first_bytes(tmp_path: Path, name: str, raw: bytes, advice: str) -> None:

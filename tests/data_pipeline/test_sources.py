@@ -15,7 +15,7 @@ import zstandard
 
 from data_pipeline.errors import DataError
 from data_pipeline.settings import SourceConfig
-from data_pipeline.text import sources
+from data_pipeline.text import blocks
 from data_pipeline.text.chunks import read_chunk, split_into_chunks
 from data_pipeline.text.files import list_files
 from data_pipeline.text.sources import Document
@@ -131,7 +131,7 @@ def test_long_lines_cross_the_read_buffer_intact(tmp_path: Path) -> None:
     20
 )  # joining the line again at each of its 16,384 blocks would copy 512 GB: minutes; joining it once takes a moment
 def test_the_work_for_a_line_of_64_mb_is_linear_in_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BLOCK", 4096)
+    monkeypatch.setattr(blocks, "_BLOCK", 4096)
     size = 64 << 20
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "' + b"x" * size + b'"}\n{"text": "y"}')
     tracemalloc.start()
@@ -321,7 +321,7 @@ def corrupt_parquet(folder: Path) -> None:
         (
             "jsonl",
             {"x.jsonl": b'{"content": "a", "url": "b"}\n'},
-            r"x\.jsonl:1: text_field=text is not there; it has: content, url",
+            r"x\.jsonl:1: text_field=text does not exist; it has: content, url",
         ),
         ("jsonl", {"x.jsonl": b'["a"]\n'}, r"x\.jsonl:1: every line must be a JSON object, this one is a list"),
         ("jsonl", {"x.jsonl": b'{"text": 3}\n'}, r"x\.jsonl:1: text is a int, not text"),
@@ -367,13 +367,13 @@ def test_a_missing_column_is_told_with_those_that_are_there(tmp_path: Path) -> N
     pq.write_table(table, tmp_path / "hub" / "x.parquet")
     (tmp_path / "x.arrow").write_bytes(arrow(table, "arrow"))
     for kind in ("parquet", "arrow"):
-        with pytest.raises(DataError, match=rf"x\.{kind}: text_field=text is not there; it has: content, n"):
+        with pytest.raises(DataError, match=rf"x\.{kind}: text_field=text does not exist; it has: content, n"):
             read(kind, tmp_path)
-        with pytest.raises(DataError, match=rf"x\.{kind}: id_field=key is not there; it has: content, n"):
+        with pytest.raises(DataError, match=rf"x\.{kind}: id_field=key does not exist; it has: content, n"):
             read(kind, tmp_path, text_field="content", id_field="key")
         with pytest.raises(DataError, match=r"column n holds int64, not text"):
             read(kind, tmp_path, text_field="n")
-    with pytest.raises(DataError, match=r"text_field=text is not there; it has: content, n"):
+    with pytest.raises(DataError, match=r"text_field=text does not exist; it has: content, n"):
         read("hf", tmp_path / "hub")
 
 
@@ -389,7 +389,7 @@ def test_an_unknown_protocol_or_split_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read nope://x"):
         read("text", "nope://x")
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"cannot open data set .*split=test"):
+    with pytest.raises(DataError, match=r"cannot open dataset .*split=test"):
         read("hf", tmp_path, split="test")
 
 

@@ -185,7 +185,7 @@ def corrupt_parquet(folder: Path) -> tuple[str, str]:
     (folder / "bad.parquet").write_bytes(content[: len(content) // 2])
     return (
         f"{{kind: parquet, paths: [{folder}]}}",
-        r"bad\.parquet: cannot be read, it may be corrupt or out of reach \(.*\); restore it",
+        r"bad\.parquet: cannot be read, it may be corrupt or unreachable \(.*\); restore it",
     )
 
 
