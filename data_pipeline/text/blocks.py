@@ -1,4 +1,4 @@
-"""Read plain and compressed files in blocks, and lines from any byte on. zstandard is imported only where it is used."""
+"""Read plain and compressed files in blocks, and lines from any byte on. zstandard is imported only when needed."""
 
 from __future__ import annotations
 

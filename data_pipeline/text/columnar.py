@@ -77,7 +77,7 @@ def row_groups(file: SourceFile, source: SourceConfig) -> BlockSizes:
 
 
 def record_batches(file: SourceFile, source: SourceConfig) -> BlockSizes:
-    """Return the sizes of the record batches of an Arrow file; an empty list if it is remote, so as not to download it."""
+    """Return the sizes of the record batches of an Arrow file; nothing for a remote one, so as not to download it."""
     if not isinstance(file.fs, LocalFileSystem):
         return []
     with explain_read_errors(file.path, file, source.kind), _open_file(file) as stream:
@@ -104,7 +104,7 @@ def _open_file(file: SourceFile) -> Iterator[BinaryIO]:
 
 
 def _iter_batches(stream: BinaryIO, start: int | None, stop: int | None) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the record batches of an Arrow file: in the file format, or in the streaming format that `datasets` writes."""
+    """Yield the record batches of an Arrow file, in the file format or the streaming format (which `datasets` writes)."""
     import pyarrow
 
     magic = stream.read(6)

@@ -1,4 +1,4 @@
-"""Which files a source means, in an order that is the same on every machine. Local paths and any fsspec address."""
+"""List the files of a source, local or at any fsspec address, in an order that is the same on every machine."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ DEFAULT_PATTERNS = {
     "parquet": ("*.parquet",),
     "arrow": ("*.arrow", "*.arrows"),
 }
-"""Which files of a folder are read where `pattern` is not set."""
+"""Globs of the files of a folder that are read if `pattern` is not set."""
 
 _BOOKKEEPING = ("_SUCCESS",)
-"""Names of files that other tools leave beside their data, like hidden ones (`.DS_Store`): nobody expects them to be read."""
+"""Marker files that other tools write beside their data. Like hidden files, they are skipped without a note."""
 
-_FEW = 5
-"""Names of files that a note spells out."""
+_MAX_NAMES = 5
+"""File names listed in a note."""
 
 _VERSION_KEYS = (
     *("ETag", "etag", "blob_id", "generation", "md5Hash", "md5", "Content-MD5", "CRC"),
     *("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created"),
 )
-"""What file systems call what tells a file's contents, the surest first. Every one has a name of its own for it."""
+"""Keys under which file systems report something that changes with a file's contents, the most reliable first."""
 
 _HUB_SECONDS = 10.0
 
-_READERS = ("pyarrow", "datasets", "fsspec")
-"""Packages whose exceptions of builtin kinds are about the files or addresses that they are given."""
+_FILE_LIBRARIES = ("pyarrow", "datasets", "fsspec")
+"""Packages that raise builtin exceptions about the files or addresses given to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,101 +65,108 @@ class SourceFile:
     fs: fsspec.AbstractFileSystem
     path: str
     name: str
-    """Path below the folder given; the file's own name where a file was given. Unique in its source."""
+    """Path relative to the configured folder, or the file's own name if a file was configured. Unique in its source."""
     size: int
-    """Bytes, compressed if the file is; 0 where the file system does not know."""
+    """Size in bytes as stored; 0 if the file system does not know."""
     version: str
-    """What changes when the file is written anew at the same size: time, ETag or checksum, as the file system has it; else empty."""
+    """Modification time, ETag or checksum, whichever the file system has; else empty. Reveals a change that keeps the
+    size."""
 
     @property
     def file_name(self) -> str:
-        """Its own name, whose ending tells how it is packed."""
+        """The file's own name, whose extension implies its compression."""
         return file_name(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class FileSlice:
-    """A run of one file's documents. A line belongs to the part in which its first byte lies."""
+    """Consecutive documents of one file. A line belongs to the slice that holds its first byte."""
 
     file: SourceFile
     start: int | None
-    """First byte of plain jsonl, row group of parquet, record batch of arrow; None and None stand for the whole file."""
+    """First byte (plain jsonl), row group (parquet) or record batch (arrow). `start` and `stop` are None for the whole
+    file."""
     stop: int | None
-    """The one after the last."""
+    """One past the last of them."""
     row: int
-    """Parquet and arrow: rows of the file before it."""
+    """Parquet and arrow: rows of the file before the slice."""
     bytes: int
-    """Its share of the file's bytes; the shares of a file's parts add up to the file's size."""
+    """Estimated bytes of the slice. Those of all slices of a file add up to the file's size."""
 
 
 @dataclass(frozen=True)
 class SourceListing:
-    """What lies where a source points."""
+    """The files that the paths of a source lead to."""
 
     files: list[SourceFile]
-    """Its files in reading order."""
+    """Files to read, in reading order."""
     skipped: list[str]
-    """Paths of the files in its folders that match no pattern of its kind and no `exclude`, but for hidden ones."""
+    """Paths of the other visible files in its folders, except those that `exclude` matches."""
 
 
 def list_files(source: SourceConfig) -> list[SourceFile]:
-    """The files of a source, see `list_source`."""
+    """Return the files of a source, see `list_source`."""
     return list_source(source).files
 
 
 def list_source(source: SourceConfig) -> SourceListing:
-    """The files of a source in reading order: as `paths` gives them, those of one folder or glob sorted by name. Empty for `hf`.
+    """List the files of a source in the order of `paths`; those of one folder or glob are sorted by name.
 
-    Links are followed, to files and to folders, but not back to a folder that they lie in. Where a name below a later entry of `paths`
-    is that of an earlier file, it gets as much of the path in front as makes it another: `x.txt`, then `b/x.txt`. So an entry that is
-    appended to `paths` changes no name of those before it.
+    Empty for `hf`.
+
+    Links to files and folders are followed, except to a folder above the link. Names are unique: if a file has the name
+    of a file of an earlier entry of `paths`, it is prefixed with as much of its path as makes it unique (`x.txt`, then
+    `b/x.txt`). So appending an entry to `paths` never changes the names of earlier files.
 
     Raises:
-        DataError: an entry of `paths` does not exist or matches no file, two of them mean one file, or a link points nowhere.
+        DataError: an entry of `paths` does not exist or matches no file, two entries lead to the same file, or a link
+            is broken.
     """
     files: list[SourceFile] = []
     if source.kind == "hf":
-        twice = next((given for i, given in enumerate(source.paths) if given in source.paths[:i]), None)
-        if twice is not None:
-            raise DataError(
-                f"data.sources: the data set {twice} is given twice by `paths`; every one is read once, so name it once"
-            )
+        duplicate = next((given for i, given in enumerate(source.paths) if given in source.paths[:i]), None)
+        if duplicate is not None:
+            raise DataError(f"data.sources: `paths` names the dataset {duplicate} twice; name it once")
         return SourceListing(files, [])
-    passed_over: list[str] = []
-    entries: dict[tuple[fsspec.AbstractFileSystem, str, str], int] = {}
+    skipped: list[str] = []
+    entry_of_file: dict[tuple[fsspec.AbstractFileSystem, str, str], int] = {}
     names: set[str] = set()
-    real = cache(resolve_folder)
+    cached_resolve_folder = cache(resolve_folder)
     for number, given in enumerate(source.paths):
         with redacting_errors([given]):
-            fs, found, others = _find(given, source)
-        passed_over += others
-        for short, (path, info) in sorted(found.items()):
-            folder, _, last = path.rpartition("/")
-            first = entries.setdefault((fs, real(fs, folder), last), number)
+            fs, found, others = _list_entry(given, source)
+        skipped += others
+        for short_name, (path, info) in sorted(found.items()):
+            folder, _, file_name_only = path.rpartition("/")
+            first = entry_of_file.setdefault((fs, cached_resolve_folder(fs, folder), file_name_only), number)
             if first != number:
                 raise DataError(
                     f"data.sources: {path} is given twice, by {source.paths[first]} and by {given} of `paths`; "
-                    f"every file is read once, so let them not overlap"
+                    f"every file is read once, so entries must not overlap"
                 )
-            name = _unused(short, restore_spelling(path, given), redact(given), names)
+            name = _unique_name(short_name, restore_spelling(path, given), redact(given), names)
             names.add(name)
             files.append(SourceFile(fs, path, name, int(info["size"] or 0), _version(info)))
-    return SourceListing(files, sorted(set(passed_over) - {file.path for file in files}))
+    return SourceListing(files, sorted(set(skipped) - {file.path for file in files}))
 
 
 def dataset_names(paths: Sequence[str]) -> list[str]:
-    """What tells the documents of several data sets apart: nothing for the first, then the shortest end of a name that is no other's."""
+    """Return a name for each dataset that makes its documents' ids unique.
+
+    It is empty for the first one, then the shortest end of the dataset's path that no earlier one has.
+    """
     names: list[str] = []
     for given in paths:
-        names.append(_unused("", given.rstrip("/"), given, set(names)))
+        names.append(_unique_name("", given.rstrip("/"), given, set(names)))
     return names
 
 
 def dataset_version(name: str) -> str:
-    """What tells whether a Hugging Face data set is still the same: the commit on the hub, or for files a hash of what lies there.
+    """Return a version of a Hugging Face dataset: its commit on the hub, or a hash of its local files' names and versions.
 
-    Empty where nobody can tell: without a connection (what is read then is the copy on this machine), or where there is no such data
-    set, which whoever opens it says. `${NAME}` is filled in. Data that a data set's own files only point to is not looked at.
+    Returns an empty string if the version is unknown: without a connection, when the local cache is read, or if the
+    dataset does not exist, which opening it reports. `${NAME}` is expanded. Data that the dataset's files only point to
+    is not covered.
     """
     name = expand_variables(name)
     if Path(name).exists():
@@ -177,71 +184,79 @@ def dataset_version(name: str) -> str:
 
     try:
         return huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_SECONDS).sha or ""
-    except Exception as error:  # whatever its HTTP client raises
+    except Exception as error:  # its HTTP client raises kinds of its own
         if not (isinstance(error, OSError | ValueError) or is_library_error(error)):
             raise
         return ""
 
 
 def is_library_error(error: Exception) -> bool:
-    """Whether an exception is a library's: of a kind of its own, as those of botocore, aiohttp and httpx that fsspec's drivers let
-    through, or raised inside one that reads files, as a KeyError of pyarrow.
+    """Return whether an exception comes from a library and so is about its input, not a bug of ours.
 
-    They have nothing in common, so who calls a driver has to catch `Exception`; another KeyError or TypeError would be a mistake of ours.
+    That is an exception of a library's own type, such as those of botocore, aiohttp and httpx that fsspec's drivers let
+    through, or a builtin one raised inside a library that reads files, such as a KeyError in pyarrow. They have no
+    common base class, so callers have to catch `Exception` and raise again if this is False.
     """
     if type(error).__module__.partition(".")[0] not in ("builtins", "data_pipeline"):
         return True
-    raised = error.__traceback__
-    while raised is not None and raised.tb_next is not None:
-        raised = raised.tb_next
-    where = "" if raised is None else str(raised.tb_frame.f_globals.get("__name__"))
-    return not isinstance(error, DataError) and where.partition(".")[0] in _READERS
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    module = "" if innermost is None else str(innermost.tb_frame.f_globals.get("__name__"))
+    return not isinstance(error, DataError) and module.partition(".")[0] in _FILE_LIBRARIES
 
 
 def describe_files(files: Sequence[SourceFile]) -> str:
-    """What a source's files were when they were read: count, bytes, and a hash of their names and sizes."""
+    """Describe a source's files for the manifest: count, bytes, and a hash of their names and sizes."""
     lines = "".join(f"{file.name}\t{file.size}\n" for file in files).encode("utf-8", "surrogatepass")
     return f"{len(files)} files, {sum(file.size for file in files)} bytes, {xxhash.xxh3_64_hexdigest(lines)}"
 
 
 def file_patterns(source: SourceConfig) -> tuple[str, ...]:
-    """Globs of the names of the files of a folder that are read."""
+    """Return globs of the files of a folder that are read."""
     return (source.pattern,) if source.pattern else DEFAULT_PATTERNS[source.kind]
 
 
 def summarize_paths(paths: Sequence[str]) -> str:
-    """Count, endings and the names of a few files: `4 files (2 .json, 1 .JSONL, 1 .ndjson), such as b.json, c.JSONL and d.ndjson`."""
-    endings = Counter(map(_ending, paths)).most_common()
-    kinds = [f"{count:,} {ending}" for ending, count in sorted(endings[:5], key=lambda item: (-item[1], item[0]))]
-    kinds += [f"{sum(count for _, count in endings[5:]):,} others"] if len(endings) > 5 else []
-    names = [escape_unprintable(file_name(redact(path))) for path in paths[:_FEW]]
-    few = " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
-    return f"{len(paths):,} file{'s' * (len(paths) > 1)} ({', '.join(kinds)}), {'such as ' * (len(paths) > _FEW)}{few}"
+    """Summarize files by count, extensions and a few names.
+
+    For example: `6 files (4 .json, 1 .JSONL, 1 .ndjson), such as b.json, c.JSONL, d.ndjson, e.json and f.json`.
+    """
+    extensions = Counter(map(_extension, paths)).most_common()
+    counts = [f"{count:,} {name}" for name, count in sorted(extensions[:5], key=lambda item: (-item[1], item[0]))]
+    counts += [f"{sum(count for _, count in extensions[5:]):,} others"] if len(extensions) > 5 else []
+    names = [escape_unprintable(file_name(redact(path))) for path in paths[:_MAX_NAMES]]
+    listed = " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+    such_as = "such as " if len(paths) > _MAX_NAMES else ""
+    return f"{len(paths):,} file{'s' * (len(paths) > 1)} ({', '.join(counts)}), {such_as}{listed}"
 
 
 def file_name(path: str) -> str:
-    """The name behind the last `/`; of an address, as HTTP has for a path, without what stands behind `?`."""
+    """Return the last component of a path; of a URL without its query."""
     return (path.partition("?")[0] if "://" in path else path).rsplit("/", 1)[-1]
 
 
-def _ending(path: str) -> str:
-    """`.json.gz` of `x.json.gz`."""
+def _extension(path: str) -> str:
+    """Return the extension with that of the compression: `.json.gz` of `x.json.gz`."""
     suffixes = PurePosixPath(file_name(redact(path))).suffixes[-2:]
-    packed = len(suffixes) == 2 and suffixes[1].lower() in (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
-    return escape_unprintable("".join(suffixes if packed else suffixes[-1:])) or "without an ending"
+    has_compression = len(suffixes) == 2 and suffixes[1].lower() in (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
+    return escape_unprintable("".join(suffixes if has_compression else suffixes[-1:])) or "without an ending"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether nobody expects a file to be read, by its path below the folder given."""
+    """Return whether a file is hidden or a marker file, by its path relative to the configured folder."""
     parts = name.split("/")
     return any(part.startswith(".") for part in parts) or parts[-1] in _BOOKKEEPING
 
 
-def _find(
+def _list_entry(
     given: str, source: SourceConfig
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, tuple[str, FileInfo]], list[str]]:
-    """What one entry of `paths` stands for: its file system, {name below the folder: (path, what is known of it)}, and the paths of the
-    files that are passed over.
+    """List one entry of `paths`.
+
+    Returns:
+        Its file system; its files as {name relative to the folder: (path, information on it)}; the paths of the skipped
+        files.
     """
     wanted: tuple[str, ...] = ("*",)
     try:
@@ -256,8 +271,8 @@ def _find(
     except FileNotFoundError:
         raise DataError(f"data.sources: {given} does not exist; correct `paths`") from None
     except ImportError as error:
-        raise DataError(f"data.sources: cannot read {given}: {error}{_installing(str(error))}") from error
-    except Exception as error:  # a driver raises what its HTTP client does, see is_library_error
+        raise DataError(f"data.sources: cannot read {given}: {error}{_install_hint(str(error))}") from error
+    except Exception as error:  # a driver lets through what its HTTP client raises, see `is_library_error`
         if not (isinstance(error, OSError | ValueError) or is_library_error(error)):
             raise
         detail = one_line(error)
@@ -268,53 +283,52 @@ def _find(
     others: list[str] = []
     for file, info in sorted(found.items()):
         name = relative_path(root, file)
-        if (told := restore_spelling(file, given)) != file:
-            name = "/".join(told.split("/")[-1 - name.count("/") :])
+        if (spelled := restore_spelling(file, given)) != file:
+            name = "/".join(spelled.split("/")[-1 - name.count("/") :])
         if is_excluded(name, source.exclude):
             continue
         if info["type"] == BROKEN_LINK and _matches(name, wanted) and not is_hidden(name):
             raise DataError(
-                f"data.sources: {file} is a link that leads nowhere; restore what it points to, or leave it out with `exclude`"
+                f"data.sources: {file} is a broken link; restore its target, or leave it out with `exclude`"
             )
         if info["type"] == "file" and _matches(name, wanted):
-            files[_another(name, files)] = (file, info)
+            files[_numbered(name, files)] = (file, info)
         elif not is_hidden(name):
             others.append(file)
     if not files:
         what = f"no file below {given} matches {', '.join(wanted)}" if wanted != ("*",) else f"no file matches {given}"
         excluded = f" (exclude: {', '.join(source.exclude)})" if source.exclude else ""
-        there = f"; it holds {summarize_paths(sorted(others))}" if others else ""
+        contents = f"; it holds {summarize_paths(sorted(others))}" if others else ""
         raise DataError(
-            f"data.sources: {what}{excluded}{there}; correct `paths`"
+            f"data.sources: {what}{excluded}{contents}; correct `paths`"
             + (", or set `pattern`" if wanted != ("*",) else "")
         )
     return fs, files, others
 
 
 def _version(info: FileInfo) -> str:
-    """What changes with a file's contents, as far as the file system tells; empty where it does not."""
+    """Return something that changes with a file's contents, if the file system reports it; else an empty string."""
     return next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), "")
 
 
-def _unused(name: str, path: str, given: str, names: set[str]) -> str:
-    """`name`, or the shortest longer end of its path that is not among `names`."""
+def _unique_name(name: str, path: str, given: str, names: set[str]) -> str:
+    """Return `name`, or the shortest longer end of its path that is not among `names`."""
     if name not in names:
         return name
     parts = path.split("/")
     tails = ("/".join(parts[-count:]) for count in range(1, len(parts) + 1))
-    return _another(
-        next((tail for tail in tails if len(tail) > len(name) and tail not in names), f"{given}/{name}"), names
-    )
+    unique_tail = next((tail for tail in tails if len(tail) > len(name) and tail not in names), f"{given}/{name}")
+    return _numbered(unique_tail, names)
 
 
-def _another(name: str, names: Container[str]) -> str:
-    """`name`, with a number behind it where it is among `names`: without their secrets, two addresses may be one."""
-    numbered = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
-    return next(each for each in numbered if each not in names)
+def _numbered(name: str, names: Container[str]) -> str:
+    """Return `name`, with a number if it is among `names`: without their secrets, two addresses may be equal."""
+    candidates = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in names)
 
 
-def _installing(message: str) -> str:
-    """The way out of fsspec's message on a driver that is not installed."""
+def _install_hint(message: str) -> str:
+    """Return the pip command for the packages that fsspec's message on a missing driver names."""
     packages = re.findall(r'"([\w-]+)"', message) or re.findall(r"nstall ([\w-]+) (?:to|for)", message)
     return f"; pip install {' '.join(packages)}" if packages else ""
 

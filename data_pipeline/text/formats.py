@@ -1,4 +1,4 @@
-"""Detect a file's format from its first bytes, and say what to do if it is not the format of its source."""
+"""Detect a file's format from its first bytes, and say what to do if it is not the one that its source expects."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import codecs
 from typing import NamedTuple
 
 HEAD_BYTES = 512
-"""As many first bytes tell the format; the mark of a tar archive stands at byte 257."""
+"""First bytes needed to detect the format. The signature of a tar archive is at byte 257."""
 
 
 class FileFormat(NamedTuple):
-    """A format that a file turned out to be in."""
+    """A format that was detected."""
 
     name: str
     """Completes the sentence `FILE is ...`."""
     remedy: str
-    """What to do about it."""
+    """What the user can do about it."""
     kind: str = ""
-    """The kind of source that reads it; empty where none does."""
+    """The kind of source that reads it; empty if none does."""
 
 
 _UNPACK = "unpack it, or pack it again with gzip or zstd, which are read"
@@ -33,15 +33,15 @@ _ENCRYPTED = FileFormat("an encrypted parquet file", "decrypt it, encrypted file
 _FEATHER = FileFormat(
     "a Feather file of version 1", "write it anew as parquet, or as Feather of version 2 for kind: arrow"
 )
-_ZIP = FileFormat("a zip archive (docx, xlsx, epub, jar and npz are such, too)", _ARCHIVE)
+_ZIP = FileFormat("a zip archive (docx, xlsx, epub, jar and npz files are zip archives, too)", _ARCHIVE)
 _LFS = FileFormat("a Git LFS pointer", "fetch the file that it stands for with `git lfs pull`")
 
 _FORMATS: tuple[tuple[int, bytes, FileFormat], ...] = (
     (0, b"\x1f\x8b\x08", GZIP),
     (0, b"\x28\xb5\x2f\xfd", ZSTD),
-    *((0, bytes([0x50 + i]) + b"\x2a\x4d\x18", ZSTD) for i in range(16)),  # a skippable frame
+    *((0, bytes([0x50 + i]) + b"\x2a\x4d\x18", ZSTD) for i in range(16)),  # begins with a skippable frame
     (4, b"1AY&SY", FileFormat("bzip2", _UNPACK)),
-    (4, b"\x17\x72\x45\x38\x50\x90", FileFormat("bzip2", _UNPACK)),  # of nothing
+    (4, b"\x17\x72\x45\x38\x50\x90", FileFormat("bzip2", _UNPACK)),  # of an empty file
     (0, b"\xfd7zXZ\x00", FileFormat("xz", _UNPACK)),
     (0, b"\x5d\x00\x00", FileFormat("lzma", _UNPACK)),
     (0, b"LZIP", FileFormat("lzip", _UNPACK)),
@@ -63,12 +63,12 @@ _FORMATS: tuple[tuple[int, bytes, FileFormat], ...] = (
     (8, b"WEBP", FileFormat("a WebP image", _LEAVE_OUT)),
     (0, b"II*\x00", FileFormat("a TIFF image", _LEAVE_OUT)),
     (0, b"MM\x00*", FileFormat("a TIFF image", _LEAVE_OUT)),
-    (8, b"WAVE", FileFormat("a WAV sound", _LEAVE_OUT)),
-    *((0, b"ID3" + bytes([version]), FileFormat("an MP3 sound", _LEAVE_OUT)) for version in (2, 3, 4)),
-    (0, b"fLaC", FileFormat("a FLAC sound", _LEAVE_OUT)),
-    (0, b"OggS", FileFormat("an Ogg sound or film", _LEAVE_OUT)),
-    (4, b"ftyp", FileFormat("an MP4 film", _LEAVE_OUT)),
-    (0, b"\x1a\x45\xdf\xa3", FileFormat("a Matroska or WebM film", _LEAVE_OUT)),
+    (8, b"WAVE", FileFormat("a WAV audio file", _LEAVE_OUT)),
+    *((0, b"ID3" + bytes([version]), FileFormat("an MP3 audio file", _LEAVE_OUT)) for version in (2, 3, 4)),
+    (0, b"fLaC", FileFormat("a FLAC audio file", _LEAVE_OUT)),
+    (0, b"OggS", FileFormat("an Ogg audio or video file", _LEAVE_OUT)),
+    (4, b"ftyp", FileFormat("an MP4 video", _LEAVE_OUT)),
+    (0, b"\x1a\x45\xdf\xa3", FileFormat("a Matroska or WebM video", _LEAVE_OUT)),
     (0, b"PAR1", _PARQUET),
     (0, b"PARE", _ENCRYPTED),
     (0, b"ARROW1", _ARROW),
@@ -88,17 +88,18 @@ _FORMATS: tuple[tuple[int, bytes, FileFormat], ...] = (
     (0, b"\xca\xfe\xba\xbe", FileFormat("a Java class or macOS program", _LEAVE_OUT)),
     (0, b"version https://git-lfs.github.com/spec/", _LFS),
 )
-"""(place, bytes that stand there, what that is). The first that fits is right."""
+"""(offset, signature at that offset, format). The first match decides."""
 
-_TWO_LETTERS = {b"BM": FileFormat("a BMP image", _LEAVE_OUT), b"MZ": FileFormat("a Windows program", _LEAVE_OUT)}
-"""Marks so short that NULs must follow at once."""
+_SHORT_SIGNATURES = {b"BM": FileFormat("a BMP image", _LEAVE_OUT), b"MZ": FileFormat("a Windows program", _LEAVE_OUT)}
+"""Signatures so short that they count only if NULs follow soon."""
 
-_SURE = (b"%PDF-", b"1AY&SY", b"!<arch>\n", b"version https://git-lfs.github.com/spec/")
-"""Marks of printable characters that no text has there. All others count only where control characters follow: `BMW` is no image."""
+_UNAMBIGUOUS = (b"%PDF-", b"1AY&SY", b"!<arch>\n", b"version https://git-lfs.github.com/spec/")
+"""Printable signatures with which no text begins. Other printable ones, such as `ORC`, count only if the head has
+control characters, because a text may begin with them."""
 
 _BOMS: tuple[tuple[bytes, str], ...] = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins with the one of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark is a prefix of it
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -107,25 +108,28 @@ _CONTROL = bytes(sorted(set(range(32)) - set(b"\t\n\v\f\r\x1b"))) + b"\x7f"
 
 
 def detect_encoding(raw: bytes) -> tuple[str, int]:
-    """(encoding, bytes of the byte-order mark that tells it); ("utf-8", 0) where there is no mark."""
+    """Return (encoding, length of its byte-order mark in bytes); ("utf-8", 0) without a mark."""
     return next(((encoding, len(bom)) for bom, encoding in _BOMS if raw.startswith(bom)), ("utf-8", 0))
 
 
 def detect_binary_format(head: bytes) -> FileFormat | None:
-    """What is no text, by the first HEAD_BYTES; None where nothing is recognized."""
+    """Return the binary format that a file's first HEAD_BYTES show, or None if they show none."""
     has_control = len(head.translate(None, _CONTROL)) < len(head)
-    for place, magic, found in _FORMATS:
-        if head.startswith(magic, place) and (has_control or magic in _SURE or not magic.isascii()):
+    for offset, signature, found in _FORMATS:
+        if head.startswith(signature, offset) and (has_control or signature in _UNAMBIGUOUS or not signature.isascii()):
             return found
-    if b"\0" in head[2:16] and head[:2] in _TWO_LETTERS:
-        return _TWO_LETTERS[head[:2]]
+    if b"\0" in head[2:16] and head[:2] in _SHORT_SIGNATURES:
+        return _SHORT_SIGNATURES[head[:2]]
     if head[8:10] == b'{"' and head[4:8] == bytes(4):
         return FileFormat("a safetensors file", _LEAVE_OUT)
     return None
 
 
 def detect_format(head: bytes) -> FileFormat | None:
-    """As `binary_format`; also tells text that is read, but not as lines of JSON or as a table."""
+    """Return the format that a file's first HEAD_BYTES show: a binary one, or text in a form other than jsonl.
+
+    None if nothing is recognized.
+    """
     found = detect_binary_format(head)
     if found is not None:
         return found

@@ -219,7 +219,8 @@ def columns_to_read(available: Iterable[str], where: str, source: SourceConfig) 
     required = {"text_field": source.text_field} | ({"id_field": source.id_field} if source.id_field else {})
     for setting, column in required.items():
         if column not in available:
-            raise DataError(f"{where}: {setting}={column} does not exist; it has: {_shorten(available)}. Set {setting}")
+            has = _shorten(available)
+            raise DataError(f"{where}: {setting}={column} does not exist; it has: {has}. Set {setting}")
     metadata = [column for column in source.metadata_fields if column in available]
     to_read = list(dict.fromkeys([*required.values(), *metadata]))
     for column in to_read:

@@ -78,7 +78,7 @@ def find_glob(fs: fsspec.AbstractFileSystem, glob: str, exclude: tuple[str, ...]
 
 
 def _lists_flat(fs: fsspec.AbstractFileSystem) -> bool:
-    """Return whether a file system lists everything below a prefix at once, as s3fs, gcsfs, adlfs and huggingface_hub do."""
+    """Return whether it lists everything below a prefix at once, as s3fs, gcsfs, adlfs and huggingface_hub do."""
     overrides_find = type(fs).find is not fsspec.AbstractFileSystem.find
     return overrides_find or (isinstance(fs, AsyncFileSystem) and type(fs)._find is not AsyncFileSystem._find)
 

@@ -92,7 +92,7 @@ def test_a_link_that_leads_nowhere_is_named_unless_it_is_excluded(tmp_path: Path
     write(tmp_path / "x.txt")
     (tmp_path / "gone.txt").symlink_to(target)  # the second leads to itself
     for given in (tmp_path, tmp_path / "*.txt"):
-        with pytest.raises(DataError, match=r"gone\.txt is a link that leads nowhere; .*exclude"):
+        with pytest.raises(DataError, match=r"gone\.txt is a broken link; .*exclude"):
             listed(given)
         assert names(given, exclude=["gone.*"]) == ["x.txt"]
     assert names(tmp_path / "x*.txt") == ["x.txt"]
@@ -159,7 +159,7 @@ def test_a_data_set_given_twice_is_named_and_the_rows_of_two_have_different_ids(
         for document in read_chunk(chunk, source)
     ]
     assert ids == ["train:0", "data/train:0", "c/data/train:0"]
-    with pytest.raises(DataError, match=rf"the data set {paths[0]} is given twice by `paths`"):
+    with pytest.raises(DataError, match=rf"`paths` names the dataset {paths[0]} twice"):
         list_files(SourceConfig(kind="hf", paths=(*paths, paths[0])))
 
 
