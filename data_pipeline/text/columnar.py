@@ -104,7 +104,7 @@ def _open_file(file: SourceFile) -> Iterator[BinaryIO]:
 
 
 def _iter_batches(stream: BinaryIO, start: int | None, stop: int | None) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the record batches of an Arrow file, in the file format or the streaming format (which `datasets` writes)."""
+    """Yield the record batches of an Arrow file, in the file format or the streaming format that `datasets` writes."""
     import pyarrow
 
     magic = stream.read(6)

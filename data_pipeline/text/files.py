@@ -162,7 +162,7 @@ def dataset_names(paths: Sequence[str]) -> list[str]:
 
 
 def dataset_version(name: str) -> str:
-    """Return a version of a Hugging Face dataset: its commit on the hub, or a hash of its local files' names and versions.
+    """Return a version of a Hugging Face dataset: its commit on the hub, or a hash of its local files.
 
     Returns an empty string if the version is unknown: without a connection, when the local cache is read, or if the
     dataset does not exist, which opening it reports. `${NAME}` is expanded. Data that the dataset's files only point to

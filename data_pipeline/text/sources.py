@@ -229,8 +229,8 @@ def columns_to_read(available: Iterable[str], where: str, source: SourceConfig) 
                 (setting for setting, required_by in required.items() if required_by == column), "metadata_fields"
             )
             raise DataError(
-                f"{where}: {times} columns are called {column}; set {setting} to another, or write the file with one of "
-                f"them"
+                f"{where}: {times} columns are called {column}; set {setting} to another, or write the file with one "
+                f"of them"
             )
     return to_read
 
