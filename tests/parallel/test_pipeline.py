@@ -29,7 +29,7 @@ from parallel.pipeline.runner import (
 from parallel.pipeline.schedule import assign_layers, stages_of_rank
 from pretrain.config import ModelConfig
 from pretrain.model.init import initialise
-from pretrain.model.loss import MicrobatchLoss as Sums
+from pretrain.model.loss import LossSum as Sums
 from pretrain.model.transformer import Transformer
 
 V, S, D = 64, 12, 16
