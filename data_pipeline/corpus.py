@@ -107,7 +107,7 @@ class Corpus:
             made_with=self.made_with,
         )
 
-    def key(self, chunk: Chunk, decides: str) -> str:
+    def chunk_key(self, chunk: Chunk, decides: str) -> str:
         """Hash of where a chunk's documents are and of all that decides what is read there and kept, and of `decides`.
 
         It tells a file that was written anew, as far as its file system does; the recipe does not, because equal files give equal bytes.
@@ -143,7 +143,7 @@ class Corpus:
             for source in self.config.all_sources
         ]
 
-    def sampled(self) -> list[Chunk]:
+    def sample_chunks(self) -> list[Chunk]:
         """The chunks to draw a tokenizer's sample from: all, or the same share of those of each source, chosen by hash."""
         wanted = _SAMPLE_EXCESS * self.config.tokenizer_sample_mb * 1e6
         chunks = [chunk for chunk in self.chunks if not self.is_held_out(chunk.source_index)]

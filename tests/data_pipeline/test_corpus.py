@@ -43,7 +43,7 @@ def corpus(folder: Path, source: dict[str, Any] | None = None, **settings: Any) 
 
 
 def keys(found: Corpus) -> dict[str, str]:
-    return {chunk.name: found.key(chunk, "") for chunk in found.chunks}
+    return {chunk.name: found.chunk_key(chunk, "") for chunk in found.chunks}
 
 
 def test_every_file_is_in_a_chunk_of_its_source_in_order(folder: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_key_changes_with_the_name_that_documents_get_their_ids_from(tmp_path:
 
     def key(given: Path) -> str:
         found = find_corpus(PrepareConfig(sources=(SourceConfig(name="s", kind="jsonl", paths=(str(given),)),)))
-        return found.key(found.chunks[0], "")
+        return found.chunk_key(found.chunks[0], "")
 
     assert key(tmp_path / "a") == key(tmp_path / "a" / "x.jsonl")  # x.jsonl
     assert key(tmp_path) != key(tmp_path / "a")  # a/x.jsonl
@@ -190,17 +190,19 @@ def names(chunks: list[Chunk]) -> list[str]:
 
 def test_a_small_sample_is_drawn_from_the_same_share_of_every_source(folder: Path) -> None:
     found = corpus(folder)
-    assert found.sampled() == list(found.chunks)  # 200 MB
+    assert found.sample_chunks() == list(found.chunks)  # 200 MB
     size = sum(chunk.bytes or 0 for chunk in found.chunks)
     few = corpus(folder, tokenizer_sample_mb=size / 8 / 4 / 1e6)  # a quarter of the chunks hold eight times that
-    drawn = few.sampled()
+    drawn = few.sample_chunks()
     of_source = Counter(chunk.source for chunk in found.chunks)
     assert Counter(chunk.source for chunk in drawn) == {name: -(-count // 4) for name, count in of_source.items()}
     assert (
-        names(drawn) == sorted(names(drawn)) == names(corpus(folder, tokenizer_sample_mb=size / 8 / 4 / 1e6).sampled())
+        names(drawn)
+        == sorted(names(drawn))
+        == names(corpus(folder, tokenizer_sample_mb=size / 8 / 4 / 1e6).sample_chunks())
     )
     assert names(drawn) != names(list(few.chunks[: len(drawn)]))
-    assert set(names(drawn)) < set(names(corpus(folder, tokenizer_sample_mb=size / 8 / 2 / 1e6).sampled()))
+    assert set(names(drawn)) < set(names(corpus(folder, tokenizer_sample_mb=size / 8 / 2 / 1e6).sample_chunks()))
 
 
 def test_a_tokenizer_from_a_small_sample_is_the_same_every_time(folder: Path, tmp_path: Path) -> None:
@@ -212,7 +214,7 @@ def test_a_tokenizer_from_a_small_sample_is_the_same_every_time(folder: Path, tm
         )
     assert (tmp_path / "1" / "tokenizer.json").read_bytes() == (tmp_path / "2" / "tokenizer.json").read_bytes()
     found = find_corpus(config)
-    drawn = sum(chunk.bytes or 0 for chunk in found.sampled())
+    drawn = sum(chunk.bytes or 0 for chunk in found.sample_chunks())
     assert max(read) == drawn < sum(chunk.bytes or 0 for chunk in found.chunks) / 3
 
 
