@@ -183,7 +183,7 @@ class ShardFile:
         """`tokens(start, stop)`: tokens [start, stop) of this shard, at least one, read-only."""
         self._idx = CheckedIndex(idx_file, shard, dtype, way_out)
 
-    def starts_near(self, start: int, stop: int) -> NDArray[np.int64]:
+    def document_starts_near(self, start: int, stop: int) -> NDArray[np.int64]:
         """Byte offsets of all documents that start in [start, stop), and of some that start less than 4096 tokens away from it.
 
         They are a copy, which holds no file open.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from data_pipeline.reading import packing
 from data_pipeline.reading.loader import Loader
 from data_pipeline.reading.packing import NO_LABEL, number_documents, read_concatenated
 from data_pipeline.storage.shards import OpenedSplit
@@ -26,15 +27,23 @@ def test_packing_by_hand(write_split: WriteSplit) -> None:
     assert batch.damaged == ()
 
 
+def test_the_row_drawn_in_the_docstring(write_split: WriteSplit) -> None:
+    documents = np.split(np.arange(30), [12, 15, 17])
+    (source,) = write_split({"a": [ids.tolist() for ids in documents]}, shard_tokens=15).sources
+    batch = read_concatenated([source], [(0, 10)], 8, 0, skip=False)
+    drawing = dict(line.split(maxsplit=1) for line in packing.__doc__.splitlines() if line.startswith("    "))
+    for name in ("input_ids", "labels", "document_ids", "positions"):
+        assert getattr(batch, name)[0].tolist() == [int(word) for word in drawing[name].split()[:8]]
+    assert source.files[0].shard.tokens == 15
+
+
 @pytest.mark.parametrize("vocab_size", [1000, 70_000])
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 16, 33, 200, 5000])
 def test_packing_equals_a_plain_reading_of_the_documents(
     write_split: WriteSplit, random_documents: Draw, seq_len: int, vocab_size: int
 ) -> None:
-    documents = [
-        *random_documents(120, 40),
-        *random_documents(3, 9000, seed=1),
-    ]  # longer than a cell of the guide table
+    long = random_documents(3, 9000, seed=1)  # longer than a cell of the lookup table
+    documents = [*random_documents(120, 40), *long]
     folder = write_split({"a": documents}, vocab_size=vocab_size, shard_tokens=300).folder
     loader = Loader(folder, seq_len=seq_len, seed=0)
     batch = loader.sequential("a", 0, loader.n_sequences)
@@ -64,7 +73,7 @@ def test_inputs_and_labels_are_one_array_where_nothing_is_padded(
     assert padded.document_ids[1].tolist().count(padded.document_ids[1, -1]) >= 13
 
 
-def test_a_row_behind_the_end_and_no_row_at_all_are_padding_and_nothing(write_split: WriteSplit) -> None:
+def test_a_row_behind_the_end_is_padding_and_no_rows_give_an_empty_batch(write_split: WriteSplit) -> None:
     sources = write_split({"a": [[1, 2, 0]]}).sources
     behind = read_concatenated(sources, [(0, 4)], 4, 9, skip=False)
     assert behind.input_ids.tolist() == [[9] * 4]
@@ -77,7 +86,7 @@ def test_a_row_behind_the_end_and_no_row_at_all_are_padding_and_nothing(write_sp
     ] * 4
 
 
-def test_documents_are_numbered_by_their_starts_however_often_those_are_told() -> None:
+def test_documents_are_numbered_by_their_starts_in_any_order_and_with_duplicates() -> None:
     once = number_documents(np.array([2, 3, 9]), 3, 4)
     assert once.tolist() == [[0, 0, 1, 2], [0, 0, 0, 0], [0, 1, 1, 1]]
     assert np.array_equal(number_documents(np.array([9, 2, 0, 2, 3, 8, 12, 4]), 3, 4), once)

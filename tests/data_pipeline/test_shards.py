@@ -38,7 +38,7 @@ def starts_in(shards: ShardSet, start: int, stop: int) -> list[int]:
     """Where documents start in [start, stop) of the stream, from what is told of its parts."""
     found, base = [], start
     for file, low, high in shards.spans(start, stop):
-        near = (file.starts_near(low, high) // file.itemsize).tolist()
+        near = (file.document_starts_near(low, high) // file.itemsize).tolist()
         found += [place - low + base for place in near if low <= place < high]
         base += high - low
     return found
@@ -91,7 +91,7 @@ def test_starts_are_the_same_searched_for_and_looked_up(
     (again,) = open_split(shards.folder).sources
     assert [starts_in(again, low, low + 100) for low in range(0, 50_000, 100)] == searched
     monkeypatch.setattr("data_pipeline.storage.shards.bisect", None)
-    assert again.files[0].starts_near(0, 4096).size >= len(searched[0])
+    assert again.files[0].document_starts_near(0, 4096).size >= len(searched[0])
 
 
 def test_what_lies_outside_the_stream_is_an_error(write_split: WriteSplit) -> None:
@@ -141,7 +141,7 @@ def test_a_changed_index_is_found_when_it_is_first_read(write_split: WriteSplit,
     (shards,) = open_split(folder).sources
     assert shards.tokens(0, 5).tolist() == [1, 2, 0, 3, 0]
     with pytest.raises(DataError, match=r"web-00000\.idx is damaged: it does not match its checksum"):
-        shards.files[0].starts_near(0, 5)
+        shards.files[0].document_starts_near(0, 5)
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx"])
