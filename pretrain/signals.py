@@ -22,9 +22,9 @@ class Activity(enum.Enum):
 class StopRequest:
     """Whether somebody asked this process to stop, how, and what the stop waits for."""
 
-    def __init__(self, *, aloud: bool = False) -> None:
-        """`aloud`: write the notice to standard error when a signal comes, unless `in_panel`."""
-        self._aloud = aloud
+    def __init__(self, *, verbose: bool = False) -> None:
+        """`verbose`: write the notice to standard error when a signal comes, unless `in_panel`."""
+        self._aloud = verbose
         self.in_panel = False
         """A live panel shows the notice. Text written beside it would tear it."""
         self.signal: signal.Signals | None = None
@@ -81,12 +81,12 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(*, aloud: bool = True) -> Iterator[StopRequest]:
-    """Listen for the signals inside the block; the handlers from before come back after it. `aloud`: say so on standard error.
+def stop_on_signals(*, verbose: bool = True) -> Iterator[StopRequest]:
+    """Listen for the signals inside the block; the handlers from before come back after it. `verbose`: say so on standard error.
 
     SIGHUP is left alone where it is ignored, as under nohup.
     """
-    request = StopRequest(aloud=aloud)
+    request = StopRequest(verbose=verbose)
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)

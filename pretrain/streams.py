@@ -20,7 +20,7 @@ class OutputLost(Exception):
     """Standard output cannot be written, and what was written there is what the command is for."""
 
     def __init__(self, error: OSError | ValueError) -> None:
-        super().__init__(f"standard output cannot be written: {reason(error)}")
+        super().__init__(f"standard output cannot be written: {error_text(error)}")
         self.reader_left = isinstance(error, OSError) and error.errno == errno.EPIPE
 
 
@@ -108,14 +108,14 @@ class TolerantStream(io.TextIOBase):
             finally:
                 os.close(null)
         if self._tell and not self.needed:
-            line = f"warning: {self._name} cannot be written ({reason(error)}): nothing more is shown there, the work goes on\n"
+            line = f"warning: {self._name} cannot be written ({error_text(error)}): nothing more is shown there, the work goes on\n"
             with suppress(OSError):
                 os.write(2, line.encode())  # no print: it could be this stream that print writes to
         if self.needed:
             raise OutputLost(error) from error
 
 
-def reason(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """`Broken pipe` rather than `[Errno 32] Broken pipe`."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
@@ -137,7 +137,7 @@ def tolerant_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def output_is_extra() -> None:
+def allow_output_loss() -> None:
     """The result of this command lies on the disk: it goes on when standard output is lost."""
     if isinstance(sys.stdout, TolerantStream):
         sys.stdout.needed = False

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks.gpu.stage import StageContext
-from pretrain.runs.records import read_events, read_metrics
+from pretrain.runs.jsonl import read_events, read_metrics
 
 STOP_AFTER, STEPS = 40, 120
 SMALL_STOP_AFTER, SMALL_STEPS = 4, 24

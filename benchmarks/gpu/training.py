@@ -31,7 +31,7 @@ from pretrain.estimate.flops import flops_per_token, parameter_count
 from pretrain.estimate.hardware import find_accelerator
 from pretrain.setup.engine import build_engine
 from pretrain.setup.resolve import resolve_run
-from pretrain.train.batching import microbatches, to_host
+from pretrain.train.batching import split_microbatches, to_host
 
 WARM_UP = 2
 """Steps before the timed ones: the first compiles, the second fills the allocator's cache."""
@@ -136,7 +136,7 @@ def microbatches_of(config: RunConfig, case: Case, seed: int) -> list[Microbatch
         ids, np.where(ends, NO_LABEL, np.roll(ids, -1, axis=1)).astype(np.int32), starts.cumsum(1, dtype=np.int32)
     )
     device = torch.device(config.train.device)
-    return list(microbatches(to_host(batch, device), config.train.micro_batch_size, device))
+    return list(split_microbatches(to_host(batch, device), config.train.micro_batch_size, device))
 
 
 def timed_steps(

@@ -20,7 +20,7 @@ from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.setup.engine import build_engine_options, build_model_spec
-from pretrain.train.batching import microbatches, to_host
+from pretrain.train.batching import split_microbatches, to_host
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def microbatches_of_rank(batch: Batch, data_rank: int, n_data_ranks: int, size: 
     """Return one data rank's rows of a global batch, `size` sequences a microbatch."""
     rows = slice(data_rank * BATCH_SIZE // n_data_ranks, (data_rank + 1) * BATCH_SIZE // n_data_ranks)
     shard = Batch(batch.input_ids[rows], batch.labels[rows], batch.document_ids[rows])
-    return list(microbatches(to_host(shard, CPU), size, CPU))
+    return list(split_microbatches(to_host(shard, CPU), size, CPU))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The state of torch's random number generators as text, for the manifest. Python's and numpy's generators are not used by the program."""
+"""States of torch's random number generators as text, for the manifest. The program uses neither Python's nor numpy's generators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def capture() -> dict[str, str]:
-    """State of this process's generators, in base64: `cpu`, and `cuda` (the current device) where there is one."""
+    """Return the base64 states of this process's generators: `cpu`, and `cuda` (the current device) if there is a GPU."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -16,7 +16,7 @@ def capture() -> dict[str, str]:
 
 
 def restore(states: dict[str, str]) -> None:
-    """Put the generators of this process into captured states. A device that is not here, or was not there then, is left as it is."""
+    """Set the generators of this process to captured states. Skips a device that is missing here or in `states`."""
     for device, text in states.items():
         state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
         if device == "cpu":

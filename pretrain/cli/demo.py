@@ -23,7 +23,8 @@ from pretrain.cli.data import prepare_data, tell_prepared
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.console import format_duration
-from pretrain.runs.records import StepRecord, ValidationRecord, read_events, read_metrics
+from pretrain.runs.jsonl import read_events, read_metrics
+from pretrain.runs.schema import StepRecord, ValidationRecord
 from pretrain.train.loop import Outcome
 from pretrain.train.run import train
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pretrain.cli.settings_help import CONFIG_HELP, TrainCommand
-from pretrain.streams import output_is_extra
+from pretrain.streams import allow_output_loss
 
 EXIT_STOPPED = 75
 """EX_TEMPFAIL: stopped early, and the same command goes on."""
@@ -24,7 +24,7 @@ def resumable(
     said: str = "stopped; what is finished is kept, and the same command goes on from there",
 ) -> Iterator[None]:
     """Ctrl-C is no failure: it is `said` and the exit code is 75. The command's result lies on the disk, so that it outlives its output."""
-    output_is_extra()
+    allow_output_loss()
     try:
         yield
     except KeyboardInterrupt:
@@ -108,12 +108,12 @@ def generate(
     """Continue a text with a trained model."""
     import torch
 
-    from pretrain.inference.sample import Sampling, continue_text, open_trained
+    from pretrain.inference.sample import SamplingOptions, continue_text, load_trained_run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console, skipped = Console(soft_wrap=True, highlight=False), list[str]()
-    model, tokenizer, _, path = open_trained(run_dir, device, lambda _, problems: skipped.append(problems[0]))
-    pieces = continue_text(model, tokenizer, prompt, Sampling(max_new_tokens, temperature, top_k, top_p, seed))
+    model, tokenizer, _, path = load_trained_run(run_dir, device, lambda _, problems: skipped.append(problems[0]))
+    pieces = continue_text(model, tokenizer, prompt, SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed))
     for problem in skipped:
         console.print(Text.assemble(("passed over: ", "yellow"), problem))
     console.print(Text(str(path), "dim"))
@@ -131,7 +131,7 @@ def report(
     """Write report.html, one self-contained page: curves, events, config, samples."""
     from pretrain.report.run_page import write_report
 
-    output_is_extra()
+    allow_output_loss()
     typer.echo(write_report(run_dir))
 
 

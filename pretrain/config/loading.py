@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from data_pipeline.errors import StorageError
 from data_pipeline.settings import AUTO, SourceConfig
 from data_pipeline.settings_base import NONE_WORDS
-from pretrain.checkpoint.record import MANIFEST, read_manifest
+from pretrain.checkpoint.manifest import MANIFEST, read_manifest
 from pretrain.config import RunConfig, RunSettings, walk
+from pretrain.config.saved import read_config
 from pretrain.errors import UserError
-from pretrain.runs.records import read_config
 
 Tree = dict[str, Any]  # YAML, before pydantic has seen it
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.atomic import write_atomic
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
-from pretrain.checkpoint import directory, store
+from pretrain.checkpoint import directory
+from pretrain.checkpoint.load import load_checkpoint
 from pretrain.config import RunConfig
+from pretrain.config.saved import read_config
 from pretrain.errors import UserError
 from pretrain.inference.generate import generate
 from pretrain.model.transformer import Transformer
-from pretrain.runs.records import read_config
 from pretrain.setup.engine import DTYPES, build_model
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -23,7 +23,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingOptions:
     """How the next token is chosen."""
 
     max_new_tokens: int = 200
@@ -33,7 +33,7 @@ class Sampling:
     seed: int = 0
 
 
-def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: SamplingOptions) -> Iterator[str]:
     """What the model writes after `prompt`, in pieces that join to the whole; stops at the end of the document or of the context.
 
     An empty prompt starts after an end-of-text token, as a document would. Raises UserError, at once, for a prompt that `check_prompt`
@@ -79,19 +79,12 @@ def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
         yield tokenizer.decode(ids)[len(shown) :]
 
 
-def keep_tokenizer(source: Path, run_dir: Path) -> None:
-    """Copy the run's tokenizer into its directory, once: text can be generated wherever the run is taken."""
-    target = run_dir / "tokenizer.json"
-    if not target.exists():
-        write_atomic(target, load_tokenizer(source).to_json().encode())
-
-
-def open_trained(
+def load_trained_run(
     run_dir: Path, device: torch.device, on_problem: Callable[[Path, list[str]], None]
 ) -> tuple[Transformer, Tokenizer, RunConfig, Path]:
     """The model of a run's newest whole checkpoint on `device`, its tokenizer and config, and the checkpoint.
 
-    `on_problem` hears of each newer checkpoint that is passed over, as in `checkpoint.directory.newest`.
+    `on_problem` hears of each newer checkpoint that is passed over, as in `checkpoint.directory.latest_valid`.
 
     Raises:
         UserError: no run there, no checkpoint yet, or none that is whole.
@@ -100,17 +93,17 @@ def open_trained(
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run directory: it has no config.yaml; `pretrain train` makes one")
     config = read_config(config_file)
-    path = directory.newest(run_dir / "checkpoints", on_problem)
+    path = directory.latest_valid(run_dir / "checkpoints", on_problem)
     if path is None:
         raise UserError(
             f"{run_dir} has no checkpoint yet; the first comes after checkpoint.every={config.checkpoint.every} steps"
         )
     tokenizer = load_tokenizer(run_dir)
-    return trained_model(path, config, device), tokenizer, config, path
+    return load_trained_model(path, config, device), tokenizer, config, path
 
 
-def trained_model(path: Path, config: RunConfig, device: torch.device) -> Transformer:
+def load_trained_model(path: Path, config: RunConfig, device: torch.device) -> Transformer:
     """The whole model of the checkpoint at `path` on `device`, in the numbers that it was trained in, whatever the layout was."""
     model = build_model(config.model, "sdpa", device)
-    store.load(path, {"model": dict(model.named_parameters())})
+    load_checkpoint(path, {"model": dict(model.named_parameters())})
     return model.to(DTYPES[config.train.precision]).eval()

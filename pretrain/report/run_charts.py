@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from pretrain.console import format_decimal
-from pretrain.runs.records import Event, Metrics
+from pretrain.runs.schema import Event, Metrics
 
 MAX_POINTS = 2000
 """Points a curve shows at most. Longer runs keep the lowest and the highest value of each stretch, so that no spike is lost."""

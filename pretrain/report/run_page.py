@@ -15,18 +15,13 @@ import plotly.graph_objects as go
 from data_pipeline.atomic import write_atomic
 from data_pipeline.held_out import MIN_SEQUENCES
 from pretrain.config import RunConfig, flatten
+from pretrain.config.saved import read_config
 from pretrain.console import format_count, format_decimal, format_duration
 from pretrain.report import render
 from pretrain.report.render import text
 from pretrain.report.run_charts import MAX_POINTS, charts, themes
-from pretrain.runs.records import (
-    Event,
-    Metrics,
-    ValidationRecord,
-    read_config,
-    read_events,
-    read_metrics,
-)
+from pretrain.runs.jsonl import read_events, read_metrics
+from pretrain.runs.schema import Event, Metrics, ValidationRecord
 
 SECTIONS = {
     "loss": "Loss",

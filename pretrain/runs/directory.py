@@ -15,12 +15,14 @@ from types import TracebackType
 
 from data_pipeline.atomic import write_atomic
 from data_pipeline.locks import FileLock, LockHeldError
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.config import RunConfig, on_resume
 from pretrain.config.differences import differences
 from pretrain.config.loading import dump
+from pretrain.config.saved import read_config
 from pretrain.errors import UserError
-from pretrain.runs.metrics import RecordFile
-from pretrain.runs.records import Event, read_config, read_events
+from pretrain.runs.jsonl import RecordFile, read_events
+from pretrain.runs.schema import Event
 
 SHOWN_DIFFERENCES = 5
 LOCK_FILE = ".lock"
@@ -43,7 +45,7 @@ class RunDirectory:
     def open(cls, config: RunConfig) -> RunDirectory:
         """Create `config.run.dir`, or open it again with the same settings.
 
-        config: complete, with every `auto` resolved. It is compared only: `settle` writes it, once nothing can be refused any more.
+        config: complete, with every `auto` resolved. It is compared only: `write_config` writes it, once nothing can be refused any more.
         UserError: the directory cannot be made, is in use, or belongs to a run of other settings. Nothing in it is changed then.
         """
         path = config.run.dir
@@ -60,11 +62,11 @@ class RunDirectory:
         return cls(path, starts + 1, lock, changes)
 
     @classmethod
-    def beside_main(cls, config: RunConfig) -> RunDirectory:
+    def for_worker_rank(cls, config: RunConfig) -> RunDirectory:
         """The same directory for the other processes of the run: they write their parts of checkpoints, and their records go nowhere."""
         return cls(config.run.dir, attempt=0, lock=None, changes=())
 
-    def settle(self, config: RunConfig) -> None:
+    def write_config(self, config: RunConfig) -> None:
         """Write the settings of a new run, or the changed ones of an existing one with an event that tells them."""
         file = self.path / CONFIG_FILE
         try:
@@ -106,6 +108,13 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def save_tokenizer(source: Path, run_dir: Path) -> None:
+    """Copy the run's tokenizer into its directory if none is there: the directory can then be moved anywhere."""
+    target = run_dir / "tokenizer.json"
+    if not target.exists():
+        write_atomic(target, load_tokenizer(source).to_json().encode())
 
 
 def _lock(path: Path) -> FileLock:

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pretrain.console import format_decimal, format_duration
-from pretrain.runs.metrics import Pace
-from pretrain.runs.records import Event, StepRecord, ValidationRecord
+from pretrain.runs.schema import Event, StepRecord, ValidationRecord
+from pretrain.runs.throughput import AverageThroughput
 from pretrain.signals import Activity, StopRequest
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -55,7 +55,7 @@ class Display:
         self._clock = clock
         self._last_line: float | None = None
         self._step: StepRecord | None = None
-        self._pace: Pace | None = None
+        self._pace: AverageThroughput | None = None
         self._validation: ValidationRecord | None = None
         self._curve = Sparkline()
         self._ended = False
@@ -79,7 +79,7 @@ class Display:
             self._live.stop()
             self._stop.in_panel = False
 
-    def step(self, record: StepRecord, pace: Pace | None = None) -> None:
+    def step(self, record: StepRecord, pace: AverageThroughput | None = None) -> None:
         """Show a finished step. The pace, where there is one, replaces the single step's tokens/s and MFU and adds the time left."""
         self._step, self._pace = record, pace
         self._curve.add(record.loss)
@@ -171,7 +171,7 @@ def sources_line(record: ValidationRecord) -> str:
     return "by source: " + ", ".join(cells[:MOST_SOURCES]) + more
 
 
-def plain_line(record: StepRecord, pace: Pace | None, total_steps: int) -> str:
+def plain_line(record: StepRecord, pace: AverageThroughput | None, total_steps: int) -> str:
     """One step as one line of a log."""
     parts = [
         f"step {record.step}/{total_steps}",
@@ -188,7 +188,7 @@ def plain_line(record: StepRecord, pace: Pace | None, total_steps: int) -> str:
     return "  ".join(parts)
 
 
-def _numbers(record: StepRecord, pace: Pace | None, validation: ValidationRecord | None) -> Table:
+def _numbers(record: StepRecord, pace: AverageThroughput | None, validation: ValidationRecord | None) -> Table:
     """Names above, values below."""
     cells = {"loss": format_decimal(record.loss)}
     if validation is not None:

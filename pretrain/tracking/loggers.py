@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from data_pipeline.atomic import write_atomic
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
-from pretrain.runs.records import StepRecord, ValidationRecord
+from pretrain.runs.schema import StepRecord, ValidationRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from pretrain.runs.directory import RunDirectory
-from pretrain.runs.metrics import RecordFile
-from pretrain.runs.records import Event, StepRecord, ValidationRecord
-from pretrain.streams import TolerantStream, reason
+from pretrain.runs.jsonl import RecordFile
+from pretrain.runs.schema import Event, StepRecord, ValidationRecord
+from pretrain.streams import TolerantStream, error_text
 from pretrain.tracking.display import Display
 from pretrain.tracking.loggers import Logger
 
-QUIET = Console(quiet=True, force_terminal=False)
+SILENT_CONSOLE = Console(quiet=True, force_terminal=False)
 """The console of the processes that do not speak."""
 
 
 @dataclass
-class Books:
+class RunRecorder:
     """Everyone who hears of the run: the two record files, the display, the loggers."""
 
     metrics: RecordFile
@@ -69,7 +69,7 @@ class Books:
 
     def _leave_out(self, logger: Logger, error: Exception, step: int | None = None) -> None:
         self._failed.append(logger)
-        what = " ".join(reason(error).splitlines())
+        what = " ".join(error_text(error).splitlines())
         self.event(
             "logger_failed",
             f"{type(logger).__name__}: {type(error).__name__}: {what}; the run goes on without it",
@@ -82,19 +82,19 @@ class Books:
             self._output_lost = True
             self.event(
                 "output_lost",
-                f"the display cannot be written ({reason(self.output.error)}): the run goes on without it",
+                f"the display cannot be written ({error_text(self.output.error)}): the run goes on without it",
                 step,
             )
 
 
 @contextmanager
-def open_books(
+def open_recorder(
     run_dir: RunDirectory, display: Display, loggers: Sequence[Logger], output: TolerantStream | None = None
-) -> Iterator[Books]:
-    """The books of one attempt; everything in them is closed after the block. `output`: what the display is written to."""
+) -> Iterator[RunRecorder]:
+    """The recorder of one attempt; everything in them is closed after the block. `output`: what the display is written to."""
     with ExitStack() as stack:
         metrics, events = (stack.enter_context(RecordFile(path)) for path in (run_dir.metrics, run_dir.events))
-        books = Books(metrics, events, display, run_dir.attempt, loggers, output)
-        stack.callback(books.close_loggers)
+        recorder = RunRecorder(metrics, events, display, run_dir.attempt, loggers, output)
+        stack.callback(recorder.close_loggers)
         stack.enter_context(display)
-        yield books
+        yield recorder

@@ -15,7 +15,7 @@ from parallel.engine import Microbatch
 
 
 @dataclass(frozen=True)
-class Share:
+class DataShard:
     """The part of every global batch that one of `ranks` data ranks reads: rows that follow each other, as many as the others have or one
     fewer. All give equally many whole microbatches: what is missing is filled up with rows that have no labels.
     """
@@ -27,7 +27,7 @@ class Share:
         """Those that it reads of a batch of `n_rows`, none perhaps."""
         return range(n_rows * self.rank // self.ranks, n_rows * (self.rank + 1) // self.ranks)
 
-    def given(self, n_rows: int, micro_batch: int) -> int:
+    def padded_rows(self, n_rows: int, micro_batch: int) -> int:
         """How many rows every rank makes of its share: whole microbatches of `micro_batch` rows.
 
         Compiled graphs, and the schedule of a pipeline, are made for one size of microbatch.
@@ -36,7 +36,7 @@ class Share:
         return -(-most // micro_batch) * micro_batch
 
 
-def fill_up(batch: Batch, n_rows: int) -> Batch:
+def pad_batch(batch: Batch, n_rows: int) -> Batch:
     """The batch with rows added that hold one document and no labels, until there are `n_rows`."""
     missing, seq_len = n_rows - len(batch.input_ids), batch.input_ids.shape[1]
     if missing == 0:
@@ -82,7 +82,7 @@ def to_host(batch: Batch, device: torch.device) -> HostBatch:
     )
 
 
-def microbatches(batch: HostBatch, size: int, device: torch.device) -> Iterator[Microbatch]:
+def split_microbatches(batch: HostBatch, size: int, device: torch.device) -> Iterator[Microbatch]:
     """Cut a batch into microbatches of `size` sequences. On CUDA the copies do not wait for each other.
 
     Raises ValueError for a batch that is not filled up (`Share.given`): the last microbatch would be smaller, and compiled once more.

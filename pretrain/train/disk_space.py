@@ -8,14 +8,14 @@ from pathlib import Path
 
 from data_pipeline.errors import StorageError
 from parallel.layout import Layout
-from pretrain.checkpoint.directory import committed, partial_path, unfinished
-from pretrain.checkpoint.record import GONE
+from pretrain.checkpoint.directory import committed_checkpoints, partial_path, unfinished_checkpoints
+from pretrain.checkpoint.manifest import MISSING_FILE_ERRORS
 from pretrain.config import RunConfig
 from pretrain.console import format_disk_size
 from pretrain.errors import UserError
 from pretrain.estimate.rank_memory import hold, weights
 
-AROUND_A_WEIGHT = 4 * 2048
+OVERHEAD_PER_PARAMETER = 4 * 2048
 """Bytes beside the numbers of a parameter and its optimizer state: each of the four tensors has a header, a place in `.metadata`
 and padding. Measured: 2.0 KB a tensor."""
 
@@ -24,7 +24,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     """Size of one checkpoint: fp32 weights and optimizer state, whatever the layout, and what surrounds the tensors."""
     held, alone = hold(config, Layout(), 0), Layout()
     n_weights = sum(1 for _ in weights(config.model, range(config.model.n_layers), alone))
-    return held.master_bytes + held.optimizer_bytes + AROUND_A_WEIGHT * n_weights
+    return held.master_bytes + held.optimizer_bytes + OVERHEAD_PER_PARAMETER * n_weights
 
 
 def free_bytes(path: Path) -> int | None:
@@ -41,7 +41,7 @@ def free_bytes(path: Path) -> int | None:
     return None
 
 
-def check_room(config: RunConfig) -> str:
+def check_disk_space(config: RunConfig) -> str:
     """Ask for room before a run begins or goes on. Returns a warning where it is short, empty where it is not.
 
     `checkpoint.keep` checkpoints stay, and one more is there until the oldest is deleted.
@@ -53,8 +53,10 @@ def check_room(config: RunConfig) -> str:
     size, free = checkpoint_bytes(config), free_bytes(checkpoints)
     if free is None:
         return ""
-    there = committed(checkpoints)
-    free += sum(_bytes_of(path) for path in (*there[keep:], *unfinished(checkpoints)))  # deleted when the run goes on
+    there = committed_checkpoints(checkpoints)
+    free += sum(
+        _bytes_of(path) for path in (*there[keep:], *unfinished_checkpoints(checkpoints))
+    )  # deleted when the run goes on
     if free < size:
         raise UserError(
             f"run.dir={config.run.dir}: a checkpoint takes {format_disk_size(size)}, and {format_disk_size(free)} are free there: make room, choose "
@@ -72,7 +74,7 @@ def check_room(config: RunConfig) -> str:
 def check_writable(checkpoints: Path) -> None:
     """Make and remove an empty folder where checkpoints will be saved: better refused now than at the first save.
 
-    Room is not asked for here: `check_room` has done that, and `directory.retain` makes some.
+    Room is not asked for here: `check_disk_space` has done that, and `prune` makes some.
 
     Raises:
         UserError: no folder can be made there.
@@ -93,12 +95,12 @@ def check_writable(checkpoints: Path) -> None:
         ) from error
 
 
-def cannot_save(config: RunConfig, path: Path, error: OSError) -> StorageError:
+def save_failed(config: RunConfig, path: Path, error: OSError) -> StorageError:
     """What to say when the checkpoint at `path` could not be written: what it needs, what is free, what is safe."""
     free = free_bytes(path.parent)
     room = "" if free is None else f", and {format_disk_size(free)} are free"
     try:
-        safe = committed(path.parent)
+        safe = committed_checkpoints(path.parent)
     except StorageError:
         safe = []
     kept = f"Safe is {safe[0].name}, from which the same command goes on" if safe else "No checkpoint is there yet"
@@ -112,5 +114,5 @@ def _bytes_of(folder: Path) -> int:
     """Size of its files; 0 where another process has deleted or renamed it meanwhile."""
     try:
         return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    except GONE:
+    except MISSING_FILE_ERRORS:
         return 0

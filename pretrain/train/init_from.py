@@ -18,9 +18,11 @@ from data_pipeline.errors import StorageError
 from data_pipeline.reading.loader import Loader
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from parallel.engine import Engine
-from pretrain.checkpoint import directory, store
-from pretrain.checkpoint.ranks import on_first
-from pretrain.checkpoint.record import MANIFEST, Manifest, read_manifest
+from pretrain.checkpoint import directory
+from pretrain.checkpoint.load import load_checkpoint
+from pretrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from pretrain.checkpoint.object_collectives import on_rank_zero
+from pretrain.checkpoint.verify import verify_on_all_ranks
 from pretrain.config import Ancestor, RunConfig, flatten
 from pretrain.config.loading import split_init_from, validate
 from pretrain.config.model import ARCHITECTURE
@@ -29,7 +31,7 @@ from pretrain.optim.schedule import lr_scale
 
 
 @dataclass(frozen=True)
-class Parent:
+class InitCheckpoint:
     """The checkpoint that a run begins from."""
 
     run: Path
@@ -53,7 +55,7 @@ class Parent:
         return str(self.run) if self.run == self.path else f"{self.run}@{self.manifest.step}"
 
 
-def hold_parent(config: RunConfig, previous: RunConfig | None) -> RunConfig:
+def pin_init_from(config: RunConfig, previous: RunConfig | None) -> RunConfig:
     """On resume, `run.init_from` without @STEP means the step recorded in config.yaml.
 
     Raises:
@@ -77,7 +79,7 @@ def hold_parent(config: RunConfig, previous: RunConfig | None) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update=held)})
 
 
-def find_parent(config: RunConfig) -> Parent:
+def find_init_checkpoint(config: RunConfig) -> InitCheckpoint:
     """The checkpoint that `run.init_from` names; its manifest is read, and nothing else of it.
 
     Raises:
@@ -98,14 +100,14 @@ def find_parent(config: RunConfig) -> Parent:
             "run.ancestry out"
         )
     try:
-        return Parent(run, path, manifest, validate(manifest.config))
+        return InitCheckpoint(run, path, manifest, validate(manifest.config))
     except UserError as error:
         raise UserError(f"{path / MANIFEST}: its settings cannot be read by this version: {error}") from error
 
 
 def _in_run(run: Path, step: int | None, named: str) -> Path:
     """The checkpoint of that step in a run directory; None is the newest."""
-    kept = directory.kept_steps(run / "checkpoints")
+    kept = directory.committed_steps(run / "checkpoints")
     if not kept:
         raise UserError(
             f"{named}: {run} holds no checkpoint; name a run directory that does, or the folder of one checkpoint"
@@ -120,7 +122,7 @@ def _in_run(run: Path, step: int | None, named: str) -> Path:
     return path
 
 
-def check_parent(parent: Parent, config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
+def check_init_checkpoint(parent: InitCheckpoint, config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
     """UserError where `config` cannot go on from this checkpoint, in one line with what differs and the way out."""
     named = f"run.init_from={parent.told}"
     theirs, ours = parent.config.model, config.model
@@ -137,7 +139,7 @@ def check_parent(parent: Parent, config: RunConfig, tokenizer: Tokenizer, data: 
         _check_full(parent, config, data, named)
 
 
-def _check_tokenizer(parent: Parent, tokenizer: Tokenizer, data: Loader, named: str) -> None:
+def _check_tokenizer(parent: InitCheckpoint, tokenizer: Tokenizer, data: Loader, named: str) -> None:
     """The same ids must mean the same text."""
     if parent.manifest.dataset == data.fingerprint:
         return
@@ -159,7 +161,7 @@ def _check_tokenizer(parent: Parent, tokenizer: Tokenizer, data: Loader, named: 
         )
 
 
-def _check_full(parent: Parent, config: RunConfig, data: Loader, named: str) -> None:
+def _check_full(parent: InitCheckpoint, config: RunConfig, data: Loader, named: str) -> None:
     manifest, full = parent.manifest, f"{named} with run.init_mode=full"
     if config.train.steps <= manifest.step:
         raise UserError(
@@ -199,28 +201,28 @@ def _order_differs(theirs: RunConfig, ours: RunConfig) -> str:
     return "; ".join(f"{key} is {flat_theirs[key]} there and {flat_ours[key]} here" for key in differ)
 
 
-def load_parent(parent: Parent, engine: Engine, mode: str, group: ProcessGroup | None) -> None:
+def load_init_checkpoint(parent: InitCheckpoint, engine: Engine, mode: str, group: ProcessGroup | None) -> None:
     """Verify the checkpoint and fill the engine from it, on whatever layout; every rank of `group` calls it.
 
     `weights` leaves the optimizer as it is, `full` fills it as well. UserError where a file is damaged or gone.
     """
-    problems = directory.problems_of(parent.path, group)
+    problems = verify_on_all_ranks(parent.path, group)
     if problems:
         _refuse_if_gone(parent, group)
-        others = [step for step in directory.kept_steps(parent.path.parent) if step != parent.manifest.step]
+        others = [step for step in directory.committed_steps(parent.path.parent) if step != parent.manifest.step]
         way_out = f"name another step ({', '.join(map(str, others))})" if others else "restore it"
         raise UserError(f"run.init_from={parent.told}: {problems[0]}; {way_out}")
     state = engine.state()
     try:
-        store.load(parent.path, state if mode == "full" else {"model": state["model"]}, group)
+        load_checkpoint(parent.path, state if mode == "full" else {"model": state["model"]}, group)
     except (OSError, StorageError, UserError):
         _refuse_if_gone(parent, group)
         raise
     engine.sync_compute_weights()
 
 
-def _refuse_if_gone(parent: Parent, group: ProcessGroup | None) -> None:
-    if on_first(group, lambda: not (parent.path / MANIFEST).exists()):
+def _refuse_if_gone(parent: InitCheckpoint, group: ProcessGroup | None) -> None:
+    if on_rank_zero(group, lambda: not (parent.path / MANIFEST).exists()):
         raise UserError(
             f"run.init_from={parent.told}: {parent.path} was deleted while it was read; its run keeps "
             f"checkpoint.keep={parent.config.checkpoint.keep} only. Start again, or copy the checkpoint and name the "
@@ -228,7 +230,7 @@ def _refuse_if_gone(parent: Parent, group: ProcessGroup | None) -> None:
         )
 
 
-def with_ancestry(config: RunConfig, parent: Parent) -> RunConfig:
+def add_ancestry(config: RunConfig, parent: InitCheckpoint) -> RunConfig:
     """The config with the checkpoint that it began from, to the step, and that one's own ancestors."""
     manifest = parent.manifest
     content = json.dumps(manifest.config, sort_keys=True).encode()
@@ -244,7 +246,7 @@ def with_ancestry(config: RunConfig, parent: Parent) -> RunConfig:
     return config.model_copy(update={"run": run})
 
 
-def tell_parent(parent: Parent, config: RunConfig) -> str:
+def describe_init_checkpoint(parent: InitCheckpoint, config: RunConfig) -> str:
     """One sentence for people: what is taken over, and what of the model is different now."""
     manifest = parent.manifest
     text = f"from the weights of {parent.told} (generation {manifest.generation})"

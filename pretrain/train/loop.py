@@ -1,6 +1,6 @@
 """The training loop: batch, step, record, validate, save. Knows an engine, not which; a loader, not its files.
 
-Every process of a run goes through the same loop, and does by itself what needs no other: what is read differs, and who keeps the books.
+Every process of a run goes through the same loop, and does by itself what needs no other: what is read differs, and who keeps the recorder.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from data_pipeline.held_out import allocate_validation_sequences
 from data_pipeline.reading.loader import Loader, prefetch
 from data_pipeline.reading.packing import Batch
 from parallel.engine import Engine, StepResult
-from pretrain.checkpoint import directory, rng, store
-from pretrain.checkpoint.ranks import gather
-from pretrain.checkpoint.record import Record
+from pretrain.checkpoint import directory, rng
+from pretrain.checkpoint.manifest import TrainState
+from pretrain.checkpoint.object_collectives import all_gather_object
+from pretrain.checkpoint.prune import prune
+from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.errors import Diverged, UserError
 from pretrain.estimate.flops import flops_per_token
 from pretrain.optim.schedule import lr_scale
-from pretrain.runs.metrics import Meter
-from pretrain.runs.records import SourceLoss, StepRecord, ValidationRecord
+from pretrain.runs.schema import SourceLoss, StepRecord, ValidationRecord
+from pretrain.runs.throughput import ThroughputMeter
 from pretrain.setup.batch_schedule import BatchSchedule
 from pretrain.signals import Activity, StopRequest
-from pretrain.tracking.recorder import Books
-from pretrain.train.batching import HostBatch, fill_up, microbatches, to_host
-from pretrain.train.disk_space import cannot_save
-from pretrain.train.rank_info import Place
+from pretrain.tracking.recorder import RunRecorder
+from pretrain.train.batching import HostBatch, pad_batch, split_microbatches, to_host
+from pretrain.train.disk_space import save_failed
+from pretrain.train.rank_info import RankInfo
 
 
 class Outcome(enum.Enum):
@@ -42,7 +44,7 @@ class Outcome(enum.Enum):
 
 
 @dataclass
-class Loop:
+class TrainLoop:
     """One attempt at a run. `run(step)` goes on after that many steps."""
 
     config: RunConfig
@@ -51,10 +53,10 @@ class Loop:
     train: Loader
     validation: Loader | None
     checkpoints: Path
-    books: Books
-    meter: Meter
+    recorder: RunRecorder
+    meter: ThroughputMeter
     stop: StopRequest
-    place: Place
+    rank_info: RankInfo
     _told: set[str] = field(default_factory=set)
 
     @property
@@ -81,7 +83,7 @@ class Loop:
                 self._save(step)
                 asked = asked or self._any_rank_asked()
             if asked and step < steps:
-                self.books.event("stop", f"{self.stop.name} received; the same command goes on from here", step)
+                self.recorder.event("stop", f"{self.stop.name} received; the same command goes on from here", step)
                 return Outcome.STOPPED
         return Outcome.FINISHED
 
@@ -92,10 +94,10 @@ class Loop:
 
     def _read(self, step: int) -> Batch:
         """Its rows of the global batch of a step, filled up to as many as every data rank gives."""
-        planned, share = self.batches.batch(step), self.place.share
+        planned, share = self.batches.batch(step), self.rank_info.data_shard
         mine, per_row = share.rows(planned.n_rows), planned.samples_per_row
         batch = self.train.batch(planned.first_sample + mine.start * per_row, len(mine) * per_row, planned.seq_len)
-        return fill_up(batch, share.given(planned.n_rows, self.batches.micro_batch_size(planned.seq_len)))
+        return pad_batch(batch, share.padded_rows(planned.n_rows, self.batches.micro_batch_size(planned.seq_len)))
 
     def _train(self, step: int, batch: HostBatch) -> bool:
         """One step; whether any rank was asked to stop: one that is alone may have been after its passes."""
@@ -105,7 +107,7 @@ class Loop:
                 f"every sequence of the batch of step {step} is damaged, so data.on_damage=skip has nothing left to train on"
             )
         scale = lr_scale(step, config.train.steps, config.optim)
-        mine = list(microbatches(batch, self.batches.micro_batch_size(seq_len), self.device))
+        mine = list(split_microbatches(batch, self.batches.micro_batch_size(seq_len), self.device))
         result = self.engine.train_step(mine, scale, stop_requested=lambda: bool(self.stop))
         samples = self.batches.samples_before(step + 1)
         tokens = (samples - self.batches.samples_before(step)) * config.data.seq_len
@@ -122,33 +124,33 @@ class Loop:
             step_s=speed.step_s,
             mfu=speed.mfu,
             time=time.time(),
-            attempt=self.books.attempt,
+            attempt=self.recorder.attempt,
         )
-        self.books.log(record)
-        self.books.display.step(record, self.meter.pace())
+        self.recorder.log(record)
+        self.recorder.display.step(record, self.meter.average())
         if not result.is_finite:
             self._diverged(step, result)
-        return result.stop_requested if self.place.world.size > 1 else bool(self.stop)
+        return result.stop_requested if self.rank_info.world.size > 1 else bool(self.stop)
 
     def _any_rank_asked(self) -> bool:
         """Whether any rank was asked to stop by now, as after a validation or a save, which may take long: nothing more is begun then."""
-        return any(gather(bool(self.stop), self.place.group))
+        return any(all_gather_object(bool(self.stop), self.rank_info.group))
 
     def _agree_on_damage(self, batch: HostBatch, step: int) -> bool:
         """Tell each damaged place once, as validation meets it every time; whether any process has something left to train on."""
         if self.config.data.on_damage == "stop":
             return True
-        reports = gather((batch.damaged, bool(batch.n_targets.any())), self.place.group)
+        reports = all_gather_object((batch.damaged, bool(batch.n_targets.any())), self.rank_info.group)
         for message in (message for damaged, _ in reports for message in damaged):
             if message not in self._told:
                 self._told.add(message)
-                self.books.event("skip_data", message, step)
+                self.recorder.event("skip_data", message, step)
         return any(has_targets for _, has_targets in reports)
 
     def _diverged(self, step: int, result: StepResult) -> None:
         text = f"loss {result.loss} and gradient norm {result.grad_norm} at step {step}"
-        self.books.event("stop", text, step)
-        optim, saved = self.config.optim, directory.kept_steps(self.checkpoints)
+        self.recorder.event("stop", text, step)
+        optim, saved = self.config.optim, directory.committed_steps(self.checkpoints)
         branch = (
             f"; run.init_from={self.config.run.dir} run.init_mode=full begins it at step {saved[0]}" if saved else ""
         )
@@ -180,46 +182,50 @@ class Loop:
                 by_source={name: SourceLoss(loss=loss / n, tokens=n) for name, (loss, n) in sums.items() if n},
                 time=time.time(),
             )
-            self.books.log(record)
-            self.books.display.validation(record)
+            self.recorder.log(record)
+            self.recorder.display.validation(record)
 
     def _loss_of(self, validation: Loader, source: str, n_sequences: int, step: int) -> tuple[float, int]:
         """(sum of the cross-entropy in nats, tokens predicted) over the first held-out sequences of a source, a batch at a time."""
-        size, batch_size, share = self.config.train.micro_batch_size, self.config.train.batch_size, self.place.share
+        size, batch_size, share = (
+            self.config.train.micro_batch_size,
+            self.config.train.batch_size,
+            self.rank_info.data_shard,
+        )
         total, targets = 0.0, 0
         for first in range(0, n_sequences, batch_size):
             n_rows = min(batch_size, n_sequences - first)
             mine = share.rows(n_rows)
             batch = validation.sequential(source, first + mine.start, len(mine))
-            rows = to_host(fill_up(batch, share.given(n_rows, size)), self.device)
+            rows = to_host(pad_batch(batch, share.padded_rows(n_rows, size)), self.device)
             self._agree_on_damage(rows, step)
-            loss, n_targets = self.engine.eval_step(list(microbatches(rows, size, self.device)))
+            loss, n_targets = self.engine.eval_step(list(split_microbatches(rows, size, self.device)))
             total, targets = total + loss, targets + n_targets
         return total, targets
 
     def _save(self, step: int) -> None:
-        config, place = self.config, self.place
+        config, rank_info = self.config, self.rank_info
         with self.meter.paused(), self.stop.during(Activity.SAVE):
             began = time.perf_counter()
-            states = gather((place.position, rng.capture()), place.group)
-            record = Record(
+            states = all_gather_object((rank_info.coordinates, rng.capture()), rank_info.group)
+            record = TrainState(
                 step=step,
                 samples=self.batches.samples_before(step + 1),
                 config=config.model_dump(mode="json"),
                 dataset=self.train.fingerprint,
                 tokenizer=self.train.manifest.tokenizer,
                 order=self.train.order_fingerprint(self.batches.samples_before(step + 1)),
-                layout=place.sizes,
+                layout=rank_info.axis_sizes,
                 rng=dict(states),
             )
             target = directory.checkpoint_path(self.checkpoints, step)
             try:
-                path = store.save(self.checkpoints, self.engine.state(), record, place.group)
+                path = save_checkpoint(self.checkpoints, self.engine.state(), record, rank_info.group)
             except OSError as error:
-                raise cannot_save(config, target, error) from error
-            for problem in directory.retain(self.checkpoints, config.checkpoint.keep, place.group):
+                raise save_failed(config, target, error) from error
+            for problem in prune(self.checkpoints, config.checkpoint.keep, rank_info.group):
                 text = f"damaged checkpoints are kept, as {path.name} does not verify: {problem}"
-                self.books.event("notice", text, step)
-            if place.world.is_main:
+                self.recorder.event("notice", text, step)
+            if rank_info.world.is_main:
                 size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
-                self.books.event("save", f"{path.name}, {size:.0f} MB in {time.perf_counter() - began:.1f} s", step)
+                self.recorder.event("save", f"{path.name}, {size:.0f} MB in {time.perf_counter() - began:.1f} s", step)

@@ -9,11 +9,11 @@ from torch.distributed import ProcessGroup
 
 from parallel.layout import AXES, Layout
 from parallel.world import World
-from pretrain.train.batching import Share
+from pretrain.train.batching import DataShard
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """One process of the run."""
 
     world: World
@@ -25,16 +25,16 @@ class Place:
         return dist.group.WORLD if self.world.size > 1 else None
 
     @property
-    def share(self) -> Share:
+    def data_shard(self) -> DataShard:
         """Its part of every batch. Ranks that differ in pipeline, context or tensor alone read the same rows."""
-        return Share(self.layout.data_rank(self.world.rank), self.layout.data)
+        return DataShard(self.layout.data_rank(self.world.rank), self.layout.data)
 
     @property
-    def position(self) -> str:
+    def coordinates(self) -> str:
         """Its name in a checkpoint: `pipeline=0 replicate=0 shard=1 context=0 tensor=0`."""
         return " ".join(f"{axis}={at}" for axis, at in self.layout.coordinates(self.world.rank).items())
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def axis_sizes(self) -> dict[str, int]:
         """Ranks of each axis."""
         return dict(zip(AXES, self.layout.sizes, strict=True))

@@ -10,19 +10,20 @@ from data_pipeline.errors import StorageError
 from data_pipeline.reading.loader import Loader
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 from parallel.engine import Engine
-from pretrain.checkpoint import directory, rng, store
-from pretrain.checkpoint.ranks import on_first
-from pretrain.checkpoint.record import Manifest, read_manifest
+from pretrain.checkpoint import directory, rng
+from pretrain.checkpoint.load import load_checkpoint
+from pretrain.checkpoint.manifest import Manifest, read_manifest
+from pretrain.checkpoint.object_collectives import on_rank_zero
+from pretrain.checkpoint.prune import delete_unfinished, prune
 from pretrain.config import RunConfig
 from pretrain.config.loading import validate
 from pretrain.errors import UserError
 from pretrain.runs.directory import RunDirectory
-from pretrain.runs.metrics import copy_aside, truncate_after
-from pretrain.runs.records import read_events
+from pretrain.runs.jsonl import backup_records, read_events, truncate_after
 from pretrain.setup.batch_schedule import BatchSchedule
 from pretrain.train.disk_space import check_writable
-from pretrain.train.init_from import Parent, check_parent, find_parent, load_parent
-from pretrain.train.rank_info import Place
+from pretrain.train.init_from import InitCheckpoint, check_init_checkpoint, find_init_checkpoint, load_init_checkpoint
+from pretrain.train.rank_info import RankInfo
 from pretrain.train.resume_checks import check_records
 from pretrain.train.schedule_change import check_schedule
 
@@ -31,7 +32,7 @@ BEFORE_ANY_STEP = -1
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ResumeState:
     """Where an attempt begins."""
 
     batches: BatchSchedule
@@ -42,7 +43,7 @@ class Beginning:
     """Each newer checkpoint that was passed over, with its first problem."""
     resumed: bool = False
     """Whether it goes on from a checkpoint of this run."""
-    parent: Parent | None = None
+    parent: InitCheckpoint | None = None
     """The checkpoint of another run that this one begins from; None where it resumes."""
     notices: tuple[str, ...] = ()
     """What else the user should know of what was found."""
@@ -57,8 +58,8 @@ def restore(
     config: RunConfig,
     batches: BatchSchedule,
     tokenizer: Tokenizer,
-    place: Place,
-) -> Beginning:
+    rank_info: RankInfo,
+) -> ResumeState:
     """Load the newest whole checkpoint; every process of the run calls it. Later records are cut, later (damaged)
     checkpoints set aside.
 
@@ -72,47 +73,47 @@ def restore(
     none_whole = ""
     go_back = config.checkpoint.on_loss == "go_back"
     try:
-        path = directory.newest(
-            run_dir.checkpoints, lambda path, problems: skipped.append((path, problems[0])), place.group
+        path = directory.latest_valid(
+            run_dir.checkpoints, lambda path, problems: skipped.append((path, problems[0])), rank_info.group
         )
-    except directory.NoneWhole as error:
+    except directory.NoValidCheckpoint as error:
         path, none_whole = None, str(error.args[0])
     manifest = None if path is None else read_manifest(path)
-    findings = on_first(place.group, lambda: check_records(run_dir.path, path, manifest, none_whole, go_back=go_back))
-    if path is not None and manifest is not None:
-        beginning = _resume(path, manifest, run_dir, engine, data, config, batches, place)
-    elif config.run.init_from is not None:
-        beginning = _begin_from_parent(engine, data, config, batches, tokenizer, place)
-    else:
-        beginning = Beginning(batches)
-    finished = beginning.step == config.train.steps and on_first(
-        place.group, lambda: is_finished(run_dir.events, beginning.step)
+    findings = on_rank_zero(
+        rank_info.group, lambda: check_records(run_dir.path, path, manifest, none_whole, go_back=go_back)
     )
-    on_first(place.group, lambda: _ready_to_save(run_dir.checkpoints, finished=finished))
-    if place.world.is_main:
+    if path is not None and manifest is not None:
+        resume_state = _resume(path, manifest, run_dir, engine, data, config, batches, rank_info)
+    elif config.run.init_from is not None:
+        resume_state = _begin_from_parent(engine, data, config, batches, tokenizer, rank_info)
+    else:
+        resume_state = ResumeState(batches)
+    finished = resume_state.step == config.train.steps and on_rank_zero(
+        rank_info.group, lambda: is_finished(run_dir.events, resume_state.step)
+    )
+    on_rank_zero(rank_info.group, lambda: _ready_to_save(run_dir.checkpoints, finished=finished))
+    if rank_info.world.is_main:
         try:
             if findings.lost:
-                copy_aside(run_dir.metrics, run_dir.attempt)
-            truncate_after(run_dir.metrics, beginning.step if path else BEFORE_ANY_STEP)
+                backup_records(run_dir.metrics, run_dir.attempt)
+            truncate_after(run_dir.metrics, resume_state.step if path else BEFORE_ANY_STEP)
             for (
                 damaged,
                 _,
             ) in skipped:  # `directory.retain` would count them as the newest, and delete what is saved now
-                directory.set_aside(damaged)
+                directory.mark_damaged(damaged)
         except OSError as error:
             raise StorageError(
                 f"run.dir={run_dir.path} cannot be written ({error}); mend that, and start again"
             ) from error
-    directory.retain(
-        run_dir.checkpoints, config.checkpoint.keep, place.group
-    )  # a smaller `keep` makes room for the next
-    return replace(beginning, skipped=tuple(skipped), notices=findings.notices, finished=finished)
+    prune(run_dir.checkpoints, config.checkpoint.keep, rank_info.group)  # a smaller `keep` makes room for the next
+    return replace(resume_state, skipped=tuple(skipped), notices=findings.notices, finished=finished)
 
 
 def _ready_to_save(checkpoints: Path, *, finished: bool) -> None:
     """Delete what crashes left, which no other process can be writing: this one holds the lock. UserError where no
     checkpoint can be written; a finished run saves none."""
-    directory.delete_unfinished(checkpoints)
+    delete_unfinished(checkpoints)
     if not finished:
         check_writable(checkpoints)
 
@@ -125,37 +126,37 @@ def _resume(
     data: Loader,
     config: RunConfig,
     batches: BatchSchedule,
-    place: Place,
-) -> Beginning:
+    rank_info: RankInfo,
+) -> ResumeState:
     """Fill the engine from a checkpoint of this run."""
-    kept = on_first(place.group, lambda: directory.kept_steps(run_dir.checkpoints))
+    kept = on_rank_zero(rank_info.group, lambda: directory.committed_steps(run_dir.checkpoints))
     check_schedule(run_dir.path, validate(manifest.config), config, manifest.step, manifest.samples, kept)
     _check_data(path, manifest, data)
     batches = batches.after(manifest.step, manifest.samples)
-    store.load(path, engine.state(), place.group)
+    load_checkpoint(path, engine.state(), rank_info.group)
     engine.sync_compute_weights()
-    _restore_rng(manifest, place)
-    return Beginning(batches, manifest.step, resumed=True)
+    _restore_rng(manifest, rank_info)
+    return ResumeState(batches, manifest.step, resumed=True)
 
 
 def _begin_from_parent(
-    engine: Engine, data: Loader, config: RunConfig, batches: BatchSchedule, tokenizer: Tokenizer, place: Place
-) -> Beginning:
+    engine: Engine, data: Loader, config: RunConfig, batches: BatchSchedule, tokenizer: Tokenizer, rank_info: RankInfo
+) -> ResumeState:
     """Fill the engine from another run's checkpoint. The first rank says which: that run may be saving others."""
-    parent = on_first(place.group, lambda: find_parent(config))
-    check_parent(parent, config, tokenizer, data)
+    parent = on_rank_zero(rank_info.group, lambda: find_init_checkpoint(config))
+    check_init_checkpoint(parent, config, tokenizer, data)
     manifest, mode = parent.manifest, config.run.init_mode
     step = 0
     if mode == "full":
         step, batches = manifest.step, batches.after(manifest.step, manifest.samples)
-        _restore_rng(manifest, place)
-    load_parent(parent, engine, mode, place.group)
-    return Beginning(batches, step, parent=parent)
+        _restore_rng(manifest, rank_info)
+    load_init_checkpoint(parent, engine, mode, rank_info.group)
+    return ResumeState(batches, step, parent=parent)
 
 
-def _restore_rng(manifest: Manifest, place: Place) -> None:
+def _restore_rng(manifest: Manifest, rank_info: RankInfo) -> None:
     """Nothing that trains draws from these generators: a rank that was not there may begin with any state."""
-    rng.restore(manifest.rng.get(place.position) or next(iter(manifest.rng.values())))
+    rng.restore(manifest.rng.get(rank_info.coordinates) or next(iter(manifest.rng.values())))
 
 
 def is_finished(events: Path, step: int) -> bool:

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pretrain.checkpoint.directory import steps_there
-from pretrain.checkpoint.record import Manifest, extra_files
+from pretrain.checkpoint.directory import steps_on_disk
+from pretrain.checkpoint.manifest import Manifest
+from pretrain.checkpoint.verify import unlisted_files
 from pretrain.errors import UserError
-from pretrain.runs.records import Event, Metrics, read_events, read_metrics
+from pretrain.runs.jsonl import read_events, read_metrics
+from pretrain.runs.schema import Event, Metrics
 
 GO_BACK = "checkpoint.on_loss=go_back"
 
 
 @dataclass(frozen=True)
-class Findings:
+class RecordCheck:
     """What the comparison found, where nothing was refused."""
 
     lost: str
@@ -31,7 +33,7 @@ class Findings:
 
 def check_records(
     run_dir: Path, path: Path | None, manifest: Manifest | None, damaged: str = "", *, go_back: bool = False
-) -> Findings:
+) -> RecordCheck:
     """Compare the records in `run_dir` with the checkpoint at `path`, from which the run would go on.
 
     Args:
@@ -57,7 +59,7 @@ def check_records(
     if path is not None and manifest is not None:
         _check_samples(run_dir, path, manifest, metrics)
         told += _gaps(events, metrics, step)
-        if extra := extra_files(path):
+        if extra := unlisted_files(path):
             told.append(f"{path.name} holds what its manifest does not list, which is ignored: {_few(extra)}")
     known = {event.text for event in events}
     told = [line for line in told if line not in known]
@@ -65,10 +67,10 @@ def check_records(
         told.insert(
             0, f"{lost}. By {GO_BACK} the run goes back to {beginning}; its old records stay beside metrics.jsonl"
         )
-    return Findings(lost, tuple(told))
+    return RecordCheck(lost, tuple(told))
 
 
-def told_saves(events: Iterable[Event]) -> set[int]:
+def saved_steps(events: Iterable[Event]) -> set[int]:
     """Steps that were saved and not undone by going back to an earlier one."""
     saved: set[int] = set()
     for event in events:
@@ -83,7 +85,7 @@ def told_saves(events: Iterable[Event]) -> set[int]:
 def _what_is_lost(run_dir: Path, events: Sequence[Event], metrics: Metrics, manifest: Manifest | None) -> str:
     """One sentence on the checkpoints that are gone without a trace; empty where none is."""
     folder, step = run_dir / "checkpoints", 0 if manifest is None else manifest.step
-    gone = {saved for saved in told_saves(events) if saved > step} - steps_there(folder)
+    gone = {saved for saved in saved_steps(events) if saved > step} - steps_on_disk(folder)
     if manifest is not None and gone:
         return f"{folder} has lost the checkpoint of step {max(gone)}, which events.jsonl tells of; its newest whole one is of step {step}"
     place = (

@@ -15,16 +15,17 @@ from parallel.engine import Microbatch
 from parallel.engines.torch.engine import TorchEngine
 from parallel.gradients import local_squared_norm
 from parallel.layout import Layout
-from pretrain.checkpoint import store
-from pretrain.checkpoint.record import Record
+from pretrain.checkpoint.load import load_checkpoint
+from pretrain.checkpoint.manifest import TrainState
+from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.estimate.hardware import find_accelerator
 from pretrain.model.transformer import Transformer
-from pretrain.runs.records import read_events, read_metrics
+from pretrain.runs.jsonl import read_events, read_metrics
 from pretrain.setup.engine import build_engine, forward_step
 from pretrain.setup.resolve import resolve_run
-from pretrain.train.batching import microbatches, to_host
+from pretrain.train.batching import split_microbatches, to_host
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,7 +79,7 @@ def batch_of(seed: int, documents: int = 5, rows: int = ROWS) -> Batch:
 
 def fed(config: RunConfig, batch: Batch) -> list[Microbatch]:
     device = torch.device(config.train.device)
-    return list(microbatches(to_host(batch, device), config.train.micro_batch_size, device))
+    return list(split_microbatches(to_host(batch, device), config.train.micro_batch_size, device))
 
 
 def train(engine: TorchEngine, config: RunConfig, seeds: Sequence[int]) -> list[tuple[float, float]]:
@@ -209,20 +210,20 @@ def test_a_smaller_microbatch_is_another_compilation() -> None:
     engine = build_engine(config)
     engine.train_step(fed(config, batch_of(0)), 1.0)
     with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompile"):
-        engine.train_step(list(microbatches(to_host(batch_of(1), device), 1, device)), 1.0)
+        engine.train_step(list(split_microbatches(to_host(batch_of(1), device), 1, device)), 1.0)
 
 
 def test_resume_on_the_gpu_restores_every_bit_and_goes_on_as_before(tmp_path: Path) -> None:
     config = config_of("train.device=cuda", "train.compile=false")
     engine = build_engine(config)
     train(engine, config, range(2))
-    record = Record(step=2, samples=2 * ROWS, config={}, dataset="none", order="none", layout={"data": 1}, rng={})
-    path = store.save(tmp_path, engine.state(), record)
+    record = TrainState(step=2, samples=2 * ROWS, config={}, dataset="none", order="none", layout={"data": 1}, rng={})
+    path = save_checkpoint(tmp_path, engine.state(), record)
     saved = {name: tensor.clone() for name, tensor in flat(engine).items()}
     uninterrupted = train(engine, config, range(2, 5))
     resumed = build_engine(config)
     started_anew = build_engine(config)
-    store.load(path, resumed.state())
+    load_checkpoint(path, resumed.state())
     resumed.sync_compute_weights()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in flat(resumed).items())
     # Flash attention's backward pass adds in an order of its own; bf16 makes a little of that visible after a step.

@@ -274,7 +274,7 @@ def test_no_checkpoint_is_whole(refused: Callable[..., str], trained: Path, data
     for command in (("train", *words), ("generate", trained)):
         line = refused(*command)
         assert re.search(
-            r"none of the 2 checkpoints in \S*/run/checkpoints is whole; the newest fails because \S*step-00000010/",
+            r"none of the 2 checkpoints in \S*/run/checkpoints is valid; the newest fails because \S*step-00000010/",
             line,
         )
         assert re.search(r"has \d+ bytes instead of \d+\. Restore one of them from a copy", line)

@@ -18,9 +18,9 @@ from pretrain.config.loading import load
 from pretrain.optim.schedule import batch_size_at, samples_before
 from pretrain.setup.batch_schedule import BatchSchedule
 from pretrain.setup.engine import build_engine, forward_step
-from pretrain.train.batching import Share, fill_up, microbatches, to_host
-from pretrain.train.loop import Loop
-from pretrain.train.rank_info import Place
+from pretrain.train.batching import DataShard, pad_batch, split_microbatches, to_host
+from pretrain.train.loop import TrainLoop
+from pretrain.train.rank_info import RankInfo
 
 CPU = torch.device("cpu")
 
@@ -28,35 +28,35 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("n_rows", [1, 2, 7, 8, 64, 65])
 def test_every_row_is_read_by_one_rank_and_all_give_equally_many(n_rows: int, ranks: int) -> None:
-    shares = [Share(rank, ranks) for rank in range(ranks)]
+    shares = [DataShard(rank, ranks) for rank in range(ranks)]
     assert [row for share in shares for row in share.rows(n_rows)] == list(range(n_rows))
     assert {len(share.rows(n_rows)) for share in shares} <= {n_rows // ranks, -(-n_rows // ranks)}
     most = -(-n_rows // ranks)
-    (given,) = {share.given(n_rows, 3) for share in shares}
+    (given,) = {share.padded_rows(n_rows, 3) for share in shares}
     assert given % 3 == 0
     assert most <= given < most + 3  # less than one microbatch more
 
 
 def test_every_rank_gives_whole_microbatches() -> None:
-    assert [Share(0, 2).given(n_rows, 4) for n_rows in (1, 8, 9, 16, 18)] == [4, 4, 8, 8, 12]
+    assert [DataShard(0, 2).padded_rows(n_rows, 4) for n_rows in (1, 8, 9, 16, 18)] == [4, 4, 8, 8, 12]
 
 
 def test_a_batch_that_is_not_filled_up_is_not_cut(tiny_data: Path) -> None:
     batch = to_host(Loader(tiny_data / "train", seq_len=32, seed=0).batch(0, 4), CPU)
-    assert [len(part.input_ids) for part in microbatches(batch, 2, CPU)] == [2, 2]
+    assert [len(part.input_ids) for part in split_microbatches(batch, 2, CPU)] == [2, 2]
     with pytest.raises(ValueError, match="a batch of 4 rows is not cut into whole microbatches of 3"):
-        list(microbatches(batch, 3, CPU))
+        list(split_microbatches(batch, 3, CPU))
 
 
 def test_one_process_reads_everything_and_fills_nothing_up() -> None:
-    assert (Share().rows(9), Share().given(9, 3)) == (range(9), 9)
+    assert (DataShard().rows(9), DataShard().padded_rows(9, 3)) == (range(9), 9)
 
 
 def test_rows_that_fill_up_have_no_targets_and_positions_that_a_model_can_take(tiny_data: Path) -> None:
     loader = Loader(tiny_data / "train", seq_len=32, seed=0)
     for count in (0, 2, 6):
         batch = loader.batch(10, count)
-        filled = fill_up(batch, 6)
+        filled = pad_batch(batch, 6)
         assert (
             filled.input_ids.shape
             == filled.labels.shape
@@ -68,7 +68,7 @@ def test_rows_that_fill_up_have_no_targets_and_positions_that_a_model_can_take(t
         assert (filled.labels[count:] == NO_LABEL).all()
         assert np.array_equal(filled.positions[:count], batch.positions)
         assert (filled.positions[count:] == np.arange(32)).all()
-        parts = list(microbatches(to_host(filled, CPU), 3, CPU))
+        parts = list(split_microbatches(to_host(filled, CPU), 3, CPU))
         assert [len(part.input_ids) for part in parts] == [3, 3]
         assert sum(part.n_targets for part in parts) == np.count_nonzero(batch.labels != NO_LABEL)
 
@@ -91,7 +91,7 @@ MODEL = (
 def test_rows_that_fill_up_add_exactly_nothing(attention: str, precision: str, tiny_data: Path) -> None:
     config = load(None, [*MODEL, f"train.attention={attention}", f"train.precision={precision}"]).config
     engine, batch = build_engine(config), Loader(tiny_data / "train", seq_len=32, seed=0).batch(0, 2)
-    whole, empty = microbatches(to_host(fill_up(batch, 4), CPU), 2, CPU)
+    whole, empty = split_microbatches(to_host(pad_batch(batch, 4), CPU), 2, CPU)
     with flash_on_a_cpu():
         for microbatch, adds in ((empty, False), (whole, True)):
             engine.model.zero_grad()
@@ -112,8 +112,8 @@ def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:
         config.data.path / "train", seq_len=config.data.seq_len, seed=config.run.seed, window=batches.window
     )
     nothing: Any = None
-    place = Place(World(rank, layout.world_size), layout)
-    return Loop(config, batches, nothing, loader, None, Path(), nothing, nothing, nothing, place)._read(step)
+    place = RankInfo(World(rank, layout.world_size), layout)
+    return TrainLoop(config, batches, nothing, loader, None, Path(), nothing, nothing, nothing, place)._read(step)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from data_pipeline.errors import StorageError
 from pretrain.checkpoint import rng
-from pretrain.checkpoint.directory import checkpoint_path, newest, partial_path, retain, set_aside, steps_there
-from pretrain.checkpoint.record import Record, extra_files, read_manifest, verify
-from pretrain.checkpoint.store import load, save
+from pretrain.checkpoint.directory import checkpoint_path, latest_valid, mark_damaged, partial_path, steps_on_disk
+from pretrain.checkpoint.load import load_checkpoint
+from pretrain.checkpoint.manifest import TrainState, read_manifest
+from pretrain.checkpoint.prune import prune
+from pretrain.checkpoint.save import save_checkpoint
+from pretrain.checkpoint.verify import unlisted_files, verify_checkpoint
 from pretrain.errors import UserError
 
 SHARD = "__0_0.distcp"
@@ -58,7 +61,7 @@ def make_record(step=1, **changes):
         "layout": {"data": 1},
         "rng": {"data=0": rng.capture()},
     }
-    return Record(**fields | changes)
+    return TrainState(**fields | changes)
 
 
 def plain_dcp_load(path, state):
@@ -74,14 +77,14 @@ def no_problem_expected(path, problems):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_loaded_is_bitwise_what_was_saved_in_the_very_same_tensors(tmp_path, dtype):
     state = make_state(3, dtype=dtype)
-    path = save(tmp_path / "checkpoints", state, make_record(1000))
+    path = save_checkpoint(tmp_path / "checkpoints", state, make_record(1000))
     assert path == tmp_path / "checkpoints" / "step-00001000"
     assert sorted(file.name for file in path.iterdir()) == [".metadata", SHARD, "manifest.json"]
-    assert verify(path) == []
+    assert verify_checkpoint(path) == []
 
     loaded = empty_like(state)
     held = loaded["model"]["model.embed_tokens.weight"]
-    load(path, loaded)
+    load_checkpoint(path, loaded)
     assert equal(loaded, state)
     assert held is loaded["model"]["model.embed_tokens.weight"]
     assert not equal(loaded, make_state(4, dtype=dtype))
@@ -97,38 +100,38 @@ def test_tensors_that_are_views_transposed_or_parameters_are_saved_by_value(tmp_
             "scalar": torch.tensor(7.0),
         }
     }
-    path = save(tmp_path, state, make_record())
+    path = save_checkpoint(tmp_path, state, make_record())
     loaded = {
         "model": {
             name: torch.zeros(tensor.shape).requires_grad_(name == "parameter")
             for name, tensor in state["model"].items()
         }
     }
-    load(path, loaded)
+    load_checkpoint(path, loaded)
     assert equal(loaded, state)
     assert (path / SHARD).stat().st_size < 10_000
 
 
 def test_one_section_can_be_loaded_alone(tmp_path):
     state = make_state(3)
-    path = save(tmp_path, state, make_record())
+    path = save_checkpoint(tmp_path, state, make_record())
     loaded = {"model": empty_like(state["model"])}
-    load(path, loaded)
+    load_checkpoint(path, loaded)
     assert equal(loaded["model"], state["model"])
 
 
 def test_the_record_comes_back_with_a_generation_of_its_own(tmp_path):
     record = make_record(2)
-    manifests = [read_manifest(save(tmp_path / name, make_state(), record)) for name in ("a", "b")]
+    manifests = [read_manifest(save_checkpoint(tmp_path / name, make_state(), record)) for name in ("a", "b")]
     for manifest in manifests:
-        assert {name: getattr(manifest, name) for name in Record.model_fields} == {
-            name: getattr(record, name) for name in Record.model_fields
+        assert {name: getattr(manifest, name) for name in TrainState.model_fields} == {
+            name: getattr(record, name) for name in TrainState.model_fields
         }
     assert manifests[0].generation != manifests[1].generation
 
 
 def test_the_random_state_comes_back(tmp_path):
-    path = save(tmp_path, make_state(), make_record())
+    path = save_checkpoint(tmp_path, make_state(), make_record())
     expected, other = torch.rand(8), torch.rand(8)
     rng.restore(read_manifest(path).rng["data=0"])
     assert torch.equal(torch.rand(8), expected)
@@ -167,7 +170,7 @@ def lose_the_metadata(path):
 @pytest.mark.parametrize("corrupt", [flip_a_bit, zero_the_middle, take_the_shard_of_another_step])
 def test_dcp_alone_accepts_in_silence(tmp_path, corrupt):
     """Negative control: the damage below is real, and without our checksums it would go into the run."""
-    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
     corrupt(paths[0])
     loaded = empty_like(make_state())
     plain_dcp_load(paths[0], loaded)
@@ -186,10 +189,10 @@ def test_dcp_alone_accepts_in_silence(tmp_path, corrupt):
     ],
 )
 def test_verification_names_the_damaged_file(tmp_path, corrupt, problem):
-    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
     corrupt(paths[0])
-    assert [problem in line for line in verify(paths[0])] == [True]
-    assert verify(paths[1]) == []
+    assert [problem in line for line in verify_checkpoint(paths[0])] == [True]
+    assert verify_checkpoint(paths[1]) == []
 
 
 @pytest.mark.parametrize(
@@ -203,13 +206,13 @@ def test_verification_names_the_damaged_file(tmp_path, corrupt, problem):
     ],
 )
 def test_a_damaged_manifest_is_a_problem_and_not_a_traceback(tmp_path, change, problem):
-    path = save(tmp_path, make_state(), make_record())
+    path = save_checkpoint(tmp_path, make_state(), make_record())
     manifest = path / "manifest.json"
     if change:
         manifest.write_text(change(manifest.read_text()), errors="surrogateescape")
     else:
         manifest.unlink()
-    assert [problem in line for line in verify(path)] == [True]
+    assert [problem in line for line in verify_checkpoint(path)] == [True]
 
 
 def test_metadata_is_not_unpickled_before_its_checksum_was_compared(tmp_path):
@@ -217,10 +220,10 @@ def test_metadata_is_not_unpickled_before_its_checksum_was_compared(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    path = save(tmp_path, make_state(), make_record())
+    path = save_checkpoint(tmp_path, make_state(), make_record())
     (path / ".metadata").write_bytes(pickle.dumps(Program()))
     with pytest.raises(UserError, match=r"\.metadata has \d+ bytes instead of"):
-        load(path, empty_like(make_state()))
+        load_checkpoint(path, empty_like(make_state()))
     assert not (tmp_path / "executed").exists()
     with pytest.raises(BaseException, match=r"metadata|storage"):  # negative control: DCP runs it
         plain_dcp_load(path, empty_like(make_state()))
@@ -237,15 +240,15 @@ def test_metadata_is_not_unpickled_before_its_checksum_was_compared(tmp_path):
         (make_state(1, layers=1), r"3 tensors only in the run \(model\.model\.layers\.1\."),
         (
             make_state(1, dtype=torch.bfloat16),
-            r"3 tensors of another shape or dtype \(.* is bfloat16\[64, 96\] there and float32\[64, 96\] here",
+            r"3 tensors of another shape or dtype \(.* is bfloat16\[64, 96\] in the checkpoint and float32\[64, 96\] in the run",
         ),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_and_touches_nothing(tmp_path, other, difference):
-    path = save(tmp_path, other, make_record())
+    path = save_checkpoint(tmp_path, other, make_record())
     state = empty_like(make_state())
     with pytest.raises(UserError, match=difference) as refusal:
-        load(path, state)
+        load_checkpoint(path, state)
     assert "run.dir" in str(refusal.value)
     assert equal(state, empty_like(make_state()))
 
@@ -254,16 +257,16 @@ def test_dcp_alone_accepts_more_layers_and_another_dtype(tmp_path):
     """Negative control of the refusals above."""
     for step, other in enumerate((make_state(1, layers=3), make_state(1, dtype=torch.bfloat16))):
         state = empty_like(make_state())
-        plain_dcp_load(save(tmp_path, other, make_record(step)), state)
+        plain_dcp_load(save_checkpoint(tmp_path, other, make_record(step)), state)
         assert not equal(state, empty_like(make_state()))
 
 
 def test_a_tied_parameter_under_two_names_is_refused_before_anything_is_written(tmp_path):
     weight = torch.ones(4, 4)
     with pytest.raises(
-        ValueError, match=r"model\.model\.embed_tokens\.weight and model\.lm_head\.weight are one tensor"
+        ValueError, match=r"model\.model\.embed_tokens\.weight and model\.lm_head\.weight are the same tensor"
     ):
-        save(
+        save_checkpoint(
             tmp_path, {"model": {"model.embed_tokens.weight": weight, "lm_head.weight": weight.detach()}}, make_record()
         )
     assert list(tmp_path.iterdir()) == []
@@ -271,43 +274,43 @@ def test_a_tied_parameter_under_two_names_is_refused_before_anything_is_written(
 
 def test_what_is_no_tensor_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"optimizer\.step is a int"):
-        save(tmp_path, {"optimizer": {"step": 3}}, make_record())
+        save_checkpoint(tmp_path, {"optimizer": {"step": 3}}, make_record())
 
 
 def test_the_newest_whole_checkpoint_is_found_and_the_skipped_ones_are_reported(tmp_path):
-    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2, 3)]
+    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2, 3)]
     partial_path(tmp_path, 9, "dead").mkdir()
-    assert newest(tmp_path, no_problem_expected) == paths[2]
+    assert latest_valid(tmp_path, no_problem_expected) == paths[2]
 
     flip_a_bit(paths[2])
     lose_the_metadata(paths[1])
     reported = []
-    assert newest(tmp_path, lambda path, problems: reported.append((path, problems))) == paths[0]
+    assert latest_valid(tmp_path, lambda path, problems: reported.append((path, problems))) == paths[0]
     assert [path for path, _ in reported] == [paths[2], paths[1]]
     assert "checksum" in reported[0][1][0]
     assert "missing" in reported[1][1][0]
 
 
 def test_no_checkpoint_at_all_is_none_and_only_broken_ones_are_an_error_with_a_way_out(tmp_path):
-    assert newest(tmp_path / "nowhere", no_problem_expected) is None
+    assert latest_valid(tmp_path / "nowhere", no_problem_expected) is None
     partial_path(tmp_path, 9, "dead").mkdir()
-    assert newest(tmp_path, no_problem_expected) is None
+    assert latest_valid(tmp_path, no_problem_expected) is None
     for step in (1, 2):
-        lose_the_shard(save(tmp_path, make_state(step), make_record(step)))
+        lose_the_shard(save_checkpoint(tmp_path, make_state(step), make_record(step)))
     with pytest.raises(
         UserError, match=r"none of the 2 checkpoints .*/step-00000002/__0_0\.distcp is missing\. Restore"
     ) as refusal:
-        newest(tmp_path, lambda path, problems: None)
+        latest_valid(tmp_path, lambda path, problems: None)
     assert "delete" not in str(refusal.value)
 
 
 def test_a_whole_checkpoint_is_never_replaced(tmp_path):
-    path = save(tmp_path, make_state(1), make_record())
-    with pytest.raises(UserError, match=r"step-00000001 exists already and stays: another process"):
-        save(tmp_path, make_state(2), make_record())
+    path = save_checkpoint(tmp_path, make_state(1), make_record())
+    with pytest.raises(UserError, match=r"step-00000001 exists already and was kept: another process"):
+        save_checkpoint(tmp_path, make_state(2), make_record())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     loaded = empty_like(make_state())
-    load(path, loaded)
+    load_checkpoint(path, loaded)
     assert equal(loaded, make_state(1))
 
 
@@ -317,25 +320,27 @@ def test_of_two_racing_writers_the_second_fails_and_the_first_stays(tmp_path, mo
     def rename_after_the_other(self, target):
         if ".tmp-" in self.name and not raced:
             raced.append(target)
-            save(tmp_path, make_state(1), make_record())  # the other process commits between our writing and our rename
+            save_checkpoint(
+                tmp_path, make_state(1), make_record()
+            )  # the other process commits between our writing and our rename
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", rename_after_the_other)
-    with pytest.raises(UserError, match="exists already and stays"):
-        save(tmp_path, make_state(2), make_record())
+    with pytest.raises(UserError, match="exists already and was kept"):
+        save_checkpoint(tmp_path, make_state(2), make_record())
     assert [file.name for file in tmp_path.iterdir()] == ["step-00000001"]
     loaded = empty_like(make_state())
-    load(newest(tmp_path, no_problem_expected), loaded)
+    load_checkpoint(latest_valid(tmp_path, no_problem_expected), loaded)
     assert equal(loaded, make_state(1))
 
 
 def test_a_damaged_checkpoint_of_the_same_step_makes_way(tmp_path):
     """After a roll-back to an older checkpoint the run comes by the damaged one again."""
-    flip_a_bit(save(tmp_path, make_state(1), make_record()))
-    path = save(tmp_path, make_state(1), make_record())
-    assert verify(path) == []
+    flip_a_bit(save_checkpoint(tmp_path, make_state(1), make_record()))
+    path = save_checkpoint(tmp_path, make_state(1), make_record())
+    assert verify_checkpoint(path) == []
     assert len(list(tmp_path.iterdir())) == 2
-    retain(tmp_path, keep=1)
+    prune(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -349,30 +354,30 @@ def leave_stray_files(folder):
 
 
 def test_stray_files_are_named_and_change_nothing(tmp_path):
-    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
-    assert extra_files(paths[1]) == []
+    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    assert unlisted_files(paths[1]) == []
     leave_stray_files(paths[1])
     (tmp_path / ".DS_Store").touch()
     (tmp_path / "step-00000003").touch()  # a file, a dangling link and a folder of another name are no checkpoints
     (tmp_path / "step-00000004").symlink_to("/nowhere")
     (tmp_path / "step-00000005 (copy)").mkdir()
-    assert verify(paths[1]) == []
-    assert extra_files(paths[1]) == [".DS_Store", ".nfs0001", "__1_0.distcp", "dangling", "notes"]
-    assert newest(tmp_path, no_problem_expected) == paths[1]
+    assert verify_checkpoint(paths[1]) == []
+    assert unlisted_files(paths[1]) == [".DS_Store", ".nfs0001", "__1_0.distcp", "dangling", "notes"]
+    assert latest_valid(tmp_path, no_problem_expected) == paths[1]
     loaded = empty_like(make_state())
-    load(paths[1], loaded)
+    load_checkpoint(paths[1], loaded)
     assert equal(loaded, make_state(2))
-    assert retain(tmp_path, keep=2) == []
+    assert prune(tmp_path, keep=2) == []
     assert (paths[1] / "notes" / "mine.txt").exists()
     flip_a_bit(paths[1])  # negative control: among stray files, damage is still damage
-    assert [f"{SHARD} is damaged" in line for line in verify(paths[1])] == [True]
+    assert [f"{SHARD} is damaged" in line for line in verify_checkpoint(paths[1])] == [True]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN])
 @pytest.mark.parametrize("name", [SHARD, ".metadata", "manifest.json", None])
 def test_what_cannot_be_read_for_a_moment_is_not_damage(tmp_path, monkeypatch, number, name):
     """No older checkpoint is taken for it, and nothing is renamed. None: the folder of all checkpoints."""
-    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
     where = tmp_path if name is None else paths[1] / name
     opened, listed = io.open, Path.iterdir
 
@@ -391,66 +396,66 @@ def test_what_cannot_be_read_for_a_moment_is_not_damage(tmp_path, monkeypatch, n
     what = "listed" if name is None else "read"
     told = f"{where} cannot be {what} ({os.strerror(number)}); nothing is known to be damaged: check the disk or mount"
     with pytest.raises(StorageError, match=re.escape(told)):
-        newest(tmp_path, no_problem_expected)
+        latest_valid(tmp_path, no_problem_expected)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
-    assert newest(tmp_path, no_problem_expected) == paths[1]
+    assert latest_valid(tmp_path, no_problem_expected) == paths[1]
     (paths[1] / SHARD).unlink()  # negative control: what is missing is damage
     reported = []
-    assert newest(tmp_path, lambda path, problems: reported.append(path)) == paths[0]
+    assert latest_valid(tmp_path, lambda path, problems: reported.append(path)) == paths[0]
     assert reported == [paths[1]]
 
 
 def test_a_checkpoint_in_a_folder_of_another_step_is_refused(tmp_path):
-    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (15, 30)]
+    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (15, 30)]
     renamed = paths[1].rename(checkpoint_path(tmp_path, 45))
     told = f"{renamed} is named like the checkpoint of step 45, but its manifest.json says step 30; rename it to step-00000030, or move"
     with pytest.raises(UserError, match=re.escape(told)):
-        newest(tmp_path, no_problem_expected)
+        latest_valid(tmp_path, no_problem_expected)
     shutil.copytree(renamed, paths[1])
     with pytest.raises(UserError, match=re.escape(f"says step 30; move it out of {tmp_path}")):
-        newest(tmp_path, no_problem_expected)
+        latest_valid(tmp_path, no_problem_expected)
     shutil.rmtree(renamed)
-    assert newest(tmp_path, no_problem_expected) == paths[1]
+    assert latest_valid(tmp_path, no_problem_expected) == paths[1]
 
 
 def test_what_was_set_aside_stays_until_a_newer_checkpoint_is_committed_and_verified(tmp_path):
-    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2, 3)]
-    set_aside(paths[2])
-    assert steps_there(tmp_path) == {1, 2, 3}
+    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2, 3)]
+    mark_damaged(paths[2])
+    assert steps_on_disk(tmp_path) == {1, 2, 3}
     (aside,) = tmp_path.glob("step-00000003.tmp-damaged-*")
-    assert retain(tmp_path, keep=3) == []
+    assert prune(tmp_path, keep=3) == []
     assert aside.exists()  # the newest is of an earlier step
 
-    later = save(tmp_path, make_state(4), make_record(4))
+    later = save_checkpoint(tmp_path, make_state(4), make_record(4))
     flip_a_bit(later)
-    (problem,) = retain(tmp_path, keep=4)
+    (problem,) = prune(tmp_path, keep=4)
     assert f"step-00000004/{SHARD} is damaged" in problem
     assert aside.exists()
 
     flip_a_bit(later)
-    assert retain(tmp_path, keep=4) == []
+    assert prune(tmp_path, keep=4) == []
     assert not aside.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002", "step-00000004"]
 
 
 def test_a_checkpoint_that_is_a_link_to_another_disk_loses_only_its_link(tmp_path):
-    elsewhere = save(tmp_path / "elsewhere", make_state(1), make_record(1))
+    elsewhere = save_checkpoint(tmp_path / "elsewhere", make_state(1), make_record(1))
     there = tmp_path / "checkpoints"
-    save(there, make_state(2), make_record(2))
+    save_checkpoint(there, make_state(2), make_record(2))
     checkpoint_path(there, 1).symlink_to(elsewhere)
-    retain(there, keep=1)
+    prune(there, keep=1)
     assert [path.name for path in there.iterdir()] == ["step-00000002"]
-    assert verify(elsewhere) == []
+    assert verify_checkpoint(elsewhere) == []
 
 
 def test_a_full_disk_is_an_os_error_and_leaves_nothing_behind(tmp_path):
-    save(tmp_path, make_state(1), make_record(1))
+    save_checkpoint(tmp_path, make_state(1), make_record(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            save(tmp_path, make_state(2), make_record(2))
+            save_checkpoint(tmp_path, make_state(2), make_record(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [file.name for file in tmp_path.iterdir()] == ["step-00000001"]
@@ -458,30 +463,30 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing_behind(tmp_path):
 
 def test_retain_keeps_the_newest_and_deletes_what_crashes_left(tmp_path):
     for step in (5, 100_000_000, 20, 7):
-        save(tmp_path, make_state(step), make_record(step))
+        save_checkpoint(tmp_path, make_state(step), make_record(step))
     for step in (6, 100_000_000, 100_000_001):
         partial_path(tmp_path, step, "dead").mkdir()
     (tmp_path / "notes.tmp-mine").touch()
-    retain(tmp_path, keep=2)
+    prune(tmp_path, keep=2)
     kept = {"step-00000020", "step-100000000", "step-100000001.tmp-dead", "notes.tmp-mine"}
     assert {path.name for path in tmp_path.iterdir()} == kept
-    retain(tmp_path, keep=2)
+    prune(tmp_path, keep=2)
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_a_half_deleted_checkpoint_never_looks_whole(tmp_path, monkeypatch):
-    paths = [save(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # killed before the first file went
-    retain(tmp_path, keep=1)
+    prune(tmp_path, keep=1)
     assert not paths[0].exists()
-    assert newest(tmp_path, no_problem_expected) == paths[1]
+    assert latest_valid(tmp_path, no_problem_expected) == paths[1]
     monkeypatch.undo()
-    retain(tmp_path, keep=1)
+    prune(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == [paths[1]]
 
 
 def test_the_manifest_is_plain_json_with_the_sum_of_every_file(tmp_path):
-    path = save(tmp_path, make_state(), make_record(12))
+    path = save_checkpoint(tmp_path, make_state(), make_record(12))
     content = json.loads((path / "manifest.json").read_text())
     assert content["step"] == 12
     assert content["samples"] == 384

@@ -12,21 +12,24 @@ import sys
 import pytest
 import torch
 
-from pretrain.checkpoint.directory import newest, retain
-from pretrain.checkpoint.record import Record, verify
-from pretrain.checkpoint.store import load, save
+from pretrain.checkpoint.directory import latest_valid
+from pretrain.checkpoint.load import load_checkpoint
+from pretrain.checkpoint.manifest import TrainState
+from pretrain.checkpoint.prune import prune
+from pretrain.checkpoint.save import save_checkpoint
+from pretrain.checkpoint.verify import verify_checkpoint
 
 HELPER = """
 import os, pathlib, resource, signal, sys
 import torch
-from pretrain.checkpoint.record import Record
-from pretrain.checkpoint.store import save
+from pretrain.checkpoint.manifest import TrainState
+from pretrain.checkpoint.save import save_checkpoint
 
 torch.set_num_threads(1)  # a fork does not take OpenMP's threads along: a child that needs them waits for ever
 root, elements = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 
-def record(step):
-    return Record(step=step, samples=step, config={}, dataset="", order="", layout={"data": 1}, rng={})
+def train_state(step):
+    return TrainState(step=step, samples=step, config={}, dataset="", order="", layout={"data": 1}, rng={})
 
 def state(step, size):
     return {"model": {"weight": torch.full((size,), float(step))}}
@@ -41,11 +44,11 @@ def die_before(count):
     sys.addaudithook(hook)
 
 def child(folder, size, prepare):
-    save(folder, state(1, size), record(1))
+    save_checkpoint(folder, state(1, size), train_state(1))
     pid = os.fork()
     if pid == 0:
         prepare()
-        save(folder, state(2, size), record(2))
+        save_checkpoint(folder, state(2, size), train_state(2))
         os._exit(0)
     return pid
 
@@ -78,12 +81,12 @@ def step_of_newest(directory):
     def fail(path, problems):
         raise AssertionError(f"{path} looks committed and is not whole: {problems}")
 
-    path = newest(directory, fail)
+    path = latest_valid(directory, fail)
     assert path is not None
     step = int(path.name.removeprefix("step-"))
     elements = 1000 if directory.name.startswith("operation") else 1_000_000
     state = {"model": {"weight": torch.zeros(elements)}}
-    load(path, state)
+    load_checkpoint(path, state)
     assert torch.equal(state["model"]["weight"], torch.full((elements,), float(step)))
     return step
 
@@ -108,8 +111,8 @@ def test_after_a_crash_the_same_step_is_saved_again_and_the_remains_go(killed):
         directory for directory in sorted(killed.glob("operation-*"), reverse=True) if list(directory.glob("*.tmp-*"))
     )
     remains = next(directory.glob("*.tmp-*"))
-    assert verify(remains) == []  # the last moment before the commit: all was written
-    record = Record(step=2, samples=2, config={}, dataset="", order="", layout={"data": 1}, rng={})
-    path = save(directory, {"model": {"weight": torch.full((1000,), 2.0)}}, record)
-    retain(directory, keep=2)
+    assert verify_checkpoint(remains) == []  # the last moment before the commit: all was written
+    record = TrainState(step=2, samples=2, config={}, dataset="", order="", layout={"data": 1}, rng={})
+    path = save_checkpoint(directory, {"model": {"weight": torch.full((1000,), 2.0)}}, record)
+    prune(directory, keep=2)
     assert sorted(entry.name for entry in directory.iterdir()) == ["step-00000001", path.name]

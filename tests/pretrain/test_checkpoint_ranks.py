@@ -17,9 +17,12 @@ from workers import CaseFailed, WorkerPool
 from data_pipeline.errors import StorageError
 from parallel.layout import Layout
 from parallel.mesh import build_mesh, data_mesh
-from pretrain.checkpoint import store
-from pretrain.checkpoint.directory import newest, retain, set_aside
-from pretrain.checkpoint.record import Record, read_manifest, verify
+from pretrain.checkpoint.directory import latest_valid, mark_damaged
+from pretrain.checkpoint.load import load_checkpoint
+from pretrain.checkpoint.manifest import TrainState, read_manifest
+from pretrain.checkpoint.prune import prune
+from pretrain.checkpoint.save import save_checkpoint
+from pretrain.checkpoint.verify import verify_checkpoint
 from pretrain.errors import UserError
 
 ALONE = Layout()
@@ -80,8 +83,8 @@ def differing(state: dict[str, Any], layout: Layout, seed: int) -> list[str]:
     return model + moments + [name for name, slots in state["optimizer"].items() if slots["step"] != seed]
 
 
-def make_record(step: int, layout: Layout) -> Record:
-    return Record(step=step, samples=step, config={}, dataset="", order="", layout={"shard": layout.shard}, rng={})
+def make_record(step: int, layout: Layout) -> TrainState:
+    return TrainState(step=step, samples=step, config={}, dataset="", order="", layout={"shard": layout.shard}, rng={})
 
 
 def world(layout: Layout) -> Any:
@@ -90,7 +93,7 @@ def world(layout: Layout) -> Any:
 
 def save(layout: Layout, folder: Path, seed: int) -> Path:
     rank = torch.distributed.get_rank() if layout.world_size > 1 else 0
-    return store.save(folder, make_state(layout, seed, rank), make_record(seed, layout), world(layout))
+    return save_checkpoint(folder, make_state(layout, seed, rank), make_record(seed, layout), world(layout))
 
 
 def load(layout: Layout, path: Path, seed: int) -> list[str]:
@@ -98,7 +101,7 @@ def load(layout: Layout, path: Path, seed: int) -> list[str]:
     rank = torch.distributed.get_rank() if layout.world_size > 1 else 0
     state = make_state(layout, seed + 1, rank)
     held = state["model"]["embed"]
-    store.load(path, state, world(layout))
+    load_checkpoint(path, state, world(layout))
     assert held is state["model"]["embed"]
     return differing(state, layout, seed)
 
@@ -115,7 +118,7 @@ def test_a_checkpoint_of_any_layout_is_read_on_any_other_bit_for_bit(
 ) -> None:
     paths = on(workers, layout, save, tmp_path, 3)
     assert paths == [tmp_path / "step-00000003"] * layout.world_size
-    assert verify(paths[0]) == []
+    assert verify_checkpoint(paths[0]) == []
     assert load(ALONE, paths[0], 3) == []
     for other in LAYOUTS:
         assert on(workers, other, load, paths[0], 3) == [[]] * other.world_size
@@ -130,7 +133,7 @@ def test_one_process_writes_what_any_layout_reads_and_a_changed_value_is_noticed
     state = make_state(ALONE, 5)
     state["model"]["layers.1.down"][5, 13] += 1
     shutil.rmtree(path)
-    store.save(tmp_path, state, make_record(5, ALONE))
+    save_checkpoint(tmp_path, state, make_record(5, ALONE))
     for layout in LAYOUTS:
         found = on(workers, layout, load, path, 5)
         assert found == [
@@ -151,12 +154,12 @@ def test_every_rank_writes_a_file_of_its_own_and_the_manifest_has_the_sums_of_al
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert ["__2_0.distcp is damaged" in problem for problem in verify(path)] == [True]
+    assert ["__2_0.distcp is damaged" in problem for problem in verify_checkpoint(path)] == [True]
 
 
 def find_newest(folder: Path) -> tuple[Path | None, list[list[str]]]:
     reported: list[list[str]] = []
-    return newest(folder, lambda path, problems: reported.append(problems), group.WORLD), reported
+    return latest_valid(folder, lambda path, problems: reported.append(problems), group.WORLD), reported
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -177,7 +180,7 @@ def test_the_ranks_share_the_verification_and_find_the_same_checkpoint(
     assert told[0][0] == paths[0]
     assert [len(problems) for problems in told[0][1]] == [1]
     assert str(file) in told[0][1][0][0]
-    assert sum(len(verify(paths[1], rank, 2)) for rank in range(2)) == 1
+    assert sum(len(verify_checkpoint(paths[1], rank, 2)) for rank in range(2)) == 1
 
 
 def find_newest_where_rank_1_cannot_read(folder: Path) -> str:
@@ -214,12 +217,12 @@ def test_what_one_rank_cannot_read_for_a_moment_stops_all_ranks_and_changes_noth
 
 
 def retain_on_all(folder: Path) -> list[str]:
-    return retain(folder, 3, group.WORLD)
+    return prune(folder, 3, group.WORLD)
 
 
 def test_the_ranks_verify_together_before_damaged_checkpoints_go(workers: WorkerPool, tmp_path: Path) -> None:
     paths = [save(ALONE, tmp_path, step) for step in (1, 2)]
-    set_aside(paths[0])
+    mark_damaged(paths[0])
     shard = paths[1] / "__0_0.distcp"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
@@ -269,7 +272,7 @@ def refusal(layout: Layout, path: Path, change: str) -> str:
     if rank == 1 and change == "dtype":
         state["model"]["layers.1.norm"] = state["model"]["layers.1.norm"].bfloat16()
     try:
-        store.load(path, state, group.WORLD)
+        load_checkpoint(path, state, group.WORLD)
     except UserError as error:
         assert torch.equal(state["model"]["embed"].full_tensor(), whole("embed", 9))
         return str(error)
@@ -282,7 +285,10 @@ def refusal(layout: Layout, path: Path, change: str) -> str:
         ("none", "loaded"),
         ("fewer", "1 tensor only in the checkpoint (model.layers.1.up)"),
         ("more", "1 tensor only in the run (model.layers.2.up)"),
-        ("dtype", "1 tensor of another shape or dtype (model.layers.1.norm is float32[3] there and bfloat16[3] here)"),
+        (
+            "dtype",
+            "1 tensor of another shape or dtype (model.layers.1.norm is float32[3] in the checkpoint and bfloat16[3] in the run)",
+        ),
     ],
 )
 def test_what_the_ranks_hold_together_must_be_what_was_saved(
@@ -307,7 +313,7 @@ def save_twice(layout: Layout, folder: Path) -> list[str]:
 def test_a_whole_checkpoint_is_never_replaced_and_all_ranks_hear_of_it(workers: WorkerPool, tmp_path: Path) -> None:
     said = workers.run(save_twice, 2, Layout(shard=2), tmp_path)
     assert [first for first, _ in said] == ["step-00000001"] * 2
-    assert all("step-00000001 exists already and stays: another process" in second for _, second in said)
+    assert all("step-00000001 exists already and was kept: another process" in second for _, second in said)
     assert [file.name for file in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -316,12 +322,12 @@ def save_tied_twice(folder: Path) -> None:
     state = make_state(Layout(shard=2), 1, rank)
     if rank == 1:
         state["model"]["lm_head"] = state["model"]["embed"]
-    store.save(folder, state, make_record(1, ALONE), group.WORLD)
+    save_checkpoint(folder, state, make_record(1, ALONE), group.WORLD)
 
 
 def test_a_tied_parameter_under_two_names_is_refused_on_all_ranks_before_anything_is_written(
     workers: WorkerPool, tmp_path: Path
 ) -> None:
-    with pytest.raises(CaseFailed, match=r"embed and model\.lm_head are one tensor"):
+    with pytest.raises(CaseFailed, match=r"embed and model\.lm_head are the same tensor"):
         workers.run(save_tied_twice, 2, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain.config import RunConfig, flatten, prepares, walk
-from pretrain.runs.records import StepRecord, ValidationRecord
+from pretrain.runs.schema import StepRecord, ValidationRecord
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 

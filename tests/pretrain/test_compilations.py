@@ -26,10 +26,10 @@ from data_pipeline.reading.packing import Batch
 from parallel.layout import Layout
 from pretrain.config.loading import load
 from pretrain.model import kernels
-from pretrain.runs.records import StepRecord, ValidationRecord
+from pretrain.runs.schema import StepRecord, ValidationRecord
 from pretrain.setup.engine import build_engine
 from pretrain.train import loop
-from pretrain.train.batching import Share, fill_up, microbatches, to_host
+from pretrain.train.batching import DataShard, pad_batch, split_microbatches, to_host
 from pretrain.train.loop import Outcome
 
 CPU = torch.device("cpu")
@@ -123,9 +123,11 @@ def test_as_many_lengths_as_a_run_has_are_compiled() -> None:
 def test_a_smaller_microbatch_would_be_compiled_once_more(
     tmp_path: Path, run_tiny: RunTiny, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Share, "given", lambda self, n_rows, micro_batch: -(-n_rows // self.ranks))
+    monkeypatch.setattr(DataShard, "padded_rows", lambda self, n_rows, micro_batch: -(-n_rows // self.ranks))
     monkeypatch.setattr(
-        loop, "microbatches", lambda batch, size, device: microbatches(batch, gcd(len(batch.input_ids), size), device)
+        loop,
+        "split_microbatches",
+        lambda batch, size, device: split_microbatches(batch, gcd(len(batch.input_ids), size), device),
     )
     run(run_tiny, tmp_path, compiled, *UNEVEN, "optim.warmup=0", "train.steps=3", "model.n_layers=1")
     assert compiled.compiled_at == [("validation", 0), ("step", 1), ("step", 2)]  # of 2, then of 4 sequences
@@ -165,7 +167,7 @@ def varlen_losses(*words: str, documents: Sequence[int] = DOCUMENTS) -> list[tup
     losses = []
     with flash_on_a_cpu():
         for seed, count in enumerate(documents):
-            given = list(microbatches(to_host(batch_of(seed, count), CPU), 2, CPU))
+            given = list(split_microbatches(to_host(batch_of(seed, count), CPU), 2, CPU))
             losses.append((engine.train_step(given, 1.0).loss, engine.eval_step(given)[0]))
     return losses
 
@@ -209,12 +211,12 @@ def graphs_of_a_rank(layout: Layout, words: tuple[str, ...]) -> list[int]:
     with pytest.MonkeyPatch.context() as patch, flash_on_a_cpu():
         count_with(counts, patch)
         engine = build_engine(load(None, [*MODEL, *words]).config, layout, rank)
-        share, graphs = Share(layout.data_rank(rank), layout.data), []
+        share, graphs = DataShard(layout.data_rank(rank), layout.data), []
         for seed, (rows, documents) in enumerate(((8, 5), (5, 40), (9, 1))):
             whole = batch_of(seed, documents, rows)
             mine = slice(share.rows(rows).start, share.rows(rows).stop)
             batch = Batch(whole.input_ids[mine], whole.labels[mine], whole.document_ids[mine])
-            given = list(microbatches(to_host(fill_up(batch, share.given(rows, 2)), CPU), 2, CPU))
+            given = list(split_microbatches(to_host(pad_batch(batch, share.padded_rows(rows, 2)), CPU), 2, CPU))
             engine.train_step(given, 1.0)
             engine.eval_step(given)
             graphs.append(counts.graphs)

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
-from pretrain.checkpoint import store
 from pretrain.checkpoint.directory import checkpoint_path
-from pretrain.checkpoint.record import read_manifest
+from pretrain.checkpoint.load import load_checkpoint
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.config.loading import load
+from pretrain.config.saved import read_config
 from pretrain.errors import UserError
 from pretrain.report.run_page import write_report
-from pretrain.runs.records import read_config, read_events, read_metrics
+from pretrain.runs.jsonl import read_events, read_metrics
 from pretrain.setup.engine import build_engine
-from pretrain.train.init_from import find_parent
+from pretrain.train.init_from import find_init_checkpoint
 from pretrain.train.loop import Outcome
 from pretrain.train.run import train as train_run
 
@@ -67,7 +68,7 @@ def validations(run_dir: Path) -> dict[int, float]:
 def state_at(run_dir: Path, step: int) -> dict[str, Tensor]:
     """Weights and optimizer state in the checkpoint of a step."""
     state = build_engine(load(run_dir / "config.yaml").config).state()
-    store.load(checkpoint_path(run_dir / "checkpoints", step), state)
+    load_checkpoint(checkpoint_path(run_dir / "checkpoints", step), state)
     flat = {f"model.{name}": tensor for name, tensor in state["model"].items()}
     return flat | {
         f"{name}.{slot}": tensor for name, slots in state["optimizer"].items() for slot, tensor in slots.items()
@@ -463,7 +464,7 @@ def test_before_its_first_checkpoint_a_run_begins_from_the_recorded_one_again_or
     shutil.rmtree(other)
     run_tiny(other, "train.steps=10", "optim.lr=0.02")
     made = read_manifest(checkpoint_path(other / "checkpoints", 10)).generation
-    told = refusal(lambda: find_parent(read_config(tmp_path / "run" / "config.yaml")))
+    told = refusal(lambda: find_init_checkpoint(read_config(tmp_path / "run" / "config.yaml")))
     assert told.startswith(
         f"run.init_from={other}@10 is another checkpoint now (generation {made}) than the one that this run began from ("
     )
@@ -478,10 +479,10 @@ def test_the_folder_of_a_checkpoint_may_be_named(
     config = read_config(tmp_path / "run" / "config.yaml")
     assert (config.run.init_from, config.run.ancestry[0].run) == (str(copy), str(copy))  # it lies in no run directory
     shutil.copy(parent / "config.yaml", tmp_path)  # nor does it here: it is not in a folder `checkpoints`
-    assert find_parent(config).home is None
+    assert find_init_checkpoint(config).home is None
     monkeypatch.chdir(parent / "checkpoints")
     run = config.run.model_copy(update={"init_from": "step-00000010"})
-    assert find_parent(config.model_copy(update={"run": run})).home == parent
+    assert find_init_checkpoint(config.model_copy(update={"run": run})).home == parent
 
 
 @pytest.fixture(scope="module")
@@ -623,7 +624,7 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told_as_that(
         shutil.rmtree(path)
         return []
 
-    monkeypatch.setattr("pretrain.checkpoint.directory.verify", verify)
+    monkeypatch.setattr("pretrain.checkpoint.verify.verify_checkpoint", verify)
     told = refusal(lambda: train(tmp_path / "run", moving, "train.steps=2"))
     assert (
         f"{checkpoint_path(moving / 'checkpoints', 20)} was deleted while it was read; its run keeps checkpoint.keep=3 only"

@@ -12,7 +12,7 @@ from data_pipeline.reading.loader import Loader
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.shards import open_split
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
-from pretrain.runs.records import read_events, read_metrics
+from pretrain.runs.jsonl import read_events, read_metrics
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 TinyWords = Callable[..., list[str]]

@@ -18,9 +18,9 @@ from pretrain.checkpoint.directory import checkpoint_path, partial_path
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.errors import UserError
-from pretrain.runs.metrics import RecordFile
-from pretrain.runs.records import Event, read_events, read_metrics
-from pretrain.train.disk_space import check_room, checkpoint_bytes, free_bytes
+from pretrain.runs.jsonl import RecordFile, read_events, read_metrics
+from pretrain.runs.schema import Event
+from pretrain.train.disk_space import check_disk_space, checkpoint_bytes, free_bytes
 from pretrain.train.loop import Outcome
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
@@ -76,24 +76,24 @@ def test_a_run_whose_first_checkpoint_does_not_fit_is_refused(
     disk_of(monkeypatch, 1_299_000_000)
     told = rf"run.dir={config.run.dir}: a checkpoint takes 1\.3 GB, and 1\.2 GB are free there: make room"
     with pytest.raises(UserError, match=told):
-        check_room(config)
+        check_disk_space(config)
     assert not config.run.dir.exists()
 
 
 def test_a_run_whose_last_checkpoints_do_not_fit_is_warned(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     size = checkpoint_bytes(config)
     disk_of(monkeypatch, 4 * size + 512)
-    assert check_room(config) == ""
+    assert check_disk_space(config) == ""
     disk_of(monkeypatch, 4 * size - 512)
     told = r"checkpoint\.keep=3 will need 5\.2 GB more \(4 checkpoints of 1\.3 GB; .*5\.2 GB are free .* lower checkpoint\.keep"
-    assert re.match(told, check_room(config))
+    assert re.match(told, check_disk_space(config))
     for step in (1, 2, 3, 4):  # those that are there already take no more
         checkpoint_path(config.run.dir / "checkpoints", step).mkdir(parents=True)
     disk_of(monkeypatch, size + 512)
-    assert check_room(config) == ""
+    assert check_disk_space(config) == ""
     disk_of(monkeypatch, size - 1024)
     (checkpoint_path(config.run.dir / "checkpoints", 1) / "file").write_bytes(bytes(2048))
-    assert check_room(config) == ""  # the fourth goes when the run goes on
+    assert check_disk_space(config) == ""  # the fourth goes when the run goes on
 
 
 def test_remains_of_a_killed_save_take_no_room_and_go_before_the_run_goes_on(
@@ -107,9 +107,9 @@ def test_remains_of_a_killed_save_take_no_room_and_go_before_the_run_goes_on(
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(bytes(held))
     with pytest.raises(UserError, match="a checkpoint takes"):
-        check_room(config)  # what was set aside stays
+        check_disk_space(config)  # what was set aside stays
     (later / "file").write_bytes(bytes(2048))
-    assert "checkpoint.keep=3 will need" in check_room(config)
+    assert "checkpoint.keep=3 will need" in check_disk_space(config)
     monkeypatch.undo()
 
     words = ("train.steps=2", "optim.warmup=0", "checkpoint.every=1", "checkpoint.keep=1")
@@ -186,7 +186,7 @@ def test_a_file_system_that_tells_no_sizes_is_not_asked(
 ) -> None:
     assert free_bytes(tmp_path / "not" / "there") == free_bytes(tmp_path)
     disk_of(monkeypatch, 0, blocks=0)
-    assert check_room(config) == ""
+    assert check_disk_space(config) == ""
 
 
 def test_a_finished_run_is_not_asked_for_room(
@@ -260,7 +260,7 @@ def test_a_failing_disk_that_nobody_expected_is_one_line_too(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number), "/far/away")
 
-    monkeypatch.setattr("pretrain.train.run.keep_tokenizer", fail)
+    monkeypatch.setattr("pretrain.train.run.save_tokenizer", fail)
     answer = pretrain("train", *tiny_words(tmp_path, "train.steps=1", "optim.warmup=0"))
     assert answer.code == code
     assert answer.err.splitlines()[-1].startswith(

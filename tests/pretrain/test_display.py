@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from pretrain.console import format_count, format_decimal, format_duration
-from pretrain.runs.metrics import Pace
-from pretrain.runs.records import Event, SourceLoss, StepRecord, ValidationRecord
+from pretrain.runs.schema import Event, SourceLoss, StepRecord, ValidationRecord
+from pretrain.runs.throughput import AverageThroughput
 from pretrain.signals import Activity, StopRequest, stop_on_signals
 from pretrain.tracking.display import Display, Sparkline
 
@@ -63,7 +63,7 @@ def test_a_log_file_gets_one_line_every_ten_seconds_and_the_last_step() -> None:
 def test_a_line_of_a_log_is_not_wrapped_and_carries_no_control_codes() -> None:
     console, out = plain_console()
     with Display(400, console=console) as display:
-        display.step(record(150, mfu=0.412), Pace(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
+        display.step(record(150, mfu=0.412), AverageThroughput(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
     assert (
         out.getvalue()
         == "step 150/400  loss 3.2500  lr 3.00e-04  grad norm 0.80  11,204 tokens/s  MFU 39.8%  3 min 12 s left\n"
@@ -73,7 +73,7 @@ def test_a_line_of_a_log_is_not_wrapped_and_carries_no_control_codes() -> None:
 def test_without_a_known_peak_no_mfu_is_shown() -> None:
     console, out = plain_console()
     with Display(400, console=console) as display:
-        display.step(record(1), Pace(tokens_per_s=10.0, mfu=None, seconds_left=5))
+        display.step(record(1), AverageThroughput(tokens_per_s=10.0, mfu=None, seconds_left=5))
     assert "MFU" not in out.getvalue()
 
 
@@ -133,7 +133,7 @@ def test_a_terminal_shows_a_panel_that_goes_on_where_a_resumed_run_does() -> Non
     console = Console(file=out, force_terminal=True, width=100, legacy_windows=False)
     with Display(400, console=console) as display:
         display.validation(ValidationRecord(step=200, val_loss=2.5, val_tokens=9, time=0))
-        display.step(record(201), Pace(tokens_per_s=2000.0, mfu=0.41, seconds_left=99))
+        display.step(record(201), AverageThroughput(tokens_per_s=2000.0, mfu=0.41, seconds_left=99))
     text = out.getvalue()
     for word in ("step 201 of 400", "3.250", "2.500", "3.00e-04", "2,000", "41.0%", "1 min 39 s left"):
         assert word in text
@@ -224,7 +224,7 @@ STOPPING = "stopping after this step, then saving (Ctrl-C again leaves without s
     ],
 )
 def test_the_panel_says_what_a_stop_waits_for(activity: Activity, presses: int, records: int, lines: list[str]) -> None:
-    with stop_on_signals(aloud=False) as stop, stop.during(activity):
+    with stop_on_signals(verbose=False) as stop, stop.during(activity):
         for _ in range(presses):
             signal.raise_signal(signal.SIGINT)
         assert [line.rstrip() for line in panel(stop, *map(record, range(records)))] == lines
@@ -249,7 +249,7 @@ INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 def test_only_ctrl_c_leaves_without_saving_and_in_a_save_only_the_third(
     activity: Activity, numbers: list[signal.Signals], leaves: bool
 ) -> None:
-    with stop_on_signals(aloud=False) as stop, stop.during(activity):
+    with stop_on_signals(verbose=False) as stop, stop.during(activity):
         for number in numbers[:-1]:
             signal.raise_signal(number)
         if leaves:
@@ -263,7 +263,7 @@ def test_only_ctrl_c_leaves_without_saving_and_in_a_save_only_the_third(
 def test_a_hangup_that_is_ignored_stays_ignored_as_under_nohup() -> None:
     before = signal.signal(HUP, signal.SIG_IGN)
     try:
-        with stop_on_signals(aloud=False) as stop:
+        with stop_on_signals(verbose=False) as stop:
             signal.raise_signal(HUP)
             assert not stop
     finally:
@@ -290,7 +290,7 @@ def test_the_bar_keeps_to_80_columns() -> None:
     """A terminal that gets narrower breaks longer lines."""
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None, legacy_windows=False)
     display = Display(400, console=console)
-    display.step(record(150, mfu=0.412), Pace(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
+    display.step(record(150, mfu=0.412), AverageThroughput(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
     display.validation(ValidationRecord(step=150, val_loss=2.0, val_tokens=9, time=0))
     with console.capture() as capture:
         console.print(display._panel())

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.storage.shards import open_split
-from pretrain.runs.records import read_config, read_events, read_metrics
+from pretrain.config.saved import read_config
+from pretrain.runs.jsonl import read_events, read_metrics
 from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]

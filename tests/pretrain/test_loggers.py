@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import RunConfig
-from pretrain.runs.records import SourceLoss, StepRecord, ValidationRecord
+from pretrain.runs.schema import SourceLoss, StepRecord, ValidationRecord
 from pretrain.tracking.loggers import open_loggers, scalars
 
 

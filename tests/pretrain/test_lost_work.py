@@ -16,9 +16,10 @@ from rich.console import Console
 
 from pretrain.checkpoint.directory import checkpoint_path
 from pretrain.errors import UserError
-from pretrain.runs.records import Event, StepRecord, ValidationRecord, read_events, read_metrics
+from pretrain.runs.jsonl import read_events, read_metrics
+from pretrain.runs.schema import Event, StepRecord, ValidationRecord
 from pretrain.train.loop import Outcome
-from pretrain.train.resume_checks import check_records, told_saves
+from pretrain.train.resume_checks import check_records, saved_steps
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 RunTiny = Callable[..., Outcome]
@@ -187,7 +188,7 @@ def test_where_no_checkpoint_is_whole_all_stay_and_starting_over_sets_them_aside
     for step in (10, 20, 30):
         (checkpoint_path(stopped / "checkpoints", step) / "__0_0.distcp").write_bytes(b"damaged")
     told = refused(stopped)
-    assert f"none of the 3 checkpoints in {stopped}/checkpoints is whole; the newest fails because" in told
+    assert f"none of the 3 checkpoints in {stopped}/checkpoints is valid; the newest fails because" in told
     assert f"To train again from its beginning here, set {GO_BACK}" in told
     assert run_tiny(stopped, *WORDS, GO_BACK, observers=[StopAt(5)]) is Outcome.STOPPED
     names = sorted(path.name for path in (stopped / "checkpoints").iterdir())
@@ -301,7 +302,7 @@ def events(*told: tuple[str, int]) -> list[Event]:
     ],
 )
 def test_the_saves_that_count_are_those_not_gone_back_behind(told: list[tuple[str, int]], saved: set[int]) -> None:
-    assert told_saves(events(*told)) == saved
+    assert saved_steps(events(*told)) == saved
 
 
 def test_a_run_that_was_killed_before_its_first_save_has_lost_nothing(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from pretrain.errors import UserError
 from pretrain.estimate.hardware import find_accelerator
-from pretrain.runs.metrics import Meter, RecordFile, mfu_statement, truncate_after
-from pretrain.runs.records import Event, Record, StepRecord, ValidationRecord, read_events, read_metrics
+from pretrain.runs.jsonl import RecordFile, read_events, read_metrics, truncate_after
+from pretrain.runs.schema import Event, RunRecord, StepRecord, ValidationRecord
+from pretrain.runs.throughput import ThroughputMeter, mfu_statement
 
 
 def step_record(step: int, loss: float = 2.5, attempt: int = 1) -> StepRecord:
@@ -23,7 +24,7 @@ def validation_record(step: int, loss: float = 2.0) -> ValidationRecord:
     return ValidationRecord(step=step, val_loss=loss, val_tokens=4096, time=1e9 + step)
 
 
-def write(path: Path, *records: Record) -> None:
+def write(path: Path, *records: RunRecord) -> None:
     with RecordFile(path) as file:
         for record in records:
             file.append(record)
@@ -168,7 +169,7 @@ def test_a_crash_while_cutting_leaves_the_file_as_it_was(tmp_path: Path, monkeyp
 
 def test_tokens_per_second_and_mfu_are_those_of_the_step() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=100_000, peak_flops=100e12, clock=clock)
+    meter = ThroughputMeter(total_tokens=100_000, peak_flops=100e12, clock=clock)
     clock.now += 2.0
     speed = meter.step(10_000, 6e9)
     assert (speed.step_s, speed.tokens_per_s) == (2.0, 5000.0)
@@ -177,18 +178,18 @@ def test_tokens_per_second_and_mfu_are_those_of_the_step() -> None:
 
 def test_an_unknown_peak_shows_no_mfu() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=100, peak_flops=None, clock=clock)
+    meter = ThroughputMeter(total_tokens=100, peak_flops=None, clock=clock)
     for _ in range(2):
         clock.now += 1.0
         assert meter.step(10, 6e9).mfu is None
-    pace = meter.pace()
-    assert pace is not None
-    assert pace.mfu is None
+    average = meter.average()
+    assert average is not None
+    assert average.mfu is None
 
 
 def test_evaluation_and_saving_belong_to_no_step() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=1000, peak_flops=None, clock=clock)
+    meter = ThroughputMeter(total_tokens=1000, peak_flops=None, clock=clock)
     clock.now += 1.0
     meter.step(100, 1.0)
     with meter.paused():
@@ -199,40 +200,40 @@ def test_evaluation_and_saving_belong_to_no_step() -> None:
 
 def test_the_time_left_ignores_the_first_step_and_follows_the_tokens() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=1000, peak_flops=None, clock=clock)
+    meter = ThroughputMeter(total_tokens=1000, peak_flops=None, clock=clock)
     clock.now += 300.0  # compiling
     meter.step(100, 1.0)
-    assert meter.pace() is None
+    assert meter.average() is None
     clock.now += 2.0
     meter.step(100, 1.0)
     clock.now += 2.0
     meter.step(200, 1.0)  # a growing batch: what counts is the tokens that are left, not the steps
-    pace = meter.pace()
-    assert pace is not None
-    assert pace.tokens_per_s == 75.0
-    assert pace.seconds_left == 600 / 75.0
+    average = meter.average()
+    assert average is not None
+    assert average.tokens_per_s == 75.0
+    assert average.seconds_left == 600 / 75.0
 
 
 def test_a_resumed_run_has_only_the_rest_before_it() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=1000, tokens_done=700, peak_flops=None, clock=clock)
+    meter = ThroughputMeter(total_tokens=1000, tokens_done=700, peak_flops=None, clock=clock)
     for _ in range(2):
         clock.now += 1.0
         meter.step(100, 1.0)
-    pace = meter.pace()
-    assert pace is not None
-    assert pace.seconds_left == 1.0
+    average = meter.average()
+    assert average is not None
+    assert average.seconds_left == 1.0
 
 
 def test_the_pace_forgets_steps_outside_its_window() -> None:
     clock = FakeClock()
-    meter = Meter(total_tokens=10_000, peak_flops=None, window=2, clock=clock)
+    meter = ThroughputMeter(total_tokens=10_000, peak_flops=None, window=2, clock=clock)
     for seconds in (1.0, 50.0, 1.0, 1.0):
         clock.now += seconds
         meter.step(100, 1.0)
-    pace = meter.pace()
-    assert pace is not None
-    assert pace.tokens_per_s == 100.0
+    average = meter.average()
+    assert average is not None
+    assert average.tokens_per_s == 100.0
 
 
 def test_the_mfu_statement_names_convention_and_peak() -> None:

@@ -16,8 +16,8 @@ from pretrain.errors import UserError
 from pretrain.report.run_charts import MAX_POINTS, smooth, thin
 from pretrain.report.run_page import write_report
 from pretrain.runs.directory import RunDirectory
-from pretrain.runs.metrics import RecordFile
-from pretrain.runs.records import Event, SourceLoss, StepRecord, ValidationRecord
+from pretrain.runs.jsonl import RecordFile
+from pretrain.runs.schema import Event, SourceLoss, StepRecord, ValidationRecord
 
 HOSTILE = 'x = "</script><script>console.error(1)</script>" & <b>'
 
@@ -36,7 +36,7 @@ def write_run(
     )
     half = steps // 2
     with RunDirectory.open(config) as run, RecordFile(run.metrics) as metrics, RecordFile(run.events) as events:
-        run.settle(config)
+        run.write_config(config)
         events.append(
             Event(
                 time=1000,

@@ -16,12 +16,16 @@ from rich.console import Console
 from torch import Tensor
 
 from data_pipeline.reading.loader import Loader
-from pretrain.checkpoint import store
 from pretrain.checkpoint.directory import checkpoint_path
-from pretrain.checkpoint.record import Record, read_manifest, verify
+from pretrain.checkpoint.load import load_checkpoint
+from pretrain.checkpoint.manifest import TrainState, read_manifest
+from pretrain.checkpoint.save import save_checkpoint
+from pretrain.checkpoint.verify import verify_checkpoint
 from pretrain.config.loading import load
-from pretrain.runs.records import StepRecord, ValidationRecord, read_events
+from pretrain.runs.jsonl import read_events
+from pretrain.runs.schema import StepRecord, ValidationRecord
 from pretrain.setup.engine import build_engine
+from pretrain.train import loop
 from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]
@@ -84,7 +88,7 @@ def state_at(run_dir: Path, step: int) -> dict[str, Tensor]:
     """The weights and the optimizer's state in the checkpoint of a step."""
     engine = build_engine(load(run_dir / "config.yaml").config)
     state = engine.state()
-    store.load(checkpoint_path(run_dir / "checkpoints", step), state)
+    load_checkpoint(checkpoint_path(run_dir / "checkpoints", step), state)
     flat = {f"model.{name}": tensor for name, tensor in state["model"].items()}
     return flat | {
         f"{name}.{slot}": tensor for name, slots in state["optimizer"].items() for slot, tensor in slots.items()
@@ -142,7 +146,7 @@ def test_ctrl_c_in_a_save_stops_after_that_save(
     press_in_the_first_save(monkeypatch, times)
     assert run_tiny(tmp_path, "checkpoint.every=10") is Outcome.STOPPED
     assert kinds(tmp_path) == [("start", 0), ("save", 10), ("stop", 10)]
-    assert not verify(checkpoint_path(tmp_path / "checkpoints", 10))
+    assert not verify_checkpoint(checkpoint_path(tmp_path / "checkpoints", 10))
 
 
 def test_a_third_ctrl_c_in_a_save_leaves_without_it(
@@ -157,14 +161,14 @@ def test_a_third_ctrl_c_in_a_save_leaves_without_it(
 
 
 def press_in_the_first_save(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    save, presses = store.save, [times]
+    save, presses = loop.save_checkpoint, [times]
 
     def pressed(*given: object) -> Path:
         for _ in range(presses.pop() if presses else 0):
             signal.raise_signal(signal.SIGINT)
         return save(*given)
 
-    monkeypatch.setattr(store, "save", pressed)
+    monkeypatch.setattr(loop, "save_checkpoint", pressed)
 
 
 def test_ctrl_c_in_a_validation_saves_after_it(tmp_path: Path, run_tiny: RunTiny) -> None:
@@ -240,11 +244,13 @@ def rewrite(run_dir: Path, change: Callable[[dict[str, dict]], None]) -> None:
     """Load the checkpoint of step 20, change its tensors, and save it again as a whole one."""
     path = checkpoint_path(run_dir / "checkpoints", 20)
     manifest, engine = read_manifest(path), build_engine(load(run_dir / "config.yaml").config)
-    store.load(path, engine.state())
+    load_checkpoint(path, engine.state())
     with torch.no_grad():
         change(engine.state())
     shutil.rmtree(path)
-    store.save(path.parent, engine.state(), Record(**{name: getattr(manifest, name) for name in Record.model_fields}))
+    save_checkpoint(
+        path.parent, engine.state(), TrainState(**{name: getattr(manifest, name) for name in TrainState.model_fields})
+    )
 
 
 def nothing(state: dict[str, dict]) -> None:

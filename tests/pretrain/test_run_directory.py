@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from pretrain.config import RunConfig
+from pretrain.config.saved import read_config
 from pretrain.errors import UserError
 from pretrain.runs.directory import RunDirectory
-from pretrain.runs.metrics import RecordFile
-from pretrain.runs.records import Event, read_config, read_events
+from pretrain.runs.jsonl import RecordFile, read_events
+from pretrain.runs.schema import Event
 
 HOLD = "import sys, time; from pretrain.config import RunConfig; from pretrain.runs.directory import RunDirectory; \
 run = RunDirectory.open(RunConfig.model_validate({'run': {'dir': sys.argv[1]}})); print('open', flush=True); time.sleep(60)"
@@ -22,7 +23,7 @@ run = RunDirectory.open(RunConfig.model_validate({'run': {'dir': sys.argv[1]}}))
 def opened(wanted: RunConfig) -> RunDirectory:
     """As `train` does it: what `open` accepts is then written."""
     run = RunDirectory.open(wanted)
-    run.settle(wanted)
+    run.write_config(wanted)
     return run
 
 
@@ -89,7 +90,7 @@ def test_many_differences_are_cut_to_five(tmp_path: Path) -> None:
 
 
 def test_the_schedule_is_left_to_who_knows_the_steps_taken(tmp_path: Path) -> None:
-    """`pretrain.train.resume`, which compares it before `settle` writes anything."""
+    """`pretrain.train.resume`, which compares it before `write_config` writes anything."""
     opened(config(tmp_path / "run")).close()
     with RunDirectory.open(config(tmp_path / "run", train={"steps": 2000})) as run:
         assert run.changes == ("train.steps: 1000 in the run, 2000 now",)

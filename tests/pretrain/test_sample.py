@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
-from pretrain.checkpoint import store
+from pretrain.checkpoint.load import load_checkpoint
 from pretrain.errors import UserError
-from pretrain.inference.sample import Sampling, _pieces, continue_text, open_trained
+from pretrain.inference.sample import SamplingOptions, _pieces, continue_text, load_trained_run
 from pretrain.model.init import initialise
 from pretrain.model.transformer import Transformer
 from pretrain.train.loop import Outcome
@@ -32,7 +32,7 @@ def run_dir(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def trained(run_dir: Path) -> tuple[Transformer, Tokenizer]:
-    return open_trained(run_dir, CPU, unexpected)[:2]
+    return load_trained_run(run_dir, CPU, unexpected)[:2]
 
 
 def unexpected(path: Path, problems: list[str]) -> None:
@@ -40,13 +40,13 @@ def unexpected(path: Path, problems: list[str]) -> None:
 
 
 def test_the_weights_are_the_checkpoints_rounded_to_the_precision_of_the_run(run_dir: Path) -> None:
-    model, tokenizer, config, path = open_trained(run_dir, CPU, unexpected)
+    model, tokenizer, config, path = load_trained_run(run_dir, CPU, unexpected)
     assert path.name == "step-00000060"
     assert tokenizer.vocab_size == 300
     assert config.train.steps == 60
     assert not model.training
     saved = {name: torch.empty(weight.shape) for name, weight in model.named_parameters()}
-    store.load(path, {"model": saved})
+    load_checkpoint(path, {"model": saved})
     for name, weight in model.named_parameters():
         assert torch.equal(weight, saved[name].bfloat16()), name
 
@@ -58,7 +58,9 @@ def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Transforme
     initialise(untrained, seed=0)
     shares = []
     for candidate in (model, untrained.bfloat16()):
-        text = " ".join("".join(continue_text(candidate, tokenizer, who, Sampling(temperature=0))) for who in WHO)
+        text = " ".join(
+            "".join(continue_text(candidate, tokenizer, who, SamplingOptions(temperature=0))) for who in WHO
+        )
         words = text.replace(".", "").split()
         shares.append(sum(word in LANGUAGE for word in words) / len(words))
     assert shares[0] > 0.5 > 0.1 > shares[1]
@@ -66,7 +68,7 @@ def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Transforme
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(trained: tuple[Transformer, Tokenizer]) -> None:
     texts = [
-        "".join(continue_text(*trained, "the", Sampling(max_new_tokens=30, temperature=1.0, seed=seed)))
+        "".join(continue_text(*trained, "the", SamplingOptions(max_new_tokens=30, temperature=1.0, seed=seed)))
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -79,7 +81,7 @@ def test_an_empty_prompt_starts_after_an_end_of_text_token(
     monkeypatch.setattr(
         "pretrain.inference.sample.generate", lambda _, prompt, **__: prompts.append(prompt) or iter(())
     )
-    assert list(continue_text(*trained, "", Sampling())) == []
+    assert list(continue_text(*trained, "", SamplingOptions())) == []
     assert prompts == [[trained[1].eot_id]]
 
 
@@ -92,7 +94,7 @@ def test_the_context_ends_the_text(trained: tuple[Transformer, Tokenizer], monke
     prompt = "the loop reads a token."
     n = len(tokenizer.encode(prompt))
     for wanted in (5, 64 - n, 1000):
-        list(continue_text(model, tokenizer, prompt, Sampling(max_new_tokens=wanted)))
+        list(continue_text(model, tokenizer, prompt, SamplingOptions(max_new_tokens=wanted)))
     assert asked == [5, 64 - n, 64 - n]
 
 
@@ -100,8 +102,8 @@ def test_a_prompt_that_fills_the_context_is_refused_before_any_text(trained: tup
     with pytest.raises(
         UserError, match=r"the prompt has 64 tokens, which leave no room for more in model\.max_seq_len=64"
     ):
-        continue_text(*trained, "\x00" * 64, Sampling())
-    assert len("".join(continue_text(*trained, "\x00" * 63, Sampling()))) <= 10
+        continue_text(*trained, "\x00" * 64, SamplingOptions())
+    assert len("".join(continue_text(*trained, "\x00" * 63, SamplingOptions()))) <= 10
 
 
 def test_pieces_join_to_the_whole_and_cut_no_character(tiny_data: Path) -> None:
@@ -123,7 +125,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(run_dir: Path, tmp_path: P
     shard = copy / "checkpoints" / "step-00000060" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
     told: list[str] = []
-    *_, path = open_trained(copy, CPU, lambda damaged, problems: told.extend([damaged.name, *problems]))
+    *_, path = load_trained_run(copy, CPU, lambda damaged, problems: told.extend([damaged.name, *problems]))
     assert path.name == "step-00000030"
     assert told[0] == "step-00000060"
     assert "bytes instead of" in told[1]

@@ -14,7 +14,7 @@ import wandb
 import zstandard
 
 from pretrain.config.loading import load
-from pretrain.runs.records import read_events
+from pretrain.runs.jsonl import read_events
 from pretrain.tracking.loggers import WandbLogger
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py

@@ -15,7 +15,8 @@ from data_pipeline.settings import MixtureConfig, PrepareConfig, SourceConfig
 from parallel.engines.torch.engine import TorchEngine
 from pretrain.config.loading import load
 from pretrain.errors import UserError
-from pretrain.runs.records import StepRecord, read_events, read_metrics
+from pretrain.runs.jsonl import read_events, read_metrics
+from pretrain.runs.schema import StepRecord
 from pretrain.setup.batch_schedule import BatchSchedule, check_seq_lens
 from pretrain.train.loop import Outcome
 

@@ -12,7 +12,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
 from pretrain.checkpoint.directory import checkpoint_path
-from pretrain.checkpoint.record import _checksum, read_manifest
+from pretrain.checkpoint.manifest import _checksum, read_manifest
 from pretrain.errors import UserError
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py

@@ -20,11 +20,12 @@ import torch
 from rich.console import Console
 from workers import PROCESSES
 
-from pretrain.checkpoint import store
 from pretrain.cli import main
 from pretrain.errors import Diverged
-from pretrain.runs.records import StepRecord, ValidationRecord, read_events, read_metrics
+from pretrain.runs.jsonl import read_events, read_metrics
+from pretrain.runs.schema import StepRecord, ValidationRecord
 from pretrain.streams import OutputLost, TolerantStream, tolerant_streams
+from pretrain.train import loop
 from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]
@@ -139,7 +140,7 @@ def test_a_report_that_fails_after_an_error_is_not_heard_of(
         raise Diverged("at step 1")
 
     monkeypatch.setattr("pretrain.train.run.write_report", fail)
-    monkeypatch.setattr("pretrain.train.loop.Loop._train", diverge)
+    monkeypatch.setattr("pretrain.train.loop.TrainLoop._train", diverge)
     with pytest.raises(Diverged, match="at step 1") as caught:
         run_tiny(tmp_path, "train.steps=2", "optim.warmup=1")
     assert caught.value.__context__ is None
@@ -292,14 +293,14 @@ class HoldSaves:
     go: Path
 
     def __call__(self) -> None:
-        save = store.save
+        save = loop.save_checkpoint
 
         def held(*given: object) -> Path:
             while not self.go.exists():
                 time.sleep(0.01)
             return save(*given)
 
-        store.save = held
+        loop.save_checkpoint = held
 
 
 CTRL_C = "\x03"

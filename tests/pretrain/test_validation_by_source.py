@@ -15,13 +15,14 @@ from data_pipeline.storage.prepared import open_prepared
 from parallel.world import World
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
-from pretrain.runs.metrics import Meter
-from pretrain.runs.records import ValidationRecord, read_metrics
+from pretrain.runs.jsonl import read_metrics
+from pretrain.runs.schema import ValidationRecord
+from pretrain.runs.throughput import ThroughputMeter
 from pretrain.setup.engine import build_engine
 from pretrain.setup.resolve import resolve_run
 from pretrain.signals import StopRequest
-from pretrain.train.loop import Loop
-from pretrain.train.rank_info import Place
+from pretrain.train.loop import TrainLoop
+from pretrain.train.rank_info import RankInfo
 from pretrain.train.run import open_data
 
 TinyWords = Callable[..., list[str]]
@@ -110,13 +111,13 @@ def validate_on(config: RunConfig) -> ValidationRecord:
 
     world = World(distributed.get_rank(), distributed.get_world_size())
     resolved = resolve_run(config, tokenizer_size=300, world_size=world.size)
-    config, batches, place = resolved.config, resolved.batches, Place(world, resolved.layout)
+    config, batches, place = resolved.config, resolved.batches, RankInfo(world, resolved.layout)
     data = open_data(config.data, config.run.seed, batches)
     records: list[ValidationRecord] = []
     books = SimpleNamespace(log=records.append, display=SimpleNamespace(validation=lambda _: None))
-    meter = Meter(total_tokens=1, peak_flops=None)
+    meter = ThroughputMeter(total_tokens=1, peak_flops=None)
     engine = build_engine(config, place.layout, world.rank)
-    Loop(config, batches, engine, *data, config.run.dir, books, meter, StopRequest(), place)._validate(0)  # type: ignore[arg-type]  # stand-ins
+    TrainLoop(config, batches, engine, *data, config.run.dir, books, meter, StopRequest(), place)._validate(0)  # type: ignore[arg-type]  # stand-ins
     return records[0]
 
 

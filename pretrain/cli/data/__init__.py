@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pretrain.cli.settings_help import CONFIG_HELP, DataCommand
 from pretrain.cli.train import resumable
-from pretrain.streams import output_is_extra
+from pretrain.streams import allow_output_loss
 
 if TYPE_CHECKING:
     from data_pipeline.prepare import StageProgressCallback
@@ -125,7 +125,7 @@ def verify(path: DataPath, external: External = None) -> None:
     from data_pipeline.storage.verify import verify as check
     from pretrain.errors import UserError
 
-    output_is_extra()
+    allow_output_loss()
     console = Console()
     columns = (BarColumn(BAR_WIDTH), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

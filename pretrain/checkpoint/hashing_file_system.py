@@ -1,7 +1,7 @@
-"""A file system for torch.distributed.checkpoint that hashes what it writes, while it writes, and brings it to the disk.
+"""A file system for torch.distributed.checkpoint that hashes and syncs each file while it writes it.
 
-Hashing on the way means that no byte is read back for its checksum. The writer's own `sync_files` is not enough: it syncs `.metadata`
-while the end of it is still in Python's buffer.
+No byte is read back for its checksum. The writer's own `sync_files` is not enough: it syncs `.metadata` while Python still buffers the
+end of the file.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from typing import BinaryIO
 import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from pretrain.checkpoint.record import FileSum
+from pretrain.checkpoint.manifest import FileChecksum
 
 
 class HashingFileSystem(FileSystem):
-    """Files on this machine, with the sums of those written through it."""
+    """The local file system, with the checksums of the files written through it."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, FileSum] = {}
-        """By file name, for every file that was written to its end."""
+        self.checksums: dict[str, FileChecksum] = {}
+        """By file name, of every file that was written completely."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        """Open a file to be written once, from its beginning to its end, without seeking. Raises OSError if it exists."""
+        """Open a new file for sequential writing, without seeking. Raises OSError if it exists."""
         if mode != "wb":
-            raise ValueError(f"{path} is opened with mode {mode!r}; this file system only writes")
+            raise ValueError(f"{path} is opened with mode {mode!r}; this file system writes only new files")
         with Path(path).open("xb") as file, _HashingStream(file) as stream:
             try:
                 yield stream
             except RuntimeError as error:
-                raise _disk_error_behind(error) or error from error
+                raise _os_error_behind(error) or error from error
             stream.close()
-            self.sums[Path(path).name] = FileSum(size=stream.size, xxh3=stream.digest.hexdigest())
+            self.checksums[Path(path).name] = FileChecksum(size=stream.size, xxh3=stream.digest.hexdigest())
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """Rename a file, and its sum with it."""
+        """Rename a file and the key of its checksum."""
         super().rename(path, new_path)
-        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
+        self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
 
 
 class _HashingStream(io.RawIOBase):
-    """Passes writes on to `file` and hashes them on the way; closing it syncs the file."""
+    """Writes to `file` and hashes what it writes. Closing it syncs the file to the disk."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _HashingStream(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]  # its type there is private to typeshed
+    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]  # the base's type is private to typeshed
         self.file.write(data)
         self.digest.update(data)
         written = memoryview(data).nbytes
@@ -74,8 +74,8 @@ class _HashingStream(io.RawIOBase):
             super().close()
 
 
-def _disk_error_behind(error: BaseException | None) -> OSError | None:
-    """torch.save answers a failed write with an error of its own about file positions; what the disk said is in that one's context."""
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    """Return the OSError in the context chain of `error`: torch.save hides it behind a RuntimeError about file positions."""
     while error is not None:
         if isinstance(error, OSError):
             return error

@@ -1,0 +1,127 @@
+"""The records of a run: types of the lines in `metrics.jsonl` and `events.jsonl`.
+
+A number that is not finite is written as null, which every JSON reader accepts, and read back as NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, computed_field
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _null_to_nan(value: object) -> object:
+    return math.nan if value is None else value
+
+
+Number = Annotated[float, BeforeValidator(_null_to_nan)]
+
+
+class RunRecord(BaseModel):
+    """One line of a record file. Unknown keys are ignored: a newer version may have written them."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
+
+    def line(self) -> str:
+        """Return the record as one line of JSON, with its newline. Fields that are None are left out."""
+        return self.model_dump_json(exclude_none=True) + "\n"
+
+
+class StepRecord(RunRecord):
+    """One optimizer step, in `metrics.jsonl`."""
+
+    step: int
+    """Steps done, including this one."""
+    samples: int
+    """Sequences consumed since the start of the run."""
+    tokens: int
+    """Tokens consumed since the start of the run."""
+    loss: Number
+    """Mean cross-entropy of this step's tokens, in nats."""
+    z_loss: Number | None = None
+    """Mean log(Z)^2 times its weight; None when z-loss is off."""
+    lr: Number
+    grad_norm: Number
+    """Global norm before clipping."""
+    tokens_per_s: Number
+    step_s: Number
+    """Seconds this step took, without validation and saving."""
+    mfu: Number | None = None
+    """Fraction of the devices' peak FLOP/s; None when the peak is unknown."""
+    time: float
+    """Unix time at the end of the step."""
+    attempt: int
+    """1 for the first start, plus one for each resume."""
+
+
+class SourceLoss(RunRecord):
+    """Validation loss of one data source."""
+
+    loss: Number
+    """Mean cross-entropy in nats."""
+    tokens: int
+    """Tokens predicted."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return _exp(self.loss)
+
+
+class ValidationRecord(RunRecord):
+    """One validation after `step` steps, in `metrics.jsonl`."""
+
+    step: int
+    val_loss: Number
+    """Mean cross-entropy in nats over all predicted tokens of all sources."""
+    val_tokens: int
+    """Tokens predicted."""
+    by_source: dict[str, SourceLoss] = {}
+    """Loss of each source; their mean, weighted by tokens, is `val_loss`. Empty in files of older versions."""
+    time: float
+
+    @computed_field  # type: ignore[prop-decorator]  # mypy does not support decorated properties (python/mypy#14461)
+    @property
+    def val_perplexity(self) -> float:
+        """exp(val_loss)."""
+        return _exp(self.val_loss)
+
+
+class Event(RunRecord):
+    """Something that happened, in `events.jsonl`.
+
+    Kinds: start, resume, settings, save, skip_checkpoint, skip_data, notice, stop, finish, sample, output_lost, logger_failed.
+    """
+
+    time: float
+    """Unix time."""
+    step: int | None = None
+    """Steps done when it happened; None when no step is known yet."""
+    kind: str
+    text: str
+    """One sentence for people; for a sample, the text that the model generated."""
+    prompt: str | None = None
+    """sample: the prompt."""
+    parameters: int | None = None
+    """start, resume: trainable parameters of the model."""
+    device: str | None = None
+    """start, resume: the device that the run uses."""
+    mfu_statement: str | None = None
+    """start, resume: what the MFU counts and divides by, or why there is none."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Content of a `metrics.jsonl`, sorted by step. Of several records of a step, the last one written counts."""
+
+    steps: list[StepRecord]
+    validations: list[ValidationRecord]
