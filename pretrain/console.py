@@ -52,11 +52,6 @@ def format_disk_size(n_bytes: int) -> str:
     return f"{n_bytes:,} bytes"
 
 
-def plural(count: int, noun: str) -> str:
-    """`1 document`, `2,000 documents`."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
 def print_line(console: Console, text: str | Text, style: str = "") -> None:
     """Print one line without wrapping, markup or highlighting: what it names can be copied from a log."""
     console.print(Text(text) if isinstance(text, str) else text, style=style or None, soft_wrap=True)

@@ -21,7 +21,7 @@ from pretrain.console import format_count
 from pretrain.errors import UserError
 from pretrain.report import render
 from pretrain.report.data_charts import drops, lengths
-from pretrain.report.data_tables import held_out, losses, places, split_rows, stretch_rows
+from pretrain.report.data_tables import held_out_notes, in_place_notes, segment_rows, split_rows, unknown_text_notes
 from pretrain.report.render import text
 from pretrain.report.run_charts import themes
 
@@ -43,7 +43,7 @@ def data_page(description: DataDescription, forecast: Forecast | None) -> str:
     figures = {"lengths": lengths([source for source in sources if source.lengths])}
     if dropping:
         figures["drops"] = drops(dropping)
-    held_out_line, warnings = held_out(description, forecast)
+    held_out_line, warnings = held_out_notes(description, forecast)
     warnings += [format_repeat_warning(source) for source in forecast.heavily_repeated] if forecast else []
     body = [
         render.tiles(_tiles(description)),
@@ -86,8 +86,8 @@ def _splits(description: DataDescription, held_out_line: str) -> str:
         f'<h3>{text(name)}</h3><div class="scroll">{_split(m)}</div>' for name, m in description.splits.items()
     )
     sentences = [
-        *places(description.sources),
-        *losses([part for s in description.sources for part in s.splits.values()]),
+        *in_place_notes(description.sources),
+        *unknown_text_notes([part for s in description.sources for part in s.splits.values()]),
         held_out_line,
     ]
     lines = "".join(f'<p class="note">{text(sentence)}</p>' for sentence in sentences)
@@ -113,7 +113,7 @@ def _forecast(forecast: Forecast) -> str:
 
 def _stretch(stretch: RunSegment) -> str:
     return render.table(
-        ("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), stretch_rows(stretch), total=True
+        ("Source", "Sequences", "Tokens", "Share", "Epochs", "Repeated tokens"), segment_rows(stretch), total=True
     )
 
 

@@ -435,7 +435,7 @@ def test_a_sentencepiece_model_tells_its_changes_and_its_unknown_token(tmp_path:
 def test_inspect_tells_what_is_unknown_and_what_is_changed(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from pretrain.cli.data.description import draw
+    from pretrain.cli.data.description import print_description
     from pretrain.report.data_page import data_page
 
     prepared_with(tmp_path, UNKNOWING["wordlevel"])
@@ -448,7 +448,7 @@ def test_inspect_tells_what_is_unknown_and_what_is_changed(tmp_path: Path) -> No
         "made": "there before",
     }
     out = io.StringIO()
-    draw(description, None, Console(file=out, width=120))
+    print_description(description, None, Console(file=out, width=120))
     sentence = "web: 7 of 15 tokens (46.67%) stand for text that the tokenizer does not know, in 4 documents"
     assert sentence in out.getvalue()
     assert re.search(r"kept, marked: has unknown tokens +4 +80\.00%", out.getvalue())

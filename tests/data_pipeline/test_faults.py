@@ -101,7 +101,7 @@ class TestInterruption:
         assert answer == code
         assert "Traceback" not in said
         if number == signal.SIGINT:
-            assert "stopped; what is finished is kept, and the same command goes on from there" in said
+            assert "stopped; finished work is kept, and the same command resumes from there" in said
         assert len(finished(data)) < long.chunks
         assert not looks_prepared(data)
         prepare_here(data, long.jsonl)

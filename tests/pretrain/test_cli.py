@@ -17,14 +17,14 @@ Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 
 COMMANDS = {
     "demo": "Raw text to trained model in minutes",
-    "train": "Train a model. The same command with the same run directory goes on",
+    "train": "Train a model. The same command with the same run directory resumes",
     "generate": "Continue a text with a trained model",
     "report": "one self-contained page",
     "data": "Turn raw text into token shards",
     "data tokenizer": "Train a tokenizer on `data.sources`",
     "data prepare": "Turn `data.sources` into shards of tokens",
     "data inspect": "Show what a prepared data set holds",
-    "data verify": "hold it against its checksums",
+    "data verify": "compare it with its checksums",
     "config": "Show a config, or the schema",
     "config show": "Print every setting with its value and where the value comes from",
     "config schema": "Print the JSON schema of a config file",
@@ -181,7 +181,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
     monkeypatch.setattr("pretrain.train.run.open_loggers", lambda *_: [Stop()])
 
 
-def test_generate_tells_what_it_passed_over(
+def test_generate_names_the_checkpoint_it_skipped(
     pretrain: Pretrain, tmp_path: Path, run_tiny: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pretrain.train.run.write_report", lambda _: None)
@@ -190,7 +190,7 @@ def test_generate_tells_what_it_passed_over(
     shard.write_bytes(shard.read_bytes()[:-1])
     answer = pretrain("generate", tmp_path / "run", "the")
     assert answer.code == 0
-    assert answer.out.startswith(f"passed over: {shard} has ")
+    assert answer.out.startswith(f"skipped: {shard} has ")
     assert "step-00000003\n" in answer.out
 
 

@@ -24,7 +24,7 @@ from data_pipeline.settings import PrepareConfig
 from data_pipeline.storage.manifest import Recipe, SourceManifest, SplitManifest
 from data_pipeline.storage.prepared import open_prepared
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
-from pretrain.cli.data.description import draw
+from pretrain.cli.data.description import print_description
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 RUN = ("data.seq_len=32", "train.batch_size=4", "train.steps=500")
@@ -181,7 +181,7 @@ def large(tiny_data: Path) -> DataDescription:
 
 def drawn(description: DataDescription, forecast: Forecast | None, width: int) -> str:
     out = io.StringIO()
-    draw(description, forecast, Console(file=out, width=width))
+    print_description(description, forecast, Console(file=out, width=width))
     return out.getvalue()
 
 

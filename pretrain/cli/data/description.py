@@ -1,4 +1,4 @@
-"""A prepared data set on the terminal: tables, bars and samples. Draws what `data_pipeline.inspect` and `forecast` found."""
+"""A prepared data set on the terminal: tables, bars and sample texts of what `pretrain data inspect` found."""
 
 from __future__ import annotations
 
@@ -19,61 +19,50 @@ from data_pipeline.inspect import (
 )
 from data_pipeline.reading.forecast import Forecast, RunSegment, format_repeat_warning
 from data_pipeline.storage.manifest import SplitManifest
-from pretrain.report.data_tables import held_out, losses, places, split_rows, stretch_rows
+from pretrain.console import plain_table, print_heading, print_line
+from pretrain.report.data_tables import (
+    held_out_notes,
+    in_place_notes,
+    segment_rows,
+    split_rows,
+    unknown_text_notes,
+)
 
-BAR = 24
+MAX_BAR_WIDTH = 24
 """Characters of the longest bar."""
 
 
-def draw(description: DataDescription, forecast: Forecast | None, console: Console) -> None:
-    """Everything, the figures first."""
+def print_description(description: DataDescription, forecast: Forecast | None, console: Console) -> None:
+    """Print everything: counts first, then drops, lengths, samples and the recipe."""
     tokenizer = description.tokenizer
-    head = Text.assemble(
-        (str(description.path), "bold"), f"  tokenizer of {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint}"
-    )
-    console.print(head, soft_wrap=True)
-    _line(console, "documents read, dropped and written; tokens with the end-of-text token of each document", "dim")
+    title = f"  tokenizer of {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint}"
+    print_line(console, Text.assemble((str(description.path), "bold"), title))
+    note = "documents read, dropped and written; tokens with the end-of-text token of each document"
+    print_line(console, note, "dim")
     for manifest in description.splits.values():
-        console.print(_split_table(manifest))
-    for sentence in [
-        *places(description.sources),
-        *losses([part for s in description.sources for part in s.splits.values()]),
-    ]:
-        _line(console, sentence)
-    line, warnings = held_out(description, forecast)
-    _line(console, line)
-    for sentence in warnings:
-        _line(console, f"warning: {sentence}", "yellow")
+        console.print(split_table(manifest))
+    manifests = [manifest for source in description.sources for manifest in source.splits.values()]
+    counts, warnings = held_out_notes(description, forecast)
+    for note in (*in_place_notes(description.sources), *unknown_text_notes(manifests), counts):
+        print_line(console, note)
+    for warning in warnings:
+        print_line(console, f"warning: {warning}", "yellow")
     if forecast is not None:
-        _draw_forecast(forecast, console)
-    _draw_drops(description.sources, console)
-    _draw_lengths(description.sources, console)
-    _draw_samples(description, console)
-    _draw_recipe(description, console)
+        print_forecast(forecast, console)
+    print_drops(description.sources, console)
+    print_lengths(description.sources, console)
+    for source in description.sources:
+        for sample in source.samples:
+            print_sample(source.name, sample, description.end_of_text, console)
+        if source.packed is not None:
+            print_packed(source.name, source.packed, description.end_of_text, console)
+    print_recipe(description, console)
 
 
-def _heading(console: Console, title: str, remark: str = "") -> None:
-    console.print()
-    console.print(Text.assemble((title, "bold"), (f"  {remark}" if remark else "", "dim")), soft_wrap=True)
-
-
-def _line(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(text, style), soft_wrap=True)
-
-
-def _table(first: str, *numbers: str) -> Table:
-    """A name and numbers."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column(first, overflow="fold")
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _split_table(manifest: SplitManifest) -> Table:
-    table = _table(
-        f"\n{manifest.split}", "\nread", "\ndropped", "\nwritten", "\ntokens", "\nshare", "bytes/\ntoken", "\nshards"
-    )
+def split_table(manifest: SplitManifest) -> Table:
+    """Return the counts of each source in one split; the last of several rows is their sum."""
+    headings = ("read", "dropped", "written", "tokens", "share", "bytes/\ntoken", "shards")
+    table = plain_table(*(heading if "\n" in heading else f"\n{heading}" for heading in (manifest.split, *headings)))
     table.columns[0].header_style = "bold"
     *rows, last = split_rows(manifest)
     for row in rows:
@@ -82,150 +71,163 @@ def _split_table(manifest: SplitManifest) -> Table:
     return table
 
 
-def _draw_forecast(forecast: Forecast, console: Console) -> None:
-    whole = forecast.run
-    _heading(console, "A run with these settings reads", f"{whole.stop:,} sequences of {forecast.seq_len:,} tokens")
-    table = _table("", "sequences", "tokens", "share", "epochs", "repeated tokens")
-    _add_stretch(table, "the whole run", whole)
+def print_forecast(forecast: Forecast, console: Console) -> None:
+    """Print what a run reads, in all and by stage of the mixture, and warn of sources that it repeats often."""
+    run = forecast.run
+    print_heading(console, "A run with these settings reads", f"{run.stop:,} sequences of {forecast.seq_len:,} tokens")
+    table = plain_table("", "sequences", "tokens", "share", "epochs", "repeated tokens")
+    add_segment(table, "the whole run", run)
     for stage in forecast.stages if len(forecast.stages) > 1 else ():
-        _add_stretch(table, forecast.title(stage), stage)
+        add_segment(table, forecast.title(stage), stage)
     console.print(table)
-    _line(console, f"{forecast.padding:.2%} of the positions are padding (data.packing={forecast.packing})", "dim")
+    note = f"{forecast.padding:.2%} of the positions are padding (data.packing={forecast.packing})"
+    print_line(console, note, "dim")
     for source in forecast.heavily_repeated:
-        _line(console, format_repeat_warning(source), "yellow")
+        print_line(console, format_repeat_warning(source), "yellow")
 
 
-def _add_stretch(table: Table, title: str, stretch: RunSegment) -> None:
+def add_segment(table: Table, title: str, segment: RunSegment) -> None:
+    """Add a part of the run to the table: its title, then a row for each source."""
     table.add_row(Text(title, "dim"))
-    for name, *cells in stretch_rows(stretch):
+    for name, *cells in segment_rows(segment):
         table.add_row(f"  {name}", *cells)
 
 
-def _draw_drops(sources: Iterable[SourceDescription], console: Console) -> None:
-    """Bars on one axis, that of shares of the documents that a source had."""
+def print_drops(sources: Iterable[SourceDescription], console: Console) -> None:
+    """Print dropped and changed documents by reason. A bar is a share of the documents read; all bars have the same scale."""
     shown = [source for source in sources if source.drops or source.changes]
     if not shown:
         return
-    _heading(console, "Dropped documents", "shares of those read")
+    print_heading(console, "Dropped documents", "shares of those read")
     longest = max((count / source.read for source in shown for count in source.drops.values()), default=1.0)
-    table = _table("", "documents", "share", "")
+    table = plain_table("", "documents", "share", "")
     table.columns[3].justify = "left"
     reasons = [
         *(reason for source in shown for reason in source.drops),
-        *(f"kept, {r}" for source in shown for r in source.changes),
+        *(f"kept, {reason}" for source in shown for reason in source.changes),
     ]
-    room = min(BAR, max(8, console.width - max(map(len, reasons)) - 24))
+    width = min(MAX_BAR_WIDTH, max(8, console.width - max(map(len, reasons)) - 24))
     for source in shown:
         table.add_row(Text(source.name, "dim"))
         for reason, count in source.drops.items():
-            table.add_row(
-                Text(f"  {reason}"),
-                f"{count:,}",
-                f"{count / source.read:.2%}",
-                _bar(count / source.read / longest, room),
-            )
+            share = count / source.read
+            table.add_row(Text(f"  {reason}"), f"{count:,}", f"{share:.2%}", draw_bar(share / longest, width))
         for reason, count in source.changes.items():
             table.add_row(Text(f"  kept, {reason}"), f"{count:,}", f"{count / source.read:.2%}", "")
     console.print(table)
-    duplicates = [entry for source in shown for entry in source.duplicates]
-    if duplicates:
-        _heading(console, "Duplicates", "where the document is that was kept")
-        table = _table("dropped from", "", "exact", "near")
-        table.columns[1].header, table.columns[1].justify = "kept in", "left"
-        for entry in duplicates:
-            table.add_row(entry.source, entry.kept_in, f"{entry.exact:,}", f"{entry.near:,}")
-        console.print(table)
+    print_duplicates(shown, console)
 
 
-def _bar(share: float, room: int) -> Text:
-    """A bar in eighths of a character; `room` characters are all."""
-    eighths = max(1, round(8 * room * share)) if share else 0
+def print_duplicates(sources: Iterable[SourceDescription], console: Console) -> None:
+    """Print how many duplicates each source lost, and which source holds the copy that was kept."""
+    duplicates = [entry for source in sources for entry in source.duplicates]
+    if not duplicates:
+        return
+    print_heading(console, "Duplicates", "and the source of the copy that was kept")
+    table = plain_table("dropped from", "kept in", "exact", "near")
+    table.columns[1].justify = "left"
+    for entry in duplicates:
+        table.add_row(entry.source, entry.kept_in, f"{entry.exact:,}", f"{entry.near:,}")
+    console.print(table)
+
+
+def draw_bar(fraction: float, width: int) -> Text:
+    """Return a bar for a fraction of `width` characters, in steps of an eighth of a character."""
+    eighths = max(1, round(8 * width * fraction)) if fraction else 0
     return Text("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), "cyan")
 
 
-def _draw_lengths(sources: Sequence[SourceDescription], console: Console) -> None:
-    """Sources beside each other, as many as fit, with the same rows and the same scale."""
+def print_lengths(sources: Sequence[SourceDescription], console: Console) -> None:
+    """Print a histogram of document lengths for each source, side by side where they fit, with the same rows and scale."""
     sources = [source for source in sources if source.lengths]
     if not sources:
         return
-    _heading(
-        console,
-        "Document lengths in tokens",
-        "bars and first number: share of the source's documents; second: of its tokens",
-    )
+    note = "bars and first number: share of the source's documents; second number: share of its tokens"
+    print_heading(console, "Document lengths in tokens", note)
     lows = sorted({entry.low for source in sources for entry in source.lengths})
     rows = [1 << k for k in range(lows[0].bit_length() - 1, lows[-1].bit_length())]
     longest = max(entry.documents / source.documents for source in sources for entry in source.lengths)
-    first = len(f"{rows[-1]:,} to {2 * rows[-1] - 1:,}") + 2
-    together = max(1, min(len(sources), (console.width - first) // (BAR // 2 + 18)))
-    room = max(BAR // 2, min(BAR, (console.width - first) // together - 18))
-    for start in range(0, len(sources), together):
-        table = _table("")
-        table.columns[0].justify, table.columns[0].no_wrap = "right", True
-        columns = []
-        for source in sources[start : start + together]:
-            table.add_column(source.name, min_width=room, overflow="fold")
-            table.add_column("", justify="right", no_wrap=True)
-            table.add_column("", justify="right", no_wrap=True)
-            columns.append((source, {entry.low: entry for entry in source.lengths}))
-        for low in rows:
-            cells: list[Text | str] = [f"{low:,} to {2 * low - 1:,}" if low > 1 else "1"]
-            for source, entries in columns:
-                entry = entries.get(low)
-                if entry is None or not entry.documents:
-                    cells += ["", "", ""]
-                    continue
-                share = entry.documents / source.documents
-                cells += [_bar(share / longest, room), f"{share:.1%}", f"{entry.tokens / source.tokens:.1%}"]
-            table.add_row(*cells)
-        console.print(table)
+    label_width, numbers_width = len(length_label(rows[-1])) + 2, 18
+    room = console.width - label_width
+    per_table = max(1, min(len(sources), room // (MAX_BAR_WIDTH // 2 + numbers_width)))
+    bar_width = max(MAX_BAR_WIDTH // 2, min(MAX_BAR_WIDTH, room // per_table - numbers_width))
+    for start in range(0, len(sources), per_table):
+        console.print(lengths_table(sources[start : start + per_table], rows, longest, bar_width))
 
 
-def _draw_samples(description: DataDescription, console: Console) -> None:
-    for source in description.sources:
-        for sample in source.samples:
-            _draw_sample(source.name, sample, description.end_of_text, console)
-        if source.packed is not None:
-            _draw_packed(source.name, source.packed, description.end_of_text, console)
+def lengths_table(sources: Sequence[SourceDescription], rows: Sequence[int], longest: float, bar_width: int) -> Table:
+    """Return the histograms of some sources side by side.
+
+    Args:
+        sources: have documents.
+        rows: the least length of each row; a row ends at twice that.
+        longest: share of documents that fills a bar.
+        bar_width: characters of a full bar.
+    """
+    table = plain_table("")
+    table.columns[0].justify, table.columns[0].no_wrap = "right", True
+    for source in sources:
+        table.add_column(source.name, min_width=bar_width, overflow="fold")
+        table.add_column("", justify="right", no_wrap=True)
+        table.add_column("", justify="right", no_wrap=True)
+    entries = [{entry.low: entry for entry in source.lengths} for source in sources]
+    for low in rows:
+        cells: list[Text | str] = [length_label(low)]
+        for source, by_low in zip(sources, entries, strict=True):
+            entry = by_low.get(low)
+            if entry is None or not entry.documents:
+                cells += ["", "", ""]
+                continue
+            share = entry.documents / source.documents
+            cells += [draw_bar(share / longest, bar_width), f"{share:.1%}", f"{entry.tokens / source.tokens:.1%}"]
+        table.add_row(*cells)
+    return table
 
 
-def _draw_sample(name: str, sample: SampleDocument, end: str, console: Console) -> None:
+def length_label(low: int) -> str:
+    """Return the lengths of a bin: `1`, `64 to 127`."""
+    return f"{low:,} to {2 * low - 1:,}" if low > 1 else "1"
+
+
+def print_sample(name: str, sample: SampleDocument, end_of_text: str, console: Console) -> None:
+    """Print the beginning and the end of a document."""
     span = f"document {sample.number:,} of {sample.split}, tokens {sample.start:,} to {sample.stop - 1:,}"
-    _heading(console, name, span)
-    text = _decoded(sample.head, end)
+    print_heading(console, name, span)
+    text = mark_end_of_text(sample.head, end_of_text)
     if sample.tail:
-        text = Text.assemble(text, ("\n[...]\n", "dim"), _decoded(sample.tail, end))
+        text = Text.assemble(text, ("\n[...]\n", "dim"), mark_end_of_text(sample.tail, end_of_text))
     console.print(Padding(text, (0, 0, 0, 2), expand=False))
 
 
-def _draw_packed(name: str, packed: PackedSequence, end: str, console: Console) -> None:
+def print_packed(name: str, packed: PackedSequence, end_of_text: str, console: Console) -> None:
+    """Print the documents of one packed sequence."""
     stop = packed.start + PACKED_TOKENS
-    _heading(
-        console,
-        name,
-        f"how documents meet in a sequence of {PACKED_TOKENS} tokens, here {packed.start:,} to {stop - 1:,}",
-    )
+    note = f"how documents meet in a sequence of {PACKED_TOKENS} tokens, here {packed.start:,} to {stop - 1:,}"
+    print_heading(console, name, note)
     for piece in packed.pieces:
         last = piece.first + piece.count - 1
-        _line(
-            console, f"  document {piece.number:,}, its tokens {piece.first:,} to {last:,} of {piece.length:,}", "dim"
-        )
-        console.print(Padding(_decoded(piece.text, end), (0, 0, 0, 4), expand=False))
+        note = f"  document {piece.number:,}, its tokens {piece.first:,} to {last:,} of {piece.length:,}"
+        print_line(console, note, "dim")
+        console.print(Padding(mark_end_of_text(piece.text, end_of_text), (0, 0, 0, 4), expand=False))
     if packed.padding:
-        _line(console, f"  {packed.padding} tokens of padding", "dim")
+        print_line(console, f"  {packed.padding} tokens of padding", "dim")
 
 
-def _decoded(pieces: DecodedText, end: str) -> Text:
-    """Text with its end-of-text tokens as marks: what a text merely spells looks different, with and without colours."""
-    return Text.assemble(*((f"▌{end}▐", "reverse cyan") if piece is None else piece for piece in pieces))
+def mark_end_of_text(pieces: DecodedText, end_of_text: str) -> Text:
+    """Return decoded text with a mark for each end-of-text token.
+
+    The mark differs from text that spells the token, also without colours.
+    """
+    return Text.assemble(*((f"▌{end_of_text}▐", "reverse cyan") if piece is None else piece for piece in pieces))
 
 
-def _draw_recipe(description: DataDescription, console: Console) -> None:
-    _heading(console, "How it was made", "what differs from the defaults is bold")
+def print_recipe(description: DataDescription, console: Console) -> None:
+    """Print the settings that the data was prepared with."""
+    print_heading(console, "How it was made", "what differs from the defaults is bold")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for section, entries in description.recipe.items():
-        words = [Text(f"{entry.name}: {entry.value}", "bold" if entry.changed else "") for entry in entries]
-        table.add_row(section, Text("\n" if section == "sources" else "; ").join(words))
+        values = [Text(f"{entry.name}: {entry.value}", "bold" if entry.changed else "") for entry in entries]
+        table.add_row(section, Text("\n" if section == "sources" else "; ").join(values))
     console.print(table)
