@@ -22,7 +22,7 @@ SHARED = "shared"
 UPWARD = {("pretrain.config", "pretrain.checkpoint")}
 """Imports against the arrows, which the import contract in pyproject.toml lists as exceptions: they are not drawn."""
 
-WIDTH, HEIGHT, ROOM_WIDTH, ROOM_HEIGHT = 940, 810, 172, 54
+WIDTH, HEIGHT, ROOM_WIDTH, ROOM_HEIGHT = 940, 896, 172, 54
 BATCH, CHECKPOINT = "#1f6feb", "#c2410c"
 
 
@@ -46,14 +46,14 @@ ROOMS = {
     "pretrain.setup": Room(20, 278, "auto values, layout, engine", checkpoint="D"),
     "pretrain.checkpoint": Room(640, 364, "save, verify, load, prune", checkpoint="C"),
     "pretrain.runs": Room(436, 364, "run directory, records"),
-    "pretrain.model": Room(20, 450, "layers, loss, split plan", batch="5"),
-    "pretrain.optim": Room(210, 450, "AdamW, Muon, schedules", batch="6"),
-    "pretrain.estimate": Room(400, 450, "memory, traffic, FLOPs"),
-    "pretrain.config": Room(115, 536, "settings, presets, loading"),
-    SHARED: Room(300, 622, "errors, console, signals, ..."),
-    "parallel": Room(560, 726, "layout, mesh, engine", batch="4", checkpoint="B E"),
-    "data_pipeline": Room(300, 726, "text, shards, batches", batch="1 2"),
-    "launch": Room(760, 726, "starts processes"),
+    "pretrain.optim": Room(20, 450, "AdamW, Muon, schedules", batch="6"),
+    "pretrain.estimate": Room(320, 450, "memory, traffic, FLOPs"),
+    "pretrain.model": Room(115, 536, "layers, loss, architectures", batch="5"),
+    "pretrain.config": Room(115, 622, "settings, presets, loading"),
+    SHARED: Room(300, 708, "errors, console, signals, ..."),
+    "parallel": Room(560, 812, "layout, mesh, engine", batch="4", checkpoint="B E"),
+    "data_pipeline": Room(300, 812, "text, shards, batches", batch="1 2"),
+    "launch": Room(760, 812, "starts processes"),
 }
 
 
@@ -91,7 +91,7 @@ def draw(edges: list[tuple[str, str]]) -> str:
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#57606a"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        '<rect x="6" y="6" width="828" height="686" rx="10" fill="#f6f8fa" stroke="#d0d7de"/>',
+        '<rect x="6" y="6" width="828" height="772" rx="10" fill="#f6f8fa" stroke="#d0d7de"/>',
         '<text x="822" y="30" font-size="14" text-anchor="end" fill="#57606a">pretrain</text>',
         *(arrow(edge, edges) for edge in edges),
         *(box(name, room) for name, room in ROOMS.items()),
@@ -145,9 +145,9 @@ def legend() -> list[str]:
     """Return what the marks mean."""
     entries = (("1", BATCH, "the way of a batch"), ("A", CHECKPOINT, "the way of a checkpoint"))
     return [
-        badge(20, 726 + 26 * i, text, colour) + f'<text x="38" y="{730 + 26 * i}" font-size="13">{meaning}</text>'
+        badge(20, 812 + 26 * i, text, colour) + f'<text x="38" y="{816 + 26 * i}" font-size="13">{meaning}</text>'
         for i, (text, colour, meaning) in enumerate(entries)
-    ] + ['<text x="12" y="783" font-size="13">arrow: imports</text>']
+    ] + ['<text x="12" y="869" font-size="13">arrow: imports</text>']
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from data_pipeline.settings import AUTO, OrAuto, Settings
 from pretrain.config.resume import MayChange
 
-ARCHITECTURE = (
+WEIGHT_SETTINGS = (
+    "architecture",
     "vocab_size",
     "n_layers",
     "d_model",
@@ -69,6 +70,10 @@ class ModelConfig(Settings):
 
     preset: Annotated[str | None, MayChange()] = None
     """A named shape from `configs/models`; every other key of this section overrides it."""
+
+    architecture: str = "llama"
+    """How layers are built: a file of `pretrain/model/architectures`, or a module of your own that Python can import, which
+    defines `SPEC` (docs/extend/architecture.md)."""
 
     vocab_size: OrAuto[Annotated[int, Field(gt=0)]] = AUTO
     """Rows of the embedding. `auto` is the tokenizer's size, rounded up to a multiple of 64."""

@@ -31,17 +31,16 @@ from typing import NamedTuple
 from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.estimate.block_activations import (
-    FP32,
-    NORM_BACKWARD,
-    Tensors,
-    beside_block,
-    kept_by_block,
+    BlockCollectives,
+    activation_sizes,
     kept_by_recomputing_block,
     kept_for_weights,
     kept_when_recomputed,
-    tensors_of,
+    microbatch_tokens,
 )
 from pretrain.estimate.fsdp_units import Units
+from pretrain.model.activation_terms import FP32, NORM_BACKWARD, ActivationSizes, BlockActivations
+from pretrain.model.spec import architecture_of
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 """Per number that is computed with."""
@@ -84,14 +83,14 @@ def moments(
         held: the layers of each stage that it holds.
         n_microbatches: of a step.
     """
-    model, tokens, number = config.model, _tokens(config, layout), COMPUTE_BYTES[config.train.precision]
-    x, keep = tensors_of(config, layout, number), _keep(config)
+    model, tokens, number = config.model, microbatch_tokens(config, layout), COMPUTE_BYTES[config.train.precision]
+    x, keep = activation_sizes(config, layout, number), _keep(config)
+    blocks = _blocks(config, held, x)
     units = Units.of(config, layout, held, n_microbatches, number)
-    waiting = (
-        tokens * kept_for_weights(x) * sum(map(len, held)) * pairs.waiting / len(held)
-    )  # stages have about as many layers each
+    # Stages have about as many layers each.
+    waiting = tokens * sum(kept_for_weights(block) for block in blocks) * pairs.waiting / len(held)
     buffers = _pipeline_buffers(layout, held, model.n_layers, n_microbatches) * tokens * x.stream
-    kept = tokens * _kept(config, layout, held, x) * pairs.begun / len(held) + waiting
+    kept = tokens * _kept(config, held, x, blocks) * pairs.begun / len(held) + waiting
 
     found = {"microbatch begins": units.begin, "step ends": buffers + units.end}
     if layout.pipeline > 1:
@@ -114,10 +113,12 @@ def moments(
 
     kept += units.head_gradient
     recomputes = any(any(recomputing(config, layers)) for layers in held)
-    of_block = tokens * (kept_by_recomputing_block(x, keep) if recomputes else kept_by_block(x))
-    beside = tokens * beside_block(x, units.matrix_gradient / tokens)
+    block = max(blocks, key=lambda block: block.kept)
+    of_block = tokens * (_kept_recomputing(config, x, block) if recomputes else block.kept)
+    beside = tokens * block.backward_peak
     if recomputes:  # all of it is there again, also what is to wait
-        beside += tokens * (kept_when_recomputed(x, keep) - kept_for_weights(x) * (pairs.waiting > 0)) - of_block
+        again = kept_when_recomputed(block, x, keep) - kept_for_weights(block) * (pairs.waiting > 0)
+        beside += tokens * again - of_block
     found["last block"] = kept + units.ahead + beside
     if units.gathers:
         found["last block arrives"] = kept + 2 * units.ahead + tokens * x.stream
@@ -162,22 +163,31 @@ def recomputing(config: RunConfig, layers: range) -> list[bool]:
     return [config.train.recompute != "none" and (layer + 1) % config.train.recompute_every == 0 for layer in layers]
 
 
-def _tokens(config: RunConfig, layout: Layout) -> int:
-    """Of a microbatch, on one context rank."""
-    return config.train.micro_batch_size * config.data.seq_len // layout.context
-
-
 def _keep(config: RunConfig) -> tuple[str, ...]:
     """Words of `recompute_keep`, where they count."""
     return config.train.recompute_keep if config.train.recompute == "selective" else ()
 
 
-def _kept(config: RunConfig, layout: Layout, held: Sequence[range], x: Tensors) -> float:
+def _blocks(config: RunConfig, held: Sequence[range], x: ActivationSizes) -> list[BlockActivations]:
+    """What each block of a rank keeps and has, by its architecture."""
+    terms = architecture_of(config.model).block_activations
+    return [terms(config.model, x, layer) for layers in held for layer in layers]
+
+
+def _kept_recomputing(config: RunConfig, x: ActivationSizes, block: BlockActivations) -> float:
+    collectives = BlockCollectives.of(architecture_of(config.model))
+    return kept_by_recomputing_block(block, x, collectives, _keep(config))
+
+
+def _kept(config: RunConfig, held: Sequence[range], x: ActivationSizes, blocks: Sequence[BlockActivations]) -> float:
     """A token of one microbatch, by all stages of a rank."""
-    plain, recomputed = kept_by_block(x), kept_by_recomputing_block(x, _keep(config))
-    blocks = sum(recomputed if again else plain for layers in held for again in recomputing(config, layers))
+    again = [recomputes for layers in held for recomputes in recomputing(config, layers)]
+    of_blocks = sum(
+        _kept_recomputing(config, x, block) if recomputes else block.kept
+        for block, recomputes in zip(blocks, again, strict=True)
+    )
     outputs = sum(layers.stop < config.model.n_layers for layers in held)
-    return blocks + len(held) * FP32 * config.model.head_dim + outputs * x.stream
+    return of_blocks + len(held) * FP32 * config.model.head_dim + outputs * x.stream
 
 
 def _pipeline_buffers(layout: Layout, held: Sequence[range], n_layers: int, n_microbatches: int) -> int:
@@ -188,7 +198,7 @@ def _pipeline_buffers(layout: Layout, held: Sequence[range], n_layers: int, n_mi
 
 def _logit_bytes(config: RunConfig, layout: Layout, number: int) -> float:
     """Of a chunk, with the fp32 numbers that its softmax is computed in."""
-    logits, chunks = _tokens(config, layout) * config.model.vocab_size / layout.tensor, 1
+    logits, chunks = microbatch_tokens(config, layout) * config.model.vocab_size / layout.tensor, 1
     while chunks < LOSS_CHUNKS and logits / chunks > FEW_LOGITS.get(config.train.device, FEW_LOGITS["cuda"]):
         chunks *= 2
     fp32 = (

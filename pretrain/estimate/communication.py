@@ -11,7 +11,10 @@ from parallel.layout import Layout
 from parallel.pipeline.schedule import rank_of_stage
 from pretrain.config import RunConfig
 from pretrain.estimate.activations import COMPUTE_BYTES, recomputing
-from pretrain.estimate.rank_memory import Holding, Weight, hold, n_microbatches, weights
+from pretrain.estimate.block_activations import BlockCollectives
+from pretrain.estimate.parameters import ModelParameter, model_parameters
+from pretrain.estimate.rank_memory import Holding, hold, n_microbatches
+from pretrain.model.spec import architecture_of
 
 Traffic = dict[str, dict[str, float]]
 """{axis: {operation: bytes that the rank sends in a step}}; the axis `fsdp` is `shard` and `context` together."""
@@ -43,9 +46,10 @@ def _tokens(config: RunConfig, layout: Layout) -> int:
     return n_microbatches(config, layout) * config.train.micro_batch_size * config.data.seq_len // layout.context
 
 
-def _weights(config: RunConfig, layout: Layout, rank: int) -> list[Weight]:
+def _parameters(config: RunConfig, layout: Layout, rank: int) -> list[ModelParameter]:
+    """Those of all stages of a rank."""
     held = hold(config, layout, rank)
-    return [weight for layers in held.layers for weight in weights(config.model, layers, layout)]
+    return [each for layers in held.layers for each in model_parameters(config.model, layers, layout.tensor)]
 
 
 def _fsdp(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
@@ -56,9 +60,9 @@ def _fsdp(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     Gradients are reduced once a microbatch, under `zero=1` and in a pipeline once a step.
     """
     micro, number = n_microbatches(config, layout), COMPUTE_BYTES[config.train.precision]
-    held = _weights(config, layout, rank)
-    whole = sum(weight.elements(layout) for weight in held)
-    at_end = sum(weight.elements(layout) for weight in held if _is_used_at_end(weight, config))
+    held = _parameters(config, layout, rank)
+    whole = sum(parameter.elements(layout) for parameter in held)
+    at_end = sum(parameter.elements(layout) for parameter in held if _is_used_at_end(parameter, config))
     forward = backward = _ring(layout.fsdp) * number
     if layout.reshard_to is not None:
         backward = _ring(layout.reshard_to) * number
@@ -72,9 +76,9 @@ def _fsdp(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     return {"all-gather": gathered, "reduce-scatter": _ring(layout.fsdp) * FP32 * whole * reductions}
 
 
-def _is_used_at_end(weight: Weight, config: RunConfig) -> bool:
+def _is_used_at_end(parameter: ModelParameter, config: RunConfig) -> bool:
     """Final norm and output projection stay gathered between the forward and the backward pass of a microbatch."""
-    return not weight.name.startswith("model.layers.") and (weight.kind != "embedding" or config.model.tie_embeddings)
+    return parameter.layer is None and (parameter.spec.kind != "embedding" or config.model.tie_embeddings)
 
 
 def _replicate(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
@@ -100,18 +104,23 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     once = _ring(t) * COMPUTE_BYTES[train.precision] * _tokens(config, layout) * model.d_model
     again = _gathering_again(config, held)
     statistics = 3 * 2 * _ring(t) * FP32 * _tokens(config, layout) * is_last
-    ways = 2 * layers  # attention and MLP
+    block = BlockCollectives.of(architecture_of(model))
+    both_ways = (
+        block.gathers + block.reductions
+    ) * layers  # the gradient of a gather is a reduction, and the other way round
+    # The last reduction of a block is not done again: nothing needs its result.
+    gathers_again, reductions_again = block.gathers * again, (block.reductions - 1) * again
     if not layout.sequence:
-        return {"all-reduce": 2 * once * (2 * ways + again + is_first + is_last) + statistics}
+        return {"all-reduce": 2 * once * (both_ways + reductions_again + is_first + is_last) + statistics}
     micro = n_microbatches(config, layout)
     at_once = layout.zero == 1 or layout.pipeline > 1
     reduced = (
         FP32 if at_once and micro > 1 else COMPUTE_BYTES[train.precision] * micro
     )  # just before FSDP2 reduces them further
-    summed = sum(weight.elements(layout) for weight in _weights(config, layout, rank) if weight.split is None)
+    summed = sum(each.elements(layout) for each in _parameters(config, layout, rank) if each.tensor_dim is None)
     return {
-        "all-gather": once * (2 * ways + 2 * again + is_first + is_last),
-        "reduce-scatter": once * (2 * ways + again + is_first + is_last),
+        "all-gather": once * (both_ways + gathers_again + is_first + is_last),
+        "reduce-scatter": once * (both_ways + reductions_again + is_first + is_last),
         "all-reduce": statistics + 2 * _ring(t) * reduced * summed,
     }
 
@@ -153,5 +162,5 @@ def _pipeline(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     split = layout.tensor if layout.sequence else 1
     sent = cuts * _tokens(config, layout) * model.d_model * COMPUTE_BYTES[config.train.precision] / split
     if model.tie_embeddings and rank_of_stage(0, layout) != rank_of_stage(ends - 1, layout):
-        sent += FP32 * held.parameters["embedding"]
+        sent += FP32 * held.parameters.get("embedding", 0)
     return {"send": sent}

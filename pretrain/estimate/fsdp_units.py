@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from parallel.layout import Layout
+from parallel.tensor_styles import shares_heads
 from pretrain.config import RunConfig
-from pretrain.estimate.block_activations import FP32
+from pretrain.estimate.parameters import model_parameters
+from pretrain.model.activation_terms import FP32
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,7 @@ class Units:
     """Numbers on a tensor rank, before fsdp ranks share them out; of the ends of the model 0 where they are on another rank."""
 
     block: float
-    matrix: float
-    """Of the MLP's three."""
+    """The matrices of its largest block."""
     head: float
     embedding: float
     """0 where it is the projection too."""
@@ -40,12 +42,10 @@ class Units:
         """Of a rank that holds these layers."""
         model, one_stage = config.model, layout.pipeline == 1
         first, last = any(layers.start == 0 for layers in held), any(layers.stop == model.n_layers for layers in held)
-        heads = 2 * model.n_heads + 2 * max(layout.tensor, model.n_kv_heads)
         rows = model.vocab_size * model.d_model / layout.tensor
         tied = first and last and model.tie_embeddings
         return cls(
-            block=model.d_model * (heads * model.head_dim + 3 * model.d_ff) / layout.tensor,
-            matrix=model.d_model * model.d_ff / layout.tensor,
+            block=max(_matrices(config, layer, layout) for layers in held for layer in layers),
             head=rows * last,
             embedding=rows * (first and not tied),
             tied=tied,
@@ -56,11 +56,6 @@ class Units:
             gathers=layout.fsdp > 1 and one_stage and layout.zero == 3,
             reduces_each=n_microbatches > 1 and one_stage and layout.zero > 1,
         )
-
-    @property
-    def matrix_gradient(self) -> float:
-        """Bytes of a matrix's gradient, which waits for the end of its block's backward pass."""
-        return self.number * self.matrix * (self.fsdp > 0)
 
     @property
     def head_gradient(self) -> float:
@@ -104,3 +99,17 @@ class Units:
             0 if self.sums_whole or self.fsdp == 1 else self.number
         )  # FSDP2 lets go of the last gradient late; added up it is a gradient
         return self.number * min(self.head, self.embedding) + largest * (FP32 + own + self._out)
+
+
+def _matrices(config: RunConfig, layer: int, layout: Layout) -> float:
+    """Numbers of a layer's matrices that a tensor rank computes with."""
+    found, heads = 0, config.model.n_kv_heads
+    for parameter in model_parameters(config.model, range(layer, layer + 1), layout.tensor):
+        if parameter.layer is not None and len(parameter.shape) > 1:
+            count = math.prod(parameter.shape)
+            if shares_heads(parameter.style, tensor=layout.tensor, kv_heads=heads):
+                count = count * layout.tensor // heads  # one head of them a rank
+            elif parameter.tensor_dim is None:
+                count *= layout.tensor
+            found += count
+    return found / layout.tensor

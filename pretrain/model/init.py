@@ -6,7 +6,6 @@ nobody needs more memory than the box and one tile a thread. Draws are made on t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -17,20 +16,18 @@ import torch
 from torch import Tensor
 
 from pretrain.config import ModelConfig
+from pretrain.model.spec import architecture_of
 from pretrain.model.transformer import Transformer
 
 ROWS, COLUMNS = 64, 1024
 """Of a tile. Fixed: other numbers are other weights. 256 KB are drawn in 0.5 ms, beside which opening the stream is nothing, and 64 rows
 are few where 128 ranks share out the rows of a matrix: what a rank draws in vain is at most a tile at each edge of its box."""
 
-_INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
-
 
 def initialise(model: Transformer, seed: int) -> None:
     """Draw all weights of a model, or of some layers of one, in place.
 
-    Matrices are normal with `init_std`, those that write to the residual stream divided by sqrt(2 * n_layers) (GPT-2);
-    norms are 1, biases 0.
+    The architecture's spec says how each begins: constant, or normal with some standard deviation.
     """
     for name, parameter in model.named_parameters():
         fill(name, parameter.detach(), (0,) * parameter.ndim, tuple(parameter.shape), model.config, seed)
@@ -51,10 +48,11 @@ def fill(
 
     Draws on as many threads as torch computes with.
     """
-    if len(shape) == 1:
-        local.fill_(0.0 if name.endswith("bias") else 1.0)
+    _, spec = architecture_of(config).find(name)
+    if spec.initial.std is None:
+        local.fill_(spec.initial.constant)
         return
-    std = config.init_std / math.sqrt(2 * config.n_layers) if name.endswith(_INTO_RESIDUAL) else config.init_std
+    std = spec.initial.std(config)
     key = int.from_bytes(blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
 
     def write(tile: _Tile) -> None:

@@ -1,11 +1,13 @@
-"""The decoder: embedding, pre-norm blocks, final norm, output projection. Modules and parameters carry Hugging Face names.
+"""What all architectures share: embedding, blocks, final norm, output projection, loss. Names are Hugging Face's.
+
+An architecture is a subclass that builds its blocks, and a spec (`pretrain.model.spec`); see `pretrain.model.architectures.llama`.
 
 Shape suffixes: B batch, S sequence, D model width, V vocabulary, T tokens (B*S).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -13,50 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import AUTO, ModelConfig
-from pretrain.model.attention import Attention, DocumentMask, document_mask
-from pretrain.model.kv_cache import KVCache, LayerCache
+from pretrain.model.attention import DocumentMask, document_mask
+from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import LinearLoss, LossSum, linear_cross_entropy, softmax_gradient_
-from pretrain.model.mlp import MLP
 from pretrain.model.norm import RMSNorm
-from pretrain.model.rope import Rope, rope_tables
-
-TP_PLAN = {
-    "model.embed_tokens": "vocab_parallel_embedding",
-    "model.layers.*.input_layernorm": "sequence_parallel",
-    "model.layers.*.self_attn": "gather_sequence",
-    "model.layers.*.self_attn.q_proj": "colwise",
-    "model.layers.*.self_attn.k_proj": "kv_colwise",
-    "model.layers.*.self_attn.v_proj": "kv_colwise",
-    "model.layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-    "model.layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-    "model.layers.*.self_attn.o_proj": "rowwise",
-    "model.layers.*.post_attention_layernorm": "sequence_parallel",
-    "model.layers.*.mlp": "gather_sequence",
-    "model.layers.*.mlp.gate_proj": "colwise",
-    "model.layers.*.mlp.up_proj": "colwise",
-    "model.layers.*.mlp.down_proj": "rowwise",
-    "model.norm": "sequence_parallel",
-    "lm_head": "vocab_parallel_head",
-}
-"""How tensor parallelism may split the model: what each module does with its weight and its input. `parallel.tensor` knows the words.
-`model.layers.*` is what pipelines cut between, and what is recomputed, compiled and sharded as one."""
-
-
-class Block(nn.Module):
-    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config.d_model, config.d_ff)
-        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
-
-    def forward(self, x_BSD: Tensor, rope: Rope, mask: DocumentMask, cache: LayerCache | None = None) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, mask, cache)
-        out_BSD: Tensor = x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
-        return out_BSD
+from pretrain.model.rope import rope_tables
+from pretrain.model.spec import architecture_of
 
 
 class Decoder(nn.Module):
@@ -65,13 +29,13 @@ class Decoder(nn.Module):
     A stage of a pipeline holds some of the layers, under the names that they have in the whole model.
     """
 
-    def __init__(self, config: ModelConfig, layers: range):
+    def __init__(self, config: ModelConfig, layers: range, build_block: Callable[[int], nn.Module]):
         super().__init__()
         first, last = layers.start == 0, layers.stop == config.n_layers
         self.embed_tokens = (
             nn.Embedding(config.vocab_size, config.d_model) if first or (last and config.tie_embeddings) else None
         )
-        self.layers = nn.ModuleDict({str(i): Block(config) for i in layers})
+        self.layers = nn.ModuleDict({str(i): build_block(i) for i in layers})
         self.norm = RMSNorm(config.d_model, config.norm_eps) if last else None
 
 
@@ -91,18 +55,28 @@ class Transformer(nn.Module):
         self.config = config
         self.attention = attention
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.n_layers
-        self.model = Decoder(config, layers)
+        self.model = Decoder(config, layers, self.build_block)
         untied = self.is_last and not config.tie_embeddings
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False) if untied else None
         self.linear_loss: LinearLoss = linear_cross_entropy
         self.compiled = False
-        self.tp_plan = TP_PLAN
+        self.tp_plan = architecture_of(config).tp_plan
         self.tied_parameter = "model.embed_tokens.weight" if config.tie_embeddings else None
 
+    @classmethod
+    def parameter_shapes(cls, config: ModelConfig, layers: range) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of each parameter of these layers, from a model without memory."""
+        with torch.device("meta"):
+            return {name: tuple(p.shape) for name, p in cls(config, layers=layers).named_parameters()}
+
+    def build_block(self, layer: int) -> nn.Module:
+        """The block of that layer, called as (x [B, S, D], rope, mask, cache) -> [B, S, D]. Each architecture defines it."""
+        raise NotImplementedError
+
     @property
-    def layers(self) -> list[Block]:
+    def layers(self) -> list[nn.Module]:
         """The blocks that are here, in order."""
-        return [layer for layer in self.model.layers.values() if isinstance(layer, Block)]
+        return list(self.model.layers.values())
 
     @property
     def fsdp_units(self) -> list[nn.Module]:
@@ -127,7 +101,7 @@ class Transformer(nn.Module):
         self.compiled = True
         for layer in self.layers:
             # Not the call, whose hooks are not of this part.
-            layer.forward = torch.compile(layer.forward, dynamic=False)  # type: ignore[method-assign]
+            layer.forward = torch.compile(layer.forward, dynamic=False)
         if self.model.norm is not None:
             self.model.norm.compile(dynamic=False)
         self.linear_loss = partial(self.linear_loss, softmax=torch.compile(softmax_gradient_, dynamic=False))

@@ -11,7 +11,8 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Muon, Optimizer
 
 from pretrain.config import OptimConfig
-from pretrain.optim.groups import Group, group_parameters
+from pretrain.model.spec import ArchitectureSpec
+from pretrain.optim.groups import ParameterGroup, group_parameters
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Optimizers:
                     yield optimizer, name, parameter
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig) -> Optimizers:
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig, architecture: ArchitectureSpec
+) -> Optimizers:
     """The optimizers of `config.kind`, at the peak learning rate until `set_lr` is called.
 
     AdamW is torch's fused kernel, on CPU and CUDA. Muon is torch's, with Nesterov momentum and five Newton-Schulz steps in bf16, for
@@ -59,8 +62,8 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: O
     (arXiv:2502.16982, section 2.2).
     A parameter without gradient keeps its value and its state, step counter included.
     """
-    groups = group_parameters(named_parameters)
-    by_muon = [group for group in groups if config.kind == "muon" and group.name == "matrices"]
+    groups = group_parameters(named_parameters, architecture)
+    by_muon = [group for group in groups if config.kind == "muon" and group.spec.muon]
     by_adamw = [group for group in groups if group not in by_muon]
     parts: list[Optimizer] = []
     if by_adamw:
@@ -79,13 +82,13 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: O
     return Optimizers(tuple(parts))
 
 
-def _torch_groups(groups: list[Group], peak_lr: float, weight_decay: float) -> list[dict[str, object]]:
+def _torch_groups(groups: list[ParameterGroup], peak_lr: float, weight_decay: float) -> list[dict[str, object]]:
     return [
         {
             "params": list(group.parameters.items()),
             "lr": peak_lr,
             "peak_lr": peak_lr,
-            "weight_decay": weight_decay if group.decays else 0.0,
+            "weight_decay": weight_decay if group.spec.decays else 0.0,
         }
         for group in groups
     ]

@@ -13,8 +13,9 @@ from parallel.engines.torch.build import build_engine as build
 from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
 from pretrain.config import ModelConfig, RunConfig
-from pretrain.estimate.rank_memory import end_costs
+from pretrain.estimate.flops import pipeline_end_costs
 from pretrain.model.init import fill
+from pretrain.model.spec import architecture_of
 from pretrain.model.transformer import Transformer
 from pretrain.optim.build import build_optimizer
 
@@ -24,8 +25,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def build_model(config: ModelConfig, attention: str, device: torch.device) -> Transformer:
     """A model on `device` without values: shapes first, memory second, numbers last (`initialise`, or a checkpoint)."""
     with torch.device("meta"):
-        model = Transformer(config, attention)
+        model = _build(config, attention, range(config.n_layers))
     return model.to_empty(device=device)
+
+
+def _build(config: ModelConfig, attention: str, layers: range) -> Transformer:
+    """These layers as the architecture builds them, on the device of the `torch.device` context."""
+    model = architecture_of(config).model
+    assert issubclass(model, Transformer)
+    return model(config, attention, layers)
 
 
 def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) -> TorchEngine:  # noqa: B008
@@ -52,14 +60,14 @@ def _allow_compilations(config: RunConfig) -> None:
 def build_model_spec(config: RunConfig) -> ModelSpec:
     """The model that the config describes."""
     model = config.model
-    first_cost, last_cost = end_costs(model)
+    first_cost, last_cost = pipeline_end_costs(model)
     return ModelSpec(
         n_layers=model.n_layers,
         d_model=model.d_model,
-        build=lambda layers: Transformer(model, config.train.attention, layers),
+        build=partial(_build, model, config.train.attention),
         init_shard=partial(fill, config=model, seed=config.run.seed),
         forward_step=partial(forward_step, config=config),
-        build_optimizer=partial(build_optimizer, config=config.optim),
+        build_optimizer=partial(build_optimizer, config=config.optim, architecture=architecture_of(model)),
         first_cost=first_cost,
         last_cost=last_cost,
     )

@@ -16,7 +16,8 @@ from parallel.pipeline.runner import describe_pipeline
 from pretrain.config import AUTO, RunConfig, flatten, on_resume
 from pretrain.config.loading import validate
 from pretrain.errors import UserError
-from pretrain.estimate.rank_memory import Holding, end_costs, fullest, hold
+from pretrain.estimate.flops import pipeline_end_costs
+from pretrain.estimate.rank_memory import Holding, fullest, hold
 from pretrain.optim import schedule
 from pretrain.setup import auto_layout
 from pretrain.setup.batch_schedule import BatchSchedule, check_seq_lens
@@ -95,7 +96,7 @@ class ResolvedRun:
         """The stages of the pipeline and how long its ranks wait, in one sentence; empty without a pipeline."""
         if self.layout.pipeline == 1:
             return ""
-        first, last = end_costs(self.config.model)
+        first, last = pipeline_end_costs(self.config.model)
         n_microbatches = self.batches.microbatch_counts(self.layout.data)[""]
         return describe_pipeline(
             self.layout, self.config.model.n_layers, n_microbatches, first_cost=first, last_cost=last

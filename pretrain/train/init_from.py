@@ -25,7 +25,7 @@ from pretrain.checkpoint.object_collectives import on_rank_zero
 from pretrain.checkpoint.verify import verify_on_all_ranks
 from pretrain.config import Ancestor, RunConfig, flatten
 from pretrain.config.loading import split_init_from, validate
-from pretrain.config.model import ARCHITECTURE
+from pretrain.config.model import WEIGHT_SETTINGS
 from pretrain.errors import UserError
 from pretrain.optim.schedule import lr_scale
 
@@ -126,7 +126,7 @@ def check_init_checkpoint(parent: InitCheckpoint, config: RunConfig, tokenizer: 
     """UserError where `config` cannot go on from this checkpoint, in one line with what differs and the way out."""
     named = f"run.init_from={parent.told}"
     theirs, ours = parent.config.model, config.model
-    differ = [name for name in ARCHITECTURE if getattr(theirs, name) != getattr(ours, name)]
+    differ = [name for name in WEIGHT_SETTINGS if getattr(theirs, name) != getattr(ours, name)]
     if differ:
         told = "; ".join(
             f"model.{name} is {getattr(theirs, name)} there and {getattr(ours, name)} here" for name in differ

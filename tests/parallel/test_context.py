@@ -19,9 +19,9 @@ from parallel.errors import LayoutError
 from parallel.layout import Layout
 from pretrain.config import ModelConfig
 from pretrain.model import kernels
+from pretrain.model.architectures.llama import Llama
 from pretrain.model.attention import attention, document_mask
 from pretrain.model.init import initialise
-from pretrain.model.transformer import Transformer
 
 B, R, K = 2, 32, 8
 LENGTHS = ((5, 1, 13, 3, 10), (32,))
@@ -183,7 +183,7 @@ def microbatch(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> Microbatch:
     return Microbatch(ids[:, :-1], labels, positions, documents, n_targets=B * (R - 4))
 
 
-def loss_and_gradients(model: Transformer, batch: Microbatch) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(model: Llama, batch: Microbatch) -> tuple[float, dict[str, Tensor]]:
     span = () if batch.local_tokens is None else (batch.local_tokens.ranges, batch.local_tokens.full_rows)
     mask = model.document_mask(batch.document_ids, batch.positions, *span)
     total = model.loss(batch.input_ids, batch.labels, mask, z_loss=0.01).total / batch.n_targets
@@ -191,8 +191,8 @@ def loss_and_gradients(model: Transformer, batch: Microbatch) -> tuple[float, di
     return float(total.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def model_of(config: ModelConfig, kernel: str) -> Transformer:
-    model = Transformer(config, kernel)
+def model_of(config: ModelConfig, kernel: str) -> Llama:
+    model = Llama(config, kernel)
     initialise(model, 0)
     return model
 

@@ -16,8 +16,8 @@ from parallel.layout import Layout
 from parallel.local import local_shard
 from parallel.mesh import build_mesh, data_mesh
 from pretrain.config import ModelConfig
+from pretrain.model.architectures.llama import Llama
 from pretrain.model.init import ROWS, fill, initialise
-from pretrain.model.transformer import Transformer
 
 # No number of rows is a multiple of the ranks that share them out; the shards of some norms are empty; matrices are of several tiles.
 UNEVEN = ModelConfig(
@@ -37,7 +37,7 @@ def started(layout: Layout, naive: bool = False) -> tuple[dict[str, Tensor], int
     """The whole weights of a model that each rank filled its part of, and how many parts were empty."""
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
-        model = Transformer(UNEVEN)
+        model = Llama(UNEVEN)
     if layout.tensor > 1:
         tensor.apply_tensor_parallel(model, mesh["tensor"], model.tp_plan, sequence=False, replicate_kv=True)
     for module in (*model.layers, model):
@@ -56,7 +56,7 @@ def started(layout: Layout, naive: bool = False) -> tuple[dict[str, Tensor], int
 
 
 def whole() -> dict[str, Tensor]:
-    model = Transformer(UNEVEN)
+    model = Llama(UNEVEN)
     initialise(model, 5)
     return dict(model.named_parameters())
 

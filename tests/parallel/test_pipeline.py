@@ -28,9 +28,9 @@ from parallel.pipeline.runner import (
 )
 from parallel.pipeline.schedule import assign_layers, stages_of_rank
 from pretrain.config import ModelConfig
+from pretrain.model.architectures.llama import Llama
 from pretrain.model.init import initialise
 from pretrain.model.loss import LossSum as Sums
-from pretrain.model.transformer import Transformer
 
 V, S, D = 64, 12, 16
 Z_LOSS, LR = 1e-3, 0.1
@@ -49,7 +49,7 @@ class Result:
 
 
 def forward_step(part: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Tensor | MicrobatchLoss:
-    assert isinstance(part, Transformer)
+    assert isinstance(part, Llama)
     mask = part.document_mask(microbatch.document_ids, microbatch.positions)
     x = microbatch.input_ids if received is None else received
     return part.loss(x, microbatch.labels, mask, z_loss=Z_LOSS) if part.is_last else part(x, mask)
@@ -84,9 +84,9 @@ def scale_of(batch: list[Microbatch]) -> Tensor:
     return torch.tensor(1 / sum(microbatch.n_targets for microbatch in batch))
 
 
-def part_of(config: ModelConfig, layers: range) -> Transformer:
+def part_of(config: ModelConfig, layers: range) -> Llama:
     """With the weights of the whole model."""
-    whole, part = Transformer(config), Transformer(config, layers=layers)
+    whole, part = Llama(config), Llama(config, layers=layers)
     initialise(whole, seed=0)
     part.load_state_dict({name: value for name, value in whole.state_dict().items() if name in part.state_dict()})
     return part

@@ -22,9 +22,10 @@ from parallel.layout import Layout
 from parallel.local import local_shard
 from parallel.mesh import build_mesh, data_mesh
 from pretrain.config import ModelConfig
+from pretrain.estimate.parameters import model_parameters
+from pretrain.model.architectures.llama import SPEC, Llama
 from pretrain.model.init import fill, initialise
 from pretrain.model.loss import softmax_gradient_
-from pretrain.model.transformer import TP_PLAN, Transformer
 
 TINY = ModelConfig(
     vocab_size=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32, init_std=0.2
@@ -41,7 +42,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], labels, (torch.arange(16) >= 7).long().expand(2, 16)
 
 
-def loss_and_gradients(model: Transformer) -> tuple[float, Gradients]:
+def loss_and_gradients(model: Llama) -> tuple[float, Gradients]:
     ids, labels, documents = batch()
     positions = torch.cat((torch.arange(7), torch.arange(9))).expand(2, 16)
     sums = model.loss(ids, labels, model.document_mask(documents, positions), 1e-3)
@@ -50,17 +51,17 @@ def loss_and_gradients(model: Transformer) -> tuple[float, Gradients]:
 
 
 def alone(config: ModelConfig) -> tuple[float, Gradients]:
-    model = Transformer(config)
+    model = Llama(config)
     initialise(model, 3)
     return loss_and_gradients(model)
 
 
-def split_model(config: ModelConfig, sequence: bool, compiled: bool = False) -> Transformer:
+def split_model(config: ModelConfig, sequence: bool, compiled: bool = False) -> Llama:
     """As the engine builds it: shapes, split, compiled, sharded by FSDP2 (over one rank), memory, values."""
     layout = Layout(tensor=torch.distributed.get_world_size())
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Llama(config)
     tensor.apply_tensor_parallel(model, mesh["tensor"], model.tp_plan, sequence=sequence, replicate_kv=True)
     if compiled:
         compiled_by = {"backend": "aot_eager", "fullgraph": True}
@@ -144,7 +145,7 @@ def test_a_broken_plan_is_seen(workers: WorkerPool, broken: str) -> None:
 
 def collectives(n_layers: int, sequence: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Collectives of the (forward, backward) pass, by name; of a model with values, without FSDP2."""
-    model = Transformer(TINY.model_copy(update={"n_layers": n_layers}))
+    model = Llama(TINY.model_copy(update={"n_layers": n_layers}))
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
     tensor.apply_tensor_parallel(model, mesh, model.tp_plan, sequence=sequence, replicate_kv=False)
     ids, labels, documents = batch()
@@ -184,17 +185,17 @@ def test_around_the_blocks_are_one_sum_of_the_embedding_one_gather_of_the_loss_a
 def refusals() -> list[str]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
     cases: list[tuple[dict[str, object], dict[str, str]]] = [
-        ({}, {**TP_PLAN, "lm_head": "diagonal"}),
-        ({}, {**TP_PLAN, "model.layers.*.mlp.middle_proj": "colwise"}),
-        ({}, {name: word for name, word in TP_PLAN.items() if name != "model.layers.*.mlp.up_proj"}),
-        ({"n_kv_heads": 1}, TP_PLAN),
-        ({"d_ff": 33}, TP_PLAN),
-        ({"qkv_bias": True}, {**TP_PLAN, "model.layers.*.self_attn.q_proj": "rowwise"}),
+        ({}, {**SPEC.tp_plan, "lm_head": "diagonal"}),
+        ({}, {**SPEC.tp_plan, "model.layers.*.mlp.middle_proj": "colwise"}),
+        ({}, {name: word for name, word in SPEC.tp_plan.items() if name != "model.layers.*.mlp.up_proj"}),
+        ({"n_kv_heads": 1}, SPEC.tp_plan),
+        ({"d_ff": 33}, SPEC.tp_plan),
+        ({"qkv_bias": True}, {**SPEC.tp_plan, "model.layers.*.self_attn.q_proj": "rowwise"}),
     ]
     said = []
     for changes, plan in cases:
         with torch.device("meta"):
-            model = Transformer(TINY.model_copy(update=changes))
+            model = Llama(TINY.model_copy(update=changes))
         with pytest.raises(ValueError, match=r"\w") as error:
             tensor.apply_tensor_parallel(model, mesh, plan, sequence=True, replicate_kv=False)
         said.append(str(error.value))
@@ -234,13 +235,16 @@ def test_asynchronous_tensor_parallelism_tells_the_compiler_of_the_group(workers
 
 def whole_weights() -> None:
     """Values given before the split stay: each rank keeps its part of its own."""
-    whole = Transformer(TINY)
+    whole = Llama(TINY)
     initialise(whole, 3)
-    model = Transformer(TINY)
+    model = Llama(TINY)
     initialise(model, 3)
     tensor.apply_tensor_parallel(model, init_device_mesh("cpu", (2,)), model.tp_plan, sequence=True, replicate_kv=False)
+    estimated = {each.name: each.tensor_dim for each in model_parameters(TINY, range(TINY.n_layers), tensor=2)}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
+        placement = parameter.placements[0]
+        assert estimated[name] == (placement.dim if isinstance(placement, Shard) else None)
         assert torch.equal(parameter.full_tensor(), whole.get_parameter(name))
         assert (
             parameter.to_local().numel() * (2 if isinstance(parameter.placements[0], Shard) else 1) == parameter.numel()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from parallel.pipeline.zero_bubble import ZeroBubbleBackward
 from parallel.recompute import apply_recompute
 from pretrain.config import ModelConfig
+from pretrain.model.architectures.llama import Llama
 from pretrain.model.init import initialise
-from pretrain.model.transformer import Transformer
 
 V, S = 64, 24
 CONFIG = ModelConfig(
@@ -19,13 +19,13 @@ CONFIG = ModelConfig(
 LINEAR = {f"{module}_proj.weight" for module in "qkvo"} | {f"{module}_proj.weight" for module in ("gate", "up", "down")}
 
 
-def model() -> Transformer:
-    made = Transformer(CONFIG)
+def model() -> Llama:
+    made = Llama(CONFIG)
     initialise(made, seed=0)
     return made
 
 
-def first_pass(made: Transformer, microbatch: int = 0) -> float:
+def first_pass(made: Llama, microbatch: int = 0) -> float:
     ids = torch.randint(V, (2, S + 1), generator=torch.Generator().manual_seed(microbatch))
     positions = torch.arange(S).expand(2, S)
     loss = made.loss(ids[:, :-1], ids[:, 1:], made.document_mask(torch.zeros_like(positions), positions)).total

@@ -10,9 +10,10 @@ from parallel.simulate.memory import ACTIVATIONS
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.estimate import activations
-from pretrain.estimate import block_activations as blocks
-from pretrain.estimate.block_activations import Tensors, tensors_of
+from pretrain.estimate.block_activations import activation_sizes
 from pretrain.estimate.rank_memory import hold
+from pretrain.model import activation_terms
+from pretrain.model.activation_terms import ActivationSizes
 from pretrain.setup.dry_run import Measured, measure, shortened
 from pretrain.setup.resolve import resolve_for_cluster
 
@@ -66,7 +67,7 @@ CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
 """(processes, rank, settings)."""
 
 WITHIN = 0.05
-Layer = Callable[[Tensors], Tensors]
+Layer = Callable[[ActivationSizes], ActivationSizes]
 
 
 def planned(case: str) -> tuple[RunConfig, Layout, int]:
@@ -106,7 +107,7 @@ def test_without_one_of_its_terms_the_estimate_misses(
     term: str, measured: Callable[[str], Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, forget = FORGOTTEN[term]
-    monkeypatch.setattr(activations, "tensors_of", lambda *given: forget(tensors_of(*given)))
+    monkeypatch.setattr(activations, "activation_sizes", lambda *given: forget(activation_sizes(*given)))
     assert hold(*planned(case)).activation_bytes < (1 - WITHIN) * measured(case).peak_by_kind[ACTIVATIONS]
 
 
@@ -121,7 +122,8 @@ def test_without_what_waits_for_the_weight_pass_the_estimate_misses(
 def test_without_the_gradients_at_work_the_estimate_misses(
     case: str, measured: Callable[[str], Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "beside_block", lambda *_: 0.0)
+    blocks = activations._blocks
+    monkeypatch.setattr(activations, "_blocks", lambda *given: [replace(b, backward_peak=0.0) for b in blocks(*given)])
     monkeypatch.setattr(activations, "NORM_BACKWARD", 0)
-    assert blocks.NORM_BACKWARD == 5
+    assert activation_terms.NORM_BACKWARD == 5
     assert hold(*planned(case)).activation_bytes < (1 - WITHIN) * measured(case).peak_by_kind[ACTIVATIONS]

@@ -11,7 +11,7 @@ import yaml
 import configs
 from pretrain.config import AUTO, RunConfig, Settings, flatten, on_resume, prepares, walk
 from pretrain.config.loading import dump, load, load_words, presets, validate
-from pretrain.config.model import ARCHITECTURE, ModelConfig
+from pretrain.config.model import WEIGHT_SETTINGS, ModelConfig
 from pretrain.errors import UserError
 
 CONFIGS = Path(configs.__file__).parent
@@ -206,7 +206,7 @@ def test_every_setting_says_whether_it_may_differ_on_resume() -> None:
     }
     never = {
         *(f"run.{name}" for name in ("seed", "init_from", "init_mode", "ancestry")),
-        *(f"model.{name}" for name in ARCHITECTURE),
+        *(f"model.{name}" for name in WEIGHT_SETTINGS),
         *(f"model.{name}" for name in ("norm_eps", "sliding_window", "document_mask", "init_std")),
         *(key for key in keys if key.startswith("model.rope.")),
         *("data.seq_len", "data.packing"),
@@ -223,8 +223,8 @@ def test_every_setting_says_whether_it_may_differ_on_resume() -> None:
 
 def test_every_field_of_the_model_is_one_that_weights_are_made_for_or_not() -> None:
     others = {"preset", "max_seq_len", "norm_eps", "sliding_window", "document_mask", "init_std", "rope"}
-    assert set(ARCHITECTURE) | others == set(ModelConfig.model_fields)
-    assert not set(ARCHITECTURE) & others
+    assert set(WEIGHT_SETTINGS) | others == set(ModelConfig.model_fields)
+    assert not set(WEIGHT_SETTINGS) & others
 
 
 def test_a_loaded_config_cannot_be_changed() -> None:

@@ -5,22 +5,22 @@ import torch
 
 from pretrain.config import ModelConfig, RopeConfig
 from pretrain.inference.generate import generate, next_token_logits, sample
+from pretrain.model.architectures.llama import Llama
 from pretrain.model.init import initialise
 from pretrain.model.kv_cache import KVCache
-from pretrain.model.transformer import Transformer
 
 V = 50
 TINY = ModelConfig(vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=40, init_std=0.3)
 PROMPT = [3, 14, 15, 9, 2, 6]
 
 
-def model_of(config: ModelConfig = TINY) -> Transformer:
-    model = Transformer(config)
+def model_of(config: ModelConfig = TINY) -> Llama:
+    model = Llama(config)
     initialise(model, seed=0)
     return model
 
 
-def logits_without_cache(model: Transformer, ids: list[int]) -> torch.Tensor:
+def logits_without_cache(model: Llama, ids: list[int]) -> torch.Tensor:
     row = torch.tensor([ids])
     mask = model.document_mask(torch.zeros_like(row), torch.arange(len(ids))[None])
     with torch.no_grad():

@@ -9,8 +9,8 @@ import torch
 
 from pretrain.config import ModelConfig
 from pretrain.model import init
+from pretrain.model.architectures.llama import Llama
 from pretrain.model.init import COLUMNS, ROWS, fill, initialise
-from pretrain.model.transformer import Transformer
 
 CONFIG = ModelConfig(
     vocab_size=3 * ROWS + 10,
@@ -28,7 +28,7 @@ NAME, SHAPE = "model.layers.1.mlp.gate_proj.weight", (3 * ROWS + 10, 2 * COLUMNS
 
 def weights(config: ModelConfig = CONFIG, seed: int = 7, *, meta: bool = False) -> dict[str, torch.Tensor]:
     with torch.device("meta" if meta else "cpu"):
-        model = Transformer(config)
+        model = Llama(config)
     if meta:
         model.to_empty(device="cpu")
     initialise(model, seed)
@@ -56,7 +56,7 @@ def test_a_deeper_model_keeps_the_weights_it_shares() -> None:
 
 def test_the_layers_of_a_stage_get_the_weights_that_they_have_in_the_whole_model() -> None:
     whole = weights()
-    stage = Transformer(CONFIG, layers=range(1, 2))
+    stage = Llama(CONFIG, layers=range(1, 2))
     initialise(stage, 7)
     assert len(stage.state_dict()) > 10
     assert all(torch.equal(value, whole[name]) for name, value in stage.state_dict().items())
@@ -129,16 +129,16 @@ def test_no_two_matrices_layers_tiles_or_seeds_share_numbers() -> None:
 
 
 def test_bf16_weights_are_the_fp32_ones_rounded() -> None:
-    model = Transformer(CONFIG).bfloat16()
+    model = Llama(CONFIG).bfloat16()
     initialise(model, 7)
     assert all(torch.equal(value, weights()[name].bfloat16()) for name, value in list(model.state_dict().items())[:3])
 
 
 def test_a_model_fresh_from_meta_computes_what_one_built_on_cpu_does() -> None:
     with torch.device("meta"):
-        materialised = Transformer(CONFIG)
+        materialised = Llama(CONFIG)
     materialised.to_empty(device="cpu")
-    built = Transformer(CONFIG)
+    built = Llama(CONFIG)
     for model in (materialised, built):
         initialise(model, 7)
     ids = torch.arange(20)[None]

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from pretrain.config import ModelConfig, RopeConfig
+from pretrain.model.architectures.llama import Llama
 from pretrain.model.attention import document_mask
 from pretrain.model.init import initialise
-from pretrain.model.transformer import Transformer
 
 V, S = 64, 32
 LENGTHS = (9, 1, 22)
@@ -20,8 +20,8 @@ CONFIGS = {
 }
 
 
-def model_of(config: ModelConfig, kernel: str = "sdpa") -> Transformer:
-    model = Transformer(config, kernel)
+def model_of(config: ModelConfig, kernel: str = "sdpa") -> Llama:
+    model = Llama(config, kernel)
     initialise(model, seed=0)
     return model
 
@@ -36,11 +36,11 @@ def packed_row() -> tuple[Tensor, Tensor]:
     return ids, torch.cat([torch.arange(n) for n in LENGTHS])[None]
 
 
-def gradients_of(model: Transformer) -> dict[str, Tensor]:
+def gradients_of(model: Llama) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def add_loss(model: Transformer, ids: Tensor, labels: Tensor, documents: Tensor, positions: Tensor) -> float:
+def add_loss(model: Llama, ids: Tensor, labels: Tensor, documents: Tensor, positions: Tensor) -> float:
     sums = model.loss(ids, labels, model.document_mask(documents, positions), z_loss=0.01)
     sums.total.backward()  # type: ignore[no-untyped-call]  # torch does not type backward()
     return sums.total.item()
@@ -121,7 +121,7 @@ def test_a_block_traces_without_a_graph_break_forward_and_backward(kernel: str, 
 
 def test_a_model_on_meta_takes_no_memory_and_traces_shapes() -> None:
     with torch.device("meta"):
-        model = Transformer(TINY)
+        model = Llama(TINY)
         ids = torch.zeros(2, S, dtype=torch.long)
         zeros, positions = torch.zeros_like(ids, device="cpu"), torch.arange(S, device="cpu").expand(2, S)
     assert all(p.is_meta for p in model.parameters())
@@ -131,7 +131,7 @@ def test_a_model_on_meta_takes_no_memory_and_traces_shapes() -> None:
 
 def test_a_config_that_still_says_auto_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.vocab_size=auto"):
-        Transformer(ModelConfig())
+        Llama(ModelConfig())
 
 
 def test_tied_embeddings_are_one_parameter_that_learns_from_both_ends() -> None:

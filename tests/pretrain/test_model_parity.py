@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from pretrain.config import ModelConfig, RopeConfig
+from pretrain.model.architectures.llama import Llama
 from pretrain.model.attention import document_mask
-from pretrain.model.transformer import Transformer
 
 B, S, V = 2, 24, 96
 SHAPE = ModelConfig(
@@ -90,7 +90,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], labels
 
 
-def outcome_of_ours(model: Transformer, kernel: str = "sdpa") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def outcome_of_ours(model: Llama, kernel: str = "sdpa") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(logits, summed cross-entropy, gradients)."""
     ids, labels = batch()
     mask = document_mask(torch.zeros_like(ids), torch.arange(S).expand(B, S), kernel, model.config)
@@ -108,9 +108,9 @@ def outcome_of_theirs(model: PreTrainedModel) -> tuple[Tensor, Tensor, dict[str,
     return logits, loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def ours_with_weights_of(theirs: PreTrainedModel, changes: dict[str, object]) -> Transformer:
+def ours_with_weights_of(theirs: PreTrainedModel, changes: dict[str, object]) -> Llama:
     with torch.device("meta"):
-        model = Transformer(SHAPE.model_copy(update=changes))
+        model = Llama(SHAPE.model_copy(update=changes))
     model.to_empty(device="cpu")
     model.load_state_dict({name: p.detach().clone() for name, p in theirs.named_parameters()}, strict=True)
     return model
@@ -119,7 +119,7 @@ def ours_with_weights_of(theirs: PreTrainedModel, changes: dict[str, object]) ->
 @pytest.mark.parametrize("name", CASES)
 def test_parameters_are_called_as_in_transformers_and_have_their_shapes(name: str) -> None:
     this = case(name)
-    ours = Transformer(SHAPE.model_copy(update=this.ours))
+    ours = Llama(SHAPE.model_copy(update=this.ours))
     theirs = {n: p.shape for n, p in this.theirs.named_parameters()}
     assert {n: p.shape for n, p in ours.named_parameters()} == theirs
     assert set(ours.state_dict()) == set(theirs)

@@ -5,6 +5,8 @@ import torch
 from torch.nn import Parameter
 
 from pretrain.config import OptimConfig
+from pretrain.errors import UserError
+from pretrain.model.architectures.llama import SPEC as LLAMA
 from pretrain.optim.build import build_optimizer
 from pretrain.optim.groups import group_parameters
 
@@ -40,7 +42,10 @@ def train(weights, optimizer, steps):
 
 
 def test_every_parameter_is_in_the_group_of_its_name_and_shape():
-    groups = {group.name: (group.decays, list(group.parameters)) for group in group_parameters(parameters().items())}
+    groups = {
+        group.spec.name: (group.spec.decays, list(group.parameters))
+        for group in group_parameters(parameters().items(), LLAMA)
+    }
     assert groups == {
         "matrices": (True, MATRICES),
         "head": (True, ["lm_head.weight"]),
@@ -50,15 +55,15 @@ def test_every_parameter_is_in_the_group_of_its_name_and_shape():
 
 
 def test_an_unknown_matrix_is_refused():
-    with pytest.raises(ValueError, match=r"no parameter group for vision\.patch\.weight of shape \[2, 3\]"):
-        group_parameters([("vision.patch.weight", torch.zeros(2, 3))])
+    with pytest.raises(UserError, match=r"llama: SPEC\.modules has no row for the parameter vision\.patch\.weight"):
+        group_parameters([("vision.patch.weight", torch.zeros(2, 3))], LLAMA)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_decay_shrinks_the_matrices_by_lr_times_decay_and_leaves_the_rest_bitwise(kind):
     weights = parameters()
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    optimizer = build_optimizer(weights.items(), OptimConfig(kind=kind, lr=0.01, weight_decay=0.5))
+    optimizer = build_optimizer(weights.items(), OptimConfig(kind=kind, lr=0.01, weight_decay=0.5), LLAMA)
     for weight in weights.values():
         weight.grad = torch.zeros_like(weight)  # so that decay is all that moves a weight
     optimizer.set_lr(0.5)
@@ -103,7 +108,7 @@ def test_fused_adamw_is_the_fp64_reference_to_2e_6_after_20_steps():
     weights = parameters()
     reference = adamw_reference(weights, range(1, 21), config)
     uncorrected = adamw_reference(weights, range(1, 21), config, bias_correction=False)
-    optimizer = build_optimizer(weights.items(), config)
+    optimizer = build_optimizer(weights.items(), config, LLAMA)
     assert all(group["fused"] for group in optimizer.parts[0].param_groups)
     train(weights, optimizer, range(1, 21))
     assert largest_error(weights, reference) < 2e-6
@@ -135,7 +140,7 @@ def distance(a, b):
 def test_muon_steps_by_a_nearly_orthogonal_matrix_times_the_shape_adjusted_lr():
     config = OptimConfig(kind="muon", lr=0.02, muon_momentum=0.9, weight_decay=0.0)
     weights = parameters()
-    optimizer = build_optimizer(weights.items(), config)
+    optimizer = build_optimizer(weights.items(), config, LLAMA)
     gradients = {name: [] for name in MATRICES}
     for step in range(1, 4):
         set_gradients(weights, step)
@@ -157,7 +162,7 @@ def test_muon_steps_by_a_nearly_orthogonal_matrix_times_the_shape_adjusted_lr():
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
-    state = build_optimizer(parameters().items(), OptimConfig(kind="muon")).state()
+    state = build_optimizer(parameters().items(), OptimConfig(kind="muon"), LLAMA).state()
     for name in SHAPES:
         assert set(state[name]) == ({"momentum_buffer"} if name in MATRICES else {"step", "exp_avg", "exp_avg_sq"})
 
@@ -165,7 +170,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_state_is_there_before_the_first_step_and_is_the_one_the_steps_use(kind):
     weights = parameters()
-    optimizer = build_optimizer(weights.items(), OptimConfig(kind=kind))
+    optimizer = build_optimizer(weights.items(), OptimConfig(kind=kind), LLAMA)
     state = optimizer.state()
     assert set(state) == set(SHAPES)
     assert all(
@@ -185,7 +190,7 @@ def resume(kind, *, lose_step_counter):
     """Six steps with a stop after three; the continuation starts from copies of the weights and the state alone."""
     config = OptimConfig(kind=kind, lr=0.01)
     weights = parameters()
-    optimizer = build_optimizer(weights.items(), config)
+    optimizer = build_optimizer(weights.items(), config, LLAMA)
     train(weights, optimizer, range(1, 4))
     saved = {
         name: {slot: tensor.clone() for slot, tensor in slots.items()} for name, slots in optimizer.state().items()
@@ -197,7 +202,7 @@ def resume(kind, *, lose_step_counter):
         for slots in saved.values():
             if "step" in slots:
                 slots["step"].zero_()
-    continued = build_optimizer(resumed.items(), config)
+    continued = build_optimizer(resumed.items(), config, LLAMA)
     for name, slots in continued.state().items():
         for slot, tensor in slots.items():
             tensor.copy_(saved[name][slot])
@@ -219,7 +224,7 @@ def test_a_resumed_optimizer_without_its_step_counter_does_not(kind):
 
 def test_a_parameter_without_gradient_keeps_value_and_state():
     weights = parameters()
-    optimizer = build_optimizer(weights.items(), OptimConfig())
+    optimizer = build_optimizer(weights.items(), OptimConfig(), LLAMA)
     set_gradients(weights, 1)
     frozen = weights["model.norm.weight"]
     frozen.grad = None

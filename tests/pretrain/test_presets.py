@@ -9,7 +9,7 @@ import yaml
 import configs
 from pretrain.config import AUTO, ModelConfig
 from pretrain.estimate.flops import count_parameters, flops_per_token, parameter_count
-from pretrain.model.transformer import Transformer
+from pretrain.model.architectures.llama import Llama
 
 PRESETS = {file.stem: file for file in sorted((Path(configs.__file__).parent / "models").glob("*.yaml"))}
 PUBLISHED = {
@@ -27,7 +27,7 @@ def preset(name: str, **changes: object) -> ModelConfig:
 
 def built(config: ModelConfig) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
+        return sum(p.numel() for p in Llama(config).parameters())
 
 
 def test_the_presets_are_these() -> None:
@@ -81,13 +81,13 @@ def test_the_formula_counts_what_is_built(changes: dict[str, object]) -> None:
     config = preset("tiny", vocab_size=256, **changes)
     assert parameter_count(config) == built(config)
     with torch.device("meta"):
-        model = Transformer(config)
-    counts = count_parameters(config)
+        model = Llama(config)
+    counts = count_parameters(config).by_kind
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    assert counts.norms == sum(n for name, n in sizes.items() if "norm" in name)
-    assert counts.biases == sum(n for name, n in sizes.items() if name.endswith("bias"))
-    assert counts.mlp == sum(n for name, n in sizes.items() if ".mlp." in name)
-    assert counts.matmul == model.output_weight.numel() + sum(
+    assert counts["norms"] == sum(n for name, n in sizes.items() if "norm" in name)
+    assert counts.get("biases", 0) == sum(n for name, n in sizes.items() if name.endswith("bias"))
+    assert counts["mlp"] == sum(n for name, n in sizes.items() if ".mlp." in name)
+    assert count_parameters(config).matmul == model.output_weight.numel() + sum(
         n for name, n in sizes.items() if name.endswith("proj.weight")
     )
 

@@ -12,9 +12,10 @@ from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.estimate.activations import most_pairs
 from pretrain.estimate.communication import traffic
-from pretrain.estimate.flops import parameter_count
-from pretrain.estimate.rank_memory import Weight, end_costs, fullest, hold, layers_of_stages, weights
-from pretrain.model.transformer import TP_PLAN, Transformer
+from pretrain.estimate.flops import parameter_count, pipeline_end_costs
+from pretrain.estimate.parameters import ModelParameter, model_parameters
+from pretrain.estimate.rank_memory import fullest, hold, layers_of_stages
+from pretrain.model.architectures.llama import SPEC, Llama
 from pretrain.setup.engine import build_model_spec
 from pretrain.setup.resolve import resolve_for_cluster
 
@@ -40,24 +41,25 @@ def planned(world_size: int, *words: str) -> tuple[RunConfig, Layout]:
     "more", [(), ("model.tie_embeddings=true",), ("model.qk_norm=true", "model.qkv_bias=true")], ids=str
 )
 @pytest.mark.parametrize("layers", [range(6), range(2), range(2, 4), range(4, 6)], ids=str)
-def test_the_weights_are_those_of_the_model_and_split_as_its_plan_says(more: tuple[str, ...], layers: range) -> None:
+def test_the_parameters_are_those_of_the_model_and_split_as_its_plan_says(more: tuple[str, ...], layers: range) -> None:
     model = load(None, [*TINY, *more]).config.model
     with torch.device("meta"):
-        built = {name: tuple(p.shape) for name, p in Transformer(model, layers=layers).named_parameters()}
-    found = list(weights(model, layers, Layout(tensor=2)))
-    assert {weight.name: weight.shape for weight in found} == built
-    for weight in found:
-        name = weight.name.rpartition(".")[0]
+        built = {name: tuple(p.shape) for name, p in Llama(model, layers=layers).named_parameters()}
+    found = model_parameters(model, layers, tensor=2)
+    assert {parameter.name: parameter.shape for parameter in found} == built
+    for parameter in found:
+        name = parameter.name.rpartition(".")[0]
         pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        assert weight.split == SPLIT_DIMENSION.get(TP_PLAN[pattern])
+        assert parameter.tensor_dim == SPLIT_DIMENSION.get(SPEC.tp_plan[pattern])
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 5, 16])
 @pytest.mark.parametrize("rows", [1, 7, 16, 17])
 def test_rows_are_shared_out_as_torch_chunks_them(rows: int, ranks: int) -> None:
-    weight, layout = Weight("model.norm.weight", (rows, 2), None), Layout(shard=ranks)
+    style, spec = SPEC.find("model.norm.weight")
+    parameter, layout = ModelParameter("model.norm.weight", (rows, 2), spec, style), Layout(shard=ranks)
     chunks = [len(chunk) * 2 for chunk in torch.chunk(torch.empty(rows), ranks)]
-    assert [weight.elements(layout, rank) for rank in range(ranks)] == chunks + [0] * (ranks - len(chunks))
+    assert [parameter.elements(layout, rank) for rank in range(ranks)] == chunks + [0] * (ranks - len(chunks))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_the_fullest_rank_is_found_among_all() -> None:
 def test_stages_are_cut_where_the_engine_cuts_them() -> None:
     config, layout = planned(2, *TINY, "data.seq_len=48", "parallel.pipeline=2")
     spec = build_model_spec(config)
-    assert end_costs(config.model) == (spec.first_cost, spec.last_cost)
+    assert pipeline_end_costs(config.model) == (spec.first_cost, spec.last_cost)
     assert [len(layers) for layers in layers_of_stages(config, layout)] == [3, 3]
 
 

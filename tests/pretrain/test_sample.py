@@ -11,8 +11,8 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint.load import load_checkpoint
 from pretrain.errors import UserError
 from pretrain.inference.sample import SamplingOptions, _pieces, continue_text, load_trained_run
+from pretrain.model.architectures.llama import Llama
 from pretrain.model.init import initialise
-from pretrain.model.transformer import Transformer
 from pretrain.train.loop import Outcome
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def run_dir(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def trained(run_dir: Path) -> tuple[Transformer, Tokenizer]:
+def trained(run_dir: Path) -> tuple[Llama, Tokenizer]:
     return load_trained_run(run_dir, CPU, unexpected)[:2]
 
 
@@ -51,10 +51,10 @@ def test_the_weights_are_the_checkpoints_rounded_to_the_precision_of_the_run(run
         assert torch.equal(weight, saved[name].bfloat16()), name
 
 
-def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Transformer, Tokenizer]) -> None:
+def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Llama, Tokenizer]) -> None:
     """Half of its words at least, after 60 steps; of what the same model wrote before them, hardly any."""
     model, tokenizer = trained
-    untrained = Transformer(model.config)
+    untrained = Llama(model.config)
     initialise(untrained, seed=0)
     shares = []
     for candidate in (model, untrained.bfloat16()):
@@ -66,7 +66,7 @@ def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Transforme
     assert shares[0] > 0.5 > 0.1 > shares[1]
 
 
-def test_the_same_seed_gives_the_same_text_and_another_one_another(trained: tuple[Transformer, Tokenizer]) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_one_another(trained: tuple[Llama, Tokenizer]) -> None:
     texts = [
         "".join(continue_text(*trained, "the", SamplingOptions(max_new_tokens=30, temperature=1.0, seed=seed)))
         for seed in (1, 1, 2)
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(trained: tupl
 
 
 def test_an_empty_prompt_starts_after_an_end_of_text_token(
-    trained: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Llama, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[list[int]] = []
     monkeypatch.setattr(
@@ -85,7 +85,7 @@ def test_an_empty_prompt_starts_after_an_end_of_text_token(
     assert prompts == [[trained[1].eot_id]]
 
 
-def test_the_context_ends_the_text(trained: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_context_ends_the_text(trained: tuple[Llama, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = trained
     asked: list[int] = []
     monkeypatch.setattr(
@@ -98,7 +98,7 @@ def test_the_context_ends_the_text(trained: tuple[Transformer, Tokenizer], monke
     assert asked == [5, 64 - n, 64 - n]
 
 
-def test_a_prompt_that_fills_the_context_is_refused_before_any_text(trained: tuple[Transformer, Tokenizer]) -> None:
+def test_a_prompt_that_fills_the_context_is_refused_before_any_text(trained: tuple[Llama, Tokenizer]) -> None:
     with pytest.raises(
         UserError, match=r"the prompt has 64 tokens, which leave no room for more in model\.max_seq_len=64"
     ):

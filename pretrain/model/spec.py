@@ -1,0 +1,201 @@
+"""What an architecture is, said in one object that the rest of the program reads. Imports no torch.
+
+`model.architecture` names a module: a file of `pretrain.model.architectures`, or any module that Python can import. The module
+defines `SPEC`. The model class builds the layers; a table says of each module how tensor parallelism splits it, and of each of its
+parameters the initial values, the optimizer group and how many of the tokens it multiplies. Shapes are not written down a second time:
+they are read from the model, built on the meta device. docs/extend/architecture.md writes a new architecture step by step.
+"""
+
+from __future__ import annotations
+
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol
+
+from pretrain.config import ModelConfig
+from pretrain.errors import UserError
+from pretrain.model.activation_terms import ActivationSizes, BlockActivations
+
+
+@dataclass(frozen=True)
+class InitialValues:
+    """How a parameter begins: normal with a standard deviation, or constant."""
+
+    std: Callable[[ModelConfig], float] | None = None
+    constant: float = 0.0
+    """Used where there is no `std`."""
+
+
+NORMAL = InitialValues(lambda config: config.init_std)
+RESIDUAL = InitialValues(lambda config: config.init_std / math.sqrt(2 * config.n_layers))
+"""For matrices that write into the residual stream, as in GPT-2."""
+ONES, ZEROS = InitialValues(constant=1.0), InitialValues(constant=0.0)
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """Parameters that the optimizer treats alike."""
+
+    name: str
+    decays: bool
+    """Whether weight decay applies."""
+    muon: bool = False
+    """Whether `optim.kind=muon` updates them by Muon; AdamW updates the others."""
+
+
+MATRICES = OptimizerGroup("matrices", decays=True, muon=True)
+HEAD = OptimizerGroup("head", decays=True)
+EMBEDDINGS = OptimizerGroup("embeddings", decays=False)
+VECTORS = OptimizerGroup("vectors", decays=False)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What is true of a parameter beside its name and shape."""
+
+    kind: str
+    """What reports count it as: `embedding`, `attention`, `mlp`, `norms`, `biases`, `head`, or a kind of the architecture's own."""
+    initial: InitialValues
+    group: OptimizerGroup
+    products: float = 0.0
+    """Share of the tokens that its matrix multiplies: 1 for a linear layer, 0 for a lookup or a norm, top_k / n_experts for experts."""
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """A row of an architecture's table: a module, by a pattern of its name."""
+
+    style: str
+    """How tensor parallelism splits it: a word of `parallel.tensor_styles`."""
+    parameters: Mapping[str, ParameterSpec] = field(default_factory=dict)
+    """The module's own parameters, by their names in it; rows may name some that a config leaves out."""
+
+
+def linear(
+    style: str, kind: str, initial: InitialValues = NORMAL, group: OptimizerGroup = MATRICES, products: float = 1.0
+) -> ModuleSpec:
+    """The row of a linear layer, with or without a bias."""
+    return ModuleSpec(
+        style,
+        {
+            "weight": ParameterSpec(kind, initial, group, products),
+            "bias": ParameterSpec("biases", ZEROS, VECTORS),
+        },
+    )
+
+
+def norm(style: str) -> ModuleSpec:
+    """The row of a norm."""
+    return ModuleSpec(style, {"weight": ParameterSpec("norms", ONES, VECTORS)})
+
+
+def embedding(style: str) -> ModuleSpec:
+    """The row of the token embedding; where it is the output projection too, `estimate.flops` counts its product."""
+    return ModuleSpec(style, {"weight": ParameterSpec("embedding", NORMAL, EMBEDDINGS)})
+
+
+class ModelClass(Protocol):
+    """What the spec needs of `pretrain.model.transformer.Transformer`, which this module does not import."""
+
+    @classmethod
+    def parameter_shapes(cls, config: ModelConfig, layers: range) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of the parameters of these layers, and of the ends of the model that go with them."""
+
+
+def causal_attention_flops(config: ModelConfig, seq_len: int, causal: bool) -> float:
+    """FLOPs of a token, forward and backward, in the two products of attention, in sequences of `seq_len` tokens.
+
+    12 * n_layers * (n_heads * head_dim) * keys, where a token sees seq_len / 2 keys on average; fewer under a sliding window, and all
+    `seq_len` without `causal`.
+    """
+    window = min(config.sliding_window or seq_len, seq_len)
+    seen = window - window * window / (2 * seq_len)
+    return 12 * config.n_layers * config.n_heads * config.head_dim * (seen if causal else seq_len)
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec:
+    """One architecture. What a layer is may depend on its number: `Transformer.build_block` and `block_activations` are given it."""
+
+    model: type[ModelClass]
+    """A subclass of `Transformer`, called with (config, attention, layers)."""
+    modules: Mapping[str, ModuleSpec]
+    """Pattern of module names -> row; `*` stands for one name, such as a layer's number. Every parameter needs a row."""
+    block_activations: Callable[[ModelConfig, ActivationSizes, int], BlockActivations]
+    """(config, sizes, layer) -> what that block keeps of a token for its backward pass."""
+    attention_flops: Callable[[ModelConfig, int, bool], float] = causal_attention_flops
+    """(config, seq_len, causal) -> FLOPs of a token that no parameter takes part in, of all layers, forward and backward."""
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        """Pattern of module names -> style, as `parallel.tensor` takes it."""
+        return {pattern: row.style for pattern, row in self.modules.items()}
+
+    def find(self, name: str) -> tuple[str, ParameterSpec]:
+        """(tensor-parallel style, spec) of the parameter of that canonical name. Raises UserError where the table has no row for it."""
+        pattern, _, own_name = ".".join("*" if part.isdigit() else part for part in name.split(".")).rpartition(".")
+        row = self.modules.get(pattern)
+        if row is None or own_name not in row.parameters:
+            raise UserError(
+                f"{self.source}: SPEC.modules has no row for the parameter {name}: "
+                f"add {own_name!r} to the row {pattern!r}, which says how it is split, initialised and updated"
+            )
+        return row.style, row.parameters[own_name]
+
+    def count(self, style: str) -> int:
+        """Modules of a block that have this style."""
+        return sum(row.style == style for pattern, row in self.modules.items() if pattern.startswith(LAYERS))
+
+    @property
+    def source(self) -> str:
+        """Name of the module that defines the model."""
+        return self.model.__module__
+
+
+ARCHITECTURES = "pretrain.model.architectures"
+"""Package of those that come with the program. Found by name: it imports this module."""
+
+LAYERS = "model.layers."
+"""What the names of all parameters of blocks begin with; then comes the number of the layer. Pipelines cut between layers; a layer is
+what recomputes, is compiled and is gathered as one."""
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a parameter belongs to; None for those of the ends of the model."""
+    return int(name.removeprefix(LAYERS).partition(".")[0]) if name.startswith(LAYERS) else None
+
+
+def architecture_of(config: ModelConfig) -> ArchitectureSpec:
+    """The spec of `model.architecture`. Raises UserError for a module that is not there or defines no SPEC."""
+    return _load(config.architecture)
+
+
+def architecture_names() -> list[str]:
+    """Those that come with the program."""
+    return sorted(module.name for module in pkgutil.iter_modules(import_module(ARCHITECTURES).__path__))
+
+
+@cache
+def _load(name: str) -> ArchitectureSpec:
+    module_name = f"{ARCHITECTURES}.{name}" if name in architecture_names() else name
+    if not _exists(module_name):
+        raise UserError(
+            f"model.architecture={name}: no architecture of that name (there is {', '.join(architecture_names())}), and no module of "
+            "that name to import; a file of your own has to be on PYTHONPATH"
+        )
+    spec = getattr(import_module(module_name), "SPEC", None)
+    if not isinstance(spec, ArchitectureSpec):
+        raise UserError(f"model.architecture={name}: the module {module_name} defines no SPEC = ArchitectureSpec(...)")
+    return spec
+
+
+def _exists(module_name: str) -> bool:
+    try:
+        return find_spec(module_name) is not None
+    except (ImportError, ValueError):  # of a package that is not there, or a name such as `a..b`
+        return False
