@@ -19,9 +19,6 @@ PACKAGES = ("pretrain", "parallel", "data_pipeline", "launch")
 SHARED = "shared"
 """The single files of `pretrain`: errors, console and the like. They are drawn as one room."""
 
-UPWARD = {("pretrain.config", "pretrain.checkpoint")}
-"""Imports against the arrows, which the import contract in pyproject.toml lists as exceptions: they are not drawn."""
-
 WIDTH, HEIGHT, ROOM_WIDTH, ROOM_HEIGHT = 940, 896, 172, 54
 BATCH, CHECKPOINT = "#1f6feb", "#c2410c"
 
@@ -68,7 +65,7 @@ def room_of(module: str) -> str:
 
 
 def imports() -> set[tuple[str, str]]:
-    """Return every pair of rooms of which the first imports the second, the exceptions included."""
+    """Return every pair of rooms of which the first imports the second."""
     graph = grimp.build_graph(*PACKAGES, cache_dir=None)
     pairs = ((room_of(a), room_of(b)) for a in graph.modules for b in graph.find_modules_directly_imported_by(a))
     return {(a, b) for a, b in pairs if a != b}
@@ -80,7 +77,7 @@ def arrows(edges: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     Raises:
         networkx.NetworkXError: the imports go in a circle.
     """
-    return sorted(nx.transitive_reduction(nx.DiGraph(set(edges) - UPWARD)).edges)
+    return sorted(nx.transitive_reduction(nx.DiGraph(set(edges))).edges)
 
 
 def draw(edges: list[tuple[str, str]]) -> str:

@@ -17,7 +17,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
-from docs.draw_architecture import DRAWING, ROOMS, UPWARD, arrows, draw, imports
+from docs.draw_architecture import DRAWING, ROOMS, arrows, draw, imports
 from docs.mkdocs_hooks import paragraph, settings_reference
 from pretrain.config import AUTO, RunConfig, flatten, walk
 from pretrain.config.loading import load
@@ -195,18 +195,14 @@ def test_the_drawing_of_the_architecture_is_what_the_imports_are() -> None:
     assert rooms == set(ROOMS)
     assert {room for edge in real for room in edge} <= rooms
     again = "draw it again: python -m docs.draw_architecture"
-    assert untrue(drawing, real - UPWARD) == set(), again
+    assert untrue(drawing, real) == set(), again
     assert nx.is_directed_acyclic_graph(nx.DiGraph(drawing))
     assert DRAWING.read_text() == draw(arrows(real)), again
 
 
-def test_the_drawing_has_no_exception_that_is_gone() -> None:
-    assert imports() >= UPWARD
-
-
 def test_an_arrow_too_many_and_one_too_few_are_found() -> None:
     _, drawing = drawn()
-    real = imports() - UPWARD
+    real = imports()
     missing, wrong = ("pretrain.cli", "pretrain.train"), ("pretrain.model", "pretrain.cli")
     assert missing in untrue(drawing - {missing}, real)
     assert untrue(drawing | {wrong}, real) == {wrong}

@@ -15,7 +15,7 @@ MODEL = (
     *("model.d_ff=96", f"model.vocab_size={VOCAB_SIZE}", "model.max_seq_len=64"),
     *("model.qk_norm=true", "model.qkv_bias=true"),
     *("train.device=cpu", "train.precision=fp32", "train.compile=false", "train.attention=sdpa"),
-    *("optim.lr=1e-3", "optim.eps=1e-5", f"optim.clip={MAX_GRAD_NORM}", "train.z_loss=1e-4"),
+    *("optim.lr=1e-3", "optim.eps=1e-5", f"optim.max_grad_norm={MAX_GRAD_NORM}", "train.z_loss=1e-4"),
     *(f"data.seq_len={SEQ_LEN}", f"train.batch_size={BATCH_SIZE}"),
 )
 """Settings of every case. AdamW's epsilon is Llama 2's 1e-5 (arXiv:2307.09288, section 2.2): with 1e-8 the first steps divide rounding

@@ -11,7 +11,8 @@ from pathlib import Path
 from torch.distributed import ProcessGroup
 
 from data_pipeline.errors import unreadable_error
-from pretrain.checkpoint.manifest import MANIFEST, MISSING_FILE_ERRORS, read_manifest
+from pretrain.checked_json import MISSING_FILE_ERRORS
+from pretrain.checkpoint.manifest import MANIFEST, read_manifest
 from pretrain.checkpoint.object_collectives import on_rank_zero
 from pretrain.checkpoint.verify import verify_on_all_ranks
 from pretrain.errors import UserError

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import xxhash
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from data_pipeline.errors import unreadable_error
+from pretrain.checked_json import MISSING_FILE_ERRORS, format_checked_json, read_checked_json
 from pretrain.errors import UserError
 
 MANIFEST = "manifest.json"
-
-MISSING_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""Errors of opening a file that does not exist. Any other OSError may be temporary: a network mount, permissions, a failing disk."""
 
 
 class TrainState(BaseModel):
@@ -78,7 +73,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into `folder`, with a checksum of itself, and sync it to the disk."""
     content = manifest.model_dump(mode="json")
     with (folder / MANIFEST).open("x", encoding="utf-8") as file:
-        json.dump({**content, "checksum": _checksum(content)}, file, indent=1)
+        file.write(format_checked_json(content))
         file.flush()
         os.fsync(file.fileno())
 
@@ -92,29 +87,15 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     try:
-        content = json.loads(file.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-        if content.pop("checksum", None) != _checksum(content):
-            raise ValueError("its own checksum does not match")
-        manifest = Manifest.model_validate(content)
-        for name in manifest.files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"it names a file outside of the checkpoint, {name!r}")
-        return manifest
+        manifest = Manifest.model_validate(read_checked_json(file))
     except MISSING_FILE_ERRORS:
         raise UserError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
-    except OSError as error:
-        raise unreadable_error(file, error, "read") from error
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
             f"{file} cannot be read by this version: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}") from error
-
-
-def _checksum(content: dict[str, JsonValue]) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_64_hexdigest(canonical.encode())
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{file} is damaged: it names a file outside of the checkpoint, {name!r}")
+    return manifest

@@ -11,7 +11,8 @@ import xxhash
 from torch.distributed import ProcessGroup
 
 from data_pipeline.errors import unreadable_error
-from pretrain.checkpoint.manifest import MANIFEST, MISSING_FILE_ERRORS, FileChecksum, read_manifest
+from pretrain.checked_json import MISSING_FILE_ERRORS
+from pretrain.checkpoint.manifest import MANIFEST, FileChecksum, read_manifest
 from pretrain.checkpoint.object_collectives import all_gather_object, run_on_all
 from pretrain.errors import UserError
 

@@ -29,9 +29,9 @@ STOPPED_MESSAGE = "stopped; finished work is kept, and the same command resumes 
 
 def load_config(args: list[str]) -> RunConfig:
     """Return the settings of a command line, `auto` not resolved yet."""
-    from pretrain.config.loading import load_words
+    from pretrain.config.loading import load_args
 
-    return load_words(args).config
+    return load_args(args).config
 
 
 @contextmanager

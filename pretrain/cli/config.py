@@ -22,9 +22,9 @@ def show(
 ) -> None:
     """Print every setting with its value and where the value comes from."""
     from pretrain.config import flatten
-    from pretrain.config.loading import load_words
+    from pretrain.config.loading import load_args
 
-    loaded = load_words(args or [])
+    loaded = load_args(args or [])
     console = Console(soft_wrap=True)
     for key, value in flatten(loaded.config).items():
         origin = loaded.origin.get(key)

@@ -47,7 +47,7 @@ class TrainCommand(SettingsCommand):
 
 def settings_table(sections: tuple[str, ...] | None, *, with_prepare_keys: bool = True) -> Table:
     """Return the key, default and description of every setting in these sections."""
-    from pretrain.config import RunConfig, flatten, prepares, walk
+    from pretrain.config import RunConfig, flatten, is_prepare_key, walk
 
     defaults = flatten(RunConfig())
     table = Table(title="Settings, given as key=value", title_justify="left", title_style="bold")
@@ -55,7 +55,7 @@ def settings_table(sections: tuple[str, ...] | None, *, with_prepare_keys: bool 
     for heading, width in (("key", None), ("default", DEFAULT_WIDTH), ("", None)):
         table.add_column(heading, header_style="dim", overflow="fold", max_width=width)
     for key, field in walk():
-        if (sections is None or key.split(".")[0] in sections) and (with_prepare_keys or not prepares(key)):
+        if (sections is None or key.split(".")[0] in sections) and (with_prepare_keys or not is_prepare_key(key)):
             description, default = " ".join((field.description or "").split()), str(defaults[key])
             if len(default) > DEFAULT_WIDTH:
                 description, default = f"{description} Default: {default}", ""

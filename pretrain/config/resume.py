@@ -1,4 +1,4 @@
-"""What settings say about runs that go on: which may differ on resume, and where a run began. Imports no torch."""
+"""What a setting says about resuming: whether it may change, and where a run began."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from data_pipeline.settings import Settings
 
 
 class MayChange:
-    """Marks a setting that may differ when a run is resumed: it changes no number of the run but by rounding, or it
-    is one that runs change on purpose, which then goes on from there (a stage of the mixture, the batch size)."""
+    """Marks a setting that may change on resume.
+
+    Either it changes no number of the run except by rounding, or users change it on purpose and the run continues with the
+    new value (a stage of the mixture, the batch size).
+    """
 
 
 class MayChangeAhead:
-    """Marks a setting of the schedule. It may differ when a run is resumed if every step already taken would have had
-    the same learning rate and batch; `pretrain.train.schedule_change` compares them."""
+    """Marks a setting of the schedule, which may change on resume if it changes no step already taken.
+
+    `pretrain.train.schedule_change` compares the learning rate and the batch of every such step.
+    """
 
 
 class Ancestor(Settings):
     """A checkpoint that a run began from."""
 
     run: str
-    """Run directory of the checkpoint, or its own folder where that lay in none; an absolute path at that time."""
+    """Run directory of the checkpoint, or the checkpoint's own folder if it lay in none; an absolute path at that time."""
 
     step: int
     """Steps that it had taken."""
@@ -30,10 +35,10 @@ class Ancestor(Settings):
     """Sequences that it had read."""
 
     mode: Literal["weights", "full"]
-    """What was taken over: see run.init_mode."""
+    """What was taken over; see run.init_mode."""
 
     generation: str
-    """Id of the checkpoint: no two saves share one."""
+    """Id of the checkpoint, unique to each save."""
 
     config: str
     """XXH3 hash, 128 bits, of the settings in the checkpoint."""

@@ -16,10 +16,8 @@ from types import TracebackType
 from data_pipeline.atomic import write_atomic
 from data_pipeline.locks import FileLock, LockHeldError
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
-from pretrain.config import RunConfig, on_resume
-from pretrain.config.differences import differences
-from pretrain.config.loading import dump
-from pretrain.config.saved import read_config
+from pretrain.config import RunConfig, differences, on_resume
+from pretrain.config.saved import dump, read_config
 from pretrain.errors import UserError
 from pretrain.runs.jsonl import RecordFile, read_events
 from pretrain.runs.schema import Event

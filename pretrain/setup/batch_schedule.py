@@ -62,8 +62,10 @@ class BatchSchedule:
         """The schedule of these settings; `train.micro_batch_size` may still be `auto`."""
         total = samples_before(train.steps + 1, train)
         later = [
-            SeqLenStage(resolve_start_sample(stage.start, total, f"data.growth.{i}"), stage.seq_len, stage.start)
-            for i, stage in enumerate(data.growth)
+            SeqLenStage(
+                resolve_start_sample(stage.start, total, f"data.seq_len_schedule.{i}"), stage.seq_len, stage.start
+            )
+            for i, stage in enumerate(data.seq_len_schedule)
         ]
         stages = (SeqLenStage(0, data.seq_len), *later)
         return cls(train, stages, data.window or max(stage.seq_len for stage in stages))
@@ -127,7 +129,10 @@ class BatchSchedule:
         ramp = sorted({batch_size_at(step, train) for step in range(1, train.batch_ramp_steps + 1)})
         return (
             {"": count(train.batch_size, self.seq_len)}
-            | {f"in sequences of data.growth: seq_len={s.seq_len}": count(train.batch_size, s.seq_len) for s in stages}
+            | {
+                f"in sequences of data.seq_len_schedule: seq_len={s.seq_len}": count(train.batch_size, s.seq_len)
+                for s in stages
+            }
             | {f"in the batch ramp, at {samples} sequences": count(samples, self.seq_len) for samples in ramp}
         )
 
@@ -146,11 +151,12 @@ def stages_rise(schedule: BatchSchedule, step: int) -> Violation | None:
     for i, (before, stage) in enumerate(pairwise(schedule.stages)):
         if stage.first_sample < before.first_sample:
             return Violation(
-                f"data.growth.{i}.from={stage.start} lies before the stage in front of it", "put the stages in order"
+                f"data.seq_len_schedule.{i}.from={stage.start} lies before the stage in front of it",
+                "put the stages in order",
             )
         if stage.seq_len % before.seq_len:
             return Violation(
-                f"data.growth.{i}.seq_len={stage.seq_len} is not a multiple of the {before.seq_len} before it",
+                f"data.seq_len_schedule.{i}.seq_len={stage.seq_len} is not a multiple of the {before.seq_len} before it",
                 f"use {before.seq_len * 2}, for example",
             )
     return None
@@ -167,13 +173,13 @@ def stages_cut_batches(schedule: BatchSchedule, step: int) -> Violation | None:
             continue
         if first <= train.batch_ramp_steps:
             return Violation(
-                f"data.growth.{i}.from={stage.start} lies in the batch ramp of {train.batch_ramp_steps} steps",
+                f"data.seq_len_schedule.{i}.from={stage.start} lies in the batch ramp of {train.batch_ramp_steps} steps",
                 "let sequences grow after it",
             )
         begin = schedule.samples_before(first)
         if train.batch_size % factor or begin % factor:
             return Violation(
-                f"data.growth.{i}: a batch of train.batch_size={train.batch_size} sequences of data.seq_len={schedule.seq_len}, "
+                f"data.seq_len_schedule.{i}: a batch of train.batch_size={train.batch_size} sequences of data.seq_len={schedule.seq_len}, "
                 f"after {begin} of them, cannot be cut into sequences {factor} times as long",
                 f"use multiples of {factor}",
             )
@@ -198,5 +204,5 @@ def batch_holds_window(schedule: BatchSchedule, step: int) -> Violation | None:
         return None
     return Violation(
         f"a batch of {smallest} sequences of data.seq_len={schedule.seq_len} is less than a window of {schedule.window} tokens",
-        f"raise train.batch_size (and train.batch_ramp_start) to {samples}, or lower data.window or data.growth",
+        f"raise train.batch_size (and train.batch_ramp_start) to {samples}, or lower data.window or data.seq_len_schedule",
     )

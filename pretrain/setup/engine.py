@@ -51,7 +51,7 @@ def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) ->
 
 def _allow_compilations(config: RunConfig) -> None:
     """Let a block be compiled for every length of sequences, and for evaluation. Past its limit the compiler would run it uncompiled."""
-    wanted = len(config.data.growth) + 2
+    wanted = len(config.data.seq_len_schedule) + 2
     dynamo.recompile_limit = max(
         dynamo.recompile_limit, wanted
     )  # torch 2.11 has this limit for the whole process alone
@@ -78,7 +78,7 @@ def build_engine_options(config: RunConfig) -> EngineOptions:
     train = config.train
     return EngineOptions(
         dtype=DTYPES[train.precision],
-        max_grad_norm=config.optim.clip,
+        max_grad_norm=config.optim.max_grad_norm,
         compile=train.compile,
         recompute=train.recompute,
         recompute_every=train.recompute_every,

@@ -172,13 +172,13 @@ def micro_batch_is_within_batch(config: RunConfig) -> Violation | None:
 
 
 def longer_sequences_divide(config: RunConfig) -> Violation | None:
-    """Data ranks get equally many of the longer sequences of `data.growth` too."""
+    """Data ranks get equally many of the longer sequences of `data.seq_len_schedule` too."""
     train, data, ranks = config.train, config.data, config.parallel.replicate * config.parallel.shard
-    for stage in data.growth:
+    for stage in data.seq_len_schedule:
         rows = train.batch_size * data.seq_len // stage.seq_len
         if rows % ranks:
             return Violation(
-                f"data.growth: a batch of train.batch_size={train.batch_size} holds {rows} sequences of "
+                f"data.seq_len_schedule: a batch of train.batch_size={train.batch_size} holds {rows} sequences of "
                 f"seq_len={stage.seq_len}, which {ranks} data ranks cannot share evenly",
                 f"use a batch that is a multiple of {ranks * stage.seq_len // data.seq_len}, or fewer data ranks",
             )

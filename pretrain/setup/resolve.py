@@ -233,7 +233,7 @@ def context_is_long_enough(config: RunConfig, batches: BatchSchedule) -> Violati
     longest = batches.longest_seq_len
     if longest <= config.model.max_seq_len:
         return None
-    setting = "data.seq_len" if longest == config.data.seq_len else "data.growth: seq_len"
+    setting = "data.seq_len" if longest == config.data.seq_len else "data.seq_len_schedule: seq_len"
     return Violation(
         f"{setting}={longest} is longer than model.max_seq_len={config.model.max_seq_len}",
         "lower the first or raise the second",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_pipeline.errors import StorageError
 from parallel.layout import Layout
+from pretrain.checked_json import MISSING_FILE_ERRORS
 from pretrain.checkpoint.directory import committed_checkpoints, partial_path, unfinished_checkpoints
-from pretrain.checkpoint.manifest import MISSING_FILE_ERRORS
 from pretrain.config import RunConfig
 from pretrain.console import format_disk_size
 from pretrain.errors import UserError

@@ -24,8 +24,9 @@ from pretrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from pretrain.checkpoint.object_collectives import on_rank_zero
 from pretrain.checkpoint.verify import verify_on_all_ranks
 from pretrain.config import Ancestor, RunConfig, flatten
-from pretrain.config.loading import split_init_from, validate
+from pretrain.config.loading import validate
 from pretrain.config.model import WEIGHT_SETTINGS
+from pretrain.config.saved import split_init_from
 from pretrain.errors import UserError
 from pretrain.optim.schedule import lr_scale
 
@@ -189,9 +190,16 @@ def _check_full(parent: InitCheckpoint, config: RunConfig, data: Loader, named: 
 
 def _order_differs(theirs: RunConfig, ours: RunConfig) -> str:
     """Settings that decide the order of the data and differ."""
-    keys: tuple[str, ...] = ("run.seed", "data.seq_len", "data.window", "data.packing", "data.growth", "data.mixture.")
+    keys: tuple[str, ...] = (
+        "run.seed",
+        "data.seq_len",
+        "data.window",
+        "data.packing",
+        "data.seq_len_schedule",
+        "data.mixture.",
+    )
     data = theirs.data, ours.data
-    starts = [stage.start for of in data for stage in of.growth] + [
+    starts = [stage.start for of in data for stage in of.seq_len_schedule] + [
         stage.start for of in data for stage in of.mixture.stages
     ]
     if any(str(start).endswith("%") for start in starts):  # shares of the run move with its length

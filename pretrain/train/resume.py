@@ -64,14 +64,14 @@ def restore(
     checkpoints set aside.
 
     Raises:
-        UserError: the run has lost checkpoints, and `checkpoint.on_loss` does not accept that; or data or schedule are
+        UserError: the run has lost checkpoints, and `checkpoint.on_invalid` does not accept that; or data or schedule are
             not those of the steps taken; or the checkpoint of another run that `run.init_from` names does not fit;
             or no checkpoint can be written. Nothing was changed then, but for remains of unfinished checkpoints.
         StorageError: something cannot be read now, or the records cannot be written.
     """
     skipped: list[tuple[Path, str]] = []
     none_whole = ""
-    go_back = config.checkpoint.on_loss == "go_back"
+    go_back = config.checkpoint.on_invalid == "go_back"
     try:
         path = directory.latest_valid(
             run_dir.checkpoints, lambda path, problems: skipped.append((path, problems[0])), rank_info.group
@@ -176,7 +176,7 @@ def _check_data(path: Path, manifest: Manifest, data: Loader) -> None:
     if manifest.order != data.order_fingerprint(manifest.samples):
         raise UserError(
             f"{path} read its first {manifest.samples} sequences in another order than run.seed, data.mixture, "
-            "data.growth and data.window give now; put them back (a stage may be appended from there on; a share "
+            "data.seq_len_schedule and data.window give now; put them back (a stage may be appended from there on; a share "
             "such as 80% moves with train.steps and train.batch_size, a number of sequences does not), or start in "
             "another run.dir"
         )

@@ -1,7 +1,7 @@
 """What a run's records tell is compared with the checkpoint it would go on from, before anything is changed.
 
 `events.jsonl` tells which steps were saved, `metrics.jsonl` which were trained. Where they show that a checkpoint is gone,
-going on would train steps a second time and throw their records away, so that has to be asked for (`checkpoint.on_loss`).
+going on would train steps a second time and throw their records away, so that has to be asked for (`checkpoint.on_invalid`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pretrain.errors import UserError
 from pretrain.runs.jsonl import read_events, read_metrics
 from pretrain.runs.schema import Event, Metrics
 
-GO_BACK = "checkpoint.on_loss=go_back"
+GO_BACK = "checkpoint.on_invalid=go_back"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from pretrain.config import RunConfig, on_resume
-from pretrain.config.differences import differences
+from pretrain.config import RunConfig, differences, on_resume
 from pretrain.errors import UserError
 from pretrain.optim.schedule import batch_size_at, lr_scale, wsd_decay_steps
 from pretrain.setup.batch_schedule import BatchSchedule, SeqLenStage
@@ -50,7 +49,7 @@ def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, sam
             f"would have had {would_have}{reason}. Put the old value back; or begin another run.dir from "
             f"these weights with run.init_from={run}{branch}"
         )
-    _check_growth(before, now, samples)
+    _check_stages(before, now, samples)
 
 
 def _first_difference(
@@ -106,8 +105,8 @@ def _with_setting(before: RunConfig, now: RunConfig, key: str) -> RunConfig:
     return before.model_copy(update={section: changed})
 
 
-def _check_growth(before: RunConfig, now: RunConfig, samples: int) -> None:
-    """Stages of data.growth that have begun must be the same ones."""
+def _check_stages(before: RunConfig, now: RunConfig, samples: int) -> None:
+    """Stages of data.seq_len_schedule that have begun must be the same ones."""
     begun, would_have = (
         BatchSchedule.from_config(config.data, config.train).stages_before(samples) for config in (before, now)
     )
@@ -118,7 +117,7 @@ def _check_growth(before: RunConfig, now: RunConfig, samples: int) -> None:
         return ", ".join(f"{stage.seq_len} tokens from sequence {stage.first_sample} on" for stage in stages)
 
     raise UserError(
-        f"data.growth: the {samples} sequences read so far had {tell(begun)}, and would have had {tell(would_have)}; "
+        f"data.seq_len_schedule: the {samples} sequences read so far had {tell(begun)}, and would have had {tell(would_have)}; "
         "a share of the run such as 80% moves with train.steps and train.batch_size: write the stages that have "
         "begun as numbers of sequences of data.seq_len tokens, "
         f"{', '.join(f'from: {stage.first_sample}' for stage in begun[1:]) or 'and begin new ones later'}"

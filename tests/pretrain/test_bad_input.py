@@ -69,7 +69,7 @@ WORDS = {
     "wrong type under auto": (["model.vocab_size=many"], "model.vocab_size='many': input should be a valid integer"),
     "out of range": (["optim.lr=-1"], "optim.lr=-1: input should be greater than 0"),
     "infinite": (["optim.lr=.inf"], "optim.lr=inf: input should be a finite number"),
-    "not a number": (["optim.clip=nan"], "optim.clip='nan': input should be a finite number"),
+    "not a number": (["optim.max_grad_norm=nan"], "optim.max_grad_norm='nan': input should be a finite number"),
     "not one of the choices": (["optim.kind=sgd"], "optim.kind='sgd': input should be 'adamw' or 'muon'"),
     "a value for a section": (["train=5"], "train=5: is a section; set what is in it"),
     "a word without a value": (["train.steps"], "train.steps: no such file, and no preset of that name"),
@@ -109,7 +109,7 @@ def test_a_missing_config_file(refused: Callable[..., str]) -> None:
     )
 
 
-NO_GPU = "train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto"
+NO_GPU = "train.device=cuda, but PyTorch sees no GPU here: use train.device=cpu or auto"
 SETTINGS = {
     "vocabulary larger than the model's": (
         ["model.vocab_size=256"],
@@ -121,7 +121,7 @@ SETTINGS = {
     ),
     "sequence longer than the model's": (
         ["data.seq_len=128"],
-        "data.seq_len=128 is longer than model.max_seq_len=64; lower the first",
+        "data.seq_len=128 is longer than model.max_seq_len=64: lower the first",
     ),
     "warm-up longer than the run": (
         ["optim.warmup=40"],
@@ -252,10 +252,12 @@ def test_a_run_directory_of_another_config_shows_the_difference(
     run_tiny(tmp_path / "run", "train.steps=10")
     line = refused(
         "train",
-        *tiny_words(tmp_path / "run", "train.steps=10", "optim.clip=2", "model.qk_norm=true", "checkpoint.keep=9"),
+        *tiny_words(
+            tmp_path / "run", "train.steps=10", "optim.max_grad_norm=2", "model.qk_norm=true", "checkpoint.keep=9"
+        ),
     )
     assert (
-        "model.qk_norm: False in the run, True now; optim.clip: 1.0 in the run, 2.0 now; put the values back, or choose another"
+        "model.qk_norm: False in the run, True now; optim.max_grad_norm: 1.0 in the run, 2.0 now; put the values back, or choose another"
         in line
     )
 

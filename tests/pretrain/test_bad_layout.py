@@ -121,8 +121,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     ),
     "longer sequences": (
         4,
-        ("data.growth=[{from: 50%, seq_len: 64}]",),
-        "data.growth: a batch of train.batch_size=4 holds 2 sequences of seq_len=64, which 4 data ranks cannot share evenly: "
+        ("data.seq_len_schedule=[{from: 50%, seq_len: 64}]",),
+        "data.seq_len_schedule: a batch of train.batch_size=4 holds 2 sequences of seq_len=64, which 4 data ranks cannot share evenly: "
         "use a batch that is a multiple of 8, or fewer data ranks",
     ),
     "microbatches of several sizes": (
@@ -248,7 +248,7 @@ def planned(world_size: int, *words: str) -> tuple[RunConfig, Layout]:
 GOOD = [
     (8, ("parallel.tensor=4",)),
     (8, ("parallel.tensor=8", "model.n_heads=8", "model.n_kv_heads=4", "parallel.replicate_kv=true")),
-    (16, ("parallel.context=4", "parallel.tensor=2", "data.growth=[{from: 50%, seq_len: 256}]")),
+    (16, ("parallel.context=4", "parallel.tensor=2", "data.seq_len_schedule=[{from: 50%, seq_len: 256}]")),
     (16, ("parallel.context=2", "parallel.context_method=ulysses", "parallel.tensor=2", "model.sliding_window=16")),
     (8, ("parallel.pipeline=4", "parallel.schedule=interleaved")),
     (

@@ -124,9 +124,12 @@ def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:
         (Layout(shard=4), ("train.batch_size=8", "train.batch_ramp_steps=6", "train.batch_ramp_start=1")),
         (Layout(shard=2, tensor=2, context=2), ("train.batch_size=6",)),
         (Layout(shard=2, pipeline=2), ("train.batch_size=8", "train.batch_ramp_steps=6", "train.batch_ramp_start=3")),
-        (Layout(shard=2), ("train.batch_size=8", "data.growth=[{from: 32, seq_len: 64}]", "train.micro_batch_size=4")),
+        (
+            Layout(shard=2),
+            ("train.batch_size=8", "data.seq_len_schedule=[{from: 32, seq_len: 64}]", "train.micro_batch_size=4"),
+        ),
     ],
-    ids=["even", "replicas", "ramp", "same rows", "pipeline", "growth"],
+    ids=["even", "replicas", "ramp", "same rows", "pipeline", "seq_len_schedule"],
 )
 def test_the_ranks_together_read_the_global_batch_of_every_step(
     layout: Layout, words: tuple[str, ...], tiny_words: Callable[..., list[str]], tmp_path: Path

@@ -55,7 +55,7 @@ def make_record(step=1, **changes):
     fields = {
         "step": step,
         "samples": 32 * step,
-        "config": {"model": {"n_layers": 2}, "optim": {"lr": 3e-4, "betas": [0.9, 0.95], "clip": None}},
+        "config": {"model": {"n_layers": 2}, "optim": {"lr": 3e-4, "betas": [0.9, 0.95], "max_grad_norm": None}},
         "dataset": "0123456789abcdef",
         "order": "fedcba9876543210",
         "layout": {"data": 1},

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import RunConfig, flatten, prepares, walk
+from pretrain.config import RunConfig, flatten, is_prepare_key, walk
 from pretrain.runs.schema import StepRecord, ValidationRecord
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
@@ -52,7 +52,7 @@ def test_each_command_explains_itself(pretrain: Pretrain, command: str, sentence
 @pytest.mark.parametrize(
     ("command", "listed"),
     [
-        ("train", lambda key: not prepares(key)),
+        ("train", lambda key: not is_prepare_key(key)),
         ("config show", lambda key: True),
         ("data prepare", lambda key: key.startswith("data.")),
         ("data tokenizer", lambda key: key.startswith("data.")),
@@ -201,7 +201,7 @@ def test_a_misspelt_command_is_exit_code_2(pretrain: Pretrain) -> None:
 
 
 def test_a_bug_keeps_its_traceback(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.config.loading.load_words", lambda _: 1 / 0)
+    monkeypatch.setattr("pretrain.config.loading.load_args", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pretrain("config", "show")
 

@@ -81,7 +81,7 @@ def test_each_stage_is_told_and_many_epochs_are_warned_of(pretrain: Pretrain, ti
 
 
 def test_growing_sequences_and_packing_are_those_of_the_run(pretrain: Pretrain, tiny_data: Path) -> None:
-    grown = pretrain("data", "inspect", tiny_data, *RUN, "data.growth=[{from: 50%, seq_len: 64}]")
+    grown = pretrain("data", "inspect", tiny_data, *RUN, "data.seq_len_schedule=[{from: 50%, seq_len: 64}]")
     assert (grown.code, grown.err) == (0, "")
     assert "2,000 sequences of 32 tokens" in grown.out
     assert "(data.packing=best_fit)" in pretrain("data", "inspect", tiny_data, *RUN, "data.packing=best_fit").out
@@ -104,8 +104,8 @@ def test_html_writes_the_page_and_prints_where(pretrain: Pretrain, tiny_data: Pa
         (["data.mixture.max_epochs=2", "data.seq_len=32"], "times, more than data.mixture.max_epochs=2"),
         (["data.seq_len=100000"], "data.seq_len=100000 is longer than the data"),
         (
-            ["data.growth=[{from: 50%, seq_len: 48}]", "data.seq_len=32"],
-            "data.growth.0.seq_len=48 is not a multiple of the 32",
+            ["data.seq_len_schedule=[{from: 50%, seq_len: 48}]", "data.seq_len=32"],
+            "data.seq_len_schedule.0.seq_len=48 is not a multiple of the 32",
         ),
         (["data.window=48", "data.seq_len=32"], "data.window=48 is not a multiple of the longest sequence"),
         (["nosuch"], "nosuch: no such file, and no preset of that name"),

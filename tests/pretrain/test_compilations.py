@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 RunTiny = Callable[..., Outcome]
 
-GROWING = "data.growth=[{from: 20, seq_len: 64}]"
+GROWING = "data.seq_len_schedule=[{from: 20, seq_len: 64}]"
 
 
 @dataclass
@@ -116,7 +116,7 @@ def test_as_many_lengths_as_a_run_has_are_compiled() -> None:
     """The compiler's own limit is 8 graphs of a block, after which it would run it uncompiled."""
     stages = [{"from": f"{stage}%", "seq_len": 32 * 2**stage} for stage in range(1, 9)]
     with dynamo.patch(recompile_limit=8):
-        build_engine(load(None, [*MODEL, f"data.growth={json.dumps(stages)}"]).config)
+        build_engine(load(None, [*MODEL, f"data.seq_len_schedule={json.dumps(stages)}"]).config)
         assert dynamo.recompile_limit == 10  # nine lengths, and evaluation
 
 

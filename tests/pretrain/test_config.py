@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 import configs
-from pretrain.config import AUTO, RunConfig, Settings, flatten, on_resume, prepares, walk
-from pretrain.config.loading import dump, load, load_words, presets, validate
+from data_pipeline.settings import Settings
+from pretrain.config import AUTO, RunConfig, flatten, is_prepare_key, on_resume, walk
+from pretrain.config.loading import load, load_args, presets, validate
 from pretrain.config.model import WEIGHT_SETTINGS, ModelConfig
+from pretrain.config.saved import dump, read_config
 from pretrain.errors import UserError
 
 CONFIGS = Path(configs.__file__).parent
@@ -51,9 +53,9 @@ def test_a_preset_named_by_a_word_wins_over_the_one_in_the_file(tmp_path: Path) 
 
 
 def test_later_words_win_and_the_first_word_may_be_a_config() -> None:
-    assert load_words(["train.steps=1", "train.steps=2"]).config.train.steps == 2
-    assert load_words(["demo", "train.steps=2"]).config.data.vocab_size == 4096
-    assert load_words([]).config == RunConfig()
+    assert load_args(["train.steps=1", "train.steps=2"]).config.train.steps == 2
+    assert load_args(["demo", "train.steps=2"]).config.data.vocab_size == 4096
+    assert load_args([]).config == RunConfig()
 
 
 def test_a_file_of_your_own_may_be_a_model_preset(tmp_path: Path) -> None:
@@ -74,7 +76,7 @@ def test_an_empty_section_sets_nothing(tmp_path: Path, text: str) -> None:
         ("log.wandb=off", "log.wandb", "off"),
         ("train.compile=off", "train.compile", False),
         ("train.compile=true", "train.compile", True),
-        ("optim.clip=null", "optim.clip", None),
+        ("optim.max_grad_norm=null", "optim.max_grad_norm", None),
         ("optim.betas=[0.8, 0.99]", "optim.betas", [0.8, 0.99]),
         ("log.samples=['a = b', 'no']", "log.samples", ["a = b", "no"]),
         ("log.samples=[no, off]", "log.samples", ["no", "off"]),
@@ -85,6 +87,52 @@ def test_an_empty_section_sets_nothing(tmp_path: Path, text: str) -> None:
 )
 def test_words_mean_what_they_say(word: str, key: str, value: object) -> None:
     assert flatten(load(None, [word]).config)[key] == value
+
+
+OLD_NAMES = {
+    "data.growth=[{from: 50%, seq_len: 4096}]": "data.seq_len_schedule",
+    "optim.clip=2.5": "optim.max_grad_norm",
+    "checkpoint.on_loss=go_back": "checkpoint.on_invalid",
+}
+
+
+@pytest.mark.parametrize(("word", "new"), OLD_NAMES.items())
+def test_a_renamed_setting_loads_by_its_old_name(tmp_path: Path, word: str, new: str) -> None:
+    old, value = word.split("=", 1)
+    section, name = old.split(".")
+    file = write(tmp_path / "my.yaml", f"{section}:\n  {name}: {value}\n")
+    expected = flatten(load(None, [f"{new}={value}"]).config)
+    assert expected[new] != flatten(RunConfig())[new]
+    assert flatten(load(None, [word]).config) == flatten(load(file).config) == expected
+    assert load(file).origin == {new: str(file)}
+    assert f"  {new.split('.')[1]}:" in dump(load(file).config)
+    assert old not in dict(walk())
+
+
+@pytest.mark.parametrize("word", OLD_NAMES)
+def test_a_later_layer_overrides_a_renamed_setting_by_either_name(tmp_path: Path, word: str) -> None:
+    old, value = word.split("=", 1)
+    new = OLD_NAMES[word]
+    section, name = old.split(".")
+    default = json.dumps(flatten(RunConfig())[new])
+    by_old = write(tmp_path / "old.yaml", f"{section}:\n  {name}: {value}\n")
+    by_new = write(tmp_path / "new.yaml", f"{section}:\n  {new.split('.')[1]}: {value}\n")
+    assert load(by_old, [f"{new}={default}"]).config == load(by_new, [f"{old}={default}"]).config == RunConfig()
+
+
+@pytest.mark.parametrize("word", OLD_NAMES)
+def test_a_setting_under_both_names_is_refused_in_one_line(tmp_path: Path, word: str) -> None:
+    old, value = word.split("=", 1)
+    new = OLD_NAMES[word]
+    answer = f"{old} is the old name of {new}, and both are set; remove {old}"
+    section, name = old.split(".")
+    file = write(tmp_path / "my.yaml", f"{section}:\n  {name}: {value}\n  {new.split('.')[1]}: {value}\n")
+    for arguments in ((None, [word, f"{new}={value}"]), (file,)):
+        with pytest.raises(UserError) as refusal:
+            load(*arguments)
+        assert str(refusal.value) == answer
+    with pytest.raises(UserError, match=re.escape(f"cannot be read as the settings of a run ({answer})")):
+        read_config(file)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +242,8 @@ def test_every_setting_says_whether_it_may_differ_on_resume() -> None:
     keys = {key for key, _ in walk()}
     may = {
         *("run.dir", "model.preset", "model.max_seq_len"),
-        *(f"data.{name}" for name in ("path", "growth", "window", "on_damage")),
-        *(key for key in keys if prepares(key) or key.startswith("data.mixture.")),
+        *(f"data.{name}" for name in ("path", "seq_len_schedule", "window", "on_damage")),
+        *(key for key in keys if is_prepare_key(key) or key.startswith("data.mixture.")),
         *(f"train.{name}" for name in ("batch_size", "micro_batch_size", "device", "compile", "attention")),
         *(f"train.{name}" for name in ("recompute", "recompute_every", "recompute_keep")),
         *(key for key in keys if key.startswith(("parallel.", "eval.", "checkpoint.", "log."))),
@@ -210,7 +258,7 @@ def test_every_setting_says_whether_it_may_differ_on_resume() -> None:
         *(f"model.{name}" for name in ("norm_eps", "sliding_window", "document_mask", "init_std")),
         *(key for key in keys if key.startswith("model.rope.")),
         *("data.seq_len", "data.packing"),
-        *(f"optim.{name}" for name in ("kind", "betas", "eps", "weight_decay", "muon_momentum", "clip")),
+        *(f"optim.{name}" for name in ("kind", "betas", "eps", "weight_decay", "muon_momentum", "max_grad_norm")),
         *("train.z_loss", "train.precision"),
     }
     assert {"data.sources", "data.tokenizer", "data.filters.apply", "data.validation_fraction"} <= may

@@ -214,9 +214,9 @@ def test_wsd_is_made_longer_before_its_decay_and_refused_in_it(tmp_path: Path, r
             "of the 10 steps that run.dir={run} has taken, step 3 had a batch of 3 sequences and would have had one of 2.",
         ),
         (
-            (*CONSTANT, "data.growth=[{from: 50%, seq_len: 64}]"),
-            (*CONSTANT, "data.growth=[{from: 50%, seq_len: 64}]", "train.steps=20"),
-            "data.growth: the 40 sequences read so far had 32 tokens from sequence 0 on, 64 tokens from sequence 20 "
+            (*CONSTANT, "data.seq_len_schedule=[{from: 50%, seq_len: 64}]"),
+            (*CONSTANT, "data.seq_len_schedule=[{from: 50%, seq_len: 64}]", "train.steps=20"),
+            "data.seq_len_schedule: the 40 sequences read so far had 32 tokens from sequence 0 on, 64 tokens from sequence 20 "
             "on, and would have had 32 tokens from sequence 0 on; a share of the run such as 80% moves with "
             "train.steps and train.batch_size: write the stages that have begun as numbers of sequences of "
             "data.seq_len tokens, from: 20",
@@ -240,8 +240,8 @@ def test_a_cosine_run_in_its_warmup_may_be_made_longer(tmp_path: Path, run_tiny:
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
-def test_growth_by_numbers_of_sequences_may_be_followed_by_more_steps(tmp_path: Path, run_tiny: RunTiny) -> None:
-    words = (*CONSTANT, "data.growth=[{from: 20, seq_len: 64}]")
+def test_stages_by_numbers_of_sequences_may_be_followed_by_more_steps(tmp_path: Path, run_tiny: RunTiny) -> None:
+    words = (*CONSTANT, "data.seq_len_schedule=[{from: 20, seq_len: 64}]")
     run_tiny(tmp_path / "whole", *words, "train.steps=20")
     run_tiny(tmp_path / "run", *words, "train.steps=10")
     run_tiny(tmp_path / "run", *words, "train.steps=20")

@@ -217,7 +217,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_whe
     assert run_tiny(tmp_path, *words) is Outcome.FINISHED
     (checkpoint_path(tmp_path / "checkpoints", 8)).rename(tmp_path / "away")
     with files_up_to(100_000):
-        answer = pretrain("train", *tiny_words(tmp_path, *words, "checkpoint.on_loss=go_back"))
+        answer = pretrain("train", *tiny_words(tmp_path, *words, "checkpoint.on_invalid=go_back"))
     assert answer.code == 1
     assert (
         "Safe is step-00000004, from which the same command goes on: make room or make it writable first" in answer.err

@@ -25,7 +25,7 @@ Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 RunTiny = Callable[..., Outcome]
 TinyWords = Callable[..., list[str]]
 WORDS = ("checkpoint.every=10", "eval.every=40")
-GO_BACK = "checkpoint.on_loss=go_back"
+GO_BACK = "checkpoint.on_invalid=go_back"
 
 
 class StopAt:

@@ -42,6 +42,43 @@ def test_an_old_run_goes_on_with_the_numbers_it_had(old_run: Path, pretrain: Cal
     assert max(losses) / min(losses) > 1 + 1e-3  # steps differ by far more than the tolerance
 
 
+def test_an_old_run_goes_on_without_a_change_of_settings(old_run: Path, pretrain: Callable[..., Any]) -> None:
+    """Its config.yaml and the manifest of its checkpoint have settings under their old names."""
+    config = (old_run / "run/config.yaml").read_text()
+    manifest = (old_run / "run/checkpoints/step-00000004/manifest.json").read_text()
+    for old in ("growth", "clip", "on_loss"):
+        assert f"  {old}:" in config
+        assert f'"{old}": ' in manifest
+    answer = pretrain("train", "run/config.yaml")
+    assert (answer.code, answer.err) == (0, "")
+    events = [json.loads(line)["kind"] for line in (old_run / "run/events.jsonl").read_text().splitlines()]
+    assert "resume" in events
+    assert "settings" not in events
+    assert (old_run / "run/config.yaml").read_text() == config
+
+
+def test_a_changed_setting_of_an_old_run_is_reported_under_its_new_name(
+    old_run: Path, pretrain: Callable[..., Any]
+) -> None:
+    assert pretrain("train", "run/config.yaml", "checkpoint.on_invalid=go_back").code == 0
+    events = [json.loads(line) for line in (old_run / "run/events.jsonl").read_text().splitlines()]
+    (change,) = (event["text"] for event in events if event["kind"] == "settings")
+    assert change == "checkpoint.on_invalid: stop in the run, go_back now"
+    answer = pretrain("train", "run/config.yaml", "optim.clip=2")
+    assert answer.code == 2
+    assert "optim.max_grad_norm: 1.0 in the run, 2.0 now" in answer.err
+
+
+def test_a_run_begins_from_an_old_run(old_run: Path, pretrain: Callable[..., Any]) -> None:
+    words = ("run/config.yaml", "run.dir=branch", "run.init_mode=full")
+    for parent in ("run@4", "run/checkpoints/step-00000004"):
+        answer = pretrain("train", *words, f"run.init_from={parent}", f"run.dir={Path(parent).name}-branch")
+        assert (answer.code, answer.err) == (0, "")
+        records = (old_run / f"{Path(parent).name}-branch/metrics.jsonl").read_text().splitlines()
+        expected = numbers((old_run / "expected.jsonl").read_text().splitlines())
+        assert numbers(records[-len(expected) :]) == [pytest.approx(record, rel=1e-6) for record in expected]
+
+
 def test_the_old_checkpoint_is_what_the_run_goes_on_from(old_run: Path, pretrain: Callable[..., Any]) -> None:
     """Control: from step 0 the same settings give other numbers for steps 5 to 8."""
     assert pretrain("train", "run/config.yaml", "run.dir=fresh", "run.seed=4").code == 0

@@ -78,7 +78,14 @@ def test_many_differences_are_cut_to_five(tmp_path: Path) -> None:
     opened(config(tmp_path / "run")).close()
     other = config(
         tmp_path / "run",
-        optim={"kind": "muon", "eps": 1, "weight_decay": 1, "muon_momentum": 0.5, "betas": (0.5, 0.5), "clip": 2},
+        optim={
+            "kind": "muon",
+            "eps": 1,
+            "weight_decay": 1,
+            "muon_momentum": 0.5,
+            "betas": (0.5, 0.5),
+            "max_grad_norm": 2,
+        },
         train={"z_loss": 1},
     )
     with pytest.raises(UserError, match="and 2 more; put the values back") as refusal:

@@ -140,7 +140,7 @@ def test_a_traceback_tells_no_secret(
     def fail(_: object) -> None:
         raise RuntimeError("a bug at s3://key:hunter2@b/x")
 
-    monkeypatch.setattr("pretrain.config.loading.load_words", fail)
+    monkeypatch.setattr("pretrain.config.loading.load_args", fail)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(RuntimeError) as caught:
         pretrain("config", "show")

@@ -43,7 +43,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 def test_the_length_is_a_function_of_the_step() -> None:
-    schedule = schedule_of("data.growth=[{from: 50%, seq_len: 64}, {from: 72, seq_len: 256}]")
+    schedule = schedule_of("data.seq_len_schedule=[{from: 50%, seq_len: 64}, {from: 72, seq_len: 256}]")
     check_seq_lens(schedule)
     assert [schedule.seq_len_at(8 * step) for step in range(10)] == [32] * 5 + [64] * 4 + [256]
     assert schedule.longest_seq_len == 256
@@ -51,29 +51,34 @@ def test_the_length_is_a_function_of_the_step() -> None:
 
 
 def test_a_stage_begins_with_the_first_whole_step_after_its_start() -> None:
-    schedule = schedule_of("data.growth=[{from: 41, seq_len: 64}]")  # sample 41 lies in step 6, samples 40 to 48
+    schedule = schedule_of(
+        "data.seq_len_schedule=[{from: 41, seq_len: 64}]"
+    )  # sample 41 lies in step 6, samples 40 to 48
     assert [schedule.seq_len_at(8 * step) for step in (4, 5, 6)] == [32, 32, 64]
 
 
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["data.growth=[{from: 50%, seq_len: 48}]"], "data.growth.0.seq_len=48 is not a multiple of the 32 before it"),
         (
-            ["data.growth=[{from: 50%, seq_len: 64}, {from: 20%, seq_len: 128}]"],
-            "data.growth.1.from=20% lies before the stage in front",
+            ["data.seq_len_schedule=[{from: 50%, seq_len: 48}]"],
+            "data.seq_len_schedule.0.seq_len=48 is not a multiple of the 32 before it",
         ),
         (
-            ["data.growth=[{from: 50%, seq_len: 96}]"],
-            "data.growth.0: a batch of train.batch_size=8 sequences of data.seq_len=32",
+            ["data.seq_len_schedule=[{from: 50%, seq_len: 64}, {from: 20%, seq_len: 128}]"],
+            "data.seq_len_schedule.1.from=20% lies before the stage in front",
         ),
         (
-            ["data.growth=[{from: 50%, seq_len: 64}]", "data.window=96"],
+            ["data.seq_len_schedule=[{from: 50%, seq_len: 96}]"],
+            "data.seq_len_schedule.0: a batch of train.batch_size=8 sequences of data.seq_len=32",
+        ),
+        (
+            ["data.seq_len_schedule=[{from: 50%, seq_len: 64}]", "data.window=96"],
             "data.window=96 is not a multiple of the longest sequence, 64",
         ),
         (
-            ["data.growth=[{from: 1, seq_len: 64}]", "train.batch_ramp_steps=5", "train.batch_ramp_start=2"],
-            "data.growth.0.from=1 lies in the batch ramp of 5 steps: let sequences grow after it",
+            ["data.seq_len_schedule=[{from: 1, seq_len: 64}]", "train.batch_ramp_steps=5", "train.batch_ramp_start=2"],
+            "data.seq_len_schedule.0.from=1 lies in the batch ramp of 5 steps: let sequences grow after it",
         ),
     ],
 )
@@ -125,7 +130,7 @@ def test_a_growing_run_reads_the_same_tokens_in_the_same_order(
         "train.steps=6",
         "train.batch_size=8",
         "train.micro_batch_size=4",
-        "data.growth=[{from: 50%, seq_len: 64}]",
+        "data.seq_len_schedule=[{from: 50%, seq_len: 64}]",
         "run.seed=3",
     )
     run_tiny(tmp_path, *words)
@@ -173,7 +178,8 @@ def test_a_stage_may_be_appended_when_a_run_goes_on_but_its_past_may_not_change(
     words = (f"data.path={two_sources}", "train.steps=20", "train.batch_size=4", "run.seed=5")
     assert run_tiny(tmp_path, *words, f"data.mixture={{{even}}}", observers=[StopAfter(10)]) is Outcome.STOPPED
     with pytest.raises(
-        UserError, match=r"another order than run\.seed, data\.mixture, data\.growth and data\.window give now"
+        UserError,
+        match=r"another order than run\.seed, data\.mixture, data\.seq_len_schedule and data\.window give now",
     ):
         run_tiny(tmp_path, *words, 'data.mixture={"by": "tokens", "weights": {"a": 1, "b": 2}}')
     assert run_tiny(tmp_path, *words, f"data.mixture={{{even}, {later}}}") is Outcome.FINISHED

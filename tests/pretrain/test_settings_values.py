@@ -12,13 +12,14 @@ import pytest
 import yaml
 
 from data_pipeline.settings import MixtureStage, Settings, SourceConfig
-from pretrain.config import GrowthStage, RunConfig, flatten
-from pretrain.config.loading import dump, load
+from pretrain.config import RunConfig, SeqLenStageConfig, flatten
+from pretrain.config.loading import load
+from pretrain.config.saved import dump
 from pretrain.errors import UserError
 
 NEEDED: dict[type[Settings], dict[str, object]] = {
     SourceConfig: {"kind": "text"},
-    GrowthStage: {"from": "50%", "seq_len": 4096},
+    SeqLenStageConfig: {"from": "50%", "seq_len": 4096},
     MixtureStage: {"from": "50%", "weights": {}},
 }
 """What a section of a list must say besides the field at hand."""
@@ -87,13 +88,13 @@ def test_the_walks_find_all_there_is() -> None:
         "{optim: {lr: VALUE}}",
         "{optim: {decay: VALUE}}",
         "{optim: {betas: [0.5, VALUE]}}",
-        "{optim: {clip: VALUE}}",
+        "{optim: {max_grad_norm: VALUE}}",
     ):
         assert known + "\n" in FLOATS
     assert "{data: {mixture: {stages: [{from: 50%, weights: {name: VALUE}}]}}}\n" in FLOATS
     assert "{data: {filters: {gopher_repetition: {top_n_grams: [[1, VALUE]]}}}}\n" in FLOATS
     for known in (
-        "{optim: {clip: VALUE}}",
+        "{optim: {max_grad_norm: VALUE}}",
         "{model: {preset: VALUE}}",
         "{data: {sources: [{filters: VALUE, kind: text}]}}",
     ):
@@ -176,7 +177,7 @@ def test_a_preset_that_is_none_takes_back_the_one_of_the_file(tmp_path: Path) ->
         ("optim.eps=1e6", "optim.eps='1e6': input should be less than or equal to 1"),
         ("optim.weight_decay=-1", "optim.weight_decay=-1: input should be greater than or equal to 0"),
         ("optim.decay=1.5", "optim.decay=1.5: input should be less than or equal to 1"),
-        ("optim.clip=0", "optim.clip=0: input should be greater than 0"),
+        ("optim.max_grad_norm=0", "optim.max_grad_norm=0: input should be greater than 0"),
         ("train.z_loss=1e30", "train.z_loss='1e30': input should be less than or equal to 10"),
         ("train.micro_batch_size=0", "train.micro_batch_size=0: input should be greater than 0"),
         ("model.vocab_size=-5", "model.vocab_size=-5: input should be greater than 0"),
@@ -217,7 +218,7 @@ def test_what_no_run_can_mean_is_refused_with_its_bound(word: str, answer: str) 
         ("optim.betas=[0, 0.9999]", [0.0, 0.9999]),
         ("optim.eps=1", 1.0),
         ("optim.decay=0", 0.0),
-        ("optim.clip=1e30", 1e30),  # as good as none, and said by many
+        ("optim.max_grad_norm=1e30", 1e30),  # as good as none, and said by many
         ("model.rope.theta=5e8", 5e8),
         ("run.seed=-1", -1),
         ("run.seed=0xff", 255),
@@ -239,7 +240,14 @@ def test_what_somebody_may_mean_is_taken_as_it_was_written(word: str, value: obj
 
 def test_the_config_of_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
     config = load(
-        None, ["run.dir=2026-01-31", "log.wandb_project=007", "optim.clip=none", "optim.eps=1e-12", "data.path=12:30"]
+        None,
+        [
+            "run.dir=2026-01-31",
+            "log.wandb_project=007",
+            "optim.max_grad_norm=none",
+            "optim.eps=1e-12",
+            "data.path=12:30",
+        ],
     ).config
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))

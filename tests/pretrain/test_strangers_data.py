@@ -11,8 +11,9 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import PrepareConfig, SourceConfig
+from pretrain.checked_json import format_checked_json
 from pretrain.checkpoint.directory import checkpoint_path
-from pretrain.checkpoint.manifest import _checksum, read_manifest
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.errors import UserError
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
@@ -111,7 +112,7 @@ def test_a_checkpoint_that_names_files_elsewhere_is_refused(
     content = json.loads((path / "manifest.json").read_text())
     content.pop("checksum")
     content["files"][name] = content["files"].pop("__0_0.distcp")
-    (path / "manifest.json").write_text(json.dumps({**content, "checksum": _checksum(content)}))
+    (path / "manifest.json").write_text(format_checked_json(content))
     with pytest.raises(UserError, match="names a file outside of the checkpoint") as caught:
         read_manifest(path)
     assert repr(name) in str(caught.value)
