@@ -1,6 +1,6 @@
-"""Text -> token ids at speed: the fastest back end that gives the ids of the reference, which is `tokenizers`.
+"""Encode text fast: with `gigatoken` where it gives the same ids as the reference library, `tokenizers`.
 
-An encoder belongs to one process and uses one core: those who prepare data run one in each of their worker processes.
+An encoder belongs to one process and uses one core. A preparation runs one in each worker process.
 """
 
 from __future__ import annotations
@@ -46,28 +46,35 @@ HARD_STRINGS = (
     "ab" * 500,
     " \n" * 200 + "x",
 )
-"""Texts that tokenizers like to disagree on. Those of each tokenizer's own added tokens come on top."""
+"""Texts on which tokenizer libraries tend to disagree. `hard_strings_for` adds texts with a tokenizer's own added
+tokens."""
 
 _CACHE_BYTES = 512 << 20
 
 
 class Encoder(Protocol):
-    """Turns texts into ids, without any beginning or end token. A special token written out in a text is text."""
+    """Turns texts into ids, without beginning or end tokens.
+
+    A special token that a text spells out is encoded as text.
+    """
 
     @property
     def name(self) -> str:
-        """The library that does it."""
+        """The library used."""
 
     @property
     def failures(self) -> int:
-        """Batches that it broke on, which the reference encoded."""
+        """Batches on which the library failed, and which the reference encoded instead."""
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """(ids of all texts in a row, offsets [n + 1]): the ids of text i are `ids[offsets[i]:offsets[i + 1]]`."""
+        """Return (concatenated ids, offsets [n + 1]): the ids of text i are `ids[offsets[i]:offsets[i + 1]]`."""
 
 
 class ReferenceEncoder:
-    """What the ids are by definition: the library `tokenizers`. Set TOKENIZERS_PARALLELISM=false to keep it on one core."""
+    """The library `tokenizers`, whose ids are correct by definition.
+
+    TOKENIZERS_PARALLELISM=false keeps it on one core.
+    """
 
     name = "tokenizers"
     failures = 0
@@ -87,22 +94,22 @@ class ReferenceEncoder:
 
 
 class GigaEncoder:
-    """The library `gigatoken`, for the tokenizers it knows.
+    """The library `gigatoken`, for the tokenizers that it supports.
 
-    It remembers every piece of text that it has seen, which took 75 MB after 250 MB of Python sources and 10 GB after 1 GB of
-    random words. So it starts afresh when the process has grown by half a gigabyte inside it, and after a panic.
+    It caches every piece of text that it has seen: 75 MB after 250 MB of Python sources, 10 GB after 1 GB of random
+    words. So it is loaded anew when its calls have grown the process by half a gigabyte, and after a panic.
     """
 
     name = "gigatoken"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises GigaFailedError where the library is missing or cannot do this tokenizer."""
+        """Load the library. Raises GigaFailedError if it is missing or does not support this tokenizer."""
         self._config = _without_special_tokens(json.loads(tokenizer.to_json()))
         self._reference = ReferenceEncoder(tokenizer)
         self._backend = self._load()
         self._grown = 0
         self.failures = 0
-        """Batches that the library broke on; the reference encoded them."""
+        """Batches on which the library failed, and which the reference encoded instead."""
 
     def _load(self) -> gigatoken.Tokenizer:
         with _failing("cannot load this tokenizer"):
@@ -117,28 +124,28 @@ class GigaEncoder:
             ids, offsets = self.try_encode(texts)
         except GigaFailedError:
             self.failures += 1
-            self._backend, self._grown = self._load(), 0  # a panic may have left anything behind
+            self._backend, self._grown = self._load(), 0  # a panic may have left it in any state
             return self._reference.encode(texts)
-        # Where the system does not tell (no /proc), 9 bytes for each of text: what a text of words never seen before takes.
+        # Without /proc, assume 9 bytes for each character: the growth for a text of words never seen before.
         self._grown += max(0, _resident_bytes() - before - ids.nbytes) if before else 9 * sum(map(len, texts))
         if self._grown > _CACHE_BYTES:
             self._backend, self._grown = self._load(), 0
         return ids, offsets
 
     def try_encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """As `encode`, but raises GigaFailedError where the library breaks."""
+        """Encode like `encode`, but raise GigaFailedError if the library fails."""
         with _failing("broke on a text"):
             rows = self._backend.encode_batch(list(texts), parallel=False).layout
             return np.asarray(rows.content.data), np.asarray(rows.offsets.data)
 
 
 class GigaFailedError(Exception):
-    """Why gigatoken cannot be used."""
+    """gigatoken is missing, does not support a tokenizer, failed, or gave wrong ids."""
 
 
 @contextmanager
 def _failing(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong in gigatoken, panics of its Rust code too (they are no `Exception`), into GigaFailedError."""
+    """Turn any error in gigatoken into GigaFailedError, also panics of its Rust code, which are not `Exception`s."""
     try:
         yield
     except ImportError as error:
@@ -151,10 +158,10 @@ def _failing(what: str) -> Iterator[None]:
 
 
 def select_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Encoder, str]:
-    """(encoder, why this one): gigatoken where its ids are those of the reference on `sample` and on strings known to be hard.
+    """Return (encoder, reason): gigatoken if its ids are right on `sample` and HARD_STRINGS, else the reference.
 
-    Gigatoken is loaded, and checked on the hard strings, once a process; so a check on another sample costs little more than
-    the reference takes for it.
+    gigatoken is loaded, and checked on the hard strings, once a process. Checking another sample then costs little more
+    than encoding it with the reference.
     """
     reference = ReferenceEncoder(tokenizer)
     giga, found = _checked_giga(tokenizer)
@@ -169,10 +176,9 @@ def select_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Encoder
 
 @functools.lru_cache(maxsize=1)
 def _checked_giga(tokenizer: Tokenizer) -> tuple[GigaEncoder | None, str]:
-    """(gigatoken, the hard strings that it agrees on), or (None, what is wrong with it)."""
-    if (
-        not tokenizer.coverage.is_complete
-    ):  # it may load it, and then differ where a byte is missing that no string here has
+    """Return (gigatoken, how many hard strings it agrees on), or (None, what is wrong with it)."""
+    # gigatoken may load such a tokenizer, and then differ on a missing byte that no hard string has.
+    if not tokenizer.coverage.is_complete:
         return None, "gigatoken works on bytes, and not every byte has a token"
     hard = [*HARD_STRINGS, *hard_strings_for(json.loads(tokenizer.to_json()))]
     try:
@@ -184,45 +190,46 @@ def _checked_giga(tokenizer: Tokenizer) -> tuple[GigaEncoder | None, str]:
 
 
 def _check_ids(giga: GigaEncoder, reference: ReferenceEncoder, texts: Sequence[str]) -> None:
+    """Raise GigaFailedError if the ids of any text differ."""
     ids, offsets = giga.try_encode(texts)
-    expected, bounds = reference.encode(texts)
-    if np.array_equal(bounds, offsets) and np.array_equal(expected, ids):
+    expected, expected_offsets = reference.encode(texts)
+    if np.array_equal(expected_offsets, offsets) and np.array_equal(expected, ids):
         return
-    rows = zip(texts, pairwise(bounds), pairwise(offsets), strict=True)
-    wrong = next(text for text, here, there in rows if not np.array_equal(expected[slice(*here)], ids[slice(*there)]))
+    rows = zip(texts, pairwise(expected_offsets), pairwise(offsets), strict=True)
+    wrong = next(text for text, ours, theirs in rows if not np.array_equal(expected[slice(*ours)], ids[slice(*theirs)]))
     raise GigaFailedError(f"gigatoken gives other ids, first for {wrong[:60]!r}")
 
 
 def hard_strings_for(config: Mapping[str, Any]) -> list[str]:
-    """Texts with the added tokens of a tokenizer: alone, inside words, cut short, and each special one overlapping another token.
+    """Return texts with a tokenizer's added tokens: alone, inside words, truncated, overlapping with others.
 
-    As many as the tokens have characters, at most, and six for each token.
+    At most six texts for each token, and one for each character of the tokens.
     """
     names = [token["content"] for token in config.get("added_tokens", ())]
     special = {token["content"] for token in config.get("added_tokens", ()) if token["special"]}
     texts = [form for name in names for form in (name, f"a{name}b", f" {name} {name}\n", name[:-1], name[1:], name * 2)]
-    # The reference finds a special token, leaves it as text and goes on behind it; so what begins inside one is not found.
-    # One text for each end of a token with which others begin: all pairs would be the square of them.
-    beginning = dict[tuple[str, bool], str]()
+    # The reference matches a special token, leaves it as text and continues after it, so it misses a token that begins
+    # inside. One text for each suffix of a token that is a prefix of some other token: all pairs would be too many.
+    token_with_prefix = dict[tuple[str, bool], str]()
     for name in names:
         for n in range(1, len(name)):
-            beginning.setdefault((name[:n], name in special), name)
+            token_with_prefix.setdefault((name[:n], name in special), name)
     for first in names:
         for n in range(1, len(first)):
-            second = beginning.get((first[-n:], first not in special))
+            second = token_with_prefix.get((first[-n:], first not in special))
             if second is not None:
                 texts.append(first + second[n:])
     return texts
 
 
 def _without_special_tokens(config: dict[str, Any]) -> str:
-    """The tokenizer for gigatoken, which would find special tokens in a text: none is left to find, nor anything to cut or to add."""
+    """Return the tokenizer's JSON without truncation and special tokens, which gigatoken would match in texts."""
     added = [token for token in config.get("added_tokens", ()) if not token["special"]]
     return json.dumps(config | {"added_tokens": added, "truncation": None, "padding": None, "post_processor": None})
 
 
 def _resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not tell."""
+    """Return the resident memory of this process; 0 if the system does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -1,6 +1,6 @@
-"""From a chunk's documents to the shards of one split, and what is counted on the way.
+"""Write the documents of a chunk that belong to one split as shards, and count them.
 
-The documents of a shard stand in a random order, so that neighbours in a file are not neighbours in training.
+The documents of a shard are shuffled, so that neighbors in a file are not neighbors in training.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from data_pipeline.tokenizing.coverage import LOST_CHARACTERS, UNKNOWN_TOKENS
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 _GATHER_TOKENS = 4 << 20
+"""Tokens shuffled at a time: the indices of all tokens of a shard would take four times its memory."""
 
 
 class SplitResult(ManifestModel):
-    """What a chunk gave to one split."""
+    """The counts and shards of one chunk in one split."""
 
     documents: int
     tokens: int
@@ -41,7 +42,7 @@ class SplitResult(ManifestModel):
 
 @dataclass
 class SplitWriter:
-    """The documents of one chunk that belong to one split: held until a shard is full, then permuted and written."""
+    """Collects the documents of one chunk in one split until a shard is full, then shuffles and writes it."""
 
     folder: Path
     chunk: str
@@ -56,18 +57,26 @@ class SplitWriter:
     unknown_tokens: int = 0
     lost_characters: int = 0
     shards: list[Shard] = field(default_factory=list)
-    _held: list[NDArray[np.integer]] = field(default_factory=list)
-    _lengths: list[NDArray[np.int32]] = field(default_factory=list)
-    _n_held: int = 0
+    _pending: list[NDArray[np.integer]] = field(default_factory=list)
+    _pending_lengths: list[NDArray[np.int32]] = field(default_factory=list)
+    _n_pending: int = 0
 
     def count_dropped(self, reason: str) -> None:
-        """Count a document that is left out."""
+        """Count a dropped document."""
         self.dropped[reason] += 1
 
     def count_kept(
         self, document: Document, repairs: Sequence[str], *, marked: bool, unknown: int = 0, lost: int = 0
     ) -> None:
-        """Count a document that will be added, with `unknown` tokens for what the tokenizer does not know, or `lost` characters."""
+        """Count a document that will be added.
+
+        Args:
+            document: as it is encoded.
+            repairs: how filters edited it.
+            marked: it is contaminated and kept all the same.
+            unknown: its unknown tokens.
+            lost: its characters that the tokenizer dropped.
+        """
         self.documents += 1
         self.text_bytes += document.n_bytes
         self.repaired.update(repairs)
@@ -83,25 +92,30 @@ class SplitWriter:
         self.lost_characters += lost
 
     def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> None:
-        """Append documents, and write a shard whenever the next one would take it over `shard_tokens`."""
+        """Append documents. Writes a shard when the next document would not fit into `shard_tokens`.
+
+        Args:
+            tokens: of all documents, concatenated, with their end-of-text tokens.
+            lengths: tokens of each document.
+        """
         self.tokens += len(tokens)
         while len(lengths):
             stops = np.cumsum(lengths, dtype=np.int64)
-            fit = int(np.searchsorted(stops, self.shard_tokens - self._n_held, side="right"))
-            if fit == 0 and self._n_held == 0:  # longer than a shard: it gets one of its own
+            fit = int(np.searchsorted(stops, self.shard_tokens - self._n_pending, side="right"))
+            if fit == 0 and self._n_pending == 0:  # a document longer than a shard gets a shard of its own
                 fit = 1
             taken = int(stops[fit - 1]) if fit else 0
             if fit:
-                self._held.append(tokens[:taken].astype(DTYPES[token_dtype(self.tokenizer.vocab_size)]))
-                self._lengths.append(lengths[:fit])
-                self._n_held += taken
+                self._pending.append(tokens[:taken].astype(DTYPES[token_dtype(self.tokenizer.vocab_size)]))
+                self._pending_lengths.append(lengths[:fit])
+                self._n_pending += taken
             tokens, lengths = tokens[taken:], lengths[fit:]
             if len(lengths):
                 self._write()
 
     def finish(self) -> SplitResult:
-        """Write what is held."""
-        if self._n_held:
+        """Write the last shard and return the counts and all shards."""
+        if self._n_pending:
             self._write()
         return SplitResult(
             documents=self.documents,
@@ -116,30 +130,34 @@ class SplitWriter:
         )
 
     def _write(self) -> None:
-        tokens, lengths = np.concatenate(self._held), np.concatenate(self._lengths)
-        self._held, self._lengths, self._n_held = [], [], 0  # before they are permuted: never more than two copies
-        tokens, lengths = _permuted(tokens, lengths)
+        tokens, lengths = np.concatenate(self._pending), np.concatenate(self._pending_lengths)
+        self._pending, self._pending_lengths, self._n_pending = (
+            [],
+            [],
+            0,
+        )  # now, so that shuffling holds at most two copies
+        tokens, lengths = _shuffle_documents(tokens, lengths)
         name = f"{self.chunk}-{len(self.shards)}" if self.shards else self.chunk
         self.shards.append(write_shard(self.folder, name, tokens, lengths, token_dtype(self.tokenizer.vocab_size)))
 
 
-def _permuted(tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> tuple[NDArray[np.integer], NDArray[np.int32]]:
-    """The documents in a random order that depends on their number alone."""
+def _shuffle_documents(
+    tokens: NDArray[np.integer], lengths: NDArray[np.int32]
+) -> tuple[NDArray[np.integer], NDArray[np.int32]]:
+    """Return the documents in a pseudo-random order that depends only on how many there are."""
     order = permute(np.arange(len(lengths)), len(lengths), permutation_key(0, 0))
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[order]
     lengths = lengths[order]
     out = np.empty_like(tokens)
     stops = np.cumsum(lengths, dtype=np.int64)
     first = written = 0
-    while first < len(
-        lengths
-    ):  # some millions of tokens at a time: the indices of all would take four times the tokens
+    while first < len(lengths):
         last = max(first + 1, int(np.searchsorted(stops, written + _GATHER_TOKENS, side="right")))
-        here, stop = lengths[first:last], int(stops[last - 1])
-        if len(here) == 1:  # perhaps a very long one
-            out[written:stop] = tokens[starts[first] : starts[first] + here[0]]
+        batch_lengths, stop = lengths[first:last], int(stops[last - 1])
+        if len(batch_lengths) == 1:  # a document that may be longer than _GATHER_TOKENS needs no indices
+            out[written:stop] = tokens[starts[first] : starts[first] + batch_lengths[0]]
         else:
-            shifts = starts[first:last] - (stops[first:last] - here - written)
-            out[written:stop] = tokens[np.arange(stop - written) + np.repeat(shifts, here)]
+            shifts = starts[first:last] - (stops[first:last] - batch_lengths - written)
+            out[written:stop] = tokens[np.arange(stop - written) + np.repeat(shifts, batch_lengths)]
         first, written = last, stop
     return out, lengths

@@ -1,6 +1,6 @@
-"""One chunk of text -> its shards of each split: the work of `prepare` that takes the time.
+"""Tokenize one chunk of text into shards of each split: the part of `prepare` that takes most of the time.
 
-The same chunk, verdicts and tokenizer give the same bytes, whoever does it.
+The same chunk, verdicts and tokenizer give the same bytes in any process.
 """
 
 from __future__ import annotations
@@ -33,26 +33,30 @@ from data_pipeline.tokenizing.unknown_text import UnknownTextCounter
 from data_pipeline.workers import Progress, ProgressCallback
 
 _SAMPLE_CHARACTERS = 64 << 10
+"""Characters of a chunk on which the fast encoder must give the ids of the reference."""
+
+_NOTHING_KEPT = 2.0
+"""`ChunkResult.lowest` of a chunk without kept documents: more than any `uniform_hash`."""
 
 
 class ChunkResult(ManifestModel):
-    """What became of a chunk; the record that it is done."""
+    """The result of a chunk; its file marks the chunk as finished."""
 
     chunk: str
     key: str
-    """Hash of all that decided it; a result of another key is no result."""
+    """Hash of everything that decides the result. A file with another key is out of date."""
     read: int
-    """Documents."""
+    """Documents read."""
     rejects: int
     """Documents in the file of rejects."""
     encoder: str
-    """The back end that encoded it; empty where nothing was kept."""
+    """The library that encoded it; empty if no document was kept."""
     why: str
-    """Why that one."""
+    """Why that library was chosen."""
     failures: int
-    """Batches that it broke on, which the reference encoded."""
+    """Batches on which the library failed, and which the reference encoded instead."""
     lowest: float
-    """Lowest place of a kept document, see `place`; 2 where none is kept."""
+    """Lowest `uniform_hash` of a kept document; 2 if none was kept."""
     splits: dict[str, SplitResult]
 
     @property
@@ -63,14 +67,13 @@ class ChunkResult(ManifestModel):
 
 @dataclass(frozen=True)
 class TokenizeSetup:
-    """What is the same for all chunks."""
+    """What is the same for all chunks. Sent to workers by pickle."""
 
     config: PrepareConfig
-    work: Path
-    """Folder with a folder for each split."""
-    done: Path
-    """Folder of the results."""
-    tokenizer: Path
+    work_folder: Path
+    """Holds a folder for each split."""
+    results_folder: Path
+    tokenizer_file: Path
     fingerprint: str
     """Of the tokenizer."""
     keep_rejects: bool
@@ -81,12 +84,12 @@ class TokenizeJob:
     """A chunk to tokenize."""
 
     chunk: Chunk
-    fraction: float
-    """Documents whose place is below it are held out."""
-    verdicts: Path | None
-    """None where every document that is not empty is kept."""
+    held_out_fraction: float
+    """Documents whose `uniform_hash` is below this are held out."""
+    verdicts_file: Path | None
+    """None keeps every document except those that `basic_drop_reason` drops."""
     key: str
-    """Hash of all that decides what becomes of it, but for the verdicts."""
+    """Hash of everything that decides the result, except the verdicts."""
 
     @property
     def name(self) -> str:
@@ -95,57 +98,57 @@ class TokenizeJob:
 
 
 def uniform_hash(document: Document) -> float:
-    """A document's place in [0, 1], by the hash of its name: independent of order, settings and everything else."""
+    """Map a document to a uniformly distributed number in [0, 1] by its source and id. Nothing else enters."""
     return document_hash(f"{document.source}\0{document.id}", salt=0) / 2**64
 
 
 def init_worker(setup: TokenizeSetup) -> Callable[[TokenizeJob, ProgressCallback], ChunkResult]:
-    """What does the jobs of one process. The tokenizer is loaded once.
+    """Load the tokenizer, once a process, and return the function that tokenizes a chunk.
 
-    The function that is returned reads a chunk, encodes what is kept, and writes its shards to `<work>/train` and `<work>/validation`,
-    unless an earlier attempt did: then every byte of them is checked.
+    The function reads a chunk, encodes the kept documents, and writes their shards to `train` and `validation` in
+    `work_folder`. If an earlier attempt finished the chunk, it only checks every byte of those shards.
 
     Raises:
-        DataError: the tokenizer is not the expected one; of a job: a document cannot be read or encoded; it is named.
+        DataError: the tokenizer is not the expected one. The function raises it, with the document's id, if a document
+            cannot be read or encoded.
     """
-    tokenizer = load_tokenizer(setup.tokenizer)
+    tokenizer = load_tokenizer(setup.tokenizer_file)
     if tokenizer.fingerprint != setup.fingerprint:
-        raise DataError(f"{setup.tokenizer} changed while it was used; run the command again")
-    editors = functools.cache(lambda index: build_editor(setup.config.all_sources[index], setup.config))
+        raise DataError(f"{setup.tokenizer_file} changed while it was used; run the command again")
+    editor_for = functools.cache(lambda index: build_editor(setup.config.all_sources[index], setup.config))
 
-    def do(job: TokenizeJob, tell: ProgressCallback) -> ChunkResult:
-        key = xxhash.xxh3_128_hexdigest(f"{job.key} {verdicts_digest(job.verdicts)}".encode())
-        there = _finished(setup, job.name, key)
-        if there is not None:
-            tell(Progress(there.read, job.chunk.bytes or 0, there.tokens))
-            return there
-        result = _tokenize_chunk(setup, job, key, tokenizer, editors(job.chunk.source_index), tell)
+    def tokenize_chunk(job: TokenizeJob, on_progress: ProgressCallback) -> ChunkResult:
+        key = xxhash.xxh3_128_hexdigest(f"{job.key} {verdicts_digest(job.verdicts_file)}".encode())
+        finished = _load_finished(setup, job.name, key)
+        if finished is not None:
+            on_progress(Progress(finished.read, job.chunk.bytes or 0, finished.tokens))
+            return finished
+        result = _tokenize_chunk(setup, job, key, tokenizer, editor_for(job.chunk.source_index), on_progress)
         write_checksummed(_result_file(setup, job.name), result.model_dump_json().encode())
         return result
 
-    return do
+    return tokenize_chunk
 
 
 def _result_file(setup: TokenizeSetup, name: str) -> Path:
-    return setup.done / f"{name}.result"
+    return setup.results_folder / f"{name}.result"
 
 
 def _rejects_file(setup: TokenizeSetup, name: str) -> Path:
-    return setup.work / REJECTS / f"{name}.jsonl.zst"
+    return setup.work_folder / REJECTS / f"{name}.jsonl.zst"
 
 
-def _finished(setup: TokenizeSetup, name: str, key: str) -> ChunkResult | None:
-    """The result of an earlier attempt if it was decided by the same, and its files are whole."""
+def _load_finished(setup: TokenizeSetup, name: str, key: str) -> ChunkResult | None:
+    """Return the result of an earlier attempt if it has this key and its files are intact."""
     try:
         result = ChunkResult.model_validate_json(read_checksummed(_result_file(setup, name)) or b"")
-    except ValidationError:  # there is none, or it is damaged or of another version
+    except ValidationError:  # missing, damaged, or written by another version
         return None
     if result.key != key or (result.rejects and not _rejects_file(setup, name).is_file()):
         return None
-    whole = all(
-        is_shard_intact(setup.work / split, shard) for split, part in result.splits.items() for shard in part.shards
-    )
-    return result if whole else None
+    folders = ((setup.work_folder / name, split) for name, split in result.splits.items())
+    are_intact = all(is_shard_intact(folder, shard) for folder, split in folders for shard in split.shards)
+    return result if are_intact else None
 
 
 def _tokenize_chunk(
@@ -154,31 +157,32 @@ def _tokenize_chunk(
     key: str,
     tokenizer: Tokenizer,
     edit: Callable[[Document], tuple[Document, tuple[str, ...]]],
-    tell: ProgressCallback,
+    on_progress: ProgressCallback,
 ) -> ChunkResult:
-    config, chunk, counter = setup.config, job.chunk, _counter(tokenizer)
-    names = SPLITS if job.fraction > 0 else ("train",)
-    splits = {name: SplitWriter(setup.work / name, chunk.name, tokenizer, config.shard_tokens) for name in names}
+    config, chunk, counter = setup.config, job.chunk, _unknown_text_counter(tokenizer)
+    names = SPLITS if job.held_out_fraction > 0 else ("train",)
+    splits = {name: SplitWriter(setup.work_folder / name, chunk.name, tokenizer, config.shard_tokens) for name in names}
+    source = config.all_sources[chunk.source_index]
     encoder: Encoder | None = None
-    why, lowest, read = "", 2.0, 0
+    why, lowest, read = "", _NOTHING_KEPT, 0
     with RejectWriter(_rejects_file(setup, chunk.name) if setup.keep_rejects else None) as rejects:
-        for batch in read_with_verdicts(chunk, config.all_sources[chunk.source_index], job.verdicts, tell):
-            kept: list[_Kept] = []
-            for document, reason, marked in batch:
-                here = uniform_hash(document)
-                split = splits["validation" if here < job.fraction else "train"]
-                if reason is not None:
-                    split.count_dropped(reason)
-                    rejects.write(document, reason)
+        for batch in read_with_verdicts(chunk, source, job.verdicts_file, on_progress):
+            kept: list[_KeptDocument] = []
+            for document, drop_reason, is_contaminated in batch:
+                document_hash = uniform_hash(document)
+                split = splits["validation" if document_hash < job.held_out_fraction else "train"]
+                if drop_reason is not None:
+                    split.count_dropped(drop_reason)
+                    rejects.write(document, drop_reason)
                     continue
                 edited, repairs = edit(document)
-                kept.append(_Kept(split, document, edited, repairs, marked, here))
+                kept.append(_KeptDocument(split, document, edited, repairs, is_contaminated, document_hash))
             if kept:
                 if encoder is None:
-                    encoder, why = select_encoder(tokenizer, tuple(_sample(entry.edited for entry in kept)))
-                written, n_tokens = _encode(encoder, counter, kept, rejects, tokenizer.eot_id)
-                lowest = min([lowest, *(entry.place for entry in written)])
-                tell(Progress(tokens=n_tokens))
+                    encoder, why = select_encoder(tokenizer, tuple(_sample_texts(entry.edited for entry in kept)))
+                written, n_tokens = _encode_batch(encoder, counter, kept, rejects, tokenizer.eot_id)
+                lowest = min([lowest, *(entry.uniform_hash for entry in written)])
+                on_progress(Progress(tokens=n_tokens))
             read += len(batch)
     return ChunkResult(
         chunk=chunk.name,
@@ -193,26 +197,27 @@ def _tokenize_chunk(
     )
 
 
-class _Kept(NamedTuple):
-    """A document that nothing dropped so far."""
+class _KeptDocument(NamedTuple):
+    """A document that the verdicts keep. It is still dropped if it encodes to nothing."""
 
     split: SplitWriter
     document: Document
     """As it was read."""
     edited: Document
+    """As the filters edited it."""
     repairs: tuple[str, ...]
-    marked: bool
-    place: float
+    is_contaminated: bool
+    uniform_hash: float
 
 
 @functools.lru_cache(maxsize=1)
-def _counter(tokenizer: Tokenizer) -> UnknownTextCounter:
-    """Made once a process."""
+def _unknown_text_counter(tokenizer: Tokenizer) -> UnknownTextCounter:
+    """Return the counter for this tokenizer, built once a process."""
     return UnknownTextCounter(tokenizer)
 
 
-def _sample(documents: Iterator[Document]) -> Iterator[str]:
-    """The beginning of the documents, on which the fast encoder must equal the reference."""
+def _sample_texts(documents: Iterator[Document]) -> Iterator[str]:
+    """Yield the first texts, _SAMPLE_CHARACTERS characters in all."""
     left = _SAMPLE_CHARACTERS
     for document in documents:
         yield document.text[:left]
@@ -221,18 +226,23 @@ def _sample(documents: Iterator[Document]) -> Iterator[str]:
             return
 
 
-def _encode(
-    encoder: Encoder, counter: UnknownTextCounter, kept: Sequence[_Kept], rejects: RejectWriter, eot_id: int
-) -> tuple[list[_Kept], int]:
-    """Encode a batch and hand each document with its end-of-text token to its split: (the documents that have tokens, all tokens)."""
-    ids, offsets = _ids(encoder, [entry.edited for entry in kept])
-    losses = counter.count([entry.edited.text for entry in kept], ids, offsets)
-    written: list[_Kept] = []
+def _encode_batch(
+    encoder: Encoder, counter: UnknownTextCounter, kept: Sequence[_KeptDocument], rejects: RejectWriter, eot_id: int
+) -> tuple[list[_KeptDocument], int]:
+    """Encode a batch, and add each document with its end-of-text token to its split.
+
+    Returns:
+        The documents that have tokens, and how many tokens were written.
+    """
+    ids, offsets = _encode_texts(encoder, [entry.edited for entry in kept])
+    counts = counter.count([entry.edited.text for entry in kept], ids, offsets)
+    written: list[_KeptDocument] = []
     lengths = np.diff(offsets)
-    rows = zip(kept, lengths.tolist(), losses.unknown.tolist(), losses.lost.tolist(), strict=True)
+    rows = zip(kept, lengths.tolist(), counts.unknown.tolist(), counts.lost.tolist(), strict=True)
     for entry, length, unknown, lost in rows:
         if length:
-            entry.split.count_kept(entry.edited, entry.repairs, marked=entry.marked, unknown=unknown, lost=lost)
+            is_contaminated = entry.is_contaminated
+            entry.split.count_kept(entry.edited, entry.repairs, marked=is_contaminated, unknown=unknown, lost=lost)
             written.append(entry)
         else:
             entry.split.count_dropped(NO_TOKENS)
@@ -246,28 +256,29 @@ def _encode(
     is_end[stops - 1] = True
     tokens[~is_end], tokens[is_end] = ids, eot_id
     for writer in {id(entry.split): entry.split for entry in written}.values():
-        mine = np.array([entry.split is writer for entry in written])
-        writer.add(tokens if mine.all() else tokens[np.repeat(mine, lengths)], lengths[mine].astype(np.int32))
+        is_in_split = np.array([entry.split is writer for entry in written])
+        split_tokens = tokens if is_in_split.all() else tokens[np.repeat(is_in_split, lengths)]
+        writer.add(split_tokens, lengths[is_in_split].astype(np.int32))
     return written, len(tokens)
 
 
-def _ids(encoder: Encoder, documents: Sequence[Document]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """What `encoder` makes of the texts. Where it fails, each is tried alone, to name the document."""
+def _encode_texts(encoder: Encoder, documents: Sequence[Document]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Encode the texts of documents. If that fails, encode them one by one to name the one at fault in the error."""
     try:
         return encoder.encode([document.text for document in documents])
-    except (
-        BaseException
-    ) as error:  # `tokenizers` raises bare Exceptions, and panics of its Rust code that are not even that
+    # `tokenizers` raises bare Exceptions, and panics of its Rust code are BaseExceptions.
+    except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
             raise
         first = documents[0]
         if len(documents) == 1:
             detail = one_line(error)
             raise DataError(
-                f"document {first.id} of source {first.source} cannot be encoded ({detail}); leave it out, or use another data.tokenizer"
+                f"document {first.id} of source {first.source} cannot be encoded ({detail}); leave it out, "
+                f"or use another data.tokenizer"
             ) from error
     for document in documents:
-        _ids(encoder, [document])
+        _encode_texts(encoder, [document])
     raise DataError(
         f"{len(documents)} documents of source {first.source}, from {first.id} on, cannot be encoded together"
     )

@@ -1,6 +1,6 @@
-"""Tokenizers of other makers as one `tokenizers` JSON that gives the ids of their own libraries: tiktoken ranks, SentencePiece models.
+"""Convert tiktoken ranks and SentencePiece models to a `tokenizer.json` that gives the same ids as their own libraries.
 
-Knows files and vocabularies; encodes nothing. SentencePiece's description of its file is imported where it is used.
+This module does not encode. SentencePiece's file format is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from data_pipeline.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 
-SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""Where a token may not cross: the published pattern of GPT-4 and Llama 3 (arXiv:2407.21783). Digits go in threes, and line
-breaks with their indentation, which shortens source code by 5% against the pattern of GPT-2."""
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The pre-tokenization pattern of GPT-4 and Llama 3 (arXiv:2407.21783): no token crosses a split. Digits are grouped in
+threes, and line breaks with their indentation, which needs 5% fewer tokens for source code than GPT-2's pattern."""
 
 _CAPITALS, _SMALL, _ENDING = (
     r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
@@ -32,8 +35,9 @@ _SPLIT_O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}*{_SMALL}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}+{_SMALL}*{_ENDING}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_FEW = 256
-"""Special tokens that `keep_apart` lists one by one; more make a tree. The pattern is part of the fingerprint of data prepared before."""
+_MAX_ALTERNATIVES = 256
+"""Special tokens that `split_special_tokens` lists as plain alternatives; more become a prefix tree. Another limit
+would change the pattern, and so the fingerprint of tokenizers with which data was prepared before."""
 
 _MIDDLES = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 
@@ -46,14 +50,18 @@ TIKTOKEN_ENCODINGS: dict[str, tuple[str | None, dict[str, int]]] = {
     ),
     "o200k_base": (_SPLIT_O200K, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
 }
-"""What a file of ranks does not say, by its name: the pattern (none: the one of GPT-2) and the special tokens, as OpenAI published them."""
+"""What a file of ranks lacks, by its name: the pattern (None is GPT-2's) and the special tokens, as OpenAI published
+them."""
 
 
 def read_tokenizer_config(path: Path) -> tuple[Path, dict[str, Any]]:
-    """(file, its tokenizer as the contents of a `tokenizer.json`) of a file, or of a folder, where `tokenizer.json` goes first.
+    """Read a tokenizer file in any supported format, or the one in a folder, where `tokenizer.json` takes precedence.
+
+    Returns:
+        The file, and its tokenizer as the contents of a `tokenizer.json`.
 
     Raises:
-        DataError: there is no tokenizer, more than one, or one that we do not know how to read.
+        DataError: there is no tokenizer, more than one, or one in an unsupported format.
     """
     file = _file_of(path)
     try:
@@ -62,9 +70,8 @@ def read_tokenizer_config(path: Path) -> tuple[Path, dict[str, Any]]:
         raise DataError(
             f"data.tokenizer: cannot read {file}: {error.strerror}; name a tokenizer.json or a folder that holds one"
         ) from None
-    if file.suffix == ".tiktoken" or re.match(
-        rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw
-    ):  # Llama 3 calls its ranks tokenizer.model
+    # Detected by content as well, because Llama 3's ranks are in a file named tokenizer.model.
+    if file.suffix == ".tiktoken" or re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw):
         return file, from_tiktoken(raw, file)
     if file.suffix == ".model":
         return file, from_sentencepiece(raw, file)
@@ -89,25 +96,27 @@ def _file_of(path: Path) -> Path:
 
 
 def byte_level(pattern: str | None, max_piece: int | None = None) -> dict[str, Any]:
-    """Pre-tokenizer: the text is cut by `pattern` (none: GPT-2's), its UTF-8 bytes are spelt as 256 printable characters.
+    """Return a pre-tokenizer that splits the text by a pattern and spells its UTF-8 bytes as printable characters.
 
-    With `max_piece`, pieces of more characters are cut again, after every so many.
+    Args:
+        pattern: where to split; None is GPT-2's pattern.
+        max_piece: split longer pieces after this many characters; None does not. Needs a `pattern`.
     """
     spell = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
     if pattern is None:
         return spell
-    again = [] if max_piece is None else [{"type": "FixedLength", "length": max_piece}]
-    return _sequence(_split(pattern), *again, spell)
+    limit = [] if max_piece is None else [{"type": "FixedLength", "length": max_piece}]
+    return _sequence(_split(pattern), *limit, spell)
 
 
 BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def make_tokenizer_config(special: Mapping[str, int], model: Mapping[str, Any], **parts: object) -> dict[str, Any]:
-    """The contents of a `tokenizer.json`; `parts` are its normalizer, pre_tokenizer and decoder."""
+def make_tokenizer_config(special: Mapping[str, int], model: Mapping[str, Any], **stages: object) -> dict[str, Any]:
+    """Return the contents of a `tokenizer.json`; `stages` are its normalizer, pre_tokenizer and decoder."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": number, "content": name} | flags for name, number in special.items()]
-    steps = {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None} | parts
+    steps = {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None} | stages
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **steps, "model": dict(model)}
 
 
@@ -118,14 +127,16 @@ def _bpe(vocab: dict[str, int], merges: Iterable[Sequence[str]], **settings: obj
 
 
 def from_tiktoken(raw: bytes, file: Path) -> dict[str, Any]:
-    """The tokenizer of a file of ranks: lines of a token in base64 and its rank.
+    """Convert a file of tiktoken ranks, whose lines hold a token in base64 and its rank.
 
-    Any two neighbours that together are a token may merge, the lowest rank first; so every way to cut a token in two is a merge.
+    tiktoken merges any two neighbors that together are a token, the lowest rank first. So every split of a token into
+    two tokens becomes a merge rule.
     """
     if file.stem not in TIKTOKEN_ENCODINGS:
+        known = ", ".join(f"{name}.tiktoken" for name in TIKTOKEN_ENCODINGS)
         raise DataError(
-            f"data.tokenizer: {file} holds tiktoken ranks, which do not tell how text is split nor what the special tokens are; known by "
-            f"their file's name are {', '.join(f'{name}.tiktoken' for name in TIKTOKEN_ENCODINGS)}. Give the tokenizer.json of any other"
+            f"data.tokenizer: {file} holds tiktoken ranks, which do not say how to split text or what the special "
+            f"tokens are. That is known for files named {known}; for any other, give its tokenizer.json"
         )
     try:
         lines = [line.split() for line in raw.splitlines() if line.strip()]
@@ -133,58 +144,63 @@ def from_tiktoken(raw: bytes, file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"data.tokenizer: {file} is not a file of tiktoken ranks: {error}") from None
     if missing := 256 - sum(len(token) == 1 for token in ranks):
-        raise DataError(f"data.tokenizer: {file}: {missing} of the 256 bytes have no rank; the file is not whole")
+        raise DataError(f"data.tokenizer: {file}: {missing} of the 256 bytes have no rank; the file is incomplete")
     pattern, special = TIKTOKEN_ENCODINGS[file.stem]
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        merges += sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))
-    spell = byte_characters()
-    spelt = {token: "".join(map(spell.__getitem__, token)) for token in ranks}
-    vocab = {spelt[token]: rank for token, rank in ranks.items()} | special
-    model = _bpe(vocab, ([spelt[left], spelt[right]] for left, right in merges), ignore_merges=True)
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    characters = byte_characters()
+    spelled = {token: "".join(map(characters.__getitem__, token)) for token in ranks}
+    vocab = {spelled[token]: rank for token, rank in ranks.items()} | special
+    model = _bpe(vocab, ([spelled[left], spelled[right]] for left, right in merges), ignore_merges=True)
     return make_tokenizer_config(special, model, pre_tokenizer=byte_level(pattern), decoder=BYTE_LEVEL_DECODER)
 
 
 def byte_characters() -> dict[int, str]:
-    """How GPT-2 spells bytes: Latin-1 characters one can see are themselves, the others follow from U+0100 on."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unseen = [byte for byte in range(256) if byte not in seen]
-    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(unseen)}
+    """Return GPT-2's character for each byte: a visible Latin-1 character is itself, the others start at U+0100."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    invisible = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(invisible)}
 
 
 def from_sentencepiece(raw: bytes, file: Path) -> dict[str, Any]:
-    """The tokenizer of a SentencePiece model (arXiv:1808.06226), BPE or Unigram.
+    """Convert a SentencePiece model (arXiv:1808.06226), BPE or Unigram.
 
-    It differs from SentencePiece where a text spells out a control or byte piece such as `</s>`: here no token crosses the second
-    character of it in Unigram models; and NFKC of some rare sequences of combining marks is that of `tokenizers`.
+    Its ids differ from SentencePiece's in two cases. In Unigram models, if a text spells out a control or byte piece
+    such as `</s>`, no token crosses the second character of it. And NFKC of some rare sequences of combining marks is
+    that of `tokenizers`.
     """
     model = _parse_sentencepiece(raw, file)
     trainer, rules = model.trainer_spec, model.normalizer_spec
-    kinds = type(model.pieces[0])
+    piece_types = type(model.pieces[0])
     unsupported = {
         "a word or character model": trainer.model_type not in (trainer.UNIGRAM, trainer.BPE),
         "white space at the end of pieces (treat_whitespace_as_suffix)": trainer.treat_whitespace_as_suffix,
         "unescaped white space": not rules.escape_whitespaces,
-        "unused pieces": any(piece.type == kinds.UNUSED for piece in model.pieces),
+        "unused pieces": any(piece.type == piece_types.UNUSED for piece in model.pieces),
     }
-    if found := [name for name, there in unsupported.items() if there]:
+    if found := [feature for feature, is_used in unsupported.items() if is_used]:
         raise DataError(
-            f"data.tokenizer: {file} is a SentencePiece model with {found[0]}, which we cannot read; give its tokenizer.json"
+            f"data.tokenizer: {file} is a SentencePiece model with {found[0]}, which is not supported; "
+            f"give its tokenizer.json"
         )
     names = [piece.piece for piece in model.pieces]
-    unknown = next(number for number, piece in enumerate(model.pieces) if piece.type == kinds.UNKNOWN)
-    of_user = sorted(
-        (piece.piece for piece in model.pieces if piece.type == kinds.USER_DEFINED), key=lambda name: (-len(name), name)
+    unknown = next(number for number, piece in enumerate(model.pieces) if piece.type == piece_types.UNKNOWN)
+    user_defined = sorted(
+        (piece.piece for piece in model.pieces if piece.type == piece_types.USER_DEFINED),
+        key=lambda name: (-len(name), name),
     )
     special = {
-        piece.piece: number for number, piece in enumerate(model.pieces) if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
+        piece.piece: number
+        for number, piece in enumerate(model.pieces)
+        if piece.type in (piece_types.CONTROL, piece_types.UNKNOWN)
     }
     if trainer.model_type == trainer.UNIGRAM:
         scores = [[piece.piece, piece.score] for piece in model.pieces]
         body = {"type": "Unigram", "unk_id": unknown, "byte_fallback": trainer.byte_fallback, "vocab": scores}
     else:
-        merges = _merges_of({piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL})
+        merges = _merges_of({piece.piece: piece.score for piece in model.pieces if piece.type == piece_types.NORMAL})
         vocab = {name: number for number, name in enumerate(names)}
         body = _bpe(
             vocab,
@@ -192,18 +208,16 @@ def from_sentencepiece(raw: bytes, file: Path) -> dict[str, Any]:
             unk_token=names[unknown],
             fuse_unk=True,
             byte_fallback=trainer.byte_fallback,
-            ignore_merges=bool(of_user),
+            ignore_merges=bool(user_defined),
         )
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if rules.add_dummy_prefix else []
     spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     decoder = {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]}
-    cut = _split("|".join(map(_literal, of_user))) if of_user else None
-    return make_tokenizer_config(special, body, normalizer=_normalizer(model), pre_tokenizer=cut, decoder=decoder)
+    split = _split("|".join(map(_escape, user_defined))) if user_defined else None
+    return make_tokenizer_config(special, body, normalizer=_normalizer(model), pre_tokenizer=split, decoder=decoder)
 
 
-def _parse_sentencepiece(
-    raw: bytes, file: Path
-) -> Any:  # Any: protobuf makes its classes at run time, type checkers see none
+def _parse_sentencepiece(raw: bytes, file: Path) -> Any:  # Any: protobuf makes its classes at run time
     try:
         message = importlib.import_module("google.protobuf.message")
         model = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
@@ -220,7 +234,7 @@ def _parse_sentencepiece(
     return model
 
 
-def _normalizer(model: Any) -> dict[str, Any]:
+def _normalizer(model: Any) -> dict[str, Any]:  # Any: as `_parse_sentencepiece`
     rules, steps = model.normalizer_spec, list[dict[str, Any]]()
     if rules.precompiled_charsmap:
         charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
@@ -235,7 +249,7 @@ def _normalizer(model: Any) -> dict[str, Any]:
 
 
 def _merges_of(scores: Mapping[str, float]) -> list[list[str]]:
-    """Every way to cut a piece in two pieces, the best score first."""
+    """Return every split of a piece into two pieces, in descending order of the whole piece's score."""
     merges = []
     for piece in sorted(scores, key=scores.__getitem__, reverse=True):
         merges += [[piece[:i], piece[i:]] for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
@@ -243,34 +257,34 @@ def _merges_of(scores: Mapping[str, float]) -> list[list[str]]:
 
 
 def split_special_tokens(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A tokenizer whose model never gets to see one of `names` whole: a last cut of the text goes through each after its first character.
+    """Add a pre-tokenization step that splits each of `names` after its first character, to hide it from the model.
 
-    For the special and byte pieces in the vocabulary of a model that would otherwise find them in a text. The same again changes nothing.
+    For special and byte pieces in a model's vocabulary, which the model would otherwise match in a text. Idempotent.
     """
     names = sorted(names)
-    if len(names) <= _FEW:
-        patterns = [f"{_literal(name[0])}(?={_literal(name[1:])})" for name in names]
-    else:  # thousands of alternatives would be tried one by one wherever a text has their first character
+    if len(names) <= _MAX_ALTERNATIVES:
+        patterns = [f"{_escape(name[0])}(?={_escape(name[1:])})" for name in names]
+    else:  # the engine would try thousands of alternatives one by one wherever their first character occurs
         groups = {first: [name[1:] for name in found] for first, found in groupby(names, itemgetter(0))}
-        patterns = [f"{_literal(first)}(?={_any_of(rest)})" for first, rest in groups.items()]
+        patterns = [f"{_escape(first)}(?={_prefix_tree_pattern(rest)})" for first, rest in groups.items()]
     if config["model"].get("byte_fallback"):
         patterns.append("<(?=0x[0-9A-F]{2}>)")
     steps = config.get("pre_tokenizer")
     before = steps["pretokenizers"] if steps and steps.get("type") == "Sequence" else [steps] if steps else []
-    cut = _split("|".join(patterns))
-    return {**config, "pre_tokenizer": _sequence(*before, *([] if cut in before else [cut]))}
+    split = _split("|".join(patterns))
+    return {**config, "pre_tokenizer": _sequence(*before, *([] if split in before else [split]))}
 
 
-def _any_of(texts: Sequence[str]) -> str:
-    """A pattern that matches each of some sorted texts, and decides by one character after the other."""
+def _prefix_tree_pattern(texts: Sequence[str]) -> str:
+    """Return a pattern that matches any of the sorted texts, and branches by character, which is faster."""
     first, last = texts[0], texts[-1]
+    # The texts are sorted, so the common prefix of the first and the last is that of all.
     shared = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    rest = [text[shared:] for text in texts]  # they are sorted: what the first and the last begin with, all begin with
-    if "" in rest:  # where a longer one matches, this one does
-        return _literal(first)
-    return (
-        f"{_literal(first[:shared])}(?:{'|'.join(_any_of(list(found)) for _, found in groupby(rest, itemgetter(0)))})"
-    )
+    rest = [text[shared:] for text in texts]
+    if "" in rest:  # the shortest text is a prefix of all others, so it matches wherever they do
+        return _escape(first)
+    branches = "|".join(_prefix_tree_pattern(list(found)) for _, found in groupby(rest, itemgetter(0)))
+    return f"{_escape(first[:shared])}(?:{branches})"
 
 
 def _split(pattern: str) -> dict[str, Any]:
@@ -281,6 +295,6 @@ def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": list(steps)}
 
 
-def _literal(text: str) -> str:
-    """A pattern of Oniguruma that matches `text`; `re.escape` knows another language, in which `#` and space need it."""
+def _escape(text: str) -> str:
+    """Escape `text` for Oniguruma, in which, unlike for `re.escape`, `#` and space must not be escaped."""
     return re.sub(r"([\\.^$|?*+()\[\]{}])", r"\\\1", text)

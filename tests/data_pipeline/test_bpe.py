@@ -15,7 +15,7 @@ from data_pipeline.tokenizing.tokenizer import (
     MAX_PIECE,
     Tokenizer,
     _train_bpe,
-    _untrained,
+    _untrained_tokenizer,
     count_long_pieces,
     load_tokenizer,
     sample_texts,
@@ -114,7 +114,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_the_trainer_gets_no_piece_longer_than_max_piece(name: str) -> None:
     text = f"some words {RUNS[name]} and more"
-    pieces = [text[start:stop] for _, (start, stop) in _untrained().pre_tokenizer.pre_tokenize_str(text)]
+    pieces = [text[start:stop] for _, (start, stop) in _untrained_tokenizer().pre_tokenizer.pre_tokenize_str(text)]
     assert "".join(pieces) == text
     assert max(map(len, pieces)) == MAX_PIECE
     control = tokenizers.Tokenizer.from_str(
@@ -133,7 +133,7 @@ def test_pieces_that_were_cut_for_the_training_are_told_and_are_whole_text_after
 ) -> None:
     made = train_tokenizer([*TEXTS, *RUNS.values(), "x" * MAX_PIECE], 500, tmp_path / "t.json", kind)
     assert made.notes == (
-        "cut for the training of the tokenizer, and only there: 4 unbroken runs of more than 512 characters",
+        "split for training the tokenizer, and only there: 4 unbroken runs of more than 512 characters",
     )
     assert made.decode(made.encode(RUNS["DNA"])) == RUNS["DNA"]
     assert "FixedLength" not in made.to_json()

@@ -190,7 +190,7 @@ def test_a_tokenizer_of_all_bytes_loses_nothing_and_is_not_looked_at_twice(tmp_p
     assert (source.documents, source.marked, source.unknown_tokens, source.lost_characters) == (5, {}, 0, 0)
     counter = UnknownTextCounter(prepared.tokenizer)
     losses = counter.count(["漢"], np.array([1, 1], np.uint32), np.array([0, 2]))  # ids of 1 are not even compared
-    assert (losses.unknown.tolist(), losses.lost.tolist(), counter._twin) == ([0], [0], None)
+    assert (losses.unknown.tolist(), losses.lost.tolist(), counter._unk_tokenizer) == ([0], [0], None)
 
 
 @pytest.mark.parametrize(

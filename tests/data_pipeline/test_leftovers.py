@@ -101,7 +101,7 @@ def test_notes_on_the_training_of_a_tokenizer_outlive_an_interruption(
     tmp_path: Path, prepare_at: Callable[..., PreparedData], corpus: Path
 ) -> None:
     (corpus / "dna.txt").write_text("ACGT" * 500)
-    note = "cut for the training of the tokenizer, and only there: 1 unbroken run of more than 512 characters"
+    note = "split for training the tokenizer, and only there: 1 unbroken run of more than 512 characters"
 
     def stop(progress: StageProgress) -> None:
         if progress.stage == "tokenizing" and any((tmp_path / "data" / ".prepare.tmp" / "train").glob("*.bin")):

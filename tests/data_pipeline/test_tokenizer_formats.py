@@ -280,7 +280,10 @@ def test_a_folder_gives_its_json_first_and_says_when_it_cannot_choose(tmp_path: 
     [
         (lambda file: file.write_bytes(b"\x0a\xff\xff"), "is not a SentencePiece model"),
         (lambda file: file.write_bytes(b""), "it holds no pieces"),
-        (lambda file: train_sentencepiece(file, model_type="char"), "a word or character model, which we cannot read"),
+        (
+            lambda file: train_sentencepiece(file, model_type="char"),
+            "a word or character model, which is not supported",
+        ),
         (lambda file: train_sentencepiece(file, treat_whitespace_as_suffix=True), r"white space at the end of pieces"),
         (
             lambda file: train_sentencepiece(file, eos_id=-1),
