@@ -14,7 +14,7 @@ from pretrain.console import format_count, format_memory, plain_table, print_hea
 if TYPE_CHECKING:
     from parallel.layout import Layout
     from pretrain.config import RunConfig
-    from pretrain.estimate.rank_memory import Holding
+    from pretrain.estimate.rank_memory import RankMemory
 
 NON_TERMINAL_WIDTH = 140
 """Columns of the output in files and pipes, which have no width of their own."""
@@ -92,7 +92,7 @@ def print_peers(layout: Layout, rank: int, console: Console) -> None:
 
 def print_memory(config: RunConfig, layout: Layout, ranks: list[int], console: Console) -> None:
     """Print the memory of each of these ranks by kind."""
-    from pretrain.estimate.rank_memory import hold
+    from pretrain.estimate.rank_memory import estimate_rank_memory
 
     location = ", in host memory" if layout.offload else ""
     print_heading(console, "Memory", f"per rank; activations are an estimate, everything else is exact{location}")
@@ -104,10 +104,10 @@ def print_memory(config: RunConfig, layout: Layout, ranks: list[int], console: C
         wrap_numbers=True,
     )
     for rank in ranks:
-        memory = hold(config, layout, rank)
+        memory = estimate_rank_memory(config, layout, rank)
         sizes = (
             memory.master_bytes,
-            memory.copy_bytes + memory.gathered_bytes,
+            memory.compute_weight_bytes + memory.gathered_bytes,
             memory.gradient_bytes,
             memory.optimizer_bytes,
             memory.static_bytes,
@@ -120,7 +120,7 @@ def print_memory(config: RunConfig, layout: Layout, ranks: list[int], console: C
     console.print(table)
 
 
-def format_layers(config: RunConfig, memory: Holding) -> str:
+def format_layers(config: RunConfig, memory: RankMemory) -> str:
     """Return the layers of each stage: `embedding, 0-6; 63-69, head`."""
     stages = []
     for layers in memory.layers:
@@ -132,11 +132,11 @@ def format_layers(config: RunConfig, memory: Holding) -> str:
 
 def print_traffic(config: RunConfig, layout: Layout, ranks: list[int], ranks_per_node: int, console: Console) -> None:
     """Print the bytes that each collective sends in a step: the most of any of these ranks."""
-    from pretrain.estimate.communication import Traffic, traffic
+    from pretrain.estimate.communication import Traffic, estimate_traffic
 
     most: Traffic = {}
     for rank in ranks:
-        for axis, sent in traffic(config, layout, rank).items():
+        for axis, sent in estimate_traffic(config, layout, rank).items():
             for operation, n_bytes in sent.items():
                 most.setdefault(axis, {})[operation] = max(n_bytes, most.get(axis, {}).get(operation, 0))
     if not most:

@@ -13,7 +13,7 @@ from pretrain.config import RunConfig
 from pretrain.estimate.activations import COMPUTE_BYTES, recomputing
 from pretrain.estimate.block_activations import BlockCollectives
 from pretrain.estimate.parameters import ModelParameter, model_parameters
-from pretrain.estimate.rank_memory import Holding, hold, n_microbatches
+from pretrain.estimate.rank_memory import RankMemory, estimate_rank_memory, n_microbatches
 from pretrain.model.spec import architecture_of
 
 Traffic = dict[str, dict[str, float]]
@@ -22,7 +22,7 @@ Traffic = dict[str, dict[str, float]]
 FP32 = 4
 
 
-def traffic(config: RunConfig, layout: Layout, rank: int) -> Traffic:
+def estimate_traffic(config: RunConfig, layout: Layout, rank: int) -> Traffic:
     """Of a step of a whole batch, by a rank, under a resolved config. Axes of one rank are left out.
 
     `fsdp` and `replicate` carry parameters and gradients; `context`, `tensor` and `pipeline` carry activations.
@@ -48,7 +48,7 @@ def _tokens(config: RunConfig, layout: Layout) -> int:
 
 def _parameters(config: RunConfig, layout: Layout, rank: int) -> list[ModelParameter]:
     """Those of all stages of a rank."""
-    held = hold(config, layout, rank)
+    held = estimate_rank_memory(config, layout, rank)
     return [each for layers in held.layers for each in model_parameters(config.model, layers, layout.tensor)]
 
 
@@ -83,7 +83,7 @@ def _is_used_at_end(parameter: ModelParameter, config: RunConfig) -> bool:
 
 def _replicate(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     """Sharded gradients, once a step."""
-    return {"all-reduce": 2 * _ring(layout.replicate) * FP32 * hold(config, layout, rank).n_parameters}
+    return {"all-reduce": 2 * _ring(layout.replicate) * FP32 * estimate_rank_memory(config, layout, rank).n_parameters}
 
 
 def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
@@ -95,7 +95,7 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     every tensor rank are summed before FSDP2 reduces them.
     """
     t, model, train = layout.tensor, config.model, config.train
-    held = hold(config, layout, rank)
+    held = estimate_rank_memory(config, layout, rank)
     if t == 1:
         return {}
     layers = sum(map(len, held.layers))
@@ -125,7 +125,7 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     }
 
 
-def _gathering_again(config: RunConfig, held: Holding) -> int:
+def _gathering_again(config: RunConfig, held: RankMemory) -> int:
     """Layers of a rank whose forward collectives the backward pass repeats."""
     train = config.train
     if train.recompute == "selective" and "collective" in train.recompute_keep:
@@ -136,7 +136,7 @@ def _gathering_again(config: RunConfig, held: Holding) -> int:
 def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     """`gather`: keys and values, and their gradients summed back. `ulysses`: queries, keys, values and outputs, there and back."""
     c, model, train = layout.context, config.model, config.train
-    held = hold(config, layout, rank)
+    held = estimate_rank_memory(config, layout, rank)
     layers = sum(map(len, held.layers))
     again = _gathering_again(config, held)
     kv = max(1.0, model.n_kv_heads / layout.tensor) * model.head_dim
@@ -152,7 +152,7 @@ def _pipeline(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     """An activation forward and a gradient backward, a microbatch and cut between ranks; and a tied embedding's gradient."""
     if layout.pipeline == 1:
         return {}
-    model, held = config.model, hold(config, layout, rank)
+    model, held = config.model, estimate_rank_memory(config, layout, rank)
     here, ends = layout.coordinates(rank)["pipeline"], layout.n_stages
     cuts = sum(
         0 <= neighbour < ends and rank_of_stage(neighbour, layout) != here

@@ -24,7 +24,7 @@ OPTIMIZER_BYTES = {"adamw": 8, "muon": 4}
 
 
 @dataclass(frozen=True)
-class Holding:
+class RankMemory:
     """What one rank holds."""
 
     stages: tuple[int, ...]
@@ -33,10 +33,10 @@ class Holding:
     parameters: dict[str, int]
     """Elements that this rank keeps, by kind; the sum over `pipeline`, fsdp and `tensor` ranks is the model. Counted more than once there:
     norms, and key/value heads that tensor ranks share; and a tied embedding, which the last stage has too."""
-    whole_elements: int
+    unsharded_elements: int
     """Elements of its stages' tensor parts, before `shard` and `context` ranks share them out."""
     master_bytes: int
-    copy_bytes: int
+    compute_weight_bytes: int
     """Whole parameters in the numbers to compute with; 0 where `gathered_bytes` come and go instead."""
     gradient_bytes: int
     """fp32; at its most, when the last microbatch of a step has been through."""
@@ -45,7 +45,7 @@ class Holding:
     """`zero=3`: parameters that are whole for a moment."""
     activation_bytes: int
     """Estimate of the most that is kept for backward passes; see `activations`."""
-    offloaded: bool
+    is_offloaded: bool
     """Masters, gradients and optimizer state are in host memory."""
 
     @property
@@ -56,15 +56,15 @@ class Holding:
     @property
     def state_bytes(self) -> int:
         """What is counted in parameters, wherever it lives."""
-        return self.master_bytes + self.copy_bytes + self.gradient_bytes + self.optimizer_bytes
+        return self.master_bytes + self.compute_weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def static_bytes(self) -> int:
         """What must fit on the device, whatever the batch: a run with less memory than this certainly fails."""
-        return (self.copy_bytes if self.offloaded else self.state_bytes) + self.gathered_bytes
+        return (self.compute_weight_bytes if self.is_offloaded else self.state_bytes) + self.gathered_bytes
 
 
-def hold(config: RunConfig, layout: Layout, rank: int) -> Holding:
+def estimate_rank_memory(config: RunConfig, layout: Layout, rank: int) -> RankMemory:
     """What a rank holds under a resolved config.
 
     Per parameter, with N fsdp ranks (`shard` x `context`): masters 4/N bytes, AdamW 8/N; copies 2 (bf16) under `zero` 1 and 2, and in a
@@ -90,25 +90,25 @@ def hold(config: RunConfig, layout: Layout, rank: int) -> Holding:
         parameter.name: OPTIMIZER_BYTES["muon" if by_muon and parameter.spec.group.muon else "adamw"] * count
         for parameter, count in zip(held, kept, strict=True)
     }
-    return Holding(
+    return RankMemory(
         stages=stages,
         layers=tuple(ranges[stage] for stage in stages),
         parameters=by_kind,
-        whole_elements=whole,
+        unsharded_elements=whole,
         master_bytes=MASTER_BYTES * mine,
-        copy_bytes=number * whole if stay_whole else 0,
+        compute_weight_bytes=number * whole if stay_whole else 0,
         gradient_bytes=GRADIENT_BYTES * (whole if sums_whole else mine),
         optimizer_bytes=sum(moments.values()),
         gathered_bytes=number * _gathered(held, layout) if not (stay_whole or alone) else 0,
         activation_bytes=activation_bytes(config, layout, at["pipeline"], [ranges[stage] for stage in stages], micro),
-        offloaded=layout.offload,
+        is_offloaded=layout.offload,
     )
 
 
-def fullest(config: RunConfig, layout: Layout) -> int:
-    """The rank with the most static bytes; the first of them. Under `hold`'s rules the first of each stage's ranks have the most."""
+def find_peak_rank(config: RunConfig, layout: Layout) -> int:
+    """The rank with the most static bytes; the first of them. Under `estimate_rank_memory`'s rules the first of each stage's ranks have the most."""
     ranks = [i * layout.stride("pipeline") for i in range(layout.pipeline)]
-    return max(ranks, key=lambda rank: (hold(config, layout, rank).static_bytes, -rank))
+    return max(ranks, key=lambda rank: (estimate_rank_memory(config, layout, rank).static_bytes, -rank))
 
 
 def layers_of_stages(config: RunConfig, layout: Layout) -> list[range]:

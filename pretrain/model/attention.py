@@ -23,7 +23,7 @@ from pretrain.model.norm import RMSNorm
 from pretrain.model.rope import Rope
 
 
-class Part(NamedTuple):
+class QuerySpan(NamedTuple):
     """Queries of neighbouring tokens: those of [first, end) of each row, which see keys of [first_key, end)."""
 
     first_key: int
@@ -55,13 +55,13 @@ class DocumentMask(NamedTuple):
     lengths_BS: Tensor | None
     """Length of each token's document; only for `rope.kind=dynamic_ntk`."""
 
-    parts: tuple[Part, ...]
+    spans: tuple[QuerySpan, ...]
     """The queries, one part after the other: whole rows are one part, the tokens of a rank under context parallelism may be several."""
 
     def to(self, device: torch.device | str) -> DocumentMask:
         """The same mask on another device. Built on the CPU and then moved, it costs the GPU no synchronisation."""
         moved: DocumentMask = tree_map_only(Tensor, partial(_moved, device=torch.device(device)), self)
-        for part in moved.parts:
+        for part in moved.spans:
             if part.documents is not None:
                 part.documents.mark_dynamic()
         return moved
@@ -105,18 +105,18 @@ def document_mask(
     if ranges is None or whole_rows:
         one_document_a_row = not config.document_mask if compiled else int(document_BT[-1, -1]) == B - 1
         plain = kernel == "sdpa" and one_document_a_row and (window is None or window >= T)
-        return mask._replace(parts=(Part(0, 0, T) if plain else _part(document_BT, 0, T, kernel, config),))
-    return mask._replace(parts=tuple(_part(document_BT, first, end, kernel, config) for first, end in ranges))
+        return mask._replace(spans=(QuerySpan(0, 0, T) if plain else _part(document_BT, 0, T, kernel, config),))
+    return mask._replace(spans=tuple(_part(document_BT, first, end, kernel, config) for first, end in ranges))
 
 
 def _held(x_BT: Tensor, ranges: Sequence[tuple[int, int]] | None) -> Tensor:
     return x_BT if ranges is None else torch.cat([x_BT[:, first:end] for first, end in ranges], dim=1)
 
 
-def _part(document_BT: Tensor, first: int, end: int, kernel: str, config: ModelConfig) -> Part:
+def _part(document_BT: Tensor, first: int, end: int, kernel: str, config: ModelConfig) -> QuerySpan:
     """What the kernel needs for the queries [first, end) of each row; keys before all their windows are left out."""
     first_key = 0 if config.sliding_window is None else max(0, first - config.sliding_window + 1)
-    part, document_BT, n_before = Part(first_key, first, end), document_BT[:, first_key:end], first - first_key
+    part, document_BT, n_before = QuerySpan(first_key, first, end), document_BT[:, first_key:end], first - first_key
     if kernel in VARIABLE_LENGTH:
         return part._replace(documents=_documents(document_BT, n_before))
     if kernel == "blocked":  # always compiled
@@ -148,7 +148,7 @@ def continuation_mask(
 
     `dynamic_ntk` scales once, for the `capacity` of the cache: keys rotated by different bases do not belong together.
     """
-    window, part = config.sliding_window, Part(0, start, start + count)
+    window, part = config.sliding_window, QuerySpan(0, start, start + count)
     positions_1S = torch.arange(start, start + count, device=device)[None]
     lengths_1S = torch.full_like(positions_1S, capacity) if config.rope.kind == "dynamic_ntk" else None
     if start > 0 or (window is not None and window < count):
@@ -169,18 +169,18 @@ def attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: DocumentMask
 
     The queries are those of the mask's parts, the keys and values those of whole rows.
     """
-    if len(mask.parts) == 1 and mask.parts[0].first_key == 0:
-        return _attention_of_part(q_BSHK, k_BTGK, v_BTGK, mask, mask.parts[0])
+    if len(mask.spans) == 1 and mask.spans[0].first_key == 0:
+        return _attention_of_part(q_BSHK, k_BTGK, v_BTGK, mask, mask.spans[0])
     outs: list[Tensor] = []
     start = 0
-    for part in mask.parts:
+    for part in mask.spans:
         queries, keys = slice(start, start + part.end - part.first), slice(part.first_key, part.end)
         outs.append(_attention_of_part(q_BSHK[:, queries], k_BTGK[:, keys], v_BTGK[:, keys], mask, part))
         start = queries.stop
     return torch.cat(outs, dim=1)
 
 
-def _attention_of_part(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: DocumentMask, part: Part) -> Tensor:
+def _attention_of_part(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: DocumentMask, part: QuerySpan) -> Tensor:
     """The queries of one part, which are the last of the tokens that its keys belong to."""
     if part.documents is not None:
         q_XHK, k_YGK, v_YGK = (x.flatten(0, 1) for x in (q_BSHK, k_BTGK, v_BTGK))

@@ -24,16 +24,16 @@ ROWS, COLUMNS = 64, 1024
 are few where 128 ranks share out the rows of a matrix: what a rank draws in vain is at most a tile at each edge of its box."""
 
 
-def initialise(model: Transformer, seed: int) -> None:
+def init_weights(model: Transformer, seed: int) -> None:
     """Draw all weights of a model, or of some layers of one, in place.
 
     The architecture's spec says how each begins: constant, or normal with some standard deviation.
     """
     for name, parameter in model.named_parameters():
-        fill(name, parameter.detach(), (0,) * parameter.ndim, tuple(parameter.shape), model.config, seed)
+        init_shard(name, parameter.detach(), (0,) * parameter.ndim, tuple(parameter.shape), model.config, seed)
 
 
-def fill(
+def init_shard(
     name: str, local: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], config: ModelConfig, seed: int
 ) -> None:
     """Write the initial values of a box of a parameter, bit for bit those that the whole has there.

@@ -39,7 +39,7 @@ class LossSum(NamedTuple):
     """z_loss weight * log(Z)^2, fp64; detached."""
 
 
-class VocabularyPart(Protocol):
+class ShardedVocabulary(Protocol):
     """Where the logits at hand are those of consecutive rows of a weight whose other rows are with other ranks."""
 
     @property
@@ -57,13 +57,13 @@ class SoftmaxGradient(Protocol):
     """`softmax_gradient_`, or it compiled."""
 
     def __call__(
-        self, logits_CV: Tensor, labels_C: Tensor, z_loss: float, vocabulary: VocabularyPart | None = None
+        self, logits_CV: Tensor, labels_C: Tensor, z_loss: float, vocabulary: ShardedVocabulary | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [C, V], overwritten, and labels [C] -> three fp32 [C]."""
 
 
 def softmax_gradient_(
-    logits_CV: Tensor, labels_C: Tensor, z_loss: float, vocabulary: VocabularyPart | None = None
+    logits_CV: Tensor, labels_C: Tensor, z_loss: float, vocabulary: ShardedVocabulary | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrite the logits with the gradient of the loss for them, but for the column at `_columns`.
 
@@ -87,7 +87,7 @@ def softmax_gradient_(
 
 
 def _softmax_gradient_block_(
-    logits_CV: Tensor, labels_C: Tensor, z_loss: float, vocabulary: VocabularyPart | None, scratch_CV: Tensor
+    logits_CV: Tensor, labels_C: Tensor, z_loss: float, vocabulary: ShardedVocabulary | None, scratch_CV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     valid_C = (labels_C != IGNORE).float()
     weights_CV = scratch_CV.copy_(logits_CV)
@@ -111,7 +111,7 @@ def _softmax_gradient_block_(
     return (log_z_C - label_logit_C) * valid_C, z_loss * log_z_C.square() * valid_C, column_C
 
 
-def _columns(labels_C: Tensor, V: int, vocabulary: VocabularyPart | None) -> Tensor:
+def _columns(labels_C: Tensor, V: int, vocabulary: ShardedVocabulary | None) -> Tensor:
     """The label's column; where another rank has it, or there is none, one that is here all the same."""
     return (labels_C if vocabulary is None else labels_C - vocabulary.first).clamp(0, V - 1)
 
@@ -136,7 +136,7 @@ def linear_cross_entropy(
     labels: Tensor,
     z_loss: float = 0.0,
     softmax: SoftmaxGradient = softmax_gradient_,
-    vocabulary: VocabularyPart | None = None,
+    vocabulary: ShardedVocabulary | None = None,
 ) -> LossSum:
     """Summed cross-entropy of softmax(hidden @ weight') against the labels, plus z_loss * log(Z)^2 (arXiv:2204.02311, section 5).
 
@@ -160,7 +160,7 @@ def _chunked(
     labels_T: Tensor,
     z_loss: float,
     softmax: SoftmaxGradient,
-    vocabulary: VocabularyPart | None,
+    vocabulary: ShardedVocabulary | None,
     grad_hidden_TD: Tensor | None,
     grad_weight_VD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +220,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_T: Tensor,
         z_loss: float,
         softmax: SoftmaxGradient,
-        vocabulary: VocabularyPart | None,
+        vocabulary: ShardedVocabulary | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_hidden_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None

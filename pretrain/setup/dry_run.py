@@ -26,8 +26,8 @@ from pretrain.config import RunConfig
 from pretrain.config.loading import validate
 from pretrain.console import format_memory, plain_table
 from pretrain.errors import UserError
-from pretrain.estimate.communication import traffic
-from pretrain.estimate.rank_memory import Holding, hold, n_microbatches
+from pretrain.estimate.communication import estimate_traffic
+from pretrain.estimate.rank_memory import RankMemory, estimate_rank_memory, n_microbatches
 from pretrain.setup.engine import build_engine_options, build_model_spec
 from pretrain.setup.resolve import resolve_for_cluster
 
@@ -68,7 +68,7 @@ def dry_run(config: RunConfig, world_size: int, rank: int | None, console: Conso
     config, in_full = shortened(config, layout), n_microbatches(config, layout)
     measured = measure(config, layout, rank)
     place = " ".join(f"{axis}={at}" for axis, at in layout.coordinates(rank).items() if getattr(layout, axis) > 1)
-    held = hold(config, layout, rank)
+    held = estimate_rank_memory(config, layout, rank)
     layers = ", ".join(f"{layers.start} to {layers.stop - 1}" for layers in held.layers)
     steps = n_microbatches(config, layout)
     console.print(
@@ -92,7 +92,7 @@ def dry_run(config: RunConfig, world_size: int, rank: int | None, console: Conso
             soft_wrap=True,
         )
     if measured.sent:
-        console.print(_sent_table(measured.sent, traffic(config, layout, rank)))
+        console.print(_sent_table(measured.sent, estimate_traffic(config, layout, rank)))
 
 
 def shortened(config: RunConfig, layout: Layout) -> RunConfig:
@@ -157,13 +157,13 @@ class _ObservedOptimizer:
         return self.optimizer.state()
 
 
-def _held_table(measured: Measured, held: Holding) -> Table:
+def _held_table(measured: Measured, held: RankMemory) -> Table:
     table = plain_table("held by this rank", "measured", "formula", "difference")
     formulas = {
         "parameters": held.master_bytes,
         "optimizer state": held.optimizer_bytes,
         "gradients": held.gradient_bytes,
-        "gathered parameters": held.copy_bytes + held.gathered_bytes,
+        "gathered parameters": held.compute_weight_bytes + held.gathered_bytes,
         ACTIVATIONS: held.activation_bytes,
     }
     for kind, formula in formulas.items():

@@ -14,7 +14,7 @@ from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
 from pretrain.config import ModelConfig, RunConfig
 from pretrain.estimate.flops import pipeline_end_costs
-from pretrain.model.init import fill
+from pretrain.model.init import init_shard
 from pretrain.model.spec import architecture_of
 from pretrain.model.transformer import Transformer
 from pretrain.optim.build import build_optimizer
@@ -65,7 +65,7 @@ def build_model_spec(config: RunConfig) -> ModelSpec:
         n_layers=model.n_layers,
         d_model=model.d_model,
         build=partial(_build, model, config.train.attention),
-        init_shard=partial(fill, config=model, seed=config.run.seed),
+        init_shard=partial(init_shard, config=model, seed=config.run.seed),
         forward_step=partial(forward_step, config=config),
         build_optimizer=partial(build_optimizer, config=config.optim, architecture=architecture_of(model)),
         first_cost=first_cost,

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from parallel.layout import Layout
 from pretrain.config import RunConfig
-from pretrain.estimate.rank_memory import fullest, hold
+from pretrain.estimate.rank_memory import estimate_rank_memory, find_peak_rank
 from pretrain.setup.constraints import Violation, divisors
 
 MAX_DOUBLINGS = 10
@@ -67,7 +67,7 @@ def batch_fits_host(config: RunConfig, layout: Layout, available: int | None) ->
 
 
 def _static_bytes(config: RunConfig, layout: Layout) -> int:
-    return hold(config, layout, fullest(config, layout)).static_bytes
+    return estimate_rank_memory(config, layout, find_peak_rank(config, layout)).static_bytes
 
 
 def _alternatives(config: RunConfig, layout: Layout) -> Iterator[tuple[str, Layout]]:

@@ -17,7 +17,7 @@ from pretrain.config import AUTO, RunConfig, flatten, on_resume
 from pretrain.config.loading import validate
 from pretrain.errors import UserError
 from pretrain.estimate.flops import pipeline_end_costs
-from pretrain.estimate.rank_memory import Holding, fullest, hold
+from pretrain.estimate.rank_memory import RankMemory, estimate_rank_memory, find_peak_rank
 from pretrain.optim import schedule
 from pretrain.setup import auto_layout
 from pretrain.setup.batch_schedule import BatchSchedule, check_seq_lens
@@ -70,12 +70,12 @@ class ResolvedRun:
     @cached_property
     def peak_rank(self) -> int:
         """The rank whose parameters and state take the most memory."""
-        return fullest(self.config, self.layout)
+        return find_peak_rank(self.config, self.layout)
 
     @cached_property
-    def memory(self) -> Holding:
+    def memory(self) -> RankMemory:
         """What `peak_rank` holds."""
-        return hold(self.config, self.layout, self.peak_rank)
+        return estimate_rank_memory(self.config, self.layout, self.peak_rank)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pretrain.config import RunConfig
 from pretrain.console import format_disk_size
 from pretrain.errors import UserError
 from pretrain.estimate.parameters import model_parameters
-from pretrain.estimate.rank_memory import hold
+from pretrain.estimate.rank_memory import estimate_rank_memory
 
 OVERHEAD_PER_PARAMETER = 4 * 2048
 """Bytes beside the numbers of a parameter and its optimizer state: each of the four tensors has a header, a place in `.metadata`
@@ -23,7 +23,7 @@ and padding. Measured: 2.0 KB a tensor."""
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Size of one checkpoint: fp32 weights and optimizer state, whatever the layout, and what surrounds the tensors."""
-    held = hold(config, Layout(), 0)
+    held = estimate_rank_memory(config, Layout(), 0)
     n_weights = len(model_parameters(config.model, range(config.model.n_layers)))
     return held.master_bytes + held.optimizer_bytes + OVERHEAD_PER_PARAMETER * n_weights
 

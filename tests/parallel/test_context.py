@@ -21,7 +21,7 @@ from pretrain.config import ModelConfig
 from pretrain.model import kernels
 from pretrain.model.architectures.llama import Llama
 from pretrain.model.attention import attention, document_mask
-from pretrain.model.init import initialise
+from pretrain.model.init import init_weights
 
 B, R, K = 2, 32, 8
 LENGTHS = ((5, 1, 13, 3, 10), (32,))
@@ -193,7 +193,7 @@ def loss_and_gradients(model: Llama, batch: Microbatch) -> tuple[float, dict[str
 
 def model_of(config: ModelConfig, kernel: str) -> Llama:
     model = Llama(config, kernel)
-    initialise(model, 0)
+    init_weights(model, 0)
     return model
 
 

@@ -17,7 +17,7 @@ from parallel.local import local_shard
 from parallel.mesh import build_mesh, data_mesh
 from pretrain.config import ModelConfig
 from pretrain.model.architectures.llama import Llama
-from pretrain.model.init import ROWS, fill, initialise
+from pretrain.model.init import ROWS, init_shard, init_weights
 
 # No number of rows is a multiple of the ranks that share them out; the shards of some norms are empty; matrices are of several tiles.
 UNEVEN = ModelConfig(
@@ -48,7 +48,7 @@ def started(layout: Layout, naive: bool = False) -> tuple[dict[str, Tensor], int
         part = local_shard(parameter)
         part.local.fill_(torch.nan)
         offset = (0,) * parameter.ndim if naive else part.offset
-        fill(name, part.local, offset, part.shape, UNEVEN, seed=5)
+        init_shard(name, part.local, offset, part.shape, UNEVEN, seed=5)
         empty += part.local.numel() == 0
     return {
         name: parameter.full_tensor() for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)
@@ -57,7 +57,7 @@ def started(layout: Layout, naive: bool = False) -> tuple[dict[str, Tensor], int
 
 def whole() -> dict[str, Tensor]:
     model = Llama(UNEVEN)
-    initialise(model, 5)
+    init_weights(model, 5)
     return dict(model.named_parameters())
 
 

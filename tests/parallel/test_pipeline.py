@@ -29,7 +29,7 @@ from parallel.pipeline.runner import (
 from parallel.pipeline.schedule import assign_layers, stages_of_rank
 from pretrain.config import ModelConfig
 from pretrain.model.architectures.llama import Llama
-from pretrain.model.init import initialise
+from pretrain.model.init import init_weights
 from pretrain.model.loss import LossSum as Sums
 
 V, S, D = 64, 12, 16
@@ -87,7 +87,7 @@ def scale_of(batch: list[Microbatch]) -> Tensor:
 def part_of(config: ModelConfig, layers: range) -> Llama:
     """With the weights of the whole model."""
     whole, part = Llama(config), Llama(config, layers=layers)
-    initialise(whole, seed=0)
+    init_weights(whole, seed=0)
     part.load_state_dict({name: value for name, value in whole.state_dict().items() if name in part.state_dict()})
     return part
 

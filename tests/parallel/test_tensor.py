@@ -24,7 +24,7 @@ from parallel.mesh import build_mesh, data_mesh
 from pretrain.config import ModelConfig
 from pretrain.estimate.parameters import model_parameters
 from pretrain.model.architectures.llama import SPEC, Llama
-from pretrain.model.init import fill, initialise
+from pretrain.model.init import init_shard, init_weights
 from pretrain.model.loss import softmax_gradient_
 
 TINY = ModelConfig(
@@ -52,7 +52,7 @@ def loss_and_gradients(model: Llama) -> tuple[float, Gradients]:
 
 def alone(config: ModelConfig) -> tuple[float, Gradients]:
     model = Llama(config)
-    initialise(model, 3)
+    init_weights(model, 3)
     return loss_and_gradients(model)
 
 
@@ -73,7 +73,7 @@ def split_model(config: ModelConfig, sequence: bool, compiled: bool = False) -> 
     register_fsdp_forward_method(model, "loss")
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
-        fill(name, *local_shard(parameter), config, 3)
+        init_shard(name, *local_shard(parameter), config, 3)
     return model
 
 
@@ -236,9 +236,9 @@ def test_asynchronous_tensor_parallelism_tells_the_compiler_of_the_group(workers
 def whole_weights() -> None:
     """Values given before the split stay: each rank keeps its part of its own."""
     whole = Llama(TINY)
-    initialise(whole, 3)
+    init_weights(whole, 3)
     model = Llama(TINY)
-    initialise(model, 3)
+    init_weights(model, 3)
     tensor.apply_tensor_parallel(model, init_device_mesh("cpu", (2,)), model.tp_plan, sequence=True, replicate_kv=False)
     estimated = {each.name: each.tensor_dim for each in model_parameters(TINY, range(TINY.n_layers), tensor=2)}
     for name, parameter in model.named_parameters():

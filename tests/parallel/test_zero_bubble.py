@@ -10,7 +10,7 @@ from parallel.pipeline.zero_bubble import ZeroBubbleBackward
 from parallel.recompute import apply_recompute
 from pretrain.config import ModelConfig
 from pretrain.model.architectures.llama import Llama
-from pretrain.model.init import initialise
+from pretrain.model.init import init_weights
 
 V, S = 64, 24
 CONFIG = ModelConfig(
@@ -21,7 +21,7 @@ LINEAR = {f"{module}_proj.weight" for module in "qkvo"} | {f"{module}_proj.weigh
 
 def model() -> Llama:
     made = Llama(CONFIG)
-    initialise(made, seed=0)
+    init_weights(made, seed=0)
     return made
 
 

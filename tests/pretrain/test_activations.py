@@ -11,7 +11,7 @@ from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.estimate import activations
 from pretrain.estimate.block_activations import activation_sizes
-from pretrain.estimate.rank_memory import hold
+from pretrain.estimate.rank_memory import estimate_rank_memory
 from pretrain.model import activation_terms
 from pretrain.model.activation_terms import ActivationSizes
 from pretrain.setup.dry_run import Measured, measure, shortened
@@ -90,7 +90,7 @@ def measured() -> Callable[[str], Measured]:
 def test_the_estimate_is_within_5_percent_of_the_peak(case: str, measured: Callable[[str], Measured]) -> None:
     most, peak = measured(case).peak_by_kind[ACTIVATIONS], measured(case).peak
     assert most > 0.2 * peak  # else it would be the estimate of something else
-    assert hold(*planned(case)).activation_bytes == pytest.approx(most, rel=WITHIN)
+    assert estimate_rank_memory(*planned(case)).activation_bytes == pytest.approx(most, rel=WITHIN)
 
 
 FORGOTTEN: dict[str, tuple[str, Layer]] = {
@@ -108,14 +108,19 @@ def test_without_one_of_its_terms_the_estimate_misses(
 ) -> None:
     case, forget = FORGOTTEN[term]
     monkeypatch.setattr(activations, "activation_sizes", lambda *given: forget(activation_sizes(*given)))
-    assert hold(*planned(case)).activation_bytes < (1 - WITHIN) * measured(case).peak_by_kind[ACTIVATIONS]
+    assert (
+        estimate_rank_memory(*planned(case)).activation_bytes < (1 - WITHIN) * measured(case).peak_by_kind[ACTIVATIONS]
+    )
 
 
 def test_without_what_waits_for_the_weight_pass_the_estimate_misses(
     measured: Callable[[str], Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activations, "kept_for_weights", lambda _: 0.0)
-    assert hold(*planned("zbv, last")).activation_bytes < (1 - WITHIN) * measured("zbv, last").peak_by_kind[ACTIVATIONS]
+    assert (
+        estimate_rank_memory(*planned("zbv, last")).activation_bytes
+        < (1 - WITHIN) * measured("zbv, last").peak_by_kind[ACTIVATIONS]
+    )
 
 
 @pytest.mark.parametrize("case", ["full", "every second"])
@@ -126,4 +131,6 @@ def test_without_the_gradients_at_work_the_estimate_misses(
     monkeypatch.setattr(activations, "_blocks", lambda *given: [replace(b, backward_peak=0.0) for b in blocks(*given)])
     monkeypatch.setattr(activations, "NORM_BACKWARD", 0)
     assert activation_terms.NORM_BACKWARD == 5
-    assert hold(*planned(case)).activation_bytes < (1 - WITHIN) * measured(case).peak_by_kind[ACTIVATIONS]
+    assert (
+        estimate_rank_memory(*planned(case)).activation_bytes < (1 - WITHIN) * measured(case).peak_by_kind[ACTIVATIONS]
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain.config import ModelConfig
 from pretrain.model import kernels
-from pretrain.model.attention import DocumentMask, Part, attention, continuation_mask, document_mask
+from pretrain.model.attention import DocumentMask, QuerySpan, attention, continuation_mask, document_mask
 
 B, S, H, G, K = 2, 24, 4, 2, 16
 DOCUMENTS = torch.tensor([[0] * 7 + [1] * 1 + [2] * 16, [5] * 12 + [6] * 12])
@@ -104,23 +104,23 @@ def test_a_wrong_order_of_heads_is_seen() -> None:
 
 def test_one_document_a_row_needs_no_mask() -> None:
     mask = document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "sdpa", config())
-    assert mask.parts == (Part(0, 0, S),)
-    assert document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "sdpa", config(S)).parts == (Part(0, 0, S),)
+    assert mask.spans == (QuerySpan(0, 0, S),)
+    assert document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "sdpa", config(S)).spans == (QuerySpan(0, 0, S),)
 
 
 def test_without_document_mask_rows_are_plainly_causal_from_position_0() -> None:
     mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config(document_mask=False))
-    assert mask.parts == (Part(0, 0, S),)
+    assert mask.spans == (QuerySpan(0, 0, S),)
     assert torch.equal(mask.positions_BS, torch.arange(S).expand(B, S))
 
 
 def test_documents_end_where_the_next_begins_and_at_the_end_of_a_row() -> None:
-    documents = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "varlen", config()).parts[0].documents
+    documents = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "varlen", config()).spans[0].documents
     assert documents is not None
     assert documents.query_ends_N.dtype == documents.key_ends_N.dtype == torch.int32
     assert documents.query_ends_N.tolist() == documents.key_ends_N.tolist() == [0, 7, 8, 24, 36, 48]
     assert documents.longest.shape == (16, 16, 0)
-    across_rows = document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "varlen", config()).parts[0].documents
+    across_rows = document_mask(ONE_DOCUMENT, positions_of(ONE_DOCUMENT), "varlen", config()).spans[0].documents
     assert across_rows is not None
     assert (across_rows.query_ends_N.tolist(), across_rows.longest.shape) == ([0, 24, 48], (32, 32, 0))
 
@@ -134,8 +134,8 @@ def test_dynamic_ntk_knows_the_length_of_each_tokens_document() -> None:
 
 def test_a_mask_moves_as_a_whole() -> None:
     mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config(5)).to("meta")
-    assert mask.parts[0].allowed_B1ST is not None
-    assert (mask.positions_BS.device.type, mask.parts[0].allowed_B1ST.device.type, mask.window) == ("meta", "meta", 5)
+    assert mask.spans[0].allowed_B1ST is not None
+    assert (mask.positions_BS.device.type, mask.spans[0].allowed_B1ST.device.type, mask.window) == ("meta", "meta", 5)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -248,7 +248,7 @@ def test_on_a_cpu_blocks_are_chosen_where_they_are_compiled() -> None:
 
 def test_a_mask_names_its_kernel() -> None:
     assert isinstance(document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config()), DocumentMask)
-    assert document_mask(DOCUMENTS, positions_of(DOCUMENTS), "blocked", config()).parts[0].document_BT is not None
+    assert document_mask(DOCUMENTS, positions_of(DOCUMENTS), "blocked", config()).spans[0].document_BT is not None
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 13])
@@ -295,7 +295,7 @@ def test_long_rows_are_cut_into_blocks_that_end_with_their_own_queries() -> None
 def test_keys_before_the_first_document_with_queries_are_a_document_without_them() -> None:
     documents = torch.tensor([[0] * 4 + [1] * 4 + [2] * 8 + [3] * 8, [5] * 24])
     mask = document_mask(documents, positions_of(documents), "varlen", config(), ((10, 20), (0, 3)), whole_rows=False)
-    middle, begin = (part.documents for part in mask.parts)
+    middle, begin = (part.documents for part in mask.spans)
     assert middle is not None
     assert begin is not None
     assert middle.query_ends_N.tolist() == [
@@ -312,7 +312,7 @@ def test_keys_before_the_first_document_with_queries_are_a_document_without_them
 
 def test_keys_before_every_window_are_left_out() -> None:
     mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config(5), ((2, 4), (18, 24)), whole_rows=False)
-    assert [(part.first_key, part.first, part.end) for part in mask.parts] == [(0, 2, 4), (14, 18, 24)]
+    assert [(part.first_key, part.first, part.end) for part in mask.spans] == [(0, 2, 4), (14, 18, 24)]
 
 
 @pytest.mark.parametrize("whole_rows", [False, True])
@@ -322,4 +322,4 @@ def test_positions_and_lengths_are_those_of_the_tokens_that_are_here(whole_rows:
     assert mask.lengths_BS is not None
     assert mask.positions_BS[0].tolist() == [4, 5, 6, 0, 8, 9]
     assert mask.lengths_BS[0].tolist() == [7, 7, 7, 1, 16, 16]  # of whole documents, wherever they lie
-    assert [(part.first, part.end) for part in mask.parts] == ([(0, 24)] if whole_rows else [(4, 8), (16, 18)])
+    assert [(part.first, part.end) for part in mask.spans] == ([(0, 24)] if whole_rows else [(4, 8), (16, 18)])

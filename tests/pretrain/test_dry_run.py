@@ -9,8 +9,8 @@ import pytest
 from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
-from pretrain.estimate.communication import traffic
-from pretrain.estimate.rank_memory import hold
+from pretrain.estimate.communication import estimate_traffic
+from pretrain.estimate.rank_memory import estimate_rank_memory
 from pretrain.setup.dry_run import Measured, measure, shortened
 from pretrain.setup.resolve import resolve_for_cluster
 
@@ -54,7 +54,7 @@ def test_parameter_and_optimizer_bytes_are_those_of_the_formula(case: str) -> No
     world_size, words = LAYOUTS[case]
     rank = world_size - 1
     config, layout, measured = dry(world_size, rank, *TINY, *SHORT, "train.batch_size=64", *words)
-    held = hold(config, layout, rank)
+    held = estimate_rank_memory(config, layout, rank)
     assert measured.peak_by_kind["parameters"] == pytest.approx(held.master_bytes, rel=1e-3)
     assert measured.peak_by_kind["optimizer state"] == pytest.approx(
         held.optimizer_bytes, rel=1e-2
@@ -66,7 +66,7 @@ def test_parameter_and_optimizer_bytes_are_those_of_the_formula(case: str) -> No
 def test_parameters_move_as_the_formula_says(case: str) -> None:
     world_size, words = LAYOUTS[case]
     config, layout, measured = dry(world_size, 0, *TINY, *SHORT, "train.batch_size=64", *words)
-    formula = traffic(config, layout, 0)["fsdp"]
+    formula = estimate_traffic(config, layout, 0)["fsdp"]
     sent = next(moved for axis, moved in measured.sent.items() if axis == "fsdp")
     assert sent["all-gather"] == pytest.approx(formula["all-gather"], rel=1e-2)
     assert sent["reduce-scatter"] == pytest.approx(formula["reduce-scatter"], rel=1e-2)
@@ -75,7 +75,7 @@ def test_parameters_move_as_the_formula_says(case: str) -> None:
 def test_another_layout_holds_other_bytes() -> None:
     config, layout, measured = dry(4, 0, *TINY, *SHORT, "parallel.zero=3")
     _, other, _ = dry(8, 0, *TINY, *SHORT, "parallel.zero=3")
-    assert measured.peak_by_kind["parameters"] > 1.9 * hold(config, other, 0).master_bytes
+    assert measured.peak_by_kind["parameters"] > 1.9 * estimate_rank_memory(config, other, 0).master_bytes
     assert layout.shard == 4
 
 
@@ -109,7 +109,7 @@ def test_a_rank_of_2048_holds_what_the_formula_says_of_405b_with_a_layer_a_stage
         "train.micro_batch_size=1",
         *words,
     )
-    held, sent = hold(config, layout, 1000), traffic(config, layout, 1000)
+    held, sent = estimate_rank_memory(config, layout, 1000), estimate_traffic(config, layout, 1000)
     assert measured.peak_by_kind["parameters"] == pytest.approx(held.master_bytes, rel=1e-3)
     assert measured.peak_by_kind["optimizer state"] == pytest.approx(held.optimizer_bytes, rel=1e-3)
     assert measured.peak_by_kind["gradients"] == pytest.approx(held.gradient_bytes, rel=1e-3)

@@ -6,7 +6,7 @@ import torch
 from pretrain.config import ModelConfig, RopeConfig
 from pretrain.inference.generate import generate, next_token_logits, sample
 from pretrain.model.architectures.llama import Llama
-from pretrain.model.init import initialise
+from pretrain.model.init import init_weights
 from pretrain.model.kv_cache import KVCache
 
 V = 50
@@ -16,7 +16,7 @@ PROMPT = [3, 14, 15, 9, 2, 6]
 
 def model_of(config: ModelConfig = TINY) -> Llama:
     model = Llama(config)
-    initialise(model, seed=0)
+    init_weights(model, seed=0)
     return model
 
 

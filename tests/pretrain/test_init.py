@@ -10,7 +10,7 @@ import torch
 from pretrain.config import ModelConfig
 from pretrain.model import init
 from pretrain.model.architectures.llama import Llama
-from pretrain.model.init import COLUMNS, ROWS, fill, initialise
+from pretrain.model.init import COLUMNS, ROWS, init_shard, init_weights
 
 CONFIG = ModelConfig(
     vocab_size=3 * ROWS + 10,
@@ -31,14 +31,14 @@ def weights(config: ModelConfig = CONFIG, seed: int = 7, *, meta: bool = False) 
         model = Llama(config)
     if meta:
         model.to_empty(device="cpu")
-    initialise(model, seed)
+    init_weights(model, seed)
     return model.state_dict()
 
 
 def box(rows: tuple[int, int], columns: tuple[int, int], shape: tuple[int, int] = SHAPE) -> torch.Tensor:
     """The values of rows [first, end) and columns [first, end)."""
     part = torch.full((rows[1] - rows[0], columns[1] - columns[0]), torch.nan)
-    fill(NAME, part, (rows[0], columns[0]), shape, CONFIG, seed=7)
+    init_shard(NAME, part, (rows[0], columns[0]), shape, CONFIG, seed=7)
     return part
 
 
@@ -57,7 +57,7 @@ def test_a_deeper_model_keeps_the_weights_it_shares() -> None:
 def test_the_layers_of_a_stage_get_the_weights_that_they_have_in_the_whole_model() -> None:
     whole = weights()
     stage = Llama(CONFIG, layers=range(1, 2))
-    initialise(stage, 7)
+    init_weights(stage, 7)
     assert len(stage.state_dict()) > 10
     assert all(torch.equal(value, whole[name]) for name, value in stage.state_dict().items())
 
@@ -80,11 +80,11 @@ def test_a_stream_for_each_box_instead_of_each_tile_would_not_be_the_same(monkey
 
 def test_drawing_a_part_of_a_matrix_takes_the_memory_of_a_tile() -> None:
     part = torch.empty(1024, 2048)
-    fill(NAME, part[:64, :64], (0, 0), (4096, 4096), CONFIG, seed=7)  # what is imported late is not counted
+    init_shard(NAME, part[:64, :64], (0, 0), (4096, 4096), CONFIG, seed=7)  # what is imported late is not counted
 
     def peak_of(part: torch.Tensor) -> int:
         tracemalloc.start()
-        fill(NAME, part, (1024, 2048), (4096, 4096), CONFIG, seed=7)
+        init_shard(NAME, part, (1024, 2048), (4096, 4096), CONFIG, seed=7)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -130,7 +130,7 @@ def test_no_two_matrices_layers_tiles_or_seeds_share_numbers() -> None:
 
 def test_bf16_weights_are_the_fp32_ones_rounded() -> None:
     model = Llama(CONFIG).bfloat16()
-    initialise(model, 7)
+    init_weights(model, 7)
     assert all(torch.equal(value, weights()[name].bfloat16()) for name, value in list(model.state_dict().items())[:3])
 
 
@@ -140,7 +140,7 @@ def test_a_model_fresh_from_meta_computes_what_one_built_on_cpu_does() -> None:
     materialised.to_empty(device="cpu")
     built = Llama(CONFIG)
     for model in (materialised, built):
-        initialise(model, 7)
+        init_weights(model, 7)
     ids = torch.arange(20)[None]
     mask = built.document_mask(torch.zeros_like(ids), ids)
     assert torch.equal(materialised(ids, mask), built(ids, mask))

@@ -7,7 +7,7 @@ from torch import Tensor
 from pretrain.config import ModelConfig, RopeConfig
 from pretrain.model.architectures.llama import Llama
 from pretrain.model.attention import document_mask
-from pretrain.model.init import initialise
+from pretrain.model.init import init_weights
 
 V, S = 64, 32
 LENGTHS = (9, 1, 22)
@@ -22,7 +22,7 @@ CONFIGS = {
 
 def model_of(config: ModelConfig, kernel: str = "sdpa") -> Llama:
     model = Llama(config, kernel)
-    initialise(model, seed=0)
+    init_weights(model, seed=0)
     return model
 
 

@@ -11,10 +11,10 @@ from parallel.pipeline.runner import schedule_actions
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.estimate.activations import most_pairs
-from pretrain.estimate.communication import traffic
+from pretrain.estimate.communication import estimate_traffic
 from pretrain.estimate.flops import parameter_count, pipeline_end_costs
 from pretrain.estimate.parameters import ModelParameter, model_parameters
-from pretrain.estimate.rank_memory import fullest, hold, layers_of_stages
+from pretrain.estimate.rank_memory import estimate_rank_memory, find_peak_rank, layers_of_stages
 from pretrain.model.architectures.llama import SPEC, Llama
 from pretrain.setup.engine import build_model_spec
 from pretrain.setup.resolve import resolve_for_cluster
@@ -75,7 +75,7 @@ def test_rows_are_shared_out_as_torch_chunks_them(rows: int, ranks: int) -> None
 )
 def test_the_ranks_together_hold_the_model_exactly(words: tuple[str, ...]) -> None:
     config, layout = planned(12, *TINY, "data.seq_len=48", "train.batch_size=48", *words)
-    total = sum(hold(config, layout, rank).n_parameters for rank in range(12)) // layout.replicate
+    total = sum(estimate_rank_memory(config, layout, rank).n_parameters for rank in range(12)) // layout.replicate
     model = config.model
     whole_on_each = 13 * model.d_model + (2 * 6 * 2 * 8 * model.d_model if layout.tensor > model.n_kv_heads else 0)
     twice = model.vocab_size * model.d_model if model.tie_embeddings and layout.pipeline > 1 else 0
@@ -92,13 +92,13 @@ def test_405b_on_2048_ranks_is_405_853_388_800_parameters() -> None:
     )
     config, layout = planned(2048, *words, "train.batch_size=512", "data.seq_len=8192")
     first_of_fsdp = {(r // 128, r % 8): r for r in reversed(range(2048)) if layout.fsdp_rank(r) == 0}.values()
-    held = [hold(config, layout, rank) for rank in first_of_fsdp]
+    held = [estimate_rank_memory(config, layout, rank) for rank in first_of_fsdp]
     assert len(held) == 16 * 8
     norms = 126 * 2 * 16384 + 16384
-    assert sum(each.whole_elements for each in held) - 7 * norms == LLAMA_405B
+    assert sum(each.unsharded_elements for each in held) - 7 * norms == LLAMA_405B
     assert sum(16 * each.n_parameters for each in held) - 7 * norms == LLAMA_405B  # all rows divide by 16
     assert sum(len(layers) for layers in layers_of_stages(config, layout)) == 126
-    assert hold(config, layout, 0).master_bytes == 4 * 190_756_864
+    assert estimate_rank_memory(config, layout, 0).master_bytes == 4 * 190_756_864
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_zero_divides_8b_on_8_ranks_as_the_formulas_say(
     config, layout = planned(
         8, "model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=32", f"parallel.zero={zero}"
     )
-    held = hold(config, layout, 0)
-    found = (held.master_bytes, held.copy_bytes, held.gradient_bytes, held.optimizer_bytes)
+    held = estimate_rank_memory(config, layout, 0)
+    found = (held.master_bytes, held.compute_weight_bytes, held.gradient_bytes, held.optimizer_bytes)
     assert found == tuple(LLAMA_8B * share for share in (masters, copies, gradients, optimizer))
     block = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
     assert held.gathered_bytes == (2 * (2 * block + 128256 * 4096 + 4096) if zero == 3 else 0)
@@ -123,27 +123,27 @@ def test_copies_alone_divide_nothing() -> None:
     config, layout = planned(
         8, "model.preset=llama3-8b", "train.batch_size=8", "parallel.shard=1", "parallel.replicate=8"
     )
-    assert hold(config, layout, 7).master_bytes == 4 * LLAMA_8B
-    assert hold(config, replace(layout, shard=2, replicate=4), 7).master_bytes == 2 * LLAMA_8B
+    assert estimate_rank_memory(config, layout, 7).master_bytes == 4 * LLAMA_8B
+    assert estimate_rank_memory(config, replace(layout, shard=2, replicate=4), 7).master_bytes == 2 * LLAMA_8B
 
 
 def test_one_process_has_copies_in_bf16_alone() -> None:
     config, layout = planned(1, *TINY, "data.seq_len=48")
     count = parameter_count(config.model)
-    assert hold(config, layout, 0).state_bytes == (4 + 2 + 4 + 8) * count
+    assert estimate_rank_memory(config, layout, 0).state_bytes == (4 + 2 + 4 + 8) * count
     config, layout = planned(1, *TINY, "data.seq_len=48", "train.precision=fp32")
-    assert hold(config, layout, 0).static_bytes == 16 * count
+    assert estimate_rank_memory(config, layout, 0).static_bytes == 16 * count
 
 
 def test_muon_has_one_moment_for_the_matrices_of_the_blocks() -> None:
     config, layout = planned(2, *TINY, "data.seq_len=48", "optim.kind=muon", "parallel.shard=1", "parallel.replicate=2")
     matrices = 6 * (48 * 48 * 2 + 2 * 16 * 48 + 3 * 48 * 80)
-    assert hold(config, layout, 0).optimizer_bytes == 8 * parameter_count(config.model) - 4 * matrices
+    assert estimate_rank_memory(config, layout, 0).optimizer_bytes == 8 * parameter_count(config.model) - 4 * matrices
 
 
 def test_offloaded_state_needs_no_room_on_the_device() -> None:
     config, layout = planned(2, *TINY, "data.seq_len=48", "parallel.offload=true")
-    held = hold(config, layout, 0)
+    held = estimate_rank_memory(config, layout, 0)
     assert held.static_bytes == held.gathered_bytes
     assert held.state_bytes == 16 * parameter_count(config.model) / 2
 
@@ -158,8 +158,8 @@ def test_the_fullest_rank_is_found_among_all() -> None:
         "parallel.shard=3",
         "parallel.context=2",
     )
-    sizes = [hold(config, layout, rank).static_bytes for rank in range(12)]
-    assert fullest(config, layout) == sizes.index(max(sizes))
+    sizes = [estimate_rank_memory(config, layout, rank).static_bytes for rank in range(12)]
+    assert find_peak_rank(config, layout) == sizes.index(max(sizes))
     assert min(sizes) < max(sizes)
 
 
@@ -188,18 +188,22 @@ def test_a_block_of_8b_keeps_34_numbers_a_token_and_width() -> None:
     words = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=1", "parallel.shard=1")
     config, layout = planned(1, *words)
     fewer, _ = planned(1, *words, "model.n_layers=31")
-    block = hold(config, layout, 0).activation_bytes - hold(fewer, layout, 0).activation_bytes
+    block = (
+        estimate_rank_memory(config, layout, 0).activation_bytes
+        - estimate_rank_memory(fewer, layout, 0).activation_bytes
+    )
     assert block == 8192 * (8 * 4096 + 4 * 4096 + 4 * 1024 + 6 * 14336 + 4 * 32)
     assert block / (8192 * 4096) == pytest.approx(34, abs=0.1)
     full, _ = planned(1, *words, "train.recompute=full")
     assert (
-        hold(full, layout, 0).activation_bytes - hold(full, layout, 0).activation_bytes % 1
-        < hold(config, layout, 0).activation_bytes / 4
+        estimate_rank_memory(full, layout, 0).activation_bytes
+        - estimate_rank_memory(full, layout, 0).activation_bytes % 1
+        < estimate_rank_memory(config, layout, 0).activation_bytes / 4
     )
 
 
 def sent(world_size: int, *words: str, rank: int = 0) -> dict[str, dict[str, float]]:
-    return traffic(*planned(world_size, *TINY, "data.seq_len=48", *words), rank)
+    return estimate_traffic(*planned(world_size, *TINY, "data.seq_len=48", *words), rank)
 
 
 def test_data_parallel_traffic_is_what_rings_send() -> None:

@@ -12,7 +12,7 @@ from pretrain.checkpoint.load import load_checkpoint
 from pretrain.errors import UserError
 from pretrain.inference.sample import SamplingOptions, _pieces, continue_text, load_trained_run
 from pretrain.model.architectures.llama import Llama
-from pretrain.model.init import initialise
+from pretrain.model.init import init_weights
 from pretrain.train.loop import Outcome
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Llama, Tok
     """Half of its words at least, after 60 steps; of what the same model wrote before them, hardly any."""
     model, tokenizer = trained
     untrained = Llama(model.config)
-    initialise(untrained, seed=0)
+    init_weights(untrained, seed=0)
     shares = []
     for candidate in (model, untrained.bfloat16()):
         text = " ".join(
