@@ -1,4 +1,7 @@
-"""SIGINT, SIGTERM and SIGHUP as requests: finish the step, save, leave. A second SIGINT leaves at once, but not in the middle of a save."""
+"""SIGINT, SIGTERM and SIGHUP as requests: finish the step, save, leave.
+
+A second SIGINT leaves at once, but not in the middle of a save.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +47,16 @@ class StopRequest:
         try:
             yield
         finally:
-            self.step_begins()
+            self.begin_step()
 
-    def step_begins(self) -> None:
+    def begin_step(self) -> None:
         """The run is in the middle of another step."""
         self.activity, self.since = Activity.STEP, time.monotonic()
 
     @property
     def notice(self) -> str:
-        """What happens next and what another Ctrl-C would do, in at most 80 columns; empty where nobody asked to stop."""
+        """What happens next and what another Ctrl-C would do, in at most 80 columns; empty where nobody asked to
+        stop."""
         if self.signal is None:
             return ""
         if self.activity is not Activity.SAVE:
@@ -82,7 +86,8 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(*, verbose: bool = True) -> Iterator[StopRequest]:
-    """Listen for the signals inside the block; the handlers from before come back after it. `verbose`: say so on standard error.
+    """Listen for the signals inside the block; the handlers from before come back after it. `verbose`: say so on
+    standard error.
 
     SIGHUP is left alone where it is ignored, as under nohup.
     """

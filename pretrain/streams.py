@@ -1,6 +1,7 @@
 """Standard output and error that stop taking text: the reader ended (`| head`), the terminal closed, the disk is full.
 
-Work that leaves its results on the disk must not end because nobody reads what it says. A command whose output is its result ends.
+Work that leaves its results on the disk must not end because nobody reads what it says. A command whose output is its
+result ends.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class OutputLost(Exception):
 
 
 class TolerantStream(io.TextIOBase):
-    """Passes text on to `stream`. The first write that fails sets `error`; nothing is written after it, and nothing more fails.
+    """Passes text on to `stream`. The first write that fails sets `error`; nothing is written after it, and nothing
+    more fails.
 
-    A file descriptor that fails is turned to /dev/null: otherwise what is left in buffers would fail again when Python ends (exit
-    code 120).
-    A character that the encoding does not have becomes `?`.
+    A file descriptor that fails is turned to /dev/null: otherwise what is left in buffers would fail again when Python
+    ends (exit code 120). A character that the encoding does not have becomes `?`.
 
     Args:
         stream: any text file.
@@ -67,7 +68,10 @@ class TolerantStream(io.TextIOBase):
                 self._lose(error)
 
     def _is_there(self) -> bool:
-        """Whether it can still be written. Where it is needed it says so each time: typer drops the errors of a first try."""
+        """Whether it can still be written.
+
+        Where it is needed it says so each time: typer drops the errors of a first try.
+        """
         if self.error is not None and self.needed:
             raise OutputLost(self.error)
         return self.error is None
@@ -122,7 +126,10 @@ def error_text(error: Exception) -> str:
 
 @contextmanager
 def tolerant_streams() -> Iterator[None]:
-    """Standard output and error as TolerantStreams. Losing the output raises OutputLost, until `output_is_extra` is called."""
+    """Standard output and error as TolerantStreams.
+
+    Losing the output raises OutputLost, until `output_is_extra` is called.
+    """
     _open_closed_ones()
     before = sys.stdout, sys.stderr
     output = TolerantStream(sys.stdout, "standard output", needed=True)
@@ -145,7 +152,10 @@ def allow_output_loss() -> None:
 
 @contextmanager
 def tolerant_console(console: Console) -> Iterator[TolerantStream]:
-    """Inside the block, `console` goes quiet instead of raising when its file cannot be written. Gives what it writes to."""
+    """Inside the block, `console` goes quiet instead of raising when its file cannot be written.
+
+    Gives what it writes to.
+    """
     before = console.file
     stream = (
         before
@@ -161,7 +171,8 @@ def tolerant_console(console: Console) -> Iterator[TolerantStream]:
 
 
 def _open_closed_ones() -> None:
-    """Open what the caller closed (`>&-`) to /dev/null: else the next file would get its number, and the output of C libraries."""
+    """Open what the caller closed (`>&-`) to /dev/null: else the next file would get its number, and the output of C
+    libraries."""
     if sys.stdout is not None and sys.stderr is not None:
         return
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:

@@ -49,7 +49,9 @@ def checkpoint_step(path: Path) -> int:
 def latest_valid(
     directory: Path, on_problem: Callable[[Path, list[str]], None], group: ProcessGroup | None = None
 ) -> Path | None:
-    """Return the newest committed checkpoint that verifies, or None if there are no checkpoints. Changes nothing on disk.
+    """Return the newest committed checkpoint that verifies, or None if there are no checkpoints.
+
+    Changes nothing on disk.
 
     The ranks of `group` share the reading and return the same path; None is a single process.
 
@@ -101,7 +103,10 @@ def steps_on_disk(directory: Path) -> set[int]:
 
 
 def unfinished_checkpoints(directory: Path) -> list[Path]:
-    """Return what crashes left behind: checkpoints of any step whose save or deletion did not end. Not the damaged ones."""
+    """Return what crashes left behind: checkpoints of any step whose save or deletion did not end.
+
+    Not the damaged ones.
+    """
     return [path for path, attempt in named_folders(directory) if attempt is not None and not is_damaged(attempt)]
 
 
@@ -127,7 +132,8 @@ def is_damaged(attempt: str) -> bool:
 
 
 def check_name(path: Path) -> None:
-    """Raise UserError if a valid manifest has another step than the folder name: somebody renamed or copied the checkpoint."""
+    """Raise UserError if a valid manifest has another step than the folder name: somebody renamed or copied the
+    checkpoint."""
     try:
         step = read_manifest(path).step
     except UserError:

@@ -1,7 +1,7 @@
 """A file system for torch.distributed.checkpoint that hashes and syncs each file while it writes it.
 
-No byte is read back for its checksum. The writer's own `sync_files` is not enough: it syncs `.metadata` while Python still buffers the
-end of the file.
+No byte is read back for its checksum. The writer's own `sync_files` is not enough: it syncs `.metadata` while Python
+still buffers the end of the file.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class _HashingStream(io.RawIOBase):
 
 
 def _os_error_behind(error: BaseException | None) -> OSError | None:
-    """Return the OSError in the context chain of `error`: torch.save hides it behind a RuntimeError about file positions."""
+    """Return the OSError in the context chain of `error`: torch.save hides it behind a RuntimeError about file
+    positions."""
     while error is not None:
         if isinstance(error, OSError):
             return error

@@ -31,11 +31,12 @@ _METADATA = ".metadata"
 def load_checkpoint(path: Path, state: StateDict, group: ProcessGroup | None = None) -> None:
     """Load the checkpoint at `path` into the tensors of `state`, in place.
 
-    Every rank of `group` calls it with its own tensors, on any layout, and reads what it needs; None is a single process.
+    Every rank of `group` calls it with its own tensors, on any layout, and reads what it needs; None is a single
+    process.
 
-    Top-level sections that `state` lacks ("optimizer", to generate text) are not read. In the other sections, names, shapes and
-    dtypes of the checkpoint and of all ranks together must be equal. Only `.metadata` is hashed here: verify the checkpoint first
-    (`verify_checkpoint`, `latest_valid`).
+    Top-level sections that `state` lacks ("optimizer", to generate text) are not read. In the other sections, names,
+    shapes and dtypes of the checkpoint and of all ranks together must be equal. Only `.metadata` is hashed here: verify
+    the checkpoint first (`verify_checkpoint`, `latest_valid`).
 
     Raises:
         UserError: on every rank, if they differ. No tensor was changed.
@@ -62,7 +63,10 @@ def _local_specs(state: StateDict) -> dict[str, TensorSpec]:
 
 
 def _saved_specs(path: Path, state: StateDict) -> dict[str, TensorSpec]:
-    """Return the specs of the checkpoint in the sections of `state`. `.metadata` is a pickle, so it is hashed before it is read."""
+    """Return the specs of the checkpoint in the sections of `state`.
+
+    `.metadata` is a pickle, so it is hashed before it is read.
+    """
     check_file(path, _METADATA)
     return {
         key: (entry.size, entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
@@ -76,8 +80,8 @@ def _differences(
 ) -> list[str]:
     """Describe how the checkpoint differs from the tensors of all ranks together.
 
-    Each rank sends one bit per saved tensor and only the specs that differ, usually none: sending all names would be large on
-    thousands of ranks.
+    Each rank sends one bit per saved tensor and only the specs that differ, usually none: sending all names would be
+    large on thousands of ranks.
     """
     names = sorted(saved)
     local_bits = sum(1 << number for number, name in enumerate(names) if name in local)

@@ -1,4 +1,7 @@
-"""The manifest of a checkpoint: the state of the run when it was saved, and the checksum of every file. Imports no torch."""
+"""The manifest of a checkpoint: the state of the run when it was saved, and the checksum of every file.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ class TrainState(BaseModel):
     """Fingerprint of the tokenizer that made the data; None in checkpoints of earlier versions."""
 
     order: str
-    """Fingerprint of everything that decided which samples were consumed. A run may resume only if it would consume the same ones."""
+    """Fingerprint of everything that decided which samples were consumed. A run may resume only if it would consume
+    the same ones."""
 
     layout: dict[str, int]
     """Ranks along each axis of parallelism, such as {"shard": 8}. A checkpoint loads on any layout."""

@@ -1,4 +1,7 @@
-"""Collectives on small Python objects, used to coordinate the ranks around a checkpoint. They run over gloo, in host memory."""
+"""Collectives on small Python objects, used to coordinate the ranks around a checkpoint.
+
+They run over gloo, in host memory.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,8 @@ def run_on_all(group: ProcessGroup | None, action: Callable[[], T]) -> T:
     """Run `action` on every rank and return its local result once all ranks have succeeded.
 
     Raises:
-        One of EXPECTED_ERRORS: a rank that fails raises its own error; the others raise the error of the lowest failed rank.
+        One of EXPECTED_ERRORS: a rank that fails raises its own error; the others raise the error of the lowest failed
+            rank.
     """
     result, failure = _try(action)
     failures = [error for error in all_gather_object(failure, group) if error is not None]

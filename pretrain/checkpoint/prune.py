@@ -22,11 +22,13 @@ from pretrain.checkpoint.verify import verify_on_all_ranks
 
 
 def prune(directory: Path, keep: int, group: ProcessGroup | None = None) -> list[str]:
-    """Delete all committed checkpoints except the `keep` newest, and what crashes left behind. All ranks of `group` call it.
+    """Delete all committed checkpoints except the `keep` newest, and what crashes left behind.
 
-    A checkpoint is renamed before its files are deleted, so a half-deleted one never looks valid. Unfinished checkpoints of later
-    steps than the newest committed one stay: another process may be writing them. Checkpoints marked as damaged are deleted when
-    the newest one is of the same or a later step and verifies.
+    All ranks of `group` call it.
+
+    A checkpoint is renamed before its files are deleted, so a half-deleted one never looks valid. Unfinished
+    checkpoints of later steps than the newest committed one stay: another process may be writing them. Checkpoints
+    marked as damaged are deleted when the newest one is of the same or a later step and verifies.
 
     Returns the problems of the newest checkpoint, for which damaged ones had to stay; usually an empty list.
     """
@@ -52,7 +54,10 @@ def delete_unfinished(directory: Path) -> None:
 
 
 def _delete_old(directory: Path, keep: int) -> list[Path]:
-    """Delete old and unfinished checkpoints. Return the damaged ones that may go once the newest checkpoint verifies."""
+    """Delete old and unfinished checkpoints.
+
+    Return the damaged ones that may go once the newest checkpoint verifies.
+    """
     committed = committed_checkpoints(directory)
     for path in committed[keep:]:
         path.rename(partial_path(directory, checkpoint_step(path), f"deleted-{uuid.uuid4().hex[:8]}"))

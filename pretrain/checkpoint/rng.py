@@ -1,4 +1,7 @@
-"""States of torch's random number generators as text, for the manifest. The program uses neither Python's nor numpy's generators."""
+"""States of torch's random number generators as text, for the manifest.
+
+The program uses neither Python's nor numpy's generators.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import torch
 
 
 def capture() -> dict[str, str]:
-    """Return the base64 states of this process's generators: `cpu`, and `cuda` (the current device) if there is a GPU."""
+    """Return the base64 states of this process's generators: `cpu`, and `cuda` (the current device) if there is a
+    GPU."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

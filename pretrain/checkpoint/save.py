@@ -1,7 +1,7 @@
 """Save tensors as a checkpoint through torch.distributed.checkpoint (DCP).
 
-A save writes into its own folder, syncs it to the disk, and commits it by one rename: whenever the process dies, the checkpoint exists
-completely or not at all.
+A save writes into its own folder, syncs it to the disk, and commits it by one rename: whenever the process dies, the
+checkpoint exists completely or not at all.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def save_checkpoint(
 
     Args:
         directory: the `checkpoints/` folder, on a file system that all ranks share.
-        state: this rank's tensors: DTensors, or tensors that are equal on all ranks that have them. They may be on any device and
-            are read in place: they must not change until this returns.
+        state: this rank's tensors: DTensors, or tensors that are equal on all ranks that have them. They may be on any
+            device and are read in place: they must not change until this returns.
         train_state: that of rank 0 is saved.
         group: None is a single process.
 

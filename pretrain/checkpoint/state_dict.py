@@ -11,11 +11,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 StateDict: TypeAlias = "Mapping[str, Tensor | StateDict]"
-"""Tensors by name, nested: {"model": {name: tensor}, "optimizer": {name: {slot: tensor}}}. A tied parameter appears once."""
+"""Tensors by name, nested: {"model": {name: tensor}, "optimizer": {name: {slot: tensor}}}. A tied parameter appears
+once."""
 
 
 def flatten_state_dict(state: StateDict, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors by their names in DCP: the keys on the path, joined by dots. TypeError for a value of another type."""
+    """Return the tensors by their names in DCP: the keys on the path, joined by dots.
+
+    TypeError for a value of another type.
+    """
     flat: dict[str, Tensor] = {}
     for key, value in state.items():
         if isinstance(value, Tensor):

@@ -20,8 +20,8 @@ from pretrain.errors import UserError
 def verify_checkpoint(path: Path, rank: int = 0, n_ranks: int = 1) -> list[str]:
     """Read the files of the checkpoint at `path` and return one line for each problem; an empty list means valid.
 
-    With `n_ranks > 1` only every n-th file is read, starting at the `rank`-th. Files that the manifest does not list are ignored
-    (`unlisted_files` names them).
+    With `n_ranks > 1` only every n-th file is read, starting at the `rank`-th. Files that the manifest does not list
+    are ignored (`unlisted_files` names them).
 
     Raises:
         StorageError: a file cannot be read now. It may be intact, so this is not a problem of the checkpoint.
@@ -46,7 +46,9 @@ def verify_on_all_ranks(path: Path, group: ProcessGroup | None) -> list[str]:
 
 
 def unlisted_files(path: Path) -> list[str]:
-    """Return the names in a checkpoint folder that its manifest does not list: files of a file manager or NFS. They are never read.
+    """Return the names in a checkpoint folder that its manifest does not list: files of a file manager or NFS.
+
+    They are never read.
 
     Raises:
         UserError, StorageError: as `read_manifest`.

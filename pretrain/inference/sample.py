@@ -34,10 +34,11 @@ class SamplingOptions:
 
 
 def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: SamplingOptions) -> Iterator[str]:
-    """What the model writes after `prompt`, in pieces that join to the whole; stops at the end of the document or of the context.
+    """What the model writes after `prompt`, in pieces that join to the whole; stops at the end of the document or of
+    the context.
 
-    An empty prompt starts after an end-of-text token, as a document would. Raises UserError, at once, for a prompt that `check_prompt`
-    refuses.
+    An empty prompt starts after an end-of-text token, as a document would. Raises UserError, at once, for a prompt that
+    `check_prompt` refuses.
     """
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
     room = check_prompt("the prompt", len(prompt_ids), model.config.max_seq_len)
@@ -66,7 +67,8 @@ def check_prompt(name: str, n_tokens: int, max_seq_len: int) -> int:
 
 
 def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of the tokens, piece by piece; a character that is spelt by several tokens comes with the last of them."""
+    """The text of the tokens, piece by piece; a character that is spelt by several tokens comes with the last of
+    them."""
     ids: list[int] = []
     shown = ""
     for token in tokens:
@@ -103,7 +105,8 @@ def load_trained_run(
 
 
 def load_trained_model(path: Path, config: RunConfig, device: torch.device) -> Transformer:
-    """The whole model of the checkpoint at `path` on `device`, in the numbers that it was trained in, whatever the layout was."""
+    """The whole model of the checkpoint at `path` on `device`, in the numbers that it was trained in, whatever the
+    layout was."""
     model = build_model(config.model, "sdpa", device)
     load_checkpoint(path, {"model": dict(model.named_parameters())})
     return model.to(DTYPES[config.train.precision]).eval()

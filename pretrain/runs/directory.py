@@ -29,7 +29,10 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """An opened run directory, locked for the one process that writes. Close it, or use it as a context, to let others in."""
+    """An opened run directory, locked for the one process that writes.
+
+    Close it, or use it as a context, to let others in.
+    """
 
     path: Path
     attempt: int
@@ -37,14 +40,17 @@ class RunDirectory:
     lock: FileLock | None
     """None on the processes of a run that do not write."""
     changes: tuple[str, ...]
-    """Settings that differ from those on disk, one sentence each. Settings that must not change were already refused."""
+    """Settings that differ from those on disk, one sentence each. Settings that must not change were already
+    refused."""
 
     @classmethod
     def open(cls, config: RunConfig) -> RunDirectory:
         """Create `config.run.dir`, or open it again with the same settings.
 
-        config: complete, with every `auto` resolved. It is compared only: `write_config` writes it, once nothing can be refused any more.
-        UserError: the directory cannot be made, is in use, or belongs to a run of other settings. Nothing in it is changed then.
+        config: complete, with every `auto` resolved. It is compared only: `write_config` writes it, once nothing can be
+        refused any more.
+        UserError: the directory cannot be made, is in use, or belongs to a run of other settings. Nothing in it is
+        changed then.
         """
         path = config.run.dir
         lock = _lock(path)
@@ -61,7 +67,8 @@ class RunDirectory:
 
     @classmethod
     def for_worker_rank(cls, config: RunConfig) -> RunDirectory:
-        """The same directory for the other processes of the run: they write their parts of checkpoints, and their records go nowhere."""
+        """The same directory for the other processes of the run: they write their parts of checkpoints, and their
+        records go nowhere."""
         return cls(config.run.dir, attempt=0, lock=None, changes=())
 
     def write_config(self, config: RunConfig) -> None:

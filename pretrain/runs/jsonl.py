@@ -35,7 +35,10 @@ class RecordFile:
             raise _unwritable(path, error) from error
 
     def append(self, record: RunRecord) -> None:
-        """Write one record. StorageError if the disk does not take it; the file then still ends with the previous record."""
+        """Write one record.
+
+        StorageError if the disk does not take it; the file then still ends with the previous record.
+        """
         line, written = record.line().encode(), 0
         try:
             while written < len(line):  # on a nearly full disk the first write is partial, and the second raises
@@ -79,7 +82,8 @@ def read_events(path: Path) -> list[Event]:
 def truncate_after(path: Path, step: int) -> None:
     """Drop the records of later steps than `step`, so that a run resumed there records each step once.
 
-    Call it before the file is opened for appending. One rename replaces the file: a crash leaves the old or the new one.
+    Call it before the file is opened for appending. One rename replaces the file: a crash leaves the old or the new
+    one.
     """
     lines = complete_lines(path)
     kept = [line for number, line in enumerate(lines, 1) if _step_of_line(line, path, number) <= step]

@@ -99,7 +99,8 @@ class ValidationRecord(RunRecord):
 class Event(RunRecord):
     """Something that happened, in `events.jsonl`.
 
-    Kinds: start, resume, settings, save, skip_checkpoint, skip_data, notice, stop, finish, sample, output_lost, logger_failed.
+    Kinds: start, resume, settings, save, skip_checkpoint, skip_data, notice, stop, finish, sample, output_lost,
+    logger_failed.
     """
 
     time: float

@@ -33,7 +33,8 @@ class AverageThroughput:
 class ThroughputMeter:
     """Times the steps. Time inside `paused()` (validation, saving) counts for no step.
 
-    The first step of an attempt includes compilation and warm-up. It is reported, but excluded from the average throughput.
+    The first step of an attempt includes compilation and warm-up. It is reported, but excluded from the average
+    throughput.
     """
 
     def __init__(
@@ -99,7 +100,10 @@ class ThroughputMeter:
 
 
 def mfu_statement(flops_per_token: float, device_name: str, accelerator: Accelerator | None, devices: int = 1) -> str:
-    """Return one sentence: what MFU counts and what it divides by, or why there is no MFU. `devices` is their number."""
+    """Return one sentence: what MFU counts and what it divides by, or why there is no MFU.
+
+    `devices` is their number.
+    """
     if accelerator is None:
         return f"No MFU: the peak of {device_name} at this precision is not known for certain"
     times = f"{devices} x " if devices > 1 else ""

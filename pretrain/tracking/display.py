@@ -1,4 +1,5 @@
-"""What a person sees while a run trains: a live panel on a terminal, plain lines everywhere else (CI, Slurm logs, files)."""
+"""What a person sees while a run trains: a live panel on a terminal, plain lines everywhere else (CI, Slurm logs,
+files)."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ LOUD_EVENTS = {"stop", "skip_checkpoint", "notice", "output_lost", "logger_faile
 
 
 class Display:
-    """Progress of one attempt. Use it as a context: `with Display(1000) as display: display.step(record, meter.pace())`."""
+    """Progress of one attempt.
+
+    Use it as a context: `with Display(1000) as display: display.step(record, meter.pace())`.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,8 @@ class Display:
     ) -> None:
         """Show nothing yet.
 
-        total_steps: of the whole run; a resumed one goes on from the step of its first record. mfu_statement: said once, at the start.
+        total_steps: of the whole run; a resumed one goes on from the step of its first record. mfu_statement: said
+        once, at the start.
         every_s: seconds between the plain lines of steps where there is no terminal. stop: the panel shows its notice.
         """
         self._total = total_steps
@@ -80,7 +85,10 @@ class Display:
             self._stop.in_panel = False
 
     def step(self, record: StepRecord, pace: AverageThroughput | None = None) -> None:
-        """Show a finished step. The pace, where there is one, replaces the single step's tokens/s and MFU and adds the time left."""
+        """Show a finished step.
+
+        The pace, where there is one, replaces the single step's tokens/s and MFU and adds the time left.
+        """
         self._step, self._pace = record, pace
         self._curve.add(record.loss)
         now = self._clock()

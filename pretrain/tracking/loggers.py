@@ -1,4 +1,7 @@
-"""TensorBoard and Weights & Biases behind one small interface. Both are imported only where the settings ask for them."""
+"""TensorBoard and Weights & Biases behind one small interface.
+
+Both are imported only where the settings ask for them.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def open_loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Log
 
 
 def scalars(record: StepRecord | ValidationRecord) -> dict[str, float]:
-    """The numbers worth a curve, by the names both services show: `train/loss`, `validation/loss`, of sources `val_loss/<source>`."""
+    """The numbers worth a curve, by the names both services show: `train/loss`, `validation/loss`, of sources
+    `val_loss/<source>`."""
     if isinstance(record, ValidationRecord):
         told_of_all = {"validation/loss": record.val_loss, "validation/perplexity": record.val_perplexity}
         several = record.by_source if len(record.by_source) > 1 else {}

@@ -1,4 +1,7 @@
-"""Everyone who hears of a run: the record files, the display, the loggers. Of several processes the main one keeps them."""
+"""Everyone who hears of a run: the record files, the display, the loggers.
+
+Of several processes the main one keeps them.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,10 @@ class RunRecorder:
         )
 
     def _tell_lost_output(self, step: int | None) -> None:
-        """Tell once that the display went quiet. That happens inside of some write, perhaps of the thread that draws the panel."""
+        """Tell once that the display went quiet.
+
+        That happens inside of some write, perhaps of the thread that draws the panel.
+        """
         if not self._output_lost and self.output is not None and self.output.error is not None:
             self._output_lost = True
             self.event(
@@ -91,7 +97,10 @@ class RunRecorder:
 def open_recorder(
     run_dir: RunDirectory, display: Display, loggers: Sequence[Logger], output: TolerantStream | None = None
 ) -> Iterator[RunRecorder]:
-    """The recorder of one attempt; everything in them is closed after the block. `output`: what the display is written to."""
+    """The recorder of one attempt; everything in them is closed after the block.
+
+    `output`: what the display is written to.
+    """
     with ExitStack() as stack:
         metrics, events = (stack.enter_context(RecordFile(path)) for path in (run_dir.metrics, run_dir.events))
         recorder = RunRecorder(metrics, events, display, run_dir.attempt, loggers, output)

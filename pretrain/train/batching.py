@@ -1,4 +1,4 @@
-"""The rows of a data rank -> tensors in host memory -> microbatches on the device."""
+"""Rows of a data rank, to tensors in host memory, to microbatches on the device."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from parallel.engine import Microbatch
 
 @dataclass(frozen=True)
 class DataShard:
-    """The part of every global batch that one of `ranks` data ranks reads: rows that follow each other, as many as the others have or one
-    fewer. All give equally many whole microbatches: what is missing is filled up with rows that have no labels.
+    """The contiguous rows of every global batch that data rank `rank` reads. The ranks differ by at most one row.
+
+    All ranks run the same number of full microbatches: missing rows are padding without labels.
     """
 
     rank: int = 0
     ranks: int = 1
 
     def rows(self, n_rows: int) -> range:
-        """Those that it reads of a batch of `n_rows`, none perhaps."""
+        """Return the rows of a batch of `n_rows` that this rank reads; the range may be empty."""
         return range(n_rows * self.rank // self.ranks, n_rows * (self.rank + 1) // self.ranks)
 
     def padded_rows(self, n_rows: int, micro_batch: int) -> int:
-        """How many rows every rank makes of its share: whole microbatches of `micro_batch` rows.
+        """Return the number of rows of every rank after padding to full microbatches of `micro_batch` rows.
 
-        Compiled graphs, and the schedule of a pipeline, are made for one size of microbatch.
+        Compiled graphs and pipeline schedules are built for one microbatch size.
         """
         most = -(-n_rows // self.ranks)
         return -(-most // micro_batch) * micro_batch
 
 
 def pad_batch(batch: Batch, n_rows: int) -> Batch:
-    """The batch with rows added that hold one document and no labels, until there are `n_rows`."""
+    """Append rows until the batch has `n_rows`. An added row is one document without labels."""
     missing, seq_len = n_rows - len(batch.input_ids), batch.input_ids.shape[1]
     if missing == 0:
         return batch
@@ -52,20 +53,26 @@ def pad_batch(batch: Batch, n_rows: int) -> Batch:
 
 @dataclass(frozen=True)
 class HostBatch:
-    """What a data rank reads of a global batch, in host memory, pinned where it goes to a GPU; each tensor [sequences, seq_len], int32."""
+    """A data rank's rows of a global batch, in host memory (pinned for a GPU).
+
+    Tensors are [sequences, seq_len], int32.
+    """
 
     input_ids: Tensor
     labels: Tensor
     positions: Tensor
     document_ids: Tensor
     n_targets: NDArray[np.int64]
-    """Tokens with a label in each sequence."""
+    """Tokens with a label, per sequence."""
     damaged: tuple[str, ...]
-    """A message for each sequence that could not be read and is left out."""
+    """One message per sequence that could not be read and was left out."""
 
 
 def to_host(batch: Batch, device: torch.device) -> HostBatch:
-    """What the prefetching thread does to a batch: the copies to pinned memory, and the counting, are off the training thread."""
+    """Copy a batch to (pinned) host tensors and count its targets.
+
+    Runs in the prefetch thread, not in the training thread.
+    """
     pin = device.type == "cuda"
 
     def tensor(array: NDArray[np.int32]) -> Tensor:
@@ -85,10 +92,11 @@ def to_host(batch: Batch, device: torch.device) -> HostBatch:
 def split_microbatches(batch: HostBatch, size: int, device: torch.device) -> Iterator[Microbatch]:
     """Cut a batch into microbatches of `size` sequences. On CUDA the copies do not wait for each other.
 
-    Raises ValueError for a batch that is not filled up (`Share.given`): the last microbatch would be smaller, and compiled once more.
+    Raises ValueError for a batch that is not filled up (`Share.given`): the last microbatch would be smaller, and
+    compiled once more.
     """
     if len(batch.input_ids) % size:
-        raise ValueError(f"a batch of {len(batch.input_ids)} rows is not cut into whole microbatches of {size}")
+        raise ValueError(f"a batch of {len(batch.input_ids)} rows does not divide into microbatches of {size}")
     for start in range(0, len(batch.input_ids), size):
         rows = slice(start, start + size)
         yield Microbatch(

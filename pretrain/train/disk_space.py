@@ -1,4 +1,4 @@
-"""Whether the disk has room for the checkpoints of a run, and what to say when one cannot be written."""
+"""Check that the disk has space for the checkpoints of a run, and explain why one could not be written."""
 
 from __future__ import annotations
 
@@ -17,22 +17,19 @@ from pretrain.estimate.parameters import model_parameters
 from pretrain.estimate.rank_memory import estimate_rank_memory
 
 OVERHEAD_PER_PARAMETER = 4 * 2048
-"""Bytes beside the numbers of a parameter and its optimizer state: each of the four tensors has a header, a place in `.metadata`
-and padding. Measured: 2.0 KB a tensor."""
+"""Bytes of a checkpoint per parameter in addition to its values: each of its four tensors (weight and optimizer
+state) has a header, an entry in `.metadata` and padding. Measured: 2.0 KB per tensor."""
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Size of one checkpoint: fp32 weights and optimizer state, whatever the layout, and what surrounds the tensors."""
-    held = estimate_rank_memory(config, Layout(), 0)
-    n_weights = len(model_parameters(config.model, range(config.model.n_layers)))
-    return held.master_bytes + held.optimizer_bytes + OVERHEAD_PER_PARAMETER * n_weights
+    """Return the size of one checkpoint on any layout: fp32 weights, optimizer state and the overhead per tensor."""
+    memory = estimate_rank_memory(config, Layout(), 0)
+    n_parameters = len(model_parameters(config.model, range(config.model.n_layers)))
+    return memory.master_bytes + memory.optimizer_bytes + OVERHEAD_PER_PARAMETER * n_parameters
 
 
 def free_bytes(path: Path) -> int | None:
-    """What may still be written where `path` is, or will be made; None where the file system does not tell.
-
-    Quotas are not seen.
-    """
+    """Return the free bytes on the file system of `path`, which need not exist yet; None if unknown. Ignores quotas."""
     for folder in (path.resolve(), *path.resolve().parents):
         try:
             found = os.statvfs(folder)
@@ -43,9 +40,9 @@ def free_bytes(path: Path) -> int | None:
 
 
 def check_disk_space(config: RunConfig) -> str:
-    """Ask for room before a run begins or goes on. Returns a warning where it is short, empty where it is not.
+    """Check the disk space before a run starts or resumes. Return a warning if it is short, else an empty string.
 
-    `checkpoint.keep` checkpoints stay, and one more is there until the oldest is deleted.
+    The run needs space for `checkpoint.keep` checkpoints, plus one until the oldest is deleted.
 
     Raises:
         UserError: not even one checkpoint fits.
@@ -54,16 +51,15 @@ def check_disk_space(config: RunConfig) -> str:
     size, free = checkpoint_bytes(config), free_bytes(checkpoints)
     if free is None:
         return ""
-    there = committed_checkpoints(checkpoints)
-    free += sum(
-        _bytes_of(path) for path in (*there[keep:], *unfinished_checkpoints(checkpoints))
-    )  # deleted when the run goes on
+    existing = committed_checkpoints(checkpoints)
+    # These are deleted when the run starts.
+    free += sum(_bytes_of(path) for path in (*existing[keep:], *unfinished_checkpoints(checkpoints)))
     if free < size:
         raise UserError(
             f"run.dir={config.run.dir}: a checkpoint takes {format_disk_size(size)}, and {format_disk_size(free)} are free there: make room, choose "
             f"a run.dir on another disk, or use a smaller model"
         )
-    more = max(1, keep + 1 - len(there))
+    more = max(1, keep + 1 - len(existing))
     if free < more * size:
         return (
             f"checkpoint.keep={keep} will need {format_disk_size(more * size)} more ({more} checkpoints of {format_disk_size(size)}; one is written "
@@ -73,9 +69,9 @@ def check_disk_space(config: RunConfig) -> str:
 
 
 def check_writable(checkpoints: Path) -> None:
-    """Make and remove an empty folder where checkpoints will be saved: better refused now than at the first save.
+    """Create and remove an empty folder where checkpoints will be saved, to fail now rather than at the first save.
 
-    Room is not asked for here: `check_disk_space` has done that, and `prune` makes some.
+    A full disk is accepted here: `check_disk_space` has checked the space, and `prune` frees some.
 
     Raises:
         UserError: no folder can be made there.
@@ -89,7 +85,7 @@ def check_writable(checkpoints: Path) -> None:
             return
         what = error.strerror or str(error)
         if checkpoints.is_symlink() and not checkpoints.exists():
-            what = f"a link to {checkpoints.readlink()}, which is not there"
+            what = f"a link to {checkpoints.readlink()}, which does not exist"
         raise UserError(
             f"{checkpoints} cannot hold checkpoints ({what}), and nothing was trained: make it a folder that can be "
             "written (is a disk not mounted, or mounted read-only?), or choose another run.dir"
@@ -97,14 +93,15 @@ def check_writable(checkpoints: Path) -> None:
 
 
 def save_failed(config: RunConfig, path: Path, error: OSError) -> StorageError:
-    """What to say when the checkpoint at `path` could not be written: what it needs, what is free, what is safe."""
+    """Return the error for a checkpoint at `path` that could not be written: its size, the free space, the last good
+    checkpoint."""
     free = free_bytes(path.parent)
     room = "" if free is None else f", and {format_disk_size(free)} are free"
     try:
         safe = committed_checkpoints(path.parent)
     except StorageError:
         safe = []
-    kept = f"Safe is {safe[0].name}, from which the same command goes on" if safe else "No checkpoint is there yet"
+    kept = f"The same command resumes from {safe[0].name}" if safe else "There is no checkpoint yet"
     return StorageError(
         f"{path} cannot be written ({error.strerror or error}): it takes {format_disk_size(checkpoint_bytes(config))}{room}. {kept}: "
         f"make room or make it writable first, or lower checkpoint.keep={config.checkpoint.keep}"
@@ -112,7 +109,7 @@ def save_failed(config: RunConfig, path: Path, error: OSError) -> StorageError:
 
 
 def _bytes_of(folder: Path) -> int:
-    """Size of its files; 0 where another process has deleted or renamed it meanwhile."""
+    """Return the size of the files in `folder`; 0 if another process has deleted or renamed it."""
     try:
         return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     except MISSING_FILE_ERRORS:

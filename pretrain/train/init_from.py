@@ -1,8 +1,7 @@
-"""A run that begins from a checkpoint of another one (`run.init_from`): which checkpoint that is, whether it fits,
-and its weights.
+"""Start a run from a checkpoint of another run (`run.init_from`): find it, check that it fits, load it.
 
-The other run, the parent, is only read, and may be going on meanwhile. Once the new run has checkpoints of its own it
-needs it no more.
+The other run, the parent, is only read, and may be training meanwhile. Once the new run has its own checkpoints, it no
+longer needs the parent.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from pretrain.optim.schedule import lr_scale
 
 @dataclass(frozen=True)
 class InitCheckpoint:
-    """The checkpoint that a run begins from."""
+    """The checkpoint that a run starts from."""
 
     run: Path
     """As `run.init_from` names it: a run directory, or the checkpoint itself."""
@@ -41,18 +40,18 @@ class InitCheckpoint:
     """The checkpoint."""
     manifest: Manifest
     config: RunConfig
-    """Settings of the run when it was saved."""
+    """Settings of the parent run when it was saved."""
 
     @property
-    def home(self) -> Path | None:
-        """Its run directory; None where it lies in none, as a copy of a checkpoint does."""
+    def run_dir(self) -> Path | None:
+        """The parent's run directory; None for a checkpoint folder outside of one, such as a copy."""
         checkpoints = self.path.absolute().parent
         lies_in_run = checkpoints.name == "checkpoints" and (checkpoints.parent / "config.yaml").is_file()
         return checkpoints.parent if lies_in_run else None
 
     @property
-    def told(self) -> str:
-        """`RUN@STEP`, as settings name it."""
+    def name(self) -> str:
+        """`RUN@STEP`, as in the settings."""
         return str(self.run) if self.run == self.path else f"{self.run}@{self.manifest.step}"
 
 
@@ -65,39 +64,40 @@ def pin_init_from(config: RunConfig, previous: RunConfig | None) -> RunConfig:
     named = config.run.init_from
     if named is not None and split_init_from(named)[0].resolve() == config.run.dir.resolve():
         raise UserError(
-            f"run.init_from={named} is run.dir itself, which resumes without it; choose another run.dir for a run that begins from it"
+            f"run.init_from={named} is run.dir itself, which resumes without it; choose another run.dir for a run that "
+            "starts from it"
         )
     if previous is None or previous.run.init_from is None:
         return config
     run, step = split_init_from(previous.run.init_from)
-    held: dict[str, object] = {"init_from": previous.run.init_from, "ancestry": previous.run.ancestry}
+    pinned: dict[str, object] = {"init_from": previous.run.init_from, "ancestry": previous.run.ancestry}
     if named is None:
-        held["init_mode"] = previous.run.init_mode
+        pinned["init_mode"] = previous.run.init_mode
     else:
         run_now, step_now = split_init_from(named)
         if run_now.resolve() != run.resolve() or step_now not in (None, step):
             return config  # refused when the settings are compared
-    return config.model_copy(update={"run": config.run.model_copy(update=held)})
+    return config.model_copy(update={"run": config.run.model_copy(update=pinned)})
 
 
 def find_init_checkpoint(config: RunConfig) -> InitCheckpoint:
-    """The checkpoint that `run.init_from` names; its manifest is read, and nothing else of it.
+    """Return the checkpoint that `run.init_from` names. Reads only its manifest.
 
     Raises:
-        UserError: there is none, or it is not the one that the run began from.
+        UserError: it does not exist, or the run started from another one.
     """
     assert config.run.init_from is not None
     run, step = split_init_from(config.run.init_from)
     named = f"run.init_from={config.run.init_from}"
-    path = run if (run / MANIFEST).is_file() else _in_run(run, step, named)
+    path = run if (run / MANIFEST).is_file() else _checkpoint_in_run(run, step, named)
     manifest = read_manifest(path)
     if step not in (None, manifest.step):
         raise UserError(f"{named}: the checkpoint in {run} is that of step {manifest.step}; leave @{step} out")
     recorded = next(iter(config.run.ancestry), None)
     if recorded and recorded.generation != manifest.generation:
         raise UserError(
-            f"{named} is another checkpoint now (generation {manifest.generation}) than the one that this run began "
-            f"from ({recorded.generation}, in {recorded.run}); put that one back, or choose another run.dir and leave "
+            f"{named} is another checkpoint now (generation {manifest.generation}) than the one that this run "
+            f"started from ({recorded.generation}, in {recorded.run}); put that one back, or choose another run.dir and leave "
             "run.ancestry out"
         )
     try:
@@ -106,8 +106,8 @@ def find_init_checkpoint(config: RunConfig) -> InitCheckpoint:
         raise UserError(f"{path / MANIFEST}: its settings cannot be read by this version: {error}") from error
 
 
-def _in_run(run: Path, step: int | None, named: str) -> Path:
-    """The checkpoint of that step in a run directory; None is the newest."""
+def _checkpoint_in_run(run: Path, step: int | None, named: str) -> Path:
+    """Return the path of the checkpoint of `step` in a run directory; None is the latest."""
     kept = directory.committed_steps(run / "checkpoints")
     if not kept:
         raise UserError(
@@ -124,16 +124,17 @@ def _in_run(run: Path, step: int | None, named: str) -> Path:
 
 
 def check_init_checkpoint(parent: InitCheckpoint, config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
-    """UserError where `config` cannot go on from this checkpoint, in one line with what differs and the way out."""
-    named = f"run.init_from={parent.told}"
+    """Raise UserError if `config` cannot start from this checkpoint; the message names the differences and the way
+    out."""
+    named = f"run.init_from={parent.name}"
     theirs, ours = parent.config.model, config.model
     differ = [name for name in WEIGHT_SETTINGS if getattr(theirs, name) != getattr(ours, name)]
     if differ:
-        told = "; ".join(
+        differences = "; ".join(
             f"model.{name} is {getattr(theirs, name)} there and {getattr(ours, name)} here" for name in differ
         )
         raise UserError(
-            f"{named} has weights of another model: {told}; leave these settings out, the model is then that run's"
+            f"{named} has weights of another model: {differences}; leave these settings out, the model is then that run's"
         )
     _check_tokenizer(parent, tokenizer, data, named)
     if config.run.init_mode == "full":
@@ -141,10 +142,10 @@ def check_init_checkpoint(parent: InitCheckpoint, config: RunConfig, tokenizer: 
 
 
 def _check_tokenizer(parent: InitCheckpoint, tokenizer: Tokenizer, data: Loader, named: str) -> None:
-    """The same ids must mean the same text."""
+    """Raise UserError if the parent used another tokenizer: the same ids must mean the same text."""
     if parent.manifest.dataset == data.fingerprint:
         return
-    kept = [] if parent.home is None else [parent.home / "tokenizer.json"]
+    kept = [] if parent.run_dir is None else [parent.run_dir / "tokenizer.json"]
     candidates = [*kept, Path(parent.config.data.tokenizer)]
     files = {load_tokenizer(file).fingerprint: file for file in reversed(candidates) if file.exists()}
     theirs = parent.manifest.tokenizer or next(reversed(files), None)
@@ -163,6 +164,7 @@ def _check_tokenizer(parent: InitCheckpoint, tokenizer: Tokenizer, data: Loader,
 
 
 def _check_full(parent: InitCheckpoint, config: RunConfig, data: Loader, named: str) -> None:
+    """Raise UserError if `run.init_mode=full` cannot continue the parent: its steps, optimizer state and data."""
     manifest, full = parent.manifest, f"{named} with run.init_mode=full"
     if config.train.steps <= manifest.step:
         raise UserError(
@@ -189,7 +191,7 @@ def _check_full(parent: InitCheckpoint, config: RunConfig, data: Loader, named: 
 
 
 def _order_differs(theirs: RunConfig, ours: RunConfig) -> str:
-    """Settings that decide the order of the data and differ."""
+    """Describe the differing settings that determine the order of the data."""
     keys: tuple[str, ...] = (
         "run.seed",
         "data.seq_len",
@@ -210,58 +212,66 @@ def _order_differs(theirs: RunConfig, ours: RunConfig) -> str:
 
 
 def load_init_checkpoint(parent: InitCheckpoint, engine: Engine, mode: str, group: ProcessGroup | None) -> None:
-    """Verify the checkpoint and fill the engine from it, on whatever layout; every rank of `group` calls it.
+    """Verify the checkpoint and load it into the engine, on any layout. Every rank of `group` calls it.
 
-    `weights` leaves the optimizer as it is, `full` fills it as well. UserError where a file is damaged or gone.
+    Args:
+        parent: the checkpoint.
+        engine: receives the tensors.
+        mode: `weights` leaves the optimizer unchanged; `full` loads it too.
+        group: all ranks; None is a single process.
+
+    Raises:
+        UserError: a file is damaged or missing.
     """
     problems = verify_on_all_ranks(parent.path, group)
     if problems:
-        _refuse_if_gone(parent, group)
+        _refuse_if_deleted(parent, group)
         others = [step for step in directory.committed_steps(parent.path.parent) if step != parent.manifest.step]
         way_out = f"name another step ({', '.join(map(str, others))})" if others else "restore it"
-        raise UserError(f"run.init_from={parent.told}: {problems[0]}; {way_out}")
+        raise UserError(f"run.init_from={parent.name}: {problems[0]}; {way_out}")
     state = engine.state()
     try:
         load_checkpoint(parent.path, state if mode == "full" else {"model": state["model"]}, group)
     except (OSError, StorageError, UserError):
-        _refuse_if_gone(parent, group)
+        _refuse_if_deleted(parent, group)
         raise
     engine.sync_compute_weights()
 
 
-def _refuse_if_gone(parent: InitCheckpoint, group: ProcessGroup | None) -> None:
+def _refuse_if_deleted(parent: InitCheckpoint, group: ProcessGroup | None) -> None:
+    """Raise UserError if the parent has deleted the checkpoint while it was read."""
     if on_rank_zero(group, lambda: not (parent.path / MANIFEST).exists()):
         raise UserError(
-            f"run.init_from={parent.told}: {parent.path} was deleted while it was read; its run keeps "
+            f"run.init_from={parent.name}: {parent.path} was deleted while it was read; its run keeps "
             f"checkpoint.keep={parent.config.checkpoint.keep} only. Start again, or copy the checkpoint and name the "
             "copy"
         )
 
 
 def add_ancestry(config: RunConfig, parent: InitCheckpoint) -> RunConfig:
-    """The config with the checkpoint that it began from, to the step, and that one's own ancestors."""
+    """Return the config with the exact checkpoint that it starts from, followed by that checkpoint's ancestors."""
     manifest = parent.manifest
     content = json.dumps(manifest.config, sort_keys=True).encode()
     ancestor = Ancestor(
-        run=str((parent.home or parent.path).resolve()),
+        run=str((parent.run_dir or parent.path).resolve()),
         step=manifest.step,
         samples=manifest.samples,
         mode=config.run.init_mode,
         generation=manifest.generation,
         config=xxhash.xxh3_128_hexdigest(content),
     )
-    run = config.run.model_copy(update={"init_from": parent.told, "ancestry": (ancestor, *parent.config.run.ancestry)})
+    run = config.run.model_copy(update={"init_from": parent.name, "ancestry": (ancestor, *parent.config.run.ancestry)})
     return config.model_copy(update={"run": run})
 
 
 def describe_init_checkpoint(parent: InitCheckpoint, config: RunConfig) -> str:
-    """One sentence for people: what is taken over, and what of the model is different now."""
+    """Return one sentence for people: what is taken from the checkpoint, and which model settings differ."""
     manifest = parent.manifest
-    text = f"from the weights of {parent.told} (generation {manifest.generation})"
+    text = f"from the weights of {parent.name} (generation {manifest.generation})"
     if config.run.init_mode == "full":
         rate = _rate(manifest.step, parent.config), _rate(manifest.step + 1, config)
         text = (
-            f"from {parent.told} (generation {manifest.generation}): weights, optimizer, and data from sequence "
+            f"from {parent.name} (generation {manifest.generation}): weights, optimizer, and data from sequence "
             f"{manifest.samples} on; learning rate {rate[0]:.4g} at step {manifest.step} there, {rate[1]:.4g} at step "
             f"{manifest.step + 1} here"
         )

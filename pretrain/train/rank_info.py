@@ -1,4 +1,4 @@
-"""Where this process stands among those of the run: which rows it reads, whom it agrees with, what it is called."""
+"""This process within the run: its process group, its rows of a batch, its coordinates in the layout."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from pretrain.train.batching import DataShard
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One process of the run."""
+    """One process of the run, and the layout of all of them."""
 
     world: World
     layout: Layout
 
     @property
     def group(self) -> ProcessGroup | None:
-        """All processes, once they have met; None where there is one."""
+        """The group of all ranks, after its initialization; None for a single process."""
         return dist.group.WORLD if self.world.size > 1 else None
 
     @property
     def data_shard(self) -> DataShard:
-        """Its part of every batch. Ranks that differ in pipeline, context or tensor alone read the same rows."""
+        """This rank's rows of every batch. Ranks that differ only in pipeline, context or tensor read the same rows."""
         return DataShard(self.layout.data_rank(self.world.rank), self.layout.data)
 
     @property
     def coordinates(self) -> str:
-        """Its name in a checkpoint: `pipeline=0 replicate=0 shard=1 context=0 tensor=0`."""
+        """The key of this rank in a checkpoint: `pipeline=0 replicate=0 shard=1 context=0 tensor=0`."""
         return " ".join(f"{axis}={at}" for axis, at in self.layout.coordinates(self.world.rank).items())
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """Ranks of each axis."""
+        """Ranks along each axis."""
         return dict(zip(AXES, self.layout.sizes, strict=True))

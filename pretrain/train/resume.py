@@ -1,5 +1,5 @@
-"""A run goes on from its newest whole checkpoint, on whatever layout, and what came after that is undone. One that
-has none yet begins from the checkpoint of another run that `run.init_from` names, or from its initial weights."""
+"""Resume a run from its latest valid checkpoint, on any layout, and drop the records of later steps. A run without
+checkpoints starts from the checkpoint of another run (`run.init_from`), or from its initial weights."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ BEFORE_ANY_STEP = -1
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Where an attempt begins."""
+    """Where an attempt starts."""
 
     batches: BatchSchedule
-    """Which samples the steps to come read."""
+    """The samples that the remaining steps read."""
     step: int = 0
     """Steps done."""
     skipped: tuple[tuple[Path, str], ...] = ()
-    """Each newer checkpoint that was passed over, with its first problem."""
+    """Each newer checkpoint that is not valid, with its first problem."""
     resumed: bool = False
-    """Whether it goes on from a checkpoint of this run."""
+    """Whether it resumes from a checkpoint of this run."""
     parent: InitCheckpoint | None = None
-    """The checkpoint of another run that this one begins from; None where it resumes."""
+    """The checkpoint of another run that this one starts from; None if it resumes."""
     notices: tuple[str, ...] = ()
-    """What else the user should know of what was found."""
+    """Other findings that the user should know about."""
     finished: bool = False
-    """Whether the run has told its end, and nothing is left to do."""
+    """Whether events.jsonl records the end of the run, so that nothing is left to do."""
 
 
 def restore(
@@ -60,59 +60,61 @@ def restore(
     tokenizer: Tokenizer,
     rank_info: RankInfo,
 ) -> ResumeState:
-    """Load the newest whole checkpoint; every process of the run calls it. Later records are cut, later (damaged)
-    checkpoints set aside.
+    """Load the latest valid checkpoint. Drop later records, and rename later (damaged) checkpoints.
+
+    Every process of the run calls it.
 
     Raises:
         UserError: the run has lost checkpoints, and `checkpoint.on_invalid` does not accept that; or data or schedule are
-            not those of the steps taken; or the checkpoint of another run that `run.init_from` names does not fit;
-            or no checkpoint can be written. Nothing was changed then, but for remains of unfinished checkpoints.
+            not those of the steps taken; or the checkpoint of `run.init_from` does not fit; or no checkpoint can be
+            written. Nothing was changed then, except that unfinished checkpoints were deleted.
         StorageError: something cannot be read now, or the records cannot be written.
     """
     skipped: list[tuple[Path, str]] = []
-    none_whole = ""
+    no_valid = ""
     go_back = config.checkpoint.on_invalid == "go_back"
     try:
         path = directory.latest_valid(
             run_dir.checkpoints, lambda path, problems: skipped.append((path, problems[0])), rank_info.group
         )
     except directory.NoValidCheckpoint as error:
-        path, none_whole = None, str(error.args[0])
+        path, no_valid = None, str(error.args[0])
     manifest = None if path is None else read_manifest(path)
     findings = on_rank_zero(
-        rank_info.group, lambda: check_records(run_dir.path, path, manifest, none_whole, go_back=go_back)
+        rank_info.group, lambda: check_records(run_dir.path, path, manifest, no_valid, go_back=go_back)
     )
     if path is not None and manifest is not None:
         resume_state = _resume(path, manifest, run_dir, engine, data, config, batches, rank_info)
     elif config.run.init_from is not None:
-        resume_state = _begin_from_parent(engine, data, config, batches, tokenizer, rank_info)
+        resume_state = _start_from_checkpoint(engine, data, config, batches, tokenizer, rank_info)
     else:
         resume_state = ResumeState(batches)
     finished = resume_state.step == config.train.steps and on_rank_zero(
         rank_info.group, lambda: is_finished(run_dir.events, resume_state.step)
     )
-    on_rank_zero(rank_info.group, lambda: _ready_to_save(run_dir.checkpoints, finished=finished))
+    on_rank_zero(rank_info.group, lambda: _prepare_to_save(run_dir.checkpoints, finished=finished))
     if rank_info.world.is_main:
         try:
             if findings.lost:
                 backup_records(run_dir.metrics, run_dir.attempt)
             truncate_after(run_dir.metrics, resume_state.step if path else BEFORE_ANY_STEP)
-            for (
-                damaged,
-                _,
-            ) in skipped:  # `directory.retain` would count them as the newest, and delete what is saved now
+            # `prune` would count damaged checkpoints as the newest, and delete valid ones that are saved now.
+            for damaged, _ in skipped:
                 directory.mark_damaged(damaged)
         except OSError as error:
             raise StorageError(
-                f"run.dir={run_dir.path} cannot be written ({error}); mend that, and start again"
+                f"run.dir={run_dir.path} cannot be written ({error}); make it writable, and start again"
             ) from error
     prune(run_dir.checkpoints, config.checkpoint.keep, rank_info.group)  # a smaller `keep` makes room for the next
     return replace(resume_state, skipped=tuple(skipped), notices=findings.notices, finished=finished)
 
 
-def _ready_to_save(checkpoints: Path, *, finished: bool) -> None:
-    """Delete what crashes left, which no other process can be writing: this one holds the lock. UserError where no
-    checkpoint can be written; a finished run saves none."""
+def _prepare_to_save(checkpoints: Path, *, finished: bool) -> None:
+    """Delete what crashes left behind: no other process can be writing it, because this one holds the lock.
+
+    Raises:
+        UserError: no checkpoint can be written and the run is not finished.
+    """
     delete_unfinished(checkpoints)
     if not finished:
         check_writable(checkpoints)
@@ -128,7 +130,7 @@ def _resume(
     batches: BatchSchedule,
     rank_info: RankInfo,
 ) -> ResumeState:
-    """Fill the engine from a checkpoint of this run."""
+    """Load a checkpoint of this run into the engine."""
     kept = on_rank_zero(rank_info.group, lambda: directory.committed_steps(run_dir.checkpoints))
     check_schedule(run_dir.path, validate(manifest.config), config, manifest.step, manifest.samples, kept)
     _check_data(path, manifest, data)
@@ -139,10 +141,10 @@ def _resume(
     return ResumeState(batches, manifest.step, resumed=True)
 
 
-def _begin_from_parent(
+def _start_from_checkpoint(
     engine: Engine, data: Loader, config: RunConfig, batches: BatchSchedule, tokenizer: Tokenizer, rank_info: RankInfo
 ) -> ResumeState:
-    """Fill the engine from another run's checkpoint. The first rank says which: that run may be saving others."""
+    """Load another run's checkpoint into the engine. Rank 0 selects it, because that run may be saving new ones."""
     parent = on_rank_zero(rank_info.group, lambda: find_init_checkpoint(config))
     check_init_checkpoint(parent, config, tokenizer, data)
     manifest, mode = parent.manifest, config.run.init_mode
@@ -155,19 +157,25 @@ def _begin_from_parent(
 
 
 def _restore_rng(manifest: Manifest, rank_info: RankInfo) -> None:
-    """Nothing that trains draws from these generators: a rank that was not there may begin with any state."""
+    """Restore random states.
+
+    Training draws nothing from them, so a rank that did not exist may start with any state.
+    """
     rng.restore(manifest.rng.get(rank_info.coordinates) or next(iter(manifest.rng.values())))
 
 
 def is_finished(events: Path, step: int) -> bool:
-    """Whether the run has told its end after `step` steps, and nothing since; one that was killed between its last
-    checkpoint and that has not, and one that was made longer has told an earlier end."""
-    told = [event for event in read_events(events) if event.kind in {"start", "resume", "finish"}]
-    return bool(told) and told[-1].kind == "finish" and told[-1].step == step
+    """Return whether the last start or end in events.jsonl is an end after `step` steps.
+
+    It is not if the run was killed between its last checkpoint and that event, or if train.steps was raised since.
+    """
+    starts_and_ends = [event for event in read_events(events) if event.kind in {"start", "resume", "finish"}]
+    last = starts_and_ends[-1] if starts_and_ends else None
+    return last is not None and last.kind == "finish" and last.step == step
 
 
 def _check_data(path: Path, manifest: Manifest, data: Loader) -> None:
-    """UserError where the run would not read on where it stopped."""
+    """Raise UserError if the data or its order differs from the checkpoint's."""
     if manifest.dataset != data.fingerprint:
         raise UserError(
             f"{path} was trained on other data (manifest {manifest.dataset}) than data.path holds now ({data.fingerprint}); "

@@ -1,6 +1,5 @@
-"""Settings of the schedule may change on resume where that changes nothing behind: every step already taken would
-have had the same learning rate, the same batch, and sequences of the same length. `restore` compares what was
-read, by the hash of the order.
+"""Check changes of schedule settings on resume. They are allowed if every step already taken would have had the same
+learning rate, batch size and sequence length. (`restore` compares the data read so far, by the order fingerprint.)
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from pretrain.setup.batch_schedule import BatchSchedule, SeqLenStage
 
 
 def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, samples: int, kept: Sequence[int]) -> None:
-    """Refuse a schedule that the steps already taken did not follow.
+    """Refuse a schedule that differs for steps already taken.
 
     Args:
         run: the run directory.
-        before: settings of the checkpoint that the run resumes from.
-        now: settings that it is to go on with.
+        before: settings of the checkpoint.
+        now: settings to resume with.
         taken: steps of the checkpoint.
-        samples: sequences of data.seq_len tokens that they read.
+        samples: sequences of data.seq_len tokens that these steps read.
         kept: steps of the checkpoints in the run directory.
 
     Raises:
-        UserError: the first step that differs, what it had and would have had, why, and the ways out.
+        UserError: names the first step that differs, its old and new value, the reason, and the ways out.
     """
     if now.train.steps < taken:
         raise UserError(
@@ -55,8 +54,8 @@ def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, sam
 def _first_difference(
     before: RunConfig, now: RunConfig, taken: range, changed: Iterable[str]
 ) -> tuple[int, str, str, str] | None:
-    """(step, what it had, what it would have had, why) of the first of these steps that `now` would have taken otherwise."""
-    if _ramp(before) != _ramp(now):  # only then: train.batch_size, to which a ramp leads, may change on purpose
+    """Return (step, old value, new value, reason) for the first of these steps that differs; None if none does."""
+    if _ramp(before) != _ramp(now):  # without a change of the ramp, train.batch_size may change
         for step in taken:
             batches = batch_size_at(step, before.train), batch_size_at(step, now.train)
             if batches[0] != batches[1]:
@@ -80,12 +79,12 @@ def _ramp(config: RunConfig) -> tuple[int, int]:
 
 
 def _rates(config: RunConfig) -> Callable[[int], float]:
-    """Learning rate by step."""
+    """Return the learning rate as a function of the step."""
     return lambda step: lr_scale(step, config.train.steps, config.optim) * config.optim.lr
 
 
 def _reason(before: RunConfig, now: RunConfig, step: int, changed: Iterable[str]) -> str:
-    """Which of the `changed` settings gives `step` another learning rate by itself; of train.steps, why it does."""
+    """Name the `changed` settings that change the learning rate of `step` on their own; explain it for train.steps."""
     rate, changed = _rates(before)(step), [key for key in changed if key.startswith(("optim.", "train."))]
     causes = [key for key in changed if _rates(_with_setting(before, now, key))(step) != rate]
     if "train.steps" not in causes:
@@ -99,26 +98,26 @@ def _reason(before: RunConfig, now: RunConfig, step: int, changed: Iterable[str]
 
 
 def _with_setting(before: RunConfig, now: RunConfig, key: str) -> RunConfig:
-    """`before` with the value that `section.name` has `now`."""
+    """Return `before` with the value that `section.name` has in `now`."""
     section, name = key.split(".")
     changed = getattr(before, section).model_copy(update={name: getattr(getattr(now, section), name)})
     return before.model_copy(update={section: changed})
 
 
 def _check_stages(before: RunConfig, now: RunConfig, samples: int) -> None:
-    """Stages of data.seq_len_schedule that have begun must be the same ones."""
+    """Raise UserError if a stage of data.seq_len_schedule that has begun would change."""
     begun, would_have = (
         BatchSchedule.from_config(config.data, config.train).stages_before(samples) for config in (before, now)
     )
     if begun == would_have:
         return
 
-    def tell(stages: list[SeqLenStage]) -> str:
+    def describe(stages: list[SeqLenStage]) -> str:
         return ", ".join(f"{stage.seq_len} tokens from sequence {stage.first_sample} on" for stage in stages)
 
     raise UserError(
-        f"data.seq_len_schedule: the {samples} sequences read so far had {tell(begun)}, and would have had {tell(would_have)}; "
+        f"data.seq_len_schedule: the {samples} sequences read so far had {describe(begun)}, and would have had {describe(would_have)}; "
         "a share of the run such as 80% moves with train.steps and train.batch_size: write the stages that have "
         "begun as numbers of sequences of data.seq_len tokens, "
-        f"{', '.join(f'from: {stage.first_sample}' for stage in begun[1:]) or 'and begin new ones later'}"
+        f"{', '.join(f'from: {stage.first_sample}' for stage in begun[1:]) or 'and start new ones later'}"
     )

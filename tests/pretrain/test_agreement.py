@@ -10,8 +10,8 @@ from parallel.layout import Layout
 from parallel.world import World
 from pretrain.config.loading import load
 from pretrain.errors import UserError
+from pretrain.train.inputs import check_ranks_agree
 from pretrain.train.rank_info import RankInfo
-from pretrain.train.run import _check_agreement
 
 
 @dataclass
@@ -24,7 +24,9 @@ def refusal(words: tuple[str, ...], data: str) -> str:
     odd = dist.get_rank() == 1
     config = load(None, ["model.preset=tiny", *(words if odd else ())]).config
     try:
-        _check_agreement(config, Data(data if odd else "a"), None, RankInfo(World(dist.get_rank(), 3), Layout(shard=3)))
+        check_ranks_agree(
+            config, Data(data if odd else "a"), None, RankInfo(World(dist.get_rank(), 3), Layout(shard=3))
+        )
     except UserError as error:
         return str(error)
     return ""

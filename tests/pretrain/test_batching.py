@@ -44,7 +44,7 @@ def test_every_rank_gives_whole_microbatches() -> None:
 def test_a_batch_that_is_not_filled_up_is_not_cut(tiny_data: Path) -> None:
     batch = to_host(Loader(tiny_data / "train", seq_len=32, seed=0).batch(0, 4), CPU)
     assert [len(part.input_ids) for part in split_microbatches(batch, 2, CPU)] == [2, 2]
-    with pytest.raises(ValueError, match="a batch of 4 rows is not cut into whole microbatches of 3"):
+    with pytest.raises(ValueError, match="a batch of 4 rows does not divide into microbatches of 3"):
         list(split_microbatches(batch, 3, CPU))
 
 

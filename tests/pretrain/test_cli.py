@@ -144,15 +144,15 @@ def test_text_to_report_with_the_commands_alone(
     stop_at(monkeypatch, 4)
     stopped = pretrain("train", *words)
     assert stopped.code == 75
-    assert "SIGTERM received; the same command goes on from here" in stopped.out
+    assert "SIGTERM received; the same command resumes from here" in stopped.out
     assert "train.compile = False (" in stopped.out
     stop_at(monkeypatch, None)
     trained = pretrain("train", *words)
     assert trained.code == 0
-    assert "step 4 of 12, from the newest checkpoint" in trained.out
+    assert "step 4 of 12, from the latest checkpoint" in trained.out
     assert f"report: {run / 'report.html'}" in trained.out
     assert stopped.err == trained.err == ""
-    assert "is finished, all 12 steps of it: nothing to do" in pretrain("train", *words).out
+    assert "is finished: all 12 steps are done" in pretrain("train", *words).out
 
     again = [pretrain("generate", run, "the loop", "--max-new-tokens", "9", "--seed", "3") for _ in range(2)]
     assert again[0].code == 0

@@ -129,7 +129,7 @@ def a_file(checkpoints: Path) -> str:
 
 def a_dangling_link(checkpoints: Path) -> str:
     checkpoints.symlink_to("/not/mounted")
-    return "a link to /not/mounted, which is not there"
+    return "a link to /not/mounted, which does not exist"
 
 
 @pytest.mark.parametrize("make", [a_file, a_dangling_link])
@@ -175,7 +175,7 @@ def test_a_read_only_mount_refuses_a_run_that_would_save_and_not_a_finished_one(
     ) == (2, True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     answer = pretrain("train", *tiny_words(tmp_path, *words, "train.steps=2"))
-    assert (answer.code, "is finished, all 2 steps of it" in answer.out) == (0, True)
+    assert (answer.code, "is finished: all 2 steps are done" in answer.out) == (0, True)
     monkeypatch.undo()
     assert run_tiny(tmp_path, *words, "train.steps=4") is Outcome.FINISHED
     assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-00000002", "step-00000004"]
@@ -195,7 +195,7 @@ def test_a_finished_run_is_not_asked_for_room(
     run_tiny(tmp_path, "train.steps=2", "optim.warmup=0")
     disk_of(monkeypatch, 0)
     answer = pretrain("train", *tiny_words(tmp_path, "train.steps=2", "optim.warmup=0"))
-    assert (answer.code, "is finished, all 2 steps of it" in answer.out) == (0, True)
+    assert (answer.code, "is finished: all 2 steps are done" in answer.out) == (0, True)
     answer = pretrain("train", *tiny_words(tmp_path / "other", "train.steps=2", "optim.warmup=0"))
     assert (answer.code, "a checkpoint takes" in answer.err) == (2, True)
     assert not (tmp_path / "other").exists()
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_whe
     with files_up_to(100_000):  # records fit, checkpoints do not
         answer = pretrain("train", *tiny_words(tmp_path, *words))
     path = checkpoint_path(tmp_path / "checkpoints", 4)
-    told = rf"error: {path} cannot be written \(File too large\): it takes 640,896 bytes, and .* are free\. No checkpoint is there yet: "
+    told = rf"error: {path} cannot be written \(File too large\): it takes 640,896 bytes, and .* are free\. There is no checkpoint yet: "
     assert answer.code == 1
     assert re.match(told, answer.err.splitlines()[-1])
     assert "Traceback" not in answer.err
@@ -219,9 +219,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_whe
     with files_up_to(100_000):
         answer = pretrain("train", *tiny_words(tmp_path, *words, "checkpoint.on_invalid=go_back"))
     assert answer.code == 1
-    assert (
-        "Safe is step-00000004, from which the same command goes on: make room or make it writable first" in answer.err
-    )
+    assert "The same command resumes from step-00000004: make room or make it writable first" in answer.err
     assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl").steps] == list(range(1, 9))
 
 

@@ -114,7 +114,7 @@ def test_stray_files_are_told_and_the_run_goes_on_from_that_checkpoint(
     (newest / "mine").mkdir()
     console = Console(file=io.StringIO(), width=400)
     assert run_tiny(stopped, *WORDS, console=console) is Outcome.FINISHED
-    told = "step-00000030 holds what its manifest does not list, which is ignored: .DS_Store, mine"
+    told = "step-00000030 holds files that its manifest does not list; they are ignored: .DS_Store, mine"
     assert notices(stopped) == [told]
     assert f"notice at step 30: {told}" in console.file.getvalue()
     assert went_on_from(stopped) == [0, 30]
@@ -129,16 +129,17 @@ def test_without_its_checkpoints_a_run_does_not_start_over_by_itself(
     old = (stopped / "metrics.jsonl").read_bytes()
     told = refused(stopped)
     assert (
-        f"{stopped}/checkpoints is not there, but events.jsonl tells that step 30 was saved. Put back what is missing"
+        f"{stopped}/checkpoints does not exist, but events.jsonl records that step 30 was saved. Put back what is missing"
         in told
     )
     assert f"To train again from its beginning here, set {GO_BACK}" in told
     (stopped / "checkpoints").mkdir()
-    assert f"{stopped}/checkpoints holds no checkpoint, but events.jsonl tells that step 30" in refused(stopped)
+    assert f"{stopped}/checkpoints holds no checkpoint, but events.jsonl records that step 30" in refused(stopped)
     (stopped / "checkpoints").rmdir()
     (stopped / "checkpoints").symlink_to(stopped / "not mounted")
-    assert f"{stopped}/checkpoints is a link to what is not there, but events.jsonl tells that step 30" in refused(
-        stopped
+    assert (
+        f"{stopped}/checkpoints is a link to a folder that does not exist, but events.jsonl records that step 30"
+        in refused(stopped)
     )
     (stopped / "checkpoints").unlink()
 
@@ -165,7 +166,7 @@ def test_a_checkpoint_that_vanished_is_not_replaced_by_an_older_one_unasked(
     shutil.rmtree(checkpoint_path(stopped / "checkpoints", 30))
     told = refused(stopped)
     assert (
-        "checkpoints has lost the checkpoint of step 30, which events.jsonl tells of; its newest whole one is of step 20."
+        "checkpoints has lost the checkpoint of step 30, which events.jsonl records; its latest valid one is of step 20."
         in told
     )
     assert f"To train again from step 20 here, set {GO_BACK}" in told
@@ -241,7 +242,7 @@ def test_half_of_the_metrics_gone_is_told_once_and_nothing_is_trained_twice(
     assert run_tiny(stopped, *WORDS, observers=[StopAt(34)]) is Outcome.STOPPED
     assert run_tiny(stopped, *WORDS) is Outcome.FINISHED
     assert notices(stopped) == [
-        "metrics.jsonl has no records of steps 15 to 30: curves have a gap there, nothing is trained twice"
+        "metrics.jsonl has no records of steps 15 to 30: curves have a gap there, but no step is trained twice"
     ]
     steps = read_metrics(stopped / "metrics.jsonl").steps
     assert [record.step for record in steps] == [*range(1, 15), *range(31, 41)]
@@ -255,8 +256,8 @@ def test_without_any_records_a_run_goes_on_from_its_checkpoint_and_says_what_is_
     (stopped / "events.jsonl").unlink()
     assert run_tiny(stopped, *WORDS) is Outcome.FINISHED
     assert notices(stopped) == [
-        "metrics.jsonl has no records of steps 1 to 30: curves have a gap there, nothing is trained twice",
-        "events.jsonl does not tell how the run came to step 30: what it told before is lost",
+        "metrics.jsonl has no records of steps 1 to 30: curves have a gap there, but no step is trained twice",
+        "events.jsonl does not record how the run reached step 30: its earlier events are lost",
     ]
     assert went_on_from(stopped) == [30]
 
@@ -311,7 +312,8 @@ def test_a_run_that_was_killed_before_its_first_save_has_lost_nothing(tmp_path: 
     assert check_records(tmp_path, None, None).lost == ""
     (tmp_path / "events.jsonl").unlink()  # but without events nobody knows
     with pytest.raises(
-        UserError, match=r"checkpoints is not there and events\.jsonl tells nothing, but metrics\.jsonl has 2 steps"
+        UserError,
+        match=r"checkpoints does not exist and events\.jsonl records no start, but metrics\.jsonl has 2 steps",
     ):
         check_records(tmp_path, None, None)
     assert check_records(tmp_path, None, None, go_back=True).lost

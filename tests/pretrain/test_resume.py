@@ -307,7 +307,7 @@ def test_a_finished_run_started_again_does_nothing_and_says_so(tmp_path: Path, r
     }
     console = Console(file=io.StringIO(), width=400)
     assert run_tiny(tmp_path, "train.steps=10", console=console) is Outcome.FINISHED
-    assert f"run.dir={tmp_path} is finished, all 10 steps of it: nothing to do" in console.file.getvalue()
+    assert f"run.dir={tmp_path} is finished: all 10 steps are done" in console.file.getvalue()
     assert before == {
         file: (file.read_bytes(), file.stat().st_mtime_ns)
         for file in tmp_path.rglob("*")

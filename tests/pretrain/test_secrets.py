@@ -90,7 +90,7 @@ def test_a_job_from_text_to_report_tells_no_secret(
     assert "is prepared already, with these very settings" in run("data", "prepare", *sources("an0ther"), *more)
     words = tiny_words(runs / "1", *more, "train.steps=6", "checkpoint.every=3", "eval.every=6")
     run("train", *words, *sources("hunter2"))
-    assert "is finished, all 6 steps of it: nothing to do" in run("train", *words, *sources("an0ther"))
+    assert "is finished: all 6 steps are done" in run("train", *words, *sources("an0ther"))
     assert [event.kind for event in read_events(runs / "1" / "events.jsonl")] == ["start", "save", "save", "finish"]
     run("report", runs / "1")
     run("data", "inspect", data, runs / "1" / "config.yaml", "--html", tmp_path / "data.html")

@@ -140,7 +140,7 @@ def test_a_report_that_fails_after_an_error_is_not_heard_of(
         raise Diverged("at step 1")
 
     monkeypatch.setattr("pretrain.train.run.write_report", fail)
-    monkeypatch.setattr("pretrain.train.loop.TrainLoop._train", diverge)
+    monkeypatch.setattr("pretrain.train.loop.TrainLoop._train_step", diverge)
     with pytest.raises(Diverged, match="at step 1") as caught:
         run_tiny(tmp_path, "train.steps=2", "optim.warmup=1")
     assert caught.value.__context__ is None
@@ -320,13 +320,13 @@ def test_on_a_terminal_ctrl_c_is_answered_in_the_panel_and_a_second_one_lets_the
     terminal.press(CTRL_C)
     terminal.read_until("saving, then leaving (Ctrl-C again leaves without it)")
     (tmp_path / "go").touch()
-    terminal.read_until("SIGINT received; the same command goes on from here")
+    terminal.read_until("SIGINT received; the same command resumes from here")
     terminal.read_until("report.html")
     assert terminal.exit_code() == 75
     terminal.close()
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert told(tmp_path / "run", "stop") == [
-        (int(saved.name[-8:]), "SIGINT received; the same command goes on from here")
+        (int(saved.name[-8:]), "SIGINT received; the same command resumes from here")
     ]
 
 
@@ -337,4 +337,4 @@ def test_a_terminal_that_closes_saves_the_run(tmp_path: Path, tiny_words: TinyWo
     terminal.close()
     assert terminal.exit_code() == 75
     (saved,) = (tmp_path / "checkpoints").iterdir()
-    assert told(tmp_path, "stop") == [(int(saved.name[-8:]), "SIGHUP received; the same command goes on from here")]
+    assert told(tmp_path, "stop") == [(int(saved.name[-8:]), "SIGHUP received; the same command resumes from here")]

@@ -21,9 +21,9 @@ from pretrain.runs.throughput import ThroughputMeter
 from pretrain.setup.engine import build_engine
 from pretrain.setup.resolve import resolve_run
 from pretrain.signals import StopRequest
+from pretrain.train.inputs import open_data
 from pretrain.train.loop import TrainLoop
 from pretrain.train.rank_info import RankInfo
-from pretrain.train.run import open_data
 
 TinyWords = Callable[..., list[str]]
 WHO, DOES = ("the model", "a reader", "every rank", "one shard"), ("reads", "writes", "skips", "remembers", "follows")

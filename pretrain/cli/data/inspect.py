@@ -57,7 +57,7 @@ def forecast_run(path: Path, config: RunConfig) -> Forecast:
     """Return what a run of this config reads of the data in `path`."""
     from data_pipeline.reading.forecast import forecast_reading
     from pretrain.setup.batch_schedule import BatchSchedule, check_seq_lens
-    from pretrain.train.run import open_data
+    from pretrain.train.inputs import open_data
 
     batches = BatchSchedule.from_config(config.data, config.train)
     check_seq_lens(batches)
