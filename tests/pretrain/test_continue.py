@@ -466,7 +466,7 @@ def test_before_its_first_checkpoint_a_run_begins_from_the_recorded_one_again_or
     made = read_manifest(checkpoint_path(other / "checkpoints", 10)).generation
     told = refusal(lambda: find_init_checkpoint(read_config(tmp_path / "run" / "config.yaml")))
     assert told.startswith(
-        f"run.init_from={other}@10 is another checkpoint now (generation {made}) than the one that this run began from ("
+        f"run.init_from={other}@10 is another checkpoint now (generation {made}) than the one that this run started from ("
     )
 
 
@@ -479,10 +479,10 @@ def test_the_folder_of_a_checkpoint_may_be_named(
     config = read_config(tmp_path / "run" / "config.yaml")
     assert (config.run.init_from, config.run.ancestry[0].run) == (str(copy), str(copy))  # it lies in no run directory
     shutil.copy(parent / "config.yaml", tmp_path)  # nor does it here: it is not in a folder `checkpoints`
-    assert find_init_checkpoint(config).home is None
+    assert find_init_checkpoint(config).run_dir is None
     monkeypatch.chdir(parent / "checkpoints")
     run = config.run.model_copy(update={"init_from": "step-00000010"})
-    assert find_init_checkpoint(config.model_copy(update={"run": run})).home == parent
+    assert find_init_checkpoint(config.model_copy(update={"run": run})).run_dir == parent
 
 
 @pytest.fixture(scope="module")

@@ -269,7 +269,7 @@ def test_records_of_another_run_are_refused(stopped: Path, refused: Callable[...
     (stopped / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = refused(stopped)
     assert (
-        f"step-00000030 had read 120 sequences after step 30, and by {stopped}/metrics.jsonl it was 240: one of them is of"
+        f"step-00000030 had read 120 sequences after step 30, and by {stopped}/metrics.jsonl it was 240: one of them belongs to"
         in told
     )
 
@@ -323,7 +323,7 @@ def test_a_checkpoint_that_was_set_aside_has_not_vanished(tmp_path: Path) -> Non
     """A crash between setting it aside and telling of the resume."""
     (tmp_path / "events.jsonl").write_text("".join(event.line() for event in events(("start", 0), ("save", 20))))
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="tells that step 20 was saved"):
+    with pytest.raises(UserError, match="records that step 20 was saved"):
         check_records(tmp_path, None, None)
     (tmp_path / "checkpoints" / "step-00000020.tmp-damaged-1a2b3c4d").mkdir()
     assert check_records(tmp_path, None, None).lost == ""
