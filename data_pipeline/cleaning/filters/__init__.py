@@ -20,7 +20,8 @@ import xxhash
 from data_pipeline.cleaning.filters.lists import explain_list_errors, line_filter, url_filter
 from data_pipeline.cleaning.filters.result import DocumentFilter, FilterResult
 from data_pipeline.errors import DataError
-from data_pipeline.settings import FilterConfig, FilterName, LengthFilter, PrepareConfig, SourceConfig
+from data_pipeline.settings import PrepareConfig, SourceConfig
+from data_pipeline.settings_filters import FilterConfig, FilterName, LengthFilter
 from data_pipeline.text.sources import Document
 
 __all__ = [

