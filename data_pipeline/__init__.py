@@ -1,1 +1,1 @@
-"""Text -> tokens -> shards -> batches. Knows files and tokens; knows no model and no loop, and imports no torch."""
+"""Text -> tokens -> shards -> batches. Knows files and tokens, but no model and no training loop. Does not import torch."""

@@ -1,1 +1,1 @@
-"""Token shards on disk: what they are, their checksums, and the manifest that makes them a data set."""
+"""Token shards on disk: their format, their checksums, and the manifest of a split."""

@@ -1,6 +1,6 @@
-"""The manifest of a split: what its shards hold, how they were made, what was dropped, and the checksums that prove it.
+"""The manifest of a split: its shards with their checksums, how they were made, and what was dropped.
 
-It is written last, so a folder with a manifest is a whole split.
+It is written last, so a folder with a manifest holds a complete split.
 """
 
 from __future__ import annotations
@@ -30,27 +30,28 @@ from data_pipeline.errors import DataError, unreadable_error
 from data_pipeline.settings import PrepareConfig
 
 BLOCK_BYTES = 1 << 20
-"""Bytes under one block checksum."""
+"""Bytes covered by one block checksum."""
 
 MANIFEST = "manifest.json"
 SPLITS = ("validation", "train")
-"""In the order in which they are committed."""
+"""In the order in which they are committed: `train` last."""
 
 TokenDtype = Literal["uint16", "int32"]
 DTYPES: dict[TokenDtype, np.dtype[np.integer]] = {"uint16": np.dtype("<u2"), "int32": np.dtype("<i4")}
 
 
 class ManifestModel(BaseModel):
-    """What is written for others to read."""
+    """Base of everything that is written to a manifest: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Shard(ManifestModel):
-    """One `.bin` / `.idx` pair. The `.idx` is always ours, beside the manifest; the `.bin` may be a file of another tool."""
+    """One `.bin` / `.idx` pair. The `.idx` lies beside the manifest. The `.bin` may be the file of another tool,
+    elsewhere."""
 
     name: str
-    """File name without its ending."""
+    """File name without extension."""
     tokens: int
     documents: int
     bin_bytes: int
@@ -58,44 +59,47 @@ class Shard(ManifestModel):
     bin_xxh3_128: str
     idx_xxh3_128: str
     bin_blocks_xxh3_64: str
-    """16 hex digits for each MiB of the tokens, in a row."""
+    """16 hex digits for each MiB of the tokens, concatenated."""
     external_bin: str | None = None
-    """Absolute path of the tokens where they are read in place; none is `<name>.bin`."""
+    """Absolute path of the token file if it is read in place. None stands for `<name>.bin` beside the manifest."""
     bin_start: int = 0
     """Byte of the file at which the tokens begin."""
 
-    def blocks(self) -> NDArray[np.uint64]:
-        """The checksum of each MiB block of the tokens."""
+    def block_checksums(self) -> NDArray[np.uint64]:
+        """Return the XXH3-64 of each MiB block of the tokens."""
         return np.frombuffer(bytes.fromhex(self.bin_blocks_xxh3_64), ">u8").astype(np.uint64)
 
 
 class SourceManifest(ManifestModel):
-    """One source's part of a split. Documents read = `documents` + all `dropped`."""
+    """One source in one split. Documents read = `documents` + the sum of `dropped`."""
 
     name: str
     documents: int
     tokens: int
-    """With the end-of-text token after each document."""
+    """Includes the end-of-text token after each document."""
     text_bytes: int | None
-    """UTF-8 bytes of the documents' text; none where other tools made the tokens."""
+    """UTF-8 bytes of the documents' text; None if other tools made the tokens."""
     dtype: TokenDtype
     ends_with_eot: bool
-    """Every document ends with the end-of-text token; tokens that other tools made may not."""
+    """Every document ends with the end-of-text token. May be false for tokens that other tools made."""
     dropped: dict[str, int]
-    """Documents left out, by reason."""
+    """Dropped documents, by reason."""
     repaired: dict[str, int]
-    """Documents changed and kept, by reason."""
+    """Documents that were changed and kept, by reason."""
     marked: dict[str, int]
-    """Documents kept as they are, by what was noticed."""
+    """Documents that were kept unchanged although something was found in them, by finding."""
     unknown_tokens: int = 0
-    """Tokens that stand for text that the tokenizer does not know; `marked` has the documents that hold them."""
+    """Unknown tokens: they stand for text that the tokenizer cannot encode. `marked` counts the documents with such
+    tokens."""
     lost_characters: int = 0
-    """Characters that the tokenizer does not know and left out, as a whole or in part; `marked` has the documents that they were in."""
+    """Characters that the tokenizer cannot encode and dropped, fully or in part. `marked` counts the documents that had
+    them."""
     shards: tuple[Shard, ...]
 
     @model_serializer(mode="wrap")
-    def _leave_out_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """What versions without these counts wrote, where there is nothing to count."""
+    def _omit_zero_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Omit the counts that older versions did not have if they are 0, so that the bytes are those of the older
+        versions."""
         fields: dict[str, object] = serialize(self)
         return {
             name: value for name, value in fields.items() if value or name not in ("unknown_tokens", "lost_characters")
@@ -110,39 +114,45 @@ class SourceManifest(ManifestModel):
 class Recipe(ManifestModel):
     """How a split was made: the same recipe gives the same bytes.
 
-    To a reader it is information. So settings that only another version has are ignored, and those that this one adds have their defaults.
+    For a reader it is only information. So settings unknown to this version are ignored, and missing ones have their
+    defaults.
     """
 
     settings: PrepareConfig
-    """Without `workers`, `dedup.memory_mb` and `allow_lossy_tokenizer`, which decide nothing; `tokenizer` is `auto` and stands for
-    `Manifest.tokenizer`."""
+    """`workers`, `dedup.memory_mb` and `allow_lossy_tokenizer` have their defaults, because they do not change the
+    result. `tokenizer` is always `auto`: `SplitManifest.tokenizer` has the fingerprint of the tokenizer that was
+    used."""
     trained_tokenizer: bool
-    """The tokenizer was trained on the way; otherwise it was there before."""
+    """Whether the tokenizer was trained during the preparation, instead of given."""
     listings: tuple[str | None, ...]
-    """Count, bytes and a hash of the names and sizes of each source's files; none for `hf`."""
+    """For each source: the number of files, their bytes, and a hash of their names and sizes. None for `hf`."""
     lists: str
     """Hash of the files that filters and decontamination read."""
     made_with: dict[str, str]
-    """Versions of what decides the bytes."""
+    """Versions of Python and of the packages that influence the bytes."""
     passed_over: tuple[str | None, ...] = ()
-    """The files in each source's folders that were not read: count, endings and the names of a few. Empty where all were, and then not
-    written. No part of the fingerprint: they change no data."""
+    """For each source: the files in its folders that were not read, as count, extensions and a few names. Empty, and
+    then not written, if all files were read. Not part of the fingerprint, because these files do not change the
+    data."""
 
     @model_serializer(mode="wrap")
-    def _leave_out_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+    def _omit_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Omit fields that older versions did not have if they are empty, so that the bytes are those of the older
+        versions."""
         fields: dict[str, object] = serialize(self)
         if not self.passed_over:
             del fields["passed_over"]
         settings = fields["settings"]
         assert isinstance(settings, dict)
-        for name in ("validation", "external", "allow_lossy_tokenizer"):  # settings that earlier versions did not have
+        for name in ("validation", "external", "allow_lossy_tokenizer"):
             if not getattr(self.settings, name):
                 del settings[name]
         return fields
 
     @field_validator("settings", mode="wrap")
     @classmethod
-    def _ignore_other_versions(cls, value: object, validate: ValidatorFunctionWrapHandler) -> PrepareConfig:
+    def _ignore_unknown_settings(cls, value: object, validate: ValidatorFunctionWrapHandler) -> PrepareConfig:
+        """Remove the settings that another version wrote and this one does not know, until the rest is valid."""
         while True:
             try:
                 config: PrepareConfig = validate(value)
@@ -161,7 +171,7 @@ class SplitManifest(ManifestModel):
     format: Literal["pretrain-shards-2"] = "pretrain-shards-2"
     split: str
     splits: tuple[str, ...]
-    """All splits that were made together."""
+    """All splits that were made in the same preparation."""
     vocab_size: int
     eot_id: int
     tokenizer: str
@@ -169,7 +179,7 @@ class SplitManifest(ManifestModel):
     recipe: Recipe
     sources: tuple[SourceManifest, ...]
     _fingerprint: str | None = PrivateAttr(None)
-    """Of the file that it was read from: what another version would write may differ."""
+    """Fingerprint of the file that this was read from. Another version may write the same manifest as other bytes."""
 
     @property
     def documents(self) -> int:
@@ -182,17 +192,18 @@ class SplitManifest(ManifestModel):
         return sum(source.tokens for source in self.sources)
 
     def to_bytes(self) -> bytes:
-        """The file's contents; the same manifest gives the same bytes."""
-        return _spelt(self.model_dump(mode="json"))
+        """Return the contents of the file. Equal manifests give equal bytes."""
+        return _to_json(self.model_dump(mode="json"))
 
     def fingerprint(self) -> str:
-        """XXH3-128 of the bytes of the file, without `recipe.passed_over`; a checkpoint stores it to know its data again."""
+        """Return the XXH3-128 of the file's bytes without `recipe.passed_over`. Checkpoints store it to recognise their
+        data."""
         return self._fingerprint or _fingerprint(self.to_bytes())
 
     def model_copy(
         self, *, update: Mapping[str, Any] | None = None, deep: bool = False
-    ) -> SplitManifest:  # Any: as in pydantic
-        """One with other values is another file."""
+    ) -> SplitManifest:  # Any: pydantic's
+        """Return a copy. If values are updated, the fingerprint of the original file does not hold for it."""
         copied = super().model_copy(update=update, deep=deep)
         if update:
             copied._fingerprint = None
@@ -200,10 +211,10 @@ class SplitManifest(ManifestModel):
 
 
 def load_manifest(folder: Path) -> SplitManifest:
-    """Read the manifest of a split.
+    """Read the manifest of the split in `folder`.
 
     Raises:
-        DataError: there is none, or it is damaged or of another format.
+        DataError: there is no manifest, or it is damaged or of another format.
     """
     file = folder / MANIFEST
     try:
@@ -227,52 +238,58 @@ def load_manifest(folder: Path) -> SplitManifest:
 
 
 def _fingerprint(content: bytes) -> str:
-    """Of the bytes of a manifest as they would be if no file had been passed over."""
+    """Hash the bytes of a manifest as they would be without `recipe.passed_over`."""
     if b'"passed_over": [' in content:
         tree = json.loads(content)
         tree["recipe"].pop("passed_over", None)
-        content = _spelt(tree)
+        content = _to_json(tree)
     return xxhash.xxh3_128_hexdigest(content)
 
 
-def _spelt(tree: object) -> bytes:
+def _to_json(tree: object) -> bytes:
     return (json.dumps(tree, indent=1) + "\n").encode()
 
 
 def _check_names(file: Path, manifest: SplitManifest) -> None:
-    """DataError where the manifest, which may be a stranger's, leads out of its folder by a name."""
+    """Raise DataError if a name in the manifest leads out of its folder. Manifests may come from untrusted sources."""
     shards = [shard.name for source in manifest.sources for shard in source.shards]
     outside = [name for name in shards if PurePath(name).name != name or name.startswith(".") or "\0" in name]
     outside += [name for name in (manifest.split, *manifest.splits) if name not in SPLITS]
     if outside:
         raise DataError(
-            f"{file} names {outside[0]!r}, which is no file of its folder: somebody changed it, so do not use this data; prepare it again"
+            f"{file} names {outside[0]!r}, which is not a file of its folder: somebody changed it, so do not use this "
+            "data; prepare it again"
         )
 
 
 def check_external_files(folder: Path, manifest: SplitManifest, trusted_paths: Sequence[Path] | None) -> None:
-    """Raise DataError if a manifest refers to token files outside of the trusted places.
+    """Raise DataError if a manifest refers to token files outside of the trusted paths.
 
-    folder: of the split. trusted_paths: folders and files that may be read, beside `folder`; None trusts every place.
+    Args:
+        folder: the folder of the split.
+        manifest: the manifest of the split.
+        trusted_paths: folders and files that may be read. None allows every path.
     """
     if trusted_paths is None:
         return
-    places = [Path(os.path.realpath(place.expanduser())) for place in trusted_paths]
+    trusted = [Path(os.path.realpath(path.expanduser())) for path in trusted_paths]
     named = sorted(
         {shard.external_bin for source in manifest.sources for shard in source.shards if shard.external_bin is not None}
     )
-    others = [name for name in named if not any(Path(os.path.realpath(name)).is_relative_to(place) for place in places)]
-    if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        folders = ", ".join(sorted({str(PurePath(name).parent) for name in others}))
+    outside = [name for name in named if not any(Path(os.path.realpath(name)).is_relative_to(path) for path in trusted)]
+    if outside:
+        more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+        folders = ", ".join(sorted({str(PurePath(name).parent) for name in outside}))
         raise DataError(
-            f"{folder / MANIFEST} has tokens read from {others[0]}{more}, outside of its folder: only if you know who prepared it, set "
-            f"data.external=[{folders}], or name the sources in data.sources as they were when it was prepared"
+            f"{folder / MANIFEST} has tokens read from {outside[0]}{more}, outside of its folder: only if you know who "
+            f"prepared it, set data.external=[{folders}], or name the sources in data.sources as they were when it was "
+            "prepared"
         )
 
 
 def _remove(tree: Any, where: tuple[int | str, ...]) -> bool:  # Any: JSON
-    """Remove the key at a place that pydantic names, if it is there; the branch of a union, which is part of the name, is no key."""
+    """Remove the key at a location that pydantic reports; return whether it existed. Branches of unions in the location
+    are skipped."""
     *path, key = where
     for step in path:
         if step in tree if isinstance(tree, dict) else isinstance(tree, list | tuple):

@@ -1,12 +1,11 @@
-"""Files of tokens as memory: mapped when first touched, those open longest let go of, every MiB compared with its checksum once.
+"""Memory-mapped token files: mapped at first use, closed again when many are open, every MiB verified once.
 
-A file that is mapped holds two descriptors, and of those a process has few. So of all that is mapped here only MAX_OPEN_DESCRIPTORS / 2
-files are at a time, in the whole process; one that was let go of is mapped again when it is wanted. What was checked stays
-checked.
+A mapped file holds two descriptors, and a process has few of them. So at most MAX_OPEN_DESCRIPTORS / 2 files are mapped
+at a time in the whole process. The file that was opened first is closed first, and is mapped again when it is next
+read. Blocks that were verified stay verified.
 
-Touching a mapping where the file has been cut off, or where the disk fails, ends the process with SIGBUS. So the file's size is
-looked at each time (0.3 us), and checksums are taken over what is read, not mapped: a disk that fails then is an error like any
-other.
+Reading a mapping ends the process with SIGBUS if the file was truncated, or if the disk fails. So each access looks at
+the file's size (0.3 us), and checksums are taken over bytes that are read, not mapped: a failing disk raises an error.
 """
 
 from __future__ import annotations
@@ -29,76 +28,80 @@ from data_pipeline.errors import DataError, unreadable_error
 from data_pipeline.storage.manifest import BLOCK_BYTES
 
 MAX_OPEN_DESCRIPTORS = 192
-"""Descriptors held at a time."""
+"""File descriptors that mapped files hold at a time."""
 
 T = TypeVar("T")
 _BLOCK_BITS = BLOCK_BYTES.bit_length() - 1
-_open: OrderedDict[ref[MappedFile[Any]], None] = OrderedDict()  # the first was opened first. Any: whatever each opens
-_open_lock = threading.Lock()
+_open_files: OrderedDict[ref[MappedFile[Any]], None] = OrderedDict()  # oldest first. Any: files map to different types
+_open_files_lock = threading.Lock()
 
 
 class CorruptDataError(DataError):
-    """A file was read, and it does not hold what it did. A file that cannot be opened is no damage: what it holds may well be whole."""
+    """A file is missing, has the wrong size or does not match its checksum.
+
+    A file that cannot be opened or read for another reason raises StorageError instead: its contents may be intact.
+    """
 
 
-def _forget(gone: ref[MappedFile[Any]]) -> None:
-    _open.pop(gone, None)
+def _forget(closed: ref[MappedFile[Any]]) -> None:
+    _open_files.pop(closed, None)
 
 
 class MappedFile(ABC, Generic[T]):
-    """What holds a file mapped and can map it again."""
+    """A file that is mapped when it is first used, and again after it was closed to free its descriptors."""
 
-    def __init__(self, file: Path, start: int, size: int, way_out: str) -> None:
+    def __init__(self, file: Path, start: int, size: int, remedy: str) -> None:
         """Open nothing yet.
 
         Args:
             file: to map.
             start: first byte to map.
             size: bytes to map.
-            way_out: what to do when it is damaged.
+            remedy: what to do if the file is damaged, for error messages.
         """
-        self._file, self._start, self._size, self._way_out = file, start, size, way_out
+        self._file, self._start, self._size, self._remedy = file, start, size, remedy
         self._end = start + size
-        self._held: tuple[T, FileIO] | None = None
+        self._mapped: tuple[T, FileIO] | None = None
 
     @abstractmethod
-    def _make(self) -> tuple[T, FileIO]:
-        """Map it. Returns it and the file, by `map_file`."""
+    def _map(self) -> tuple[T, FileIO]:
+        """Map the file with `map_file`. Return the mapped object and the open file."""
 
     def get(self) -> T:
-        """It, opened if it is not. Whoever keeps it, or a view of it, keeps the file open.
+        """Return the mapped object; map the file if it is not mapped. The file stays open while the object, or a view
+        of it, is used.
 
         Raises:
-            CorruptDataError: the file is shorter than it was, or what `_make` says.
+            CorruptDataError: the file is shorter than it was, or `_map` finds it damaged.
             StorageError: the file cannot be opened.
         """
-        held = self._held
-        value, stream = self._open() if held is None else held
+        mapped = self._mapped
+        value, stream = self._open() if mapped is None else mapped
         try:
             if (size := stream.seek(0, SEEK_END)) >= self._end:
                 return value
         except OSError as error:
             raise unreadable_error(self._file, error, "read") from error
         raise CorruptDataError(
-            f"{self._file} was cut off to {size} bytes while it was in use, and needs {self._end}; {self._way_out}"
+            f"{self._file} was cut off to {size} bytes while it was in use, and needs {self._end}; {self._remedy}"
         )
 
     def _open(self) -> tuple[T, FileIO]:
-        self._held = held = self._make()
-        with _open_lock:
-            _open[ref(self, _forget)] = None
-            while 2 * len(_open) > MAX_OPEN_DESCRIPTORS:
-                oldest = _open.popitem(last=False)[0]()
+        self._mapped = mapped = self._map()
+        with _open_files_lock:
+            _open_files[ref(self, _forget)] = None
+            while 2 * len(_open_files) > MAX_OPEN_DESCRIPTORS:
+                oldest = _open_files.popitem(last=False)[0]()
                 if oldest is not None:
-                    oldest._held = None
-        return held
+                    oldest._mapped = None
+        return mapped
 
 
-Array = NDArray[Any]  # Any: of the type that was asked for
+Array = NDArray[Any]  # Any: the type that was asked for
 
 
 class CheckedArray(MappedFile[Array]):
-    """An array in a file, mapped when first touched, each MiB of it compared with its checksum when that is first touched."""
+    """An array in a file. Each MiB is compared with its checksum when it is first read."""
 
     def __init__(
         self,
@@ -107,69 +110,70 @@ class CheckedArray(MappedFile[Array]):
         size: int,
         dtype: np.dtype[Any],
         checksums: Callable[[], NDArray[np.uint64]],
-        way_out: str,
+        remedy: str,
     ) -> None:
         """Open nothing yet.
 
         Args:
-            file: that holds it.
-            start: byte at which it begins.
-            size: its bytes.
-            dtype: of its items.
-            checksums: XXH3-64 of each MiB.
-            way_out: what to do when it is damaged.
+            file: the file that holds the array.
+            start: byte at which the array begins.
+            size: bytes of the array.
+            dtype: type of the items.
+            checksums: returns the XXH3-64 of each MiB.
+            remedy: what to do if the file is damaged, for error messages.
         """
-        super().__init__(file, start, size, way_out)
+        super().__init__(file, start, size, remedy)
         self._dtype, self._checksums = dtype, checksums
-        self._checked = bytearray(-(-size // BLOCK_BYTES))
-        self._unchecked = len(self._checked)
+        self._verified = bytearray(-(-size // BLOCK_BYTES))
+        self._n_unverified = len(self._verified)
         self._itemsize = dtype.itemsize
 
-    def _make(self) -> tuple[Array, FileIO]:
-        raw, stream = map_file(self._file, self._start, self._size, self._way_out)
+    def _map(self) -> tuple[Array, FileIO]:
+        raw, stream = map_file(self._file, self._start, self._size, self._remedy)
         return np.frombuffer(raw, self._dtype, self._size // self._itemsize), stream
 
     def read(self, low: int, high: int) -> Array:
-        """Items [low, high), at least one, read-only.
+        """Return items [low, high), at least one, as a read-only view.
 
         Raises:
-            CorruptDataError: a block does not match its checksum, or the file is shorter by now.
+            CorruptDataError: a block does not match its checksum, or the file became shorter.
             StorageError: the file cannot be opened or read.
         """
         array = self.get()
-        if self._unchecked:
+        if self._n_unverified:
             first, last = low * self._itemsize >> _BLOCK_BITS, high * self._itemsize - 1 >> _BLOCK_BITS
-            if self._checked.find(0, first, last + 1) >= 0:
-                self._compare(first, last)
+            if self._verified.find(0, first, last + 1) >= 0:
+                self._verify(first, last)
         return array[low:high]
 
-    def _compare(self, first: int, last: int) -> None:
+    def _verify(self, first: int, last: int) -> None:
+        """Verify the blocks from `first` to `last`, unless they are verified already."""
         expected = self._checksums()
         for block in range(first, last + 1):
             low = block * BLOCK_BYTES
-            if not self._checked[block] and xxhash.xxh3_64_intdigest(self._read(low)) != expected[block]:
+            if not self._verified[block] and xxhash.xxh3_64_intdigest(self._read_block(low)) != expected[block]:
                 raise CorruptDataError(
-                    f"{self._file} is damaged: block {block} of {len(expected)} (1 MiB from byte {self._start + low}) does not "
-                    f"match its checksum; {self._way_out}"
+                    f"{self._file} is damaged: block {block} of {len(expected)} (1 MiB from byte {self._start + low}) "
+                    f"does not match its checksum; {self._remedy}"
                 )
-            self._checked[block] = 1
-        self._unchecked = self._checked.count(0)
+            self._verified[block] = 1
+        self._n_unverified = self._verified.count(0)
 
-    def _read(self, low: int) -> bytes:
-        """The block from byte `low` on."""
-        _, stream = self._held or self._open()
+    def _read_block(self, low: int) -> bytes:
+        """Read the block that begins at byte `low` of the array."""
+        _, stream = self._mapped or self._open()
         try:
             return os.pread(stream.fileno(), min(BLOCK_BYTES, self._size - low), self._start + low)
         except OSError as error:
             raise unreadable_error(self._file, error, "read") from error
 
 
-def map_file(file: Path, start: int, size: int, way_out: str) -> tuple[memoryview, FileIO]:
-    """(bytes [start, start + size) of a file, mapped; the file, which knows how long it is now).
+def map_file(file: Path, start: int, size: int, remedy: str) -> tuple[memoryview, FileIO]:
+    """Map bytes [start, start + size) of a file. Return them and the open file, whose size can be asked for later.
 
     Raises:
         CorruptDataError: the file is shorter.
-        StorageError: it cannot be opened.
+        StorageError: the file cannot be opened.
     """
     try:
         stream = FileIO(file)
@@ -177,4 +181,4 @@ def map_file(file: Path, start: int, size: int, way_out: str) -> tuple[memoryvie
     except OSError as error:
         raise unreadable_error(file, error) from error
     except ValueError as error:
-        raise CorruptDataError(f"{file} cannot be read ({error}); {way_out}") from None
+        raise CorruptDataError(f"{file} cannot be read ({error}); {remedy}") from None

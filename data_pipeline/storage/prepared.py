@@ -1,7 +1,7 @@
-"""A prepared data set as a whole: `train/`, `validation/` and `tokenizer.json` appear together or not at all.
+"""A prepared data set: `train/`, `validation/` and `tokenizer.json`, which appear together or not at all.
 
-They are written to `<path>/.prepare.tmp` and renamed one after the other, `train/` last: where there is a `train/`, all of it
-is there. The next preparation goes on from what a killed one left.
+They are written to `<path>/.prepare.tmp` and renamed one after the other, `train/` last: if `train/` exists, the data
+set is complete. A preparation continues from what a killed one left in `.prepare.tmp`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from data_pipeline.tokenizing.coverage import check_coverage
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
 VERDICTS_FOLDER, RESULTS_FOLDER = "judged", "done"
-"""Folders of the working folder that hold a file for every chunk that was cleaned, and tokenized."""
+"""Folders of the working folder: one file for each chunk that was cleaned, and one for each chunk that was
+tokenized."""
 
 _TEMPORARY = ".prepare.tmp"
 _LOCK = ".prepare.lock"
 _COMMIT = "commit"
-"""A record in the working folder: what is being renamed out of it."""
+"""File in the working folder with the names of what a commit renames out of it."""
 
 
 @dataclass(frozen=True)
@@ -37,53 +38,64 @@ class PreparedData:
     path: Path
     tokenizer: Tokenizer
     splits: dict[str, SplitManifest]
-    """`train`, and `validation` unless validation_fraction is 0."""
+    """`train`, and `validation` unless nothing is held out."""
     notes: tuple[str, ...] = ()
-    """What whoever prepared it should know, a line each."""
+    """What the user who prepared it should know, one line each."""
 
 
 def open_prepared(path: Path, notes: tuple[str, ...] = (), trusted_paths: Sequence[Path] | None = None) -> PreparedData:
-    """Open a prepared data set: manifests, file sizes and the tokenizer are checked, no token is read. `trusted_paths` as in `open_split`.
+    """Open a prepared data set. Checks the manifests, the file sizes and the tokenizer, but reads no tokens.
+
+    Args:
+        path: `data.path`.
+        notes: passed on in the result.
+        trusted_paths: as in `open_split`.
 
     Raises:
-        DataError: part of it is missing, cut off, or does not belong to the rest.
+        DataError: a part is missing, truncated, or was not made together with the others.
     """
     train = open_split(path / "train", trusted_paths).manifest
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != train.tokenizer:
         raise DataError(
-            f"{path / 'tokenizer.json'} is not the tokenizer that made {path / 'train'}; restore it from a copy, or prepare the data "
-            f"again in another data.path"
+            f"{path / 'tokenizer.json'} is not the tokenizer that made {path / 'train'}; restore it from a copy, or "
+            "prepare the data again in another data.path"
         )
     splits = {"train": train}
     if "validation" in train.splits:
         splits["validation"] = open_split(path / "validation", trusted_paths).manifest
         if splits["validation"].recipe != train.recipe:
             raise DataError(
-                f"{path}: train/ and validation/ were not made together; restore them from a copy, or prepare the data again in another "
-                f"data.path"
+                f"{path}: train/ and validation/ were not made together; restore them from a copy, or prepare the data "
+                "again in another data.path"
             )
     return PreparedData(path, tokenizer, splits, notes)
 
 
 def check_same_settings(path: Path, recipe: Recipe, tokenizer: Path | None) -> None:
-    """Compare the settings of now with those that `path` was prepared with.
+    """Compare the current settings with those that `path` was prepared with.
+
+    Args:
+        path: `data.path`, which holds prepared data.
+        recipe: the current settings and what they refer to.
+        tokenizer: the given tokenizer; None if it is trained.
 
     Raises:
-        DataError: they differ; it lists every difference.
+        DataError: they differ. The message lists every difference.
     """
     manifest = load_manifest(path / "train")
-    there, now = _settings(manifest.recipe), _settings(recipe)
+    before, now = _flatten_settings(manifest.recipe), _flatten_settings(recipe)
     if tokenizer is not None:
-        there["data.tokenizer"], now["data.tokenizer"] = manifest.tokenizer, load_tokenizer(tokenizer).fingerprint
-    if tokenizer is not None or not manifest.recipe.trained_tokenizer:  # then these decide nothing
+        before["data.tokenizer"], now["data.tokenizer"] = manifest.tokenizer, load_tokenizer(tokenizer).fingerprint
+    if tokenizer is not None or not manifest.recipe.trained_tokenizer:
+        # No tokenizer was trained, so the settings of the training do not matter.
         for name in ("data.vocab_size", "data.tokenizer_sample_mb", "data.tokenizer_kind"):
-            there.pop(name, None)
+            before.pop(name, None)
             now.pop(name, None)
     differences = [
-        f"{name} was {there.get(name)} and is {now.get(name)}"
-        for name in dict.fromkeys([*there, *now])
-        if there.get(name) != now.get(name)
+        f"{name} was {before.get(name)} and is {now.get(name)}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
     ]
     if differences:
         raise DataError(
@@ -92,40 +104,41 @@ def check_same_settings(path: Path, recipe: Recipe, tokenizer: Path | None) -> N
         )
 
 
-def _settings(recipe: Recipe) -> dict[str, object]:
-    """The settings in a recipe, by their dotted names, and what they pointed to."""
-    named: dict[str, object] = {}
+def _flatten_settings(recipe: Recipe) -> dict[str, object]:
+    """Return the settings in a recipe by their dotted names, and descriptions of the files that they refer to."""
+    flat: dict[str, object] = {}
 
-    def walk(prefix: str, value: object) -> None:
+    def flatten(prefix: str, value: object) -> None:
         if isinstance(value, dict):
             for name, inner in value.items():
-                walk(f"{prefix}.{name}", inner)
+                flatten(f"{prefix}.{name}", inner)
         else:
-            named[prefix] = value
+            flat[prefix] = value
 
     tree = recipe.settings.model_dump(mode="json")
     for i, source in enumerate((*tree.pop("sources"), *tree.pop("validation"))):
-        walk(recipe.settings.source_setting(i), source)
-    walk("data", tree)
-    named |= {f"what {recipe.settings.source_setting(i)} holds": listing for i, listing in enumerate(recipe.listings)}
-    named["what the files of data.filters and data.decontaminate hold"] = recipe.lists
-    return named
+        flatten(recipe.settings.source_setting(i), source)
+    flatten("data", tree)
+    flat |= {f"what {recipe.settings.source_setting(i)} holds": listing for i, listing in enumerate(recipe.listings)}
+    flat["what the files of data.filters and data.decontaminate hold"] = recipe.lists
+    return flat
 
 
 @contextmanager
 def working_folder(path: Path) -> Iterator[Path]:
-    """The folder inside `path` to write to, with what earlier attempts left in it: whoever uses it checks each piece by its key.
+    """Lock `path`, and yield the folder inside of it to write to.
 
-    `commit` deletes it. Until then it stays if it holds finished pieces, for the next attempt to go on from; otherwise nothing is
-    left, not even `path` if it was made for this.
+    The folder holds what earlier attempts finished; the caller checks each piece by its key. `commit` deletes the
+    folder. If the block ends without a commit, the folder stays if it holds finished pieces. Otherwise it is deleted,
+    and `path` too if it is empty.
 
     Raises:
-        DataError: `path` cannot be written to, something else is in the way, or another process is preparing it.
+        DataError: `path` cannot be written, it holds something else, or another process is preparing it.
     """
     work = path / _TEMPORARY
     try:
         with _locked(path):
-            _take_back(path, work)
+            _undo_partial_commit(path, work)
             try:
                 for folder in (VERDICTS_FOLDER, RESULTS_FOLDER, *SPLITS):
                     (work / folder).mkdir(parents=True, exist_ok=True)
@@ -139,12 +152,13 @@ def working_folder(path: Path) -> Iterator[Path]:
         ) from None
     except OSError as error:
         raise DataError(
-            f"data.path={path} cannot be prepared: {error}; mend it and run the command again, it goes on from what is finished"
+            f"data.path={path} cannot be prepared: {error}; mend it and run the command again, it continues from what "
+            "is finished"
         ) from error
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what a preparation left behind that was killed after its last rename."""
+    """Delete the working folder of a preparation that was killed after its last rename."""
     if (path / _TEMPORARY).exists():
         with suppress(OSError, LockHeldError), _locked(path):
             shutil.rmtree(path / _TEMPORARY)
@@ -170,8 +184,8 @@ def _locked(path: Path) -> Iterator[None]:
             path.rmdir()
 
 
-def _take_back(path: Path, work: Path) -> None:
-    """Undo what a commit did that was killed half way; refuse to touch anything else."""
+def _undo_partial_commit(path: Path, work: Path) -> None:
+    """Undo the renames of a commit that was killed half way. Raises DataError if anything else is in the way."""
     if (path / "train" / MANIFEST).is_file():  # it was not there before the lock was taken
         raise DataError(f"data.path={path} was prepared by another process meanwhile; run the command again")
     for name in (read_checksummed(work / _COMMIT) or b"").decode().split():
@@ -184,10 +198,11 @@ def _take_back(path: Path, work: Path) -> None:
 
 
 def install_tokenizer(path: Path, given: Path, work: Path, allow_lossy: bool) -> Tokenizer:
-    """Load the tokenizer at `given`, and write it to `work` as a `tokenizer.json` if `path` does not hold it yet.
+    """Load the tokenizer at `given`, and write it to `work/tokenizer.json` if `path` does not hold a tokenizer yet.
 
     Raises:
-        DataError: it cannot be used, or `path` holds another one; or it loses text, unless `allow_lossy`.
+        DataError: the tokenizer cannot be used, `path` holds a different one, or it cannot encode all text and
+            `allow_lossy` is false.
     """
     tokenizer = load_tokenizer(given)
     check_coverage(tokenizer.coverage, str(given), allow_lossy)
@@ -197,20 +212,22 @@ def install_tokenizer(path: Path, given: Path, work: Path, allow_lossy: bool) ->
         return tokenizer
     if load_tokenizer(own).fingerprint != tokenizer.fingerprint:
         raise DataError(
-            f"data.tokenizer={given} is not the tokenizer in data.path={path}; set another data.path, or data.tokenizer={own}"
+            f"data.tokenizer={given} is not the tokenizer in data.path={path}; set another data.path, or "
+            f"data.tokenizer={own}"
         )
-    (work / "tokenizer.json").unlink(missing_ok=True)  # an earlier attempt may have trained one
+    (work / "tokenizer.json").unlink(missing_ok=True)  # of an earlier attempt that trained one
     return tokenizer
 
 
 def commit(work: Path, path: Path, manifests: Sequence[SplitManifest], rejects: Collection[str]) -> None:
-    """Write the manifests, delete what belongs to none of them, rename all into `path`, `train/` last, and delete the working folder.
+    """Write the manifests, delete files that they do not list, rename everything into `path`, and delete the working
+    folder.
 
     Args:
         work: the working folder.
-        path: where the data goes.
-        manifests: of the splits.
-        rejects: names of the files of rejects.
+        path: `data.path`.
+        manifests: one for each split.
+        rejects: names of the files with dropped documents.
     """
     for manifest in manifests:
         folder = work / manifest.split
@@ -232,7 +249,7 @@ def commit(work: Path, path: Path, manifests: Sequence[SplitManifest], rejects: 
 
 
 def _keep_only(folder: Path, names: Collection[str]) -> None:
-    """Delete the files of earlier attempts. What is no file is not ours."""
+    """Delete all files but these. Folders are kept, because the preparation did not make them."""
     for file in folder.iterdir():
         if file.name not in names and not file.is_dir():
             file.unlink()

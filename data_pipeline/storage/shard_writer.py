@@ -1,4 +1,4 @@
-"""Writing a shard: Megatron's `.bin` / `.idx` pair with a checksum for every MiB. The format is told in `shards.py`."""
+"""Writing a shard: Megatron's `.bin` / `.idx` pair with a checksum for every MiB. `shards.py` describes the format."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from data_pipeline.storage.shards import encode_index
 def write_shard(
     folder: Path, name: str, tokens: NDArray[np.integer], lengths: NDArray[np.int32], dtype: TokenDtype
 ) -> Shard:
-    """Write `<name>.bin` and `<name>.idx` to `folder` and wait until they are on the disk.
+    """Write `<name>.bin` and `<name>.idx` to `folder`, fsync them, and return the manifest's entry.
 
     Args:
-        folder: is there already.
-        name: of the shard.
-        tokens: the documents one after the other, [sum(lengths)].
-        lengths: tokens of each document.
-        dtype: what a token is stored as.
+        folder: an existing folder.
+        name: name of the shard.
+        tokens: the concatenated documents, [sum(lengths)].
+        lengths: tokens of each document, [documents].
+        dtype: the type to store tokens as.
     """
     raw = np.ascontiguousarray(tokens, DTYPES[dtype]).data.cast("B")
     index = encode_index(lengths, dtype)
@@ -44,11 +44,12 @@ def describe_shard(
     bin_start: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Shard:
-    """The manifest's entry for these bytes of tokens and this `.idx`; `progress` is given the bytes hashed so far."""
-    whole, blocks = xxhash.xxh3_128(), []
+    """Return the manifest's entry for these tokens and this `.idx`. `progress` is called with the bytes hashed so
+    far."""
+    file_hash, blocks = xxhash.xxh3_128(), []
     for start in range(0, len(raw), BLOCK_BYTES):
         block = raw[start : start + BLOCK_BYTES]
-        whole.update(block)
+        file_hash.update(block)
         blocks.append(xxhash.xxh3_64_hexdigest(block))
         progress(start + len(block))
     return Shard(
@@ -57,7 +58,7 @@ def describe_shard(
         documents=documents,
         bin_bytes=len(raw),
         idx_bytes=len(index),
-        bin_xxh3_128=whole.hexdigest(),
+        bin_xxh3_128=file_hash.hexdigest(),
         idx_xxh3_128=xxhash.xxh3_128_hexdigest(index),
         bin_blocks_xxh3_64="".join(blocks),
         external_bin=None if external_bin is None else str(external_bin),
@@ -66,7 +67,7 @@ def describe_shard(
 
 
 def is_shard_intact(folder: Path, shard: Shard) -> bool:
-    """Whether both files of a shard in `folder` are there, as the entry says."""
+    """Return whether both files of a shard exist in `folder` and match the checksums of its manifest entry."""
     try:
         files = [(folder / f"{shard.name}{ending}").read_bytes() for ending in (".bin", ".idx")]
     except OSError:

@@ -1,9 +1,12 @@
-"""Files of tokens that other tools wrote: which ones a source means, how long they are, and where their documents end.
+"""Token files that other tools wrote: finding the files of a source, their lengths, and where their documents end.
 
-Megatron: `x.bin` with `x.idx`, told in `shards.py`; a document may have several sequences. datatrove: `x.ds`, raw tokens, with
-`x.ds.index`, the u64 end of each document in tokens; a token has the 2 or 4 bytes that their sizes say. OLMo: `x.npy`, raw tokens
-in spite of the name (one with a NumPy header is read too), with `x.csv.gz`, a line `start,end,...` for each document, or else with
-an end-of-text token after each. All little-endian.
+All formats are little-endian:
+
+- Megatron: `x.bin` and `x.idx`, described in `shards.py`. A document may have several sequences.
+- datatrove: `x.ds`, raw tokens, and `x.ds.index`, the u64 end of each document in tokens. The sizes of both files tell
+  whether a token has 2 or 4 bytes.
+- OLMo: `x.npy`, raw tokens in spite of the extension; files with a NumPy header are read too. `x.csv.gz` has a line
+  `start,end,...` for each document. Without it, each document ends with the end-of-text token.
 """
 
 from __future__ import annotations
@@ -37,22 +40,23 @@ Ends = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Tokens on disk."""
+    """A file of tokens."""
 
     path: Path
     start: int
-    """Byte at which they begin."""
-    stored: np.dtype[np.integer]
+    """Byte at which the tokens begin."""
+    dtype: np.dtype[np.integer]
     n_tokens: int
     read_ends: Callable[[], Ends]
-    """Where each document ends, in tokens, the last at `n_tokens`. Documents without a token are among them."""
+    """Returns where each document ends, in tokens, the last at `n_tokens`. Includes empty documents."""
 
 
 def list_token_files(source: SourceConfig) -> list[SourceFile]:
-    """The files of tokens of a source: of folders and globs those that match `pattern`, or the usual ending of the kind.
+    """List the token files of a source. In folders and globs, these are the files that match `pattern`, by default the
+    kind's extension.
 
     Raises:
-        DataError: a path is not local, does not exist, or there is no such file.
+        DataError: a path is not local or does not exist, or no file matches.
     """
     for given, path in zip(source.paths, token_paths(source), strict=True):
         if "://" in path:
@@ -65,22 +69,23 @@ def list_token_files(source: SourceConfig) -> list[SourceFile]:
     files = [file for file in listed if fnmatch.fnmatchcase(Path(file.path).name, pattern)]
     if not files:
         raise DataError(
-            f"data.sources: no file of {', '.join(source.paths)} matches {pattern}; set `pattern` if they are called otherwise"
+            f"data.sources: no file of {', '.join(source.paths)} matches {pattern}; set `pattern` if they are called "
+            "otherwise"
         )
     return files
 
 
 def token_paths(source: SourceConfig) -> tuple[str, ...]:
-    """The files, folders and globs that `paths` of a source of tokens mean, `${NAME}` filled in."""
+    """Return the files, folders and globs that the `paths` of a tokenized source stand for, with `${NAME}` replaced."""
     paths = tuple(expand_variables(given).removeprefix("file://") for given in source.paths)
     return tuple(map(_megatron_bin, paths)) if source.kind == "megatron" else paths
 
 
 def open_token_file(source: SourceConfig, path: Path, eot_id: int) -> TokenFile:
-    """Look at one file, without reading its tokens.
+    """Inspect one file without reading its tokens.
 
     Raises:
-        DataError: it cannot be read, its parts do not fit together, or its tokens are neither 2 nor 4 bytes.
+        DataError: it cannot be read, its parts do not fit together, or its tokens have neither 2 nor 4 bytes.
     """
     try:
         path.open("rb").close()
@@ -94,7 +99,7 @@ def open_token_file(source: SourceConfig, path: Path, eot_id: int) -> TokenFile:
 
 
 def _megatron_bin(given: str) -> str:
-    """The `.bin` of a prefix, of a `.idx`, or of a glob of either."""
+    """Return the `.bin` for a given prefix, `.idx` or `.bin`, or a glob of these. Folders are returned unchanged."""
     return given if Path(given).expanduser().is_dir() else given.removesuffix(".idx").removesuffix(".bin") + ".bin"
 
 
@@ -115,10 +120,10 @@ def _open_megatron(path: Path) -> TokenFile:
         raise DataError(
             f"{index}: {size} bytes, where {sequences} sequences and {entries} document entries of text take {expected}"
         )
-    stored = np.dtype(name)
+    dtype = np.dtype(name)
     n_bytes = path.stat().st_size
-    ends = partial(_megatron_ends, index, sequences, entries, stored.itemsize, n_bytes)
-    return TokenFile(path, 0, stored, n_bytes // stored.itemsize, ends)
+    ends = partial(_megatron_ends, index, sequences, entries, dtype.itemsize, n_bytes)
+    return TokenFile(path, 0, dtype, n_bytes // dtype.itemsize, ends)
 
 
 def _megatron_ends(index: Path, sequences: int, entries: int, itemsize: int, n_bytes: int) -> Ends:
@@ -129,7 +134,8 @@ def _megatron_ends(index: Path, sequences: int, entries: int, itemsize: int, n_b
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
     if (lengths < 0).any() or (pointers != ends[:-1] * itemsize).any() or ends[-1] * itemsize != n_bytes:
         raise DataError(
-            f"{index}: its sequences do not fill the {n_bytes} bytes of the .bin one after the other; write the pair anew"
+            f"{index}: its sequences do not fill the {n_bytes} bytes of the .bin one after the other; write the pair "
+            "anew"
         )
     if documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
         raise DataError(f"{index}: its documents do not divide its {sequences} sequences; write the pair anew")
@@ -158,7 +164,7 @@ def _datatrove_ends(index: Path) -> Ends:
     return ends
 
 
-def _open_olmo(path: Path, stored: np.dtype[np.integer], eot_id: int) -> TokenFile:
+def _open_olmo(path: Path, dtype: np.dtype[np.integer], eot_id: int) -> TokenFile:
     with path.open("rb") as stream:
         has_header = stream.read(len(_NUMPY_MAGIC)) == _NUMPY_MAGIC
     n_bytes, start = path.stat().st_size, 0
@@ -167,21 +173,22 @@ def _open_olmo(path: Path, stored: np.dtype[np.integer], eot_id: int) -> TokenFi
             array = np.load(path, mmap_mode="r")
         except ValueError as error:
             raise DataError(f"{path}: a NumPy file that cannot be mapped: {error}") from None
-        start, stored = array.offset, array.dtype
+        start, dtype = array.offset, array.dtype
         n_bytes = array.nbytes
-        if array.ndim != 1 or stored.str not in ("<u2", "<u4", "<i4"):
+        if array.ndim != 1 or dtype.str not in ("<u2", "<u4", "<i4"):
             raise DataError(
-                f"{path}: an array of {stored} in {array.ndim} dimensions; tokens are one of uint16, uint32 or int32 in one"
+                f"{path}: an array of {dtype} in {array.ndim} dimensions; tokens are one of uint16, uint32 or int32 "
+                "in one"
             )
-    if n_bytes % stored.itemsize:
+    if n_bytes % dtype.itemsize:
         raise DataError(
-            f"{path}: {n_bytes} bytes are no whole number of {stored}; set dtype of this source, or restore the file"
+            f"{path}: {n_bytes} bytes are not a whole number of {dtype}; set dtype of this source, or restore the file"
         )
-    n_tokens = n_bytes // stored.itemsize
+    n_tokens = n_bytes // dtype.itemsize
     metadata = path.with_suffix(".csv.gz")
     if metadata.is_file():
-        return TokenFile(path, start, stored, n_tokens, partial(_olmo_ends, metadata, n_tokens))
-    return TokenFile(path, start, stored, n_tokens, partial(_scanned_ends, path, start, stored, n_tokens, eot_id))
+        return TokenFile(path, start, dtype, n_tokens, partial(_olmo_ends, metadata, n_tokens))
+    return TokenFile(path, start, dtype, n_tokens, partial(_scanned_ends, path, start, dtype, n_tokens, eot_id))
 
 
 def _olmo_ends(metadata: Path, n_tokens: int) -> Ends:
@@ -203,15 +210,16 @@ def _olmo_ends(metadata: Path, n_tokens: int) -> Ends:
     return np.array(ends[1:], np.int64)
 
 
-def _scanned_ends(path: Path, start: int, stored: np.dtype[np.integer], n_tokens: int, eot_id: int) -> Ends:
-    """After each end-of-text token; what follows the last one is a document too."""
+def _scanned_ends(path: Path, start: int, dtype: np.dtype[np.integer], n_tokens: int, eot_id: int) -> Ends:
+    """Find the documents by their end-of-text tokens. Tokens after the last one form a document too."""
     if not n_tokens:
         return np.empty(0, np.int64)
-    ids, step = np.memmap(path, stored, "r", start, (n_tokens,)), BLOCK_BYTES // stored.itemsize
+    ids, step = np.memmap(path, dtype, "r", start, (n_tokens,)), BLOCK_BYTES // dtype.itemsize
     ends = np.concatenate([np.flatnonzero(ids[at : at + step] == eot_id) + at + 1 for at in range(0, n_tokens, step)])
     if not len(ends):
         raise DataError(
-            f"{path}: none of its {n_tokens} tokens is {eot_id}, the end-of-text token of data.tokenizer, and there is no .csv.gz with "
-            f"its documents; set data.tokenizer to the one that made it, or dtype of this source ({stored})"
+            f"{path}: none of its {n_tokens} tokens is {eot_id}, the end-of-text token of data.tokenizer, and there is "
+            "no .csv.gz with its documents; set data.tokenizer to the one that made it, or dtype of this source "
+            f"({dtype})"
         )
     return ends if ends[-1] == n_tokens else np.append(ends, n_tokens)

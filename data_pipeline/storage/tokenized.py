@@ -1,6 +1,8 @@
-"""Tokens that are there already are adopted where they are: no token is copied, only read once, and a `.idx` of ours written.
+"""Import of tokenized sources: their tokens are read once and stay where they are; only a `.idx` is written for each
+file.
 
-Which documents a file holds is told by `token_files.py`. Knows local files only: training maps the tokens into memory.
+`token_files.py` finds the documents of a file. Only local files can be imported, because training maps them into
+memory.
 """
 
 from __future__ import annotations
@@ -41,40 +43,45 @@ def import_tokenized(
     is_held_out: bool = False,
     trusted_paths: Sequence[Path] | None = None,
 ) -> dict[str, SourceManifest]:
-    """The parts that a tokenized source has in each split; the `.idx` files are written to `work/<split>/`.
+    """Import a tokenized source: write its `.idx` files to `work/<split>/` and return its entry in the manifest of each
+    split.
 
-    Every token is read once, for the checksums, to see that the tokenizer has it, and to see whether documents end with the
-    end-of-text token. Documents without a token are counted as dropped. Held out are the last whole documents of the source's last
-    file or files, up to `validation_fraction` of its tokens: one at least, unless that is 0 or there is only one.
+    Every token is read once: for the checksums, to check that it is in the vocabulary, and to see whether documents end
+    with the end-of-text token. Empty documents are counted as dropped. The last whole documents of the last file or
+    files are held out, up to `validation_fraction` of the tokens, but at least one document unless the fraction is 0 or
+    there is only one document.
 
-    A `prepared` source keeps its own validation split and its counts, whatever `validation_fraction` is, and its checksums are
-    taken over unread; its several sources become one. Where one split's folder is named, its documents are all for training.
+    A `prepared` source keeps its validation split and its counts, whatever `validation_fraction` is. Its tokens are not
+    read; its checksums are taken over. Its sources become one source. If `paths` names the folder of one split, all its
+    documents are for training.
 
     Args:
         source: of kind `prepared`, `megatron`, `datatrove` or `olmo`.
-        name: of the source; its shards are called `<name>-<number>`.
-        tokenizer: what the tokens must have been made with.
-        work: the folder that becomes the prepared data.
-        validation_fraction: share of the tokens to hold out.
-        progress: is told what was read, a MiB at a time.
-        is_held_out: all of it is held-out text, both splits of a `prepared` source too; `validation_fraction` does not count then.
-        trusted_paths: of a `prepared` source, as in `shards.open_split`.
+        name: name of the source. Its shards are called `<name>-<number>`.
+        tokenizer: the tokenizer that the tokens must have been made with.
+        work: the working folder, which becomes the prepared data.
+        validation_fraction: fraction of the tokens to hold out.
+        progress: called for every MiB that was read.
+        is_held_out: hold out the whole source, including both splits of a `prepared` one. Overrides
+            `validation_fraction`.
+        trusted_paths: for a `prepared` source, as in `shards.open_split`.
 
     Raises:
-        DataError: a file is missing, damaged or not of this kind, or its tokens were made with another tokenizer.
+        DataError: a file is missing, damaged or of another kind, or its tokens were made with another tokenizer.
     """
-    parts = {split: _Part(name, work / split) for split in SPLITS}
-    if is_held_out:  # documents that would be for training go there too
+    parts = {split: _SplitPart(name, work / split) for split in SPLITS}
+    if is_held_out:  # training documents go to the validation split too
         parts["train"], validation_fraction = parts["validation"], 0.0
     if source.kind == "prepared":
         for split, folder in _prepared_splits(source):
-            _adopt_split(parts[split], folder, tokenizer, trusted_paths)
+            _import_split(parts[split], folder, tokenizer, trusted_paths)
     else:
         files = [open_token_file(source, Path(file.path), tokenizer.eot_id) for file in list_token_files(source)]
-        _adopt_files(parts, files, tokenizer, validation_fraction, progress)
+        _import_files(parts, files, tokenizer, validation_fraction, progress)
     if not parts["train"].shards:
         raise DataError(
-            f"data.{'validation' if is_held_out else 'sources'}: {name} ({', '.join(source.paths)}) holds no tokens; leave it out"
+            f"data.{'validation' if is_held_out else 'sources'}: {name} ({', '.join(source.paths)}) holds no tokens; "
+            "leave it out"
         )
     return {
         split: part.manifest()
@@ -84,7 +91,8 @@ def import_tokenized(
 
 
 def collect_trusted_paths(config: PrepareConfig) -> list[Path]:
-    """Where prepared data may have tokens read that lie outside of it: what the user's own settings name."""
+    """Return the paths outside of a prepared data set from which its tokens may be read: those that the user's settings
+    name."""
     named: list[str] = []
     for i, source in enumerate(config.all_sources):
         with redacting_errors(source.paths, config.sources_setting(i)):
@@ -93,7 +101,11 @@ def collect_trusted_paths(config: PrepareConfig) -> list[Path]:
 
 
 def describe_tokenized_source(source: SourceConfig, trusted_paths: Sequence[Path] | None = None) -> str:
-    """What a tokenized source holds now, for the recipe: the manifests' fingerprints, or count, bytes and a hash of names and sizes."""
+    """Describe the current files of a tokenized source, for the recipe.
+
+    For a `prepared` source, these are the fingerprints of its manifests. For others, the number of files, their bytes,
+    and a hash of their names and sizes.
+    """
     if source.kind != "prepared":
         return describe_files(list_token_files(source))
     return "prepared data " + ", ".join(
@@ -102,17 +114,17 @@ def describe_tokenized_source(source: SourceConfig, trusted_paths: Sequence[Path
 
 
 @dataclass
-class _Part:
-    """One split's part of the source, as it grows."""
+class _SplitPart:
+    """What one split gets of the source, filled while the source is imported."""
 
     name: str
     folder: Path
     shards: list[Shard] = field(default_factory=list)
     dtypes: dict[TokenDtype, Path] = field(default_factory=dict)
-    """The first file of each."""
+    """The first file of each type."""
     ends_with_eot: bool = True
     text_bytes: list[int | None] = field(default_factory=list)
-    """Of each prepared source."""
+    """One entry for each prepared source."""
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
     marked: Counter[str] = field(default_factory=Counter)
@@ -120,14 +132,14 @@ class _Part:
     lost_characters: int = 0
 
     def write_index(self, number: int, index: bytes) -> str:
-        """Name of the shard whose `.idx` this is."""
+        """Write the `.idx` of shard `number`; return the name of the shard."""
         name = f"{self.name}-{number:05d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_synced(self.folder / f"{name}.idx", index)
         return name
 
     def manifest(self) -> SourceManifest:
-        """DataError if its files differ in dtype."""
+        """Build the manifest entry. Raises DataError if the files have different types."""
         if len(self.dtypes) > 1:
             files = " and ".join(f"{dtype} in {file}" for dtype, file in self.dtypes.items())
             raise DataError(f"data.sources: the tokens of {self.name} are {files}; give each type a source of its own")
@@ -149,7 +161,7 @@ class _Part:
 
 
 def _prepared_splits(source: SourceConfig) -> list[tuple[str, Path]]:
-    """(our split, folder of a split of theirs)."""
+    """Return (split to import into, folder of the split to import) for each split that a `prepared` source names."""
     found: list[tuple[str, Path]] = []
     for given in token_paths(source):
         path = Path(given).expanduser().absolute()
@@ -160,13 +172,14 @@ def _prepared_splits(source: SourceConfig) -> list[tuple[str, Path]]:
     return found
 
 
-def _adopt_split(part: _Part, folder: Path, tokenizer: Tokenizer, trusted_paths: Sequence[Path] | None) -> None:
-    """Take over all sources of a prepared split."""
+def _import_split(part: _SplitPart, folder: Path, tokenizer: Tokenizer, trusted_paths: Sequence[Path] | None) -> None:
+    """Import all sources of a prepared split."""
     manifest = open_split(folder, trusted_paths).manifest
     if manifest.tokenizer != tokenizer.fingerprint:
         raise DataError(
             f"{folder / MANIFEST}: a manifest of another tokenizer: {manifest.tokenizer}, where data.tokenizer is "
-            f"{tokenizer.fingerprint}; set data.tokenizer to {folder.parent / 'tokenizer.json'}, or prepare that text again"
+            f"{tokenizer.fingerprint}; set data.tokenizer to {folder.parent / 'tokenizer.json'}, or prepare that text "
+            "again"
         )
     for source in manifest.sources:
         part.dtypes.setdefault(source.dtype, folder)
@@ -181,21 +194,23 @@ def _adopt_split(part: _Part, folder: Path, tokenizer: Tokenizer, trusted_paths:
             index = (folder / f"{shard.name}.idx").read_bytes()
             if xxhash.xxh3_128_hexdigest(index) != shard.idx_xxh3_128:
                 raise DataError(
-                    f"{folder / shard.name}.idx is damaged: it does not match its checksum; restore it, or prepare it again"
+                    f"{folder / shard.name}.idx is damaged: it does not match its checksum; restore it, or prepare it "
+                    "again"
                 )
             name = part.write_index(len(part.shards), index)
             tokens = shard.external_bin or str(folder / f"{shard.name}.bin")
             part.shards.append(shard.model_copy(update={"name": name, "external_bin": tokens}))
 
 
-def _adopt_files(
-    parts: dict[str, _Part],
+def _import_files(
+    parts: dict[str, _SplitPart],
     files: Sequence[TokenFile],
     tokenizer: Tokenizer,
     validation_fraction: float,
     progress: ProgressCallback,
 ) -> None:
-    """Adopt files of other tools, the last one first: it is the one to hold out from, so one file's documents are in memory at a time."""
+    """Import the files of another tool. The last file comes first: documents are held out from the end, and so the
+    document ends of only one file are in memory at a time."""
     held_out = parts["validation"].shards
     quota = int(validation_fraction * sum(file.n_tokens for file in files))
     for number, file in reversed(list(enumerate(files))):
@@ -212,13 +227,13 @@ def _adopt_files(
         quota = max(0, quota - file.n_tokens)
         for split, low, high in (("train", 0, kept), ("validation", kept, len(ends))):
             if low < high:
-                _adopt_documents(parts[split], number, file, ends[low:high], int(starts[low]), tokenizer, progress)
-    for part in {id(part): part for part in parts.values()}.values():  # held-out text has one for both splits
+                _import_documents(parts[split], number, file, ends[low:high], int(starts[low]), tokenizer, progress)
+    for part in {id(part): part for part in parts.values()}.values():  # both splits of held-out text are one part
         part.shards.reverse()
 
 
-def _adopt_documents(
-    part: _Part,
+def _import_documents(
+    part: _SplitPart,
     number: int,
     file: TokenFile,
     ends: NDArray[np.int64],
@@ -226,35 +241,36 @@ def _adopt_documents(
     tokenizer: Tokenizer,
     progress: ProgressCallback,
 ) -> None:
-    """Make consecutive documents of a file, the tokens from `start` to the last of `ends`, a shard."""
-    itemsize = file.stored.itemsize
+    """Add a shard with consecutive documents of a file: the tokens from `start` to the last of `ends`."""
+    itemsize = file.dtype.itemsize
     lengths = np.diff(ends, prepend=start)
     if lengths.max() > np.iinfo(np.int32).max:
         raise DataError(
             f"{file.path}: a document of {lengths.max()} tokens is more than a .idx can hold; is it really one?"
         )
     bin_start = file.start + start * itemsize
-    ids = np.memmap(file.path, file.stored, "r", bin_start, (int(ends[-1]) - start,))
-    at, without_end, with_unknown = 0, 0, set[int]()
+    ids = np.memmap(file.path, file.dtype, "r", bin_start, (int(ends[-1]) - start,))
+    position, n_missing_eot, with_unknown = 0, 0, set[int]()
     unknown_id = _unknown_id(tokenizer)
 
-    def look(read: int) -> None:
-        """At the block that was hashed just now and is still in the cache; `read` bytes are hashed in all."""
-        nonlocal at, without_end
-        block = ids[at : read // itemsize]
+    def check_block(read: int) -> None:
+        """Check the block that was just hashed, while it is in the cache. `read` is the number of bytes hashed so
+        far."""
+        nonlocal position, n_missing_eot
+        block = ids[position : read // itemsize]
         if largest_id(block) >= tokenizer.vocab_size:
             wrong = block[(block < 0) | (block >= tokenizer.vocab_size)][0]
             raise DataError(
                 f"{file.path}: token {wrong} is not in the vocabulary of {tokenizer.vocab_size} of data.tokenizer; "
-                f"these tokens were made with another one, or are not {file.stored.name}"
+                f"these tokens were made with another one, or are not {file.dtype.name}"
             )
-        without_end += count_missing_eot(block, start + at, ends, tokenizer.eot_id)
+        n_missing_eot += count_missing_eot(block, start + position, ends, tokenizer.eot_id)
         if unknown_id is not None:
             hits = np.flatnonzero(block == unknown_id)
             part.unknown_tokens += len(hits)
-            with_unknown.update(np.unique(np.searchsorted(ends, hits + start + at, side="right")).tolist())
+            with_unknown.update(np.unique(np.searchsorted(ends, hits + start + position, side="right")).tolist())
         progress(Progress(read=block.nbytes, tokens=len(block)))
-        at += len(block)
+        position += len(block)
 
     dtype: TokenDtype = "uint16" if itemsize == 2 else "int32"
     index = encode_index(lengths.astype(np.int32), dtype)
@@ -268,16 +284,17 @@ def _adopt_documents(
         documents=len(ends),
         external_bin=file.path,
         bin_start=bin_start,
-        progress=look,
+        progress=check_block,
     )
     progress(Progress(documents=len(ends)))
     part.shards.append(shard)
     part.dtypes.setdefault(dtype, file.path)
-    part.ends_with_eot &= without_end == 0
+    part.ends_with_eot &= n_missing_eot == 0
     part.marked += Counter({UNKNOWN_TOKENS: len(with_unknown)})
 
 
 def _unknown_id(tokenizer: Tokenizer) -> int | None:
-    """The id by which tokens that are there already tell of text that the tokenizer did not know, if they do."""
+    """Return the id that stands for text that the tokenizer cannot encode, or None if there is no such id or it is
+    end-of-text."""
     coverage = tokenizer.coverage
     return None if coverage.is_complete or coverage.unknown_id == tokenizer.eot_id else coverage.unknown_id

@@ -1,4 +1,4 @@
-"""Reads every byte of a prepared data set and says what is wrong with it, all of it, not only the first thing."""
+"""Verification of a prepared data set: reads every byte, and reports all problems, not only the first."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` read and found."""
+    """What `verify` read, and the problems it found."""
 
     splits: tuple[str, ...]
     shards: int
     bytes_read: int
     problems: tuple[str, ...]
-    """One line for each thing that is wrong; empty if all is well."""
+    """One line for each problem; empty if the data set is valid."""
 
 
 def verify(
     path: Path, progress: Callable[[int], None] = lambda _: None, trusted_paths: Sequence[Path] | None = None
 ) -> VerifyReport:
-    """Check a prepared data set (or one split of it) byte by byte: sizes, checksums, counts, document ends, the tokenizer.
+    """Check a prepared data set, or one split of it: sizes, checksums, counts, document ends, the tokenizer.
 
-    Tokens that are read in place are read as well, where they are.
+    Token files that are read in place are checked too.
 
     Args:
-        path: `data.path`, or one split's folder.
-        progress: is given the bytes read so far, after every MiB and every `.idx`.
-        trusted_paths: as in `shards.open_split`; what lies elsewhere is a problem, and is not read.
+        path: `data.path`, or the folder of one split.
+        progress: called with the bytes read so far, after every MiB and every `.idx`.
+        trusted_paths: as in `shards.open_split`. Files elsewhere are not read, but reported as a problem.
 
     Raises:
-        DataError: there is nothing prepared at `path`.
-        StorageError: a file cannot be read now, so that nothing can be said of it.
+        DataError: there is no prepared data at `path`.
+        StorageError: a file cannot be read at the moment, so nothing is known about its contents.
     """
     is_split = (path / MANIFEST).is_file()
     folders = [path] if is_split else [path / name for name in reversed(SPLITS) if (path / name).is_dir()]
@@ -87,16 +87,17 @@ def verify(
 
 
 def largest_id(tokens: NDArray[np.integer]) -> int:
-    """The largest of some tokens; a negative one, which no vocabulary has, counts as more than 2^31. None at all is -1."""
+    """Return the largest token id, or -1 if there are no tokens. A negative id counts as more than 2^31, so it is out
+    of any vocabulary."""
     return int(tokens.view(f"u{tokens.itemsize}").max()) if tokens.size else -1
 
 
 def count_missing_eot(tokens: NDArray[np.integer], start: int, ends: NDArray[np.int64], eot_id: int) -> int:
-    """How many documents end within these tokens, but not with the end-of-text token.
+    """Count the documents that end within these tokens with another token than end-of-text.
 
     Args:
-        tokens: a piece of a stream.
-        start: where in the stream it begins.
+        tokens: consecutive tokens of a stream.
+        start: index of the first of them in the stream.
         ends: where each document of the stream ends, ascending.
         eot_id: the end-of-text token.
     """
@@ -122,7 +123,8 @@ def _check_tokenizer(path: Path, manifest: SplitManifest) -> list[str]:
         return [str(error)]
     if tokenizer.fingerprint != manifest.tokenizer:
         return [
-            f"{path / 'tokenizer.json'} did not make {manifest.split}/: fingerprint {tokenizer.fingerprint}, not {manifest.tokenizer}"
+            f"{path / 'tokenizer.json'} did not make {manifest.split}/: fingerprint {tokenizer.fingerprint}, not "
+            f"{manifest.tokenizer}"
         ]
     return []
 
@@ -130,7 +132,7 @@ def _check_tokenizer(path: Path, manifest: SplitManifest) -> list[str]:
 def _check_shard(
     folder: Path, shard: Shard, source: SourceManifest, manifest: SplitManifest, count: Callable[[int], None]
 ) -> list[str]:
-    """Problems of one pair of files."""
+    """Return the problems of one pair of files."""
     file = folder / f"{shard.name}.idx"
     try:
         index = file.read_bytes()
@@ -149,7 +151,7 @@ def _check_shard(
 def _check_index(
     file: Path, index: bytes, shard: Shard, source: SourceManifest
 ) -> tuple[list[str], NDArray[np.int64] | None]:
-    """(problems, where each document ends unless there are some)."""
+    """Return (problems, where each document ends); the ends are None if there are problems."""
     lengths = decode_lengths(index)
     ends = np.cumsum(lengths, dtype=np.int64)
     if (
@@ -170,17 +172,18 @@ def _check_bin(
     ends: NDArray[np.int64] | None,
     count: Callable[[int], None],
 ) -> list[str]:
-    """Problems of the tokens, read a MiB at a time. Document ends are looked at if they are known and ought to be end-of-text."""
+    """Return the problems of a token file, read a MiB at a time. `ends` are the ends of its documents, None if they are
+    not known."""
     file = Path(shard.external_bin or folder / f"{shard.name}.bin")
     problems: list[str] = []
-    dtype, whole, size, without_end = DTYPES[source.dtype], xxhash.xxh3_128(), 0, 0
-    expected = shard.blocks()
+    dtype, file_hash, size, n_missing_eot = DTYPES[source.dtype], xxhash.xxh3_128(), 0, 0
+    expected = shard.block_checksums()
     with file.open("rb") as stream:
         stream.seek(shard.bin_start)
-        for number, wanted in enumerate(expected):
+        for number, checksum in enumerate(expected):
             block = stream.read(min(BLOCK_BYTES, shard.bin_bytes - size))
-            whole.update(block)
-            if xxhash.xxh3_64_intdigest(block) != wanted:
+            file_hash.update(block)
+            if xxhash.xxh3_64_intdigest(block) != checksum:
                 problems.append(f"{file}: block {number} of {len(expected)} does not match its checksum")
             tokens = np.frombuffer(block, dtype, len(block) // dtype.itemsize)
             if largest_id(tokens) >= manifest.vocab_size:
@@ -188,16 +191,17 @@ def _check_bin(
                     f"{file}: block {number} holds token {largest_id(tokens)}, the vocabulary has {manifest.vocab_size}"
                 )
             if ends is not None and source.ends_with_eot:
-                without_end += count_missing_eot(tokens, size // dtype.itemsize, ends, manifest.eot_id)
+                n_missing_eot += count_missing_eot(tokens, size // dtype.itemsize, ends, manifest.eot_id)
             size += len(block)
             count(len(block))
-        there = stream.seek(0, 2) - shard.bin_start
-    if there < shard.bin_bytes or (there > shard.bin_bytes and shard.external_bin is None):
-        problems.append(f"{file}: {there} bytes of tokens where the manifest says {shard.bin_bytes}")
-    elif not problems and whole.hexdigest() != shard.bin_xxh3_128:
+        found_bytes = stream.seek(0, 2) - shard.bin_start
+    if found_bytes < shard.bin_bytes or (found_bytes > shard.bin_bytes and shard.external_bin is None):
+        problems.append(f"{file}: {found_bytes} bytes of tokens where the manifest says {shard.bin_bytes}")
+    elif not problems and file_hash.hexdigest() != shard.bin_xxh3_128:
         problems.append(f"{file}: does not match its checksum")
-    elif without_end:
+    elif n_missing_eot:
         problems.append(
-            f"{folder / shard.name}.idx: {without_end} documents do not end with the end-of-text token {manifest.eot_id}"
+            f"{folder / shard.name}.idx: {n_missing_eot} documents do not end with the end-of-text token "
+            f"{manifest.eot_id}"
         )
     return problems

@@ -87,7 +87,7 @@ def test_starts_are_the_same_searched_for_and_looked_up(
     (shards,) = write_split({"web": random_documents(3000, 40)}, shard_tokens=10**9).sources
     searched = [starts_in(shards, low, low + 100) for low in range(0, 50_000, 100)]
     assert sum(map(len, searched)) > 2000
-    monkeypatch.setattr("data_pipeline.storage.shards._SEARCHES", 1)
+    monkeypatch.setattr("data_pipeline.storage.shards._SEARCHES_BEFORE_TABLE", 1)
     (again,) = open_split(shards.folder).sources
     assert [starts_in(again, low, low + 100) for low in range(0, 50_000, 100)] == searched
     monkeypatch.setattr("data_pipeline.storage.shards.bisect", None)

@@ -364,7 +364,7 @@ def damage(name: str) -> Callable[[Path], SourceConfig]:
             r"the tokens of other are (uint16|int32) in .*ds and (uint16|int32) in .*ds; give each type a source of its own",
         ),
         ("nothing", r"other .* holds no tokens"),
-        ("odd", r"y\.npy: 15 bytes are no whole number of uint32"),
+        ("odd", r"y\.npy: 15 bytes are not a whole number of uint32"),
         ("no end", r"y\.npy: none of its 2 tokens is 0, the end-of-text token"),
         ("wrong metadata", r"y\.csv\.gz: its last document ends at 8, but there are 4 tokens; is dtype"),
         ("broken metadata", r"y\.csv\.gz: Not a gzipped file"),

@@ -45,7 +45,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(
         answer = pretrain(*command)
         assert answer.code == 2
         assert answer.err.startswith(
-            f"error: {data / 'train' / 'manifest.json'} names {name!r}, which is no file of its folder: "
+            f"error: {data / 'train' / 'manifest.json'} names {name!r}, which is not a file of its folder: "
         )
         assert answer.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
