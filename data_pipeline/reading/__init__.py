@@ -1,1 +1,1 @@
-"""Shards to batches, as a pure function of the settings and the sample number."""
+"""Shards to batches: a pure function of the settings and the sample number."""

@@ -1,4 +1,5 @@
-"""What a run will read, told before it begins: of each source how much, how often and how much of it again. Reads no token."""
+"""What a run will read of each source: tokens, epochs and repeated tokens. Computed before the run, without reading
+tokens."""
 
 from __future__ import annotations
 
@@ -8,22 +9,22 @@ from data_pipeline.reading.loader import Loader
 from data_pipeline.reading.mixture import Mixture
 
 MANY_EPOCHS = 4
-"""Up to this many, repeated text is almost as good as new text (arXiv:2305.16264)."""
+"""Up to this many epochs, repeated text is almost as good as new text (arXiv:2305.16264)."""
 
 
 @dataclass(frozen=True)
 class SourceUsage:
-    """What a stretch of the run reads of one source."""
+    """What a segment of a run reads of one source."""
 
     name: str
     sequences: int
-    """Of `data.seq_len` tokens, padding included."""
+    """Sequences of `data.seq_len` tokens, padding included."""
     tokens: int
-    """Without padding; of a round that is not finished, the same share as of the sequences."""
+    """Tokens without padding. An unfinished epoch counts in proportion to its sequences."""
     epochs: float
     """How often the source is read."""
     repeats: int
-    """Tokens that were read before, in this stretch or an earlier one."""
+    """Tokens that were read before, in this segment or an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -47,67 +48,73 @@ class RunSegment:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run reads."""
+    """What a run will read."""
 
     seq_len: int
     packing: str
     run: RunSegment
+    """The whole run."""
     stages: tuple[RunSegment, ...]
-    """The same by stages of the mixture that the run gets to."""
+    """The stages of the mixture that the run reaches."""
 
     @property
     def padding(self) -> float:
-        """Share of the run's positions that hold no token."""
+        """Fraction of the run's positions that are padding."""
         return 1 - self.run.tokens / (self.run.stop * self.seq_len)
 
     def title(self, stage: RunSegment) -> str:
-        """Which part of the run a stage is."""
+        """Return which part of the run a stage is, in percent."""
         low, high = (f"{100 * sample / self.run.stop:.4g}%" for sample in (stage.start, stage.stop))
         return f"{low} to {high} of the run"
 
     @property
     def heavily_repeated(self) -> tuple[SourceUsage, ...]:
-        """The sources that are read more than MANY_EPOCHS times."""
+        """The sources that the run reads more than MANY_EPOCHS times."""
         return tuple(source for source in self.run.sources if source.epochs > MANY_EPOCHS)
 
 
 def forecast_reading(loader: Loader, samples: int) -> Forecast:
-    """What the first `samples` samples, at least one, read."""
-    mixture, parts = loader.mixture, loader.window // loader.seq_len
-    starts = [start for stage in mixture.stages if (start := stage.start * parts) < samples]
+    """Forecast what the first `samples` samples read. `samples` is at least 1."""
+    mixture, samples_per_window = loader.mixture, loader.window // loader.seq_len
+    starts = [start for stage in mixture.stages if (start := stage.start * samples_per_window) < samples]
     stages = tuple(
-        _stretch(loader, mixture, start, stop) for start, stop in zip(starts, [*starts[1:], samples], strict=True)
+        _segment(loader, mixture, start, stop) for start, stop in zip(starts, [*starts[1:], samples], strict=True)
     )
-    return Forecast(loader.seq_len, loader.packing, _stretch(loader, mixture, 0, samples), stages)
+    return Forecast(loader.seq_len, loader.packing, _segment(loader, mixture, 0, samples), stages)
 
 
 def format_repeat_warning(source: SourceUsage) -> str:
-    """What to say of a source that is read often."""
+    """Return a warning about a source that is read more than MANY_EPOCHS times."""
     return (
-        f"{source.name} is read {source.epochs:,.1f} times: beyond {MANY_EPOCHS} epochs, repeated text teaches less and less "
-        f"(arXiv:2305.16264); lower its weight, shorten the run, or add text"
+        f"{source.name} is read {source.epochs:,.1f} times: beyond {MANY_EPOCHS} epochs, repeated text teaches less "
+        "and less (arXiv:2305.16264); lower its weight, shorten the run, or add text"
     )
 
 
-def _stretch(loader: Loader, mixture: Mixture, start: int, stop: int) -> RunSegment:
-    parts = loader.window // loader.seq_len
-    readings = []
-    for shards, size, *counts in zip(
-        loader.sources, mixture.sizes, _counts(mixture, parts, start), _counts(mixture, parts, stop), strict=True
-    ):
-        before, after = (count / max(1, size * parts) for count in counts)
-        tokens = [round(rounds * shards.n_tokens) for rounds in (before, after)]
-        again = [max(0, read - shards.n_tokens) for read in tokens]
-        readings.append(
+def _segment(loader: Loader, mixture: Mixture, start: int, stop: int) -> RunSegment:
+    """Compute what samples [start, stop) read: the difference between the first `stop` and the first `start`
+    samples."""
+    samples_per_window = loader.window // loader.seq_len
+    counts_at = [_count_by_source(mixture, samples_per_window, samples) for samples in (start, stop)]
+    usages = []
+    for shards, size, *counts in zip(loader.sources, mixture.sizes, *counts_at, strict=True):
+        epochs = [count / max(1, size * samples_per_window) for count in counts]
+        tokens = [round(epoch * shards.n_tokens) for epoch in epochs]
+        repeats = [max(0, count - shards.n_tokens) for count in tokens]
+        usages.append(
             SourceUsage(
-                shards.source.name, counts[1] - counts[0], tokens[1] - tokens[0], after - before, again[1] - again[0]
+                name=shards.source.name,
+                sequences=counts[1] - counts[0],
+                tokens=tokens[1] - tokens[0],
+                epochs=epochs[1] - epochs[0],
+                repeats=repeats[1] - repeats[0],
             )
         )
-    return RunSegment(start, stop, tuple(readings))
+    return RunSegment(start, stop, tuple(usages))
 
 
-def _counts(mixture: Mixture, parts: int, samples: int) -> list[int]:
-    """How many of the first samples come from each source. Those of a window, `parts` of them, are of one source."""
-    windows, rest = divmod(samples, parts)
-    these, with_next = mixture.counts(windows), mixture.counts(windows + 1)
-    return [parts * a + rest * (b - a) for a, b in zip(these, with_next, strict=True)]
+def _count_by_source(mixture: Mixture, samples_per_window: int, samples: int) -> list[int]:
+    """Count how many of the first samples come from each source. All samples of a window come from the same source."""
+    windows, rest = divmod(samples, samples_per_window)
+    counts, counts_after_next = mixture.counts(windows), mixture.counts(windows + 1)
+    return [samples_per_window * a + rest * (b - a) for a, b in zip(counts, counts_after_next, strict=True)]

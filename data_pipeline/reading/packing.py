@@ -1,4 +1,5 @@
-"""Batches of packed sequences, and the simplest packing: concatenate documents and cut the stream every `seq_len` tokens.
+"""Batches of packed sequences, and the simplest packing: concatenate documents and cut the stream every `seq_len`
+tokens.
 
 Sequence j of a source holds tokens [j * S, (j + 1) * S) of the source's stream, S = seq_len. Every token is an input
 exactly once. The last sequence is padded with end-of-text tokens, which have a document id of their own and no labels.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.reading import best_fit
-from data_pipeline.reading.best_fit import BestFitPlan, best_fit_decreasing, plan
+from data_pipeline.reading.best_fit import BestFitPlan, best_fit_decreasing, plan_best_fit
 from data_pipeline.reading.loader import Loader
 from data_pipeline.reading.packing import NO_LABEL
 from data_pipeline.storage.manifest import BLOCK_BYTES
@@ -95,7 +95,7 @@ def test_it_is_best_fit_decreasing(capacity: int, data: st.DataObject) -> None:
 @settings(max_examples=100, deadline=None)
 @given(seq_len=st.integers(1, 30), lengths=st.lists(st.integers(0, 100), max_size=50))
 def test_a_plan_holds_every_token_once_and_cuts_no_document_that_fits(seq_len: int, lengths: list[int]) -> None:
-    starts, pieces = plan(np.array(lengths, np.int32), seq_len)
+    starts, pieces = plan_best_fit(np.array(lengths, np.int32), seq_len)
     assert starts[-1] == len(pieces)
     tokens = [token for start, length, *_ in pieces.tolist() for token in range(start, start + length)]
     assert sorted(tokens) == list(range(sum(lengths)))
@@ -118,7 +118,7 @@ def test_a_plan_holds_every_token_once_and_cuts_no_document_that_fits(seq_len: i
 @pytest.mark.parametrize("seq_len", [1024, 2048, 8192])
 def test_sequences_are_filled_to_99_per_cent_which_packing_in_order_is_not(seq_len: int) -> None:
     lengths = realistic(50_000)
-    starts, pieces = plan(lengths, seq_len)
+    starts, pieces = plan_best_fit(lengths, seq_len)
     fill = lengths.sum() / ((len(starts) - 1) * seq_len)
     assert fill > 0.999
     rows, room = 1, seq_len
@@ -161,9 +161,9 @@ def test_a_plan_is_kept_and_made_again_where_it_is_damaged_or_of_other_data(
 
     def counted(lengths: NDArray[np.int32], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.void]]:
         made.append(seq_len)
-        return plan(lengths, seq_len)
+        return plan_best_fit(lengths, seq_len)
 
-    monkeypatch.setattr(best_fit, "plan", counted)
+    monkeypatch.setattr(best_fit, "plan_best_fit", counted)
     first = BestFitPlan(shards, 64)
     n, sequences = first.n_sequences, [first.pieces(i) for i in range(first.n_sequences)]
     assert made == [64]
@@ -254,7 +254,7 @@ def test_of_processes_that_start_at_once_one_makes_the_plan(
         with making.get_lock():
             making.value += 1
         time.sleep(0.5)
-        return plan(lengths, seq_len)
+        return plan_best_fit(lengths, seq_len)
 
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -263,7 +263,7 @@ def test_of_processes_that_start_at_once_one_makes_the_plan(
         begin.wait()
         assert BestFitPlan(shards, 8).pieces(0)
 
-    monkeypatch.setattr(best_fit, "plan", slow)
+    monkeypatch.setattr(best_fit, "plan_best_fit", slow)
     if not locks:
         monkeypatch.setattr(fcntl, "flock", no_locks)
     ranks = [fork.Process(target=rank) for _ in range(4)]

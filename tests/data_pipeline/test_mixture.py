@@ -210,11 +210,11 @@ def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_units() -> 
     [
         (
             {"weights": {"wiki": 1}},
-            r"data\.mixture\.weights names wiki, which the data does not hold; its sources are web, code, books, none",
+            r"data\.mixture\.weights names wiki, but the data does not hold it; its sources are web, code, books, none",
         ),
         ({"weights": {"web": 0}}, r"data\.mixture\.weights gives every source 0; give one of"),
         ({"weights": {"none": 2}}, r"data\.mixture\.weights\.none=2, but none holds no tokens"),
-        ({"weights": {"web": 1e15}}, r"asks for 1e\+17 sequences in an epoch"),
+        ({"weights": {"web": 1e15}}, r"makes a cycle of 1e\+17 sequences"),
         ({"by": "temperature", "weights": {"web": 1}}, r"data\.mixture\.by=temperature takes no weights"),
         ({"stages": [{"from": "50%", "weights": {"wiki": 1}}]}, r"data\.mixture\.stages\.0\.weights names wiki"),
         (

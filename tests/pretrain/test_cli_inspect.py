@@ -99,7 +99,7 @@ def test_html_writes_the_page_and_prints_where(pretrain: Pretrain, tiny_data: Pa
         (["data.mixture.weight.code=2"], "data.mixture.weight is not a setting; did you mean data.mixture.weights?"),
         (
             ["data.mixture.weights.nothing=2"],
-            "data.mixture.weights names nothing, which the data does not hold; its sources are ",
+            "data.mixture.weights names nothing, but the data does not hold it; its sources are ",
         ),
         (["data.mixture.max_epochs=2", "data.seq_len=32"], "times, more than data.mixture.max_epochs=2"),
         (["data.seq_len=100000"], "data.seq_len=100000 is longer than the data"),
