@@ -1,4 +1,5 @@
-"""What there is to prepare: the sources' files as they were found, cut into chunks, and the keys by which finished work is known."""
+"""What there is to prepare: the sources' files, the chunks they are split into, and the keys that identify finished
+work."""
 
 from __future__ import annotations
 
@@ -35,36 +36,39 @@ from data_pipeline.text.files import (
 from data_pipeline.tokenizing.tokenizer import document_hash
 
 _CHUNK_BYTES_PER_TOKEN = 3
-"""A chunk is this many bytes of text for each token of a shard, so that it rarely fills more than one: most text has 3 to 5."""
+"""A chunk has this many bytes of text per token of a shard. Most text has 3 to 5, so a chunk rarely fills more than one
+shard."""
 
-_READERS = 2
-"""Changes with what the readers make of the same files: finished work of other readers is done anew."""
+_READER_VERSION = 2
+"""To be increased when readers read the same files differently. Finished work of other versions is then done again."""
 
 _SAMPLE_EXCESS = 8
-"""The tokenizer's sample is drawn from whole chunks with this many times its size of text, or from all."""
+"""The tokenizer's sample is drawn from chunks with this many times as much text as the sample needs."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The sources as they were found, those of held-out text behind the others: listed once, because a folder of a million files takes its
-    time."""
+    """The sources and their files. The sources of `data.validation` come after those of `data.sources`.
+
+    The files are listed once, because listing a folder of a million files takes time.
+    """
 
     config: PrepareConfig
     names: tuple[str, ...]
     files: tuple[tuple[SourceFile, ...], ...]
-    """Of each source; empty for `hf` and for tokens that other tools made."""
+    """The files of each source. Empty for `hf` and for tokenized sources."""
     listings: tuple[str | None, ...]
-    """What each source holds, in words; None for `hf`."""
+    """A description of each source's files; None for `hf`."""
     passed_over: tuple[str | None, ...]
-    """The files in each source's folders that no source reads, in words; None where there are none."""
+    """For each source, a description of the files in its folders that no source reads; None if there are none."""
     lists: str
     """Hash of the files that filters and decontamination read."""
     made_with: dict[str, str]
-    """Versions of Python and of the packages that decide the result."""
+    """Versions of Python and of the packages that influence the result."""
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
-        """All text in the order of the sources. Looks into large parquet and Arrow files."""
+        """All text, in the order of the sources. Reads the metadata of large parquet and Arrow files."""
         text_bytes = _CHUNK_BYTES_PER_TOKEN * self.config.shard_tokens
         sources = zip(self.names, self.config.all_sources, self.files, strict=True)
         return tuple(
@@ -75,15 +79,15 @@ class Corpus:
         )
 
     def source(self, chunk: Chunk) -> SourceConfig:
-        """The settings of its source."""
+        """Return the settings of a chunk's source."""
         return self.config.all_sources[chunk.source_index]
 
     def is_held_out(self, index: int) -> bool:
-        """Whether a source is held-out text of its own."""
+        """Return whether a source is one of `data.validation`."""
         return index >= len(self.config.sources)
 
     def recipe(self, *, trained_tokenizer: bool) -> Recipe:
-        """What is to be done, for the manifests."""
+        """Return the recipe for the manifests. Settings that do not influence the result have their defaults."""
         config = self.config
         settings = {name: getattr(config, name) for name in PrepareConfig.model_fields}
         dedup = config.dedup.model_copy(update={"memory_mb": DedupConfig().memory_mb})
@@ -107,21 +111,23 @@ class Corpus:
             made_with=self.made_with,
         )
 
-    def chunk_key(self, chunk: Chunk, decides: str) -> str:
-        """Hash of where a chunk's documents are and of all that decides what is read there and kept, and of `decides`.
+    def chunk_key(self, chunk: Chunk, settings_hash: str) -> str:
+        """Hash everything that the documents of a chunk depend on, and `settings_hash`.
 
-        It tells a file that was written anew, as far as its file system does; the recipe does not, because equal files give equal bytes.
+        Unlike the recipe, the key changes if a file is written again, as far as the file system shows it. The recipe
+        stays the same, because equal files give equal bytes.
         """
-        where = [
+        slices = [
             (redact(part.file.path), part.file.name, part.file.size, part.file.version, part.start, part.stop)
             for part in chunk.slices
         ]
-        found = where or self._data_sets[chunk.source_index][chunk.number]
-        return hash_json(chunk.name, found, self._settings[chunk.source_index], decides)
+        contents = slices or self._datasets[chunk.source_index][chunk.number]
+        return hash_json(chunk.name, contents, self._settings_hashes[chunk.source_index], settings_hash)
 
     @cached_property
-    def _data_sets(self) -> list[list[tuple[str, str, str]]]:
-        """Of each source of kind `hf` (path, name, version) of its data sets. Asks the hub, so not before there is work to do."""
+    def _datasets(self) -> list[list[tuple[str, str, str]]]:
+        """(path, name, version) of each data set of each `hf` source. Sends requests to the hub, so only used when
+        there is work to do."""
         of_sources = [source.paths if source.kind == "hf" else () for source in self.config.all_sources]
         found: list[list[tuple[str, str, str]]] = []
         for index, paths in enumerate(of_sources):
@@ -135,39 +141,40 @@ class Corpus:
         return found
 
     @cached_property
-    def _settings(self) -> list[str]:
-        """For each source the hash of its settings, but for those that only say which files it has."""
-        shared = hash_json(_READERS, self.config.filters.model_dump(mode="json"), self.lists, self.made_with)
+    def _settings_hashes(self) -> list[str]:
+        """For each source, the hash of its settings, without those that only determine which files it has."""
+        shared = hash_json(_READER_VERSION, self.config.filters.model_dump(mode="json"), self.lists, self.made_with)
         return [
             hash_json(shared, source.model_dump(mode="json", exclude={"name", "paths", "pattern", "exclude"}))
             for source in self.config.all_sources
         ]
 
     def sample_chunks(self) -> list[Chunk]:
-        """The chunks to draw a tokenizer's sample from: all, or the same share of those of each source, chosen by hash."""
-        wanted = _SAMPLE_EXCESS * self.config.tokenizer_sample_mb * 1e6
+        """Return the chunks to draw the tokenizer's sample from: the same fraction of each source's chunks, selected by
+        hash, or all."""
+        needed_bytes = _SAMPLE_EXCESS * self.config.tokenizer_sample_mb * 1e6
         chunks = [chunk for chunk in self.chunks if not self.is_held_out(chunk.source_index)]
-        share = min(1.0, wanted / max(1, sum(chunk.bytes or 0 for chunk in chunks)))
-        of_source: dict[int, list[str]] = {}
+        fraction = min(1.0, needed_bytes / max(1, sum(chunk.bytes or 0 for chunk in chunks)))
+        by_source: dict[int, list[str]] = {}
         for chunk in chunks:
-            of_source.setdefault(chunk.source_index, []).append(chunk.name)
-        chosen = {
+            by_source.setdefault(chunk.source_index, []).append(chunk.name)
+        selected = {
             name
-            for names in of_source.values()
-            for name in sorted(names, key=lambda name: document_hash(name, salt=2))[: math.ceil(share * len(names))]
+            for names in by_source.values()
+            for name in sorted(names, key=lambda name: document_hash(name, salt=2))[: math.ceil(fraction * len(names))]
         }
-        return [chunk for chunk in chunks if chunk.name in chosen]
+        return [chunk for chunk in chunks if chunk.name in selected]
 
     def __str__(self) -> str:
-        """The sources, a few words each."""
-        return "; ".join(f"{source.kind} {_few(source.paths)}" for source in self.config.sources)
+        """Return the kinds and paths of the sources."""
+        return "; ".join(f"{source.kind} {_shorten(source.paths)}" for source in self.config.sources)
 
 
 def find_corpus(config: PrepareConfig) -> Corpus:
-    """List the sources, and check what can be checked before any text is read.
+    """List the files of the sources, and check what can be checked before any text is read.
 
     Raises:
-        DataError: there are none, one has no paths or does not exist, or a filter cannot do its work.
+        DataError: there are no sources, a source has no paths or does not exist, or a filter cannot run.
     """
     if not config.sources:
         raise DataError(
@@ -177,7 +184,8 @@ def find_corpus(config: PrepareConfig) -> Corpus:
     for i, (name, source) in enumerate(zip(names, config.all_sources, strict=True)):
         if not source.paths:
             raise DataError(
-                f"{config.sources_setting(i)}: {name} of kind {source.kind} has no paths; name its files, folders or globs"
+                f"{config.sources_setting(i)}: {name} of kind {source.kind} has no paths; name its files, folders or "
+                "globs"
             )
     check_filters(config)
     listed = []
@@ -198,26 +206,26 @@ def find_corpus(config: PrepareConfig) -> Corpus:
 
 
 def _passed_over(listed: Sequence[SourceListing]) -> tuple[str | None, ...]:
-    """For each source the files that it passes over and that no other source reads, in words; None where there are none."""
+    """For each source, describe the files that it skips and that no other source reads; None if there are none."""
     read = {file.path for found in listed for file in found.files}
     left = [[path for path in found.skipped if path not in read] for found in listed]
     return tuple(summarize_paths(paths) if paths else None for paths in left)
 
 
 def total_bytes(chunks: Iterable[Chunk]) -> int | None:
-    """Bytes of files to read; None where a source cannot tell."""
+    """Return the bytes of the files to read; None if a source does not know its size."""
     sizes = [chunk.bytes for chunk in chunks]
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def hash_json(*things: object) -> str:
-    """Hash of settings and other things that JSON can spell."""
+    """Hash settings and other values that can be written as JSON."""
     plain = [thing.model_dump(mode="json") if isinstance(thing, BaseModel) else thing for thing in things]
     return xxhash.xxh3_128_hexdigest(json.dumps(plain).encode())
 
 
 def _made_with(config: PrepareConfig) -> dict[str, str]:
-    """Versions by package, of Python itself the first two numbers. A package that is not installed decides nothing."""
+    """Return the versions of Python (major.minor) and of the installed packages that influence the result."""
     kinds = {source.kind for source in config.all_sources}
     packages = ["tokenizers", "gigatoken"]
     packages += ["pyarrow"] if kinds & {"parquet", "arrow"} else []
@@ -239,5 +247,5 @@ def _listing(
     return None if source.kind == "hf" else describe_files(files)
 
 
-def _few(paths: tuple[str, ...]) -> str:
+def _shorten(paths: tuple[str, ...]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

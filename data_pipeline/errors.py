@@ -1,5 +1,5 @@
-"""The errors that end the program with one line: input that cannot be used, and a disk that fails for now. No message of them tells the
-secrets of an address."""
+"""The errors that end the program with a one-line message: unusable input, and failing storage. Their messages contain
+no secrets of addresses."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable
 
 REDACTED = "***"
-"""Stands where a secret was."""
+"""Replaces a secret."""
 
 _ADDRESS = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'<>]+""")
-# `user:password@`: up to the last `@` before a slash; also over slashes, which secret keys may hold, unless it is a port.
-# Not `github://owner:repository@version`.
+# `user:password@`. Ends at the last `@` before a slash. A password may contain slashes, unless it looks like a port.
+# Does not match `github://owner:repository@version`.
 _USER = re.compile(r"(?<!\bgithub)(?<!\bgist)://((?:[^/\s]*|[^/@\s:]*:(?!\d+/)(?:(?!::|://)[^@\s])*))@")
-# The container of a storage account, or a login name: without a password behind it, it is no secret.
+# Schemes in which `name@` without a password is a container of a storage account or a login name, not a secret.
 _NAMES_A_USER = re.compile(r"\b(?:abfss?|wasbs?|sftp|ssh|ftp|hdfs)$", re.IGNORECASE)
 _QUERY = re.compile(r"(\?(?=[^/?&]*=))(.+)")  # another `?` is a wildcard
 _ONLY_VARIABLES = re.compile(r"(\$\{[A-Za-z_][A-Za-z0-9_]*\})*")
@@ -35,80 +35,86 @@ DISK_ERRNOS = frozenset(
         *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBUSY, errno.ELOOP),
     }
 )
-"""Errors that come from a disk, a mount, permissions or a limit, and not from a mistake in the program."""
+"""Errors caused by a disk, a mount, permissions or a limit, not by a bug in the program."""
 
 
 class DataError(Exception):
-    """The user's data or settings are wrong. The message is one line that names the file or setting, its values and the way out."""
+    """The user's data or settings are wrong. The message is one line with the file or setting, its values and a
+    remedy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))
 
     def __str__(self) -> str:
-        """One line of printable characters, whatever a file or a column is called."""
+        """Return the message as one line of printable characters, whatever the names of files and columns contain."""
         return escape_unprintable(super().__str__())
 
 
 def escape_unprintable(text: str) -> str:
-    """`text` with line breaks, other control characters and bytes that are no Unicode escaped."""
+    """Escape line breaks, other control characters and bytes that are not Unicode."""
     if text.isprintable():
         return text
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without line breaks; the name of its kind where it says nothing."""
+    """Return the message of an exception without line breaks, or the name of its class if there is no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 class StorageError(DataError):
-    """A disk, a mount or a permission is in the way: exit code 1. It tells nothing about what the files hold.
+    """A disk, a mount or a permission prevents reading or writing. Says nothing about the contents of the files. Exit
+    code 1.
 
-    The message is one line that names the path, the reason and the way out; the same command may work later.
+    The message is one line with the path, the reason and a remedy. The same command may work later.
     """
 
 
 def unreadable_error(path: object, error: OSError, what: str = "opened") -> StorageError:
-    """That a file could not be opened, or read or whatever `what` says. It tells nothing about what the file holds."""
+    """Return the error for a file that could not be opened, or read, or whatever `what` says."""
     return StorageError(
-        f"{path} cannot be {what} ({error.strerror or error}); nothing is known to be damaged: check the disk or mount, the "
-        f"permissions, memory and the limit of open files (`ulimit -n`), and start again"
+        f"{path} cannot be {what} ({error.strerror or error}); nothing is known to be damaged: check the disk or "
+        "mount, the permissions, memory and the limit of open files (`ulimit -n`), and start again"
     )
 
 
 def redact(text: str) -> str:
-    """`text` in which every address has `***` in place of user, password and the values behind `?`; `${NAME}` stays. Again: the same."""
-    return _ADDRESS.sub(lambda match: _in_parts(match[0], lambda part, _: REDACTED), text) if "://" in text else text
+    """Replace user, password and the query's values by `***` in every address in a text. Keeps `${NAME}`.
+    Idempotent."""
+    return (
+        _ADDRESS.sub(lambda match: _replace_parts(match[0], lambda part, _: REDACTED), text) if "://" in text else text
+    )
 
 
 def find_secrets(address: str) -> set[str]:
-    """The literal passwords and values behind `?` of an address; a user without a password is one as well, except where it is a
-    container or a login name, as of `abfs` and `ssh`."""
+    """Return the literal secrets of an address: passwords, the query's values, and users without a password. The last
+    are not secret in schemes such as `abfs` and `ssh`, where they are a container or a login name."""
     found: set[str] = set()
 
-    def note(part: str, is_secret: bool) -> str:
+    def collect(part: str, is_secret: bool) -> str:
         found.update([part] if is_secret else [])
         return part
 
     for match in _ADDRESS.finditer(address):
-        _in_parts(match[0], note)
+        _replace_parts(match[0], collect)
     return found
 
 
-def _in_parts(address: str, instead: Callable[[str, bool], str]) -> str:
-    """Put `instead(part, whether it is secret)` in place of each literal part of user, password and the values behind `?`."""
+def _replace_parts(address: str, replacement: Callable[[str, bool], str]) -> str:
+    """Replace user, password and each value of the query by `replacement(part, is_secret)`, unless they are
+    variables."""
 
-    def put(part: str, is_secret: bool = True) -> str:
-        return part if not part or _ONLY_VARIABLES.fullmatch(part) else instead(part, is_secret)
+    def replace(part: str, is_secret: bool = True) -> str:
+        return part if not part or _ONLY_VARIABLES.fullmatch(part) else replacement(part, is_secret)
 
     def user(match: re.Match[str]) -> str:
         name, colon, password = match[1].partition(":")
         if not colon and _NAMES_A_USER.search(match.string, 0, match.start()):
             return match[0]
-        return f"://{put(name, not colon)}{colon}{put(password)}@"
+        return f"://{replace(name, not colon)}{colon}{replace(password)}@"
 
     def query(match: re.Match[str]) -> str:
         pairs = [pair.partition("=") for pair in re.split("([&;])", match[2])]
-        return match[1] + "".join(f"{name}={put(value)}" if equals else name for name, equals, value in pairs)
+        return match[1] + "".join(f"{name}={replace(value)}" if equals else name for name, equals, value in pairs)
 
     return _USER.sub(user, _QUERY.sub(query, address, count=1))

@@ -1,4 +1,5 @@
-"""Held-out text: what a validation reads of each source, and which sources hold out too little for it to mean something."""
+"""Held-out text: how much of each source a validation reads, and which sources hold out too little for a meaningful
+loss."""
 
 from __future__ import annotations
 
@@ -11,27 +12,29 @@ from data_pipeline.settings import PrepareConfig, source_names
 from data_pipeline.storage.manifest import SPLITS, SplitManifest
 
 MIN_SEQUENCES = 8
-"""The loss over fewer held-out sequences than this says little about a source."""
+"""With fewer held-out sequences, the validation loss says little about a source."""
 
 MIN_DOCUMENTS = 4
-"""The same for documents: one long document is not its source."""
+"""The same for documents, because one long document does not represent its source."""
 
-_AIM = 2
-"""A warning proposes to hold out this many times the least, because the hash draws now more and now fewer documents."""
+_MARGIN = 2
+"""Warnings propose to hold out this many times the minimum, because the hash may select fewer documents than the
+fraction says."""
 
-_LARGEST_FRACTION = 0.2
-"""The largest data.validation_fraction that a warning proposes."""
+_MAX_PROPOSED_FRACTION = 0.2
+"""The largest `data.validation_fraction` that a warning proposes."""
 
 
 def allocate_validation_sequences(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """How many held-out sequences of each source a validation reads, from the source's first on; sources without any are left out.
+    """Distribute a validation's budget of sequences over the sources. Sources without held-out sequences are left out.
 
-    A budget for all reads all. A smaller one is shared out in proportion to the sizes, but a source gets at least MIN_SEQUENCES, or
-    all it has, or as many as an equal share would give it. So a few more than the budget may be read.
+    Sources get sequences in proportion to their sizes, but at least MIN_SEQUENCES each. The minimum is lower if a
+    source has fewer sequences, or if the budget is too small for it: then it is an equal share of the budget. So a few
+    more sequences than the budget may be read. A budget for all sequences reads all.
 
     Args:
         sizes: held-out sequences of each source.
-        budget: sequences to read together, `eval.batches` of `train.batch_size`.
+        budget: sequences to read in total: `eval.batches` of `train.batch_size`.
     """
     sizes = {name: size for name, size in sizes.items() if size}
     budget = min(budget, sum(sizes.values()))
@@ -43,7 +46,7 @@ def allocate_validation_sequences(sizes: Mapping[str, int], budget: int) -> dict
 
 
 def format_held_out_counts(splits: Mapping[str, SplitManifest], seq_len: int) -> str:
-    """One line: how many sequences of each source are held out. Empty where nothing is."""
+    """Return a line with the number of held-out sequences of each source. Empty if nothing is held out."""
     held_out = splits.get("validation")
     if held_out is None:
         return ""
@@ -52,7 +55,8 @@ def format_held_out_counts(splits: Mapping[str, SplitManifest], seq_len: int) ->
 
 
 def held_out_warnings(splits: Mapping[str, SplitManifest], seq_len: int) -> list[str]:
-    """A line for each source of which too little is held out, with what to set. Nothing where no text was to be held out.
+    """Return a warning with a remedy for each source of which too little is held out, unless the settings hold out
+    nothing of it.
 
     Args:
         splits: the manifests of a prepared data set.
@@ -62,17 +66,16 @@ def held_out_warnings(splits: Mapping[str, SplitManifest], seq_len: int) -> list
     training, held_out = (
         {source.name: source for source in splits[split].sources} if split in splits else {} for split in SPLITS[::-1]
     )
-    asked = set(source_names(settings)[len(settings.sources) :])  # named in data.validation
-    asked |= (
-        {*held_out, *training}
-        if settings.validation_fraction
-        else {name for name, source in held_out.items() if source.documents}
-    )
-    told = []
+    expected = set(source_names(settings)[len(settings.sources) :])  # the sources of data.validation
+    if settings.validation_fraction:
+        expected |= {*held_out, *training}
+    else:
+        expected |= {name for name, source in held_out.items() if source.documents}
+    warnings = []
     for name in dict.fromkeys((*training, *held_out)):
         documents, tokens = (held_out[name].documents, held_out[name].tokens) if name in held_out else (0, 0)
         sequences = count_sequences(tokens, seq_len)
-        if name not in asked or (sequences >= MIN_SEQUENCES and documents >= MIN_DOCUMENTS):
+        if name not in expected or (sequences >= MIN_SEQUENCES and documents >= MIN_DOCUMENTS):
             continue
         if documents:
             are = "is" if documents == 1 else "are"
@@ -83,20 +86,20 @@ def held_out_warnings(splits: Mapping[str, SplitManifest], seq_len: int) -> list
         all_documents, all_tokens = documents, tokens
         if name in training:
             all_documents, all_tokens = documents + training[name].documents, tokens + training[name].tokens
-        told.append(f"{name}: {what}; {_way_out(name, all_documents, all_tokens, seq_len, settings)}")
-    return told
+        warnings.append(f"{name}: {what}; {_remedy(name, all_documents, all_tokens, seq_len, settings)}")
+    return warnings
 
 
-def _way_out(name: str, documents: int, tokens: int, seq_len: int, settings: PrepareConfig) -> str:
-    """What to set to hold out more of a source that holds so much in all."""
+def _remedy(name: str, documents: int, tokens: int, seq_len: int, settings: PrepareConfig) -> str:
+    """Return what to do to hold out more of a source with this many documents and tokens in all splits."""
     index = {name: i for i, name in enumerate(source_names(settings))}.get(name)
     if index is not None and index >= len(settings.sources):
         return f"name more text in {settings.source_setting(index)}"
     if index is not None and settings.sources[index].kind == "prepared":
         return "prepare that data with a larger data.validation_fraction, or name held-out text in data.validation"
-    fraction = _AIM * max(MIN_SEQUENCES * seq_len / max(1, tokens), MIN_DOCUMENTS / max(1, documents))
-    fraction = max(fraction, _AIM * settings.validation_fraction)  # the hash may have drawn few
-    if fraction > _LARGEST_FRACTION:
+    fraction = _MARGIN * max(MIN_SEQUENCES * seq_len / max(1, tokens), MIN_DOCUMENTS / max(1, documents))
+    fraction = max(fraction, _MARGIN * settings.validation_fraction)  # the hash may have selected few documents
+    if fraction > _MAX_PROPOSED_FRACTION:
         return f"it is small ({_count(documents, 'document')}, {tokens:,} tokens): add text, or name held-out text in data.validation"
     digit = 10.0 ** (floor(log10(fraction)) - 1)
     rounded = f"{ceil(fraction / digit - 1e-9) * digit:.2g}"

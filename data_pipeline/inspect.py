@@ -1,6 +1,6 @@
-"""What a prepared data set holds, as data: counts, drops, lengths, samples, and how it was made. Drawing it is the caller's part.
+"""The contents of a prepared data set, as plain data for display: counts, drops, lengths, samples, and how it was made.
 
-Reads the manifests, every index (one shard's at a time) and the few tokens of the samples; of a data set of any size no more.
+Reads the manifests, every index (one at a time) and the few tokens of the samples, whatever the size of the data set.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_pipeline.storage.shards import ShardFile, ShardSet
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 PACKED_TOKENS = 64
-"""Tokens in the sequence that shows how documents are packed."""
+"""Length of the sequence that shows how documents are packed."""
 
 _HEAD_TOKENS = 64
 _TAIL_TOKENS = 16
@@ -32,10 +32,10 @@ _VISIBLE = (
     | {127: 0x2421}
     | dict.fromkeys(range(128, 160), 0xFFFD)
 )
-"""Control characters of a text become their pictures: nothing that a terminal would obey."""
+"""Replaces control characters by printable pictures of them, so that a terminal does not interpret them."""
 
 DecodedText = tuple[str | None, ...]
-"""Text for people, in pieces; None stands for an end-of-text token."""
+"""Text for display, in pieces. None stands for an end-of-text token."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,27 @@ class SampleDocument:
 
     split: str
     number: int
-    """Its number in its source's part of the split."""
+    """Index of the document among the documents of its source in the split."""
     start: int
-    """Its first token's place in the stream of that part."""
+    """Index of its first token in the stream of its source."""
     stop: int
     """One past its last token."""
     head: DecodedText
-    """Its first tokens; all of it where `tail` is empty."""
+    """Its first tokens, or all tokens if `tail` is empty."""
     tail: DecodedText
     """Its last tokens."""
 
 
 @dataclass(frozen=True)
 class PackedPiece:
-    """A run of tokens of one document in a packed sequence."""
+    """The tokens of one document in a packed sequence."""
 
     number: int
-    """Of the document, as in SampleDocument."""
+    """Index of the document, as in SampleDocument."""
     first: int
-    """Which token of its document the first one is, from 0."""
+    """Index of the first token in its document."""
     count: int
+    """Tokens of the piece."""
     length: int
     """Tokens of the whole document."""
     text: DecodedText
@@ -80,18 +81,19 @@ class PackedPiece:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """A sequence of PACKED_TOKENS as concatenation cuts it from the stream, chosen such that documents meet in it, if any do."""
+    """A sequence of PACKED_TOKENS tokens as `concatenate` packs it. If possible, one in which a document begins in the
+    middle."""
 
     start: int
-    """Its first token's place in the stream."""
+    """Index of its first token in the stream."""
     pieces: tuple[PackedPiece, ...]
     padding: int
-    """End-of-text tokens that fill it up."""
+    """Padding tokens at its end."""
 
 
 @dataclass(frozen=True)
 class SourceDuplicates:
-    """Documents of `source` that were dropped because `kept_in` holds them too."""
+    """Counts of documents of `source` that were dropped because `kept_in` holds them too."""
 
     source: str
     kept_in: str
@@ -106,11 +108,12 @@ class SourceDescription:
     name: str
     splits: Mapping[str, SourceManifest]
     lengths: tuple[LengthBin, ...]
-    """Powers of two, from the shortest to the longest document, of all splits."""
+    """Lengths of the documents of all splits, in bins of powers of two."""
     samples: tuple[SampleDocument, ...]
-    """Evenly spaced over the training split, or over another where that holds nothing of the source."""
+    """Evenly spaced over the training split, or over another split if the training split holds nothing of the
+    source."""
     packed: PackedSequence | None
-    """None if no samples are wanted, or there is no document."""
+    """None if no samples were requested, or there are no documents."""
 
     @property
     def read(self) -> int:
@@ -129,21 +132,22 @@ class SourceDescription:
 
     @property
     def drops(self) -> dict[str, int]:
-        """Documents dropped by reason, the most frequent first; duplicates of whatever source are one reason."""
-        return _most_first(
+        """Dropped documents by reason, the most frequent first. Duplicates are counted together, whatever source they
+        repeat."""
+        return _sort_by_count(
             (_KINDS.get(reason.partition(": ")[0], reason), count) for reason, count in self._counts("dropped")
         )
 
     @property
     def changes(self) -> dict[str, int]:
-        """Documents that are kept with a remark: repaired or marked, by reason."""
-        return _most_first(
+        """Documents that were kept, but repaired or marked, by reason."""
+        return _sort_by_count(
             (f"{what}: {reason}", count) for what in ("repaired", "marked") for reason, count in self._counts(what)
         )
 
     @property
     def duplicates(self) -> tuple[SourceDuplicates, ...]:
-        """Where the documents are that it repeated."""
+        """Dropped duplicates by the source that holds the kept document."""
         counts = Counter(dict[tuple[str, str], int]())
         for reason, count in self._counts("dropped"):
             kind, _, kept_in = reason.partition(": ")
@@ -157,7 +161,8 @@ class SourceDescription:
 
     @property
     def in_place(self) -> tuple[int, str] | None:
-        """(shards whose tokens are files of others, the folder or file that holds them all); None if all are our own."""
+        """(number of shards whose tokens are read in place, the folder or file that holds all of them). None if there
+        are none."""
         files = [
             shard.external_bin
             for part in self.splits.values()
@@ -176,7 +181,7 @@ _KINDS = {
     "exact_duplicate_of_held_out": "exact duplicate of held-out text",
     "near_duplicate_of_held_out": "near duplicate of held-out text",
 }
-"""Reasons that name the source of the document that is kept."""
+"""Reasons that end with the source of the document that was kept."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +191,12 @@ class DataDescription:
     path: Path
     tokenizer: Tokenizer
     end_of_text: str
-    """How the tokenizer spells its end-of-text token."""
+    """Text of the tokenizer's end-of-text token."""
     splits: Mapping[str, SplitManifest]
     """In the order train, validation."""
     sources: tuple[SourceDescription, ...]
     recipe: Mapping[str, tuple[RecipeEntry, ...]]
-    """How it was made, by sections."""
+    """How it was made, by section."""
 
     @property
     def tokens(self) -> int:
@@ -205,10 +210,15 @@ class DataDescription:
 
 
 def describe_data(path: Path, samples: int = 3, trusted_paths: Sequence[Path] | None = None) -> DataDescription:
-    """Describe a prepared data set, with `samples` documents of each source. `trusted_paths` as in `shards.open_split`.
+    """Describe a prepared data set.
+
+    Args:
+        path: `data.path`.
+        samples: sample documents of each source.
+        trusted_paths: as in `shards.open_split`.
 
     Raises:
-        DataError: there is none at `path`, or it is damaged.
+        DataError: there is no prepared data at `path`, or it is damaged.
     """
     prepared = open_prepared(path, trusted_paths=trusted_paths)
     names = dict.fromkeys(source.name for manifest in prepared.splits.values() for source in manifest.sources)
@@ -223,12 +233,13 @@ def describe_data(path: Path, samples: int = 3, trusted_paths: Sequence[Path] | 
 
 
 def bytes_per_token(parts: Iterable[SourceManifest]) -> float | None:
-    """UTF-8 bytes of text by token, end-of-text tokens included: loss / ln 2 / this is bits per byte. None where it is not known."""
+    """Return UTF-8 bytes of text per token, end-of-text tokens included, or None if unknown. Bits per byte = loss / ln
+    2 / this."""
     known = [(part.text_bytes, part.tokens) for part in parts if part.text_bytes and part.tokens]
     return sum(size for size, _ in known) / sum(tokens for _, tokens in known) if known else None
 
 
-def _most_first(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
+def _sort_by_count(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
     total = Counter(dict[str, int]())
     for reason, count in counts:
         total[reason] += count
@@ -254,7 +265,7 @@ def _length_bins(path: Path, parts: Mapping[str, SourceManifest]) -> tuple[Lengt
     documents, tokens = np.zeros(32, np.int64), np.zeros(32, np.int64)
     for split, part in parts.items():
         for shard in part.shards:
-            lengths = ShardFile(path / split, shard, part.dtype).lengths  # mapped, and let go of before the next
+            lengths = ShardFile(path / split, shard, part.dtype).lengths  # unmapped before the next shard is mapped
             power = np.frexp(lengths)[1] - 1  # floor(log2), exact for 31-bit numbers
             documents += np.bincount(power, minlength=32)
             tokens += np.bincount(power, lengths, minlength=32).astype(np.int64)
@@ -275,7 +286,7 @@ def _sample(shards: ShardSet, split: str, tokenizer: Tokenizer, number: int) -> 
 
 
 def _packed(shards: ShardSet, tokenizer: Tokenizer) -> PackedSequence:
-    """The sequence in which a document in the middle of the stream starts, preferably not with its first token."""
+    """Return a sequence from the middle of the stream in which a document begins, preferably not at its first token."""
     near = range(shards.n_documents // 2, min(shards.n_documents, shards.n_documents // 2 + 8))
     known = next((number for number in near if shards.document_span(number)[0] % PACKED_TOKENS), near[0])
     known_start = shards.document_span(known)[0]

@@ -1,7 +1,7 @@
 """Locks between processes, on files. The kernel releases a lock when its process ends, however it ends.
 
-Why not the package `filelock`: its version 3 empties the lock file before it has the lock, so a refused process erases who holds
-it. Version 4 falls back to marker files on a file system without `flock`, and these survive a killed process.
+Why not the package `filelock`: its version 3 empties the lock file before it has the lock, so a refused process erases
+who holds it. Version 4 falls back to marker files on a file system without `flock`, and these survive a killed process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class FileLock:
         Args:
             file: the lock file; its folder exists.
             blocking: wait while another process holds the lock.
-            required: if false, a lock that the file system cannot give is done without, for work that is safe to do twice.
+            required: if false, a lock that the file system cannot give is done without, for work that is safe to do
+                twice.
 
         Raises:
             LockHeldError: another process holds the lock, and `blocking` is false.
@@ -62,7 +63,8 @@ class FileLock:
     def release(self, *, delete: bool = False) -> None:
         """Release the lock, and delete its file if `delete` is true."""
         if delete:
-            # Deleted while it is still locked: a process that waits for it sees that it locked a deleted file, and starts over.
+            # Deleted while it is still locked: a process that waits for it sees that it locked a deleted file, and
+            # starts over.
             self.file.unlink(missing_ok=True)
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -70,7 +72,8 @@ class FileLock:
 
 
 def _lock(descriptor: int, file: Path, blocking: bool) -> bool:
-    """Lock an open file and write the process id into it. False if another process deleted `file` before this one locked it."""
+    """Lock an open file and write the process id into it. False if another process deleted `file` before this one
+    locked it."""
     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(descriptor), file.stat()):

@@ -1,4 +1,5 @@
-"""How a prepared data set was made, for people: the settings that decided something, and what was found where they pointed."""
+"""How a prepared data set was made, for display: the settings that influenced it, and the files that they referred
+to."""
 
 from __future__ import annotations
 
@@ -12,16 +13,17 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class RecipeEntry:
-    """A line of the recipe."""
+    """A line of the displayed recipe."""
 
     name: str
     value: str
     changed: bool = False
-    """It differs from the default."""
+    """Whether the value differs from the default."""
 
 
 def describe_recipe(manifest: SplitManifest, tokenizer: Tokenizer) -> dict[str, tuple[RecipeEntry, ...]]:
-    """The settings that decided something, by sections, and what was found there when it was prepared."""
+    """Return the settings that influenced the data, by section, with what they referred to when the data was
+    prepared."""
     coverage = tokenizer.coverage
     recipe, settings = manifest.recipe, manifest.recipe.settings
     filters, dedup, clean = settings.filters, settings.dedup, settings.decontaminate
@@ -31,8 +33,8 @@ def describe_recipe(manifest: SplitManifest, tokenizer: Tokenizer) -> dict[str, 
         "sources": entries[:n_sources],
         "held-out text": entries[n_sources:],
     }
-    own = {name for source in settings.all_sources for name in source.filters or ()}
-    used = [*filters.apply, *(name for name in type(filters).model_fields if name in own - set(filters.apply))]
+    of_sources = {name for source in settings.all_sources for name in source.filters or ()}
+    used = [*filters.apply, *(name for name in type(filters).model_fields if name in of_sources - set(filters.apply))]
     sections["filters"] = (RecipeEntry("apply", ", ".join(filters.apply) or "none", bool(filters.apply)),)
     if used:
         sections["filters"] += _entries(filters, "language_of_rules")
@@ -77,19 +79,19 @@ def _recipe_sources(manifest: SplitManifest) -> tuple[RecipeEntry, ...]:
 
 
 def _entries(settings: Settings, *names: str) -> tuple[RecipeEntry, ...]:
-    """Some fields, or all."""
+    """Return entries for the named fields, or for all fields if no names are given."""
     fields = type(settings).model_fields
     return tuple(
         RecipeEntry(
             name,
-            _word(value := getattr(settings, name)),
+            _format_value(value := getattr(settings, name)),
             value != fields[name].get_default(call_default_factory=True, validated_data=dict(settings)),
         )
         for name in names or fields
     )
 
 
-def _word(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(":".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value) or "none"
     if isinstance(value, bool):

@@ -1,6 +1,6 @@
-"""Which documents are held out while text is prepared: a share of each source, and all of data.validation.
+"""Which documents are held out: a fraction of each source, and all of `data.validation`.
 
-The share is drawn by the hash of a document's name, see `place`, so that neither its neighbours nor the number of workers matter.
+The hash of a document's name decides, see `uniform_hash`. So neither other documents nor the number of workers matter.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from data_pipeline.text.chunks import Chunk
 from data_pipeline.tokenizing.tokenize import ChunkResult
 
 HOLD_OUT_ALL = 2.0
-"""The fraction of documents that are held out of a source of data.validation: above every place of a document."""
+"""The validation fraction for the sources of `data.validation`: more than any `uniform_hash`."""
 
 
 def chunks_to_hold_out_from(corpus: Corpus, results: Mapping[str, ChunkResult]) -> list[Chunk]:
-    """The chunks whose document of lowest hash is held out although the fraction alone would not: one of each source of several documents,
-    of which nothing is held out so far. Where every source has a single document, one of all."""
+    """Return the chunks whose document of the lowest hash is held out although its hash is above the fraction.
+
+    One chunk of each source that has several documents but none held out. If every source has a single document, one
+    chunk of all.
+    """
     sources: dict[int, list[Chunk]] = {}
     for chunk in corpus.chunks:
         if not corpus.is_held_out(chunk.source_index):
@@ -30,15 +33,15 @@ def chunks_to_hold_out_from(corpus: Corpus, results: Mapping[str, ChunkResult]) 
         own = {chunk.name: results[chunk.name] for chunk in chunks}
         return not count_documents(own, "validation") and count_documents(own, "train") > 1
 
-    everything = [chunk for chunks in sources.values() for chunk in chunks]
-    missing = [chunks for chunks in sources.values() if is_missing(chunks)] or (
-        [everything] if is_missing(everything) else []
-    )
+    missing = [chunks for chunks in sources.values() if is_missing(chunks)]
+    if not missing:
+        all_chunks = [chunk for chunks in sources.values() for chunk in chunks]
+        missing = [all_chunks] if is_missing(all_chunks) else []
     return [min(chunks, key=lambda chunk: results[chunk.name].lowest) for chunks in missing]
 
 
 def notes_on_held_out(corpus: Corpus, results: Mapping[str, ChunkResult]) -> list[str]:
-    """What the comparison with data.validation found, and which sources it could not look into."""
+    """Return notes on what the comparison with `data.validation` found, and on sources that could not be compared."""
     config = corpus.config
     if not config.validation:
         return []
@@ -49,9 +52,10 @@ def notes_on_held_out(corpus: Corpus, results: Mapping[str, ChunkResult]) -> lis
     )
     held_out = {chunk.name: results[chunk.name] for chunk in corpus.chunks if corpus.is_held_out(chunk.source_index)}
     notes = [
-        f"compared with {count_documents(held_out, 'validation'):,} held-out documents of data.validation: {exact:,} training documents "
-        f"dropped as exact duplicates, {near:,} as near-duplicates (half of those of Jaccard similarity "
-        f"{similarity_threshold(config.dedup.bands, config.dedup.rows):.2f} are found, and more of closer ones)"
+        f"compared with {count_documents(held_out, 'validation'):,} held-out documents of data.validation: {exact:,} "
+        f"training documents dropped as exact duplicates, {near:,} as near-duplicates (half of those of Jaccard "
+        f"similarity {similarity_threshold(config.dedup.bands, config.dedup.rows):.2f} are found, and more of closer "
+        "ones)"
     ]
     tokens = [name for name, source in zip(corpus.names, config.all_sources, strict=True) if not source.is_text]
     if tokens:
@@ -60,12 +64,12 @@ def notes_on_held_out(corpus: Corpus, results: Mapping[str, ChunkResult]) -> lis
 
 
 def count_documents(results: Mapping[str, ChunkResult], split: str) -> int:
-    """Documents written to a split."""
+    """Count the documents written to a split."""
     return sum(result.splits[split].documents for result in results.values() if split in result.splits)
 
 
 def sum_by_reason(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Counts by reason, added up; the order does not depend on which came first."""
+    """Add up counts by reason. The result is sorted by reason."""
     total = Counter[str]()
     for count in counts:
         total.update(count)

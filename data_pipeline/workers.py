@@ -1,7 +1,8 @@
-"""Many jobs, some processes: results as they come, progress from inside a job, and an end to all when one fails.
+"""Jobs in worker processes: results as they finish, progress from inside of a job, and an end to all workers if one
+fails.
 
-Processes are spawned, not forked: a fork of a process whose threads hold locks can hang. They end at once when the process that
-started them gives them up or ends, however it ends.
+Workers are spawned, not forked, because a fork of a process whose threads hold locks can hang. Workers end at once when
+their parent process closes its end of a pipe or ends, however it ends.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from typing import Any, Protocol, TypeVar, cast
 from data_pipeline.errors import DataError
 
 _POLL_SECONDS = 0.2
-_AHEAD = 2
-"""Jobs that are handed over at a time, by worker: one to do and one to go on with."""
+_JOBS_PER_WORKER = 2
+"""Jobs that are submitted for each worker: the one it works on, and the next one."""
 
 _MESSAGE = struct.Struct("<qqq")
 
 
 class Job(Protocol):
-    """One piece of work; crosses to the worker by pickle, so it is small."""
+    """A piece of work. It is pickled to the worker, so it should be small."""
 
     @property
     def name(self) -> str:
-        """What an error calls it."""
+        """The name of the job in error messages."""
         ...
 
 
@@ -45,11 +46,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Progress:
-    """How much of the jobs is done."""
+    """An amount of work that was done."""
 
     documents: int = 0
     read: int = 0
-    """Bytes of the sources' files, compressed size."""
+    """Bytes read of the sources' files, as they are on disk (compressed)."""
     tokens: int = 0
 
     def __add__(self, other: Progress) -> Progress:
@@ -57,72 +58,75 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-"""Called inside a job after every batch with what the batch did."""
+"""Called inside of a job after every batch, with the work of that batch."""
 
 
 def available_cores() -> int:
-    """CPU cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(
-    begin: Callable[[], Callable[[J, ProgressCallback], R]], jobs: Sequence[J], workers: int, progress: ProgressCallback
+    setup: Callable[[], Callable[[J, ProgressCallback], R]], jobs: Sequence[J], workers: int, progress: ProgressCallback
 ) -> Iterator[R]:
-    """Yield the result of each job, in the order in which they finish.
+    """Yield the result of each job, in the order in which the jobs finish.
 
     Args:
-        begin: called once in each process that works; gives what does a job there. Crosses to the worker by pickle, once.
-        jobs: what to do.
-        workers: processes; one, or a single job, works in this process.
-        progress: is given what was done since its last call, a few times a second.
+        setup: called once in each worker process; returns the function that does a job. It is pickled once per worker.
+        jobs: the jobs.
+        workers: number of processes. With one worker, or a single job, everything runs in this process.
+        progress: called a few times a second with the work done since its last call.
 
     Raises:
-        DataError: from a job, or because a worker was killed. The other jobs are given up.
+        DataError: a job raised it, or a worker was killed. The other jobs are cancelled.
     """
-    if not jobs:  # `begin` may be dear: it loads a tokenizer and checks an encoder
+    if not jobs:  # `setup` may be expensive: it loads a tokenizer and checks an encoder
         return
     if workers == 1 or len(jobs) <= 1:
-        work = begin()
+        work = setup()
         for job in jobs:
             yield work(job, progress)
         return
     context = multiprocessing.get_context("spawn")
-    told, tell = context.Pipe(duplex=False)
-    alive, our_end = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, partial(_set_up, begin, tell, alive))
+    progress_reader, progress_writer = context.Pipe(duplex=False)
+    parent_alive_reader, parent_alive_writer = context.Pipe(duplex=False)
+    init = partial(_init_worker, setup, progress_writer, parent_alive_reader)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, init)
     waiting, running = iter(jobs), dict[Future[R], J]()
     try:
         while True:
-            with _no_interrupt():
-                for job in islice(waiting, _AHEAD * workers - len(running)):
+            with _sigint_blocked():
+                for job in islice(waiting, _JOBS_PER_WORKER * workers - len(running)):
                     running[cast("Future[R]", pool.submit(_run, job))] = job
             if not running:
                 return
             finished, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-            while told.poll():
-                progress(Progress(*_MESSAGE.unpack(told.recv_bytes())))
+            while progress_reader.poll():
+                progress(Progress(*_MESSAGE.unpack(progress_reader.recv_bytes())))
             for future in finished:
                 running.pop(future)
                 yield future.result()
     except BaseException as error:
-        our_end.close()  # the workers notice
+        parent_alive_writer.close()  # ends the workers
         if isinstance(error, BrokenProcessPool):
-            beside = ", ".join(job.name for job in running.values())
+            names = ", ".join(job.name for job in running.values())
             raise DataError(
-                f"a worker process died while {beside or 'its work'} was prepared, perhaps for want of memory; lower data.workers or "
-                f"data.shard_tokens, and run the command again: it goes on from what is finished"
+                f"a worker process died while {names or 'its work'} was prepared, perhaps for want of memory; lower "
+                "data.workers or data.shard_tokens, and run the command again: it continues from what is finished"
             ) from error
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        for end in (told, tell, alive, our_end):
+        for end in (progress_reader, progress_writer, parent_alive_reader, parent_alive_writer):
             end.close()
 
 
 @contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Hold SIGINT back, from this thread and for good from the processes it starts: Ctrl-C reaches all processes of a terminal, and
-    the parent decides what becomes of the others."""
+def _sigint_blocked() -> Iterator[None]:
+    """Block SIGINT in this thread for the time of the block, and in the processes that it starts for good.
+
+    Ctrl-C reaches all processes of a terminal. Only the parent should react, and end its workers.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -132,36 +136,39 @@ def _no_interrupt() -> Iterator[None]:
 
 @dataclass
 class _Worker:
-    """What a worker process has been given."""
+    """The state of a worker process."""
 
-    begin: Callable[[], Callable[[Any, ProgressCallback], object]]
+    setup: Callable[[], Callable[[Any, ProgressCallback], object]]
     pipe: Connection
-    """Shared by all workers. A message is written in one piece, so it needs no lock that a worker could die with."""
+    """Shared by all workers. A message is written in a single call, so no lock is needed that a killed worker could
+    still hold."""
 
     @cached_property
-    def work(self) -> Callable[[Any, ProgressCallback], object]:  # Any: only who calls `run_jobs` knows his jobs
-        return self.begin()
+    def work(self) -> Callable[[Any, ProgressCallback], object]:  # Any: only the caller of `run_jobs` knows the type
+        return self.setup()
 
-    def tell(self, done: Progress) -> None:
-        self.pipe.send_bytes(_MESSAGE.pack(done.documents, done.read, done.tokens))
+    def report(self, progress: Progress) -> None:
+        self.pipe.send_bytes(_MESSAGE.pack(progress.documents, progress.read, progress.tokens))
 
 
 _worker: _Worker
 
 
-def _set_up(begin: Callable[[], Callable[[J, ProgressCallback], object]], tell: Connection, alive: Connection) -> None:
-    """Set up a worker. What a pool hands to its workers can only be kept in a global of theirs."""
+def _init_worker(
+    setup: Callable[[], Callable[[J, ProgressCallback], object]], progress: Connection, parent_alive: Connection
+) -> None:
+    """Initialize a worker process. An initializer of a pool can leave its result only in a global."""
     global _worker
-    _worker = _Worker(begin, tell)
+    _worker = _Worker(setup, progress)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent_alive,), daemon=True).start()
 
 
-def _end_with_parent(alive: Connection) -> None:
-    """Nothing is ever sent: the pipe becomes readable when the parent's end is closed."""
-    alive.poll(None)
+def _exit_with_parent(parent_alive: Connection) -> None:
+    """Exit when the parent closes its end of the pipe. Nothing is ever sent through it."""
+    parent_alive.poll(None)
     os._exit(1)
 
 
 def _run(job: Job) -> object:
-    return _worker.work(job, _worker.tell)
+    return _worker.work(job, _worker.report)

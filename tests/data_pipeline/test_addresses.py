@@ -89,7 +89,7 @@ def test_variables_are_filled_in_from_the_environment() -> None:
     with pytest.raises(DataError) as caught:
         expand_variables("s3://${K}@b", environment={})
     assert (
-        str(caught.value) == "data.sources: s3://${K}@b needs ${K}, which the environment does not have; export K=..."
+        str(caught.value) == "data.sources: s3://${K}@b needs ${K}, but it is not set in the environment; export K=..."
     )
     with pytest.raises(
         DataError, match=r"s3://\*\*\*:\*\*\*@b was written without its secret; put the secret into an environment"

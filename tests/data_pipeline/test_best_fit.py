@@ -311,7 +311,7 @@ def test_damaged_tokens_empty_their_rows_where_damage_is_skipped(write_split: Wr
 def test_it_packs_for_one_length_only(write_split: WriteSplit) -> None:
     folder = write_split({"a": [[1, 0]] * 40}).folder
     with pytest.raises(
-        DataError, match=r"data\.packing=best_fit packs for one length, and the run asks for 8 to 16 tokens"
+        DataError, match=r"data\.packing=best_fit packs for one length, and the run uses 8 to 16 tokens"
     ):
         Loader(folder, seq_len=8, seed=0, window=16, packing="best_fit")
     assert open_split(folder).manifest.tokens == 80
