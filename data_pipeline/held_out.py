@@ -100,7 +100,8 @@ def _remedy(name: str, documents: int, tokens: int, seq_len: int, settings: Prep
     fraction = _MARGIN * max(MIN_SEQUENCES * seq_len / max(1, tokens), MIN_DOCUMENTS / max(1, documents))
     fraction = max(fraction, _MARGIN * settings.validation_fraction)  # the hash may have selected few documents
     if fraction > _MAX_PROPOSED_FRACTION:
-        return f"it is small ({_count(documents, 'document')}, {tokens:,} tokens): add text, or name held-out text in data.validation"
+        size = f"{_count(documents, 'document')}, {tokens:,} tokens"
+        return f"it is small ({size}): add text, or name held-out text in data.validation"
     digit = 10.0 ** (floor(log10(fraction)) - 1)
     rounded = f"{ceil(fraction / digit - 1e-9) * digit:.2g}"
     return f"prepare it with data.validation_fraction={rounded}, or name held-out text in data.validation"

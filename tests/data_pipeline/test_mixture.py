@@ -219,7 +219,7 @@ def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_units() -> 
         ({"stages": [{"from": "50%", "weights": {"wiki": 1}}]}, r"data\.mixture\.stages\.0\.weights names wiki"),
         (
             {"stages": [{"from": 9, "weights": {}}, {"from": 8, "weights": {}}]},
-            r"data\.mixture\.stages\.1\.from=8 lies before the stage",
+            r"data\.mixture\.stages\.1\.from=8 lies before the previous stage",
         ),
         ({"stages": [{"from": "half", "weights": {}}]}, r"data\.mixture\.stages\.0\.from=half is neither"),
         ({"stages": [{"from": "101%", "weights": {}}]}, r"data\.mixture\.stages\.0\.from=101% lies outside"),
