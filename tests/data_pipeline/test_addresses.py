@@ -193,7 +193,7 @@ def test_every_kind_of_source_is_found_by_variables(tmp_path: Path, monkeypatch:
         elsewhere = SourceConfig.model_validate({"kind": kind, "paths": ["${ELSEWHERE}/x"]})
         with pytest.raises(
             DataError,
-            match=r"^data\.validation: \$\{ELSEWHERE\}/x needs \$\{ELSEWHERE\}, which the environment does not",
+            match=r"^data\.validation: \$\{ELSEWHERE\}/x needs \$\{ELSEWHERE\}, but it is not set in the environment",
         ):
             collect_trusted_paths(PrepareConfig(sources=(megatron,), validation=(elsewhere,)))
 
