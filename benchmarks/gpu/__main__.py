@@ -46,7 +46,7 @@ NEEDED = (
         "zstandard",
         "xxhash",
     ),
-    *("safetensors", "plotly", "pytest", "pytest_timeout"),
+    *("safetensors", "plotly", "jinja2", "pytest", "pytest_timeout"),
 )
 """What the stages import. `make gpu-wheels` brings those that a stock image with PyTorch lacks."""
 

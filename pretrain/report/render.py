@@ -1,122 +1,103 @@
-"""The frame of our pages: one HTML file that needs nothing else, neither network nor fonts.
+"""Turn a template and its content into a page: one HTML file that needs neither network nor fonts.
 
-About 2 MB: Plotly's own script is 4.8 MB, and travels compressed; the browser unpacks it (DecompressionStream, in all since 2023).
+A page is about 2 MB. Plotly's own script of 4.8 MB is embedded gzipped, and the browser unpacks it (DecompressionStream, in all browsers
+since 2023). To add a page, write `templates/NAME.html` that extends `base.html` and a module that calls `render_page("NAME.html", ...)`.
 """
 
 from __future__ import annotations
 
 import base64
 import gzip
-import html
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.resources import files
-from string import Template
 
 import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
-Themes = Mapping[str, Mapping[str, object]]
-Row = tuple[str, ...]
+from pretrain.console import format_duration
+from pretrain.report.themes import chart_themes
 
 
-def page(
-    title: str, state: str, subtitle: str, body: str, source: str, figures: Mapping[str, go.Figure], themes: Themes
+@dataclass(frozen=True)
+class Tile:
+    """One of the numbers at the top of a page."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first columns hold text and whose other columns hold numbers."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
+    has_total: bool = False
+    """Whether the last of several rows is their sum."""
+
+
+Settings = Mapping[str, Sequence[tuple[str, str, bool]]]
+"""Sections of settings; a setting is (name, value, whether it differs from the default)."""
+
+
+def render_page(
+    template: str,
+    *,
+    title: str,
+    state: str,
+    subtitle: str,
+    source: str,
+    figures: Mapping[str, go.Figure],
+    **content: object,
 ) -> str:
-    """A whole page.
+    """Return a whole page as HTML. Every text is escaped.
 
     Args:
-        title: its heading.
-        state: a word or two beside it.
-        subtitle: a line below it.
-        body: HTML; everything else is text.
-        source: what it was made from, for the footer.
-        figures: what to draw into the `chart` of each name.
-        themes: `light` and `dark`: Plotly's template, and the colour of each role (a trace names its role in `meta`).
+        template: a file in `templates/` that extends `base.html`.
+        title: heading of the page.
+        state: a word or two beside the title.
+        subtitle: a line below the title.
+        source: the files that the page was made from, for the footer.
+        figures: the charts. The one named `x` is drawn where the template has `chart("x", ...)`.
+        content: what the template's own blocks use.
     """
-    assets = files("pretrain.report")
+    loader = PackageLoader("pretrain.report")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "duration": format_duration,
+        "thousands": lambda number: f"{number:,}",
+        "timestamp": format_timestamp,
+    }
+    css, js = (Markup(loader.get_source(environment, name)[0]) for name in ("page.css", "page.js"))
     charts = {name: figure.to_plotly_json() for name, figure in figures.items()}
-    return Template(assets.joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        css=assets.joinpath("page.css").read_text(encoding="utf-8"),
-        js=assets.joinpath("page.js").read_text(encoding="utf-8"),
+    return environment.get_template(template).render(
+        title=title,
+        state=state,
+        subtitle=subtitle,
+        source=source,
+        written=time.time(),
+        css=css,
+        js=js,
+        figures=script_json({"charts": charts, "themes": chart_themes()}),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
-        figures=_script_json({"charts": charts, "themes": themes}),
-        title=text(title),
-        state=text(state),
-        subtitle=text(subtitle),
-        body=body,
-        written=when(datetime.now(tz=UTC).timestamp()),
-        source=text(source),
+        **content,
     )
 
 
-def card(name: str, title: str, body: str, note: str = "") -> str:
-    """A part of the page with a heading; `body` is HTML."""
-    remark = f'<p class="note">{text(note)}</p>' if note else ""
-    return f'<section class="card" id="{name}"><h2>{text(title)}</h2>{remark}{body}</section>'
+def format_timestamp(unix_time: float) -> str:
+    """Return a time to the second, in UTC."""
+    return datetime.fromtimestamp(unix_time, tz=UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def chart(name: str, label: str) -> str:
-    """Where the figure of that name is drawn; `label` tells what it shows."""
-    return f'<div class="chart" id="chart-{name}" role="img" aria-label="{text(label)}"></div>'
-
-
-def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
-    """What a reader looks for first: name, value, a remark."""
-    return f'<div class="tiles">{"".join(_tile(*figure) for figure in figures)}</div>'
-
-
-def notices(sentences: Iterable[str]) -> str:
-    """What a reader should not miss."""
-    return "".join(f'<p class="notice">{text(sentence)}</p>' for sentence in sentences)
-
-
-def table(head: Row, rows: Sequence[Row], words: int = 1, *, total: bool = False) -> str:
-    """Columns of words, then columns of numbers; with `total` the last of several rows is their sum."""
-
-    def row(cells: Row, kind: str, mark: str = "") -> str:
-        marked = (f"<{kind}{' class=number' * (i >= words)}>{text(cell)}</{kind}>" for i, cell in enumerate(cells))
-        return f"<tr{mark}>{''.join(marked)}</tr>"
-
-    body = "".join(
-        row(cells, "td", " class=total" * (total and i == len(rows) - 1 > 0)) for i, cells in enumerate(rows)
-    )
-    return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>"
-
-
-def settings(sections: Mapping[str, Iterable[tuple[str, str, bool]]]) -> str:
-    """Sections that open and close, of (name, value, whether it differs from the default)."""
-    return "".join(
-        f"<details><summary>{text(name)}</summary><dl>{_terms(terms)}</dl></details>"
-        for name, terms in sections.items()
-    )
-
-
-def text(plain: str) -> str:
-    """Text as HTML."""
-    return html.escape(plain)
-
-
-def when(unix: float) -> str:
-    """A moment, to the second."""
-    return datetime.fromtimestamp(unix, tz=UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _terms(terms: Iterable[tuple[str, str, bool]]) -> str:
-    rows = []
-    for name, value, changed in terms:
-        mark = ' class="changed"' if changed else ""
-        rows.append(f"<dt{mark}>{text(name)}</dt><dd{mark}>{text(value)}</dd>")
-    return "".join(rows)
-
-
-def _tile(name: str, value: str, remark: str) -> str:
-    rows = (("name", name), ("value", value), ("remark", remark))
-    lines = "".join(f'<div class="{kind}">{text(words)}</div>' for kind, words in rows)
-    return f'<div class="tile">{lines}</div>'
-
-
-def _script_json(data: object) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return str(to_json_plotly(data)).replace("<", "\\u003c")
+def script_json(data: object) -> Markup:
+    """Return JSON for a script element. It holds no `<`, so that no text in it can end the element."""
+    return Markup(str(to_json_plotly(data)).replace("<", "\\u003c"))

@@ -1,29 +1,27 @@
-"""The report of a run: what it is, its curves, its events, what it writes and its settings."""
+"""The report of a run: key numbers, curves, events, samples and settings."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-
-import plotly.graph_objects as go
 
 from data_pipeline.atomic import write_atomic
 from data_pipeline.held_out import MIN_SEQUENCES
 from pretrain.config import RunConfig, flatten
 from pretrain.config.saved import read_config
 from pretrain.console import format_count, format_decimal, format_duration
-from pretrain.report import render
-from pretrain.report.render import text
-from pretrain.report.run_charts import MAX_POINTS, charts, themes
+from pretrain.report.curves import MAX_POINTS
+from pretrain.report.render import Settings, Table, Tile, render_page
+from pretrain.report.run_charts import run_figures
 from pretrain.runs.jsonl import read_events, read_metrics
 from pretrain.runs.schema import Event, Metrics, ValidationRecord
 
-SECTIONS = {
+CURVES = {
     "loss": "Loss",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
@@ -33,8 +31,8 @@ STATES = {"finish": "finished", "stop": "stopped", "start": "not finished", "res
 
 
 @dataclass(frozen=True)
-class Run:
-    """All that a run directory says."""
+class RunFiles:
+    """What the files of a run directory hold."""
 
     name: str
     config: RunConfig
@@ -43,96 +41,88 @@ class Run:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run directory, of a finished run or one still going, and return its path.
+    """Write `report.html` into the directory of a run, finished or in progress, and return its path.
 
-    UserError: the directory holds no `config.yaml`, or a file in it cannot be read.
+    Raises:
+        UserError: the directory has no `config.yaml`, or one of its files cannot be read.
     """
-    run = Run(
+    run = RunFiles(
         run_dir.resolve().name,
         read_config(run_dir / "config.yaml"),
         read_metrics(run_dir / "metrics.jsonl"),
         read_events(run_dir / "events.jsonl"),
     )
     report = run_dir / "report.html"
-    write_atomic(report, _page(run).encode())
+    write_atomic(report, render_run(run).encode())
     return report
 
 
-def _page(run: Run) -> str:
-    figures = charts(run.metrics, run.events)
-    sections = "".join(
-        render.card(name, title, render.chart(name, f"{title} over the steps")) for name, title in SECTIONS.items()
+def render_run(run: RunFiles) -> str:
+    """Return the page as HTML."""
+    samples = {event.prompt: event for event in run.events if event.kind == "sample"}  # of each prompt the last one
+    figures = run_figures(run.metrics, run.events)
+    return render_page(
+        "run.html",
+        title=run.name,
+        state=run_state(run.events),
+        subtitle=_subtitle(run),
+        source="metrics.jsonl and events.jsonl",
+        figures=figures,
+        tiles=_tiles(run),
+        notices=_notices(run),
+        curves=CURVES,
+        by_source=_source_table(run.metrics.validations) if "by_source" in figures else None,
+        remarks=_remarks(run),
+        ancestry=run.config.run.ancestry,
+        samples=list(samples.values()),
+        events=[event for event in run.events if event.kind != "sample"],
+        settings=_settings(run.config),
     )
-    body = [
-        render.tiles(_tiles(run)),
-        render.notices(_notices(run)),
-        f'<div class="charts">{sections}</div>',
-        _by_source(figures, run.metrics.validations),
-        f'<p class="note">{text(_remarks(run))}</p>',
-        _ancestry(run.config),
-        _samples(run.events),
-        _events(run.events),
-        _config(run.config),
-    ]
-    source = "metrics.jsonl and events.jsonl"
-    return render.page(run.name, _state(run.events), _subtitle(run), "\n".join(body), source, figures, themes())
 
 
-def _tiles(run: Run) -> list[tuple[str, str, str]]:
-    """The figures a reader looks for first: name, value, a remark."""
-    steps, validations = run.metrics.steps, run.metrics.validations
-    model = run.config.model
-    parameters = next((event.parameters for event in reversed(run.events) if event.parameters), None)
-    shape = f"{model.n_layers} layers, width {model.d_model:,}"
-    tiles = [("Parameters", format_count(parameters), shape) if parameters else ("Model", shape, "")]
-    if steps:
-        tiles.append(
-            ("Tokens", format_count(steps[-1].tokens), f"{steps[-1].step:,} of {run.config.train.steps:,} steps")
-        )
-    if validations:
-        last = validations[-1]
-        first = f"from {format_decimal(validations[0].val_loss)}, " if len(validations) > 1 else ""
-        tiles.append(
-            (
-                "Validation loss",
-                format_decimal(last.val_loss),
-                f"{first}perplexity {format_decimal(last.val_perplexity, 2)}",
-            )
-        )
-    if steps:
-        tiles.append(("Training time", format_duration(_seconds_at_work(run)), _attempts(run.events)))
-        speed = statistics.median(record.tokens_per_s for record in steps)
-        shares = [record.mfu for record in steps if record.mfu is not None]
-        tiles.append(
-            (
-                "Speed",
-                f"{speed:,.0f} tokens/s",
-                f"MFU {statistics.median(shares):.1%} (medians)" if shares else "median",
-            )
-        )
-    return tiles
-
-
-def _seconds_at_work(run: Run) -> float:
-    """From the start to the last sign of life of every attempt, without the time between attempts."""
-    signs = [(event.time, event.kind in {"start", "resume"}) for event in run.events if event.kind != "settings"]
-    signs += [(record.time, False) for record in run.metrics.steps] + [
-        (record.time, False) for record in run.metrics.validations
-    ]
-    signs.sort()
-    return sum(later - earlier for (earlier, _), (later, begins) in pairwise(signs) if not begins)
-
-
-def _attempts(events: Sequence[Event]) -> str:
-    resumes = sum(event.kind == "resume" for event in events)
-    return "in one go" if resumes == 0 else f"resumed {'once' if resumes == 1 else f'{resumes} times'}"
-
-
-def _state(events: Sequence[Event]) -> str:
+def run_state(events: Sequence[Event]) -> str:
+    """Return `finished`, `stopped`, `not finished` or `not started`."""
     return next((STATES[event.kind] for event in reversed(events) if event.kind in STATES), "not started")
 
 
-def _subtitle(run: Run) -> str:
+def _tiles(run: RunFiles) -> list[Tile]:
+    steps, validations = run.metrics.steps, run.metrics.validations
+    model = run.config.model
+    n_parameters = next((event.parameters for event in reversed(run.events) if event.parameters), None)
+    shape = f"{model.n_layers} layers, width {model.d_model:,}"
+    tiles = [Tile("Parameters", format_count(n_parameters), shape) if n_parameters else Tile("Model", shape)]
+    if steps:
+        progress = f"{steps[-1].step:,} of {run.config.train.steps:,} steps"
+        tiles.append(Tile("Tokens", format_count(steps[-1].tokens), progress))
+    if validations:
+        last = validations[-1]
+        first = f"from {format_decimal(validations[0].val_loss)}, " if len(validations) > 1 else ""
+        perplexity = f"perplexity {format_decimal(last.val_perplexity, 2)}"
+        tiles.append(Tile("Validation loss", format_decimal(last.val_loss), first + perplexity))
+    if steps:
+        tiles.append(Tile("Training time", format_duration(_training_seconds(run)), _format_resumes(run.events)))
+        speed = statistics.median(record.tokens_per_s for record in steps)
+        mfus = [record.mfu for record in steps if record.mfu is not None]
+        note = f"MFU {statistics.median(mfus):.1%} (medians)" if mfus else "median"
+        tiles.append(Tile("Speed", f"{speed:,.0f} tokens/s", note))
+    return tiles
+
+
+def _training_seconds(run: RunFiles) -> float:
+    """Return the time that the attempts took, each from its start to its last record. The time between attempts does not count."""
+    times = [(event.time, event.kind in {"start", "resume"}) for event in run.events if event.kind != "settings"]
+    times += [(record.time, False) for record in run.metrics.steps]
+    times += [(record.time, False) for record in run.metrics.validations]
+    times.sort()
+    return sum(end - start for (start, _), (end, is_new_attempt) in pairwise(times) if not is_new_attempt)
+
+
+def _format_resumes(events: Sequence[Event]) -> str:
+    count = sum(event.kind == "resume" for event in events)
+    return "in one go" if count == 0 else f"resumed {'once' if count == 1 else f'{count} times'}"
+
+
+def _subtitle(run: RunFiles) -> str:
     model, train, optim = run.config.model, run.config.train, run.config.optim
     device = next((event.device for event in reversed(run.events) if event.device), None)
     parts = [
@@ -145,18 +135,20 @@ def _subtitle(run: Run) -> str:
     return " · ".join(parts)
 
 
-def _notices(run: Run) -> list[str]:
+def _notices(run: RunFiles) -> list[str]:
+    """Return what a reader must not miss: no steps, losses that are not finite, too little validation text."""
     notices = []
     if not run.metrics.steps:
         notices.append("No step has been recorded yet.")
-    bad = [record.step for record in run.metrics.steps if not math.isfinite(record.loss)]
-    if bad:
+    not_finite = [record.step for record in run.metrics.steps if not math.isfinite(record.loss)]
+    if not_finite:
         notices.append(
-            f"The loss of {len(bad):,} step{'s' * (len(bad) > 1)} was not finite, first at step {bad[0]:,}: the curves have gaps there."
+            f"The loss of {len(not_finite):,} step{'s' * (len(not_finite) > 1)} was not finite, "
+            f"first at step {not_finite[0]:,}: the curves have gaps there."
         )
-    few = run.config.data.seq_len * (MIN_SEQUENCES - 1)
+    few_tokens = run.config.data.seq_len * (MIN_SEQUENCES - 1)
     by_source = run.metrics.validations[-1].by_source if run.metrics.validations else {}
-    small = [f"{name} ({source.tokens:,} tokens)" for name, source in by_source.items() if source.tokens <= few]
+    small = [f"{name} ({source.tokens:,} tokens)" for name, source in by_source.items() if source.tokens <= few_tokens]
     if small:
         notices.append(
             f"The validation loss is over little text of {', '.join(small)}: hold out more of it, or raise eval.batches."
@@ -164,94 +156,42 @@ def _notices(run: Run) -> list[str]:
     return notices
 
 
-def _remarks(run: Run) -> str:
-    """What the curves leave out, and what MFU means here."""
+def _remarks(run: RunFiles) -> str:
+    """Return what the curves leave out, and what MFU means in this run."""
     remarks = ["Drag over a chart to zoom in, double-click to see all again."]
-    if len(run.metrics.steps) > MAX_POINTS:
+    n_steps = len(run.metrics.steps)
+    if n_steps > MAX_POINTS:
         remarks.append(
-            f"Curves show {MAX_POINTS:,} of the {len(run.metrics.steps):,} steps: the lowest and the highest of every stretch."
+            f"Curves show {MAX_POINTS:,} of the {n_steps:,} steps: the lowest and the highest value of every section."
         )
     statement = next((event.mfu_statement for event in reversed(run.events) if event.mfu_statement), None)
     return " ".join([*remarks, f"{statement}."] if statement else remarks)
 
 
-def _by_source(figures: Mapping[str, go.Figure], validations: Sequence[ValidationRecord]) -> str:
-    """The curve of each source, and a table of the newest values. Empty where there are not several sources."""
-    if "by_source" not in figures:
-        return ""
+def _source_table(validations: Sequence[ValidationRecord]) -> Table:
+    """Return the first and the last validation loss of each source, and of all."""
     last = validations[-1]
     rows = []
     for name, source in last.by_source.items():
         first = next(record.by_source[name] for record in validations if name in record.by_source)
-        rows.append(
-            (
-                name,
-                f"{source.tokens:,}",
-                format_decimal(first.loss),
-                format_decimal(source.loss),
-                format_decimal(source.perplexity, 2),
-            )
-        )
-    rows.append(
-        (
-            "all",
-            f"{last.val_tokens:,}",
-            format_decimal(validations[0].val_loss),
-            format_decimal(last.val_loss),
-            format_decimal(last.val_perplexity, 2),
-        )
-    )
-    table = render.table(("Source", "Tokens predicted", "First loss", "Last loss", "Perplexity"), rows, total=True)
-    chart = render.chart("by_source", "Validation loss by source over the steps")
-    note = "The last row is the mean over all these tokens."
-    return render.card("by_source", "Validation loss by source", f'{chart}<div class="scroll">{table}</div>', note)
+        rows.append(_loss_row(name, source.tokens, first.loss, source.loss, source.perplexity))
+    rows.append(_loss_row("all", last.val_tokens, validations[0].val_loss, last.val_loss, last.val_perplexity))
+    headings = ("Source", "Tokens predicted", "First loss", "Last loss", "Perplexity")
+    return Table(headings, rows, has_total=True)
 
 
-def _samples(events: Sequence[Event]) -> str:
-    samples = {event.prompt: event for event in events if event.kind == "sample"}.values()  # the last attempt's
-    if not samples:
-        return ""
-    figures = "".join(f'<pre class="sample"><b>{text(s.prompt or "")}</b>{text(s.text)}</pre>' for s in samples)
-    return render.card("samples", "What it writes", figures, "The prompt is bold.")
+def _loss_row(name: str, tokens: int, first_loss: float, last_loss: float, perplexity: float) -> tuple[str, ...]:
+    losses = (format_decimal(first_loss), format_decimal(last_loss), format_decimal(perplexity, 2))
+    return (name, f"{tokens:,}", *losses)
 
 
-def _ancestry(config: RunConfig) -> str:
-    """The checkpoints that the run began from, nearest first; nothing for a run from initial weights."""
-    if not config.run.ancestry:
-        return ""
-    taken = {"weights": "weights", "full": "weights, optimizer, data position"}
-    rows = "".join(
-        f'<tr><td class="number">{ancestor.step:,}</td><td>{text(ancestor.run)}</td><td>{taken[ancestor.mode]}</td>'
-        f"<td>{text(ancestor.generation)}</td></tr>"
-        for ancestor in config.run.ancestry
-    )
-    head = '<tr><th class="number">Step</th><th>Run</th><th>Taken over</th><th>Checkpoint</th></tr>'
-    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
-    return render.card("ancestry", "Began from", table, "The nearest checkpoint first, then that run's own beginning.")
-
-
-def _events(events: Sequence[Event]) -> str:
-    told = [event for event in events if event.kind != "sample"]
-    if not told:
-        return ""
-    began = told[0].time
-    rows = "".join(
-        f'<tr><td class="number">{"" if e.step is None else f"{e.step:,}"}</td><td><span class="kind {text(e.kind)}">'
-        f'{text(e.kind.replace("_", " "))}</span></td><td>{text(e.text)}</td><td class="number" title="{render.when(e.time)}">'
-        f"{format_duration(e.time - began)}</td></tr>"
-        for e in told
-    )
-    head = '<tr><th class="number">Step</th><th>Event</th><th></th><th class="number">After</th></tr>'
-    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
-    return render.card("events", "Events", table, f"Since {render.when(began)}.")
-
-
-def _config(config: RunConfig) -> str:
-    """Sections that open and close; what differs from the defaults is bold."""
+def _settings(config: RunConfig) -> Settings:
+    """Return every setting by section, and whether it differs from its default."""
     defaults = flatten(RunConfig())
     sections: dict[str, list[tuple[str, str, bool]]] = {}
     for key, value in flatten(config).items():
         section, _, name = key.partition(".")
-        word = json.dumps(value, ensure_ascii=False) if isinstance(value, list | bool) or value is None else str(value)
-        sections.setdefault(section, []).append((name, word, value != defaults[key]))
-    return render.card("config", "Settings", render.settings(sections), "What differs from the defaults is bold.")
+        is_json = isinstance(value, list | bool) or value is None
+        shown = json.dumps(value, ensure_ascii=False) if is_json else str(value)
+        sections.setdefault(section, []).append((name, shown, value != defaults[key]))
+    return sections

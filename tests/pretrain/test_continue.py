@@ -397,7 +397,7 @@ def test_ancestry_is_written_everywhere_and_reaches_back_to_the_first(
     start = next(e.text for e in read_events(second / "events.jsonl") if e.kind == "start")
     assert start.endswith(f"; from the weights of {first}@12 (generation {made[0].generation})")
     page = write_report(second).read_text()
-    card = page[page.index("Began from") :]
+    card = page[page.index("Started from") :]
     assert card.index(str(first)) < card.index(str(parent))
     assert all(manifest.generation in card for manifest in made)
 

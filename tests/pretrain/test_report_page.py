@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
-from pretrain.report.run_charts import MAX_POINTS, smooth, thin
+from pretrain.report.curves import MAX_POINTS, smooth, thin
 from pretrain.report.run_page import write_report
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.jsonl import RecordFile
