@@ -81,6 +81,14 @@ class Layout:
         """Stages of the pipeline."""
         return self.pipeline * self.stages_per_rank
 
+    def n_microbatches(self, n_rows: int, micro_batch_size: int) -> int:
+        """Microbatches that each data rank makes of a global batch of `n_rows` sequences; the last one may need padding.
+
+        >>> Layout(shard=2).n_microbatches(9, 2)
+        3
+        """
+        return -(-n_rows // self.data // micro_batch_size)
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where a rank stands on each axis.
 

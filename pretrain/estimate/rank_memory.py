@@ -119,7 +119,7 @@ def layers_of_stages(config: RunConfig, layout: Layout) -> list[range]:
 
 def n_microbatches(config: RunConfig, layout: Layout) -> int:
     """Of a whole batch, on each data rank."""
-    return -(-config.train.batch_size // layout.data // config.train.micro_batch_size)
+    return layout.n_microbatches(config.train.batch_size, config.train.micro_batch_size)
 
 
 def _gathered(held: Iterable[ModelParameter], layout: Layout) -> int:

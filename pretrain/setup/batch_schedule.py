@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from data_pipeline.reading.mixture import resolve_start_sample
+from parallel.layout import Layout
 from pretrain.config import DataConfig, TrainConfig
 from pretrain.optim.schedule import batch_size_at, samples_before
 from pretrain.setup.constraints import Violation, enforce
@@ -118,12 +119,12 @@ class BatchSchedule:
         """Sequences of `seq_len` tokens in a microbatch: as many tokens as in `train.micro_batch_size` samples, at least one."""
         return max(1, self.train.micro_batch_size * self.seq_len // seq_len)
 
-    def microbatch_counts(self, data_ranks: int) -> dict[str, int]:
+    def microbatch_counts(self, layout: Layout) -> dict[str, int]:
         """Microbatches of a step on each data rank, by what the step is like: "" is a whole batch of the first stage."""
 
         def count(samples: int, seq_len: int) -> int:
             rows = -(-samples * self.seq_len // seq_len)
-            return -(-rows // data_ranks // self.micro_batch_size(seq_len))
+            return layout.n_microbatches(rows, self.micro_batch_size(seq_len))
 
         train, stages = self.train, self.stages[1:]
         ramp = sorted({batch_size_at(step, train) for step in range(1, train.batch_ramp_steps + 1)})

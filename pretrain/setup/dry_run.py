@@ -7,7 +7,7 @@ compiled, and no file is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from parallel.engine import Microbatch, ModelSpec, Optimizer
 from parallel.engines.torch.build import build_engine
-from parallel.layout import Layout
+from parallel.layout import AXES, Layout
 from parallel.simulate.communication import CommTracker
 from parallel.simulate.fake_world import fake_world
 from parallel.simulate.memory import ACTIVATIONS, MemoryTracker, tensor_kinds
@@ -65,41 +65,44 @@ def dry_run(config: RunConfig, world_size: int, rank: int | None, console: Conso
     rank = resolved.peak_rank if rank is None else rank
     if not 0 <= rank < world_size:
         raise UserError(f"--rank={rank} is not one of {world_size} ranks; use 0 to {world_size - 1}")
-    config, in_full = shortened(config, layout), n_microbatches(config, layout)
-    measured = measure(config, layout, rank)
-    place = " ".join(f"{axis}={at}" for axis, at in layout.coordinates(rank).items() if getattr(layout, axis) > 1)
-    held = estimate_rank_memory(config, layout, rank)
-    layers = ", ".join(f"{layers.start} to {layers.stop - 1}" for layers in held.layers)
-    steps = n_microbatches(config, layout)
-    console.print(
-        f"{layout}: rank {rank} of {world_size}" + (f", at {place}" if place else ""), highlight=False, soft_wrap=True
-    )
-    console.print(
-        f"layers {layers} of {config.model.n_layers}, {held.n_parameters:,} parameters", highlight=False, soft_wrap=True
-    )
-    shown = f"a step of {steps} microbatch{'es' * (steps > 1)}" + (
-        f"; the {in_full - steps} others of a whole step are more of the same" * (in_full > steps)
-    )
-    console.print(Text(f"{shown}, uncompiled", "dim"), soft_wrap=True)
-    if config.optim.kind == "muon":
-        console.print(
-            Text("optim.kind=muon gathers what its products need; no formula counts that", "dim"), soft_wrap=True
-        )
-    console.print(_held_table(measured, held))
+    n_in_full = n_microbatches(config, layout)
+    config = shorten_step(config, layout)
+    measured, held = measure(config, layout, rank), estimate_rank_memory(config, layout, rank)
+    for line in (*_describe_rank(config, layout, rank, held), *_describe_step(config, layout, n_in_full)):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(_memory_table(measured, held))
     if layout.offload:
-        console.print(
-            Text("parallel.offload=true: parameters, gradients and optimizer state are in host memory", "dim"),
-            soft_wrap=True,
-        )
+        note = "parallel.offload=true: parameters, gradients and optimizer state are in host memory"
+        console.print(Text(note, "dim"), soft_wrap=True)
     if measured.sent:
-        console.print(_sent_table(measured.sent, estimate_traffic(config, layout, rank)))
+        console.print(_traffic_table(measured.sent, estimate_traffic(config, layout, rank)))
 
 
-def shortened(config: RunConfig, layout: Layout) -> RunConfig:
+def _describe_rank(config: RunConfig, layout: Layout, rank: int, held: RankMemory) -> Iterator[str]:
+    """Where the rank stands in the layout, and what part of the model it holds."""
+    sizes = dict(zip(AXES, layout.sizes, strict=True))
+    place = " ".join(f"{axis}={at}" for axis, at in layout.coordinates(rank).items() if sizes[axis] > 1)
+    layers = ", ".join(f"{layers.start} to {layers.stop - 1}" for layers in held.layers)
+    yield f"{layout}: rank {rank} of {layout.world_size}" + (f", at {place}" if place else "")
+    yield f"layers {layers} of {config.model.n_layers}, {held.n_parameters:,} parameters"
+
+
+def _describe_step(config: RunConfig, layout: Layout, n_in_full: int) -> Iterator[Text]:
+    """How the dry step differs from one with `n_in_full` microbatches, and from the formulas."""
+    steps = n_microbatches(config, layout)
+    step = f"a step of {steps} microbatch{'es' * (steps > 1)}"
+    if n_in_full > steps:
+        step += f"; the {n_in_full - steps} others of a whole step are more of the same"
+    yield Text(f"{step}, uncompiled", "dim")
+    if config.optim.kind == "muon":
+        yield Text("optim.kind=muon gathers what its products need; no formula counts that", "dim")
+
+
+def shorten_step(config: RunConfig, layout: Layout) -> RunConfig:
     """The config of a step with few microbatches, which can run here and peaks like the full one."""
     tree = config.model_dump(mode="json")
-    rounds, all_of_them = ROUNDS.get(layout.schedule, 2), n_microbatches(config, layout)
-    few = all_of_them if rounds is None else min(all_of_them, max(2, rounds * layout.pipeline))
+    rounds, n_in_full = ROUNDS.get(layout.schedule, 2), n_microbatches(config, layout)
+    few = n_in_full if rounds is None else min(n_in_full, max(2, rounds * layout.pipeline))
     tree["train"]["batch_size"] = few * config.train.micro_batch_size * layout.data
     tree["train"] |= {"compile": False, "attention": "varlen", "device": "cpu"}
     return validate(tree)
@@ -107,9 +110,8 @@ def shortened(config: RunConfig, layout: Layout) -> RunConfig:
 
 def measure(config: RunConfig, layout: Layout, rank: int) -> Measured:
     """Build one rank of a resolved config in a fake world and take a step. Takes a second to a minute."""
-    layout = replace(
-        layout, offload=False, async_tensor=False
-    )  # both are for devices that are not there, and change no size
+    # Both need devices that are not here, and change no size.
+    layout = replace(layout, offload=False, async_tensor=False)
     with fake_world(rank, layout.world_size), MemoryTracker() as memory:
         spec = _observed(build_model_spec(config), memory)
         engine = build_engine(spec, build_engine_options(config), layout=layout, rank=rank, device=torch.device("cpu"))
@@ -157,7 +159,7 @@ class _ObservedOptimizer:
         return self.optimizer.state()
 
 
-def _held_table(measured: Measured, held: RankMemory) -> Table:
+def _memory_table(measured: Measured, held: RankMemory) -> Table:
     table = plain_table("held by this rank", "measured", "formula", "difference")
     formulas = {
         "parameters": held.master_bytes,
@@ -174,7 +176,7 @@ def _held_table(measured: Measured, held: RankMemory) -> Table:
     return table
 
 
-def _sent_table(sent: dict[str, dict[str, int]], formulas: dict[str, dict[str, float]]) -> Table:
+def _traffic_table(sent: dict[str, dict[str, int]], formulas: dict[str, dict[str, float]]) -> Table:
     table = plain_table("sent by this rank in the step", "measured", "formula", "difference")
     for axis, operations in sent.items():
         for operation, count in operations.items():

@@ -1,4 +1,4 @@
-"""Settings -> a model inside an engine, in the order in which one would explain it."""
+"""Settings -> a model inside an engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_model(config: ModelConfig, attention: str, device: torch.device) -> Transformer:
-    """A model on `device` without values: shapes first, memory second, numbers last (`initialise`, or a checkpoint)."""
+    """A model on `device` with uninitialized memory: a checkpoint or `pretrain.model.init` fills it."""
     with torch.device("meta"):
         model = _build(config, attention, range(config.n_layers))
     return model.to_empty(device=device)
@@ -37,7 +37,7 @@ def _build(config: ModelConfig, attention: str, layers: range) -> Transformer:
 
 
 def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) -> TorchEngine:  # noqa: B008
-    """What `rank` holds of the model of a resolved config, with its initial weights, and its optimizer."""
+    """The engine of `rank`: its part of the model with initial weights, and its optimizer. The config must be resolved."""
     if config.train.compile:
         _allow_compilations(config)
     return build(
@@ -50,11 +50,10 @@ def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) ->
 
 
 def _allow_compilations(config: RunConfig) -> None:
-    """Let a block be compiled for every length of sequences, and for evaluation. Past its limit the compiler would run it uncompiled."""
-    wanted = len(config.data.seq_len_schedule) + 2
-    dynamo.recompile_limit = max(
-        dynamo.recompile_limit, wanted
-    )  # torch 2.11 has this limit for the whole process alone
+    """Let torch.compile compile a block for every sequence length and for evaluation; beyond the limit it runs uncompiled."""
+    needed = len(config.data.seq_len_schedule) + 2
+    # In torch 2.11 the limit exists only for the whole process.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, needed)
 
 
 def build_model_spec(config: RunConfig) -> ModelSpec:
@@ -74,7 +73,7 @@ def build_model_spec(config: RunConfig) -> ModelSpec:
 
 
 def build_engine_options(config: RunConfig) -> EngineOptions:
-    """How the config computes."""
+    """How the engine computes: precision, clipping, compilation, recomputation."""
     train = config.train
     return EngineOptions(
         dtype=DTYPES[train.precision],

@@ -224,7 +224,7 @@ def schedule_fits(config: RunConfig) -> Violation | None:
     layout = _layout_of(config.parallel)
     if layout.pipeline == 1:
         return None
-    counts = BatchSchedule.from_config(config.data, config.train).microbatch_counts(layout.data)
+    counts = BatchSchedule.from_config(config.data, config.train).microbatch_counts(layout)
     for when, count in counts.items():
         try:
             schedule.check_pipeline(layout, config.model.n_layers, count)

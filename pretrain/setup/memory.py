@@ -29,15 +29,16 @@ BATCHES_IN_MEMORY = 2
 """One is trained on while the next is read."""
 
 
-def state_fits_device(config: RunConfig, layout: Layout, available: int | None) -> Violation | None:
-    """The fullest rank holds no more than a device has, or the smallest change that achieves it.
+def state_fits_device(config: RunConfig, layout: Layout, needed: int, available: int) -> Violation | None:
+    """The fullest rank holds no more than a device has. The remedy is the smallest change that achieves it.
 
     Args:
         config: resolved.
         layout: of `build_layout`.
-        available: bytes of a device; None is not known, and checks nothing.
+        needed: bytes that the fullest rank holds, whatever the batch.
+        available: bytes of a device.
     """
-    if available is None or (needed := _static_bytes(config, layout)) <= available:
+    if needed <= available:
         return None
     fits = (remedy for remedy, other in _alternatives(config, layout) if _static_bytes(config, other) <= available)
     return Violation(
@@ -47,17 +48,17 @@ def state_fits_device(config: RunConfig, layout: Layout, available: int | None) 
     )
 
 
-def batch_fits_host(config: RunConfig, layout: Layout, available: int | None) -> Violation | None:
-    """The rows of a global batch that one process reads fit into the host's memory, or the largest batch that does.
+def batch_fits_host(config: RunConfig, layout: Layout, available: int) -> Violation | None:
+    """The rows of a global batch that one process reads fit into the host's memory. The remedy is the largest batch that does.
 
     Args:
         config: resolved.
         layout: of `build_layout`.
-        available: bytes of the host; None is not known, and checks nothing.
+        available: bytes of the host.
     """
     bytes_per_sequence = BATCHES_IN_MEMORY * BYTES_PER_TOKEN * config.data.seq_len
     needed = -(-config.train.batch_size // layout.data) * bytes_per_sequence
-    if available is None or needed <= available:
+    if needed <= available:
         return None
     return Violation(
         f"train.batch_size={config.train.batch_size} sequences of data.seq_len={config.data.seq_len} tokens need "

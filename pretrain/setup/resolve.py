@@ -97,7 +97,7 @@ class ResolvedRun:
         if self.layout.pipeline == 1:
             return ""
         first, last = pipeline_end_costs(self.config.model)
-        n_microbatches = self.batches.microbatch_counts(self.layout.data)[""]
+        n_microbatches = self.batches.microbatch_counts(self.layout)[""]
         return describe_pipeline(
             self.layout, self.config.model.n_layers, n_microbatches, first_cost=first, last_cost=last
         )
@@ -133,9 +133,13 @@ def resolve_run(
     schedule.check(config.optim, config.train)
     enforce(machine.constraints, config)
     layout = build_layout(config, world_size)
-    enforce((state_fits_device,), config, layout, machine.device_bytes(config.train.device))
-    enforce((batch_fits_host,), config, layout, machine.host_bytes())
-    return ResolvedRun(config, decisions, layout, batches)
+    resolved = ResolvedRun(config, decisions, layout, batches)
+    device_bytes, host_bytes = machine.device_bytes(config.train.device), machine.host_bytes()
+    if device_bytes is not None:
+        enforce((state_fits_device,), config, layout, resolved.memory.static_bytes, device_bytes)
+    if host_bytes is not None:
+        enforce((batch_fits_host,), config, layout, host_bytes)
+    return resolved
 
 
 def resolve_for_cluster(config: RunConfig, world_size: int) -> ResolvedRun:

@@ -14,7 +14,7 @@ from pretrain.estimate.block_activations import activation_sizes
 from pretrain.estimate.rank_memory import estimate_rank_memory
 from pretrain.model import activation_terms
 from pretrain.model.activation_terms import ActivationSizes
-from pretrain.setup.dry_run import Measured, measure, shortened
+from pretrain.setup.dry_run import Measured, measure, shorten_step
 from pretrain.setup.resolve import resolve_for_cluster
 
 SMALL = (
@@ -73,7 +73,7 @@ Layer = Callable[[ActivationSizes], ActivationSizes]
 def planned(case: str) -> tuple[RunConfig, Layout, int]:
     world_size, rank, words = CASES[case]
     resolved = resolve_for_cluster(load(None, [*SMALL, *words]).config, world_size)
-    return shortened(resolved.config, resolved.layout), resolved.layout, rank
+    return shorten_step(resolved.config, resolved.layout), resolved.layout, rank
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.errors import UserError
 from pretrain.setup.machine import GPU_CLUSTER
-from pretrain.setup.memory import GIB, batch_fits_host, state_fits_device
+from pretrain.setup.memory import GIB, batch_fits_host
 from pretrain.setup.resolve import resolve_for_cluster, resolve_run
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
@@ -339,8 +339,9 @@ def test_a_model_that_does_not_fit_is_refused_with_the_smallest_change_that_does
         UserError, match=rf"the fullest rank would hold .* GiB .*, and a device has 39\.0 GiB: {way_out}"
     ):
         resolve_run(config, tokenizer_size=300, world_size=world_size, machine=small)
-    assert state_fits_device(config, layout, None) is None
-    assert state_fits_device(*planned(8, *BIG), 39 * GIB) is None
+    assert resolve_run(config, tokenizer_size=300, world_size=world_size, machine=GPU_CLUSTER).layout == layout
+    fits, _ = planned(8, *BIG)
+    assert resolve_run(fits, tokenizer_size=300, world_size=8, machine=small).memory.static_bytes <= 39 * GIB
 
 
 def test_a_batch_that_does_not_fit_into_the_host_is_refused_with_the_largest_that_does() -> None:
@@ -348,7 +349,6 @@ def test_a_batch_that_does_not_fit_into_the_host_is_refused_with_the_largest_tha
         8, *BIG, "parallel.zero=1", "parallel.tensor=2"
     )  # 4 data ranks of 16 sequences, each 2 x 16 x 8,192 bytes
     assert batch_fits_host(config, layout, 16 * 2 * 16 * 8192) is None
-    assert batch_fits_host(config, layout, None) is None
     small = replace(GPU_CLUSTER, host_bytes=lambda: 15 * 2 * 16 * 8192)
     with pytest.raises(UserError, match=r"train\.batch_size=64 .* data\.seq_len=8192 tokens need .*: at most 60 fit"):
         resolve_run(config, tokenizer_size=300, world_size=8, machine=small)

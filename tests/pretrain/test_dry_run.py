@@ -11,7 +11,7 @@ from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.estimate.communication import estimate_traffic
 from pretrain.estimate.rank_memory import estimate_rank_memory
-from pretrain.setup.dry_run import Measured, measure, shortened
+from pretrain.setup.dry_run import Measured, measure, shorten_step
 from pretrain.setup.resolve import resolve_for_cluster
 
 TINY = (
@@ -29,7 +29,7 @@ SHORT = ("data.seq_len=64", "model.max_seq_len=64", "train.micro_batch_size=1")
 def dry(world_size: int, rank: int, *words: str) -> tuple[RunConfig, Layout, Measured]:
     resolved = resolve_for_cluster(load(None, list(words)).config, world_size)
     layout = resolved.layout
-    config = shortened(resolved.config, layout)
+    config = shorten_step(resolved.config, layout)
     return config, layout, measure(config, layout, rank)
 
 
@@ -122,7 +122,10 @@ def test_a_rank_of_2048_holds_what_the_formula_says_of_405b_with_a_layer_a_stage
     ("words", "says"),
     [
         (("--world-size", "8", "--dry-run", "--rank", "8"), "--rank=8 is not one of 8 ranks; use 0 to 7"),
-        (("--world-size", "8"), "--world-size and --rank tell of a --dry-run; a run takes its processes from torchrun"),
+        (
+            ("--world-size", "8"),
+            "--world-size and --rank only go with --dry-run; a run takes its processes from torchrun",
+        ),
         (("--world-size", "8", "--dry-run", "parallel.shard=3"), "parallel.shard=3"),
     ],
 )
