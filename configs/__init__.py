@@ -1,1 +1,1 @@
-"""YAML presets, as a package so that they are installed beside the code. Each holds only differences from the defaults."""
+"""YAML presets: differences from the defaults. A package, so that they are installed with the code."""

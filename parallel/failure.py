@@ -1,18 +1,18 @@
 """When one rank fails, every rank ends: the error is printed once, and all exit with the same code.
 
-A process group cannot do this: when a rank fails, its peers hang in a collective. The ranks use the launcher's key-value
-store instead, which each process can reach from start to end. A watcher thread on every rank polls it, because the main
-thread may hang anywhere.
+A process group cannot do this: when a rank fails, its peers hang in a collective. The ranks use the launcher's
+key-value store instead, which each process can reach from start to end. A watcher thread on every rank polls it, because
+the main thread may hang anywhere.
 
 States of a rank, and the key it writes when it enters each:
 
-| state        | entered when                                        | key written         | next                          |
-|--------------|-----------------------------------------------------|---------------------|-------------------------------|
-| running      | `fail_together` begins                              | `joined/RANK`       | left, reporting, acknowledged |
-| reporting    | first to increment `failed`: it raised, or its local| `failed`, then      | exit with its own code        |
-|              | peer was killed                                     | `reported` = code   |                               |
-| acknowledged | its watcher saw `failed`                            | `acknowledged/RANK` | exit with the reported code   |
-| left         | the block ended without an error                    | `left/RANK`         | -                             |
+| state        | entered when                                 | key written         | next                          |
+|--------------|----------------------------------------------|---------------------|-------------------------------|
+| running      | `fail_together` begins                       | `joined/RANK`       | left, reporting, acknowledged |
+| reporting    | it is the first to increment `failed`: it    | `failed`, then      | exit with its own code        |
+|              | raised, or its local peer was killed         | `reported` = code   |                               |
+| acknowledged | its watcher saw `failed`                     | `acknowledged/RANK` | exit with the reported code   |
+| left         | the block ended without an error             | `left/RANK`         | -                             |
 
 The reporting rank waits ACKNOWLEDGE_TIMEOUT for acknowledgements; a rank that gives none was killed, and the error says
 so. An acknowledged rank waits REPORT_TIMEOUT for the exit code, then exits with 1. A rank that is killed by the system

@@ -39,7 +39,7 @@ def same_draws() -> None:
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:
-    """`workers.run(function, 4, ...)` runs the function on 4 ranks of a gloo group. Processes start when first needed."""
+    """`workers.run(function, 4, ...)` runs it on 4 ranks of a gloo group. Processes start when first needed."""
     with WorkerPool() as pool:
         yield pool
 
@@ -76,10 +76,10 @@ def tiny_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def tiny_words(tiny_data: Path) -> Callable[..., list[str]]:
-    """`tiny_words(run_dir, "train.steps=40", ...)`: words for `pretrain train` of a model of 2 layers; later words win."""
+def tiny_args(tiny_data: Path) -> Callable[..., list[str]]:
+    """`tiny_args(run_dir, "train.steps=40", ...)`: arguments of `pretrain train` for a model of 2 layers; later ones win."""
 
-    def words(run_dir: Path, *more: str) -> list[str]:
+    def args(run_dir: Path, *more: str) -> list[str]:
         return [
             f"run.dir={run_dir}",
             f"data.path={tiny_data}",
@@ -104,15 +104,15 @@ def tiny_words(tiny_data: Path) -> Callable[..., list[str]]:
             *more,
         ]
 
-    return words
+    return args
 
 
 @pytest.fixture(scope="session")
-def run_tiny(tiny_words: Callable[..., list[str]]) -> Callable[..., Outcome]:
+def run_tiny(tiny_args: Callable[..., list[str]]) -> Callable[..., Outcome]:
     """`run_tiny(run_dir, "train.steps=40", ..., observers=[...])`: such a run, started without the command line."""
 
     def run(run_dir: Path, *more: str, observers: Sequence[Logger] = (), console: Console | None = None) -> Outcome:
-        return train(load(None, tiny_words(run_dir, *more)).config, console or Console(file=io.StringIO()), observers)
+        return train(load(None, tiny_args(run_dir, *more)).config, console or Console(file=io.StringIO()), observers)
 
     return run
 
@@ -128,7 +128,7 @@ class Answer:
 
 @pytest.fixture
 def pretrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    """`pretrain("train", "train.steps=1")`: the real entry point, in this process. Nothing is wrapped, so a line stays a line."""
+    """`pretrain("train", "train.steps=1")`: the real entry point, in this process. Lines are not wrapped."""
 
     def run(*words: object) -> Answer:
         monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, words)])

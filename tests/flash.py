@@ -20,7 +20,7 @@ def reference_varlen(
     *,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """Attention as flash-attn documents it, on any device. The last query of a document is aligned with its last key."""
+    """Attention as flash-attn documents it, on any device. A document's last query is aligned with its last key."""
     outs = []
     pieces = zip(*(pairwise(ends.tolist()) for ends in (cu_seq_q, cu_seq_k)), strict=True)
     for (start, end), (first, last) in pieces:

@@ -1,10 +1,10 @@
-"""A pool of worker processes for multi-rank tests. torch is imported once a session; a test sends a function to the pool.
+"""A pool of worker processes for multi-rank tests. torch is imported once a session; a test sends it a function.
 
-    pool.run(function, 4, *args, **kwargs)    # calls function(*args, **kwargs) on 4 ranks of a gloo group; one result per rank
+    pool.run(function, 4, *args, **kwargs)    # on 4 ranks of a gloo group; one result per rank
 
-If a case raises, the error shows the traceback of the rank that failed first. If it hangs, it is stopped and the error shows
-the stacks of all ranks. A dead worker is noticed at once. The pool stays usable after each of these. It works without
-pytest too: `with WorkerPool() as pool`.
+If a case raises, the error shows the traceback of the rank that failed first. If it hangs, it is stopped and the error
+shows the stacks of all ranks. A dead worker is noticed at once. The pool stays usable after each of these. It works
+without pytest too: `with WorkerPool() as pool`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ GRACE = 2.0
 """Seconds that the peers of a failed rank get to answer. Those that do not are replaced."""
 STACK_WAIT = 0.5
 MAX_CASES = 16
-"""A worker is replaced after this many. FSDP2 keeps the classes of sharded modules, parallelized modules keep their mesh, and
-gloo groups have threads. Forking a new worker takes a tenth of a second."""
+"""A worker is replaced after this many. FSDP2 keeps the classes of sharded modules, parallelized modules keep their
+mesh, and gloo groups have threads. Forking a new worker takes a tenth of a second."""
 
 R = TypeVar("R")
 
@@ -216,7 +216,7 @@ def _collect_answers(ranks: Sequence[Worker], answers: dict[int, Returned | Rais
 
 
 def _describe_failure(ranks: Sequence[Worker], answers: dict[int, Returned | Raised], timeout: float) -> str | None:
-    """Describe what went wrong, the likely cause first: a dead worker, then an exception, then a hang. None if nothing."""
+    """Describe what went wrong, or None. A dead worker comes first, then an exception, then a hang."""
     size = len(ranks)
     for rank, worker in enumerate(ranks):
         if rank not in answers and (code := worker.process.exitcode) is not None:

@@ -2,9 +2,9 @@
 
 Inside `fake_world`:
 
-- Floating-point CPU tensors that are created from nothing (parameters, buffers, constants) are fake: they have shape, dtype
-  and storage size but no memory, and so has everything computed from them. Integers are real: positions, document ids and
-  ranks of a mesh decide what the code does.
+- Floating-point CPU tensors that are created from nothing (parameters, buffers, constants) are fake: they have shape,
+  dtype and storage size but no memory, and so has everything computed from them. Integers are real: positions, document
+  ids and ranks of a mesh decide what the code does.
 - Reading a number from a fake tensor gives 1.
 - Collectives return at once. Their results mean nothing, except that integers received from a neighbour are 1, which
   answers a yes/no question with yes.

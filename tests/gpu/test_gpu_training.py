@@ -249,9 +249,9 @@ def flat(engine: TorchEngine) -> dict[str, torch.Tensor]:
 
 @pytest.mark.compiles
 def test_pretrain_train_ends_on_the_gpu_and_resumes(
-    pretrain: Callable[..., object], tiny_words: Callable[..., list[str]], tmp_path: Path
+    pretrain: Callable[..., object], tiny_args: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    words = tiny_words(tmp_path, "model.d_model=64", "train.device=auto", "train.precision=auto", "train.compile=auto")
+    words = tiny_args(tmp_path, "model.d_model=64", "train.device=auto", "train.precision=auto", "train.compile=auto")
     for kind in ("start", "resume"):
         answer = pretrain("train", *words)
         assert getattr(answer, "code", None) == 0, answer

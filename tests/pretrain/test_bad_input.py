@@ -159,10 +159,10 @@ SETTINGS = {
 
 @pytest.mark.parametrize(("words", "message"), SETTINGS.values(), ids=SETTINGS)
 def test_settings_that_do_not_go_together(
-    refused: Callable[..., str], tmp_path: Path, tiny_words: TinyWords, words: list[str], message: str
+    refused: Callable[..., str], tmp_path: Path, tiny_args: TinyWords, words: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    assert re.search(message, refused("train", *tiny_words(tmp_path / "run", *words)))
+    assert re.search(message, refused("train", *tiny_args(tmp_path / "run", *words)))
 
 
 def missing(folder: Path) -> tuple[str, str]:
@@ -224,22 +224,22 @@ def data(tmp_path: Path, tiny_data: Path) -> Path:
     return Path(shutil.copytree(tiny_data, tmp_path / "data"))
 
 
-def test_a_damaged_shard(refused: Callable[..., str], data: Path, tiny_words: TinyWords, tmp_path: Path) -> None:
+def test_a_damaged_shard(refused: Callable[..., str], data: Path, tiny_args: TinyWords, tmp_path: Path) -> None:
     shard = next((data / "train").glob("*.bin"))
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
     assert re.search(
         rf"{shard}: block 0 of 1 does not match its checksum; prepare the data again", refused("data", "verify", data)
     )
     shard.write_bytes(shard.read_bytes()[:-2])
-    assert str(shard) in refused("train", *tiny_words(tmp_path / "run", f"data.path={data}"))
+    assert str(shard) in refused("train", *tiny_args(tmp_path / "run", f"data.path={data}"))
 
 
 def test_another_tokenizer_than_the_one_of_the_data(
-    refused: Callable[..., str], pretrain: Pretrain, tmp_path: Path, tiny_text: Path, tiny_words: TinyWords
+    refused: Callable[..., str], pretrain: Pretrain, tmp_path: Path, tiny_text: Path, tiny_args: TinyWords
 ) -> None:
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
     assert pretrain("data", "tokenizer", source, "data.path=other", "data.vocab_size=290").code == 0
-    line = refused("train", *tiny_words(tmp_path / "run", "data.tokenizer=other/tokenizer.json"))
+    line = refused("train", *tiny_args(tmp_path / "run", "data.tokenizer=other/tokenizer.json"))
     assert re.search(
         r"data.tokenizer=other/tokenizer.json \(\w+\) is not the tokenizer that made data.path=\S+ \(\w+\); set data.",
         line,
@@ -247,12 +247,12 @@ def test_another_tokenizer_than_the_one_of_the_data(
 
 
 def test_a_run_directory_of_another_config_shows_the_difference(
-    refused: Callable[..., str], run_tiny: RunTiny, tiny_words: TinyWords, tmp_path: Path
+    refused: Callable[..., str], run_tiny: RunTiny, tiny_args: TinyWords, tmp_path: Path
 ) -> None:
     run_tiny(tmp_path / "run", "train.steps=10")
     line = refused(
         "train",
-        *tiny_words(
+        *tiny_args(
             tmp_path / "run", "train.steps=10", "optim.max_grad_norm=2", "model.qk_norm=true", "checkpoint.keep=9"
         ),
     )
@@ -269,10 +269,10 @@ def trained(run_tiny: RunTiny, tmp_path: Path, data: Path) -> Iterator[Path]:
     return tmp_path / "run"
 
 
-def test_no_checkpoint_is_whole(refused: Callable[..., str], trained: Path, data: Path, tiny_words: TinyWords) -> None:
+def test_no_checkpoint_is_whole(refused: Callable[..., str], trained: Path, data: Path, tiny_args: TinyWords) -> None:
     for shard in trained.glob("checkpoints/*/*.distcp"):
         shard.write_bytes(shard.read_bytes()[:-1])
-    words = tiny_words(trained, f"data.path={data}", "train.steps=10", "checkpoint.every=5")
+    words = tiny_args(trained, f"data.path={data}", "train.steps=10", "checkpoint.every=5")
     for command in (("train", *words), ("generate", trained)):
         line = refused(*command)
         assert re.search(
@@ -284,14 +284,14 @@ def test_no_checkpoint_is_whole(refused: Callable[..., str], trained: Path, data
 
 
 def test_other_data_than_the_run_was_trained_on(
-    refused: Callable[..., str], pretrain: Pretrain, trained: Path, data: Path, tiny_text: Path, tiny_words: TinyWords
+    refused: Callable[..., str], pretrain: Pretrain, trained: Path, data: Path, tiny_text: Path, tiny_args: TinyWords
 ) -> None:
     other = data.with_name("other")
     other.mkdir()
     shutil.copy(data / "tokenizer.json", other)
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}], exclude: ['00*']}}]"
     assert pretrain("data", "prepare", source, f"data.path={other}").code == 0
-    line = refused("train", *tiny_words(trained, f"data.path={other}", "train.steps=10", "checkpoint.every=5"))
+    line = refused("train", *tiny_args(trained, f"data.path={other}", "train.steps=10", "checkpoint.every=5"))
     assert re.search(
         r"step-00000010 was trained on other data .* put the data back, or start in another run\.dir", line
     )
@@ -306,10 +306,10 @@ def test_a_prompt_that_fills_the_context(refused: Callable[..., str], trained: P
 
 
 def test_a_damaged_config_of_a_run(
-    refused: Callable[..., str], trained: Path, data: Path, tiny_words: TinyWords
+    refused: Callable[..., str], trained: Path, data: Path, tiny_args: TinyWords
 ) -> None:
     (trained / "config.yaml").write_text("model: [")
-    words = tiny_words(trained, f"data.path={data}", "train.steps=10", "checkpoint.every=5")
+    words = tiny_args(trained, f"data.path={data}", "train.steps=10", "checkpoint.every=5")
     for command in (("train", *words), ("generate", trained), ("report", trained)):
         assert re.search(r"run/config\.yaml(: cannot be read as YAML| is not YAML)", refused(*command))
 

@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
 def test_a_layout_that_cannot_be_is_one_line_and_starts_nothing(
     pretrain: Pretrain,
     monkeypatch: pytest.MonkeyPatch,
-    tiny_words: Callable[..., list[str]],
+    tiny_args: Callable[..., list[str]],
     tmp_path: Path,
     world_size: int,
     words: tuple[str, ...],
@@ -218,7 +218,7 @@ def test_a_layout_that_cannot_be_is_one_line_and_starts_nothing(
     # Not by WORLD_SIZE: `main` would wait for the other ranks, to end with them. What is asked here is what `train` says.
     monkeypatch.setattr("pretrain.train.run.World", _Pretended(world_size))
     monkeypatch.setattr("torch.distributed.init_process_group", _must_not_start)
-    answer = pretrain("train", *tiny_words(tmp_path / "run", *words))
+    answer = pretrain("train", *tiny_args(tmp_path / "run", *words))
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.startswith("error: ")
     assert answer.err.count("\n") == 1

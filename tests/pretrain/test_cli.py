@@ -116,7 +116,7 @@ def test_text_to_report_with_the_commands_alone(
     pretrain: Pretrain,
     tmp_path: Path,
     tiny_text: Path,
-    tiny_words: Callable[..., list[str]],
+    tiny_args: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
@@ -138,7 +138,7 @@ def test_text_to_report_with_the_commands_alone(
     assert verified.code == 0
     assert f"{data}: 2 shards, 0.1 MB, all as their manifests say" in verified.out
 
-    words = tiny_words(
+    words = tiny_args(
         run, f"data.path={data}", "train.steps=12", "checkpoint.every=6", "train.compile=auto", "log.samples=[the loop]"
     )
     stop_at(monkeypatch, 4)

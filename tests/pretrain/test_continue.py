@@ -313,11 +313,11 @@ def _parent_is_only_read(request: pytest.FixtureRequest) -> object:
 
 
 @pytest.fixture
-def child(tiny_words: TinyWords, tiny_data: Path) -> Callable[..., list[str]]:
+def child(tiny_args: TinyWords, tiny_data: Path) -> Callable[..., list[str]]:
     """Words of a run that begins from another one: all but the model, which is that run's."""
 
     def words(run_dir: Path, init_from: object, *more: str) -> list[str]:
-        mine = [word for word in tiny_words(run_dir) if not word.startswith("model.")]
+        mine = [word for word in tiny_args(run_dir) if not word.startswith("model.")]
         return [*mine, "optim.warmup=1", f"run.init_from={init_from}", *more]
 
     return words

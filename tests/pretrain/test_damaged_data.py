@@ -38,10 +38,10 @@ def damaged(tiny_data: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_flipped_bit_stops_training_and_is_named(
-    damaged: tuple[Path, Path], tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords
+    damaged: tuple[Path, Path], tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords
 ) -> None:
     data, file = damaged
-    answer = pretrain("train", *tiny_words(tmp_path / "run", f"data.path={data}", "train.steps=200"))
+    answer = pretrain("train", *tiny_args(tmp_path / "run", f"data.path={data}", "train.steps=200"))
     assert answer.code == 2
     assert (
         f"error: {file} is damaged: block 0 of 1 (1 MiB from byte 0) does not match its checksum; restore it"
@@ -51,7 +51,7 @@ def test_a_flipped_bit_stops_training_and_is_named(
 
 
 def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
-    damaged: tuple[Path, Path], tiny_data: Path, tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords
+    damaged: tuple[Path, Path], tiny_data: Path, tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords
 ) -> None:
     data, file = damaged
     steps = 60
@@ -63,7 +63,7 @@ def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
         "eval.every=60",
         "checkpoint.every=60",
     )
-    assert pretrain("train", *tiny_words(tmp_path / "run", *words)).code == 0
+    assert pretrain("train", *tiny_args(tmp_path / "run", *words)).code == 0
     loader = Loader(data / "train", seq_len=32, seed=5, on_damage="skip")
     lost = [step for step in range(1, steps + 1) for _ in loader.batch(4 * (step - 1), 4).damaged]
     assert len(lost) > 10
@@ -75,7 +75,7 @@ def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
     assert damaged_run[-1].loss < damaged_run[0].loss - 1
 
     words = (f"data.path={tiny_data}", *words[1:])
-    assert pretrain("train", *tiny_words(tmp_path / "whole", *words)).code == 0
+    assert pretrain("train", *tiny_args(tmp_path / "whole", *words)).code == 0
     whole_run = read_metrics(tmp_path / "whole" / "metrics.jsonl").steps
     assert not [event for event in read_events(tmp_path / "whole" / "events.jsonl") if event.kind == "skip_data"]
     same = [ours.loss == theirs.loss for ours, theirs in zip(damaged_run, whole_run, strict=True)]
@@ -83,10 +83,10 @@ def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
 
 
 def test_a_shard_that_is_gone_or_cut_off_is_told_before_a_run_begins(
-    damaged: tuple[Path, Path], tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords
+    damaged: tuple[Path, Path], tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords
 ) -> None:
     data, file = damaged
-    words = tiny_words(tmp_path / "run", f"data.path={data}", "data.on_damage=skip")
+    words = tiny_args(tmp_path / "run", f"data.path={data}", "data.on_damage=skip")
     file.write_bytes(file.read_bytes()[:-2])
     answer = pretrain("train", *words)
     assert (answer.code, f"{file} has" in answer.err) == (2, True)
@@ -97,7 +97,7 @@ def test_a_shard_that_is_gone_or_cut_off_is_told_before_a_run_begins(
 
 
 def test_a_tokenizer_that_did_not_make_the_data_is_refused(
-    tiny_data: Path, tiny_text: Path, tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords
+    tiny_data: Path, tiny_text: Path, tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords
 ) -> None:
     source = SourceConfig(kind="text", paths=(str(tiny_text),))
     other = tmp_path / "other"
@@ -106,13 +106,13 @@ def test_a_tokenizer_that_did_not_make_the_data_is_refused(
     )
     theirs, ours = load_tokenizer(other).fingerprint, load_tokenizer(tiny_data).fingerprint
     assert theirs != ours
-    answer = pretrain("train", *tiny_words(tmp_path / "run", f"data.tokenizer={other / 'tokenizer.json'}"))
+    answer = pretrain("train", *tiny_args(tmp_path / "run", f"data.tokenizer={other / 'tokenizer.json'}"))
     assert answer.code == 2
     assert f"({theirs}) is not the tokenizer that made data.path={tiny_data} ({ours})" in answer.err
 
     swapped = shutil.copytree(tiny_data, tmp_path / "swapped")
     shutil.copy(other / "tokenizer.json", swapped / "tokenizer.json")
-    answer = pretrain("train", *tiny_words(tmp_path / "run", f"data.path={swapped}"))
+    answer = pretrain("train", *tiny_args(tmp_path / "run", f"data.path={swapped}"))
     assert answer.code == 2
     assert f"({theirs}) is not the tokenizer that made data.path={swapped} ({ours})" in answer.err
     assert not (tmp_path / "run").exists()

@@ -54,7 +54,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_size_of_a_checkpoint_is_known_before_it_is_written(
-    tmp_path: Path, run_tiny: RunTiny, tiny_words: TinyWords, kind: str
+    tmp_path: Path, run_tiny: RunTiny, tiny_args: TinyWords, kind: str
 ) -> None:
     words = ("train.steps=1", "optim.warmup=0", "model.d_model=128", "model.d_ff=256", f"optim.kind={kind}")
     run_tiny(tmp_path, *words)
@@ -134,7 +134,7 @@ def a_dangling_link(checkpoints: Path) -> str:
 
 @pytest.mark.parametrize("make", [a_file, a_dangling_link])
 def test_checkpoints_that_cannot_be_written_are_told_before_training(
-    tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords, run_tiny: RunTiny, make: Callable[[Path], str]
+    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords, run_tiny: RunTiny, make: Callable[[Path], str]
 ) -> None:
     words, checkpoints = ("train.steps=2", "optim.warmup=0"), tmp_path / "run" / "checkpoints"
     run_tiny(tmp_path / "whole", *words)
@@ -146,7 +146,7 @@ def test_checkpoints_that_cannot_be_written_are_told_before_training(
         (checkpoints.parent / "config.yaml").read_text().replace(str(tmp_path / "whole"), str(tmp_path / "run"))
     )
     reason = make(checkpoints)
-    answer = pretrain("train", *tiny_words(tmp_path / "run", *words))
+    answer = pretrain("train", *tiny_args(tmp_path / "run", *words))
     told = f"error: {checkpoints} cannot hold checkpoints ({reason}), and nothing was trained: make it a folder that can be written ("
     assert (answer.code, answer.err.splitlines()[-1][: len(told)]) == (2, told)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -155,7 +155,7 @@ def test_checkpoints_that_cannot_be_written_are_told_before_training(
 
 
 def test_a_read_only_mount_refuses_a_run_that_would_save_and_not_a_finished_one(
-    tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, checkpoints = ("optim.warmup=0", "optim.schedule=constant"), tmp_path / "checkpoints"
     run_tiny(tmp_path, *words, "train.steps=2")
@@ -168,13 +168,13 @@ def test_a_read_only_mount_refuses_a_run_that_would_save_and_not_a_finished_one(
         mkdir(self, mode, parents, exist_ok)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    answer = pretrain("train", *tiny_words(tmp_path, *words, "train.steps=4"))
+    answer = pretrain("train", *tiny_args(tmp_path, *words, "train.steps=4"))
     assert (
         answer.code,
         f"error: {checkpoints} cannot hold checkpoints (Read-only file system), and" in answer.err,
     ) == (2, True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    answer = pretrain("train", *tiny_words(tmp_path, *words, "train.steps=2"))
+    answer = pretrain("train", *tiny_args(tmp_path, *words, "train.steps=2"))
     assert (answer.code, "is finished: all 2 steps are done" in answer.out) == (0, True)
     monkeypatch.undo()
     assert run_tiny(tmp_path, *words, "train.steps=4") is Outcome.FINISHED
@@ -190,23 +190,23 @@ def test_a_file_system_that_tells_no_sizes_is_not_asked(
 
 
 def test_a_finished_run_is_not_asked_for_room(
-    tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_words: TinyWords, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_args: TinyWords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_tiny(tmp_path, "train.steps=2", "optim.warmup=0")
     disk_of(monkeypatch, 0)
-    answer = pretrain("train", *tiny_words(tmp_path, "train.steps=2", "optim.warmup=0"))
+    answer = pretrain("train", *tiny_args(tmp_path, "train.steps=2", "optim.warmup=0"))
     assert (answer.code, "is finished: all 2 steps are done" in answer.out) == (0, True)
-    answer = pretrain("train", *tiny_words(tmp_path / "other", "train.steps=2", "optim.warmup=0"))
+    answer = pretrain("train", *tiny_args(tmp_path / "other", "train.steps=2", "optim.warmup=0"))
     assert (answer.code, "a checkpoint takes" in answer.err) == (2, True)
     assert not (tmp_path / "other").exists()
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_when_there_is_room(
-    tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_words: TinyWords
+    tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_args: TinyWords
 ) -> None:
     words = ("train.steps=8", "checkpoint.every=4")
     with files_up_to(100_000):  # records fit, checkpoints do not
-        answer = pretrain("train", *tiny_words(tmp_path, *words))
+        answer = pretrain("train", *tiny_args(tmp_path, *words))
     path = checkpoint_path(tmp_path / "checkpoints", 4)
     told = rf"error: {path} cannot be written \(File too large\): it takes 640,896 bytes, and .* are free\. There is no checkpoint yet: "
     assert answer.code == 1
@@ -217,17 +217,17 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_whe
     assert run_tiny(tmp_path, *words) is Outcome.FINISHED
     (checkpoint_path(tmp_path / "checkpoints", 8)).rename(tmp_path / "away")
     with files_up_to(100_000):
-        answer = pretrain("train", *tiny_words(tmp_path, *words, "checkpoint.on_invalid=go_back"))
+        answer = pretrain("train", *tiny_args(tmp_path, *words, "checkpoint.on_invalid=go_back"))
     assert answer.code == 1
     assert "The same command resumes from step-00000004: make room or make it writable first" in answer.err
     assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl").steps] == list(range(1, 9))
 
 
 def test_records_that_cannot_be_written_end_the_run_in_one_line(
-    tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords
+    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords
 ) -> None:
     with files_up_to(9_000):  # the settings fit, the records of 40 steps do not
-        answer = pretrain("train", *tiny_words(tmp_path, "checkpoint.every=1000"))
+        answer = pretrain("train", *tiny_args(tmp_path, "checkpoint.every=1000"))
     assert answer.code == 1
     told = f"error: {tmp_path}/metrics.jsonl cannot be written (File too large): make room or make it writable"
     assert answer.err.splitlines()[-1].startswith(told)
@@ -253,13 +253,13 @@ def test_a_record_that_did_not_fit_leaves_no_part_of_itself(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.ESTALE, 1)])
 def test_a_failing_disk_that_nobody_expected_is_one_line_too(
-    tmp_path: Path, pretrain: Pretrain, tiny_words: TinyWords, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number), "/far/away")
 
     monkeypatch.setattr("pretrain.train.run.save_tokenizer", fail)
-    answer = pretrain("train", *tiny_words(tmp_path, "train.steps=1", "optim.warmup=0"))
+    answer = pretrain("train", *tiny_args(tmp_path, "train.steps=1", "optim.warmup=0"))
     assert answer.code == code
     assert answer.err.splitlines()[-1].startswith(
         f"error: [Errno {number}] {os.strerror(number)}: '/far/away'; check the disk"

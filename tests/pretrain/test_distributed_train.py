@@ -129,9 +129,9 @@ def undisturbed(run_tiny: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_two_data_ranks_have_the_curve_of_one_process_and_write_everything_once(
-    alone: Path, damaged: Path, tiny_words: TinyWords, tmp_path: Path
+    alone: Path, damaged: Path, tiny_args: TinyWords, tmp_path: Path
 ) -> None:
-    words = tiny_words(
+    words = tiny_args(
         tmp_path / "run", *STEPS, *BATCHES, f"data.path={damaged}", "data.on_damage=skip", "log.samples=[the loop]"
     )
     code, output = torchrun(*MODULE, "train", *words, "parallel.shard=2")
@@ -153,21 +153,21 @@ def test_two_data_ranks_have_the_curve_of_one_process_and_write_everything_once(
 
 
 def test_ranks_that_read_the_same_rows_have_another_curve(
-    undisturbed: Path, tiny_words: TinyWords, tmp_path: Path
+    undisturbed: Path, tiny_args: TinyWords, tmp_path: Path
 ) -> None:
     """Negative control of the comparisons above and below."""
     (tmp_path / "same_rows.py").write_text(SAME_ROWS)
-    words = tiny_words(tmp_path / "run", *STEPS)
+    words = tiny_args(tmp_path / "run", *STEPS)
     code, output = torchrun(str(tmp_path / "same_rows.py"), "train", *words, "parallel.shard=2")
     assert code == 0, output
     assert largest_difference(tmp_path / "run", undisturbed) > 1e-3
 
 
 def test_two_ranks_begin_from_the_checkpoint_of_one_process(
-    undisturbed: Path, tiny_words: TinyWords, tmp_path: Path
+    undisturbed: Path, tiny_args: TinyWords, tmp_path: Path
 ) -> None:
     """With optimizer and data position: the curve is what is left of that run's. One that reads other rows has another: see above."""
-    words = tiny_words(tmp_path / "run", *STEPS, f"run.init_from={undisturbed}@10", "run.init_mode=full")
+    words = tiny_args(tmp_path / "run", *STEPS, f"run.init_from={undisturbed}@10", "run.init_mode=full")
     code, output = torchrun(*MODULE, "train", *words, "parallel.shard=2")
     assert code == 0, output
     ours, theirs = (
@@ -182,7 +182,7 @@ def test_two_ranks_begin_from_the_checkpoint_of_one_process(
 
 
 def test_sigterm_saves_on_all_ranks_and_the_run_goes_on_on_other_layouts(
-    run_tiny: RunTiny, undisturbed: Path, tiny_words: TinyWords, tmp_path: Path
+    run_tiny: RunTiny, undisturbed: Path, tiny_args: TinyWords, tmp_path: Path
 ) -> None:
     """shard=2, then pipeline=2, then one process; the curve is the undisturbed one. torchrun itself ends with 1, the ranks with 75.
 
@@ -191,7 +191,7 @@ def test_sigterm_saves_on_all_ranks_and_the_run_goes_on_on_other_layouts(
     run, script = tmp_path / "run", tmp_path / "sigterm_at.py"
     script.write_text(SIGTERM_AT)
     for step, layout in ((6, "parallel.shard=2"), (12, "parallel.pipeline=2")):
-        code, output = torchrun(str(script), str(tmp_path), str(step), "train", *tiny_words(run, *STEPS), layout)
+        code, output = torchrun(str(script), str(tmp_path), str(step), "train", *tiny_args(run, *STEPS), layout)
         assert code == 1, output
         assert [(tmp_path / f"exit-{step}-{rank}").read_text() for rank in range(2)] == ["75", "75"], output
         assert "death signal, shutting down workers" in output

@@ -70,12 +70,12 @@ def undisturbed(stopped_once: tuple[Path, list[float]]) -> list[float]:
 
 
 @pytest.fixture
-def refused(pretrain: Pretrain, tiny_words: TinyWords) -> Callable[..., str]:
+def refused(pretrain: Pretrain, tiny_args: TinyWords) -> Callable[..., str]:
     """`refused(run_dir, code)`: the one line with which `pretrain train` refuses to go on, having changed nothing."""
 
     def run(run_dir: Path, code: int = 2) -> str:
         before = contents(run_dir)
-        answer = pretrain("train", *tiny_words(run_dir, *WORDS))
+        answer = pretrain("train", *tiny_args(run_dir, *WORDS))
         assert (answer.code, answer.err.count("\n")) == (code, 1), answer.err
         assert contents(run_dir) == before
         assert "delete " not in answer.err

@@ -201,10 +201,10 @@ train(load(None, sys.argv[1:]).config, Console(), [Kill()])
 
 
 def test_a_run_that_was_killed_at_27_goes_on_from_20(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole, tiny_words: Callable[..., list[str]]
+    tmp_path: Path, run_tiny: RunTiny, whole: Whole, tiny_args: Callable[..., list[str]]
 ) -> None:
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_27, *tiny_words(tmp_path)], capture_output=True, check=False
+        [sys.executable, "-c", KILLED_AT_27, *tiny_args(tmp_path)], capture_output=True, check=False
     )
     assert killed.returncode == -signal.SIGKILL
     assert curve(tmp_path)[-1][1] == 27

@@ -50,7 +50,7 @@ def test_a_job_from_text_to_report_tells_no_secret(
     pretrain: Pretrain,
     vault: fsspec.AbstractFileSystem,
     tiny_text: Path,
-    tiny_words: Callable[..., list[str]],
+    tiny_args: Callable[..., list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_job_from_text_to_report_tells_no_secret(
     more += ["data.filters.length.min_characters=60"]
     run("data", "prepare", "--keep-rejects", *sources("hunter2"), *more)
     assert "is prepared already, with these very settings" in run("data", "prepare", *sources("an0ther"), *more)
-    words = tiny_words(runs / "1", *more, "train.steps=6", "checkpoint.every=3", "eval.every=6")
+    words = tiny_args(runs / "1", *more, "train.steps=6", "checkpoint.every=3", "eval.every=6")
     run("train", *words, *sources("hunter2"))
     assert "is finished: all 6 steps are done" in run("train", *words, *sources("an0ther"))
     assert [event.kind for event in read_events(runs / "1" / "events.jsonl")] == ["start", "save", "save", "finish"]

@@ -31,7 +31,7 @@ def change(folder: Path, change_shard: Callable[[dict[str, Any]], None]) -> Path
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a/b", ".."])
 @pytest.mark.parametrize("where", ["shard", "splits"])
 def test_a_manifest_that_names_files_elsewhere_is_refused(
-    pretrain: Pretrain, tiny_data: Path, tiny_words: Callable[..., list[str]], tmp_path: Path, name: str, where: str
+    pretrain: Pretrain, tiny_data: Path, tiny_args: Callable[..., list[str]], tmp_path: Path, name: str, where: str
 ) -> None:
     def put(manifest: dict[str, Any]) -> None:
         if where == "shard":
@@ -40,7 +40,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(
             manifest["splits"] = ["train", name]
 
     data = change(shutil.copytree(tiny_data, tmp_path / "data"), put)
-    words = tiny_words(tmp_path / "run", f"data.path={data}", "train.steps=5")
+    words = tiny_args(tmp_path / "run", f"data.path={data}", "train.steps=5")
     for command in (("train", *words), ("data", "inspect", data), ("data", "verify", data)):
         answer = pretrain(*command)
         assert answer.code == 2
@@ -52,7 +52,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(
 
 
 def test_tokens_elsewhere_are_read_only_where_the_settings_name_them(
-    pretrain: Pretrain, tiny_data: Path, tiny_words: Callable[..., list[str]], tmp_path: Path
+    pretrain: Pretrain, tiny_data: Path, tiny_args: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """`prepared` names the tokens of another data set where they lie."""
     corpus, mixed = shutil.copytree(tiny_data, tmp_path / "corpus"), tmp_path / "mixed"
@@ -62,7 +62,7 @@ def test_tokens_elsewhere_are_read_only_where_the_settings_name_them(
 
     def train(*more: str) -> Any:
         return pretrain(
-            "train", *tiny_words(tmp_path / "run", f"data.path={mixed}", "train.steps=5", "eval.every=9", *more)
+            "train", *tiny_args(tmp_path / "run", f"data.path={mixed}", "train.steps=5", "eval.every=9", *more)
         )
 
     refused = train()

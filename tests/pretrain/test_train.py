@@ -303,10 +303,10 @@ def test_a_nan_ends_the_run_and_the_newest_checkpoint_is_from_before(
 
 
 def test_a_diverged_run_is_one_line_and_exit_code_1(
-    tmp_path: Path, tiny_words: Callable[..., list[str]], pretrain: Callable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_args: Callable[..., list[str]], pretrain: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, 3)
-    answer = pretrain("train", *tiny_words(tmp_path, "train.steps=10"))
+    answer = pretrain("train", *tiny_args(tmp_path, "train.steps=10"))
     assert answer.code == 1
     assert answer.err == (
         "error: loss nan and gradient norm nan at step 3: the run diverged, and this step was not taken. In another run.dir, lower "

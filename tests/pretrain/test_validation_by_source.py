@@ -126,11 +126,11 @@ def test_two_ranks_find_the_same_losses(
     workers: object,
     datas: dict[str, Path],
     first: dict[str, ValidationRecord],
-    tiny_words: TinyWords,
+    tiny_args: TinyWords,
     tmp_path: Path,
     layout: str,
 ) -> None:
-    words = tiny_words(tmp_path, f"data.path={datas['both']}", *WORDS, "train.micro_batch_size=2", layout)
+    words = tiny_args(tmp_path, f"data.path={datas['both']}", *WORDS, "train.micro_batch_size=2", layout)
     for record in workers.run(validate_on, 2, load(None, words).config):
         assert record.val_loss == pytest.approx(first["both"].val_loss, rel=1e-6)
         for name, source in first["both"].by_source.items():
@@ -151,7 +151,7 @@ def test_a_budget_for_all_reads_all_and_a_smaller_one_a_share_of_each() -> None:
 
 
 def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
-    tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_words: TinyWords
+    tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_args: TinyWords
 ) -> None:
     sources = (
         "data.sources=[" + ", ".join(f"{{kind: text, paths: [{source.paths[0]}]}}" for source in texts.values()) + "]"
@@ -177,7 +177,7 @@ def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
     )
     assert told[1].startswith(begins[1])
     assert len(told) == 2
-    trained = pretrain("train", *tiny_words(tmp_path / "run", f"data.path={tmp_path / 'data'}", *WORDS))
+    trained = pretrain("train", *tiny_args(tmp_path / "run", f"data.path={tmp_path / 'data'}", *WORDS))
     assert [line for line in trained.out.splitlines() if line.startswith("warning: ")] == told
     assert "by source: prose " in trained.out
     inspected = pretrain("data", "inspect", tmp_path / "data", "data.seq_len=32", "--samples", "0")
@@ -189,7 +189,7 @@ def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
 
 
 def test_named_held_out_text_has_its_loss_in_the_run(
-    tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_words: TinyWords
+    tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_args: TinyWords
 ) -> None:
     prose, sums = (f"[{{kind: text, paths: [{source.paths[0]}]}}]" for source in texts.values())
     words = (
@@ -199,7 +199,7 @@ def test_named_held_out_text_has_its_loss_in_the_run(
         "data.vocab_size=300",
     )
     assert pretrain("data", "prepare", *words).code == 0
-    answer = pretrain("train", *tiny_words(tmp_path / "run", f"data.path={tmp_path / 'data'}", *WORDS))
+    answer = pretrain("train", *tiny_args(tmp_path / "run", f"data.path={tmp_path / 'data'}", *WORDS))
     assert (answer.code, answer.err) == (0, "")
     assert "warning" not in answer.out
     assert [list(record.by_source) for record in read_metrics(tmp_path / "run" / "metrics.jsonl").validations] == [
