@@ -61,6 +61,15 @@ def model_parameters(config: ModelConfig, layers: range, tensor: int = 1) -> tup
     return tuple({parameter.name: parameter for parameter in found}.values())  # a tied embedding goes with both ends
 
 
+def check_architecture(config: ModelConfig) -> None:
+    """Refuse, before anything is built, an architecture that is not there or whose table does not describe all that it builds.
+
+    Raises:
+        UserError: in one line, with the module and the row to change.
+    """
+    model_parameters(config, range(config.n_layers))
+
+
 @lru_cache(maxsize=4096)
 def _layer_parameters(config: ModelConfig, layer: int, tensor: int) -> tuple[ModelParameter, ...]:
     """Of one layer: many layouts are compared, whose stages begin and end at any layer."""

@@ -131,6 +131,15 @@ class ArchitectureSpec:
     attention_flops: Callable[[ModelConfig, int, bool], float] = causal_attention_flops
     """(config, seq_len, causal) -> FLOPs of a token that no parameter takes part in, of all layers, forward and backward."""
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a table that contradicts itself."""
+        for pattern, row in self.modules.items():
+            if row.style in ("colwise", "kv_colwise") and any(p.initial is RESIDUAL for p in row.parameters.values()):
+                raise UserError(
+                    f"{self.source}: SPEC.modules has {pattern!r} write into the residual stream (RESIDUAL), but splits it "
+                    f"{row.style!r}: each tensor rank would have some columns of the result; use 'rowwise', which adds the ranks up"
+                )
+
     @property
     def tp_plan(self) -> dict[str, str]:
         """Pattern of module names -> style, as `parallel.tensor` takes it."""

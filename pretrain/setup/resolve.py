@@ -17,6 +17,7 @@ from pretrain.config import AUTO, RunConfig, flatten, on_resume
 from pretrain.config.loading import validate
 from pretrain.errors import UserError
 from pretrain.estimate.flops import pipeline_end_costs
+from pretrain.estimate.parameters import check_architecture
 from pretrain.estimate.rank_memory import RankMemory, estimate_rank_memory, find_peak_rank
 from pretrain.optim import schedule
 from pretrain.setup import auto_layout
@@ -126,6 +127,7 @@ def resolve_run(
     enforce(machine.device_constraints, config)
     kept = {} if previous is None else _kept_decisions(previous, config)
     config, decisions = _resolve_auto(_auto_rules(tokenizer_size, world_size, machine), config, kept)
+    check_architecture(config.model)
     enforce((vocabulary_fits,), config, tokenizer_size)
     batches = BatchSchedule.from_config(config.data, config.train)
     check_seq_lens(batches)
