@@ -138,13 +138,13 @@ def test_each_step_trains_on_its_slice_of_the_one_order(
     train_step = TorchEngine.train_step
 
     def spy(self: TorchEngine, microbatches: list, lr_scale: float, **more: object) -> object:
-        assert all(len(microbatch.input_ids) == 3 for microbatch in split_microbatches)
-        labels = torch.cat([microbatch.labels for microbatch in split_microbatches])
+        assert all(len(microbatch.input_ids) == 3 for microbatch in microbatches)
+        labels = torch.cat([microbatch.labels for microbatch in microbatches])
         n_rows = int((labels != -100).any(dim=1).sum())
         assert len(labels) < n_rows + 3  # what fills up is less than one microbatch, and stands behind the rest
         assert (labels[n_rows:] == -100).all()
-        seen.append(torch.cat([microbatch.input_ids for microbatch in split_microbatches])[:n_rows])
-        return train_step(self, split_microbatches, lr_scale, **more)
+        seen.append(torch.cat([microbatch.input_ids for microbatch in microbatches])[:n_rows])
+        return train_step(self, microbatches, lr_scale, **more)
 
     monkeypatch.setattr(TorchEngine, "train_step", spy)
     words = (
@@ -169,8 +169,8 @@ def test_validation_reads_the_same_held_out_sequences_each_time(
     eval_step = TorchEngine.eval_step
 
     def spy(self: TorchEngine, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
-        seen.extend((microbatch.n_targets, microbatch.input_ids) for microbatch in split_microbatches)
-        return eval_step(self, split_microbatches)
+        seen.extend((microbatch.n_targets, microbatch.input_ids) for microbatch in microbatches)
+        return eval_step(self, microbatches)
 
     monkeypatch.setattr(TorchEngine, "eval_step", spy)
     run_tiny(tmp_path, "train.steps=10", "eval.every=5", "eval.batches=2", "train.micro_batch_size=3")
@@ -278,7 +278,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
                 *(part * torch.nan for part in out)
             )
         try:
-            return train_step(self, split_microbatches, lr_scale, **more)
+            return train_step(self, microbatches, lr_scale, **more)
         finally:
             self._runner._forward_step = compute
 
