@@ -130,8 +130,8 @@ class Answer:
 def pretrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     """`pretrain("train", "train.steps=1")`: the real entry point, in this process. Lines are not wrapped."""
 
-    def run(*words: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, words)])
+    def run(*args: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, args)])
         monkeypatch.setenv("COLUMNS", "400")
         capsys.readouterr()
         try:

@@ -80,8 +80,8 @@ def test_sharded_steps_are_those_of_the_engine_that_divides_nothing(layout: Layo
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_recomputation_changes_no_loss_and_less_memory_is_alive(mode: str) -> None:
     peaks, courses = [], []
-    for words in ((), (f"train.recompute={mode}",)):
-        config = config_of(*BF16, "train.compile=false", "model.n_layers=8", *words)
+    for args in ((), (f"train.recompute={mode}",)):
+        config = config_of(*BF16, "train.compile=false", "model.n_layers=8", *args)
         engine = build_engine(config)
         train(engine, config, range(1))
         torch.cuda.reset_peak_memory_stats()

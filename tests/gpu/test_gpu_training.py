@@ -44,7 +44,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def config_of(*words: str) -> RunConfig:
+def config_of(*args: str) -> RunConfig:
     """2 layers of 4 query and 2 key/value heads of width 64; what is not said is resolved for this machine."""
     model = (
         "model.n_layers=2",
@@ -61,7 +61,7 @@ def config_of(*words: str) -> RunConfig:
         "optim.lr=1e-3",
         "train.z_loss=1e-4",
     )
-    return resolve_run(load(None, [*model, *run, *words]).config, tokenizer_size=VOCABULARY).config
+    return resolve_run(load(None, [*model, *run, *args]).config, tokenizer_size=VOCABULARY).config
 
 
 def batch_of(seed: int, documents: int = 5, rows: int = ROWS) -> Batch:
@@ -96,7 +96,7 @@ def on_the_cpu() -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("words", "loss_error", "norm_error"),
+    ("args", "loss_error", "norm_error"),
     [
         (("train.precision=fp32", "train.compile=false"), 1e-4, 1e-3),
         (("train.precision=bf16", "train.compile=false"), 2e-3, 1e-2),
@@ -106,9 +106,9 @@ def on_the_cpu() -> list[tuple[float, float]]:
     ids=["fp32", "bf16", "bf16 sdpa", "bf16 compiled"],
 )
 def test_three_steps_on_the_gpu_are_those_of_the_cpu_in_fp32(
-    words: tuple[str, ...], loss_error: float, norm_error: float, on_the_cpu: list[tuple[float, float]]
+    args: tuple[str, ...], loss_error: float, norm_error: float, on_the_cpu: list[tuple[float, float]]
 ) -> None:
-    config = config_of("train.device=cuda", *words)
+    config = config_of("train.device=cuda", *args)
     for (loss, norm), (wanted_loss, wanted_norm) in zip(
         train(build_engine(config), config, range(3)), on_the_cpu, strict=True
     ):
@@ -119,8 +119,8 @@ def test_three_steps_on_the_gpu_are_those_of_the_cpu_in_fp32(
 
 def test_evaluation_on_the_gpu_is_that_of_the_cpu() -> None:
     totals = []
-    for words in (CPU, ("train.device=cuda",)):
-        config = config_of(*words)
+    for args in (CPU, ("train.device=cuda",)):
+        config = config_of(*args)
         total, targets = build_engine(config).eval_step(fed(config, batch_of(0)))
         totals.append(total / targets)
     assert totals[1] == pytest.approx(totals[0], rel=2e-3)
@@ -251,9 +251,9 @@ def flat(engine: TorchEngine) -> dict[str, torch.Tensor]:
 def test_pretrain_train_ends_on_the_gpu_and_resumes(
     pretrain: Callable[..., object], tiny_args: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    words = tiny_args(tmp_path, "model.d_model=64", "train.device=auto", "train.precision=auto", "train.compile=auto")
+    args = tiny_args(tmp_path, "model.d_model=64", "train.device=auto", "train.precision=auto", "train.compile=auto")
     for kind in ("start", "resume"):
-        answer = pretrain("train", *words)
+        answer = pretrain("train", *args)
         assert getattr(answer, "code", None) == 0, answer
         metrics = read_metrics(tmp_path / "metrics.jsonl")
         assert [record.step for record in metrics.steps] == list(range(1, 41))

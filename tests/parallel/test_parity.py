@@ -35,9 +35,9 @@ def test_losses_gradients_and_parameters_are_those_of_one_process(case: Case, wo
     assert {kind: errors[kind] for kind, tolerance in case.tolerances.items() if errors[kind] > tolerance} == {}
 
 
-def steps_of(words: tuple[str, ...]) -> int:
+def steps_of(args: tuple[str, ...]) -> int:
     """One step has the norm of large tensors, and takes a second."""
-    return 1 if words == LARGE else STEPS
+    return 1 if args == LARGE else STEPS
 
 
 def no_reduction(patch: pytest.MonkeyPatch) -> None:
@@ -170,9 +170,9 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "words"), COMPILED, ids=str)
-def test_compiled_blocks_give_the_same_numbers(layout: Layout, words: tuple[str, ...], workers: WorkerPool) -> None:
-    case = Case(layout, layout_settings=("train.compile=true", *words), micro_batch=1)
+@pytest.mark.parametrize(("layout", "args"), COMPILED, ids=str)
+def test_compiled_blocks_give_the_same_numbers(layout: Layout, args: tuple[str, ...], workers: WorkerPool) -> None:
+    case = Case(layout, layout_settings=("train.compile=true", *args), micro_batch=1)
     errors = compare(
         workers.run(on_changed_rank, layout.world_size, case, STEPS, traced, timeout=120), train_reference((), STEPS)
     )
@@ -187,22 +187,22 @@ def test_blocks_that_recompute_are_compiled_all_the_same(layout: Layout, mode: s
         workers.run(
             operations_compiled,
             2,
-            Case(layout, layout_settings=("train.compile=true", *words), micro_batch=1),
+            Case(layout, layout_settings=("train.compile=true", *args), micro_batch=1),
             timeout=120,
         )[0]
-        for words in ((), (f"train.recompute={mode}",))
+        for args in ((), (f"train.recompute={mode}",))
     )
     assert plain > 100
     assert recomputing > 0.9 * plain
 
 
 @pytest.mark.parametrize(
-    ("how", "layout", "words"), BROKEN, ids=lambda value: getattr(value, "__name__", str(value)).replace(" ", "_")
+    ("how", "layout", "args"), BROKEN, ids=lambda value: getattr(value, "__name__", str(value)).replace(" ", "_")
 )
-def test_a_broken_layout_is_noticed(how: Break, layout: Layout, words: tuple[str, ...], workers: WorkerPool) -> None:
-    case, steps = Case(layout, words, micro_batch=4 if words == LARGE else 1), steps_of(words)
+def test_a_broken_layout_is_noticed(how: Break, layout: Layout, args: tuple[str, ...], workers: WorkerPool) -> None:
+    case, steps = Case(layout, args, micro_batch=4 if args == LARGE else 1), steps_of(args)
     errors = compare(
-        workers.run(on_changed_rank, layout.world_size, case, steps, how, timeout=120), train_reference(words, steps)
+        workers.run(on_changed_rank, layout.world_size, case, steps, how, timeout=120), train_reference(args, steps)
     )
     # Not by the parameters, which may be the very thing that is broken: by what the passes computed with them.
     assert max(errors[kind] / TOLERANCES[kind] for kind in ("loss_error", "gradient_error", "norm_error")) > 10

@@ -71,8 +71,8 @@ Layer = Callable[[ActivationSizes], ActivationSizes]
 
 
 def planned(case: str) -> tuple[RunConfig, Layout, int]:
-    world_size, rank, words = CASES[case]
-    resolved = resolve_for_cluster(load(None, [*SMALL, *words]).config, world_size)
+    world_size, rank, args = CASES[case]
+    resolved = resolve_for_cluster(load(None, [*SMALL, *args]).config, world_size)
     return shorten_step(resolved.config, resolved.layout), resolved.layout, rank
 
 

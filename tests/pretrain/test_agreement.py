@@ -19,10 +19,10 @@ class Data:
     fingerprint: str
 
 
-def refusal(words: tuple[str, ...], data: str) -> str:
+def refusal(args: tuple[str, ...], data: str) -> str:
     """What a rank says when rank 1 has these settings and that data."""
     odd = dist.get_rank() == 1
-    config = load(None, ["model.preset=tiny", *(words if odd else ())]).config
+    config = load(None, ["model.preset=tiny", *(args if odd else ())]).config
     try:
         check_ranks_agree(
             config, Data(data if odd else "a"), None, RankInfo(World(dist.get_rank(), 3), Layout(shard=3))
@@ -37,13 +37,13 @@ def test_ranks_that_agree_go_on(workers: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "data", "told"),
+    ("args", "data", "told"),
     [
         (("train.precision=fp32",), "a", "train.precision=auto, and rank 1 has fp32"),
         ((), "b", "the data in data.path=a, and rank 1 has b"),
     ],
 )
-def test_a_rank_that_differs_is_named(words: tuple[str, ...], data: str, told: str, workers: WorkerPool) -> None:
-    answers = workers.run(refusal, 3, words, data)
+def test_a_rank_that_differs_is_named(args: tuple[str, ...], data: str, told: str, workers: WorkerPool) -> None:
+    answers = workers.run(refusal, 3, args, data)
     assert told in answers[0]
     assert all(answers)

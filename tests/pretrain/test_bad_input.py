@@ -15,7 +15,7 @@ from pretrain.train.loop import Outcome
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 RunTiny = Callable[..., Outcome]
-TinyWords = Callable[..., list[str]]
+TinyArgs = Callable[..., list[str]]
 Tree = dict[str, str]
 
 
@@ -35,9 +35,9 @@ def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(pretrain: Pretrain, tmp_path: Path, tiny_data: Path) -> Callable[..., str]:
     """`refused("train", "train.steps=x")`: the one line on stderr, if everything else is as it must be."""
 
-    def run(*words: object) -> str:
+    def run(*args: object) -> str:
         before = [tree(tmp_path), tree(tiny_data)]
-        answer = pretrain(*words)
+        answer = pretrain(*args)
         assert answer.code == 2
         assert "\n" not in answer.err.removesuffix("\n")
         assert answer.err.startswith("error: ")
@@ -56,7 +56,7 @@ def tree(folder: Path) -> Tree:
     }
 
 
-WORDS = {
+ARGS = {
     "unknown key": (["train.stepz=5"], "train.stepz is not a setting; did you mean train.steps?"),
     "unknown key in a section of a section": (["model.rope.tehta=1"], "did you mean model.rope.theta?"),
     "unknown section": (["trian.steps=5"], "trian is not a setting; did you mean train?"),
@@ -72,7 +72,7 @@ WORDS = {
     "not a number": (["optim.max_grad_norm=nan"], "optim.max_grad_norm='nan': input should be a finite number"),
     "not one of the choices": (["optim.kind=sgd"], "optim.kind='sgd': input should be 'adamw' or 'muon'"),
     "a value for a section": (["train=5"], "train=5: is a section; set what is in it"),
-    "a word without a value": (["train.steps"], "train.steps: no such file, and no preset of that name"),
+    "an argument without a value": (["train.steps"], "train.steps: no such file, and no preset of that name"),
     "a value that is no YAML": (["log.samples=[a"], "log.samples: `[a` is not a YAML value; quote it"),
     "heads that do not divide": (
         ["model.n_heads=6", "model.n_kv_heads=4"],
@@ -82,10 +82,10 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize(("words", "message"), WORDS.values(), ids=WORDS)
+@pytest.mark.parametrize(("args", "message"), ARGS.values(), ids=ARGS)
 @pytest.mark.parametrize("command", [("train",), ("config", "show")], ids=["train", "config show"])
-def test_wrong_words(refused: Callable[..., str], command: tuple[str, ...], words: list[str], message: str) -> None:
-    assert message in refused(*command, *words)
+def test_wrong_arguments(refused: Callable[..., str], command: tuple[str, ...], args: list[str], message: str) -> None:
+    assert message in refused(*command, *args)
 
 
 FILES = {
@@ -157,12 +157,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("words", "message"), SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(("args", "message"), SETTINGS.values(), ids=SETTINGS)
 def test_settings_that_do_not_go_together(
-    refused: Callable[..., str], tmp_path: Path, tiny_args: TinyWords, words: list[str], message: str
+    refused: Callable[..., str], tmp_path: Path, tiny_args: TinyArgs, args: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    assert re.search(message, refused("train", *tiny_args(tmp_path / "run", *words)))
+    assert re.search(message, refused("train", *tiny_args(tmp_path / "run", *args)))
 
 
 def missing(folder: Path) -> tuple[str, str]:
@@ -200,21 +200,21 @@ def test_sources_that_cannot_be_read(
     refused: Callable[..., str], tmp_path: Path, source: Callable[[Path], tuple[str, str]], command: str
 ) -> None:
     (tmp_path / "text").mkdir()
-    words, message = source(tmp_path / "text")
-    assert re.search(message, refused("data", command, f"data.sources=[{words}]", "data.path=data"))
+    args, message = source(tmp_path / "text")
+    assert re.search(message, refused("data", command, f"data.sources=[{args}]", "data.path=data"))
 
 
 def test_data_that_was_prepared_with_other_settings(
     refused: Callable[..., str], tiny_text: Path, tiny_data: Path
 ) -> None:
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
-    words = (
+    args = (
         "data.vocab_size=300",
         "data.tokenizer_sample_mb=1",
         "data.validation_fraction=0.2",
         "data.shard_tokens=4000",
     )
-    line = refused("data", "prepare", f"data.path={tiny_data}", source, *words)
+    line = refused("data", "prepare", f"data.path={tiny_data}", source, *args)
     assert "data.validation_fraction was 0.1 and is 0.2. Set another data.path, or delete" in line
 
 
@@ -224,7 +224,7 @@ def data(tmp_path: Path, tiny_data: Path) -> Path:
     return Path(shutil.copytree(tiny_data, tmp_path / "data"))
 
 
-def test_a_damaged_shard(refused: Callable[..., str], data: Path, tiny_args: TinyWords, tmp_path: Path) -> None:
+def test_a_damaged_shard(refused: Callable[..., str], data: Path, tiny_args: TinyArgs, tmp_path: Path) -> None:
     shard = next((data / "train").glob("*.bin"))
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
     assert re.search(
@@ -235,7 +235,7 @@ def test_a_damaged_shard(refused: Callable[..., str], data: Path, tiny_args: Tin
 
 
 def test_another_tokenizer_than_the_one_of_the_data(
-    refused: Callable[..., str], pretrain: Pretrain, tmp_path: Path, tiny_text: Path, tiny_args: TinyWords
+    refused: Callable[..., str], pretrain: Pretrain, tmp_path: Path, tiny_text: Path, tiny_args: TinyArgs
 ) -> None:
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
     assert pretrain("data", "tokenizer", source, "data.path=other", "data.vocab_size=290").code == 0
@@ -247,7 +247,7 @@ def test_another_tokenizer_than_the_one_of_the_data(
 
 
 def test_a_run_directory_of_another_config_shows_the_difference(
-    refused: Callable[..., str], run_tiny: RunTiny, tiny_args: TinyWords, tmp_path: Path
+    refused: Callable[..., str], run_tiny: RunTiny, tiny_args: TinyArgs, tmp_path: Path
 ) -> None:
     run_tiny(tmp_path / "run", "train.steps=10")
     line = refused(
@@ -269,11 +269,11 @@ def trained(run_tiny: RunTiny, tmp_path: Path, data: Path) -> Iterator[Path]:
     return tmp_path / "run"
 
 
-def test_no_checkpoint_is_whole(refused: Callable[..., str], trained: Path, data: Path, tiny_args: TinyWords) -> None:
+def test_no_checkpoint_is_whole(refused: Callable[..., str], trained: Path, data: Path, tiny_args: TinyArgs) -> None:
     for shard in trained.glob("checkpoints/*/*.distcp"):
         shard.write_bytes(shard.read_bytes()[:-1])
-    words = tiny_args(trained, f"data.path={data}", "train.steps=10", "checkpoint.every=5")
-    for command in (("train", *words), ("generate", trained)):
+    args = tiny_args(trained, f"data.path={data}", "train.steps=10", "checkpoint.every=5")
+    for command in (("train", *args), ("generate", trained)):
         line = refused(*command)
         assert re.search(
             r"none of the 2 checkpoints in \S*/run/checkpoints is valid; the newest fails because \S*step-00000010/",
@@ -284,7 +284,7 @@ def test_no_checkpoint_is_whole(refused: Callable[..., str], trained: Path, data
 
 
 def test_other_data_than_the_run_was_trained_on(
-    refused: Callable[..., str], pretrain: Pretrain, trained: Path, data: Path, tiny_text: Path, tiny_args: TinyWords
+    refused: Callable[..., str], pretrain: Pretrain, trained: Path, data: Path, tiny_text: Path, tiny_args: TinyArgs
 ) -> None:
     other = data.with_name("other")
     other.mkdir()
@@ -305,12 +305,10 @@ def test_a_prompt_that_fills_the_context(refused: Callable[..., str], trained: P
     )
 
 
-def test_a_damaged_config_of_a_run(
-    refused: Callable[..., str], trained: Path, data: Path, tiny_args: TinyWords
-) -> None:
+def test_a_damaged_config_of_a_run(refused: Callable[..., str], trained: Path, data: Path, tiny_args: TinyArgs) -> None:
     (trained / "config.yaml").write_text("model: [")
-    words = tiny_args(trained, f"data.path={data}", "train.steps=10", "checkpoint.every=5")
-    for command in (("train", *words), ("generate", trained), ("report", trained)):
+    args = tiny_args(trained, f"data.path={data}", "train.steps=10", "checkpoint.every=5")
+    for command in (("train", *args), ("generate", trained), ("report", trained)):
         assert re.search(r"run/config\.yaml(: cannot be read as YAML| is not YAML)", refused(*command))
 
 

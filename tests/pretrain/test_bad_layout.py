@@ -205,20 +205,20 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize(("world_size", "words", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("world_size", "args", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_layout_that_cannot_be_is_one_line_and_starts_nothing(
     pretrain: Pretrain,
     monkeypatch: pytest.MonkeyPatch,
     tiny_args: Callable[..., list[str]],
     tmp_path: Path,
     world_size: int,
-    words: tuple[str, ...],
+    args: tuple[str, ...],
     message: str,
 ) -> None:
     # Not by WORLD_SIZE: `main` would wait for the other ranks, to end with them. What is asked here is what `train` says.
     monkeypatch.setattr("pretrain.train.run.World", _Pretended(world_size))
     monkeypatch.setattr("torch.distributed.init_process_group", _must_not_start)
-    answer = pretrain("train", *tiny_args(tmp_path / "run", *words))
+    answer = pretrain("train", *tiny_args(tmp_path / "run", *args))
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.startswith("error: ")
     assert answer.err.count("\n") == 1
@@ -240,8 +240,8 @@ def _must_not_start(*_: object, **__: object) -> None:
     raise AssertionError("a process group was started")
 
 
-def planned(world_size: int, *words: str) -> tuple[RunConfig, Layout]:
-    resolved = resolve_for_cluster(load(None, words).config, world_size)
+def planned(world_size: int, *args: str) -> tuple[RunConfig, Layout]:
+    resolved = resolve_for_cluster(load(None, args).config, world_size)
     return resolved.config, resolved.layout
 
 
@@ -276,9 +276,9 @@ SHAPE = (
 )
 
 
-@pytest.mark.parametrize(("world_size", "words"), GOOD, ids=str)
-def test_what_divides_is_accepted(world_size: int, words: tuple[str, ...]) -> None:
-    _, layout = planned(world_size, *SHAPE, *words)
+@pytest.mark.parametrize(("world_size", "args"), GOOD, ids=str)
+def test_what_divides_is_accepted(world_size: int, args: tuple[str, ...]) -> None:
+    _, layout = planned(world_size, *SHAPE, *args)
     assert layout.world_size == world_size
 
 
@@ -290,7 +290,7 @@ def test_what_is_auto_is_what_is_left() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "size"),
+    ("args", "size"),
     [
         ((), 8),  # of 8 a rank
         (("parallel.pipeline=4",), 4),  # 32 a rank, 8 microbatches
@@ -304,8 +304,8 @@ def test_what_is_auto_is_what_is_left() -> None:
     ],
     ids=str,
 )
-def test_microbatches_fill_the_pipeline_and_count_a_context_ranks_tokens(words: tuple[str, ...], size: int) -> None:
-    config, _ = planned(8, *SHAPE, *words)
+def test_microbatches_fill_the_pipeline_and_count_a_context_ranks_tokens(args: tuple[str, ...], size: int) -> None:
+    config, _ = planned(8, *SHAPE, *args)
     assert config.train.micro_batch_size == size
 
 
@@ -322,7 +322,7 @@ BIG = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=64")
 
 
 @pytest.mark.parametrize(
-    ("world_size", "words", "way_out"),
+    ("world_size", "args", "way_out"),
     [
         (8, ("parallel.zero=1",), "use parallel.zero=3"),
         (8, ("parallel.shard=2", "parallel.replicate=4"), "use parallel.shard=4 parallel.replicate=2"),
@@ -331,9 +331,9 @@ BIG = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=64")
     ids=str,
 )
 def test_a_model_that_does_not_fit_is_refused_with_the_smallest_change_that_does(
-    world_size: int, words: tuple[str, ...], way_out: str
+    world_size: int, args: tuple[str, ...], way_out: str
 ) -> None:
-    config, layout = planned(world_size, *BIG, *words)  # with memory that is not known
+    config, layout = planned(world_size, *BIG, *args)  # with memory that is not known
     small = replace(GPU_CLUSTER, device_bytes=lambda device: 39 * GIB if device == "cuda" else None)
     with pytest.raises(
         UserError, match=rf"the fullest rank would hold .* GiB .*, and a device has 39\.0 GiB: {way_out}"

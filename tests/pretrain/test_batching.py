@@ -117,7 +117,7 @@ def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("layout", "words"),
+    ("layout", "args"),
     [
         (Layout(shard=2), ()),
         (Layout(shard=3, replicate=2), ("train.batch_size=6",)),
@@ -132,9 +132,9 @@ def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:
     ids=["even", "replicas", "ramp", "same rows", "pipeline", "seq_len_schedule"],
 )
 def test_the_ranks_together_read_the_global_batch_of_every_step(
-    layout: Layout, words: tuple[str, ...], tiny_args: Callable[..., list[str]], tmp_path: Path
+    layout: Layout, args: tuple[str, ...], tiny_args: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    config = load(None, tiny_args(tmp_path, "train.steps=8", "train.micro_batch_size=2", *words)).config
+    config = load(None, tiny_args(tmp_path, "train.steps=8", "train.micro_batch_size=2", *args)).config
     schedule = BatchSchedule.from_config(config.data, config.train)
     whole = Loader(config.data.path / "train", seq_len=32, seed=config.run.seed, window=schedule.window)
     for step in range(1, 9):

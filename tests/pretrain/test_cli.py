@@ -138,21 +138,21 @@ def test_text_to_report_with_the_commands_alone(
     assert verified.code == 0
     assert f"{data}: 2 shards, 0.1 MB, all as their manifests say" in verified.out
 
-    words = tiny_args(
+    args = tiny_args(
         run, f"data.path={data}", "train.steps=12", "checkpoint.every=6", "train.compile=auto", "log.samples=[the loop]"
     )
     stop_at(monkeypatch, 4)
-    stopped = pretrain("train", *words)
+    stopped = pretrain("train", *args)
     assert stopped.code == 75
     assert "SIGTERM received; the same command resumes from here" in stopped.out
     assert "train.compile = False (" in stopped.out
     stop_at(monkeypatch, None)
-    trained = pretrain("train", *words)
+    trained = pretrain("train", *args)
     assert trained.code == 0
     assert "step 4 of 12, from the latest checkpoint" in trained.out
     assert f"report: {run / 'report.html'}" in trained.out
     assert stopped.err == trained.err == ""
-    assert "is finished: all 12 steps are done" in pretrain("train", *words).out
+    assert "is finished: all 12 steps are done" in pretrain("train", *args).out
 
     again = [pretrain("generate", run, "the loop", "--max-new-tokens", "9", "--seed", "3") for _ in range(2)]
     assert again[0].code == 0

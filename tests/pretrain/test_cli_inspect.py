@@ -51,10 +51,10 @@ def test_it_counts_documents_tokens_and_lengths(pretrain: Pretrain, tiny_data: P
     assert "A run with" not in answer.out
 
 
-def test_words_tell_what_that_run_reads_of_the_data(pretrain: Pretrain, tiny_data: Path, tmp_path: Path) -> None:
+def test_settings_show_what_that_run_reads_of_the_data(pretrain: Pretrain, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("data: {path: nowhere, seq_len: 32}\ntrain: {batch_size: 4, steps: 7}\n")
     answers = [
-        pretrain("data", "inspect", tiny_data, *words) for words in (RUN, (tmp_path / "my.yaml", "train.steps=500"))
+        pretrain("data", "inspect", tiny_data, *args) for args in (RUN, (tmp_path / "my.yaml", "train.steps=500"))
     ]
     assert answers[0].out == answers[1].out
     loader, samples = Loader(tiny_data / "train", seq_len=32, seed=1), 500 * 4
@@ -94,7 +94,7 @@ def test_html_writes_the_page_and_prints_where(pretrain: Pretrain, tiny_data: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["data.mixture.weight.code=2"], "data.mixture.weight is not a setting; did you mean data.mixture.weights?"),
         (
@@ -117,10 +117,10 @@ def test_html_writes_the_page_and_prints_where(pretrain: Pretrain, tiny_data: Pa
     ],
 )
 def test_wrong_input_is_one_line(
-    pretrain: Pretrain, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+    pretrain: Pretrain, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    answer = pretrain("data", "inspect", tiny_data, *words)
+    answer = pretrain("data", "inspect", tiny_data, *args)
     assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
     assert message in answer.err
     assert list(tmp_path.iterdir()) == []

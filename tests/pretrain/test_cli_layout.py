@@ -8,7 +8,7 @@ import pytest
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 
-WORDS = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=128")
+ARGS = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=128")
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_holds_what_and_what_moves_on_64_ranks(pretrain: Pretrain, tmp_path: Path) -> None:
-    answer = pretrain("layout", *WORDS, "parallel.tensor=4", "parallel.pipeline=4", "--world-size", 64)
+    answer = pretrain("layout", *ARGS, "parallel.tensor=4", "parallel.pipeline=4", "--world-size", 64)
     assert (answer.code, answer.err) == (0, "")
     lines = answer.out.splitlines()
     axes = "pipeline=4 (outermost) x replicate=1 x shard=4 x context=1 x tensor=4 (innermost); zero=2"
@@ -37,7 +37,7 @@ def test_who_holds_what_and_what_moves_on_64_ranks(pretrain: Pretrain, tmp_path:
 
 
 def test_one_rank_and_its_peers(pretrain: Pretrain) -> None:
-    answer = pretrain("layout", *WORDS, "parallel.tensor=4", "parallel.pipeline=4", "--world-size=64", "--rank=21")
+    answer = pretrain("layout", *ARGS, "parallel.tensor=4", "parallel.pipeline=4", "--world-size=64", "--rank=21")
     lines = [" ".join(line.split()) for line in answer.out.splitlines()]
     assert "Rank 21 reads part 1 of 4 of each batch" in lines
     assert "pipeline 1 of 4 5, 21, 37, 53" in lines
@@ -47,9 +47,9 @@ def test_one_rank_and_its_peers(pretrain: Pretrain) -> None:
 
 
 def test_a_node_may_have_other_sizes(pretrain: Pretrain) -> None:
-    words = ("layout", *WORDS, "parallel.tensor=4", "--world-size=16", "--ranks-per-node")
-    assert "tensor yes" in " ".join(pretrain(*words, 4).out.split())
-    assert "tensor no" in " ".join(pretrain(*words, 2).out.split())
+    args = ("layout", *ARGS, "parallel.tensor=4", "--world-size=16", "--ranks-per-node")
+    assert "tensor yes" in " ".join(pretrain(*args, 4).out.split())
+    assert "tensor no" in " ".join(pretrain(*args, 2).out.split())
 
 
 def test_the_vocabulary_must_be_known(pretrain: Pretrain, tiny_data: Path) -> None:
@@ -63,7 +63,7 @@ def test_the_vocabulary_must_be_known(pretrain: Pretrain, tiny_data: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (
             ("parallel.tensor=16", "--world-size=16"),
@@ -73,7 +73,7 @@ def test_the_vocabulary_must_be_known(pretrain: Pretrain, tiny_data: Path) -> No
     ],
     ids=str,
 )
-def test_what_cannot_be_is_one_line(pretrain: Pretrain, words: tuple[str, ...], message: str) -> None:
-    answer = pretrain("layout", *WORDS, *words)
+def test_what_cannot_be_is_one_line(pretrain: Pretrain, args: tuple[str, ...], message: str) -> None:
+    answer = pretrain("layout", *ARGS, *args)
     assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
     assert message in answer.err

@@ -85,8 +85,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
     torch.compiler.reset()
 
 
-def run(run_tiny: RunTiny, path: Path, compiled: Compiled, *words: str) -> None:
-    more = ("train.compile=true", "train.steps=8", "eval.every=4", "log.samples=[the loop]", "model.n_layers=3", *words)
+def run(run_tiny: RunTiny, path: Path, compiled: Compiled, *args: str) -> None:
+    more = ("train.compile=true", "train.steps=8", "eval.every=4", "log.samples=[the loop]", "model.n_layers=3", *args)
     run_tiny(path, *more, observers=[compiled], console=Console(file=io.StringIO()))
 
 
@@ -161,9 +161,9 @@ def batch_of(seed: int, documents: int, rows: int = 2) -> Batch:
 DOCUMENTS = (5, 1, 2, 40, 3, 60, 7, 1)
 
 
-def varlen_losses(*words: str, documents: Sequence[int] = DOCUMENTS) -> list[tuple[float, float]]:
+def varlen_losses(*args: str, documents: Sequence[int] = DOCUMENTS) -> list[tuple[float, float]]:
     """Training and validation loss of steps on rows of so many documents, with PyTorch's own attention operators."""
-    engine = build_engine(load(None, [*MODEL, *words]).config)
+    engine = build_engine(load(None, [*MODEL, *args]).config)
     losses = []
     with flash_on_a_cpu():
         for seed, count in enumerate(documents):
@@ -204,13 +204,13 @@ def test_without_marks_other_documents_are_other_graphs(compiled: Compiled, monk
     assert compiled.graphs == 7  # the block once more, with gradients and without
 
 
-def graphs_of_a_rank(layout: Layout, words: tuple[str, ...]) -> list[int]:
+def graphs_of_a_rank(layout: Layout, args: tuple[str, ...]) -> list[int]:
     """Graphs that this rank has compiled after each of some steps and validations, whose rows the data ranks share unequally."""
     counts, rank = Compiled(), dist.get_rank()
     torch.compiler.reset()
     with pytest.MonkeyPatch.context() as patch, flash_on_a_cpu():
         count_with(counts, patch)
-        engine = build_engine(load(None, [*MODEL, *words]).config, layout, rank)
+        engine = build_engine(load(None, [*MODEL, *args]).config, layout, rank)
         share, graphs = DataShard(layout.data_rank(rank), layout.data), []
         for seed, (rows, documents) in enumerate(((8, 5), (5, 40), (9, 1))):
             whole = batch_of(seed, documents, rows)
@@ -224,7 +224,7 @@ def graphs_of_a_rank(layout: Layout, words: tuple[str, ...]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "words"),
+    ("layout", "args"),
     [
         (Layout(shard=2, zero=2), ("train.attention=varlen", "train.recompute=full", "train.recompute_every=2")),
         (Layout(pipeline=2, schedule="zbv", stages_per_rank=2), ("train.attention=blocked", "model.n_layers=4")),
@@ -235,8 +235,8 @@ def graphs_of_a_rank(layout: Layout, words: tuple[str, ...]) -> list[int]:
     ids=str,
 )
 def test_no_layout_compiles_after_its_first_step_and_validation(
-    layout: Layout, words: tuple[str, ...], workers: WorkerPool
+    layout: Layout, args: tuple[str, ...], workers: WorkerPool
 ) -> None:
-    for graphs in workers.run(graphs_of_a_rank, 2, layout, words, timeout=240):
+    for graphs in workers.run(graphs_of_a_rank, 2, layout, args, timeout=240):
         assert graphs[0] > 0
         assert set(graphs) == {graphs[0]}

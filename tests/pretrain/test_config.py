@@ -24,11 +24,11 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_words_win_over_the_file_over_the_preset_over_the_defaults(tmp_path: Path) -> None:
+def test_arguments_win_over_the_file_over_the_preset_over_the_defaults(tmp_path: Path) -> None:
     file = write(tmp_path / "my.yaml", "model: {preset: tiny, d_ff: 100}\ntrain: {steps: 7, batch_size: 3}\n")
     loaded = load(file, ["train.steps=9", "model.n_layers=5"])
     config = loaded.config
-    assert (config.train.steps, config.model.n_layers) == (9, 5)  # words
+    assert (config.train.steps, config.model.n_layers) == (9, 5)  # arguments
     assert (config.train.batch_size, config.model.d_ff) == (3, 100)  # file
     assert (config.model.d_model, config.model.tie_embeddings) == (64, True)  # preset
     assert (config.optim.lr, config.model.norm_eps) == (3e-4, 1e-5)  # defaults
@@ -52,7 +52,7 @@ def test_a_preset_named_by_a_word_wins_over_the_one_in_the_file(tmp_path: Path) 
     assert load(file).config.model.d_model == 64
 
 
-def test_later_words_win_and_the_first_word_may_be_a_config() -> None:
+def test_later_arguments_win_and_the_first_may_be_a_config() -> None:
     assert load_args(["train.steps=1", "train.steps=2"]).config.train.steps == 2
     assert load_args(["demo", "train.steps=2"]).config.data.vocab_size == 4096
     assert load_args([]).config == RunConfig()
@@ -69,7 +69,7 @@ def test_an_empty_section_sets_nothing(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "key", "value"),
+    ("arg", "key", "value"),
     [
         ("optim.lr=3e-4", "optim.lr", 3e-4),
         ("train.steps=10_000", "train.steps", 10_000),
@@ -85,8 +85,8 @@ def test_an_empty_section_sets_nothing(tmp_path: Path, text: str) -> None:
         ("model.rope.kind=llama3", "model.rope.kind", "llama3"),
     ],
 )
-def test_words_mean_what_they_say(word: str, key: str, value: object) -> None:
-    assert flatten(load(None, [word]).config)[key] == value
+def test_values_mean_what_they_say(arg: str, key: str, value: object) -> None:
+    assert flatten(load(None, [arg]).config)[key] == value
 
 
 OLD_NAMES = {
@@ -96,23 +96,23 @@ OLD_NAMES = {
 }
 
 
-@pytest.mark.parametrize(("word", "new"), OLD_NAMES.items())
-def test_a_renamed_setting_loads_by_its_old_name(tmp_path: Path, word: str, new: str) -> None:
-    old, value = word.split("=", 1)
+@pytest.mark.parametrize(("arg", "new"), OLD_NAMES.items())
+def test_a_renamed_setting_loads_by_its_old_name(tmp_path: Path, arg: str, new: str) -> None:
+    old, value = arg.split("=", 1)
     section, name = old.split(".")
     file = write(tmp_path / "my.yaml", f"{section}:\n  {name}: {value}\n")
     expected = flatten(load(None, [f"{new}={value}"]).config)
     assert expected[new] != flatten(RunConfig())[new]
-    assert flatten(load(None, [word]).config) == flatten(load(file).config) == expected
+    assert flatten(load(None, [arg]).config) == flatten(load(file).config) == expected
     assert load(file).origin == {new: str(file)}
     assert f"  {new.split('.')[1]}:" in dump(load(file).config)
     assert old not in dict(walk())
 
 
-@pytest.mark.parametrize("word", OLD_NAMES)
-def test_a_later_layer_overrides_a_renamed_setting_by_either_name(tmp_path: Path, word: str) -> None:
-    old, value = word.split("=", 1)
-    new = OLD_NAMES[word]
+@pytest.mark.parametrize("arg", OLD_NAMES)
+def test_a_later_layer_overrides_a_renamed_setting_by_either_name(tmp_path: Path, arg: str) -> None:
+    old, value = arg.split("=", 1)
+    new = OLD_NAMES[arg]
     section, name = old.split(".")
     default = json.dumps(flatten(RunConfig())[new])
     by_old = write(tmp_path / "old.yaml", f"{section}:\n  {name}: {value}\n")
@@ -120,14 +120,14 @@ def test_a_later_layer_overrides_a_renamed_setting_by_either_name(tmp_path: Path
     assert load(by_old, [f"{new}={default}"]).config == load(by_new, [f"{old}={default}"]).config == RunConfig()
 
 
-@pytest.mark.parametrize("word", OLD_NAMES)
-def test_a_setting_under_both_names_is_refused_in_one_line(tmp_path: Path, word: str) -> None:
-    old, value = word.split("=", 1)
-    new = OLD_NAMES[word]
+@pytest.mark.parametrize("arg", OLD_NAMES)
+def test_a_setting_under_both_names_is_refused_in_one_line(tmp_path: Path, arg: str) -> None:
+    old, value = arg.split("=", 1)
+    new = OLD_NAMES[arg]
     answer = f"{old} is the old name of {new}, and both are set; remove {old}"
     section, name = old.split(".")
     file = write(tmp_path / "my.yaml", f"{section}:\n  {name}: {value}\n  {new.split('.')[1]}: {value}\n")
-    for arguments in ((None, [word, f"{new}={value}"]), (file,)):
+    for arguments in ((None, [arg, f"{new}={value}"]), (file,)):
         with pytest.raises(UserError) as refusal:
             load(*arguments)
         assert str(refusal.value) == answer
@@ -136,7 +136,7 @@ def test_a_setting_under_both_names_is_refused_in_one_line(tmp_path: Path, word:
 
 
 @pytest.mark.parametrize(
-    ("word", "answer"),
+    ("arg", "answer"),
     [
         ("train.stesp=1", "train.stesp is not a setting; did you mean train.steps?"),
         ("steps=1", "steps is not a setting; did you mean train.steps?"),
@@ -156,14 +156,14 @@ def test_a_setting_under_both_names_is_refused_in_one_line(tmp_path: Path, word:
         ),
     ],
 )
-def test_unknown_keys_are_answered_with_the_nearest_known_one(word: str, answer: str) -> None:
+def test_unknown_keys_are_answered_with_the_nearest_known_one(arg: str, answer: str) -> None:
     with pytest.raises(UserError) as refusal:
-        load(None, [word])
+        load(None, [arg])
     assert str(refusal.value) == answer
 
 
 @pytest.mark.parametrize(
-    ("words", "answer"),
+    ("args", "answer"),
     [
         (["train.steps=1.5"], "train.steps=1.5: input should be a valid integer, got a number with a fractional part"),
         (["train.precision=fp8"], "train.precision='fp8': input should be 'bf16' or 'fp32'"),
@@ -194,9 +194,9 @@ def test_unknown_keys_are_answered_with_the_nearest_known_one(word: str, answer:
         (["model.rope.beta_slow=40"], "model.rope.beta_fast=32.0 must be greater than model.rope.beta_slow=40.0; swap"),
     ],
 )
-def test_wrong_values_are_told_with_key_and_value(words: list[str], answer: str) -> None:
+def test_wrong_values_are_told_with_key_and_value(args: list[str], answer: str) -> None:
     with pytest.raises(UserError) as refusal:
-        load(None, words)
+        load(None, args)
     assert str(refusal.value).startswith(answer)
     assert "\n" not in str(refusal.value)
 

@@ -27,7 +27,7 @@ from pretrain.train.loop import Outcome
 from pretrain.train.run import train as train_run
 
 RunTiny = Callable[..., Outcome]
-TinyWords = Callable[..., list[str]]
+TinyArgs = Callable[..., list[str]]
 Pretrain = Callable[..., object]
 
 CONSTANT = ("optim.schedule=constant", "checkpoint.every=10")
@@ -98,18 +98,18 @@ def refusal(run: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [["optim.schedule=constant"], ["optim.schedule=inverse_sqrt"], ["optim.schedule=wsd", "optim.decay=0"]],
 )
 def test_a_finished_run_made_longer_is_the_run_that_was_as_long_from_the_start(
     tmp_path: Path,
     run_tiny: RunTiny,
-    words: list[str],
+    args: list[str],
 ) -> None:
-    words = [*words, "checkpoint.every=10"]
-    run_tiny(tmp_path / "whole", *words, "train.steps=20")
-    run_tiny(tmp_path / "run", *words, "train.steps=10")
-    assert run_tiny(tmp_path / "run", *words, "train.steps=20") is Outcome.FINISHED
+    args = [*args, "checkpoint.every=10"]
+    run_tiny(tmp_path / "whole", *args, "train.steps=20")
+    run_tiny(tmp_path / "run", *args, "train.steps=10")
+    assert run_tiny(tmp_path / "run", *args, "train.steps=20") is Outcome.FINISHED
     assert_same_end(tmp_path / "run", tmp_path / "whole", 20)
     told = [
         (e.kind, e.step)
@@ -136,9 +136,9 @@ def test_a_longer_run_that_was_killed_before_it_told_its_end_tells_it(tmp_path: 
 
 def test_auto_warmup_stays_what_it_was_when_a_run_is_made_longer(tmp_path: Path, run_tiny: RunTiny) -> None:
     """A tenth of 20 steps is 2, and of 10 is 1: the longer run keeps the 1, or the steps taken would have been others."""
-    words = ("optim.schedule=constant", "optim.warmup=auto")
-    run_tiny(tmp_path, *words, "train.steps=10")
-    run_tiny(tmp_path, *words, "train.steps=20")
+    args = ("optim.schedule=constant", "optim.warmup=auto")
+    run_tiny(tmp_path, *args, "train.steps=10")
+    run_tiny(tmp_path, *args, "train.steps=20")
     assert read_config(tmp_path / "config.yaml").optim.warmup == 1
 
 
@@ -241,10 +241,10 @@ def test_a_cosine_run_in_its_warmup_may_be_made_longer(tmp_path: Path, run_tiny:
 
 
 def test_stages_by_numbers_of_sequences_may_be_followed_by_more_steps(tmp_path: Path, run_tiny: RunTiny) -> None:
-    words = (*CONSTANT, "data.seq_len_schedule=[{from: 20, seq_len: 64}]")
-    run_tiny(tmp_path / "whole", *words, "train.steps=20")
-    run_tiny(tmp_path / "run", *words, "train.steps=10")
-    run_tiny(tmp_path / "run", *words, "train.steps=20")
+    args = (*CONSTANT, "data.seq_len_schedule=[{from: 20, seq_len: 64}]")
+    run_tiny(tmp_path / "whole", *args, "train.steps=20")
+    run_tiny(tmp_path / "run", *args, "train.steps=10")
+    run_tiny(tmp_path / "run", *args, "train.steps=20")
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
@@ -313,14 +313,14 @@ def _parent_is_only_read(request: pytest.FixtureRequest) -> object:
 
 
 @pytest.fixture
-def child(tiny_args: TinyWords, tiny_data: Path) -> Callable[..., list[str]]:
+def child(tiny_args: TinyArgs, tiny_data: Path) -> Callable[..., list[str]]:
     """Words of a run that begins from another one: all but the model, which is that run's."""
 
-    def words(run_dir: Path, init_from: object, *more: str) -> list[str]:
-        mine = [word for word in tiny_args(run_dir) if not word.startswith("model.")]
+    def args(run_dir: Path, init_from: object, *more: str) -> list[str]:
+        mine = [arg for arg in tiny_args(run_dir) if not arg.startswith("model.")]
         return [*mine, "optim.warmup=1", f"run.init_from={init_from}", *more]
 
-    return words
+    return args
 
 
 @pytest.fixture
@@ -345,11 +345,11 @@ def test_a_branch_made_longer_answers_for_its_own_steps_alone(
     tmp_path: Path, parent: Path, train: Callable[..., Outcome]
 ) -> None:
     """Under its own settings the first steps, which the other run took, would have warmed up otherwise."""
-    words = ("run.init_mode=full", "optim.schedule=constant")
-    train(tmp_path, f"{parent}@10", *words, "optim.warmup=4", "train.steps=14")
-    train(tmp_path, f"{parent}@10", *words, "optim.warmup=8", "train.steps=16")
+    args = ("run.init_mode=full", "optim.schedule=constant")
+    train(tmp_path, f"{parent}@10", *args, "optim.warmup=4", "train.steps=14")
+    train(tmp_path, f"{parent}@10", *args, "optim.warmup=8", "train.steps=16")
     assert [step for step, *_ in curve(tmp_path)] == list(range(11, 17))
-    told = refusal(lambda: train(tmp_path, f"{parent}@10", *words, "optim.warmup=12", "train.steps=20"))
+    told = refusal(lambda: train(tmp_path, f"{parent}@10", *args, "optim.warmup=12", "train.steps=20"))
     assert "step 11 had the learning rate 0.01 and would have had 0.00916667" in told
 
 
@@ -406,7 +406,7 @@ def test_a_run_resumes_from_its_own_checkpoints_when_the_other_run_is_gone(
     tmp_path: Path, parent: Path, train: Callable[..., Outcome]
 ) -> None:
     gone = shutil.copytree(parent, tmp_path / "gone")
-    words = ("run.init_mode=full", "train.steps=20")
+    args = ("run.init_mode=full", "train.steps=20")
     train(tmp_path / "run", gone, "train.steps=20", observers=(StopAfter(7),))
     train(tmp_path / "whole", gone, "train.steps=20")
     shutil.rmtree(gone)
@@ -414,7 +414,7 @@ def test_a_run_resumes_from_its_own_checkpoints_when_the_other_run_is_gone(
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     kinds = [(e.kind, e.step) for e in read_events(tmp_path / "run" / "events.jsonl")]
     assert kinds == [("start", 0), ("save", 7), ("stop", 7), ("resume", 7), ("save", 20), ("finish", 20)]
-    told = refusal(lambda: train(tmp_path / "run", parent, *words))
+    told = refusal(lambda: train(tmp_path / "run", parent, *args))
     assert f"run.init_from: {gone}@20 in the run, {parent} now" in told
 
 
@@ -424,8 +424,8 @@ def test_a_run_that_began_from_another_resumes_where_init_from_is_left_out(
     gone = shutil.copytree(parent, tmp_path / "gone")
     train(tmp_path / "run", f"{gone}@10", "train.steps=6", observers=(StopAfter(3),))
     shutil.rmtree(gone)
-    words = [word for word in child(tmp_path / "run", "", "train.steps=6") if not word.startswith("run.init_from")]
-    assert train_run(load(None, words).config, Console(file=io.StringIO())) is Outcome.FINISHED
+    args = [arg for arg in child(tmp_path / "run", "", "train.steps=6") if not arg.startswith("run.init_from")]
+    assert train_run(load(None, args).config, Console(file=io.StringIO())) is Outcome.FINISHED
     assert read_config(tmp_path / "run" / "config.yaml").run.init_from == f"{gone}@10"
     train(tmp_path / "whole", f"{parent}@10", "train.steps=6")
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
@@ -519,7 +519,7 @@ def test_weights_go_on_with_other_data_of_the_same_tokenizer(
 
 
 @pytest.mark.parametrize(
-    ("step", "words", "told"),
+    ("step", "args", "told"),
     [
         (
             20,
@@ -558,10 +558,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     child: Callable[..., list[str]],
     pretrain: Pretrain,
     step: int,
-    words: list[str],
+    args: list[str],
     told: str,
 ) -> None:
-    answer = pretrain("train", *child(tmp_path / "run", f"{parent}@{step}", *words))
+    answer = pretrain("train", *child(tmp_path / "run", f"{parent}@{step}", *args))
     assert answer.code == 2
     assert answer.err.startswith(f"error: run.init_from={parent}@{step}")
     assert told in answer.err
@@ -651,12 +651,12 @@ def test_the_model_comes_from_the_other_run_and_its_origin_is_told(
         0.01,
     )
     assert (loaded.origin["model.d_model"], loaded.origin["model.init_std"]) == ("run.init_from", "command line")
-    words = [
-        word
-        for word in child(tmp_path / "run", parent, "run.init_from=null")
-        if not word.startswith(f"run.init_from={parent}")
+    args = [
+        arg
+        for arg in child(tmp_path / "run", parent, "run.init_from=null")
+        if not arg.startswith(f"run.init_from={parent}")
     ]
-    assert load(None, words).config.model.d_model == 768  # negative control
+    assert load(None, args).config.model.d_model == 768  # negative control
 
 
 def test_the_same_settings_reproduce_a_run_that_began_from_another(

@@ -15,7 +15,7 @@ from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.runs.jsonl import read_events, read_metrics
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
-TinyWords = Callable[..., list[str]]
+TinyArgs = Callable[..., list[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def damaged(tiny_data: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_flipped_bit_stops_training_and_is_named(
-    damaged: tuple[Path, Path], tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords
+    damaged: tuple[Path, Path], tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs
 ) -> None:
     data, file = damaged
     answer = pretrain("train", *tiny_args(tmp_path / "run", f"data.path={data}", "train.steps=200"))
@@ -51,11 +51,11 @@ def test_a_flipped_bit_stops_training_and_is_named(
 
 
 def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
-    damaged: tuple[Path, Path], tiny_data: Path, tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords
+    damaged: tuple[Path, Path], tiny_data: Path, tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs
 ) -> None:
     data, file = damaged
     steps = 60
-    words = (
+    args = (
         f"data.path={data}",
         f"train.steps={steps}",
         "data.on_damage=skip",
@@ -63,7 +63,7 @@ def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
         "eval.every=60",
         "checkpoint.every=60",
     )
-    assert pretrain("train", *tiny_args(tmp_path / "run", *words)).code == 0
+    assert pretrain("train", *tiny_args(tmp_path / "run", *args)).code == 0
     loader = Loader(data / "train", seq_len=32, seed=5, on_damage="skip")
     lost = [step for step in range(1, steps + 1) for _ in loader.batch(4 * (step - 1), 4).damaged]
     assert len(lost) > 10
@@ -74,8 +74,8 @@ def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
     assert [record.step for record in damaged_run] == list(range(1, steps + 1))
     assert damaged_run[-1].loss < damaged_run[0].loss - 1
 
-    words = (f"data.path={tiny_data}", *words[1:])
-    assert pretrain("train", *tiny_args(tmp_path / "whole", *words)).code == 0
+    args = (f"data.path={tiny_data}", *args[1:])
+    assert pretrain("train", *tiny_args(tmp_path / "whole", *args)).code == 0
     whole_run = read_metrics(tmp_path / "whole" / "metrics.jsonl").steps
     assert not [event for event in read_events(tmp_path / "whole" / "events.jsonl") if event.kind == "skip_data"]
     same = [ours.loss == theirs.loss for ours, theirs in zip(damaged_run, whole_run, strict=True)]
@@ -83,21 +83,21 @@ def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
 
 
 def test_a_shard_that_is_gone_or_cut_off_is_told_before_a_run_begins(
-    damaged: tuple[Path, Path], tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords
+    damaged: tuple[Path, Path], tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs
 ) -> None:
     data, file = damaged
-    words = tiny_args(tmp_path / "run", f"data.path={data}", "data.on_damage=skip")
+    args = tiny_args(tmp_path / "run", f"data.path={data}", "data.on_damage=skip")
     file.write_bytes(file.read_bytes()[:-2])
-    answer = pretrain("train", *words)
+    answer = pretrain("train", *args)
     assert (answer.code, f"{file} has" in answer.err) == (2, True)
     file.unlink()
-    answer = pretrain("train", *words)
+    answer = pretrain("train", *args)
     assert (answer.code, f"{file} is missing" in answer.err) == (2, True)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_that_did_not_make_the_data_is_refused(
-    tiny_data: Path, tiny_text: Path, tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords
+    tiny_data: Path, tiny_text: Path, tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs
 ) -> None:
     source = SourceConfig(kind="text", paths=(str(tiny_text),))
     other = tmp_path / "other"

@@ -25,7 +25,7 @@ from pretrain.train.loop import Outcome
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 RunTiny = Callable[..., Outcome]
-TinyWords = Callable[..., list[str]]
+TinyArgs = Callable[..., list[str]]
 
 
 @contextmanager
@@ -48,16 +48,16 @@ def disk_of(monkeypatch: pytest.MonkeyPatch, free: int, blocks: int = 10**9) -> 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     model = "model={n_layers: 12, d_model: 768, n_heads: 12, n_kv_heads: 12, d_ff: 2048, vocab_size: 32768, tie_embeddings: true}"
-    words = ["train.micro_batch_size=4", "train.precision=bf16", "train.recompute=none"]
-    return load(None, [model, *words, f"run.dir={tmp_path / 'run'}", "checkpoint.keep=3"]).config
+    args = ["train.micro_batch_size=4", "train.precision=bf16", "train.recompute=none"]
+    return load(None, [model, *args, f"run.dir={tmp_path / 'run'}", "checkpoint.keep=3"]).config
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_size_of_a_checkpoint_is_known_before_it_is_written(
-    tmp_path: Path, run_tiny: RunTiny, tiny_args: TinyWords, kind: str
+    tmp_path: Path, run_tiny: RunTiny, tiny_args: TinyArgs, kind: str
 ) -> None:
-    words = ("train.steps=1", "optim.warmup=0", "model.d_model=128", "model.d_ff=256", f"optim.kind={kind}")
-    run_tiny(tmp_path, *words)
+    args = ("train.steps=1", "optim.warmup=0", "model.d_model=128", "model.d_ff=256", f"optim.kind={kind}")
+    run_tiny(tmp_path, *args)
     size = sum(file.stat().st_size for file in checkpoint_path(tmp_path / "checkpoints", 1).iterdir())
     told = checkpoint_bytes(load(tmp_path / "config.yaml").config)
     assert told == pytest.approx(size, rel=0.03)
@@ -112,13 +112,13 @@ def test_remains_of_a_killed_save_take_no_room_and_go_before_the_run_goes_on(
     assert "checkpoint.keep=3 will need" in check_disk_space(config)
     monkeypatch.undo()
 
-    words = ("train.steps=2", "optim.warmup=0", "checkpoint.every=1", "checkpoint.keep=1")
-    run_tiny(tmp_path / "tiny", *words)
+    args = ("train.steps=2", "optim.warmup=0", "checkpoint.every=1", "checkpoint.keep=1")
+    run_tiny(tmp_path / "tiny", *args)
     checkpoints = tmp_path / "tiny" / "checkpoints"
     shutil.copytree(aside, checkpoints / aside.name)
     for step in (1, 60):  # before and after the newest one
         shutil.copytree(later, partial_path(checkpoints, step, "1a2b3c4d"))
-    run_tiny(tmp_path / "tiny", *words)
+    run_tiny(tmp_path / "tiny", *args)
     assert {path.name for path in checkpoints.iterdir()} == {"step-00000002", aside.name}
 
 
@@ -134,10 +134,10 @@ def a_dangling_link(checkpoints: Path) -> str:
 
 @pytest.mark.parametrize("make", [a_file, a_dangling_link])
 def test_checkpoints_that_cannot_be_written_are_told_before_training(
-    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords, run_tiny: RunTiny, make: Callable[[Path], str]
+    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs, run_tiny: RunTiny, make: Callable[[Path], str]
 ) -> None:
-    words, checkpoints = ("train.steps=2", "optim.warmup=0"), tmp_path / "run" / "checkpoints"
-    run_tiny(tmp_path / "whole", *words)
+    args, checkpoints = ("train.steps=2", "optim.warmup=0"), tmp_path / "run" / "checkpoints"
+    run_tiny(tmp_path / "whole", *args)
     checkpoints.parent.mkdir()
     shutil.copy(
         tmp_path / "whole" / "config.yaml", checkpoints.parent
@@ -146,19 +146,19 @@ def test_checkpoints_that_cannot_be_written_are_told_before_training(
         (checkpoints.parent / "config.yaml").read_text().replace(str(tmp_path / "whole"), str(tmp_path / "run"))
     )
     reason = make(checkpoints)
-    answer = pretrain("train", *tiny_args(tmp_path / "run", *words))
+    answer = pretrain("train", *tiny_args(tmp_path / "run", *args))
     told = f"error: {checkpoints} cannot hold checkpoints ({reason}), and nothing was trained: make it a folder that can be written ("
     assert (answer.code, answer.err.splitlines()[-1][: len(told)]) == (2, told)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     checkpoints.unlink()
-    assert run_tiny(tmp_path / "run", *words) is Outcome.FINISHED
+    assert run_tiny(tmp_path / "run", *args) is Outcome.FINISHED
 
 
 def test_a_read_only_mount_refuses_a_run_that_would_save_and_not_a_finished_one(
-    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words, checkpoints = ("optim.warmup=0", "optim.schedule=constant"), tmp_path / "checkpoints"
-    run_tiny(tmp_path, *words, "train.steps=2")
+    args, checkpoints = ("optim.warmup=0", "optim.schedule=constant"), tmp_path / "checkpoints"
+    run_tiny(tmp_path, *args, "train.steps=2")
     before = (tmp_path / "metrics.jsonl").read_bytes()
     mkdir = Path.mkdir
 
@@ -168,16 +168,16 @@ def test_a_read_only_mount_refuses_a_run_that_would_save_and_not_a_finished_one(
         mkdir(self, mode, parents, exist_ok)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    answer = pretrain("train", *tiny_args(tmp_path, *words, "train.steps=4"))
+    answer = pretrain("train", *tiny_args(tmp_path, *args, "train.steps=4"))
     assert (
         answer.code,
         f"error: {checkpoints} cannot hold checkpoints (Read-only file system), and" in answer.err,
     ) == (2, True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    answer = pretrain("train", *tiny_args(tmp_path, *words, "train.steps=2"))
+    answer = pretrain("train", *tiny_args(tmp_path, *args, "train.steps=2"))
     assert (answer.code, "is finished: all 2 steps are done" in answer.out) == (0, True)
     monkeypatch.undo()
-    assert run_tiny(tmp_path, *words, "train.steps=4") is Outcome.FINISHED
+    assert run_tiny(tmp_path, *args, "train.steps=4") is Outcome.FINISHED
     assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-00000002", "step-00000004"]
 
 
@@ -190,7 +190,7 @@ def test_a_file_system_that_tells_no_sizes_is_not_asked(
 
 
 def test_a_finished_run_is_not_asked_for_room(
-    tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_args: TinyWords, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_args: TinyArgs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_tiny(tmp_path, "train.steps=2", "optim.warmup=0")
     disk_of(monkeypatch, 0)
@@ -202,11 +202,11 @@ def test_a_finished_run_is_not_asked_for_room(
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_when_there_is_room(
-    tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_args: TinyWords
+    tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_args: TinyArgs
 ) -> None:
-    words = ("train.steps=8", "checkpoint.every=4")
+    args = ("train.steps=8", "checkpoint.every=4")
     with files_up_to(100_000):  # records fit, checkpoints do not
-        answer = pretrain("train", *tiny_args(tmp_path, *words))
+        answer = pretrain("train", *tiny_args(tmp_path, *args))
     path = checkpoint_path(tmp_path / "checkpoints", 4)
     told = rf"error: {path} cannot be written \(File too large\): it takes 640,896 bytes, and .* are free\. There is no checkpoint yet: "
     assert answer.code == 1
@@ -214,17 +214,17 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_whe
     assert "Traceback" not in answer.err
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
-    assert run_tiny(tmp_path, *words) is Outcome.FINISHED
+    assert run_tiny(tmp_path, *args) is Outcome.FINISHED
     (checkpoint_path(tmp_path / "checkpoints", 8)).rename(tmp_path / "away")
     with files_up_to(100_000):
-        answer = pretrain("train", *tiny_args(tmp_path, *words, "checkpoint.on_invalid=go_back"))
+        answer = pretrain("train", *tiny_args(tmp_path, *args, "checkpoint.on_invalid=go_back"))
     assert answer.code == 1
     assert "The same command resumes from step-00000004: make room or make it writable first" in answer.err
     assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl").steps] == list(range(1, 9))
 
 
 def test_records_that_cannot_be_written_end_the_run_in_one_line(
-    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords
+    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs
 ) -> None:
     with files_up_to(9_000):  # the settings fit, the records of 40 steps do not
         answer = pretrain("train", *tiny_args(tmp_path, "checkpoint.every=1000"))
@@ -253,7 +253,7 @@ def test_a_record_that_did_not_fit_leaves_no_part_of_itself(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.ESTALE, 1)])
 def test_a_failing_disk_that_nobody_expected_is_one_line_too(
-    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyWords, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number), "/far/away")

@@ -15,7 +15,7 @@ from pretrain.runs.jsonl import read_events, read_metrics
 from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]
-TinyWords = Callable[..., list[str]]
+TinyArgs = Callable[..., list[str]]
 
 BATCHES = (
     "train.batch_size=6",
@@ -71,9 +71,9 @@ def _no_report() -> object:
         yield
 
 
-def torchrun(*words: str, ranks: int = 2) -> tuple[int, str]:
+def torchrun(*args: str, ranks: int = 2) -> tuple[int, str]:
     """Exit code and output of `torchrun --nproc-per-node 2 ...`, on a port of its own."""
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *words)
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *args)
     path = os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
@@ -129,12 +129,12 @@ def undisturbed(run_tiny: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_two_data_ranks_have_the_curve_of_one_process_and_write_everything_once(
-    alone: Path, damaged: Path, tiny_args: TinyWords, tmp_path: Path
+    alone: Path, damaged: Path, tiny_args: TinyArgs, tmp_path: Path
 ) -> None:
-    words = tiny_args(
+    args = tiny_args(
         tmp_path / "run", *STEPS, *BATCHES, f"data.path={damaged}", "data.on_damage=skip", "log.samples=[the loop]"
     )
-    code, output = torchrun(*MODULE, "train", *words, "parallel.shard=2")
+    code, output = torchrun(*MODULE, "train", *args, "parallel.shard=2")
     assert code == 0, output
     assert largest_difference(tmp_path / "run", alone) < 1e-5
     run, said = (
@@ -153,22 +153,22 @@ def test_two_data_ranks_have_the_curve_of_one_process_and_write_everything_once(
 
 
 def test_ranks_that_read_the_same_rows_have_another_curve(
-    undisturbed: Path, tiny_args: TinyWords, tmp_path: Path
+    undisturbed: Path, tiny_args: TinyArgs, tmp_path: Path
 ) -> None:
     """Negative control of the comparisons above and below."""
     (tmp_path / "same_rows.py").write_text(SAME_ROWS)
-    words = tiny_args(tmp_path / "run", *STEPS)
-    code, output = torchrun(str(tmp_path / "same_rows.py"), "train", *words, "parallel.shard=2")
+    args = tiny_args(tmp_path / "run", *STEPS)
+    code, output = torchrun(str(tmp_path / "same_rows.py"), "train", *args, "parallel.shard=2")
     assert code == 0, output
     assert largest_difference(tmp_path / "run", undisturbed) > 1e-3
 
 
 def test_two_ranks_begin_from_the_checkpoint_of_one_process(
-    undisturbed: Path, tiny_args: TinyWords, tmp_path: Path
+    undisturbed: Path, tiny_args: TinyArgs, tmp_path: Path
 ) -> None:
     """With optimizer and data position: the curve is what is left of that run's. One that reads other rows has another: see above."""
-    words = tiny_args(tmp_path / "run", *STEPS, f"run.init_from={undisturbed}@10", "run.init_mode=full")
-    code, output = torchrun(*MODULE, "train", *words, "parallel.shard=2")
+    args = tiny_args(tmp_path / "run", *STEPS, f"run.init_from={undisturbed}@10", "run.init_mode=full")
+    code, output = torchrun(*MODULE, "train", *args, "parallel.shard=2")
     assert code == 0, output
     ours, theirs = (
         curve(tmp_path / "run"),
@@ -182,7 +182,7 @@ def test_two_ranks_begin_from_the_checkpoint_of_one_process(
 
 
 def test_sigterm_saves_on_all_ranks_and_the_run_goes_on_on_other_layouts(
-    run_tiny: RunTiny, undisturbed: Path, tiny_args: TinyWords, tmp_path: Path
+    run_tiny: RunTiny, undisturbed: Path, tiny_args: TinyArgs, tmp_path: Path
 ) -> None:
     """shard=2, then pipeline=2, then one process; the curve is the undisturbed one. torchrun itself ends with 1, the ranks with 75.
 

@@ -26,8 +26,8 @@ Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 SHORT = ("data.seq_len=64", "model.max_seq_len=64", "train.micro_batch_size=1")
 
 
-def dry(world_size: int, rank: int, *words: str) -> tuple[RunConfig, Layout, Measured]:
-    resolved = resolve_for_cluster(load(None, list(words)).config, world_size)
+def dry(world_size: int, rank: int, *args: str) -> tuple[RunConfig, Layout, Measured]:
+    resolved = resolve_for_cluster(load(None, list(args)).config, world_size)
     layout = resolved.layout
     config = shorten_step(resolved.config, layout)
     return config, layout, measure(config, layout, rank)
@@ -51,9 +51,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_parameter_and_optimizer_bytes_are_those_of_the_formula(case: str) -> None:
-    world_size, words = LAYOUTS[case]
+    world_size, args = LAYOUTS[case]
     rank = world_size - 1
-    config, layout, measured = dry(world_size, rank, *TINY, *SHORT, "train.batch_size=64", *words)
+    config, layout, measured = dry(world_size, rank, *TINY, *SHORT, "train.batch_size=64", *args)
     held = estimate_rank_memory(config, layout, rank)
     assert measured.peak_by_kind["parameters"] == pytest.approx(held.master_bytes, rel=1e-3)
     assert measured.peak_by_kind["optimizer state"] == pytest.approx(
@@ -64,8 +64,8 @@ def test_parameter_and_optimizer_bytes_are_those_of_the_formula(case: str) -> No
 
 @pytest.mark.parametrize("case", [case for case in LAYOUTS if case != "one process"])
 def test_parameters_move_as_the_formula_says(case: str) -> None:
-    world_size, words = LAYOUTS[case]
-    config, layout, measured = dry(world_size, 0, *TINY, *SHORT, "train.batch_size=64", *words)
+    world_size, args = LAYOUTS[case]
+    config, layout, measured = dry(world_size, 0, *TINY, *SHORT, "train.batch_size=64", *args)
     formula = estimate_traffic(config, layout, 0)["fsdp"]
     sent = next(moved for axis, moved in measured.sent.items() if axis == "fsdp")
     assert sent["all-gather"] == pytest.approx(formula["all-gather"], rel=1e-2)
@@ -83,14 +83,14 @@ def test_7b_on_64_ranks_tells_what_the_fullest_rank_holds(
     pretrain: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = (
+    args = (
         "model.preset=mistral-7b",
         "data.seq_len=4096",
         "parallel.tensor=8",
         "train.batch_size=8",
         "train.micro_batch_size=1",
     )
-    answer = pretrain("train", *words, "--dry-run", "--world-size", 64)
+    answer = pretrain("train", *args, "--dry-run", "--world-size", 64)
     assert answer.code == 0, answer.err
     assert "shard=8 tensor=8: rank 0 of 64" in answer.out
     rows = {line.split("  ")[0]: line for line in answer.out.splitlines()}
@@ -99,7 +99,7 @@ def test_7b_on_64_ranks_tells_what_the_fullest_rank_holds(
 
 
 def test_a_rank_of_2048_holds_what_the_formula_says_of_405b_with_a_layer_a_stage() -> None:
-    words = ("parallel.shard=8", "parallel.tensor=8", "parallel.pipeline=16", "parallel.context=2", "model.n_layers=16")
+    args = ("parallel.shard=8", "parallel.tensor=8", "parallel.pipeline=16", "parallel.context=2", "model.n_layers=16")
     config, layout, measured = dry(
         2048,
         1000,
@@ -107,7 +107,7 @@ def test_a_rank_of_2048_holds_what_the_formula_says_of_405b_with_a_layer_a_stage
         "data.seq_len=8192",
         "train.batch_size=128",
         "train.micro_batch_size=1",
-        *words,
+        *args,
     )
     held, sent = estimate_rank_memory(config, layout, 1000), estimate_traffic(config, layout, 1000)
     assert measured.peak_by_kind["parameters"] == pytest.approx(held.master_bytes, rel=1e-3)
@@ -119,7 +119,7 @@ def test_a_rank_of_2048_holds_what_the_formula_says_of_405b_with_a_layer_a_stage
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("args", "says"),
     [
         (("--world-size", "8", "--dry-run", "--rank", "8"), "--rank=8 is not one of 8 ranks; use 0 to 7"),
         (
@@ -129,8 +129,8 @@ def test_a_rank_of_2048_holds_what_the_formula_says_of_405b_with_a_layer_a_stage
         (("--world-size", "8", "--dry-run", "parallel.shard=3"), "parallel.shard=3"),
     ],
 )
-def test_what_cannot_be_ends_in_one_line_and_code_2(words: tuple[str, ...], says: str, pretrain: Pretrain) -> None:
-    answer = pretrain("train", *TINY, *SHORT, "train.batch_size=8", *words)
+def test_what_cannot_be_ends_in_one_line_and_code_2(args: tuple[str, ...], says: str, pretrain: Pretrain) -> None:
+    answer = pretrain("train", *TINY, *SHORT, "train.batch_size=8", *args)
     assert answer.code == 2
     assert says in answer.err
     assert len(answer.err.strip().splitlines()) == 1

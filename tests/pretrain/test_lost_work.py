@@ -23,8 +23,8 @@ from pretrain.train.resume_checks import check_records, saved_steps
 
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 RunTiny = Callable[..., Outcome]
-TinyWords = Callable[..., list[str]]
-WORDS = ("checkpoint.every=10", "eval.every=40")
+TinyArgs = Callable[..., list[str]]
+ARGS = ("checkpoint.every=10", "eval.every=40")
 GO_BACK = "checkpoint.on_invalid=go_back"
 
 
@@ -53,8 +53,8 @@ def _no_report() -> Any:
 def stopped_once(run_tiny: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """(a run that was stopped after 30 of 40 steps, the losses of one that was not)."""
     folder = tmp_path_factory.mktemp("stopped")
-    assert run_tiny(folder / "run", *WORDS, observers=[StopAt(30)]) is Outcome.STOPPED
-    assert run_tiny(folder / "whole", *WORDS) is Outcome.FINISHED
+    assert run_tiny(folder / "run", *ARGS, observers=[StopAt(30)]) is Outcome.STOPPED
+    assert run_tiny(folder / "whole", *ARGS) is Outcome.FINISHED
     return folder / "run", losses(folder / "whole")
 
 
@@ -70,12 +70,12 @@ def undisturbed(stopped_once: tuple[Path, list[float]]) -> list[float]:
 
 
 @pytest.fixture
-def refused(pretrain: Pretrain, tiny_args: TinyWords) -> Callable[..., str]:
+def refused(pretrain: Pretrain, tiny_args: TinyArgs) -> Callable[..., str]:
     """`refused(run_dir, code)`: the one line with which `pretrain train` refuses to go on, having changed nothing."""
 
     def run(run_dir: Path, code: int = 2) -> str:
         before = contents(run_dir)
-        answer = pretrain("train", *tiny_args(run_dir, *WORDS))
+        answer = pretrain("train", *tiny_args(run_dir, *ARGS))
         assert (answer.code, answer.err.count("\n")) == (code, 1), answer.err
         assert contents(run_dir) == before
         assert "delete " not in answer.err
@@ -113,7 +113,7 @@ def test_stray_files_are_told_and_the_run_goes_on_from_that_checkpoint(
     (newest / ".DS_Store").touch()
     (newest / "mine").mkdir()
     console = Console(file=io.StringIO(), width=400)
-    assert run_tiny(stopped, *WORDS, console=console) is Outcome.FINISHED
+    assert run_tiny(stopped, *ARGS, console=console) is Outcome.FINISHED
     told = "step-00000030 holds files that its manifest does not list; they are ignored: .DS_Store, mine"
     assert notices(stopped) == [told]
     assert f"notice at step 30: {told}" in console.file.getvalue()
@@ -143,7 +143,7 @@ def test_without_its_checkpoints_a_run_does_not_start_over_by_itself(
     )
     (stopped / "checkpoints").unlink()
 
-    assert run_tiny(stopped, *WORDS, GO_BACK) is Outcome.FINISHED
+    assert run_tiny(stopped, *ARGS, GO_BACK) is Outcome.FINISHED
     assert went_on_from(stopped) == [0, 0]
     assert losses(stopped) == undisturbed
     assert (stopped / "metrics.before-attempt-2.jsonl").read_bytes() == old
@@ -170,15 +170,15 @@ def test_a_checkpoint_that_vanished_is_not_replaced_by_an_older_one_unasked(
         in told
     )
     assert f"To train again from step 20 here, set {GO_BACK}" in told
-    assert run_tiny(stopped, *WORDS, GO_BACK) is Outcome.FINISHED
+    assert run_tiny(stopped, *ARGS, GO_BACK) is Outcome.FINISHED
     assert went_on_from(stopped) == [0, 20]
     assert losses(stopped) == undisturbed
-    assert run_tiny(stopped, *WORDS) is Outcome.FINISHED  # what was accepted once is not asked again
+    assert run_tiny(stopped, *ARGS) is Outcome.FINISHED  # what was accepted once is not asked again
     assert went_on_from(stopped) == [0, 20]
 
 
 def test_going_back_is_a_permission_that_does_nothing_where_nothing_is_lost(stopped: Path, run_tiny: RunTiny) -> None:
-    assert run_tiny(stopped, *WORDS, GO_BACK) is Outcome.FINISHED
+    assert run_tiny(stopped, *ARGS, GO_BACK) is Outcome.FINISHED
     assert went_on_from(stopped) == [0, 30]
     assert not list(stopped.glob("metrics.before-*"))
 
@@ -191,7 +191,7 @@ def test_where_no_checkpoint_is_whole_all_stay_and_starting_over_sets_them_aside
     told = refused(stopped)
     assert f"none of the 3 checkpoints in {stopped}/checkpoints is valid; the newest fails because" in told
     assert f"To train again from its beginning here, set {GO_BACK}" in told
-    assert run_tiny(stopped, *WORDS, GO_BACK, observers=[StopAt(5)]) is Outcome.STOPPED
+    assert run_tiny(stopped, *ARGS, GO_BACK, observers=[StopAt(5)]) is Outcome.STOPPED
     names = sorted(path.name for path in (stopped / "checkpoints").iterdir())
     assert names[0] == "step-00000005"
     assert [name[:25] for name in names[1:]] == [f"step-000000{step}.tmp-damaged" for step in (10, 20, 30)]
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_stops_the_run_and_stays_t
     assert told.startswith(
         f"error: {file} cannot be read (Input/output error); nothing is known to be damaged: check the disk or mount"
     )
-    assert run_tiny(stopped, *WORDS) is Outcome.FINISHED
+    assert run_tiny(stopped, *ARGS) is Outcome.FINISHED
     assert went_on_from(stopped) == [0, 30]
     assert losses(stopped) == undisturbed
 
@@ -239,8 +239,8 @@ def test_half_of_the_metrics_gone_is_told_once_and_nothing_is_trained_twice(
     (stopped / "metrics.jsonl").write_text(
         "".join(lines[:15]) + lines[15][:20]
     )  # a validation, 14 steps and a torn line
-    assert run_tiny(stopped, *WORDS, observers=[StopAt(34)]) is Outcome.STOPPED
-    assert run_tiny(stopped, *WORDS) is Outcome.FINISHED
+    assert run_tiny(stopped, *ARGS, observers=[StopAt(34)]) is Outcome.STOPPED
+    assert run_tiny(stopped, *ARGS) is Outcome.FINISHED
     assert notices(stopped) == [
         "metrics.jsonl has no records of steps 15 to 30: curves have a gap there, but no step is trained twice"
     ]
@@ -254,7 +254,7 @@ def test_without_any_records_a_run_goes_on_from_its_checkpoint_and_says_what_is_
 ) -> None:
     (stopped / "metrics.jsonl").unlink()
     (stopped / "events.jsonl").unlink()
-    assert run_tiny(stopped, *WORDS) is Outcome.FINISHED
+    assert run_tiny(stopped, *ARGS) is Outcome.FINISHED
     assert notices(stopped) == [
         "metrics.jsonl has no records of steps 1 to 30: curves have a gap there, but no step is trained twice",
         "events.jsonl does not record how the run reached step 30: its earlier events are lost",

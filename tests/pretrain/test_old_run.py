@@ -70,9 +70,9 @@ def test_a_changed_setting_of_an_old_run_is_reported_under_its_new_name(
 
 
 def test_a_run_begins_from_an_old_run(old_run: Path, pretrain: Callable[..., Any]) -> None:
-    words = ("run/config.yaml", "run.dir=branch", "run.init_mode=full")
+    args = ("run/config.yaml", "run.dir=branch", "run.init_mode=full")
     for parent in ("run@4", "run/checkpoints/step-00000004"):
-        answer = pretrain("train", *words, f"run.init_from={parent}", f"run.dir={Path(parent).name}-branch")
+        answer = pretrain("train", *args, f"run.init_from={parent}", f"run.dir={Path(parent).name}-branch")
         assert (answer.code, answer.err) == (0, "")
         records = (old_run / f"{Path(parent).name}-branch/metrics.jsonl").read_text().splitlines()
         expected = numbers((old_run / "expected.jsonl").read_text().splitlines())
@@ -88,6 +88,6 @@ def test_the_old_checkpoint_is_what_the_run_goes_on_from(old_run: Path, pretrain
 
 
 def test_old_data_and_an_old_run_are_read_by_every_command(old_run: Path, pretrain: Callable[..., Any]) -> None:
-    for words in (["data", "verify", "data"], ["report", "run"], ["generate", "run", "the "]):
-        answer = pretrain(*words)
+    for args in (["data", "verify", "data"], ["report", "run"], ["generate", "run", "the "]):
+        answer = pretrain(*args)
         assert answer.code == 0, answer

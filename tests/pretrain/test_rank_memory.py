@@ -32,8 +32,8 @@ TINY = (
 SPLIT_DIMENSION = {"vocab_parallel_embedding": 0, "colwise": 0, "kv_colwise": 0, "rowwise": 1, "vocab_parallel_head": 0}
 
 
-def planned(world_size: int, *words: str) -> tuple[RunConfig, Layout]:
-    resolved = resolve_for_cluster(load(None, words).config, world_size)
+def planned(world_size: int, *args: str) -> tuple[RunConfig, Layout]:
+    resolved = resolve_for_cluster(load(None, args).config, world_size)
     return resolved.config, resolved.layout
 
 
@@ -63,7 +63,7 @@ def test_rows_are_shared_out_as_torch_chunks_them(rows: int, ranks: int) -> None
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         ("parallel.tensor=2",),
         ("parallel.context=2", "parallel.pipeline=2", "model.tie_embeddings=true"),
@@ -73,8 +73,8 @@ def test_rows_are_shared_out_as_torch_chunks_them(rows: int, ranks: int) -> None
     ],
     ids=str,
 )
-def test_the_ranks_together_hold_the_model_exactly(words: tuple[str, ...]) -> None:
-    config, layout = planned(12, *TINY, "data.seq_len=48", "train.batch_size=48", *words)
+def test_the_ranks_together_hold_the_model_exactly(args: tuple[str, ...]) -> None:
+    config, layout = planned(12, *TINY, "data.seq_len=48", "train.batch_size=48", *args)
     total = sum(estimate_rank_memory(config, layout, rank).n_parameters for rank in range(12)) // layout.replicate
     model = config.model
     whole_on_each = 13 * model.d_model + (2 * 6 * 2 * 8 * model.d_model if layout.tensor > model.n_kv_heads else 0)
@@ -83,14 +83,14 @@ def test_the_ranks_together_hold_the_model_exactly(words: tuple[str, ...]) -> No
 
 
 def test_405b_on_2048_ranks_is_405_853_388_800_parameters() -> None:
-    words = (
+    args = (
         "model.preset=llama3-405b",
         "parallel.shard=8",
         "parallel.tensor=8",
         "parallel.pipeline=16",
         "parallel.context=2",
     )
-    config, layout = planned(2048, *words, "train.batch_size=512", "data.seq_len=8192")
+    config, layout = planned(2048, *args, "train.batch_size=512", "data.seq_len=8192")
     first_of_fsdp = {(r // 128, r % 8): r for r in reversed(range(2048)) if layout.fsdp_rank(r) == 0}.values()
     held = [estimate_rank_memory(config, layout, rank) for rank in first_of_fsdp]
     assert len(held) == 16 * 8
@@ -185,16 +185,16 @@ def test_the_most_that_is_kept_is_that_of_the_schedule(schedule: str, microbatch
 
 
 def test_a_block_of_8b_keeps_34_numbers_a_token_and_width() -> None:
-    words = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=1", "parallel.shard=1")
-    config, layout = planned(1, *words)
-    fewer, _ = planned(1, *words, "model.n_layers=31")
+    args = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=1", "parallel.shard=1")
+    config, layout = planned(1, *args)
+    fewer, _ = planned(1, *args, "model.n_layers=31")
     block = (
         estimate_rank_memory(config, layout, 0).activation_bytes
         - estimate_rank_memory(fewer, layout, 0).activation_bytes
     )
     assert block == 8192 * (8 * 4096 + 4 * 4096 + 4 * 1024 + 6 * 14336 + 4 * 32)
     assert block / (8192 * 4096) == pytest.approx(34, abs=0.1)
-    full, _ = planned(1, *words, "train.recompute=full")
+    full, _ = planned(1, *args, "train.recompute=full")
     assert (
         estimate_rank_memory(full, layout, 0).activation_bytes
         - estimate_rank_memory(full, layout, 0).activation_bytes % 1
@@ -202,51 +202,51 @@ def test_a_block_of_8b_keeps_34_numbers_a_token_and_width() -> None:
     )
 
 
-def sent(world_size: int, *words: str, rank: int = 0) -> dict[str, dict[str, float]]:
-    return estimate_traffic(*planned(world_size, *TINY, "data.seq_len=48", *words), rank)
+def sent(world_size: int, *args: str, rank: int = 0) -> dict[str, dict[str, float]]:
+    return estimate_traffic(*planned(world_size, *TINY, "data.seq_len=48", *args), rank)
 
 
 def test_data_parallel_traffic_is_what_rings_send() -> None:
     count = parameter_count(load(None, TINY).config.model)
     at_end = 96 * 48 + 48
-    words = ("train.batch_size=16", "train.micro_batch_size=2")  # 4 microbatches on 2 ranks
-    three, two, one = (sent(2, *words, f"parallel.zero={zero}")["fsdp"] for zero in (3, 2, 1))
+    args = ("train.batch_size=16", "train.micro_batch_size=2")  # 4 microbatches on 2 ranks
+    three, two, one = (sent(2, *args, f"parallel.zero={zero}")["fsdp"] for zero in (3, 2, 1))
     assert three == {"all-gather": 4 * (2 * count - at_end), "reduce-scatter": 4 * 2 * count}
     assert two == {"all-gather": count, "reduce-scatter": 4 * 2 * count}
     assert one == {"all-gather": count, "reduce-scatter": 2 * count}
-    assert sent(4, *words, "parallel.shard=1", "parallel.replicate=4")["replicate"] == {
+    assert sent(4, *args, "parallel.shard=1", "parallel.replicate=4")["replicate"] == {
         "all-reduce": 2 * 3 / 4 * 4 * count
     }
-    hybrid = sent(4, *words, "parallel.shard=2", "parallel.replicate=2")
+    hybrid = sent(4, *args, "parallel.shard=2", "parallel.replicate=2")
     assert hybrid["replicate"] == {"all-reduce": 4 * count / 2}
 
 
 def test_activation_traffic_is_what_rings_send() -> None:
-    words = ("train.batch_size=4", "train.micro_batch_size=2", "parallel.shard=1")
+    args = ("train.batch_size=4", "train.micro_batch_size=2", "parallel.shard=1")
     numbers = 4 * 48 * 48  # tokens x width of a step
-    tensor = sent(2, *words, "parallel.tensor=2", "parallel.sequence=false")["tensor"]
+    tensor = sent(2, *args, "parallel.tensor=2", "parallel.sequence=false")["tensor"]
     assert tensor == {"all-reduce": 2 * 1 / 2 * 2 * numbers * (6 * 4 + 2) + 3 * 4 * 4 * 48}
-    context = sent(2, *words, "parallel.context=2")["context"]
+    context = sent(2, *args, "parallel.context=2")["context"]
     key_values = 4 * 48 * 2 * 16
     assert context == {"all-gather": 6 * 1 / 2 * 2 * key_values, "reduce-scatter": 6 * 1 / 2 * 2 * key_values}
-    ulysses = sent(2, *words, "parallel.context=2", "parallel.context_method=ulysses")["context"]
+    ulysses = sent(2, *args, "parallel.context=2", "parallel.context_method=ulysses")["context"]
     assert ulysses == {"all-to-all": 2 * 6 * 1 / 2 * 2 * (4 * 24) * (2 * 48 + 2 * 16)}
-    assert sent(2, *words, "parallel.pipeline=2")["pipeline"] == {"send": 2 * numbers}
-    assert sent(3, *words, "parallel.pipeline=3", "train.micro_batch_size=1", rank=1)["pipeline"] == {
+    assert sent(2, *args, "parallel.pipeline=2")["pipeline"] == {"send": 2 * numbers}
+    assert sent(3, *args, "parallel.pipeline=3", "train.micro_batch_size=1", rank=1)["pipeline"] == {
         "send": 2 * 2 * numbers
     }
 
 
 def test_sequence_parallelism_sends_no_more_than_it_replaces() -> None:
-    words = ("train.batch_size=4", "train.micro_batch_size=2", "parallel.shard=1", "parallel.tensor=2")
-    sequence, whole = (sent(2, *words, f"parallel.sequence={on}")["tensor"] for on in ("true", "false"))
+    args = ("train.batch_size=4", "train.micro_batch_size=2", "parallel.shard=1", "parallel.tensor=2")
+    sequence, whole = (sent(2, *args, f"parallel.sequence={on}")["tensor"] for on in ("true", "false"))
     vectors = 2 * 1 / 2 * 2 * 2 * 13 * 48  # gradients of the norms in bf16, of 2 microbatches
     assert sum(sequence.values()) == sum(whole.values()) + vectors
 
 
 def test_every_second_layer_of_the_model_gathers_again_however_it_is_cut() -> None:
     """One layer a stage: those of the second and fourth recompute."""
-    words = (
+    args = (
         *TINY,
         "model.n_layers=4",
         "data.seq_len=64",
@@ -256,7 +256,7 @@ def test_every_second_layer_of_the_model_gathers_again_however_it_is_cut() -> No
     )
     ranks = [stage * 2 for stage in range(4)]
     plain, recomputing = (
-        [sent(8, *words, *more, rank=rank)["tensor"]["all-gather"] for rank in ranks]
+        [sent(8, *args, *more, rank=rank)["tensor"]["all-gather"] for rank in ranks]
         for more in ((), ("train.recompute=full", "train.recompute_every=2"))
     )
     assert [again / once for once, again in zip(plain, recomputing, strict=True)] == pytest.approx([1, 1.5, 1, 1.4])

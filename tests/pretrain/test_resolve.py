@@ -34,13 +34,13 @@ def machine(
     patch.setattr("pretrain.model.kernels.flash_attn_version", lambda *_: None)
 
 
-def resolve(*words: str, size: int = 300, previous: RunConfig | None = None, world_size: int = 1) -> ResolvedRun:
-    config = load(None, [*TINY, *words]).config
+def resolve(*args: str, size: int = 300, previous: RunConfig | None = None, world_size: int = 1) -> ResolvedRun:
+    config = load(None, [*TINY, *args]).config
     return resolve_run(config, tokenizer_size=size, world_size=world_size, previous=previous)
 
 
-def resolved(*words: str, size: int = 300, previous: RunConfig | None = None) -> dict[str, Any]:
-    return flatten(resolve(*words, size=size, previous=previous).config)
+def resolved(*args: str, size: int = 300, previous: RunConfig | None = None) -> dict[str, Any]:
+    return flatten(resolve(*args, size=size, previous=previous).config)
 
 
 def test_on_a_plain_cpu_these_are_the_decisions_and_reasons() -> None:
@@ -64,14 +64,14 @@ def test_on_a_plain_cpu_these_are_the_decisions_and_reasons() -> None:
 
 
 def test_what_is_set_is_not_decided() -> None:
-    words = (
+    args = (
         "model.vocab_size=512",
         "train.micro_batch_size=3",
         "train.precision=bf16",
         "train.compile=false",
         "optim.decay=0.5",
     )
-    run = resolve(*words)
+    run = resolve(*args)
     config = run.config
     assert [decision.key for decision in run.reported_decisions] == [
         "data.tokenizer",
@@ -113,13 +113,13 @@ def test_a_microbatch_divides_the_batch_and_holds_at_most_16384_tokens(seq_len: 
     ],
 )
 def test_a_microbatch_fills_up_at_most_a_tenth_of_a_run_with_a_batch_ramp(ramp: int, start: int, micro: int) -> None:
-    words = (
+    args = (
         "train.batch_size=32",
         "train.steps=1000",
         f"train.batch_ramp_steps={ramp}",
         f"train.batch_ramp_start={start}",
     )
-    (decision,) = (decision for decision in resolve(*words).decisions if decision.key == "train.micro_batch_size")
+    (decision,) = (decision for decision in resolve(*args).decisions if decision.key == "train.micro_batch_size")
     assert decision.value == micro
     assert ("fills up at most 10% of the run's sequences in the batch ramp" in decision.reason) == (micro < 32)
 
@@ -135,9 +135,9 @@ def test_a_microbatch_fills_up_at_most_a_tenth_of_a_run_with_a_batch_ramp(ramp: 
     ],
 )  # fmt: skip
 def test_microbatches_that_are_filled_up_in_every_step_are_told(batch: int, micro: int, note: str | None) -> None:
-    words = (f"train.batch_size={batch}", f"train.micro_batch_size={micro}")
+    args = (f"train.batch_size={batch}", f"train.micro_batch_size={micro}")
     expected = () if note is None else (f"train.micro_batch_size={micro} does not divide {note}",)
-    assert resolve(*words).notes == expected
+    assert resolve(*args).notes == expected
 
 
 def test_how_ranks_divide_the_work_is_told_where_there_are_several() -> None:
@@ -229,10 +229,10 @@ def test_a_run_goes_on_another_device_in_the_same_precision_and_with_the_kernels
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("train.precision=bf16", "train.compile=true"), ("train.attention=varlen",)], ids=str
+    "args", [(), ("train.precision=bf16", "train.compile=true"), ("train.attention=varlen",)], ids=str
 )
 def test_a_gpu_that_is_not_there_is_told_before_a_rule_asks_it_anything(
-    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]
 ) -> None:
     def asked(*_: object, **__: object) -> bool:
         raise AssertionError("Torch not compiled with CUDA enabled")
@@ -242,12 +242,12 @@ def test_a_gpu_that_is_not_there_is_told_before_a_rule_asks_it_anything(
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     with pytest.raises(UserError) as refusal:
-        resolved("train.device=cuda", *words)
+        resolved("train.device=cuda", *args)
     expected = "train.device=cuda, but PyTorch sees no GPU here: use train.device=cpu or auto (PyTorch 2.13.0+cpu is built without CUDA)"
     assert str(refusal.value) == expected
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(UserError, match=r"sees no GPU here: use train\.device=cpu or auto$"):
-        resolved("train.device=cuda", *words)
+        resolved("train.device=cuda", *args)
 
 
 def test_a_gpu_without_bf16_takes_fp32_and_refuses_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_compiling_without_a_compiler_is_refused_before_anything_begins(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (
             ("train.attention=flash_attn",),
@@ -295,11 +295,11 @@ def test_compiling_without_a_compiler_is_refused_before_anything_begins(
     ],
 )
 def test_kernels_that_do_not_run_are_refused_before_anything_begins(
-    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+    monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], message: str
 ) -> None:
     machine(monkeypatch, gpu=True)
     with pytest.raises(UserError, match=message):
-        resolved(*words)
+        resolved(*args)
 
 
 def test_a_vocabulary_as_large_as_the_tokenizers_is_enough() -> None:

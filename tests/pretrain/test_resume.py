@@ -65,12 +65,12 @@ def _no_report() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(run_tiny: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """`whole(*words)`: the directory of a run of 40 steps that nothing disturbed."""
+    """`whole(*args)`: the directory of a run of 40 steps that nothing disturbed."""
 
     @cache
-    def run(*words: str) -> Path:
+    def run(*args: str) -> Path:
         path = tmp_path_factory.mktemp("whole") / "run"
-        assert run_tiny(path, *words) is Outcome.FINISHED
+        assert run_tiny(path, *args) is Outcome.FINISHED
         return path
 
     return run
@@ -106,14 +106,14 @@ def kinds(run_dir: Path) -> list[tuple[str, int | None]]:
     return [(event.kind, event.step) for event in read_events(run_dir / "events.jsonl")]
 
 
-@pytest.mark.parametrize("words", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("args", CASES.values(), ids=CASES)
 def test_losses_and_weights_after_a_stop_at_20_are_those_of_the_undisturbed_run(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole, words: tuple[str, ...]
+    tmp_path: Path, run_tiny: RunTiny, whole: Whole, args: tuple[str, ...]
 ) -> None:
-    assert run_tiny(tmp_path, *words, observers=[SignalAfter(20)]) is Outcome.STOPPED
+    assert run_tiny(tmp_path, *args, observers=[SignalAfter(20)]) is Outcome.STOPPED
     assert [step for name, step, _ in curve(tmp_path) if name == "loss"] == list(range(1, 21))
-    assert run_tiny(tmp_path, *words) is Outcome.FINISHED
-    assert_same_end(tmp_path, whole(*words))
+    assert run_tiny(tmp_path, *args) is Outcome.FINISHED
+    assert_same_end(tmp_path, whole(*args))
     assert kinds(tmp_path) == [("start", 0), ("save", 20), ("stop", 20), ("resume", 20), ("save", 40), ("finish", 40)]
 
 
@@ -217,11 +217,11 @@ def test_a_run_that_was_killed_at_27_goes_on_from_20(
 
 # The second case saves step 25 beside the damaged 30: it must be kept, though 30 is the newest by its name.
 @pytest.mark.parametrize(
-    ("words", "left"),
+    ("args", "left"),
     [(("checkpoint.every=10",), [20, 30, 40]), (("checkpoint.every=5", "checkpoint.keep=1"), [40])],
 )
 def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_end_is_the_same(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole, words: tuple[str, ...], left: list[int]
+    tmp_path: Path, run_tiny: RunTiny, whole: Whole, args: tuple[str, ...], left: list[int]
 ) -> None:
     run_tiny(tmp_path, "checkpoint.every=10", observers=[SignalAfter(30)])
     shard = checkpoint_path(tmp_path / "checkpoints", 30) / "__0_0.distcp"
@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_end_is_the_same(
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     console = Console(file=io.StringIO())
-    assert run_tiny(tmp_path, *words, console=console) is Outcome.FINISHED
+    assert run_tiny(tmp_path, *args, console=console) is Outcome.FINISHED
     event = next(event for event in read_events(tmp_path / "events.jsonl") if event.kind == "skip_checkpoint")
     assert event.step == 30
     assert "step-00000030" in event.text
@@ -316,12 +316,12 @@ def test_a_finished_run_started_again_does_nothing_and_says_so(tmp_path: Path, r
 
 
 def test_a_run_that_was_killed_after_its_last_checkpoint_still_tells_its_end(tmp_path: Path, run_tiny: RunTiny) -> None:
-    words = ("train.steps=10", "log.samples=[the loop]")
-    run_tiny(tmp_path, *words)
+    args = ("train.steps=10", "log.samples=[the loop]")
+    run_tiny(tmp_path, *args)
     lines = (tmp_path / "events.jsonl").read_text().splitlines(keepends=True)
     told, metrics = read_events(tmp_path / "events.jsonl"), (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "events.jsonl").write_text("".join(lines[:2]))
-    assert run_tiny(tmp_path, *words) is Outcome.FINISHED
+    assert run_tiny(tmp_path, *args) is Outcome.FINISHED
     assert kinds(tmp_path) == [("start", 0), ("save", 10), ("resume", 10), ("sample", 10), ("finish", 10)]
     assert read_events(tmp_path / "events.jsonl")[3].text == told[2].text
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics

@@ -42,8 +42,8 @@ def contents(folder: Path) -> Iterator[bytes]:
                 yield gzip.decompress(raw)
 
 
-def holds(folder: Path, words: str) -> bool:
-    return any(words.encode() in content for content in contents(folder))
+def holds(folder: Path, args: str) -> bool:
+    return any(args.encode() in content for content in contents(folder))
 
 
 def test_a_job_from_text_to_report_tells_no_secret(
@@ -65,8 +65,8 @@ def test_a_job_from_text_to_report_tells_no_secret(
     monkeypatch.setenv("PASSWORD_OF_BOB", "fromtheenvironment")
     said: list[str] = []
 
-    def run(*words: object, code: int = 0) -> str:
-        answer = pretrain(*words)
+    def run(*args: object, code: int = 0) -> str:
+        answer = pretrain(*args)
         said.append(answer.out + answer.err)
         assert answer.code == code, said[-1]
         return answer.out + answer.err
@@ -88,9 +88,9 @@ def test_a_job_from_text_to_report_tells_no_secret(
     more += ["data.filters.length.min_characters=60"]
     run("data", "prepare", "--keep-rejects", *sources("hunter2"), *more)
     assert "is prepared already, with these very settings" in run("data", "prepare", *sources("an0ther"), *more)
-    words = tiny_args(runs / "1", *more, "train.steps=6", "checkpoint.every=3", "eval.every=6")
-    run("train", *words, *sources("hunter2"))
-    assert "is finished: all 6 steps are done" in run("train", *words, *sources("an0ther"))
+    args = tiny_args(runs / "1", *more, "train.steps=6", "checkpoint.every=3", "eval.every=6")
+    run("train", *args, *sources("hunter2"))
+    assert "is finished: all 6 steps are done" in run("train", *args, *sources("an0ther"))
     assert [event.kind for event in read_events(runs / "1" / "events.jsonl")] == ["start", "save", "save", "finish"]
     run("report", runs / "1")
     run("data", "inspect", data, runs / "1" / "config.yaml", "--html", tmp_path / "data.html")
@@ -123,12 +123,12 @@ def test_weights_and_biases_is_told_no_secret(tmp_path: Path, monkeypatch: pytes
         return SimpleNamespace(define_metric=lambda *_, **__: None)
 
     monkeypatch.setattr(wandb, "init", init)
-    words = [f"run.dir={tmp_path}", "data.sources=[{kind: text, paths: ['s3://key:hunter2@b/x']}]"]
-    WandbLogger(load(None, words).config, tmp_path, "offline")
+    args = [f"run.dir={tmp_path}", "data.sources=[{kind: text, paths: ['s3://key:hunter2@b/x']}]"]
+    WandbLogger(load(None, args).config, tmp_path, "offline")
     assert told["config"]["data"]["sources"][0]["paths"] == ["s3://***:***@b/x"]
 
 
-def test_the_words_of_the_command_line_are_kept_without_secrets(pretrain: Pretrain) -> None:
+def test_the_arguments_of_the_command_line_are_kept_without_secrets(pretrain: Pretrain) -> None:
     answer = pretrain("config", "show", "data.sources=[{kind: text, paths: ['s3://key:hunter2@b/x']}]")
     assert 'data.sources: [{"name": null, "kind": "text", "paths": ["s3://***:***@b/x"]' in answer.out
     assert sys.argv[3] == "data.sources=[{kind: text, paths: ['s3://***:***@b/x']}]"

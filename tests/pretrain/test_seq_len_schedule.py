@@ -23,8 +23,8 @@ from pretrain.train.loop import Outcome
 RunTiny = Callable[..., Outcome]
 
 
-def schedule_of(*words: str) -> BatchSchedule:
-    config = load(None, ["data.seq_len=32", "train.steps=10", "train.batch_size=8", *words]).config
+def schedule_of(*args: str) -> BatchSchedule:
+    config = load(None, ["data.seq_len=32", "train.steps=10", "train.batch_size=8", *args]).config
     return BatchSchedule.from_config(config.data, config.train)
 
 
@@ -58,7 +58,7 @@ def test_a_stage_begins_with_the_first_whole_step_after_its_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "answer"),
+    ("args", "answer"),
     [
         (
             ["data.seq_len_schedule=[{from: 50%, seq_len: 48}]"],
@@ -82,9 +82,9 @@ def test_a_stage_begins_with_the_first_whole_step_after_its_start() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(words: list[str], answer: str) -> None:
+def test_what_does_not_fit_is_refused(args: list[str], answer: str) -> None:
     with pytest.raises(UserError) as refusal:
-        check_seq_lens(schedule_of(*words))
+        check_seq_lens(schedule_of(*args))
     assert str(refusal.value).startswith(answer)
 
 
@@ -99,10 +99,10 @@ def test_a_batch_may_not_be_less_than_a_window_whose_end_may_be_padding() -> Non
 def test_another_batch_size_goes_on_at_the_sequence_where_the_run_stopped(
     tmp_path: Path, run_tiny: RunTiny, tiny_data: Path, seen: list[torch.Tensor]
 ) -> None:
-    words = ("train.steps=12", "run.seed=5")
-    assert run_tiny(tmp_path, *words, "train.batch_size=4", observers=[StopAfter(5)]) is Outcome.STOPPED
-    assert run_tiny(tmp_path, *words, "train.batch_size=6", observers=[StopAfter(8)]) is Outcome.STOPPED
-    assert run_tiny(tmp_path, *words, "train.batch_size=2") is Outcome.FINISHED
+    args = ("train.steps=12", "run.seed=5")
+    assert run_tiny(tmp_path, *args, "train.batch_size=4", observers=[StopAfter(5)]) is Outcome.STOPPED
+    assert run_tiny(tmp_path, *args, "train.batch_size=6", observers=[StopAfter(8)]) is Outcome.STOPPED
+    assert run_tiny(tmp_path, *args, "train.batch_size=2") is Outcome.FINISHED
     assert [len(ids) for ids in seen] == [4] * 5 + [6] * 3 + [2] * 4
     whole = Loader(tiny_data / "train", seq_len=32, seed=5).batch(0, 46)
     assert torch.equal(torch.cat(seen), torch.from_numpy(whole.input_ids).long())
@@ -126,14 +126,14 @@ def test_a_growing_run_reads_the_same_tokens_in_the_same_order(
     tmp_path: Path, run_tiny: RunTiny, tiny_data: Path, seen: list[torch.Tensor]
 ) -> None:
     """Every window once, short sequences first; the batches hold as many tokens throughout."""
-    words = (
+    args = (
         "train.steps=6",
         "train.batch_size=8",
         "train.micro_batch_size=4",
         "data.seq_len_schedule=[{from: 50%, seq_len: 64}]",
         "run.seed=3",
     )
-    run_tiny(tmp_path, *words)
+    run_tiny(tmp_path, *args)
     assert [tuple(ids.shape) for ids in seen] == [(8, 32)] * 3 + [(4, 64)] * 3
     whole = Loader(tiny_data / "train", seq_len=64, seed=3).batch(0, 24)
     assert torch.equal(torch.cat([ids.reshape(-1, 64) for ids in seen]), torch.from_numpy(whole.input_ids).long())
@@ -175,14 +175,14 @@ def test_a_stage_may_be_appended_when_a_run_goes_on_but_its_past_may_not_change(
     tmp_path: Path, run_tiny: RunTiny, two_sources: Path, seen: list[torch.Tensor]
 ) -> None:
     even, later = '"by": "tokens", "weights": {"a": 1, "b": 1}', '"stages": [{"from": 60, "weights": {"a": 1, "b": 9}}]'
-    words = (f"data.path={two_sources}", "train.steps=20", "train.batch_size=4", "run.seed=5")
-    assert run_tiny(tmp_path, *words, f"data.mixture={{{even}}}", observers=[StopAfter(10)]) is Outcome.STOPPED
+    args = (f"data.path={two_sources}", "train.steps=20", "train.batch_size=4", "run.seed=5")
+    assert run_tiny(tmp_path, *args, f"data.mixture={{{even}}}", observers=[StopAfter(10)]) is Outcome.STOPPED
     with pytest.raises(
         UserError,
         match=r"another order than run\.seed, data\.mixture, data\.seq_len_schedule and data\.window give now",
     ):
-        run_tiny(tmp_path, *words, 'data.mixture={"by": "tokens", "weights": {"a": 1, "b": 2}}')
-    assert run_tiny(tmp_path, *words, f"data.mixture={{{even}, {later}}}") is Outcome.FINISHED
+        run_tiny(tmp_path, *args, 'data.mixture={"by": "tokens", "weights": {"a": 1, "b": 2}}')
+    assert run_tiny(tmp_path, *args, f"data.mixture={{{even}, {later}}}") is Outcome.FINISHED
     mixture = MixtureConfig.model_validate(yaml.safe_load(f"{{{even}, {later}}}"))
     whole = Loader(two_sources / "train", seq_len=32, seed=5, mixture=mixture, total_samples=80)
     assert torch.equal(torch.cat(seen), torch.from_numpy(whole.batch(0, 80).input_ids).long())
@@ -196,22 +196,22 @@ def test_a_longer_run_moves_stages_that_are_shares_of_it_only_while_they_lie_ahe
 ) -> None:
     stage = '"stages": [{"from": "50%", "weights": {"a": 1, "b": 9}}]'
     mixture = f'data.mixture={{"by": "tokens", "weights": {{"a": 1, "b": 1}}, {stage}}}'
-    words = (f"data.path={two_sources}", "train.batch_size=4", "run.seed=5", "optim.schedule=constant", mixture)
-    assert run_tiny(tmp_path, *words, "train.steps=20", observers=[StopAfter(8)]) is Outcome.STOPPED
-    assert run_tiny(tmp_path, *words, "train.steps=24", observers=[StopAfter(16)]) is Outcome.STOPPED  # from 40 to 48
+    args = (f"data.path={two_sources}", "train.batch_size=4", "run.seed=5", "optim.schedule=constant", mixture)
+    assert run_tiny(tmp_path, *args, "train.steps=20", observers=[StopAfter(8)]) is Outcome.STOPPED
+    assert run_tiny(tmp_path, *args, "train.steps=24", observers=[StopAfter(16)]) is Outcome.STOPPED  # from 40 to 48
     settings = MixtureConfig.model_validate(yaml.safe_load(mixture.removeprefix("data.mixture=")))
     whole = Loader(two_sources / "train", seq_len=32, seed=5, mixture=settings, total_samples=96)
     assert torch.equal(torch.cat(seen), torch.from_numpy(whole.batch(0, 64).input_ids).long())
     with pytest.raises(
         UserError, match=r"read its first 64 sequences in another order .* a share such as 80% moves with train\.steps"
     ):
-        run_tiny(tmp_path, *words, "train.steps=40")
+        run_tiny(tmp_path, *args, "train.steps=40")
 
 
 def test_more_epochs_than_allowed_are_refused_before_anything_is_written(
     tmp_path: Path, run_tiny: RunTiny, two_sources: Path
 ) -> None:
-    words = (f"data.path={two_sources}", "train.steps=200", "train.batch_size=8", "data.mixture.max_epochs=1")
+    args = (f"data.path={two_sources}", "train.steps=200", "train.batch_size=8", "data.mixture.max_epochs=1")
     with pytest.raises(DataError, match=r"the run would read [ab] .* times, more than data\.mixture\.max_epochs=1"):
-        run_tiny(tmp_path / "run", *words)
+        run_tiny(tmp_path / "run", *args)
     assert not (tmp_path / "run").exists()

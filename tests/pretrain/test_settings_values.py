@@ -133,15 +133,15 @@ def test_none_is_null_wherever_null_is_taken(text: str, tmp_path: Path) -> None:
         path.write_text(text.replace("VALUE", value))
         assert at(load(path).config, text) is None
     section = yaml.safe_load(text)
-    key, word = "", section
-    while isinstance(word, dict) and len(word) == 1:  # down to the list or the field, as on a command line
-        ((name, word),) = word.items()
+    key, node = "", section
+    while isinstance(node, dict) and len(node) == 1:  # down to the list or the field, as on a command line
+        ((name, node),) = node.items()
         key = f"{key}.{name}".lstrip(".")
     for value in ("none", "None", "null", ""):
         assert (
             at(
                 load(
-                    None, [f"{key}={spelled(word).strip().removesuffix('...').strip()}".replace("VALUE", value)]
+                    None, [f"{key}={spelled(node).strip().removesuffix('...').strip()}".replace("VALUE", value)]
                 ).config,
                 text,
             )
@@ -162,12 +162,12 @@ def test_a_preset_that_is_none_takes_back_the_one_of_the_file(tmp_path: Path) ->
     path = tmp_path / "config.yaml"
     path.write_text("model: {preset: tiny}")
     assert load(path).config.model.d_model == 64
-    for word in ("none", "null"):
-        assert load(path, [f"model.preset={word}"]).config.model.d_model == 768
+    for arg in ("none", "null"):
+        assert load(path, [f"model.preset={arg}"]).config.model.d_model == 768
 
 
 @pytest.mark.parametrize(
-    ("word", "answer"),
+    ("arg", "answer"),
     [
         ("optim.lr=1e30", "optim.lr='1e30': input should be less than or equal to 1000"),
         ("optim.lr=-3e-4", "optim.lr='-3e-4': input should be greater than 0"),
@@ -203,15 +203,15 @@ def test_a_preset_that_is_none_takes_back_the_one_of_the_file(tmp_path: Path) ->
         ("log.samples=[1.5]", "log.samples=1.5: should be text; quote it twice where it looks like a number"),
     ],
 )
-def test_what_no_run_can_mean_is_refused_with_its_bound(word: str, answer: str) -> None:
+def test_what_no_run_can_mean_is_refused_with_its_bound(arg: str, answer: str) -> None:
     with pytest.raises(UserError) as refusal:
-        load(None, [word])
+        load(None, [arg])
     assert str(refusal.value).startswith(answer)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("word", "value"),
+    ("arg", "value"),
     [
         ("optim.lr=1", 1.0),  # where somebody wants to see a run diverge
         ("optim.lr=0.02", 0.02),
@@ -234,8 +234,8 @@ def test_what_no_run_can_mean_is_refused_with_its_bound(word: str, answer: str) 
         ("log.wandb_project='\"5\"'", "5"),
     ],
 )
-def test_what_somebody_may_mean_is_taken_as_it_was_written(word: str, value: object) -> None:
-    assert flatten(load(None, [word.replace("'\"5\"'", '"5"')]).config)[word.partition("=")[0]] == value
+def test_what_somebody_may_mean_is_taken_as_it_was_written(arg: str, value: object) -> None:
+    assert flatten(load(None, [arg.replace("'\"5\"'", '"5"')]).config)[arg.partition("=")[0]] == value
 
 
 def test_the_config_of_a_run_reads_back_as_it_was(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(
             manifest["splits"] = ["train", name]
 
     data = change(shutil.copytree(tiny_data, tmp_path / "data"), put)
-    words = tiny_args(tmp_path / "run", f"data.path={data}", "train.steps=5")
-    for command in (("train", *words), ("data", "inspect", data), ("data", "verify", data)):
+    args = tiny_args(tmp_path / "run", f"data.path={data}", "train.steps=5")
+    for command in (("train", *args), ("data", "inspect", data), ("data", "verify", data)):
         answer = pretrain(*command)
         assert answer.code == 2
         assert answer.err.startswith(

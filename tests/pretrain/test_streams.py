@@ -30,7 +30,7 @@ from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]
 Pretrain = Callable[..., object]
-TinyWords = Callable[..., list[str]]
+TinyArgs = Callable[..., list[str]]
 
 
 class Fails(io.StringIO):
@@ -223,7 +223,7 @@ def test_closed_streams_do_not_give_their_numbers_to_the_next_files() -> None:
     assert not isinstance(sys.stdout, TolerantStream)
 
 
-def test_a_run_whose_pipes_both_lose_their_reader_ends_well(tmp_path: Path, tiny_args: TinyWords) -> None:
+def test_a_run_whose_pipes_both_lose_their_reader_ends_well(tmp_path: Path, tiny_args: TinyArgs) -> None:
     """Python's own flush at the end must not fail either: it would make the exit code 120."""
     command = [sys.executable, "-m", "pretrain", "train", *tiny_args(tmp_path, "train.steps=3", "optim.warmup=1")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -307,12 +307,12 @@ CTRL_C = "\x03"
 
 
 def test_on_a_terminal_ctrl_c_is_answered_in_the_panel_and_a_second_one_lets_the_save_finish(
-    tmp_path: Path, tiny_args: TinyWords
+    tmp_path: Path, tiny_args: TinyArgs
 ) -> None:
-    words = tiny_args(
+    args = tiny_args(
         tmp_path / "run", "train.steps=100000", "eval.every=100000", "checkpoint.every=50000", "optim.decay=0.5"
     )
-    terminal = Terminal(["train", *words], HoldSaves(tmp_path / "go"))
+    terminal = Terminal(["train", *args], HoldSaves(tmp_path / "go"))
     terminal.read_until("training loss")
     terminal.press(CTRL_C)
     terminal.read_until("saving, then stopping (Ctrl-C twice more leaves without it)")
@@ -330,9 +330,9 @@ def test_on_a_terminal_ctrl_c_is_answered_in_the_panel_and_a_second_one_lets_the
     ]
 
 
-def test_a_terminal_that_closes_saves_the_run(tmp_path: Path, tiny_args: TinyWords) -> None:
-    words = tiny_args(tmp_path, "train.steps=100000", "eval.every=100000", "checkpoint.every=50000", "optim.decay=0.5")
-    terminal = Terminal(["train", *words])
+def test_a_terminal_that_closes_saves_the_run(tmp_path: Path, tiny_args: TinyArgs) -> None:
+    args = tiny_args(tmp_path, "train.steps=100000", "eval.every=100000", "checkpoint.every=50000", "optim.decay=0.5")
+    terminal = Terminal(["train", *args])
     terminal.read_until("training loss")
     terminal.close()
     assert terminal.exit_code() == 75

@@ -63,14 +63,14 @@ def test_a_run_of_150_steps_learns_all_there_is_to_learn(tmp_path: Path, run_tin
 
 
 def test_records_equal_the_schedules(tmp_path: Path, run_tiny: RunTiny) -> None:
-    words = (
+    args = (
         "train.steps=30",
         "train.batch_size=9",
         "train.batch_ramp_steps=20",
         "train.batch_ramp_start=2",
         "train.micro_batch_size=4",
     )
-    run_tiny(tmp_path, *words, "optim.schedule=wsd", "optim.decay=0.3", "train.z_loss=0.001")
+    run_tiny(tmp_path, *args, "optim.schedule=wsd", "optim.decay=0.3", "train.z_loss=0.001")
     metrics, config = told(tmp_path)
     assert [record.step for record in metrics.steps] == list(range(1, 31))
     for record in metrics.steps:
@@ -147,14 +147,14 @@ def test_each_step_trains_on_its_slice_of_the_one_order(
         return train_step(self, microbatches, lr_scale, **more)
 
     monkeypatch.setattr(TorchEngine, "train_step", spy)
-    words = (
+    args = (
         "train.batch_size=7",
         "train.batch_ramp_steps=12",
         "train.batch_ramp_start=1",
         "train.micro_batch_size=3",
         "train.steps=20",
     )
-    run_tiny(tmp_path, *words)
+    run_tiny(tmp_path, *args)
     config = told(tmp_path)[1]
     assert [len(ids) for ids in seen] == [batch_size_at(step, config.train) for step in range(1, 21)]
     total = samples_before(21, config.train)
@@ -199,9 +199,9 @@ def test_another_seed_is_another_run_and_the_same_seed_the_same(tmp_path: Path, 
     assert not set(losses(tmp_path / "a")) & set(losses(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("words", [(), ("model.document_mask=false",)], ids=["masked", "not masked"])
+@pytest.mark.parametrize("args", [(), ("model.document_mask=false",)], ids=["masked", "not masked"])
 def test_tokens_see_only_their_document_unless_told_otherwise(
-    tmp_path: Path, run_tiny: RunTiny, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_tiny: RunTiny, args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first validation is the same number when every document but its last in a row is garbled, or it is not."""
 
@@ -219,10 +219,10 @@ def test_tokens_see_only_their_document_unless_told_otherwise(
     values = []
     for garble in (False, True):
         run_tiny(
-            tmp_path / str(garble), "train.steps=5", "eval.every=5", "eval.batches=100", "model.init_std=0.3", *words
+            tmp_path / str(garble), "train.steps=5", "eval.every=5", "eval.batches=100", "model.init_std=0.3", *args
         )
         values.append(told(tmp_path / str(garble))[0].validations[0].val_loss)
-    if words:
+    if args:
         assert abs(values[0] - values[1]) > 1e-3
     else:
         assert values[0] == pytest.approx(values[1], rel=1e-6)
@@ -319,12 +319,12 @@ def test_a_diverged_run_is_one_line_and_exit_code_1(
 )
 def test_compiled_and_eager_losses_agree_to_1e5(tmp_path: Path, run_tiny: RunTiny, tiny_data: Path) -> None:
     """Five graphs: the softmax of the loss, and a block and the norm with gradients and without."""
-    words = (f"data.path={tiny_data}", "model.n_layers=1", "train.batch_size=12", "train.steps=5")
+    args = (f"data.path={tiny_data}", "model.n_layers=1", "train.batch_size=12", "train.steps=5")
     torch.compiler.reset()
     compiled_before = counters["stats"]["unique_graphs"]
-    run_tiny(tmp_path / "eager", *words, "train.attention=sdpa")
+    run_tiny(tmp_path / "eager", *args, "train.attention=sdpa")
     assert counters["stats"]["unique_graphs"] == compiled_before
-    run_tiny(tmp_path / "compiled", *words, "train.compile=true")
+    run_tiny(tmp_path / "compiled", *args, "train.compile=true")
     assert counters["stats"]["unique_graphs"] == compiled_before + 5
     assert told(tmp_path / "compiled")[1].train.attention == "blocked"
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)

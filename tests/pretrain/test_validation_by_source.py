@@ -25,9 +25,9 @@ from pretrain.train.inputs import open_data
 from pretrain.train.loop import TrainLoop
 from pretrain.train.rank_info import RankInfo
 
-TinyWords = Callable[..., list[str]]
+TinyArgs = Callable[..., list[str]]
 WHO, DOES = ("the model", "a reader", "every rank", "one shard"), ("reads", "writes", "skips", "remembers", "follows")
-WORDS = (
+ARGS = (
     "train.steps=2",
     "optim.warmup=0",
     "eval.every=2",
@@ -82,7 +82,7 @@ def first(
     """The validation before the first step, of equal initial weights on each of the data sets."""
     folder = tmp_path_factory.mktemp("runs")
     for name, data in datas.items():
-        run_tiny(folder / name, f"data.path={data}", *WORDS)
+        run_tiny(folder / name, f"data.path={data}", *ARGS)
     return {name: read_metrics(folder / name / "metrics.jsonl").validations[0] for name in datas}
 
 
@@ -126,12 +126,12 @@ def test_two_ranks_find_the_same_losses(
     workers: object,
     datas: dict[str, Path],
     first: dict[str, ValidationRecord],
-    tiny_args: TinyWords,
+    tiny_args: TinyArgs,
     tmp_path: Path,
     layout: str,
 ) -> None:
-    words = tiny_args(tmp_path, f"data.path={datas['both']}", *WORDS, "train.micro_batch_size=2", layout)
-    for record in workers.run(validate_on, 2, load(None, words).config):
+    args = tiny_args(tmp_path, f"data.path={datas['both']}", *ARGS, "train.micro_batch_size=2", layout)
+    for record in workers.run(validate_on, 2, load(None, args).config):
         assert record.val_loss == pytest.approx(first["both"].val_loss, rel=1e-6)
         for name, source in first["both"].by_source.items():
             assert record.by_source[name].tokens == source.tokens
@@ -151,19 +151,19 @@ def test_a_budget_for_all_reads_all_and_a_smaller_one_a_share_of_each() -> None:
 
 
 def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
-    tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_args: TinyWords
+    tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_args: TinyArgs
 ) -> None:
     sources = (
         "data.sources=[" + ", ".join(f"{{kind: text, paths: [{source.paths[0]}]}}" for source in texts.values()) + "]"
     )
-    words = (
+    args = (
         sources,
         f"data.path={tmp_path / 'data'}",
         "data.vocab_size=300",
         "data.seq_len=32",
         "data.validation_fraction=1e-9",
     )
-    prepared = pretrain("data", "prepare", *words)
+    prepared = pretrain("data", "prepare", *args)
     told = [line for line in prepared.out.splitlines() if line.startswith("warning: ")]
     held_out = open_prepared(tmp_path / "data").splits["validation"].sources
     assert [(source.name, source.documents) for source in held_out] == [("prose", 1), ("sums", 1)]  # of 120 and 40
@@ -177,7 +177,7 @@ def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
     )
     assert told[1].startswith(begins[1])
     assert len(told) == 2
-    trained = pretrain("train", *tiny_args(tmp_path / "run", f"data.path={tmp_path / 'data'}", *WORDS))
+    trained = pretrain("train", *tiny_args(tmp_path / "run", f"data.path={tmp_path / 'data'}", *ARGS))
     assert [line for line in trained.out.splitlines() if line.startswith("warning: ")] == told
     assert "by source: prose " in trained.out
     inspected = pretrain("data", "inspect", tmp_path / "data", "data.seq_len=32", "--samples", "0")
@@ -189,17 +189,17 @@ def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
 
 
 def test_named_held_out_text_has_its_loss_in_the_run(
-    tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_args: TinyWords
+    tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_args: TinyArgs
 ) -> None:
     prose, sums = (f"[{{kind: text, paths: [{source.paths[0]}]}}]" for source in texts.values())
-    words = (
+    args = (
         f"data.sources={prose}",
         f"data.validation={sums}",
         f"data.path={tmp_path / 'data'}",
         "data.vocab_size=300",
     )
-    assert pretrain("data", "prepare", *words).code == 0
-    answer = pretrain("train", *tiny_args(tmp_path / "run", f"data.path={tmp_path / 'data'}", *WORDS))
+    assert pretrain("data", "prepare", *args).code == 0
+    answer = pretrain("train", *tiny_args(tmp_path / "run", f"data.path={tmp_path / 'data'}", *ARGS))
     assert (answer.code, answer.err) == (0, "")
     assert "warning" not in answer.out
     assert [list(record.by_source) for record in read_metrics(tmp_path / "run" / "metrics.jsonl").validations] == [
