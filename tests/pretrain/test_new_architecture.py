@@ -29,7 +29,7 @@ from pretrain.estimate.communication import estimate_traffic
 from pretrain.estimate.flops import count_parameters, flops_per_token
 from pretrain.estimate.parameters import check_architecture
 from pretrain.estimate.rank_memory import estimate_rank_memory
-from pretrain.setup.dry_run import measure, shortened
+from pretrain.setup.dry_run import measure, shorten_step
 from pretrain.setup.engine import build_engine
 from pretrain.setup.resolve import resolve_for_cluster
 
@@ -90,7 +90,7 @@ SMALL = ("data.seq_len=2048", "train.batch_size=4", "train.micro_batch_size=1", 
 )
 def test_a_dry_run_measures_what_its_terms_add_up_to(world_size: int, words: tuple[str, ...], guide: Guide) -> None:
     run = resolve_for_cluster(load(None, [guide.preset, *SMALL, *words]).config, world_size)
-    config, layout = shortened(run.config, run.layout), run.layout
+    config, layout = shorten_step(run.config, run.layout), run.layout
     measured, memory = measure(config, layout, 0), estimate_rank_memory(config, layout, 0)
     assert measured.peak_by_kind["parameters"] == pytest.approx(memory.master_bytes, rel=1e-3)
     assert measured.peak_by_kind["optimizer state"] == pytest.approx(memory.optimizer_bytes, rel=1e-3)
