@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import difflib
 import re
+from types import NoneType
+from typing import get_args
 
 from pydantic import ValidationError
 
-from data_pipeline.settings import SourceConfig
+from data_pipeline.settings import Settings, SourceConfig
 from pretrain.config.tree import walk
 
 SECTIONS = {key.rpartition(".")[0] for key, _ in walk()}
 """Keys that hold other keys: `data`, `data.mixture`, ..."""
+
+OPTIONAL_SECTIONS = {
+    key: [f"{key}.{setting.alias or name}" for name, setting in section.model_fields.items()]
+    for key, field in walk()
+    for section in get_args(field.annotation)
+    if NoneType in get_args(field.annotation) and isinstance(section, type) and issubclass(section, Settings)
+}
+"""Sections that may be none, such as `train.profile`, with the keys in them."""
 
 PLAIN_MESSAGES = {
     "path_type": "should be a path; quote it twice where it looks like a number, as in '\"5\"'",
@@ -46,13 +56,16 @@ def _key(location: tuple[int | str, ...]) -> str:
     pydantic reports `key.literal['auto']` and `key.int` for one key: the types that it tried.
     """
     parts = [str(part) for part in location if "[" not in str(part)]
-    return ".".join(parts[:-1] if ".".join(parts[:-1]) in dict(walk()) else parts)
+    parent = ".".join(parts[:-1])
+    is_type = parent in dict(walk()) and parent not in OPTIONAL_SECTIONS
+    return parent if is_type else ".".join(parts)
 
 
 def _did_you_mean(key: str) -> str:
     """The nearest known key, or those of the section."""
     source = re.match(r"data\.(sources|validation)\.\d+\.", key)
     keys = [source[0] + name for name in SourceConfig.model_fields] if source else [known for known, _ in walk()]
+    keys += [name for section, names in OPTIONAL_SECTIONS.items() if key.startswith(f"{section}.") for name in names]
     names = [*keys, *sorted(SECTIONS)]
     in_other_section = [known for known in names if known.rpartition(".")[2] == key.rpartition(".")[2]]
     near = in_other_section or difflib.get_close_matches(key, names, n=1, cutoff=0.6)

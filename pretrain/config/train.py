@@ -10,6 +10,16 @@ from data_pipeline.settings import AUTO, OrAuto, Settings
 from pretrain.config.resume import MayChange, MayChangeAhead
 
 
+class ProfileConfig(Settings):
+    """The steps that torch.profiler records."""
+
+    start: int = Field(alias="from", gt=0)
+    """First profiled step. The step before it warms the profiler up. A run resumed within the window profiles the rest."""
+
+    steps: int = Field(default=3, gt=0, le=100)
+    """Profiled steps."""
+
+
 class TrainConfig(Settings):
     """How long to train, in what batches, and how to compute."""
 
@@ -62,6 +72,12 @@ class TrainConfig(Settings):
     attention: Annotated[OrAuto[Literal["sdpa", "blocked", "varlen", "flash_attn"]], MayChange()] = AUTO
     """Attention kernels: PyTorch's SDPA (everywhere), `blocked` matrix products (fastest on a compiled CPU), PyTorch's variable-length
     flash kernels, or the flash-attn package (both CUDA). `auto` is the fastest one available."""
+
+    profile: Annotated[ProfileConfig | None, MayChange()] = None
+    """Profile steps with torch.profiler on rank 0: `{from: STEP, steps: N}`; none is off. Writes a Chrome trace and a table
+    of operators to `profile/` in the run directory, and shows the table in the report. The losses do not change. Every
+    operator call of these steps is held in host memory until the last one; writing them then takes seconds. Steps whose
+    operators are very short are slower while profiled, and so are their tokens/s in metrics.jsonl."""
 
 
 class EvalConfig(Settings):

@@ -100,7 +100,7 @@ class Event(RunRecord):
     """Something that happened, in `events.jsonl`.
 
     Kinds: start, resume, settings, save, skip_checkpoint, skip_data, notice, stop, finish, sample, output_lost,
-    logger_failed.
+    logger_failed, profile, profile_failed.
     """
 
     time: float
@@ -116,6 +116,8 @@ class Event(RunRecord):
     """start, resume: trainable parameters of the model."""
     device: str | None = None
     """start, resume: the device that the run uses."""
+    profile: str | None = None
+    """profile: path of the `ProfileSummary`, relative to the run directory."""
     mfu_statement: str | None = None
     """start, resume: what the MFU counts and divides by, or why there is none."""
 

@@ -27,7 +27,7 @@ MOST_SOURCES = 8
 BAR_WIDTH = 80
 """At most. A terminal that gets narrower breaks longer lines, and rich then leaves a part of the panel behind."""
 QUIET_EVENTS = {"save", "settings"}
-LOUD_EVENTS = {"stop", "skip_checkpoint", "notice", "output_lost", "logger_failed"}
+LOUD_EVENTS = {"stop", "skip_checkpoint", "notice", "output_lost", "logger_failed", "profile_failed"}
 
 
 class Display:

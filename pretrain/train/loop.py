@@ -33,6 +33,7 @@ from pretrain.signals import Activity, StopRequest
 from pretrain.tracking.recorder import RunRecorder
 from pretrain.train.batching import HostBatch, pad_batch, split_microbatches, to_host
 from pretrain.train.disk_space import save_failed
+from pretrain.train.profiling import StepProfiler
 from pretrain.train.rank_info import RankInfo
 
 
@@ -57,6 +58,7 @@ class TrainLoop:
     meter: ThroughputMeter
     stop: StopRequest
     rank_info: RankInfo
+    profiler: StepProfiler
     _reported_damage: set[str] = field(default_factory=set)
 
     @property
@@ -77,7 +79,10 @@ class TrainLoop:
         for batch in self._batches(step):
             step += 1
             self.stop.begin_step()
+            self.profiler.begin_step(step)
             stop_requested = self._train_step(step, batch)
+            with self.meter.paused():
+                self.profiler.end_step(step)
             if step % self.config.eval.every == 0 or step == steps:
                 self._validate(step)
                 stop_requested = stop_requested or self._is_stop_requested_anywhere()

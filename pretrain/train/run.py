@@ -35,6 +35,7 @@ from pretrain.train.disk_space import check_disk_space
 from pretrain.train.init_from import add_ancestry, check_init_checkpoint, find_init_checkpoint, pin_init_from
 from pretrain.train.inputs import check_ranks_agree, check_tokenizer, open_data, open_tokenizer
 from pretrain.train.loop import Outcome, TrainLoop
+from pretrain.train.profiling import StepProfiler, check_profile
 from pretrain.train.rank_info import RankInfo
 from pretrain.train.resume import ResumeState, is_finished, restore
 
@@ -63,6 +64,7 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     disk_warning = _check_disk_space(config) if world.is_main else ""
     data, validation = open_data(config.data, config.run.seed, resolved.batches)
     check_tokenizer(config, tokenizer, data)
+    check_profile(config)
     _check_init_from(config, tokenizer, data)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(tolerant_console(console))
@@ -89,8 +91,10 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             recorder = stack.enter_context(open_recorder(run_dir, display, loggers, output))
             start = (config, resume_state, data, rank_info)
             messages.record_start(recorder, *start, mfu_statement=mfu, disk_warning=disk_warning)
+            profiler = stack.enter_context(StepProfiler(config, run_dir.path, recorder, is_enabled=world.is_main))
             batches, folder = resume_state.batches, run_dir.checkpoints
-            loop = TrainLoop(config, batches, engine, data, validation, folder, recorder, meter, stop, rank_info)
+            context = (recorder, meter, stop, rank_info, profiler)
+            loop = TrainLoop(config, batches, engine, data, validation, folder, *context)
             outcome = loop.run(resume_state.step, validate_first=not resume_state.resumed)
             del loop, engine  # free their memory for the samples
         if outcome is Outcome.FINISHED and world.is_main:

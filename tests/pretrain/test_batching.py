@@ -113,7 +113,9 @@ def read(config: RunConfig, layout: Layout, rank: int, step: int) -> Batch:
     )
     nothing: Any = None
     place = RankInfo(World(rank, layout.world_size), layout)
-    return TrainLoop(config, batches, nothing, loader, None, Path(), nothing, nothing, nothing, place)._read(step)
+    return TrainLoop(config, batches, nothing, loader, None, Path(), nothing, nothing, nothing, place, nothing)._read(
+        step
+    )
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_every_setting_says_whether_it_may_differ_on_resume() -> None:
         *(f"data.{name}" for name in ("path", "seq_len_schedule", "window", "on_damage")),
         *(key for key in keys if is_prepare_key(key) or key.startswith("data.mixture.")),
         *(f"train.{name}" for name in ("batch_size", "micro_batch_size", "device", "compile", "attention")),
-        *(f"train.{name}" for name in ("recompute", "recompute_every", "recompute_keep")),
+        *(f"train.{name}" for name in ("recompute", "recompute_every", "recompute_keep", "profile")),
         *(key for key in keys if key.startswith(("parallel.", "eval.", "checkpoint.", "log."))),
     }
     ahead = {

@@ -117,7 +117,7 @@ def validate_on(config: RunConfig) -> ValidationRecord:
     books = SimpleNamespace(log=records.append, display=SimpleNamespace(validation=lambda _: None))
     meter = ThroughputMeter(total_tokens=1, peak_flops=None)
     engine = build_engine(config, place.layout, world.rank)
-    TrainLoop(config, batches, engine, *data, config.run.dir, books, meter, StopRequest(), place)._validate(0)  # type: ignore[arg-type]  # stand-ins
+    TrainLoop(config, batches, engine, *data, config.run.dir, books, meter, StopRequest(), place, None)._validate(0)  # type: ignore[arg-type]  # stand-ins
     return records[0]
 
 
