@@ -1,1 +1,1 @@
-"""A model -> the same model on a set of devices. Knows modules; knows no loop, no data, no model class."""
+"""Puts a model on a mesh of devices. Knows modules and meshes; knows no training loop, no data and no model class."""

@@ -1,4 +1,4 @@
-"""The interface between the training loop and whatever holds the model: the loop never asks which engine it has."""
+"""The interface between the training loop and an engine, which holds the model. The loop never asks which engine it has."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from parallel.layout import Layout
+
 State = dict[str, dict[str, Tensor | dict[str, Tensor]]]
 """{"model": {name: tensor}, "optimizer": {name: {slot: tensor}}}, by canonical parameter names, in global shapes."""
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Sequences of one forward and backward pass; labels of -100 are no targets."""
+    """The sequences of one forward and backward pass. A label of -100 is not a target."""
 
     input_ids: Tensor
-    """[b, S], as `labels`; S are the tokens of `local_tokens` where there is one."""
+    """[b, S], as `labels`. Under context parallelism S counts the tokens of this rank, see `local_tokens`."""
     labels: Tensor
     positions: Tensor
-    """[b, row], whole rows on the host, as `document_ids`: the mask made of both reads their values, and a GPU would have to wait."""
+    """[b, row], as `document_ids`: full rows, on the host. The attention mask reads their values; a GPU would have to wait."""
     document_ids: Tensor
     n_targets: int
-    """Labels of the whole rows that count, known on the host so that nobody waits for the device to count them."""
+    """Number of targets in the full rows. Counted on the host, so that nobody waits for the device."""
     local_tokens: LocalTokens | None = None
     """Set by the engine under context parallelism."""
 
 
 @dataclass(frozen=True)
 class LocalTokens:
-    """Under context parallelism: which tokens of each row a rank holds."""
+    """The tokens of each row that a rank holds under context parallelism."""
 
     ranges: tuple[tuple[int, int], ...]
     """(first, end) in the row, in the order in which the rank holds them."""
     full_rows: bool
-    """True if attention sees whole rows of some heads; False if the held queries see all keys of the row."""
+    """True if attention sees full rows of some heads; False if this rank's queries see all keys of the row."""
 
 
 class MicrobatchLoss(Protocol):
-    """Sums over the targets of a microbatch, scalars: what is minimised, fp32, and its two parts, fp64, detached."""
+    """Sums over the targets of a microbatch, scalars: the loss in fp32, and its two terms in fp64, detached."""
 
     @property
     def total(self) -> Tensor:
@@ -53,87 +55,91 @@ class MicrobatchLoss(Protocol):
 
     @property
     def z_loss(self) -> Tensor:
-        """The z-loss with its weight; 0 without one."""
+        """The weighted z-loss; 0 without one."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step was, per target token of the global batch; the gradient norm is the one before clipping."""
+    """The result of a training step. Losses are averages over the targets of the global batch."""
 
     loss: float
     z_loss: float
     grad_norm: float
+    """Before clipping."""
     stop_requested: bool = False
-    """Whether any rank's `asks` said so."""
+    """Whether any rank requested a stop."""
 
     @property
     def is_finite(self) -> bool:
-        """False once something overflowed; the engine has then left the weights as they were."""
+        """False if something overflowed. The engine has then left the weights unchanged."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Optimizer(Protocol):
-    """What an engine needs of an optimizer over the fp32 master weights."""
+    """An optimizer over the fp32 master weights."""
 
     def set_lr(self, scale: float) -> None:
-        """Learning rate of the next step, as a fraction of the peak."""
+        """Set the learning rate of the next step, as a fraction of the peak."""
 
     def step(self) -> None:
         """Update the weights from their gradients."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Per parameter name, the tensors that a resumed run needs."""
+        """The tensors that a resumed run needs, by parameter name."""
 
 
 ForwardStep = Callable[[nn.Module, Tensor | None, Microbatch], "Tensor | MicrobatchLoss"]
-"""One part of the model over one microbatch: what the part before sent (None: this is the first, which reads `input_ids`) -> what the
-next part needs, or the loss if this is the last."""
+"""Run one model chunk on one microbatch: (chunk, activations from the chunk before, microbatch) -> activations, or the loss.
+
+The first chunk gets None and reads `input_ids`. The last chunk returns the loss."""
 
 BuildOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
+"""Build an optimizer over named master weights."""
 
 
 class ModelChunk(Protocol):
-    """Consecutive layers of a model, an `nn.Module`: what they say of themselves, so that they can be split."""
+    """Consecutive layers of a model. The chunk is an `nn.Module`; this is what it says about how it can be parallelized."""
 
     @property
     def tp_plan(self) -> Mapping[str, str]:
-        """How tensor parallelism may split each module of the whole model, by patterns of names; `parallel.tensor` knows the words."""
+        """Tensor parallelism of the full model: module-name pattern -> a style of `parallel.tensor`."""
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        """The blocks that are here, in order: what is recomputed as one."""
+        """The blocks of this chunk, in order. Recomputation works on blocks."""
 
     @property
     def fsdp_units(self) -> Sequence[nn.Module]:
-        """Modules whose parameters are used at one time, in the order of their use: what is gathered as one."""
+        """Modules whose parameters FSDP gathers together, in the order of their use."""
 
     @property
     def tied_parameter(self) -> str | None:
-        """Canonical name of the parameter that the first and the last part share, or None."""
+        """Canonical name of the parameter that the first and the last chunk share, or None."""
 
     def compile_submodules(self) -> None:
-        """torch.compile what repeats. Before anything is split: compilation itself waits for the first pass."""
+        """torch.compile the repeated submodules. Call it before the chunk is parallelized: the first pass compiles."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What an engine makes a model of."""
+    """What an engine needs to build and run a model."""
 
     n_layers: int
     d_model: int
-    """Of what one block hands to the next."""
+    """Width of the activations between two blocks."""
     build: Callable[[range], nn.Module]
-    """These layers as a `ModelChunk` without values, on the device of the `torch.device` context; `range(n_layers)` is the whole model."""
+    """Build these layers as a `ModelChunk` without values, on the current `torch.device`. `range(n_layers)` is the full model."""
     init_shard: Callable[[str, Tensor, tuple[int, ...], tuple[int, ...]], None]
-    """(canonical name, this rank's tensor, its offset in the whole parameter, the whole parameter's shape): writes its initial values."""
+    """Write initial values: (canonical name, this rank's shard, its offset in the full parameter, the full shape)."""
     forward_step: ForwardStep
     build_optimizer: BuildOptimizer
     first_cost: float = 0.0
-    """What comes before the first layer, and after the last one, in time of a layer: stages of a pipeline are balanced by it."""
+    """Time of the embedding, in time of one layer. Pipeline stages are balanced with it."""
     last_cost: float = 0.0
+    """Time of the final norm, the output projection and the loss, in time of one layer."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +147,9 @@ class EngineOptions:
     """How an engine computes."""
 
     dtype: torch.dtype
-    """Of the forward and backward pass; masters, sums of gradients and optimizer state are fp32."""
+    """Of the forward and backward pass. Master weights, gradient sums and optimizer state are fp32."""
     max_grad_norm: float | None
-    """Largest global gradient norm."""
+    """Gradients are clipped to this global norm; None does not clip."""
     compile: bool = False
     recompute: str = "none"
     """`none`, `full` or `selective`, in every `recompute_every`-th block; see `parallel.recompute`."""
@@ -155,18 +161,40 @@ class Engine(Protocol):
     """A model and its optimizer on their devices."""
 
     def train_step(
-        self, microbatches: Sequence[Microbatch], lr_scale: float, stop_requested: Callable[[], bool] = lambda: False
+        self,
+        microbatches: Sequence[Microbatch],
+        lr_scale: float,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """One optimizer step over the global batch, of which each data rank gives its own microbatches, all ranks equally many.
+        """Take one optimizer step over the global batch.
 
-        What one rank `asks` for at the end of its passes, all hear of in the result: a request to stop travels with the sums of the step.
+        Args:
+            microbatches: of this data rank. All ranks pass the same number.
+            lr_scale: learning rate, as a fraction of the peak.
+            stop_requested: asked after the backward passes. If it is true on any rank, every rank's result says so.
         """
 
     def eval_step(self, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
-        """(sum of the cross-entropy in nats, number of targets) over the microbatches of all data ranks, weights untouched."""
+        """(summed cross-entropy in nats, number of targets) over the microbatches of all data ranks. Changes no weight."""
 
     def state(self) -> State:
-        """Live tensors of everything a checkpoint holds: writing into them is loading, followed by `sync_compute_weights`."""
+        """The live tensors that a checkpoint holds. To load one, write into them, then call `sync_compute_weights`."""
 
     def sync_compute_weights(self) -> None:
-        """Say that the tensors of `state()` were written into."""
+        """Copy the master weights to the weights that the passes compute with. Call it after writing into `state()`."""
+
+
+class InspectableEngine(Engine, Protocol):
+    """An engine on torch modules. Memory trackers and tests look into it; the training loop does not."""
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that the engine was built for."""
+
+    @property
+    def model_chunks(self) -> Sequence[nn.Module]:
+        """The chunks of the model on this rank."""
+
+    @property
+    def master_weights(self) -> Mapping[str, nn.Parameter]:
+        """This rank's fp32 master weights by canonical name; DTensors if they are sharded."""

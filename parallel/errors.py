@@ -1,5 +1,5 @@
-"""What is wrong with a layout: the program ends with one line and exit code 2."""
+"""The error for a layout that cannot work. The program prints its message as one line and exits with code 2."""
 
 
 class LayoutError(Exception):
-    """A layout that cannot be. The message names the settings, carries the values, and says the way out."""
+    """A layout that cannot work. The message names the settings and their values, and says what to change."""

@@ -1,4 +1,4 @@
-"""The global gradient norm over parameters on any meshes, and clipping by it."""
+"""The global gradient norm over parameters on any mesh, and clipping by it."""
 
 from __future__ import annotations
 
@@ -9,40 +9,47 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.layout import Layout
-from parallel.local import local
+from parallel.local import to_local
+from parallel.torch_compat import foreach_mul_, foreach_norm
 
 _CPU_PIECE = 2**18  # numbers: an fp64 copy of 2 MB stays in the cache, and 8 threads have enough to share
 
 
 def local_squared_norm(
-    master_weights: Mapping[str, nn.Parameter], layout: Layout, n_copies: Callable[[str], int]
+    master_weights: Mapping[str, nn.Parameter], layout: Layout, n_stages_with: Callable[[str], int]
 ) -> Tensor:
-    """This rank's share of the squared norm of all gradients, fp64: summed over all ranks it is the whole.
+    """This rank's share of the squared norm of all gradients, an fp64 scalar. The sum over all ranks is the squared norm.
 
-    Where k ranks hold the same numbers each contributes a k-th of their squares, so that one sum over the world is right for parameters
-    that are divided over different axes. `n_copies`: stages that hold a parameter of that name.
+    If k ranks hold the same numbers, each counts a k-th of their squares. So one sum over the world is right, although
+    parameters are sharded over different axes.
+
+    Args:
+        master_weights: by canonical name; those without a gradient do not count.
+        layout: of all ranks.
+        n_stages_with: number of pipeline ranks that hold the parameter of a name.
     """
     by_holders: dict[int, list[Tensor]] = {}
-    for name, master in master_weights.items():
-        if master.grad is not None:
-            by_holders.setdefault(_holders(master, layout) * n_copies(name), []).extend(_pieces(local(master.grad)))
+    for name, weight in master_weights.items():
+        if weight.grad is not None:
+            holders = _n_holders(weight, layout) * n_stages_with(name)
+            by_holders.setdefault(holders, []).extend(_pieces(to_local(weight.grad)))
     shares = []
     for holders, gradients in by_holders.items():
-        # No public name; a loop does the same, slower. It has to be told to add up in fp64: a CPU adds fp32 numbers one after the other,
-        # and then 10M of them give a norm that is 0.03% too small, 270M one that is 3.7% too small (pytorch#68326). On CUDA these are two
-        # kernels for some hundred tensors, which convert what they read and wait for nobody.
-        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64))
+        # In fp64, because a CPU adds fp32 numbers one after the other: the norm of 10M numbers is then 0.03% too small,
+        # that of 270M 3.7% (pytorch#68326). On CUDA these are two kernels for some hundred tensors. They convert as
+        # they read, and do not synchronize.
+        norms = torch.stack(foreach_norm(gradients, torch.float64))
         shares.append(norms.square().sum() / holders)
     return torch.stack(shares).sum()
 
 
 def _pieces(gradient: Tensor) -> Sequence[Tensor]:
-    """A CPU makes an fp64 copy of each tensor whose norm it takes: small ones cost no memory, and a sixth of the time."""
+    """Split a CPU tensor: its fp64 copy then costs no memory, and the norm takes a sixth of the time."""
     return torch.split(gradient.flatten(), _CPU_PIECE) if gradient.device.type == "cpu" else (gradient,)
 
 
-def _holders(parameter: Tensor, layout: Layout) -> int:
-    """Ranks of a stage that hold the same part of a parameter."""
+def _n_holders(parameter: Tensor, layout: Layout) -> int:
+    """Number of ranks of a pipeline stage that hold the same shard of a parameter."""
     holders = layout.world_size // layout.pipeline
     if isinstance(parameter, DTensor):
         for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
@@ -50,8 +57,8 @@ def _holders(parameter: Tensor, layout: Layout) -> int:
     return holders
 
 
-def clip_gradients_(master_weights: Iterable[nn.Parameter], largest: float, norm: float) -> None:
-    """Scale all gradients in place so that their global norm, which is `norm`, is at most `largest`."""
-    if norm > largest:
-        gradients = [local(master.grad) for master in master_weights if master.grad is not None]
-        torch._foreach_mul_(gradients, largest / (norm + 1e-6))  # no public name; as clip_grad_norm_ does it
+def clip_gradients_(master_weights: Iterable[nn.Parameter], max_norm: float, norm: float) -> None:
+    """Scale all gradients in place so that their global norm, now `norm`, is at most `max_norm`."""
+    if norm > max_norm:
+        gradients = [to_local(weight.grad) for weight in master_weights if weight.grad is not None]
+        foreach_mul_(gradients, max_norm / (norm + 1e-6))

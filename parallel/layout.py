@@ -1,4 +1,4 @@
-"""How many ranks each kind of parallelism gets, and which rank stands where. Pure arithmetic: imports no torch, starts nothing.
+"""How many ranks each kind of parallelism gets, and the coordinates of each rank. Arithmetic only: imports no torch.
 
 The ranks form a grid with these axes, outermost first:
 
@@ -10,9 +10,9 @@ The ranks form a grid with these axes, outermost first:
 | `context`   | a part of every sequence            | keys and values (or heads), a layer             | a fast network   |
 | `tensor`    | a part of every matrix              | activations four times, a layer                 | inside a node    |
 
-Neighbours in rank are neighbours in `tensor`. Ranks that differ in `replicate` or `shard` read different sequences ("data ranks");
-those that differ in `shard` or `context` together shard the parameters ("fsdp" ranks). An expert axis folds out of `shard`, `context`
-and `tensor` without changing any of this.
+Consecutive ranks are neighbours in `tensor`. Ranks that differ in `replicate` or `shard` read different sequences ("data
+ranks"). Ranks that differ in `shard` or `context` shard the parameters together ("fsdp" ranks). An expert axis can be made of
+`shard`, `context` and `tensor` without changing any of this.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes, and how each kind of parallelism works."""
+    """The size of each axis, and the options of each kind of parallelism."""
 
     pipeline: int = 1
     replicate: int = 1
@@ -37,48 +37,48 @@ class Layout:
     zero: int = 3
     """1: optimizer state is sharded; 2: gradients too; 3: parameters too."""
     reshard_to: int | None = None
-    """With `zero=3`: after the forward pass parameters are sharded over this many neighbours only; None is all."""
+    """With `zero=3`: after the forward pass shard parameters over this many neighbours only; None is all."""
     prefetch: int = 1
-    """Blocks whose parameters are gathered ahead."""
+    """Number of blocks whose parameters are gathered ahead."""
     offload: bool = False
-    """Parameters, gradients and optimizer state live in host memory."""
+    """Keep parameters, gradients and optimizer state in host memory."""
 
     sequence: bool = False
-    """Between the tensor-parallel regions each tensor rank holds a part of the sequence."""
+    """Sequence parallelism: between blocks each tensor rank holds a part of the sequence."""
     replicate_kv: bool = False
-    """With more tensor ranks than key/value heads, several ranks hold the same head."""
+    """With more tensor ranks than key/value heads, let several ranks hold the same head."""
     async_tensor: bool = False
-    """Overlap the collectives of tensor parallelism with the products beside them."""
+    """Overlap the collectives of tensor parallelism with the matrix products next to them."""
 
     schedule: str = "1f1b"
     stages_per_rank: int = 1
 
     context_method: str = "gather"
-    """`gather`: keys and values are gathered; `ulysses`: heads and sequence change places."""
+    """`gather` gathers keys and values; `ulysses` exchanges sequence for heads. See `parallel.context`."""
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of all ranks."""
         return math.prod(self.sizes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """In the order of AXES."""
+        """Of the axes, in the order of AXES."""
         return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def data(self) -> int:
-        """Ranks that read different sequences."""
+        """Number of ranks that read different sequences."""
         return self.replicate * self.shard
 
     @property
     def fsdp(self) -> int:
-        """Ranks that share out one copy of the parameters (of a stage, of a tensor part)."""
+        """Number of ranks that shard one copy of the parameters of a pipeline stage and tensor rank."""
         return self.shard * self.context
 
     @property
     def n_stages(self) -> int:
-        """Stages of the pipeline."""
+        """Number of pipeline stages."""
         return self.pipeline * self.stages_per_rank
 
     def n_microbatches(self, n_rows: int, micro_batch_size: int) -> int:
@@ -90,7 +90,7 @@ class Layout:
         return -(-n_rows // self.data // micro_batch_size)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Where a rank stands on each axis.
+        """The coordinate of a rank on each axis.
 
         >>> Layout(pipeline=2, tensor=4).coordinates(6)
         {'pipeline': 1, 'replicate': 0, 'shard': 0, 'context': 0, 'tensor': 2}
@@ -106,12 +106,12 @@ class Layout:
         return at["replicate"] * self.shard + at["shard"]
 
     def fsdp_rank(self, rank: int) -> int:
-        """Which part of the sharded parameters a rank holds, in [0, fsdp)."""
+        """Which shard of the parameters a rank holds, in [0, fsdp)."""
         at = self.coordinates(rank)
         return at["shard"] * self.context + at["context"]
 
     def stride(self, axis: str) -> int:
-        """How far apart in rank neighbours on an axis are.
+        """The difference in rank between neighbours on an axis.
 
         >>> Layout(pipeline=2, tensor=4).stride("pipeline")
         4
@@ -119,17 +119,17 @@ class Layout:
         return math.prod(self.sizes[AXES.index(axis) + 1 :])
 
     def peers(self, rank: int, axis: str) -> tuple[int, ...]:
-        """The ranks that differ from this one on that axis alone, itself among them, in order of their place on it."""
+        """The ranks that differ from `rank` on that axis only, including `rank`, in order of their coordinate."""
         stride = self.stride(axis)
         first = rank - self.coordinates(rank)[axis] * stride
         return tuple(range(first, first + stride * getattr(self, axis), stride))
 
     def is_inside_node(self, axis: str, ranks_per_node: int) -> bool:
-        """Whether ranks that differ on that axis alone are always of one node, where nodes are filled with consecutive ranks."""
+        """Whether ranks that differ on that axis only share a node. Nodes hold consecutive ranks."""
         span = self.stride(axis) * getattr(self, axis)
         return ranks_per_node % span == 0 or self.world_size <= ranks_per_node
 
     def __str__(self) -> str:
-        """`shard=2 tensor=4`; axes of one rank are left out."""
+        """`shard=2 tensor=4`, without axes of size 1."""
         named = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1]
         return " ".join(named) or "one process"

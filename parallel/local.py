@@ -1,4 +1,4 @@
-"""Which part of a parameter is on this rank."""
+"""This rank's shard of a tensor, and where it lies in the full tensor."""
 
 from __future__ import annotations
 
@@ -7,36 +7,40 @@ from typing import NamedTuple, cast
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# No public name says where a shard lies; DTensor's own checkpoints ask this function, which knows FSDP over tensor parallelism.
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from parallel.torch_compat import local_shape_and_offset
 
 
 class LocalShard(NamedTuple):
-    """A box of a tensor: `whole[offset[0] : offset[0] + local.shape[0], ...]`."""
+    """A box of a tensor: `full[offset[0] : offset[0] + local.shape[0], ...]`."""
 
     local: Tensor
-    """Plain, in the memory of the parameter: writing into it is writing into the parameter."""
+    """A plain tensor in the memory of the parameter: writing into it writes into the parameter."""
 
     offset: tuple[int, ...]
-    """Of its first element in the whole; of an empty part it means nothing."""
+    """Index of its first element in the full tensor. Meaningless if the shard is empty."""
 
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Of the full tensor."""
 
 
 def local_shard(parameter: Tensor) -> LocalShard:
-    """What this rank holds of a plain tensor (all of it) or of a DTensor, however it is sharded: unevenly, or twice along a dimension."""
+    """This rank's shard of a DTensor, however it is sharded: unevenly, or twice along a dimension. All of a plain tensor.
+
+    Raises:
+        ValueError: the DTensor's local tensor has not the shape that its placements give.
+    """
     if not isinstance(parameter, DTensor):
         return LocalShard(parameter.detach(), (0,) * parameter.ndim, tuple(parameter.shape))
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    shape, offset = local_shape_and_offset(parameter)
     local = cast(DTensor, parameter.detach()).to_local()
-    if tuple(local.shape) != tuple(shape):
+    if tuple(local.shape) != shape:
         raise ValueError(
-            f"a part of shape {tuple(local.shape)} is where {parameter.placements} of {tuple(parameter.shape)} puts {shape}"
+            f"the local shard has shape {tuple(local.shape)}, but {parameter.placements} of {tuple(parameter.shape)} "
+            f"gives {shape}"
         )
-    return LocalShard(local, tuple(offset), tuple(parameter.shape))
+    return LocalShard(local, offset, tuple(parameter.shape))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+def to_local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

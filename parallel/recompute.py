@@ -1,8 +1,8 @@
-"""Activation recomputation (arXiv:1604.06174): what a block's backward pass needs is computed again instead of kept.
+"""Activation recomputation (arXiv:1604.06174): a block's backward pass computes its activations again instead of keeping them.
 
-`full` keeps the input of each block; `selective` also the results of the operators that are dear to compute (arXiv:2205.05198, section 5).
-A block stays the same module with the same parameter names; its forward is wrapped, inside of what is gathered and compiled (under zero
-bubble, around what is compiled).
+`full` keeps the input of each block. `selective` also keeps the results of the operators that are expensive to compute
+(arXiv:2205.05198, section 5). A block keeps its parameter names: only its forward is wrapped. The wrapper lies inside of
+FSDP and of torch.compile; with a split backward pass it lies around the compiled pieces (`parallel.pipeline.zero_bubble`).
 """
 
 from __future__ import annotations
@@ -40,47 +40,45 @@ OPERATORS: dict[str, frozenset[str]] = {
         }
     ),
 }
-"""Operators whose results each word of `train.recompute_keep` keeps, by their names in PyTorch's dispatcher."""
+"""Value of `train.recompute_keep` -> the operators whose results it keeps, by name in PyTorch's dispatcher."""
 
 
 def apply_recompute(
     blocks: Sequence[nn.Module], mode: str, first: int = 0, every: int = 1, keep: Collection[str] = ()
 ) -> None:
-    """Have every `every`-th block of the model recompute its activations, in place.
+    """Make every `every`-th block of the model recompute its activations, in place.
 
     Args:
-        blocks: those of the transformer's blocks that are here, in order.
+        blocks: of this rank, in order.
         mode: `none`, `full` or `selective`.
-        first: number of the first of them in the whole model, from 0.
-        every: 1 is all of them, 2 the second, fourth, ... of the model, however it is cut.
-        keep: with `selective`, words of OPERATORS.
+        first: index of the first of them in the full model, from 0.
+        every: 1 is all blocks, 2 the second, fourth, ... of the full model.
+        keep: keys of OPERATORS, for `selective`.
     """
     if mode == "none":
         return
-    wrap = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
     if mode == "selective":
-        kept = frozenset().union(*(OPERATORS[word] for word in keep))
-        wrap = partial(wrap, context_fn=partial(create_selective_checkpoint_contexts, _policy(kept)))
+        kept_operators = frozenset().union(*(OPERATORS[key] for key in keep))
+        run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, _keep_policy(kept_operators)))
     for number, block in enumerate(blocks, first + 1):
         if number % every == 0:
-            block.forward = _wrapped(block.forward, wrap)  # a wrapper module would rename the parameters
+            block.forward = _checkpointed(block.forward, run)  # a wrapper module would rename the parameters
 
 
-def _wrapped(forward: Forward, wrap: Callable[..., Tensor]) -> Forward:
-    """A Python function, not a `partial`: the compiler passes over what has no frame, and all that is called from there."""
+def _checkpointed(forward: Forward, run: Callable[..., Tensor]) -> Forward:
+    """A Python function, not a `partial`: the compiler skips callables without a frame, and everything they call."""
 
-    def recomputed(*given: object, **named: object) -> Tensor:
-        return wrap(forward, *given, **named)
+    def checkpointed(*args: object, **kwargs: object) -> Tensor:
+        return run(forward, *args, **kwargs)
 
-    return recomputed
+    return checkpointed
 
 
-def _policy(kept: frozenset[str]) -> Callable[..., CheckpointPolicy]:
-    def keep_or_recompute(
-        _: object, operator: Any, *args: object, **options: object
-    ) -> CheckpointPolicy:  # Any: an OpOverload, not public
-        return (
-            CheckpointPolicy.MUST_SAVE if operator.name().split(".")[0] in kept else CheckpointPolicy.PREFER_RECOMPUTE
-        )
+def _keep_policy(kept_operators: frozenset[str]) -> Callable[..., CheckpointPolicy]:
+    # Any: an OpOverload, which is not public.
+    def policy(_: object, operator: Any, *args: object, **kwargs: object) -> CheckpointPolicy:
+        is_kept = operator.name().split(".")[0] in kept_operators
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return keep_or_recompute
+    return policy

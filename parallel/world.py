@@ -76,7 +76,8 @@ def process_group(world: World, device: str, *, even_if_alone: bool = False) -> 
         return
     import torch
     from torch import distributed
-    from torch._C._distributed_c10d import HashStore  # torch.distributed has it too, but its stubs do not
+
+    from parallel.torch_compat import HashStore
 
     # If a stage raises, every rank would print the whole schedule. DTensor warns on every rank how it gathers for Muon.
     logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)

@@ -296,7 +296,7 @@ def _leave_group() -> None:
     """Close the group, and clear DTensor's cache of meshes: it would reuse them for the next case."""
     from torch import distributed
 
-    from parallel.mesh import clear_mesh_caches
+    from parallel.torch_compat import clear_mesh_caches
 
     if distributed.is_initialized():
         distributed.destroy_process_group()

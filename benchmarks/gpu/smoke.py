@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.stage import StageContext
 from benchmarks.gpu.training import Case, config_of, microbatches_of
-from parallel.engines.torch.build import divided
+from parallel.engines.torch.build import build_parallel_engine
 from parallel.layout import Layout
 from parallel.world import World, process_group
 from pretrain.setup.engine import build_engine, build_engine_options, build_model_spec
@@ -27,7 +27,7 @@ def losses(stage: StageContext, *, compiled: bool, sharded: bool) -> list[float]
     case = Case("smoke", preset=None, vocabulary=4096, seq_len=seq_len, rows=2, model=MODEL, compiled=compiled)
     config = config_of(case, stage.device)
     if sharded:
-        engine = divided(
+        engine = build_parallel_engine(
             build_model_spec(config),
             build_engine_options(config),
             layout=Layout(zero=3),

@@ -1,1 +1,1 @@
-"""One package for each engine. Each implements `Engine` of `parallel.engine`; the loop cannot tell them apart."""
+"""One package per engine. Each implements `parallel.engine.Engine`."""

@@ -1,11 +1,11 @@
-"""The backward pass in two, as zero bubble wants it (arXiv:2401.10241): gradients of what came in now, of weights in a pass of their own.
+"""The split backward pass of zero bubble (arXiv:2401.10241): gradients of activations now, gradients of weights later.
 
-Of a block's backward pass the products that make the gradients of weights are half, and nobody waits for them. Here a linear layer's
-backward pass makes the gradient of its input, and sets aside what the other product is made of. Norms, biases and attention, which cost
-little or cannot be split, are not. PyTorch's pipelines can split any graph, but not one that is compiled, recomputed, or whose weights
-FSDP2 frees in between.
+The matrix products for the weights' gradients are half of a block's backward pass, and no other rank waits for them. So
+a linear layer's backward pass here computes the gradient of its input, and defers the product for its weight. What is
+deferred keeps the layer's input, saved or recomputed, and the gradient of its output. Norms, biases and attention are not
+split: they cost little or cannot be.
 
-Set aside are a layer's input, kept or recomputed, and the gradient of its output.
+PyTorch's pipelines can split any graph, but not a compiled or recomputed one, nor one whose weights FSDP2 frees in between.
 """
 
 from __future__ import annotations
@@ -18,42 +18,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from parallel.fsdp import fsdp_param_groups
+from parallel.torch_compat import fsdp_param_groups
 
 
 class ZeroBubbleBackward:
-    """The weights' part of the backward passes of one stage."""
+    """The deferred weight gradients of one stage."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        """Has the linear layers of the blocks set their products aside, in place; what splits them may make subclasses of their class."""
-        self._aside: list[_Product] = []
+        """Make the linear layers of the blocks defer their weight gradients, in place.
+
+        Comes before tensor parallelism, which makes subclasses of the class of a layer.
+        """
+        self._deferred: list[_WeightGradient] = []
         for block in blocks:
             for layer in block.modules():
                 if type(layer) is nn.Linear:
-                    layer.__class__ = _Linear
-                    cast(_Linear, layer).aside = self._aside
+                    layer.__class__ = _DeferringLinear
+                    cast(_DeferringLinear, layer).deferred = self._deferred
 
-    def begin(self) -> None:
-        """Before a step: nothing is set aside, whatever became of the last one."""
-        self._aside.clear()
+    def begin_step(self) -> None:
+        """Drop what an interrupted step may have left."""
+        self._deferred.clear()
 
-    def take(self, stage: nn.Module) -> Callable[[], None]:
-        """What adds the gradients of weights of the microbatch whose backward pass just ended.
+    def take_weight_gradients(self, stage: nn.Module) -> Callable[[], None]:
+        """Take the deferred gradients of the microbatch whose backward pass just ended.
 
-        stage: an FSDP module, which is to add them up in the type that it reduces them in.
+        Args:
+            stage: the module of the stage. If it is an FSDP module, it sums up gradients in its reduction dtype.
+
+        Returns:
+            A function that computes the gradients and adds them.
         """
-        products, self._aside[:] = list(self._aside), []
+        weight_gradients, self._deferred[:] = list(self._deferred), []
 
         def add() -> None:
-            while products:  # what a product is made of is freed with it
-                products.pop().add()
-            _sum_as_reduced(stage)
+            while weight_gradients:  # pop() frees the inputs of each product
+                weight_gradients.pop().add()
+            _accumulate_in_reduction_dtype(stage)
 
         return add
 
 
-class _Product(NamedTuple):
-    """What the gradient of a layer's weight is made of."""
+class _WeightGradient(NamedTuple):
+    """The inputs of the product that gives the gradient of a layer's weight. O outputs, I inputs of the layer."""
 
     weight_OI: Tensor
     x: Tensor
@@ -61,29 +68,28 @@ class _Product(NamedTuple):
 
     def add(self) -> None:
         grad_OI = self.grad_y.flatten(0, -2).T @ self.x.flatten(0, -2)
-        torch.autograd.backward(
-            self.weight_OI, grad_OI
-        )  # to where the parameter lies, if this is a tensor rank's part of it
+        # `weight_OI` may be a tensor rank's view: backward() finds the parameter behind it.
+        torch.autograd.backward(self.weight_OI, grad_OI)
 
 
-class _Linear(nn.Linear):
-    """A linear layer, y = x W' + b, whose weight has its gradient later. Its name, state and numbers are those of nn.Linear."""
+class _DeferringLinear(nn.Linear):
+    """A linear layer, y = x W' + b, that defers the gradient of its weight. Names, state and numbers are nn.Linear's."""
 
-    aside: list[_Product]
+    deferred: list[_WeightGradient]
 
-    # What is set aside has to outlive the compiled pass, which would write over it.
+    # Compiled code would reuse the memory of what is deferred.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        y: Tensor = _LinearOfInput.apply(x, self)  # type: ignore[no-untyped-call]  # torch does not type apply()
+        y: Tensor = _DeferringProduct.apply(x, self)  # type: ignore[no-untyped-call]  # torch does not type apply()
         return y if self.bias is None else y + self.bias
 
 
-class _LinearOfInput(torch.autograd.Function):
-    """x W' as a function of x alone: its backward pass sets the other product aside."""
+class _DeferringProduct(torch.autograd.Function):
+    """x W' as a function of x only. Its backward pass defers the gradient of W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: _Linear) -> Tensor:  # Any: torch's context takes any attribute
+    def forward(ctx: Any, x: Tensor, layer: _DeferringLinear) -> Tensor:  # Any: torch's context takes any attribute
         ctx.save_for_backward(x)
         ctx.layer = layer
         return F.linear(x, layer.weight)
@@ -91,14 +97,15 @@ class _LinearOfInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:  # Any: as above
         (x,) = ctx.saved_tensors
-        layer: _Linear = ctx.layer
-        with torch.enable_grad():  # read now: FSDP2 has the whole parameter here, and later maybe not
+        layer: _DeferringLinear = ctx.layer
+        # Read the weight now: FSDP2 has gathered it here, and may have freed it later.
+        with torch.enable_grad():
             weight_OI = layer.weight
-        layer.aside.append(_Product(weight_OI, x, grad_y))
+        layer.deferred.append(_WeightGradient(weight_OI, x, grad_y))
         return grad_y @ weight_OI.detach(), None
 
 
-def _sum_as_reduced(stage: nn.Module) -> None:
-    """Have FSDP2 add new gradients, which are of the weights' type, to its sums. It does so after a backward pass of its own."""
+def _accumulate_in_reduction_dtype(stage: nn.Module) -> None:
+    """Make FSDP2 add the new gradients to its sums, as it does after a backward pass of its own."""
     for group in fsdp_param_groups(stage) if isinstance(stage, FSDPModule) else ():
         group.post_backward()

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import _resolve_process_group  # nothing public finds a group by its name
 from torch.distributed import ProcessGroup
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from parallel.layout import Layout
 from parallel.simulate.fake_world import tensors_in
+from parallel.torch_compat import TorchDispatchMode, find_process_group, is_traceable_wrapper_subclass_type
 
 WORLD = "all ranks"
 """The axis of collectives over all ranks."""
@@ -92,14 +91,14 @@ def _group(namespace: str, input_index: int, args: tuple[Any, ...]) -> ProcessGr
     if namespace == "c10d":
         return ProcessGroup.unbox(args[input_index + 1])
     name = [x for x in args if isinstance(x, str)][-1]
-    return _resolve_process_group(name)  # type: ignore[arg-type]  # its type is a subclass of str
+    return find_process_group(name)
 
 
 def _axis(group: ProcessGroup, layout: Layout) -> str:
     """The axis of a group. Mesh groups carry its name, except that an axis of all ranks reuses the world group."""
     if group.group_desc.startswith("mesh_"):
         axis = group.group_desc.removeprefix("mesh_")
-        return "fsdp" if axis in ("shard", "near") else axis  # "near" is the part of "shard" under `reshard_to`
+        return "fsdp" if axis in ("shard", "reshard_shard") else axis  # the latter under `reshard_to`
     coordinates = [layout.coordinates(rank) for rank in dist.get_process_group_ranks(group)]
     axes = [axis for axis in coordinates[0] if len({at[axis] for at in coordinates}) > 1]
     names = {("shard",): "fsdp", ("context",): "fsdp, context", ("shard", "context"): "fsdp"}

@@ -19,14 +19,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._guards import active_fake_mode  # private; the public function does not tell which kind of mode is active
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # documented under this very name
 
-# Importing it registers the backend "fake"; there is no public way.
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-
-from parallel.mesh import clear_mesh_caches
+from parallel.torch_compat import (
+    READ_SCALAR,
+    WAIT_TENSOR,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    active_fake_mode,
+    clear_mesh_caches,
+    fake_store,
+    is_traceable_wrapper_subclass_type,
+)
 
 
 @contextmanager
@@ -36,7 +40,7 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
     Tensors created inside are useless outside. No other process group may exist.
     """
     clear_mesh_caches()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=size)
     try:
         with _FakeFloats(FakeTensorMode(allow_non_fake_inputs=True)):
             yield
@@ -61,9 +65,9 @@ class _FakeFloats(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
             return NotImplemented  # a DTensor: torch calls again with its local tensors
         if active_fake_mode() is not None:  # DTensor propagates shapes
             return operator(*args, **kwargs)
-        if operator is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if operator is READ_SCALAR and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
-        if operator is torch.ops._c10d_functional.wait_tensor.default:
+        if operator is WAIT_TENSOR:
             return args[0]  # waiting returns its argument; the fake mode would return another tensor
         if operator is torch.ops.c10d.recv_.default:
             for received in args[0]:

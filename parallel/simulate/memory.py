@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch._guards import active_fake_mode  # private: tells DTensor's shape propagation from the rank's own tensors
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
-from parallel.engines.torch.engine import TorchEngine
-from parallel.fsdp import fsdp_param_groups
+from parallel.engine import InspectableEngine
 from parallel.simulate.fake_world import tensors_in
+from parallel.torch_compat import (
+    TorchDispatchMode,
+    active_fake_mode,
+    fsdp_param_groups,
+    is_traceable_wrapper_subclass_type,
+    local_tensor,
+)
 
 KINDS = ("parameters", "optimizer state", "gradients", "gathered parameters")
 """The kinds that `tensor_kinds` tells apart."""
@@ -118,7 +122,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # unty
         self._bytes -= self._live.pop(key)[1]
 
 
-def tensor_kinds(engine: TorchEngine) -> TensorKinds:
+def tensor_kinds(engine: InspectableEngine) -> TensorKinds:
     """The tensors of an engine by KINDS, during a step and between steps. Call it while no parameter is gathered."""
     state = engine.state()
     chunk_parameters = [parameter for part in engine.model_chunks for parameter in part.parameters()]
@@ -165,4 +169,4 @@ def _unsharded_gradients(modules: Iterable[FSDPModule], accumulates: bool) -> It
 
 def _local(tensor: Tensor) -> Tensor:
     # Not to_local(): that is an operator, which trackers would see.
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local_tensor(tensor) if isinstance(tensor, DTensor) else tensor

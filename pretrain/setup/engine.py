@@ -1,4 +1,4 @@
-"""Settings -> a model inside an engine."""
+"""Build the model and the engine from resolved settings."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo  # documented, but `torch.compiler.config` does not have the limit
 
-from parallel.engine import EngineOptions, Microbatch, MicrobatchLoss, ModelSpec
-from parallel.engines.torch.build import build_engine as build
-from parallel.engines.torch.engine import TorchEngine
+from parallel.engine import Engine, EngineOptions, Microbatch, MicrobatchLoss, ModelSpec
+from parallel.engines.torch.build import build_engine as build_torch_engine
 from parallel.layout import Layout
+from parallel.torch_compat import allow_recompilations
 from pretrain.config import ModelConfig, RunConfig
 from pretrain.estimate.flops import pipeline_end_costs
 from pretrain.model.init import init_shard
@@ -23,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_model(config: ModelConfig, attention: str, device: torch.device) -> Transformer:
-    """A model on `device` with uninitialized memory: a checkpoint or `pretrain.model.init` fills it."""
+    """A model on `device` with uninitialized weights: write them with `init_weights`, or load a checkpoint."""
     with torch.device("meta"):
         model = _build(config, attention, range(config.n_layers))
     return model.to_empty(device=device)
@@ -36,11 +35,12 @@ def _build(config: ModelConfig, attention: str, layers: range) -> Transformer:
     return model(config, attention, layers)
 
 
-def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) -> TorchEngine:  # noqa: B008
-    """The engine of `rank`: its part of the model with initial weights, and its optimizer. The config must be resolved."""
+def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) -> Engine:  # noqa: B008
+    """The engine of `rank` for a resolved config, with its initial weights."""
     if config.train.compile:
-        _allow_compilations(config)
-    return build(
+        # One graph of a block per sequence length, and one for evaluation.
+        allow_recompilations(len(config.data.seq_len_schedule) + 2)
+    return build_torch_engine(
         build_model_spec(config),
         build_engine_options(config),
         layout=layout,
@@ -49,15 +49,8 @@ def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) ->
     )
 
 
-def _allow_compilations(config: RunConfig) -> None:
-    """Let torch.compile compile a block for every sequence length and for evaluation; beyond the limit it runs uncompiled."""
-    needed = len(config.data.seq_len_schedule) + 2
-    # In torch 2.11 the limit exists only for the whole process.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, needed)
-
-
 def build_model_spec(config: RunConfig) -> ModelSpec:
-    """The model that the config describes."""
+    """What an engine needs to know of the model of a config."""
     model = config.model
     first_cost, last_cost = pipeline_end_costs(model)
     return ModelSpec(
@@ -73,7 +66,7 @@ def build_model_spec(config: RunConfig) -> ModelSpec:
 
 
 def build_engine_options(config: RunConfig) -> EngineOptions:
-    """How the engine computes: precision, clipping, compilation, recomputation."""
+    """How an engine computes, from a config."""
     train = config.train
     return EngineOptions(
         dtype=DTYPES[train.precision],
@@ -88,7 +81,7 @@ def build_engine_options(config: RunConfig) -> EngineOptions:
 def forward_step(
     model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, config: RunConfig
 ) -> Tensor | MicrobatchLoss:
-    """One part of the model over one microbatch: what the next part needs, or the loss if this is the last."""
+    """Run a chunk of the model on a microbatch. Returns the activations for the next chunk; the last one, the loss."""
     assert isinstance(model, Transformer)
     x = microbatch.input_ids if received is None else received
     tokens = microbatch.local_tokens

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from parallel.layout import Layout
-from parallel.pipeline.runner import describe_pipeline
+from parallel.pipeline.torch_schedules import describe_pipeline
 from pretrain.config import AUTO, RunConfig, flatten, on_resume
 from pretrain.config.loading import validate
 from pretrain.errors import UserError

@@ -50,7 +50,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def divided(config: RunConfig, layout: Layout, spec: ModelSpec | None = None) -> TorchEngine:
-    return assembly.divided(
+    return assembly.build_parallel_engine(
         spec or build_model_spec(config),
         build_engine_options(config),
         layout=layout,
@@ -112,7 +112,7 @@ def test_tensor_and_context_parallel_modules_compute_what_they_are_made_of(
     engine = divided(config, Layout(), replace(spec, build=build))
     halves, whole = ((0, SEQ_LEN // 2), (SEQ_LEN // 2, SEQ_LEN)), ((0, SEQ_LEN),)
     local_tokens = LocalTokens(halves, full_rows=False) if method == "gather" else LocalTokens(whole, full_rows=True)
-    engine._cut = lambda microbatch: context.shard_sequence(microbatch, local_tokens)
+    engine._model.shard_microbatch = lambda microbatch: context.shard_sequence(microbatch, local_tokens)
     loss, norm = closeness(train(engine, config, STEPS), train(build_engine(config), config, STEPS))
     assert loss < 2e-3
     assert norm < 1e-2

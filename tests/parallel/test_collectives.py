@@ -107,7 +107,7 @@ def without_reduction(operation: str) -> tuple[Tensor, Tensor]:
     """The backward pass of a gather that takes each rank's own slice of the gradient and leaves the others' out."""
 
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        _, size, dim = ctx.where  # type: ignore[attr-defined]  # set by forward
+        _, size, dim = ctx.arguments  # type: ignore[attr-defined]  # set by forward
         return grad.chunk(size, dim)[dist.get_rank()], None, None, None
 
     whole, collectives._AllGather.backward = collectives._AllGather.backward, staticmethod(backward)

@@ -132,12 +132,12 @@ def with_broken(module: object, name: str, broken: object, *args: object) -> tup
 
 
 def chunks_in_wrong_order() -> tuple[LocalTokens, list[Tensor]]:
-    return with_broken(context, "_in_order", lambda parts: torch.cat(parts.unbind(), 2), "gather", "sdpa", None)
+    return with_broken(context, "_in_row_order", lambda parts: torch.cat(parts.unbind(), 2), "gather", "sdpa", None)
 
 
 def no_reduction() -> tuple[LocalTokens, list[Tensor]]:
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        _, size, dim = ctx.where  # type: ignore[attr-defined]  # set by forward
+        _, size, dim = ctx.arguments  # type: ignore[attr-defined]  # set by forward
         return grad.chunk(size, dim)[dist.get_rank()], None, None, None
 
     return with_broken(collectives._AllGather, "backward", staticmethod(backward), "gather", "sdpa", None)

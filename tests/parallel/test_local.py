@@ -99,8 +99,8 @@ def misplaced() -> str:
     model = torch.nn.Linear(4, 4)
     fully_shard(model, mesh=data_mesh(mesh, Layout(shard=2)))
     with (
-        patch.object(local, "compute_local_shape_and_global_offset", return_value=((3, 4), (0, 0))),
-        pytest.raises(ValueError, match="part of") as e,
+        patch.object(local, "local_shape_and_offset", return_value=((3, 4), (0, 0))),
+        pytest.raises(ValueError, match="local shard") as e,
     ):
         local_shard(model.weight)
     return str(e.value)
@@ -108,5 +108,5 @@ def misplaced() -> str:
 
 def test_a_part_that_is_not_where_its_placement_says_is_refused(workers: WorkerPool) -> None:
     assert workers.run(misplaced, 2)[0].startswith(
-        "a part of shape (2, 4) is where (Shard(dim=0),) of (4, 4) puts (3, 4)"
+        "the local shard has shape (2, 4), but (Shard(dim=0),) of (4, 4) gives (3, 4)"
     )

@@ -76,17 +76,17 @@ def microbatch() -> Microbatch:
 
 def held_without_resharding(size: int) -> dict[int, dict[str, int]]:
     """As `held` for ZeRO-3, whose blocks stay gathered after their backward pass."""
-    right = FSDPRoot.before
+    right = FSDPRoot.prepare_microbatch
 
-    def wrong(sharded: FSDPRoot, *, last: bool) -> None:
-        right(sharded, last=last)
-        sharded._root.set_reshard_after_backward(False)
+    def wrong(root: FSDPRoot, *, is_last: bool) -> None:
+        right(root, is_last=is_last)
+        root._root.set_reshard_after_backward(False)
 
-    FSDPRoot.before = wrong
+    FSDPRoot.prepare_microbatch = wrong
     try:
         return held(size, (3,))
     finally:
-        FSDPRoot.before = right
+        FSDPRoot.prepare_microbatch = right
 
 
 def expected(zero: int, n: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the axes' process groups have besides their ranks."""
+"""The process groups of mesh axes use the timeout of the world group."""
 
 from datetime import timedelta
 
@@ -12,20 +12,20 @@ from parallel.layout import Layout
 from parallel.mesh import build_mesh, reshard_mesh
 from parallel.world import COLLECTIVE_TIMEOUT
 
-HALF_AN_HOUR = timedelta(minutes=30)
-"""What PyTorch gives a group of an axis."""
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+"""PyTorch's default for the group of a mesh axis."""
 
 
-def timeouts(bounded: bool) -> set[timedelta]:
+def timeouts(is_set: bool) -> set[timedelta]:
     layout = Layout(shard=2, tensor=2, reshard_to=2)
     with pytest.MonkeyPatch.context() as patch:
-        if not bounded:
-            patch.setattr(parallel.mesh, "_bound", lambda _: None)
+        if not is_set:
+            patch.setattr(parallel.mesh, "_set_timeouts", lambda _: None)
         mesh = build_mesh(layout, "cpu")
         groups = [mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()] + [
-            reshard_mesh(mesh, layout).get_group("near")
+            reshard_mesh(mesh, layout).get_group("reshard_shard")
         ]
-    return {timeout_of(group) for group in groups if group.size() < 4}  # a group of all ranks is that of the case
+    return {timeout_of(group) for group in groups if group.size() < 4}  # an axis of all ranks reuses the world group
 
 
 def timeout_of(group: ProcessGroup) -> timedelta:
@@ -33,8 +33,8 @@ def timeout_of(group: ProcessGroup) -> timedelta:
     return timedelta(seconds=options._timeout.total_seconds())
 
 
-@pytest.mark.parametrize(("bounded", "expected"), [(True, COLLECTIVE_TIMEOUT), (False, HALF_AN_HOUR)])
-def test_a_collective_of_an_axis_gives_up_as_soon_as_one_of_all_ranks(
-    bounded: bool, expected: timedelta, workers: WorkerPool
+@pytest.mark.parametrize(("is_set", "expected"), [(True, COLLECTIVE_TIMEOUT), (False, DEFAULT_TIMEOUT)])
+def test_mesh_groups_have_the_timeout_of_the_world_group(
+    is_set: bool, expected: timedelta, workers: WorkerPool
 ) -> None:
-    assert workers.run(timeouts, 4, bounded) == [{expected}] * 4
+    assert workers.run(timeouts, 4, is_set) == [{expected}] * 4

@@ -14,10 +14,10 @@ import parallel.gradients
 from benchmarks.parity.cases import LARGE, TIED, TOLERANCES, Case, all_cases
 from benchmarks.parity.compare import TrainingTrace, compare, train_case, train_reference
 from parallel.engine import Microbatch
-from parallel.engines.torch import build
+from parallel.engines.torch import build, rank_model
 from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
-from parallel.pipeline.runner import TiedEmbedding
+from parallel.pipeline.tied_embedding import TiedEmbedding
 from parallel.pipeline.zero_bubble import ZeroBubbleBackward
 from pretrain.optim.build import Optimizers
 from pretrain.setup import engine as program
@@ -87,8 +87,10 @@ def untied(patch: pytest.MonkeyPatch) -> None:
 
 def no_weight_pass(patch: pytest.MonkeyPatch) -> None:
     """Zero bubble forgets every second half of a backward pass."""
-    take = ZeroBubbleBackward.take
-    patch.setattr(ZeroBubbleBackward, "take", lambda self, stage: [take(self, stage), lambda: None][-1])
+    take = ZeroBubbleBackward.take_weight_gradients
+    patch.setattr(
+        ZeroBubbleBackward, "take_weight_gradients", lambda self, stage: [take(self, stage), lambda: None][-1]
+    )
 
 
 def naive_norm(patch: pytest.MonkeyPatch) -> None:
@@ -100,8 +102,10 @@ def naive_norm(patch: pytest.MonkeyPatch) -> None:
 
 def same_ranges(patch: pytest.MonkeyPatch) -> None:
     """Every context rank takes the tokens of the first one."""
-    local_tokens = build.context.local_tokens
-    patch.setattr(build.context, "local_tokens", lambda seq_len, layout, context_rank: local_tokens(seq_len, layout, 0))
+    local_tokens = rank_model.context.local_tokens
+    patch.setattr(
+        rank_model.context, "local_tokens", lambda seq_len, layout, context_rank: local_tokens(seq_len, layout, 0)
+    )
 
 
 def traced(patch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from workers import WorkerPool
 
 import parallel.fsdp
-from parallel.engine import Microbatch
+from parallel.engine import InspectableEngine, Microbatch
 from parallel.engines.torch.build import build_engine
-from parallel.engines.torch.engine import TorchEngine
 from parallel.layout import Layout
 from parallel.mesh import build_mesh, data_mesh, reshard_mesh
 from pretrain.config import RunConfig
@@ -38,7 +37,7 @@ GROUPED = {
 """Which ranks share what a forward pass leaves: consecutive ones of those that share out the parameters."""
 
 
-def engine_of(layout: Layout, n_layers: int = N_LAYERS) -> TorchEngine:
+def engine_of(layout: Layout, n_layers: int = N_LAYERS) -> InspectableEngine:
     config = RunConfig.model_validate(
         {
             "model": {"n_layers": n_layers, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64, "vocab_size": 64},
@@ -58,7 +57,7 @@ def engine_of(layout: Layout, n_layers: int = N_LAYERS) -> TorchEngine:
 
 def fsdp2_by_itself() -> AbstractContextManager[object]:
     """A number for `reshard_after_forward` and nothing else."""
-    return patch.multiple(parallel.fsdp, reshard_mesh=lambda *_: None, _resharded_over=lambda _: nullcontext())
+    return patch.multiple(parallel.fsdp, reshard_mesh=lambda *_: None, fsdp_resharding_over=lambda _: nullcontext())
 
 
 def groups_made(layout: Layout, n_layers: int, by_itself: bool) -> int:

@@ -83,7 +83,7 @@ BROKEN = {
         "replicated_with_grad_allreduce": lambda *_: tensor.ParallelStyle(Replicate(), Replicate())
     },
     "ranks take turns in the key/value heads": {
-        "kv_colwise": lambda ranks, parent, part: tensor._kv_rows(ranks, parent, part)._replace(
+        "kv_colwise": lambda ranks, parent, part: tensor._kv_colwise(ranks, parent, part)._replace(
             rows=slice(
                 ranks.mesh.get_local_rank() % 2 * parent.head_dim,
                 (ranks.mesh.get_local_rank() % 2 + 1) * parent.head_dim,
@@ -207,7 +207,7 @@ def refusals() -> list[str]:
 def test_what_cannot_be_split_is_named(workers: WorkerPool) -> None:
     for said in workers.run(refusals, 2):
         assert said[0].startswith(
-            "the plan says 'diagonal' for lm_head; words are vocab_parallel_embedding, sequence_parallel"
+            "the plan says 'diagonal' for lm_head; styles are vocab_parallel_embedding, sequence_parallel"
         )
         assert said[1:] == [
             "the plan's pattern model.layers.*.mlp.middle_proj finds nothing: model.layers.0.mlp has no 'middle_proj'",

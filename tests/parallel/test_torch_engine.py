@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.engine import EngineOptions, Microbatch
-from parallel.engines.torch.build import one_process
+from parallel.engines.torch.build import build_single_process_engine
 from parallel.engines.torch.engine import TorchEngine
 
 B, S, V, D = 8, 16, 50, 32
@@ -75,7 +75,7 @@ def engine(
     dtype: torch.dtype = torch.float32, max_grad_norm: float | None = None, loss: Callable[..., Sums] = compute_loss
 ) -> TorchEngine:
     torch.manual_seed(0)
-    return one_process(
+    return build_single_process_engine(
         Model(), loss, lambda named: Recorder(list(named)), EngineOptions(dtype, max_grad_norm), torch.device("cpu")
     )
 

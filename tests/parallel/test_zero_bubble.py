@@ -50,46 +50,46 @@ def is_linear(name: str) -> bool:
 @pytest.mark.parametrize(
     ("mode", "compiled"), [("none", False), ("full", False), ("selective", False), ("none", True), ("full", True)]
 )
-def test_both_passes_make_the_gradients_of_one(mode: str, compiled: bool) -> None:
+def test_the_split_backward_pass_gives_the_same_gradients(mode: str, compiled: bool) -> None:
     whole, split = model(), model()
     weights = ZeroBubbleBackward(split.layers)
     for layer in split.layers if compiled else ():
         layer.forward = torch.compile(layer.forward, backend="aot_eager")  # type: ignore[method-assign]  # as the model does
     apply_recompute(split.layers, mode, keep=("matmul",))
     assert first_pass(split) == pytest.approx(first_pass(whole), rel=1e-6)
-    weights.take(split)()
+    weights.take_weight_gradients(split)()
     assert_same_gradients(split, whole, atol=1e-7)
 
 
-def test_only_weights_of_linear_layers_in_blocks_wait() -> None:
+def test_only_linear_weights_of_blocks_are_deferred() -> None:
     split = model()
     weights = ZeroBubbleBackward(split.layers)
     first_pass(split)
     assert {name for name, gradient in gradients(split).items() if gradient is None} == {
         name for name in gradients(split) if is_linear(name)
     }
-    weights.take(split)()
+    weights.take_weight_gradients(split)()
     assert None not in gradients(split).values()
 
 
-def test_microbatches_may_wait_together_and_end_in_any_order() -> None:
+def test_deferred_microbatches_can_be_added_in_any_order() -> None:
     whole, split = model(), model()
     weights = ZeroBubbleBackward(split.layers)
     later = []
     for microbatch in range(3):
         first_pass(split, microbatch)
         first_pass(whole, microbatch)
-        later.append(weights.take(split))
+        later.append(weights.take_weight_gradients(split))
     for add in reversed(later):
         add()
     assert_same_gradients(split, whole, atol=1e-6)
 
 
-def test_what_was_set_aside_is_freed_once_it_is_added() -> None:
+def test_deferred_tensors_are_freed_when_added() -> None:
     split = model()
     weights = ZeroBubbleBackward(split.layers)
     first_pass(split)
-    add = weights.take(split)
+    add = weights.take_weight_gradients(split)
     kept = tensors_of(S * 2, CONFIG.d_ff)
     add()
     assert kept >= 3 * CONFIG.n_layers  # gate's and up's gradients, and the input of down
@@ -110,10 +110,10 @@ def test_names_and_state_are_those_of_plain_layers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(split.parameters(), model().parameters(), strict=True))
 
 
-def test_what_a_step_left_that_did_not_end_is_forgotten() -> None:
+def test_an_interrupted_step_leaves_nothing() -> None:
     split = model()
     weights = ZeroBubbleBackward(split.layers)
     first_pass(split)
-    weights.begin()
-    weights.take(split)()
+    weights.begin_step()
+    weights.take_weight_gradients(split)()
     assert all(gradient is None for name, gradient in gradients(split).items() if is_linear(name))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from parallel.layout import Layout
-from parallel.pipeline.runner import schedule_actions
+from parallel.pipeline.torch_schedules import schedule_actions
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.estimate.activations import most_pairs

@@ -1,1 +1,1 @@
-"""The native engine: plain PyTorch, with FSDP2, DTensor and torch pipelining."""
+"""The native engine: plain PyTorch with FSDP2, DTensor and torch.distributed.pipelining."""

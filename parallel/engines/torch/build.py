@@ -1,178 +1,151 @@
-"""A model spec and a layout -> the engine of one rank, in the order in which one would explain it."""
+"""Build the engine of one rank from a model spec and a layout: shapes, parallelism, memory, values, optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
 from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel import context, tensor
-from parallel.engine import BuildOptimizer, EngineOptions, ForwardStep, Microbatch, ModelChunk, ModelSpec
+from parallel.context import apply_context_parallel
+from parallel.engine import BuildOptimizer, EngineOptions, ForwardStep, InspectableEngine, ModelChunk, ModelSpec
 from parallel.engines.torch.engine import Runner, SingleStageRunner, TorchEngine
+from parallel.engines.torch.rank_model import ShardedModel, UnshardedModel
 from parallel.fsdp import apply_fsdp
 from parallel.layout import Layout
-from parallel.local import local, local_shard
-from parallel.master_weights import split_master_weights
+from parallel.local import local_shard
 from parallel.mesh import build_mesh
-from parallel.pipeline.runner import PipelineRunner, StageModule, TiedEmbedding
+from parallel.pipeline.runner import PipelineRunner
 from parallel.pipeline.schedule import assign_layers, has_split_backward, stages_of_rank
+from parallel.pipeline.stage import StageModule
 from parallel.recompute import apply_recompute
+from parallel.tensor import apply_tensor_parallel, enable_async
 
 
 def build_engine(
     spec: ModelSpec, options: EngineOptions, *, layout: Layout, rank: int, device: torch.device
-) -> TorchEngine:
-    """The engine of `rank`, with the initial weights of its parts.
+) -> InspectableEngine:
+    """Build the engine of `rank`, with the initial weights of its layers.
 
-    Shapes come first, then how they are split, then memory, then values: no rank ever holds more than its part. With more than one rank
-    the default process group must be there; one rank needs none, unless it offloads.
+    With more than one rank the default process group must exist. One rank needs none, unless it offloads.
     """
-    if layout.world_size == 1 and not layout.offload:
-        model = _shapes(spec, range(spec.n_layers), options, layout)
-        _give_values(model, spec, device)
-        return one_process(model, spec.forward_step, spec.build_optimizer, options, device)
-    return divided(spec, options, layout=layout, rank=rank, device=device)
+    if layout.world_size > 1 or layout.offload:
+        return build_parallel_engine(spec, options, layout=layout, rank=rank, device=device)
+    model = _build_chunk(spec, range(spec.n_layers), options, layout)
+    _init_weights(model, spec, device)
+    return build_single_process_engine(model, spec.forward_step, spec.build_optimizer, options, device)
 
 
-def one_process(
+def build_single_process_engine(
     model: nn.Module,
     forward_step: ForwardStep,
     build_optimizer: BuildOptimizer,
     options: EngineOptions,
     device: torch.device,
 ) -> TorchEngine:
-    """The engine of a whole model that has its values already: no process group, nothing is divided."""
-    master_weights, refresh = split_master_weights(model, options.dtype)
-    optimizer, runner = build_optimizer(master_weights.items()), SingleStageRunner(model, forward_step)
+    """Build the engine of a full model that has its values. Needs no process group and shards nothing."""
+    rank_model = UnshardedModel(model, options.dtype)
     return TorchEngine(
-        [model], master_weights, optimizer, runner, device=device, max_grad_norm=options.max_grad_norm, refresh=refresh
+        rank_model,
+        SingleStageRunner(model, forward_step),
+        build_optimizer(rank_model.master_weights.items()),
+        layout=Layout(),
+        rank=0,
+        device=device,
+        max_grad_norm=options.max_grad_norm,
     )
 
 
-def divided(spec: ModelSpec, options: EngineOptions, *, layout: Layout, rank: int, device: torch.device) -> TorchEngine:
-    """The engine of a rank whose parameters are divided, on a grid of any size."""
+def build_parallel_engine(
+    spec: ModelSpec, options: EngineOptions, *, layout: Layout, rank: int, device: torch.device
+) -> TorchEngine:
+    """Build the engine of a rank of a mesh of any size. At no time does a rank hold more than its own shards."""
     mesh = build_mesh(layout, device.type)
-    at = layout.coordinates(rank)
-    ranges = assign_layers(spec.n_layers, layout.n_stages, first_cost=spec.first_cost, last_cost=spec.last_cost)
-    parts = {stage: _shapes(spec, ranges[stage], options, layout) for stage in stages_of_rank(at["pipeline"], layout)}
-    # Before they are split: zero bubble changes the class of linear layers, and what splits them makes subclasses of that.
-    several = layout.pipeline > 1
-    stages = {i: StageModule(part, spec.forward_step, layout) for i, part in parts.items() if several}
-    for part in parts.values():
-        _split(part, mesh, layout)
-    sharded = [
-        apply_fsdp(stages.get(stage, part), cast(ModelChunk, part).fsdp_units, mesh, layout, options.dtype)
-        for stage, part in parts.items()
+    coordinates = layout.coordinates(rank)
+
+    # Shapes: the layers of this rank on the meta device, one chunk per pipeline stage.
+    layers = assign_layers(spec.n_layers, layout.n_stages, first_cost=spec.first_cost, last_cost=spec.last_cost)
+    stages = stages_of_rank(coordinates["pipeline"], layout)
+    chunks = {stage: _build_chunk(spec, layers[stage], options, layout) for stage in stages}
+
+    # Pipeline stages come before tensor parallelism: zero bubble replaces the class of linear layers, and tensor
+    # parallelism makes subclasses of whatever class it finds.
+    stage_modules: dict[int, StageModule] = {}
+    if layout.pipeline > 1:
+        stage_modules = {i: StageModule(chunk, spec.forward_step, layout) for i, chunk in chunks.items()}
+    for chunk in chunks.values():
+        _split_computation(chunk, mesh, layout)
+    fsdp_roots = [
+        apply_fsdp(stage_modules.get(i, chunk), cast(ModelChunk, chunk).fsdp_units, mesh, layout, options.dtype)
+        for i, chunk in chunks.items()
     ]
-    for part in parts.values():
-        _give_values(part, spec, torch.device("cpu") if layout.offload else device)
-    master_weights, twins = _masters(parts.values())
-    tied = TiedEmbedding.of(parts, layout, mesh) if stages else None
+
+    # Memory and values of this rank's shards.
+    for chunk in chunks.values():
+        _init_weights(chunk, spec, torch.device("cpu") if layout.offload else device)
+
+    model = ShardedModel(chunks, fsdp_roots, mesh, layout, coordinates["context"])
     runner: Runner
-    if stages:
+    if stage_modules:
         runner = PipelineRunner(
-            stages,
+            stage_modules,
             layout,
             mesh["pipeline"].get_group(),
             device=device,
-            activation=options.dtype,
+            dtype=options.dtype,
             d_model=spec.d_model,
-            sequence_split=layout.tensor if layout.sequence else 1,
+            sequence_shards=layout.tensor if layout.sequence else 1,
         )
     else:
-        runner = SingleStageRunner(parts[0], spec.forward_step, sharded[0])
-
-    def reshard() -> None:
-        for each in sharded:
-            each.reshard()
-
-    def refresh() -> None:
-        for master, twin in twins:
-            local(twin).copy_(local(master))
-        reshard()
-
-    def cut(microbatch: Microbatch) -> Microbatch:
-        return context.shard_sequence(
-            microbatch, context.local_tokens(microbatch.input_ids.shape[1], layout, at["context"])
-        )
-
+        runner = SingleStageRunner(chunks[0], spec.forward_step, fsdp_roots[0])
     return TorchEngine(
-        list(parts.values()),
-        master_weights,
-        spec.build_optimizer(master_weights.items()),
+        model,
         runner,
-        device=device,
-        max_grad_norm=options.max_grad_norm,
+        spec.build_optimizer(model.master_weights.items()),
         layout=layout,
         rank=rank,
-        n_copies=lambda name: 1 if tied is None else tied.n_copies(name),
-        finish_gradients=(lambda: None) if tied is None else tied.sum_gradients,
-        refresh=refresh,
-        after_evaluation=reshard,
-        cut=cut if layout.context > 1 else lambda microbatch: microbatch,
+        device=device,
+        max_grad_norm=options.max_grad_norm,
     )
 
 
-def _shapes(spec: ModelSpec, layers: range, options: EngineOptions, layout: Layout) -> nn.Module:
-    """The part on the meta device, with all that does not depend on how it is split."""
+def _build_chunk(spec: ModelSpec, layers: range, options: EngineOptions, layout: Layout) -> nn.Module:
+    """Build the layers on the meta device, with recomputation and compilation."""
     with torch.device("meta"):
-        part = spec.build(layers)
-    described = cast(ModelChunk, part)
-    recomputed = partial(
-        apply_recompute,
-        described.layers,
-        options.recompute,
-        layers.start,
-        options.recompute_every,
-        options.recompute_keep,
-    )
-    splits = has_split_backward(layout.pipeline, layout.schedule)
-    if not splits:
-        recomputed()
-    if options.compile:
-        described.compile_submodules()  # what is recomputed, too
-    if splits:
-        recomputed()  # around what is compiled: the compiler recomputes no block of which it leaves something out (`parallel.pipeline.zero_bubble`)
-    return part
+        module = spec.build(layers)
+    chunk = cast(ModelChunk, module)
+    # With a split backward pass the compiled pieces lie inside the recomputed block, because the compiler does not
+    # recompute a block of which it leaves something out (`parallel.pipeline.zero_bubble`). Otherwise outside.
+    compile_first = has_split_backward(layout.pipeline, layout.schedule)
+    if options.compile and compile_first:
+        chunk.compile_submodules()
+    apply_recompute(chunk.layers, options.recompute, layers.start, options.recompute_every, options.recompute_keep)
+    if options.compile and not compile_first:
+        chunk.compile_submodules()
+    return module
 
 
-def _split(part: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
-    """Divide what is computed; what is stored is divided by `apply_fsdp`."""
+def _split_computation(chunk: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
+    """Apply tensor and context parallelism. They split what is computed; FSDP shards what is stored."""
     if layout.tensor > 1:
-        tensor.apply_tensor_parallel(
-            part,
+        apply_tensor_parallel(
+            chunk,
             mesh["tensor"],
-            cast(ModelChunk, part).tp_plan,
+            cast(ModelChunk, chunk).tp_plan,
             sequence=layout.sequence,
             replicate_kv=layout.replicate_kv,
         )
         if layout.async_tensor:
-            tensor.enable_async(mesh["tensor"])
+            enable_async(mesh["tensor"])
     if layout.context > 1:
-        context.apply_context_parallel(part, mesh["context"], layout.context_method)
+        apply_context_parallel(chunk, mesh["context"], layout.context_method)
 
 
-def _give_values(part: nn.Module, spec: ModelSpec, device: torch.device) -> None:
-    """Memory on `device` for what this rank holds, and its initial values."""
-    part.to_empty(device=device)
+def _init_weights(chunk: nn.Module, spec: ModelSpec, device: torch.device) -> None:
+    """Allocate this rank's shards on `device` and write their initial values."""
+    chunk.to_empty(device=device)
     with torch.no_grad():
-        for name, parameter in part.named_parameters():
-            mine, offset, shape = local_shard(parameter)
-            spec.init_shard(name, mine, offset, shape)
-
-
-def _masters(parts: Iterable[nn.Module]) -> tuple[dict[str, nn.Parameter], list[tuple[nn.Parameter, nn.Parameter]]]:
-    """Parameters by canonical name; and (master, twin) where two parts on this rank hold the same one: the twin follows its master."""
-    master_weights: dict[str, nn.Parameter] = {}
-    twins = []
-    for part in parts:
-        for name, parameter in part.named_parameters():
-            if name in master_weights:
-                twins.append((master_weights[name], parameter))
-            else:
-                master_weights[name] = parameter
-    return master_weights, twins
+        for name, parameter in chunk.named_parameters():
+            shard, offset, shape = local_shard(parameter)
+            spec.init_shard(name, shard, offset, shape)

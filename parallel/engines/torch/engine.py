@@ -1,9 +1,10 @@
-"""The native engine: plain PyTorch on one CPU or GPU, or on any grid of them.
+"""The native engine: plain PyTorch on one CPU or GPU, or on a mesh of them.
 
-Weights are kept in fp32 (the masters: what the optimizer updates and checkpoints hold). Under bf16 the forward and backward pass use
-copies of them, and gradients are added up in fp32. On one process the copies are made once a step, and each gradient is added to its
-master's as soon as it is complete: 2 + 4 + 4 + 8 = 18 bytes a parameter with AdamW (`parallel.master_weights`). On several processes the masters
-are divided and the copies gathered (`parallel.fsdp`, which says what that saves).
+Master weights are fp32: the optimizer updates them and checkpoints hold them. With bf16 the passes compute with bf16
+copies, and gradients are summed up in fp32. In one process the copies are made once per step, and each gradient is added
+to its master weight's as soon as it is complete: 2 + 4 + 4 + 8 = 18 bytes per parameter with AdamW
+(`parallel.master_weights`). On several processes master weights are sharded and the copies gathered; `parallel.fsdp` has
+the table of what that takes.
 """
 
 from __future__ import annotations
@@ -16,121 +17,128 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.engine import ForwardStep, Microbatch, Optimizer, State, StepResult
+from parallel.engines.torch.rank_model import RankModel
 from parallel.fsdp import FSDPRoot
 from parallel.gradients import clip_gradients_, local_squared_norm
 from parallel.layout import Layout
 
 
 class Runner(Protocol):
-    """Carries microbatches through the parts of the model that this rank holds."""
+    """Runs microbatches through the model chunks of this rank."""
 
     def train(self, microbatches: Sequence[Microbatch], scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward and backward passes: adds the gradients of `scale` times the summed loss; sums of (cross-entropy, z-loss), fp64.
+        """Run forward and backward passes, and add the gradients of `scale` times the summed loss.
 
-        The sums are 0 where the last part of the model is not.
+        Returns:
+            The summed (cross-entropy, z-loss), fp64. Both are 0 on ranks without the last chunk.
         """
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """Forward passes: sum of the cross-entropy, fp64, 0 where the last part of the model is not."""
+        """Run forward passes. Returns the summed cross-entropy, fp64; 0 on ranks without the last chunk."""
 
 
 class SingleStageRunner:
-    """`Runner` of a rank that holds all layers: microbatches one after the other."""
+    """`Runner` of a rank that holds all layers: one microbatch after the other."""
 
-    def __init__(self, model: nn.Module, forward_step: ForwardStep, sharded: FSDPRoot | None = None) -> None:
+    def __init__(self, model: nn.Module, forward_step: ForwardStep, fsdp_root: FSDPRoot | None = None) -> None:
         self._model = model
         self._forward_step = forward_step
-        self._sharded = sharded
+        self._fsdp_root = fsdp_root
 
     def train(self, microbatches: Sequence[Microbatch], scale: Tensor) -> tuple[Tensor, Tensor]:
         """See `Runner`."""
         cross_entropy, z_loss = torch.zeros(2, dtype=torch.float64, device=scale.device).unbind()
         for i, microbatch in enumerate(microbatches, 1):
-            if self._sharded is not None:
-                self._sharded.before(last=i == len(microbatches))
-            sums = self._forward_step(self._model, None, microbatch)
-            assert not isinstance(sums, Tensor)
-            (sums.total * scale).backward()  # type: ignore[no-untyped-call]  # torch does not type backward()
-            cross_entropy += sums.cross_entropy.detach()
-            z_loss += sums.z_loss.detach()
+            if self._fsdp_root is not None:
+                self._fsdp_root.prepare_microbatch(is_last=i == len(microbatches))
+            loss = self._forward_step(self._model, None, microbatch)
+            assert not isinstance(loss, Tensor)
+            (loss.total * scale).backward()  # type: ignore[no-untyped-call]  # torch does not type backward()
+            cross_entropy += loss.cross_entropy.detach()
+            z_loss += loss.z_loss.detach()
         return cross_entropy, z_loss
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """See `Runner`."""
         total: Tensor | None = None
         for microbatch in microbatches:
-            sums = self._forward_step(self._model, None, microbatch)
-            assert not isinstance(sums, Tensor)
-            total = sums.cross_entropy.double() if total is None else total + sums.cross_entropy
+            loss = self._forward_step(self._model, None, microbatch)
+            assert not isinstance(loss, Tensor)
+            total = loss.cross_entropy.double() if total is None else total + loss.cross_entropy
         assert total is not None, "nothing to evaluate"
         return total
 
 
 class TorchEngine:
-    """`Engine` over the parameters of this rank: what a step is, wherever parameters and microbatches are."""
+    """`InspectableEngine` on torch modules. A step is the same for one process and for every layout."""
 
     def __init__(
         self,
-        model_chunks: Sequence[nn.Module],
-        master_weights: dict[str, nn.Parameter],
-        optimizer: Optimizer,
+        model: RankModel,
         runner: Runner,
+        optimizer: Optimizer,
         *,
+        layout: Layout,
+        rank: int,
         device: torch.device,
         max_grad_norm: float | None,
-        layout: Layout = Layout(),  # noqa: B008  # frozen
-        rank: int = 0,
-        n_copies: Callable[[str], int] = lambda _: 1,
-        cut: Callable[[Microbatch], Microbatch] = lambda microbatch: microbatch,
-        finish_gradients: Callable[[], None] = lambda: None,
-        refresh: Callable[[], None] = lambda: None,
-        after_evaluation: Callable[[], None] = lambda: None,
     ) -> None:
-        """An engine of its pieces; `parallel.engines.torch.build` puts them together.
+        """An engine of its parts; `parallel.engines.torch.build` makes them.
 
-        model_chunks: of the model, on this rank. masters: its fp32 parameters by canonical name. device: of the losses. n_copies: stages that
-        hold a parameter. cut: a microbatch's share of a context rank. finish_gradients: called between the last backward pass and the
-        norm. refresh: called when masters have changed. after_evaluation: called after forward passes that no backward pass follows.
+        Args:
+            model: what this rank holds of the model.
+            runner: runs microbatches through it.
+            optimizer: over the model's master weights.
+            layout: of all ranks.
+            rank: of this process.
+            device: where the losses are.
+            max_grad_norm: as in `EngineOptions`.
         """
-        self.model_chunks = model_chunks
-        self.master_weights = master_weights
-        self._optimizer = optimizer
+        self._model = model
         self._runner = runner
+        self._optimizer = optimizer
+        self.layout = layout
         self._device = device
         self._max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
-        self.layout = layout
-        at = layout.coordinates(rank)
-        self._counts_targets = (
-            at["pipeline"] == at["context"] == at["tensor"] == 0
-        )  # one rank of all that read the same rows
-        self._n_copies = n_copies
-        self._cut = cut
-        self._finish_gradients = finish_gradients
-        self._refresh = refresh
-        self._after_evaluation = after_evaluation
+        # Of all ranks that read the same rows, one counts their targets.
+        coordinates = layout.coordinates(rank)
+        self._counts_targets = coordinates["pipeline"] == coordinates["context"] == coordinates["tensor"] == 0
+
+    @property
+    def model_chunks(self) -> Sequence[nn.Module]:
+        """See `InspectableEngine`."""
+        return self._model.chunks
+
+    @property
+    def master_weights(self) -> dict[str, nn.Parameter]:
+        """See `InspectableEngine`."""
+        return self._model.master_weights
 
     @property
     def model(self) -> nn.Module:
-        """The model, where one rank holds all layers."""
-        (model,) = self.model_chunks
+        """The only chunk of a rank that holds all layers."""
+        (model,) = self._model.chunks
         return model
 
     def train_step(
-        self, microbatches: Sequence[Microbatch], lr_scale: float, stop_requested: Callable[[], bool] = lambda: False
+        self,
+        microbatches: Sequence[Microbatch],
+        lr_scale: float,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """One optimizer step; the loss is averaged over the targets of the global batch, however they are spread."""
+        """See `Engine`. The loss is averaged over the targets of the global batch, however they are distributed."""
         n_targets = self._count_targets(microbatches).clamp(min=1)
-        cross_entropy, z_loss = self._runner.train([self._cut(m) for m in microbatches], n_targets.float().reciprocal())
-        self._finish_gradients()
-        share = local_squared_norm(self.master_weights, self.layout, self._n_copies)
-        # Tensor ranks have the same loss; all other ranks have different parts of it, or none.
+        local = [self._model.shard_microbatch(microbatch) for microbatch in microbatches]
+        cross_entropy, z_loss = self._runner.train(local, n_targets.float().reciprocal())
+        self._model.finish_gradients()
+        squared_norm = local_squared_norm(self.master_weights, self.layout, self._model.n_stages_with)
+        # Tensor ranks have the same loss. All other ranks have different parts of it, or none.
         losses = torch.stack([cross_entropy, z_loss]) / (self.layout.tensor * n_targets)
-        stop_here = torch.full((), stop_requested(), dtype=torch.float64, device=self._device)
-        loss, z, squares, n_stops = self._sum(
-            torch.cat([losses, torch.stack([share.to(self._device), stop_here])])
-        ).tolist()
-        result = StepResult(loss, z, squares**0.5, stop_requested=n_stops > 0)
-        if result.is_finite:  # weights that met a NaN are lost; the loop decides what happens next
+        stop = torch.full((), stop_requested(), dtype=torch.float64, device=self._device)
+        sums = self._all_reduce(torch.cat([losses, torch.stack([squared_norm.to(self._device), stop])]))
+        mean_loss, mean_z_loss, global_squared_norm, n_stop_requests = sums.tolist()
+        result = StepResult(mean_loss, mean_z_loss, global_squared_norm**0.5, stop_requested=n_stop_requests > 0)
+        if result.is_finite:  # a NaN would ruin the weights; the loop decides what happens next
             clip_gradients_(self.master_weights.values(), self._max_grad_norm, result.grad_norm)
             self._optimizer.set_lr(lr_scale)
             self._optimizer.step()
@@ -140,32 +148,33 @@ class TorchEngine:
 
     @torch.no_grad()
     def eval_step(self, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
-        """(sum of the cross-entropy in nats, number of targets) over all data ranks."""
+        """See `Engine`."""
         n_targets = self._count_targets(microbatches)
-        total = self._sum(self._runner.evaluate([self._cut(m) for m in microbatches]) / self.layout.tensor)
-        self._after_evaluation()
+        local = [self._model.shard_microbatch(microbatch) for microbatch in microbatches]
+        total = self._all_reduce(self._runner.evaluate(local) / self.layout.tensor)
+        self._model.reshard()
         return total.item(), int(n_targets)
 
     def state(self) -> State:
-        """Live fp32 masters and optimizer state by canonical name; DTensors where they are divided."""
+        """See `Engine`. Tensors are DTensors if they are sharded."""
         model: dict[str, Tensor | dict[str, Tensor]] = {
-            name: master.detach() for name, master in self.master_weights.items()
+            name: master_weight.detach() for name, master_weight in self.master_weights.items()
         }
         return {"model": model, "optimizer": dict(self._optimizer.state())}
 
     @torch.no_grad()
     def sync_compute_weights(self) -> None:
-        """Let the next pass compute with what the masters are now."""
-        self._refresh()
+        """See `Engine`."""
+        self._model.sync_compute_weights()
 
     def _count_targets(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """Labels of the global batch, int64, on the device: nobody waits for it."""
-        mine = sum(microbatch.n_targets for microbatch in microbatches) if self._counts_targets else 0
-        return self._sum(
-            torch.full((), mine, dtype=torch.int64, device=self._device)
-        )  # made there: torch.tensor() would wait to copy it
+        """Number of targets of the global batch, int64, on the device. Nobody waits for it."""
+        n_targets = sum(microbatch.n_targets for microbatch in microbatches) if self._counts_targets else 0
+        # torch.full() makes it on the device; torch.tensor() would wait for a copy.
+        return self._all_reduce(torch.full((), n_targets, dtype=torch.int64, device=self._device))
 
-    def _sum(self, values: Tensor) -> Tensor:
+    def _all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
         if self.layout.world_size > 1:
             dist.all_reduce(values)
         return values
