@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from parallel.errors import LayoutError
-from parallel.torch_compat import enable_async_tensor_parallel, registered_parameter
+from parallel.torch_compat import enable_micro_pipeline_tp, enable_symmetric_memory, registered_parameter
 from parallel.vocabulary import HasLinearLoss, vocab_parallel_loss
 
 Forward = Callable[..., Tensor]
@@ -88,7 +88,8 @@ def enable_async(mesh: DeviceMesh) -> None:
         raise LayoutError(
             f"parallel.async_tensor=true needs CUDA, and this run is on {mesh.device_type}; set it to false"
         )
-    enable_async_tensor_parallel(mesh.get_group().group_name)
+    enable_micro_pipeline_tp()
+    enable_symmetric_memory(mesh.get_group().group_name)
 
 
 @dataclass(frozen=True)

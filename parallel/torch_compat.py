@@ -188,16 +188,22 @@ def allow_recompilations(count: int) -> None:
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, count)
 
 
-def enable_async_tensor_parallel(group_name: str) -> None:
-    """Let compiled code overlap the gathers and scatters of a group with the matrix products next to them.
+def enable_micro_pipeline_tp() -> None:
+    """Let the compiler overlap gathers and scatters with the matrix products next to them.
 
     Missing: the option exists only in inductor's private settings. Checked with 2.11 to 2.13.
-    Groups have symmetric memory by default since 2.11, so torch warns that enabling it is deprecated. But its compiler
-    still skips groups that are not on the list that this call writes.
     """
     import torch._inductor.config as inductor_config  # slow to import
 
     inductor_config._micro_pipeline_tp = True
+
+
+def enable_symmetric_memory(group_name: str) -> None:
+    """Put a group on the list of those whose collectives the compiler may overlap.
+
+    Groups have symmetric memory by default since 2.11, so torch warns that this call is deprecated. But its compiler
+    still skips groups that are not on the list. Missing: a public name that writes it. Checked with 2.11 to 2.13.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         enable_symm_mem_for_group(group_name)  # type: ignore[arg-type]  # its type is a subclass of str

@@ -89,7 +89,7 @@ def test_one_mesh_is_made_however_many_blocks_there_are(n_layers: int, workers: 
 def neighbours(layout: Layout) -> tuple[list[int], list[int]]:
     """Of this rank, as they are and as FSDP2 takes them."""
     mesh = build_mesh(layout, "cpu")
-    near = reshard_mesh(mesh, layout)["near"].get_group()
+    near = reshard_mesh(mesh, layout)["reshard_shard"].get_group()
     by_fsdp2 = cast(Tensor, data_mesh(mesh, layout).mesh).view(-1, layout.reshard_to or 0)
     (mine,) = by_fsdp2[(by_fsdp2 == dist.get_rank()).any(1)].tolist()
     return dist.get_process_group_ranks(near), mine

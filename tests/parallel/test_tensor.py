@@ -21,6 +21,7 @@ from parallel.errors import LayoutError
 from parallel.layout import Layout
 from parallel.local import local_shard
 from parallel.mesh import build_mesh, data_mesh
+from parallel.torch_compat import enable_symmetric_memory
 from pretrain.config import ModelConfig
 from pretrain.estimate.parameters import model_parameters
 from pretrain.model.architectures.llama import SPEC, Llama
@@ -219,18 +220,18 @@ def test_what_cannot_be_split_is_named(workers: WorkerPool) -> None:
         ]
 
 
-def known_to_the_compiler() -> list[bool]:
-    """Whether it would touch the mesh's collectives, before and after it is told."""
+def is_on_the_compilers_list() -> list[bool]:
+    """Whether the compiler would overlap the collectives of a group, before and after `enable_symmetric_memory`."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
     name = mesh.get_group().group_name
     before = is_symm_mem_enabled_for_group(name)
-    tensor._enable_symmetric_memory(mesh)
+    enable_symmetric_memory(name)
     return [before, is_symm_mem_enabled_for_group(name)]
 
 
-def test_asynchronous_tensor_parallelism_tells_the_compiler_of_the_group(workers: WorkerPool) -> None:
-    """Which leaves all others alone without a word."""
-    assert workers.run(known_to_the_compiler, 2) == [[False, True]] * 2
+def test_async_tensor_parallelism_puts_the_group_on_the_compilers_list(workers: WorkerPool) -> None:
+    """The compiler silently skips groups that are not on its list."""
+    assert workers.run(is_on_the_compilers_list, 2) == [[False, True]] * 2
 
 
 def whole_weights() -> None:
