@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).parents[2]
 PRODUCTION = [file for package in ("parallel", "pretrain", "launch") for file in (ROOT / package).rglob("*.py")]
@@ -22,7 +26,7 @@ NOT_TORCH = {"_replace", "_asdict", "_fields", "_exit"}
 
 
 def own_names(files: list[Path]) -> set[str]:
-    """Names with a leading underscore that our own code defines: functions, classes, attributes, fields."""
+    """The names that our own code defines, functions, classes, attributes and fields, without those of torch's classes."""
     names = set[str]()
     for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
         match node:
@@ -30,7 +34,11 @@ def own_names(files: list[Path]) -> set[str]:
                 names.add(name)
             case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
                 names.add(name)
-    return names
+    return (
+        names
+        - {name for kind in (Tensor, DeviceMesh, DTensor, FSDPModule) for name in dir(kind)}
+        - set(vars(nn.Module()))
+    )
 
 
 def is_private(name: str) -> bool:
