@@ -78,7 +78,7 @@ SMALL = ("data.seq_len=2048", "train.batch_size=4", "train.micro_batch_size=1", 
 
 
 @pytest.mark.parametrize(
-    ("world_size", "words"),
+    ("world_size", "args"),
     [
         (1, ()),
         (4, ("parallel.tensor=4",)),
@@ -88,8 +88,8 @@ SMALL = ("data.seq_len=2048", "train.batch_size=4", "train.micro_batch_size=1", 
     ],
     ids=str,
 )
-def test_a_dry_run_measures_what_its_terms_add_up_to(world_size: int, words: tuple[str, ...], guide: Guide) -> None:
-    run = resolve_for_cluster(load(None, [guide.preset, *SMALL, *words]).config, world_size)
+def test_a_dry_run_measures_what_its_terms_add_up_to(world_size: int, args: tuple[str, ...], guide: Guide) -> None:
+    run = resolve_for_cluster(load(None, [guide.preset, *SMALL, *args]).config, world_size)
     config, layout = shorten_step(run.config, run.layout), run.layout
     measured, memory = measure(config, layout, 0), estimate_rank_memory(config, layout, 0)
     assert measured.peak_by_kind["parameters"] == pytest.approx(memory.master_bytes, rel=1e-3)
@@ -127,10 +127,10 @@ def validation_loss(run_dir: Path, layout: Layout) -> float:
 
 
 def test_a_run_trains_generates_and_loads_on_other_layouts(
-    guide: Guide, tiny_words: Callable[..., list[str]], pretrain: Pretrain, workers: WorkerPool
+    guide: Guide, tiny_args: Callable[..., list[str]], pretrain: Pretrain, workers: WorkerPool
 ) -> None:
     run_dir = guide.folder / "run"
-    words = tiny_words(
+    args = tiny_args(
         run_dir,
         guide.preset,
         "train.steps=3",
@@ -139,7 +139,7 @@ def test_a_run_trains_generates_and_loads_on_other_layouts(
         "eval.every=3",
         "model.vocab_size=320",
     )
-    assert pretrain("train", *words).code == 0
+    assert pretrain("train", *args).code == 0
     assert pretrain("generate", run_dir, "the model", "--max-new-tokens", 4).code == 0
     alone = validation_loss(run_dir, Layout())
     for layout in (Layout(pipeline=2), Layout(shard=2)):
