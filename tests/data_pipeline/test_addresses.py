@@ -1,4 +1,4 @@
-"""Addresses of files lose their secrets wherever they are written or shown."""
+"""Secrets in the addresses of files are redacted wherever addresses are written or shown."""
 
 import gzip
 import io
@@ -56,12 +56,12 @@ KEPT = [
 
 
 @pytest.mark.parametrize(("text", "redacted"), [*REDACTED.items(), *((text, text) for text in KEPT)])
-def test_addresses_are_redacted_once_and_for_all(text: str, redacted: str) -> None:
+def test_redacting_an_address_is_idempotent(text: str, redacted: str) -> None:
     assert redact(text) == redacted
     assert redact(redacted) == redacted
 
 
-def test_what_settings_are_written_as_has_no_secret() -> None:
+def test_serialized_settings_have_no_secret() -> None:
     source = SourceConfig(
         kind="jsonl", paths=("s3://key:secret@bucket/web/*.jsonl", "s3://${K}:${S}@bucket/b.jsonl", "my/folder")
     )
@@ -76,14 +76,14 @@ def test_what_settings_are_written_as_has_no_secret() -> None:
     assert PrepareConfig.model_validate(config.model_dump()).model_dump() == config.model_dump()
 
 
-def test_no_source_is_named_by_a_secret() -> None:
+def test_the_name_of_a_source_contains_no_secret() -> None:
     secret = ("https://user:secret@host", "s3://k:se/cret@b/web/*.jsonl", "https://h/d/x?sig=ab/secret")
     paths = (*secret, "s3://bucket/web-2/*.jsonl", "c/code.txt")
     names = source_names(PrepareConfig(sources=tuple(SourceConfig(kind="text", paths=(path,)) for path in paths)))
     assert names == ("source", "web", "d", "web-2", "code")
 
 
-def test_variables_are_filled_in_from_the_environment() -> None:
+def test_variables_are_expanded_from_the_environment() -> None:
     assert expand_variables("s3://${K}:${S}@b/${K}", environment={"K": "key", "S": "secret"}) == "s3://key:secret@b/key"
     assert expand_variables("$K/{K}/x", environment={}) == "$K/{K}/x"
     with pytest.raises(DataError) as caught:
@@ -97,7 +97,7 @@ def test_variables_are_filled_in_from_the_environment() -> None:
         expand_variables("s3://***:***@b")
 
 
-def test_what_libraries_say_is_concealed_whatever_form_the_secret_has() -> None:
+def test_secrets_in_library_messages_are_redacted_in_every_form() -> None:
     conceal = make_redactor(
         ["ftp://bob:pa%2Fssword@h/x?sig=signature", "s3://${K}@b", "x://a:b@c"], {"K": "value of K"}
     )
@@ -111,7 +111,7 @@ def test_errors_have_no_addresses_with_secrets_and_cross_processes() -> None:
 
 
 class Web(fsspec.AbstractFileSystem):
-    """Its paths are whole addresses, as those of HTTP."""
+    """A file system whose paths are whole addresses, like HTTP."""
 
     protocol = "web"
     files: dict = {}  # noqa: RUF012
@@ -130,9 +130,11 @@ class Web(fsspec.AbstractFileSystem):
         return io.BytesIO(self.files[path])
 
 
-def test_a_query_hides_no_packing_and_a_name_in_an_address_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_query_does_not_hide_the_compression_nor_a_name_in_an_address_a_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fsspec.register_implementation("web", Web, clobber=True)
-    monkeypatch.setenv("TOKEN", "jsonl")  # a secret that stands in the file's name as well
+    monkeypatch.setenv("TOKEN", "jsonl")  # a secret that is also part of the file's name
     packed = gzip.compress(b'{"text": "a"}\n')
     monkeypatch.setattr(Web, "files", {"web://h/d/x.jsonl.gz?token=jsonl": packed, "web://h/d/y.jsonl.gz": packed})
     for address, name in (
@@ -147,7 +149,7 @@ def test_a_query_hides_no_packing_and_a_name_in_an_address_no_secret(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("path", "given", "told"),
+    ("path", "given", "expected"),
     [
         ("/a:b@c/d.txt?s=t0", "memory://a:b@c/d.txt?s=t0", "***:***@c/d.txt?s=***"),
         ("k:x/y@c/x/y.txt", "s3://k:x/y@c/x/*.txt", "***:***@c/x/y.txt"),
@@ -158,14 +160,14 @@ def test_a_query_hides_no_packing_and_a_name_in_an_address_no_secret(monkeypatch
         ("/value/value.txt", "/${V}", "/value/value.txt"),
     ],
 )
-def test_in_a_path_only_the_address_is_concealed(
-    path: str, given: str, told: str, monkeypatch: pytest.MonkeyPatch
+def test_only_the_address_in_a_path_is_redacted(
+    path: str, given: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("V", "value")
-    assert restore_spelling(path, given) == told
+    assert restore_spelling(path, given) == expected
 
 
-def test_no_secret_renames_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_secret_does_not_rename_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("vault", Vault, clobber=True)
     Vault.store.clear()
     fsspec.filesystem("vault", user="docs", password="chapter").pipe("/texts/docs/chapter.txt", b"the first")
@@ -175,7 +177,7 @@ def test_no_secret_renames_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
         assert file.name == "docs/chapter.txt"
 
 
-def test_every_kind_of_source_is_found_by_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_are_expanded_in_every_kind_of_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA", str(tmp_path))
     monkeypatch.delenv("ELSEWHERE", raising=False)
     (tmp_path / "x.bin").write_bytes(b"12")
@@ -199,7 +201,7 @@ def test_every_kind_of_source_is_found_by_variables(tmp_path: Path, monkeypatch:
 
 
 class Vault(MemoryFileSystem):
-    """Read user and password from the address, as ftp and sftp do, and repeat them in every error."""
+    """Reads user and password from the address, like ftp and sftp, and repeats them in every error."""
 
     protocol = "vault"
     store: dict = {}  # noqa: RUF012  # of the class, as in its parent
@@ -222,7 +224,7 @@ class Vault(MemoryFileSystem):
         return super()._open(path, *args, **kwargs)
 
 
-def test_a_driver_that_tells_the_password_is_concealed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_in_the_error_of_a_driver_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("vault", Vault, clobber=True)
     monkeypatch.setenv("VAULT_PASSWORD", "opensesame")
     Vault.store.clear()

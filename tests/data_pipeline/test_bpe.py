@@ -37,7 +37,7 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """One of each kind."""
+    """A tokenizer of each kind."""
     return train_tokenizer(TEXTS, 400, tmp_path_factory.mktemp(request.param) / "tokenizer.json", request.param)
 
 
@@ -47,7 +47,7 @@ MIXED = st.lists(WRITTEN_OUT | st.text(), max_size=8).map("".join)
 
 @settings(deadline=None)
 @given(text=MIXED)
-def test_any_text_comes_back_and_never_holds_the_end_token(trained: Tokenizer, text: str) -> None:
+def test_any_text_decodes_to_itself_without_the_end_token(trained: Tokenizer, text: str) -> None:
     ids = trained.encode(text)
     assert trained.decode(ids) == text
     assert trained.eot_id not in ids
@@ -67,13 +67,13 @@ def test_unigram_is_the_same_at_every_training_whatever_the_order(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_a_vocabulary_of_nothing_but_the_bytes_can_be_trained(tmp_path: Path, kind: str) -> None:
+def test_a_vocabulary_of_only_bytes_can_be_trained(tmp_path: Path, kind: str) -> None:
     tokenizer = train_tokenizer(TEXTS, 257, tmp_path / "bytes.json", kind)
     assert (tokenizer.vocab_size, len(tokenizer.encode("ü漢"))) == (257, 5)
     assert train_tokenizer(["ab"], 5000, tmp_path / "small.json", kind).vocab_size < 270
 
 
-def test_unigram_tells_the_package_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unigram_names_the_package_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(DataError, match=r"tokenizer_kind=unigram: pip install 'pretrain\[tokenizers\]'"):
         train_tokenizer(TEXTS, 400, tmp_path / "tokenizer.json", "unigram")
@@ -83,14 +83,14 @@ def test_unigram_tells_the_package_that_it_needs(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     "text", ["plain", "ünï¢ödé 漢字 🎉", "\x00\x01 tabs\t\r\n  mixed \n\n", " ", "1234567890", END_OF_TEXT]
 )
-def test_every_text_comes_back_as_it_was(tokenizer: Tokenizer, text: str) -> None:
+def test_every_text_decodes_to_itself(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_written_out_end_token_is_text(tokenizer: Tokenizer) -> None:
+def test_a_spelled_out_end_token_is_encoded_as_text(tokenizer: Tokenizer) -> None:
     text = f"before {END_OF_TEXT} after"
     assert tokenizer.eot_id not in tokenizer.encode(text)
-    tokenizer.backend.encode_special_tokens = False  # the control: the library's own default would take it for the end
+    tokenizer.backend.encode_special_tokens = False  # control: by default the library encodes it as the end token
     assert tokenizer.eot_id in tokenizer.encode(text)
 
 
@@ -128,9 +128,7 @@ def test_the_trainer_gets_no_piece_longer_than_max_piece(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_pieces_that_were_cut_for_the_training_are_told_and_are_whole_text_afterwards(
-    tmp_path: Path, kind: str
-) -> None:
+def test_pieces_split_for_training_are_reported_and_encode_as_any_text(tmp_path: Path, kind: str) -> None:
     made = train_tokenizer([*TEXTS, *RUNS.values(), "x" * MAX_PIECE], 500, tmp_path / "t.json", kind)
     assert made.notes == (
         "split for training the tokenizer, and only there: 4 unbroken runs of more than 512 characters",
@@ -145,7 +143,7 @@ def test_pieces_that_were_cut_for_the_training_are_told_and_are_whole_text_after
     assert train_tokenizer(TEXTS, 500, tmp_path / "u.json", kind).notes == ()
 
 
-def test_the_tokenizer_of_ordinary_text_is_the_one_without_any_cut(
+def test_splitting_long_pieces_does_not_change_the_tokenizer_of_ordinary_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [*TEXTS, "=" * MAX_PIECE, " " * MAX_PIECE, "https://" + "a/b1" * 400]
@@ -154,11 +152,11 @@ def test_the_tokenizer_of_ordinary_text_is_the_one_without_any_cut(
     monkeypatch.setattr("data_pipeline.tokenizing.tokenizer.MAX_PIECE", None)
     uncut = _train_bpe(texts, 400)
     assert json.loads((tmp_path / "one.json").read_text())["model"] == uncut
-    longer = [*texts, RUNS["DNA"]]  # the control: with a long run it is another one
+    longer = [*texts, RUNS["DNA"]]  # control: with a long run the tokenizer differs
     monkeypatch.undo()
-    cut = _train_bpe(longer, 400)
+    split = _train_bpe(longer, 400)
     monkeypatch.setattr("data_pipeline.tokenizing.tokenizer.MAX_PIECE", None)
-    assert _train_bpe(longer, 400) != cut
+    assert _train_bpe(longer, 400) != split
 
 
 @pytest.mark.parametrize(
@@ -192,7 +190,7 @@ def test_the_json_of_a_tokenizer_loads_as_the_same_tokenizer(tokenizer: Tokenize
 
 
 def edited(path: Path, **changes: object) -> Path:
-    """A copy of the tokenizer in `path` with other top-level entries."""
+    """Write a copy of the tokenizer in `path` with other top-level entries."""
     (path / "edited.json").write_text(json.dumps(json.loads((path / "tokenizer.json").read_text()) | changes))
     return path / "edited.json"
 
@@ -206,13 +204,13 @@ def test_the_end_token_of_other_families_is_found(tokenizer: Tokenizer, tmp_path
 
 
 def test_truncation_and_padding_of_a_foreign_file_are_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    cut = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
-    other = load_tokenizer(edited(tmp_path, truncation=cut))
+    truncation = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    other = load_tokenizer(edited(tmp_path, truncation=truncation))
     assert other.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
     assert len(other.encode(TEXTS[0])) > 5
 
 
-def test_what_is_no_tokenizer_is_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"no end-of-text token among its special tokens \(none\); it must be one of <\|endoftext\|>"
     ):
@@ -231,7 +229,7 @@ def test_what_is_no_tokenizer_is_told(tokenizer: Tokenizer, tmp_path: Path) -> N
         load_tokenizer(tmp_path / "nowhere")
 
 
-def test_a_sample_is_even_whatever_the_order_and_fills_its_size() -> None:
+def test_a_sample_is_uniform_in_any_order_and_fills_its_size() -> None:
     documents = [document(str(i), f"{i:04d}" * 25) for i in range(1000)]
     sample = sample_texts(documents, 20_000)
     assert len(sample) == 200
@@ -241,5 +239,5 @@ def test_a_sample_is_even_whatever_the_order_and_fills_its_size() -> None:
     assert len(sample_texts(documents, 1e9)) == 1000
 
 
-def test_a_document_longer_than_the_sample_is_cut() -> None:
+def test_a_document_longer_than_the_sample_is_truncated() -> None:
     assert sample_texts([document("long", "ü" * 1000)], 101) == ["ü" * 50]

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files and data sets as libraries write them, however odd: documents, or one line."""
+"""Any parquet file, Arrow file or dataset that a library can write gives documents or a one-line error."""
 
 import datetime
 import decimal
@@ -40,14 +40,14 @@ def read(path: Path, chunk: int = 1 << 30, **more: object) -> list[Document]:
 
 
 def texts(path: Path, **more: object) -> list[str]:
-    """Read whole and cut as often as it can be: both give the same."""
-    whole = [document.text for document in read(path, **more)]
-    assert [document.text for document in read(path, chunk=1, **more)] == whole
-    return whole
+    """Return the texts of a file, after checking that reading it in as many slices as possible gives the same."""
+    documents = [document.text for document in read(path, **more)]
+    assert [document.text for document in read(path, chunk=1, **more)] == documents
+    return documents
 
 
 def failure(path: Path, **more: object) -> str:
-    """The one line, the same whole and cut."""
+    """Return the one-line error of reading a file, after checking that it is the same in slices."""
     lines = []
     for chunk in (1 << 30, 1):
         with pytest.raises(DataError) as error:
@@ -69,9 +69,7 @@ def write(table: pa.Table, folder: Path, ending: str) -> Path:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_two_columns_of_the_name_that_is_asked_for_are_one_line_and_two_others_are_no_matter(
-    tmp_path: Path, ending: str
-) -> None:
+def test_a_duplicated_column_is_an_error_only_if_it_is_read(tmp_path: Path, ending: str) -> None:
     twice = pa.Table.from_arrays([TEXTS, TEXTS, pa.array([1, 2, 3])], names=["text", "text", "n"])
     path = write(twice, tmp_path, ending)
     message = "2 columns are called text; set {} to another, or write the file with one of them"
@@ -95,9 +93,9 @@ STRINGS = {
     ("name", "ending"),
     [
         (name, ending) for name in STRINGS for ending in ENDINGS if (name, ending) != ("run-end encoded", "parquet")
-    ],  # which has none
+    ],  # parquet has no run-end encoding
 )
-def test_strings_are_read_however_they_are_encoded(tmp_path: Path, name: str, ending: str) -> None:
+def test_strings_are_read_in_every_arrow_encoding(tmp_path: Path, name: str, ending: str) -> None:
     path = write(pa.table({"text": STRINGS[name]}), tmp_path, ending)
     assert texts(path) == (["", "", ""] if name == "null" else ["one", "zwei", ""])
 
@@ -121,7 +119,11 @@ def test_a_column_that_holds_no_strings_is_named_with_its_type(tmp_path: Path, k
     line = failure(path)
     assert line.startswith(f"column text holds {kind}")
     assert line.endswith(", not text; set text_field to a column of strings")
-    assert texts(path, text_field="a.b") == ["one", "zwei", ""]  # a dot in a name is no path
+    assert texts(path, text_field="a.b") == [
+        "one",
+        "zwei",
+        "",
+    ]  # a dot in a column's name does not make it a nested path
     assert failure(path, text_field="text.a") == "text_field=text.a does not exist; it has: text, a.b. Set text_field"
 
 
@@ -140,7 +142,7 @@ def test_files_without_rows_hold_no_documents_whatever_their_columns(tmp_path: P
 
 
 @pytest.mark.parametrize("ending", ["arrow", "arrows"])
-def test_values_that_python_does_not_have_are_told_with_their_column(tmp_path: Path, ending: str) -> None:
+def test_values_that_python_cannot_represent_are_reported_with_their_column(tmp_path: Path, ending: str) -> None:
     columns = {
         "date": pa.array([2**31 - 1] * 3, pa.date32()),
         "time": pa.array([2**62] * 3, pa.timestamp("s")),
@@ -154,7 +156,7 @@ def test_values_that_python_does_not_have_are_told_with_their_column(tmp_path: P
         assert line.endswith("); leave it out of metadata_fields and id_field")
 
 
-def test_names_of_columns_are_told_on_one_line_of_bearable_length(tmp_path: Path) -> None:
+def test_column_names_in_errors_are_one_line_of_limited_length(tmp_path: Path) -> None:
     path = write(
         pa.table({"a\nb": ["x"]} | {"c" * 10_000: ["x"]} | {f"d{i}": ["x"] for i in range(500)}), tmp_path, "parquet"
     )
@@ -210,12 +212,14 @@ def parquet_bytes() -> bytes:
         ),
     ],
 )
-def test_a_file_of_another_format_is_told_by_its_first_bytes(tmp_path: Path, name: str, raw: bytes, line: str) -> None:
+def test_a_file_of_another_format_is_recognized_by_its_first_bytes(
+    tmp_path: Path, name: str, raw: bytes, line: str
+) -> None:
     (tmp_path / name).write_bytes(raw)
     assert failure(tmp_path / name).startswith(line)
 
 
-def whole_files() -> dict[str, bytes]:
+def intact_files() -> dict[str, bytes]:
     table = pa.table({"text": [f"text {i} ü" for i in range(40)], "d": pa.array(["a", "b"] * 20).dictionary_encode()})
     sink = io.BytesIO()
     pq.write_table(table, sink, row_group_size=20)
@@ -228,18 +232,18 @@ def whole_files() -> dict[str, bytes]:
     return files
 
 
-WHOLE = whole_files()
+INTACT = intact_files()
 
 
 @given(
-    name=st.sampled_from(sorted(WHOLE)),
+    name=st.sampled_from(sorted(INTACT)),
     places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4),
 )
 @settings(max_examples=80, deadline=None)
-def test_a_damaged_file_gives_documents_or_one_line(
+def test_a_damaged_file_gives_documents_or_a_one_line_error(
     name: str, places: list[tuple[float, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    raw = bytearray(WHOLE[name])
+    raw = bytearray(INTACT[name])
     for place, value in places:
         raw[int(place * (len(raw) - 1))] = value
     path = tmp_path_factory.getbasetemp() / name
@@ -255,7 +259,7 @@ def test_a_damaged_file_gives_documents_or_one_line(
         assert line == "" or line.isprintable()
 
 
-def test_an_error_of_a_builtin_kind_counts_as_the_files_only_where_a_reader_raised_it() -> None:
+def test_a_builtin_error_is_blamed_on_the_file_only_if_a_library_raised_it() -> None:
     table = pa.Table.from_arrays([TEXTS, TEXTS], names=["a", "a"])
     with (
         pytest.raises(
@@ -271,11 +275,11 @@ def test_an_error_of_a_builtin_kind_counts_as_the_files_only_where_a_reader_rais
         bytearray(1 << 62)
 
 
-DATA_SET = datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]})
+DATASET = datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]})
 
 
 def saved(folder: Path, change: Callable[[Path], object]) -> Path:
-    DATA_SET.save_to_disk(folder)
+    DATASET.save_to_disk(folder)
     change(folder)
     return folder
 
@@ -303,24 +307,24 @@ def with_features(features: object) -> Callable[[Path], object]:
         (lambda folder: next(folder.glob("*.arrow")).write_bytes(b"\xff\xff\xff\xff cut"), ""),
     ],
 )
-def test_a_saved_data_set_with_a_part_missing_or_unknown_is_one_line(
+def test_a_saved_dataset_with_a_missing_or_unknown_part_is_a_one_line_error(
     tmp_path: Path, change: Callable[[Path], object], line: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = saved(tmp_path / "saved", change)
     capfd.readouterr()
-    told = failure(path)
-    assert told.startswith(f"data.sources: cannot open dataset {path} (subset=None, split=train): ")
-    assert line in told
-    assert told.endswith("; check `paths`, `subset`, `split` and the connection")
+    message = failure(path)
+    assert message.startswith(f"data.sources: cannot open dataset {path} (subset=None, split=train): ")
+    assert line in message
+    assert message.endswith("; check `paths`, `subset`, `split` and the connection")
     assert capfd.readouterr().err == ""
 
 
-def test_splits_and_columns_of_other_kinds_are_told_or_passed_by(tmp_path: Path) -> None:
+def test_missing_splits_and_odd_columns_are_reported_or_ignored(tmp_path: Path) -> None:
     assert [
         document.text
         for document in read(saved(tmp_path / "no state", lambda folder: (folder / "state.json").unlink()))
     ] == ["a", "b"]
-    datasets.DatasetDict(train=DATA_SET, test=DATA_SET).save_to_disk(tmp_path / "dict")
+    datasets.DatasetDict(train=DATASET, test=DATASET).save_to_disk(tmp_path / "dict")
     assert [document.text for document in read(tmp_path / "dict", split="test")] == ["a", "b"]
     assert failure(tmp_path / "dict", split="dev").endswith("it has the splits train, test; set `split` to one of them")
     shutil.rmtree(tmp_path / "dict" / "train")
@@ -331,8 +335,8 @@ def test_splits_and_columns_of_other_kinds_are_told_or_passed_by(tmp_path: Path)
         assert "Multiple matches for FieldRef.Name(text)" in failure(tmp_path / "twice", streaming=streaming)
 
 
-def test_the_reader_of_columns_is_the_one_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control: without the check of names a second column ends in pyarrow's own words."""
+def test_the_check_of_duplicated_columns_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: without our check, a second column of the same name gives pyarrow's own error."""
     path = write(pa.Table.from_arrays([TEXTS, TEXTS], names=["text", "text"]), tmp_path, "arrow")
     monkeypatch.setattr(columnar, "_check_columns", lambda schema, path, source: ["text"])
     with pytest.raises(
@@ -342,9 +346,9 @@ def test_the_reader_of_columns_is_the_one_that_is_used(tmp_path: Path, monkeypat
         read(path)
 
 
-@pytest.mark.parametrize("ending", ["arrow", "arrows"])  # pyarrow itself refuses such a dictionary in parquet
+@pytest.mark.parametrize("ending", ["arrow", "arrows"])  # pyarrow does not write such a dictionary to parquet
 @pytest.mark.parametrize("offsets", [pa.binary(), pa.large_binary()])
-def test_a_bad_byte_in_a_dictionary_is_a_repaired_document_as_in_plain_strings(
+def test_a_bad_byte_in_a_dictionary_marks_the_document_as_in_plain_strings(
     tmp_path: Path, ending: str, offsets: pa.DataType
 ) -> None:
     raw = pa.array([b"one", b"zw\xffei ist eine Zahl " * 9, b"never used \xff"], offsets)
@@ -358,7 +362,9 @@ def test_a_bad_byte_in_a_dictionary_is_a_repaired_document_as_in_plain_strings(
     assert [document.had_invalid_unicode for document in encoded] == [False, True, False, False, True]
 
 
-def test_a_dictionary_is_not_looked_through_for_every_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dictionary_is_not_decoded_as_a_whole_for_every_few_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     column = pa.DictionaryArray.from_arrays(pa.array([0, 4999] * 500), pa.array([f"text {i}" for i in range(5000)]))
     path, seen, raw_of = write(pa.table({"text": column}), tmp_path, "arrow"), 0, columnar._column_bytes
 
@@ -369,10 +375,10 @@ def test_a_dictionary_is_not_looked_through_for_every_few_rows(tmp_path: Path, m
 
     monkeypatch.setattr(columnar, "_column_bytes", counting)
     assert [document.text for document in read(path)] == ["text 0", "text 4999"] * 500
-    assert seen <= 2 * 1000  # rows, and the entries that they use
+    assert seen <= 2 * 1000  # the rows, and the dictionary entries that they use
 
 
-def test_an_index_outside_of_its_dictionary_is_told() -> None:
+def test_an_index_outside_of_its_dictionary_is_reported() -> None:
     for index in (-1, 2):
         damaged = pa.DictionaryArray.from_arrays(pa.array([0, index]), pa.array(["a", "b"]), safe=False)
         with pytest.raises(pa.ArrowInvalid, match=f"index {index} is outside of a dictionary of 2 values"):

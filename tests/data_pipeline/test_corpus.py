@@ -1,4 +1,6 @@
-"""The chunks of a corpus: their keys tell what decides them, and a tokenizer's sample is drawn evenly from them."""
+"""The keys of a corpus's chunks cover everything that decides them, and a tokenizer's sample is drawn evenly from
+them.
+"""
 
 import json
 import os
@@ -23,7 +25,7 @@ from data_pipeline.text.chunks import Chunk
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten files of a kB in each of two sources; a source's third file is forty times as large."""
+    """Two sources of ten files of 1 kB; the third file of each is forty times as large."""
     for source in ("news", "web"):
         (tmp_path / source).mkdir()
         for i in range(10):
@@ -46,14 +48,14 @@ def keys(found: Corpus) -> dict[str, str]:
     return {chunk.name: found.chunk_key(chunk, "") for chunk in found.chunks}
 
 
-def test_every_file_is_in_a_chunk_of_its_source_in_order(folder: Path) -> None:
+def test_every_file_is_in_some_chunk_of_its_source_in_order(folder: Path) -> None:
     found = corpus(folder)
     assert len(found.chunks) > 30
     assert [chunk.name for chunk in found.chunks] == sorted(chunk.name for chunk in found.chunks)
     for index, source in enumerate(("news", "web")):
-        parts = [part for chunk in found.chunks if chunk.source_index == index for part in chunk.slices]
-        assert list(dict.fromkeys(part.file.name for part in parts)) == [f"{i}.jsonl" for i in range(10)]
-        assert sum(part.bytes for part in parts) == sum(file.stat().st_size for file in (folder / source).iterdir())
+        pieces = [piece for chunk in found.chunks if chunk.source_index == index for piece in chunk.slices]
+        assert list(dict.fromkeys(piece.file.name for piece in pieces)) == [f"{i}.jsonl" for i in range(10)]
+        assert sum(piece.bytes for piece in pieces) == sum(file.stat().st_size for file in (folder / source).iterdir())
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_a_key_changes_with_what_decides_the_chunk(folder: Path, settings: dict[
     [{"workers": 3}, {"vocab_size": 500}, {"source": {"exclude": ("no such file",)}}, {"dedup": {"memory_mb": 5}}],
     ids=str,
 )
-def test_and_with_nothing_else(folder: Path, settings: dict[str, Any]) -> None:
+def test_a_key_does_not_change_with_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     assert keys(corpus(folder, **settings)) == keys(corpus(folder))
 
 
@@ -93,13 +95,13 @@ def test_files_that_are_added_leave_the_other_chunks_as_they_were(folder: Path) 
 
 
 def touched(file: Path, content: bytes | None = None) -> None:
-    """Written anew, a second later."""
+    """Rewrite a file, with a modification time one second later."""
     later = file.stat().st_mtime_ns + 10**9
     file.write_bytes(file.read_bytes() if content is None else content)
     os.utime(file, ns=(later, later))
 
 
-def test_a_file_written_anew_at_the_same_size_changes_the_keys_of_its_chunks_and_nothing_in_the_recipe(
+def test_rewriting_a_file_at_the_same_size_changes_the_keys_of_its_chunks_but_not_the_recipe(
     folder: Path,
 ) -> None:
     before = corpus(folder)
@@ -108,13 +110,13 @@ def test_a_file_written_anew_at_the_same_size_changes_the_keys_of_its_chunks_and
     after = corpus(folder)
     changed = {name for name, key in keys(after).items() if keys(before)[name] != key}
     assert changed == {
-        chunk.name for chunk in after.chunks if any(part.file.path.endswith("news/2.jsonl") for part in chunk.slices)
+        chunk.name for chunk in after.chunks if any(piece.file.path.endswith("news/2.jsonl") for piece in chunk.slices)
     }
     assert 1 < len(changed) < len(after.chunks) / 2
     assert after.recipe(trained_tokenizer=True) == before.recipe(trained_tokenizer=True)
 
 
-def test_a_key_changes_with_the_name_that_documents_get_their_ids_from(tmp_path: Path) -> None:
+def test_a_key_changes_with_the_name_from_which_document_ids_are_made(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     write(tmp_path / "a" / "x.jsonl", 10, "x")
 
@@ -126,7 +128,7 @@ def test_a_key_changes_with_the_name_that_documents_get_their_ids_from(tmp_path:
     assert key(tmp_path) != key(tmp_path / "a")  # a/x.jsonl
 
 
-def test_a_key_changes_with_the_files_of_a_data_set(tmp_path: Path) -> None:
+def test_a_key_changes_with_the_files_of_a_dataset(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "x.jsonl", 10, "x")
@@ -141,16 +143,16 @@ def test_a_key_changes_with_the_files_of_a_data_set(tmp_path: Path) -> None:
     assert [both()[name] == key for name, key in before.items()] == [True, False]
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["version known", "version hidden"])
-def test_an_edit_of_the_same_size_between_two_attempts_is_redone(
-    tmp_path: Path, told: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("knows_version", [True, False], ids=["version known", "version hidden"])
+def test_a_file_edited_at_the_same_size_between_two_attempts_is_read_again(
+    tmp_path: Path, knows_version: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jsonl = tmp_path / "words.jsonl"
     write_jsonl(jsonl, 100)
     plain: dict[str, Any] = {"filters": {}, "dedup": {}}
     prepare_here(tmp_path / "other", jsonl, **plain)
     settings = plain | {"tokenizer": tmp_path / "other" / "tokenizer.json"}
-    if not told:
+    if not knows_version:
         monkeypatch.setattr(text_files, "_VERSION_KEYS", ())
     interrupt(tmp_path / "data", jsonl, "tokenizing", **settings)
     assert len(finished(tmp_path / "data")) > 0
@@ -159,7 +161,7 @@ def test_an_edit_of_the_same_size_between_two_attempts_is_redone(
     prepare_here(tmp_path / "fresh", jsonl, **settings)
     assert (
         contents(tmp_path / "data") == contents(tmp_path / "fresh")
-    ) == told  # without versions, old and new text would be mixed
+    ) == knows_version  # without versions, old and new text would be mixed
 
 
 def test_a_result_is_made_with_the_packages_that_its_sources_need(folder: Path) -> None:
@@ -179,7 +181,7 @@ def test_a_result_is_made_with_the_packages_that_its_sources_need(folder: Path) 
 
 
 @pytest.mark.parametrize("kind", [*get_args(TextKind), *get_args(TokenizedKind)])
-def test_a_source_without_paths_is_told_whatever_its_kind(kind: TextKind | TokenizedKind) -> None:
+def test_a_source_without_paths_is_refused_whatever_its_kind(kind: TextKind | TokenizedKind) -> None:
     with pytest.raises(DataError, match=rf"data\.sources: my of kind {kind} has no paths; name its files"):
         find_corpus(PrepareConfig(sources=(SourceConfig(name="my", kind=kind),)))
 
@@ -188,11 +190,11 @@ def names(chunks: list[Chunk]) -> list[str]:
     return [chunk.name for chunk in chunks]
 
 
-def test_a_small_sample_is_drawn_from_the_same_share_of_every_source(folder: Path) -> None:
+def test_a_small_sample_is_drawn_from_the_same_fraction_of_every_source(folder: Path) -> None:
     found = corpus(folder)
     assert found.sample_chunks() == list(found.chunks)  # 200 MB
     size = sum(chunk.bytes or 0 for chunk in found.chunks)
-    few = corpus(folder, tokenizer_sample_mb=size / 8 / 4 / 1e6)  # a quarter of the chunks hold eight times that
+    few = corpus(folder, tokenizer_sample_mb=size / 8 / 4 / 1e6)  # a quarter of the chunks hold eight times the sample
     drawn = few.sample_chunks()
     of_source = Counter(chunk.source for chunk in found.chunks)
     assert Counter(chunk.source for chunk in drawn) == {name: -(-count // 4) for name, count in of_source.items()}
@@ -218,7 +220,7 @@ def test_a_tokenizer_from_a_small_sample_is_the_same_every_time(folder: Path, tm
     assert max(read) == drawn < sum(chunk.bytes or 0 for chunk in found.chunks) / 3
 
 
-def test_what_another_source_reads_is_not_passed_over(tmp_path: Path) -> None:
+def test_files_that_another_source_reads_are_not_reported_as_skipped(tmp_path: Path) -> None:
     for name in ("a.txt", "b.jsonl", "c.json"):
         (tmp_path / name).write_text('{"text": "a"}')
     text, lines = (SourceConfig(name=kind, kind=kind, paths=(str(tmp_path),)) for kind in ("text", "jsonl"))

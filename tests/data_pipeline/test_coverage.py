@@ -1,4 +1,4 @@
-"""What a tokenizer does not know of a text is counted, told, or refused: nothing vanishes without a word."""
+"""Text that a tokenizer cannot represent is counted and reported, or refused: nothing vanishes silently."""
 
 import io
 import json
@@ -54,16 +54,16 @@ def bpe(vocab: dict[str, int], **settings: object) -> Config:
     }
 
 
-def tokenizer_of(model: Config, **parts: object) -> Config:
-    return make_tokenizer_config({END_OF_TEXT: 0}, model, **parts)
+def tokenizer_of(model: Config, **stages: object) -> Config:
+    return make_tokenizer_config({END_OF_TEXT: 0}, model, **stages)
 
 
 def without(vocab: dict[str, int], *names: str) -> dict[str, int]:
     return {name: number for name, number in vocab.items() if name not in names}
 
 
-def spelt(*missing: int) -> Config:
-    """A byte-level BPE without some bytes."""
+def byte_level_without(*missing: int) -> Config:
+    """A byte-level BPE that lacks some bytes."""
     names = byte_characters()
     return tokenizer_of(
         bpe(without(BYTES, *(names[byte] for byte in missing))), pre_tokenizer=byte_level(SPLIT_PATTERN)
@@ -75,7 +75,7 @@ LOSSY: dict[str, Config] = {
     "byte fallback of 253": tokenizer_of(
         bpe(LETTERS | without(FALLBACK, "<0xE6>", "<0xE5>", "<0xC3>"), byte_fallback=True)
     ),
-    "253 bytes": spelt(0xE6, 0xA9, 0xC0),
+    "253 bytes": byte_level_without(0xE6, 0xA9, 0xC0),
 }
 UNKNOWING: dict[str, Config] = {
     "bpe": tokenizer_of(bpe(LETTERS | {"<unk>": 5}, unk_token="<unk>")),
@@ -100,7 +100,7 @@ UNKNOWING: dict[str, Config] = {
     ),
 }
 COMPLETE: dict[str, Config] = {
-    "bytes": spelt(),
+    "bytes": byte_level_without(),
     "byte fallback": tokenizer_of(bpe(LETTERS | FALLBACK, byte_fallback=True)),
     "bytes with suffix, unknown is the end": tokenizer_of(
         bpe(
@@ -122,7 +122,7 @@ COMPLETE: dict[str, Config] = {
 
 
 def load(folder: Path, config: Config) -> Tokenizer:
-    file = folder / "given.json"
+    file = folder / "tokenizer-to-load.json"
     file.write_text(json.dumps(config))
     return load_tokenizer(file)
 
@@ -132,7 +132,7 @@ def prepared_with(folder: Path, config: Config, documents: list[str] = DOCUMENTS
     (folder / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     defaults: dict[str, Any] = {
         "sources": (SourceConfig(kind="jsonl", paths=(str(folder / "web.jsonl"),)),),
-        "tokenizer": folder / "given.json",
+        "tokenizer": folder / "tokenizer-to-load.json",
         "validation_fraction": 0,
         "workers": 1,
     }
@@ -161,10 +161,10 @@ def test_unknown_tokens_and_their_documents_are_counted(tmp_path: Path, name: st
     [
         ("characters", 4, 24, {NO_TOKENS: 1}, 2, 4),
         ("byte fallback of 253", 4, 24, {NO_TOKENS: 1}, 2, 4),
-        ("253 bytes", 5, 37, {}, 3, 4),  # of 漢 two bytes are left, and 字 is whole; of each é one byte
+        ("253 bytes", 5, 37, {}, 3, 4),  # 漢 keeps two bytes, 字 all, and each é one
     ],
 )
-def test_lost_characters_are_counted_where_the_user_asks_for_such_a_tokenizer(
+def test_lost_characters_are_counted_if_the_user_allows_a_lossy_tokenizer(
     tmp_path: Path, name: str, documents: int, tokens: int, dropped: dict[str, int], holding: int, lost: int
 ) -> None:
     prepared = prepared_with(tmp_path, LOSSY[name], allow_lossy_tokenizer=True)
@@ -184,12 +184,12 @@ def test_lost_characters_are_counted_where_the_user_asks_for_such_a_tokenizer(
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-def test_a_tokenizer_of_all_bytes_loses_nothing_and_is_not_looked_at_twice(tmp_path: Path, name: str) -> None:
+def test_a_tokenizer_of_all_bytes_loses_nothing_and_encodes_once(tmp_path: Path, name: str) -> None:
     prepared = prepared_with(tmp_path, COMPLETE[name])
     source = prepared.splits["train"].sources[0]
     assert (source.documents, source.marked, source.unknown_tokens, source.lost_characters) == (5, {}, 0, 0)
     counter = UnknownTextCounter(prepared.tokenizer)
-    losses = counter.count(["漢"], np.array([1, 1], np.uint32), np.array([0, 2]))  # ids of 1 are not even compared
+    losses = counter.count(["漢"], np.array([1, 1], np.uint32), np.array([0, 2]))  # so ids of 1 are not compared
     assert (losses.unknown.tolist(), losses.lost.tolist(), counter._unk_tokenizer) == ([0], [0], None)
 
 
@@ -201,14 +201,13 @@ def test_a_tokenizer_of_all_bytes_loses_nothing_and_is_not_looked_at_twice(tmp_p
         ("253 bytes", " (2 of the 243 bytes of UTF-8 are missing)"),
     ],
 )
-def test_a_tokenizer_with_neither_is_refused_before_anything_is_written(
-    tmp_path: Path, name: str, missing: str
-) -> None:
+def test_a_lossy_tokenizer_is_refused_before_anything_is_written(tmp_path: Path, name: str, missing: str) -> None:
     with pytest.raises(DataError) as refused:
         prepared_with(tmp_path, LOSSY[name])
     assert str(refused.value) == (
-        f"data.tokenizer={tmp_path}/given.json has neither an unknown token nor all bytes{missing}: characters that it "
-        f"does not know would vanish; use another data.tokenizer, or set data.allow_lossy_tokenizer=true to prepare without them"
+        f"data.tokenizer={tmp_path}/tokenizer-to-load.json has neither an unknown token nor all bytes{missing}: "
+        f"characters that it does not know would vanish; use another data.tokenizer, or set "
+        f"data.allow_lossy_tokenizer=true to prepare without them"
     )
     assert not (tmp_path / "data").exists()
 
@@ -222,7 +221,7 @@ def test_the_command_line_refuses_it_in_one_line(
         prepared_with(tmp_path, LOSSY["characters"])
     words = [
         f"data.path={tmp_path}/data",
-        f"data.tokenizer={tmp_path}/given.json",
+        f"data.tokenizer={tmp_path}/tokenizer-to-load.json",
         "data.workers=1",
         "data.validation_fraction=0",
     ]
@@ -233,22 +232,22 @@ def test_the_command_line_refuses_it_in_one_line(
         with pytest.raises(SystemExit) as end:
             main()
         assert (end.value.code or 0) == code
-        told = capsys.readouterr()
+        expected = capsys.readouterr()
         if code:
-            assert len(told.err.splitlines()) == 1
-            assert "data.allow_lossy_tokenizer=true" in told.err
+            assert len(expected.err.splitlines()) == 1
+            assert "data.allow_lossy_tokenizer=true" in expected.err
             assert not (tmp_path / "data").exists()
         else:
-            assert "  web: 1 dropped (encodes to nothing)\n" in told.out
-            assert "  web: 2 marked (lost characters)\n" in told.out
-            assert "  web: 4 characters that the tokenizer does not know are left out, of 2 documents\n" in told.out
+            assert "  web: 1 dropped (encodes to nothing)\n" in expected.out
+            assert "  web: 2 marked (lost characters)\n" in expected.out
+            assert "  web: 4 characters that the tokenizer does not know are left out, of 2 documents\n" in expected.out
 
 
 def test_other_models_without_an_unknown_token_are_refused_too(tmp_path: Path) -> None:
     for model in (
         {"type": "Unigram", "unk_id": None, "byte_fallback": False, "vocab": [[name, -1.0] for name in LETTERS]},
         {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {END_OF_TEXT: 0, "abc": 1}},
-        bpe(LETTERS, unk_token="<unk>"),  # named, and not there
+        bpe(LETTERS, unk_token="<unk>"),  # named, but not in the vocabulary
     ):
         with pytest.raises(
             DataError, match="has neither an unknown token nor all bytes: characters that it does not know would"
@@ -257,12 +256,12 @@ def test_other_models_without_an_unknown_token_are_refused_too(tmp_path: Path) -
         assert not (tmp_path / "data").exists()
 
 
-def test_a_corpus_of_nothing_but_unknown_characters_is_told(tmp_path: Path) -> None:
+def test_a_corpus_of_only_unknown_characters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"hold no text to keep \(documents read: 1 empty, 2 encodes to nothing\)"):
         prepared_with(tmp_path, LOSSY["characters"], ["漢字", "", "é"], allow_lossy_tokenizer=True)
 
 
-def test_what_encodes_to_nothing_is_dropped_for_other_causes_too(tmp_path: Path) -> None:
+def test_documents_that_encode_to_nothing_for_other_reasons_are_dropped(tmp_path: Path) -> None:
     config = tokenizer_of(
         UNKNOWING["bpe"]["model"], normalizer={"type": "Replace", "pattern": {"Regex": "[x-z]"}, "content": ""}
     )
@@ -283,7 +282,7 @@ def test_lost_characters_are_those_without_an_id(tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("lossy")
     for config, is_lost in (
         (LOSSY["characters"], lambda c: c not in "abc "),
-        (spelt(0xA9, 0xF1), lambda c: bool(set(c.encode()) & {0xA9, 0xF1})),
+        (byte_level_without(0xA9, 0xF1), lambda c: bool(set(c.encode()) & {0xA9, 0xF1})),
     ):
         tokenizer = load(folder, config)
         losses = UnknownTextCounter(tokenizer).count(texts, *ReferenceEncoder(tokenizer).encode(texts))
@@ -299,11 +298,13 @@ def test_unknown_tokens_are_those_of_each_text(tmp_path_factory: pytest.TempPath
     assert losses.unknown.tolist() == [sum(c not in "abc " for c in text) for text in texts]
 
 
-def test_a_loss_that_depends_on_the_neighbours_is_counted_where_it_happens(tmp_path: Path) -> None:
-    composing = tokenizer_of(bpe({END_OF_TEXT: 0, "e": 1, "\u0301": 2}), normalizer={"type": "NFC"})  # knows no é
+def test_a_loss_that_depends_on_neighbors_is_counted_where_it_happens(tmp_path: Path) -> None:
+    composing = tokenizer_of(
+        bpe({END_OF_TEXT: 0, "e": 1, "\u0301": 2}), normalizer={"type": "NFC"}
+    )  # has no token for é
     prefixed = tokenizer_of(
         bpe({END_OF_TEXT: 0, "a": 1, "##a": 2, "b": 3}, continuing_subword_prefix="##")
-    )  # b only begins words
+    )  # has b only at the beginning of words
     for config, texts, lost in (
         (composing, ["e\u0301", "\u0301e", "ee"], [1, 0, 0]),
         (prefixed, ["ba", "ab", "abba"], [0, 1, 2]),
@@ -330,20 +331,20 @@ def test_an_added_token_of_unknown_characters_loses_nothing(tmp_path: Path) -> N
 
 
 def test_gigatoken_is_not_used_where_a_byte_is_missing(tmp_path: Path) -> None:
-    """It loads such a tokenizer, and agrees on every string that does not hold the byte."""
+    """gigatoken loads such a tokenizer, and its ids are right for every string without the byte."""
     tokenizer = load(tmp_path, tokenizer_of(bpe(LETTERS | without(FALLBACK, "<0xF1>"), byte_fallback=True)))
     chosen, why = select_encoder(tokenizer, DOCUMENTS)
     assert (chosen.name, why) == ("tokenizers", "tokenizers: gigatoken works on bytes, and not every byte has a token")
-    giga = GigaEncoder(tokenizer).try_encode(["ab \U00040000", "ab 漢"])  # the control
+    giga = GigaEncoder(tokenizer).try_encode(["ab \U00040000", "ab 漢"])  # control
     rows = [giga[0][start:stop].tolist() for start, stop in pairwise(giga[1])]
     assert rows[1] == tokenizer.encode("ab 漢")
     assert rows[0] != tokenizer.encode("ab \U00040000")
-    whole = load(tmp_path, COMPLETE["byte fallback"])
-    assert select_encoder(whole, DOCUMENTS)[0].name == "gigatoken"
+    complete = load(tmp_path, COMPLETE["byte fallback"])
+    assert select_encoder(complete, DOCUMENTS)[0].name == "gigatoken"
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_tokenizers_of_ours_know_every_text_and_change_none(tmp_path: Path, kind: Any) -> None:
+def test_our_tokenizers_cover_every_text_and_change_none(tmp_path: Path, kind: Any) -> None:
     for texts in (["abc abc abd"], ["漢字"], []):
         coverage = train_tokenizer(texts, 270, tmp_path / "t.json", kind).coverage
         assert (coverage.is_complete, coverage.is_lossy, coverage.text_changes) == (True, False, ())
@@ -351,57 +352,59 @@ def test_tokenizers_of_ours_know_every_text_and_change_none(tmp_path: Path, kind
 
 
 @pytest.mark.parametrize("name", [*LOSSY, *UNKNOWING, *COMPLETE])
-def test_an_old_file_that_does_not_name_its_kind_of_model_is_judged_alike(tmp_path: Path, name: str) -> None:
+def test_an_old_file_without_a_model_type_has_the_same_coverage(tmp_path: Path, name: str) -> None:
     config = (LOSSY | UNKNOWING | COMPLETE)[name]
-    told = load(tmp_path, config).coverage
-    untold = load(
+    expected = load(tmp_path, config).coverage
+    inferred = load(
         tmp_path, config | {"model": {key: value for key, value in config["model"].items() if key != "type"}}
     ).coverage
-    assert untold == told
+    assert inferred == expected
 
 
-def part(kind: str, **settings: object) -> Config:
+def stage(kind: str, **settings: object) -> Config:
     return {"type": kind, **settings}
 
 
 @pytest.mark.parametrize(
-    ("parts", "told"),
+    ("stages", "expected"),
     [
         ({}, ()),
         (
-            {"normalizer": part("Sequence", normalizers=[part("NFKC"), part("Lowercase"), part("StripAccents")])},
+            {"normalizer": stage("Sequence", normalizers=[stage("NFKC"), stage("Lowercase"), stage("StripAccents")])},
             ("NFKC", "Lowercase", "StripAccents"),
         ),
-        ({"normalizer": part("Strip", strip_left=True, strip_right=True)}, ("Strip white space (left and right)",)),
-        ({"normalizer": part("Prepend", prepend="▁")}, ("Prepend '▁'",)),
-        ({"normalizer": part("Replace", pattern={"Regex": r"\s+"}, content=" ")}, (r"Replace '\s+' by ' '",)),
+        ({"normalizer": stage("Strip", strip_left=True, strip_right=True)}, ("Strip white space (left and right)",)),
+        ({"normalizer": stage("Prepend", prepend="▁")}, ("Prepend '▁'",)),
+        ({"normalizer": stage("Replace", pattern={"Regex": r"\s+"}, content=" ")}, (r"Replace '\s+' by ' '",)),
         ({"normalizer": BERT}, ("BertNormalizer (clean_text, handle_chinese_chars, strip_accents, lowercase)",)),
         ({"normalizer": BERT | {"lowercase": False, "clean_text": False}}, ("BertNormalizer (handle_chinese_chars)",)),
-        ({"pre_tokenizer": part("WhitespaceSplit")}, ("WhitespaceSplit drops white space",)),
-        ({"pre_tokenizer": part("CharDelimiterSplit", delimiter="-")}, ("CharDelimiterSplit drops '-'",)),
+        ({"pre_tokenizer": stage("WhitespaceSplit")}, ("WhitespaceSplit drops white space",)),
+        ({"pre_tokenizer": stage("CharDelimiterSplit", delimiter="-")}, ("CharDelimiterSplit drops '-'",)),
         (
-            {"pre_tokenizer": part("Split", pattern={"String": "x"}, behavior="Removed", invert=False)},
+            {"pre_tokenizer": stage("Split", pattern={"String": "x"}, behavior="Removed", invert=False)},
             ("Split drops 'x'",),
         ),
-        ({"pre_tokenizer": part("Split", pattern={"String": "x"}, behavior="Isolated", invert=False)}, ()),
-        ({"pre_tokenizer": part("Punctuation", behavior="Removed")}, ("Punctuation drops punctuation",)),
+        ({"pre_tokenizer": stage("Split", pattern={"String": "x"}, behavior="Isolated", invert=False)}, ()),
+        ({"pre_tokenizer": stage("Punctuation", behavior="Removed")}, ("Punctuation drops punctuation",)),
         (
-            {"pre_tokenizer": part("Metaspace", replacement="▁", prepend_scheme="always", split=True)},
+            {"pre_tokenizer": stage("Metaspace", replacement="▁", prepend_scheme="always", split=True)},
             ("Metaspace spells a space '▁' and puts one in front",),
         ),
         ({"pre_tokenizer": byte_level(SPLIT_PATTERN)}, ()),
         (
-            {"pre_tokenizer": part("ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)},
+            {"pre_tokenizer": stage("ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)},
             ("ByteLevel puts a space in front",),
         ),
-        ({"normalizer": part("ByteLevel")}, ()),
+        ({"normalizer": stage("ByteLevel")}, ()),
     ],
 )
-def test_what_changes_a_text_before_it_is_encoded_is_told(tmp_path: Path, parts: Config, told: tuple[str, ...]) -> None:
-    assert load(tmp_path, tokenizer_of(bpe(BYTES), **parts)).coverage.text_changes == told
+def test_changes_to_a_text_before_it_is_encoded_are_reported(
+    tmp_path: Path, stages: Config, expected: tuple[str, ...]
+) -> None:
+    assert load(tmp_path, tokenizer_of(bpe(BYTES), **stages)).coverage.text_changes == expected
 
 
-def test_an_added_token_that_takes_white_space_is_told_unless_it_is_special(tmp_path: Path) -> None:
+def test_an_added_token_that_strips_white_space_is_reported_unless_it_is_special(tmp_path: Path) -> None:
     config = tokenizer_of(bpe(BYTES), pre_tokenizer=byte_level(SPLIT_PATTERN))
     flags = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
     config["added_tokens"] += [
@@ -412,7 +415,7 @@ def test_an_added_token_that_takes_white_space_is_told_unless_it_is_special(tmp_
     assert [tokenizer.encode(text).count(BYTES["Ġ"]) for text in ("a  <s>", "a  <t>")] == [2, 0]
 
 
-def test_a_sentencepiece_model_tells_its_changes_and_its_unknown_token(tmp_path: Path) -> None:
+def test_coverage_of_a_sentencepiece_model_has_its_changes_and_its_unknown_token(tmp_path: Path) -> None:
     model = io.BytesIO()
     lines = [f"step {i} of the loss" for i in range(50)]
     sentencepiece.SentencePieceTrainer.train(
@@ -432,7 +435,7 @@ def test_a_sentencepiece_model_tells_its_changes_and_its_unknown_token(tmp_path:
     ]
 
 
-def test_inspect_tells_what_is_unknown_and_what_is_changed(tmp_path: Path) -> None:
+def test_inspect_shows_unknown_characters_and_text_changes(tmp_path: Path) -> None:
     from rich.console import Console
 
     from pretrain.cli.data.description import print_description
@@ -457,7 +460,7 @@ def test_inspect_tells_what_is_unknown_and_what_is_changed(tmp_path: Path) -> No
     assert "marked: has unknown tokens" in page
 
 
-def test_counts_are_taken_over_with_tokens_that_are_there_already(tmp_path: Path) -> None:
+def test_counts_are_imported_with_existing_tokens(tmp_path: Path) -> None:
     first = prepared_with(tmp_path, UNKNOWING["bpe"])
     config = PrepareConfig(
         sources=(
@@ -472,7 +475,7 @@ def test_counts_are_taken_over_with_tokens_that_are_there_already(tmp_path: Path
     assert (read.unknown_tokens, read.marked, read.tokens) == (6, {UNKNOWN_TOKENS: 3}, 31)
 
 
-def test_tokens_that_are_there_may_be_of_a_tokenizer_that_loses_text(tmp_path: Path) -> None:
+def test_existing_tokens_may_come_from_a_lossy_tokenizer(tmp_path: Path) -> None:
     first = prepared_with(tmp_path, LOSSY["characters"], allow_lossy_tokenizer=True)
     source = SourceConfig(name="taken", kind="prepared", paths=(str(first.path),))
     config = PrepareConfig(sources=(source,), tokenizer=first.path / "tokenizer.json", validation_fraction=0)
@@ -480,19 +483,19 @@ def test_tokens_that_are_there_may_be_of_a_tokenizer_that_loses_text(tmp_path: P
     assert (taken.lost_characters, taken.marked, taken.dropped) == (4, {LOST_CHARACTERS: 2}, {NO_TOKENS: 1})
 
 
-def test_the_setting_is_no_part_of_what_the_data_is(tmp_path: Path) -> None:
+def test_the_setting_does_not_change_the_fingerprint_of_the_data(tmp_path: Path) -> None:
     first = prepared_with(tmp_path, COMPLETE["bytes"])
     again = prepared_with(tmp_path, COMPLETE["bytes"], allow_lossy_tokenizer=True)
     assert again.splits == first.splits
     assert any("prepared already" in note for note in again.notes)
 
 
-def test_a_manifest_of_before_has_no_such_counts(tmp_path: Path) -> None:
+def test_an_old_manifest_without_these_counts_loads(tmp_path: Path) -> None:
     file = prepared_with(tmp_path, UNKNOWING["bpe"]).path / "train" / MANIFEST
     old = json.loads(file.read_text())
     for source in old["sources"]:
         assert source.pop("unknown_tokens") > 0
-        assert "lost_characters" not in source  # nothing to count is not written
+        assert "lost_characters" not in source  # a count of 0 is not written
     assert "allow_lossy_tokenizer" not in old["recipe"]["settings"]
     file.write_text(json.dumps(old))
     (source,) = load_manifest(file.parent).sources
@@ -507,12 +510,12 @@ def test_a_bpe_with_dropout_gives_the_same_ids_every_time(tmp_path: Path) -> Non
     assert [random.encode("the loss of the model") for _ in range(20)] == [expected] * 20
 
 
-def test_bytes_that_utf8_never_has_need_no_token() -> None:
+def test_bytes_that_never_occur_in_utf8_need_no_token() -> None:
     never = [0xC0, 0xC1, *range(0xF5, 0x100)]
     fallback = [f"<0x{byte:02X}>" for byte in never]
-    assert analyze_coverage(spelt(*never)).is_complete
+    assert analyze_coverage(byte_level_without(*never)).is_complete
     assert analyze_coverage(tokenizer_of(bpe(LETTERS | without(FALLBACK, *fallback), byte_fallback=True))).is_complete
-    for byte in (0xC2, 0xF4):  # the nearest that it has
-        assert analyze_coverage(spelt(*never, byte)).missing_bytes == 1
+    for byte in (0xC2, 0xF4):  # the nearest bytes that it needs
+        assert analyze_coverage(byte_level_without(*never, byte)).missing_bytes == 1
         one_less = without(FALLBACK, *fallback, f"<0x{byte:02X}>")
         assert analyze_coverage(tokenizer_of(bpe(LETTERS | one_less, byte_fallback=True))).missing_bytes == 1

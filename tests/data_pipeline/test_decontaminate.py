@@ -81,7 +81,7 @@ def test_every_string_in_jsonl_and_parquet_counts_however_deep(tmp_path: Path) -
     assert hits(load(tmp_path / "*" / "*.parquet"), *sentences) == [False, False, False, True, True]
 
 
-def test_shorter_texts_count_as_a_whole_from_eight_words_on(tmp_path: Path) -> None:
+def test_shorter_texts_are_compared_as_a_whole_from_eight_words_on(tmp_path: Path) -> None:
     seven, eight, nine = (" ".join(f"n{length}w{i}" for i in range(length)) for length in (7, 8, 9))
     evaluation = load(write(tmp_path / "a.jsonl", seven, eight, nine, QUESTION, ""))
     assert (evaluation.n_texts, evaluation.n_too_short, evaluation.n_ngrams) == (3, 1, 2 + len(WORDS) - 12)
@@ -111,7 +111,7 @@ def test_documents_longer_than_a_batch_are_searched_to_the_end(tmp_path: Path, m
     st.lists(st.lists(st.sampled_from("abcd"), max_size=30), max_size=5),
     st.integers(1, 4),
 )
-def test_hits_are_those_of_sets_of_words(
+def test_contaminated_texts_are_those_that_share_word_sets(
     tmp_path_factory: pytest.TempPathFactory, given_texts: list[list[str]], documents: list[list[str]], n: int
 ) -> None:
     def runs(words: list[str]) -> set[tuple[str, ...]]:
@@ -128,12 +128,12 @@ def test_hits_are_those_of_sets_of_words(
     assert hits(evaluation, *map(" ".join, documents)) == [bool(runs(words) & looked_for) for words in documents]
 
 
-def test_no_paths_switch_it_off() -> None:
+def test_decontamination_is_off_without_paths() -> None:
     assert EvaluationNgrams.load(DecontaminateConfig()) is None
     assert evaluation_hash(DecontaminateConfig()) == ""
 
 
-def test_the_hash_follows_what_the_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_depends_on_the_contents_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hashed(*paths: Path) -> str:
         return evaluation_hash(DecontaminateConfig(paths=tuple(map(str, paths))))
 
@@ -159,7 +159,7 @@ def test_the_hash_follows_what_the_files_hold(tmp_path: Path, monkeypatch: pytes
         ("a.txt", b"too few words", "none of the texts in .*a.txt has 8 words .1 have fewer"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_setting(
+def test_an_unreadable_path_is_named_with_its_setting(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
@@ -185,7 +185,7 @@ def test_evaluation_texts_are_found_compressed_and_in_other_encodings(tmp_path: 
     assert hits(load(tmp_path), QUESTION, "nothing of the kind") == [True, False]
 
 
-def test_evaluation_texts_behind_links_and_in_columns_of_one_name_are_found(tmp_path: Path) -> None:
+def test_evaluation_texts_behind_links_and_in_columns_of_equal_name_are_found(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array([QUESTION]), pa.array([" ".join(reversed(WORDS))])], names=["text", "text"])
     (tmp_path / "blobs").mkdir()
     pq.write_table(twice, tmp_path / "blobs" / "1a")
@@ -198,14 +198,14 @@ def test_evaluation_texts_behind_links_and_in_columns_of_one_name_are_found(tmp_
         load(tmp_path / "sets")
 
 
-def test_a_dangling_link_that_would_not_be_read_is_no_matter(tmp_path: Path) -> None:
+def test_a_broken_link_that_would_not_be_read_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(QUESTION)
-    for name in (".#a.txt", "latest", "old.json"):  # the first is how an editor locks a file
+    for name in (".#a.txt", "latest", "old.json"):  # `.#a.txt` is an editor's lock file
         (tmp_path / name).symlink_to("gone")
     assert load(tmp_path).skipped_files == "2 files (1 .json, 1 without an ending), latest and old.json"
 
 
-def test_evaluation_files_that_are_passed_over_are_told(tmp_path: Path) -> None:
+def test_skipped_evaluation_files_are_reported(tmp_path: Path) -> None:
     for name in ("a.txt", "b.json", "c.JSONL", "d.parquet.gz", ".DS_Store"):
         (tmp_path / name).write_text(QUESTION)
     assert (
@@ -233,7 +233,7 @@ def test_evaluation_files_that_are_passed_over_are_told(tmp_path: Path) -> None:
         ("a.txt.gz", gzip.compress(QUESTION.encode())[:-9], r"cannot read .*a\.txt\.gz: Compressed file ended"),
     ],
 )
-def test_an_evaluation_file_of_another_kind_is_told(tmp_path: Path, name: str, raw: bytes, message: str) -> None:
+def test_an_evaluation_file_of_another_kind_is_reported(tmp_path: Path, name: str, raw: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(DataError, match=f"^data.decontaminate.paths: .*{message}"):
         load(tmp_path)

@@ -14,11 +14,11 @@ from data_pipeline.settings import DedupConfig
 Hashes = NDArray[np.uint64]
 
 
-def write(folder: Path, columns: Hashes, cuts: Sequence[int]) -> list[Path]:
-    """Signature files of these documents, [documents, 1 + bands], a file between two cuts; 0 takes no part."""
+def write(folder: Path, columns: Hashes, bounds: Sequence[int]) -> list[Path]:
+    """Write signature files of documents, [documents, 1 + bands], split at `bounds`. Zeros are not compared."""
     folder.mkdir(exist_ok=True)
     files = []
-    for number, part in enumerate(np.split(columns, cuts)):
+    for number, part in enumerate(np.split(columns, bounds)):
         files.append(folder / f"{number:03d}.signatures")
         write_signatures(files[-1], part[:, 0], part[:, 1:], np.ones(len(part), np.bool_))
     return files
@@ -29,7 +29,9 @@ def settings(bands: int, memory_mb: float = 1000, exact: bool = True) -> DedupCo
 
 
 def oracle(columns: Hashes, sources: Sequence[str]) -> list[str | None]:
-    """The rule with a dictionary a column: the lowest-numbered earlier document decides, exact ones first."""
+    """Find duplicates with one dictionary for each column: the first such document gives the reason, exact before
+    near.
+    """
     seen: list[dict[int, int]] = [{} for _ in columns[0]]
     reasons: list[str | None] = []
     for number, row in enumerate(columns.tolist()):
@@ -47,7 +49,7 @@ def reasons_of(found: DuplicateCodes) -> list[str | None]:
 
 
 def random_columns(documents: int, bands: int, seed: int = 0, common: float = 0.02) -> Hashes:
-    """Hashes of which some are equal, one of them very often, and some take no part."""
+    """Return random hashes, of which some repeat, one of them very often, and some are 0."""
     rng = np.random.default_rng(seed)
     pool = rng.integers(1, 2**64, 3 * documents, np.uint64)
     columns: Hashes = pool[rng.integers(0, len(pool), (documents, 1 + bands))]
@@ -57,13 +59,13 @@ def random_columns(documents: int, bands: int, seed: int = 0, common: float = 0.
     return columns
 
 
-def test_many_parts_few_parts_and_a_dictionary_agree(tmp_path: Path) -> None:
-    columns, cuts, parts = random_columns(40_000, bands=3), [0, 13_000, 13_001, 30_000], 7
-    edges = [max(1, min(2**64 - 1, (part << 64) // parts + off)) for part in range(parts + 1) for off in (-1, 0, 1)]
+def test_many_ranges_few_ranges_and_a_dictionary_agree(tmp_path: Path) -> None:
+    columns, bounds, n_ranges = random_columns(40_000, bands=3), [0, 13_000, 13_001, 30_000], 7
+    edges = [max(1, min(2**64 - 1, (i << 64) // n_ranges + off)) for i in range(n_ranges + 1) for off in (-1, 0, 1)]
     columns[[*range(len(edges)), *range(-len(edges), 0)], 1] = np.array(edges * 2, np.uint64)
     sources = ["empty", "web", "web", "code", "code"]
-    files = write(tmp_path, columns, cuts)
-    names = np.repeat(sources, np.diff([0, *cuts, 40_000])).tolist()
+    files = write(tmp_path, columns, bounds)
+    names = np.repeat(sources, np.diff([0, *bounds, 40_000])).tolist()
     expected = oracle(columns, names)
     shares: list[float] = []
     for memory_mb in (0.01, 1000.0):
@@ -73,8 +75,8 @@ def test_many_parts_few_parts_and_a_dictionary_agree(tmp_path: Path) -> None:
     assert len(set(expected)) == 5
     assert all(expected[-len(edges) :])
     assert shares.count(1.0) == 2
-    assert len(shares) == 4 * parts + 4
-    assert shares[: 4 * parts] == sorted(shares[: 4 * parts])
+    assert len(shares) == 4 * n_ranges + 4
+    assert shares[: 4 * n_ranges] == sorted(shares[: 4 * n_ranges])
 
 
 def test_half_of_all_documents_may_be_the_same(tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_half_of_all_documents_may_be_the_same(tmp_path: Path) -> None:
     assert reasons_of(found) == oracle(columns, ["a"] * 50_000 + ["b"] * 10_000)
 
 
-def test_the_cuts_between_files_decide_nothing(tmp_path: Path) -> None:
+def test_the_split_into_files_does_not_matter(tmp_path: Path) -> None:
     columns = random_columns(5000, bands=2)
     one = find_duplicates(write(tmp_path / "one", columns, []), ["a"], settings(2))
     many = find_duplicates(write(tmp_path / "many", columns, range(100, 5000, 100)), ["a"] * 50, settings(2))
@@ -109,7 +111,7 @@ def test_two_million_signatures_are_compared_within_the_memory(tmp_path: Path, c
     assert peak(200) > 2 * memory_mb
 
 
-def test_the_first_is_kept_and_one_that_is_dropped_still_counts(tmp_path: Path) -> None:
+def test_the_first_is_kept_and_a_dropped_one_still_counts(tmp_path: Path) -> None:
     columns = np.array(
         [[1, 11, 21], [2, 11, 22], [3, 12, 22], [3, 13, 23], [4, 14, 24], [0, 0, 0], [0, 0, 0]], np.uint64
     )
@@ -136,14 +138,14 @@ def test_nothing_has_no_duplicates(tmp_path: Path) -> None:
     assert [len(codes) for codes in find_duplicates(files, ["a"] * 3, settings(2)).codes] == [0, 0, 0]
 
 
-def test_documents_that_filters_dropped_take_no_part(tmp_path: Path) -> None:
+def test_documents_that_filters_dropped_are_not_compared(tmp_path: Path) -> None:
     hashes, file = np.array([5, 5, 5], np.uint64), tmp_path / "a.signatures"
     write_signatures(file, hashes, hashes[:, None], np.array([False, True, True]))
     assert reasons_of(find_duplicates([file], ["a"], settings(1))) == [None, None, "exact_duplicate: a"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.signatures"]
 
 
-def test_two_hundred_sources_are_told_apart(tmp_path: Path) -> None:
+def test_two_hundred_sources_are_distinguished(tmp_path: Path) -> None:
     columns = np.repeat(np.arange(1, 201, dtype=np.uint64), 2)[:, None] * np.array([1, 1000], np.uint64)
     names = [f"s{i}" for i in range(200)]
     found = find_duplicates(write(tmp_path, columns, range(2, 400, 2)), names, settings(1))
@@ -154,16 +156,16 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     (file,) = write(tmp_path, random_columns(100, bands=2), [])
     with pytest.raises(DataError, match=r"000\.signatures: has shape \(3, 100\), not 15 rows"):
         find_duplicates([file], ["a"], settings(14))
-    whole = file.read_bytes()
+    intact = file.read_bytes()
     for content, message in (
-        (whole[:-8], "has 2520 bytes, not 2528"),
-        (whole[:50], "not a signature file"),
+        (intact[:-8], "has 2520 bytes, not 2528"),
+        (intact[:50], "not a signature file"),
         (b"", "not a signature file"),
     ):
         file.write_bytes(content)
         with pytest.raises(DataError, match=rf"000\.signatures: {message}.*; remove it and prepare again"):
             find_duplicates([file], ["a"], settings(2))
-    file.write_bytes(whole)
+    file.write_bytes(intact)
     with pytest.raises(ValueError, match="must be consecutive, got a, b, a"):
         find_duplicates([file] * 3, ["a", "b", "a"], settings(2))
 
@@ -173,9 +175,10 @@ PAIRS, DOCUMENTS = 5000, 50_000
 
 @pytest.fixture(scope="module")
 def planted() -> tuple[list[str], dict[float, NDArray[np.int64]]]:
-    """50,000 documents of 60 to 120 words, and by similarity the numbers of planted pairs, earlier one first, [pairs, 2].
+    """Return 50,000 documents of 60 to 120 words, and by similarity the indices of planted pairs, [pairs, 2],
+    ascending.
 
-    The two of a pair have their first words in common, as many as it takes.
+    The documents of a pair share as many first words as the similarity requires.
     """
     rng = np.random.default_rng(7)
     vocabulary = np.array(["".join(letters) for letters in rng.choice(list("abcdefghijklmnopqrstuvwxyz"), (20_000, 6))])
@@ -200,16 +203,18 @@ def shingles(text: str) -> set[tuple[str, ...]]:
     return set(zip(*(words[i:] for i in range(5)), strict=False))
 
 
-def found_of(
+def found_fractions(
     folder: Path, texts: list[str], pairs: dict[float, NDArray[np.int64]], bands: int, rows: int
 ) -> dict[float, float]:
-    """Share of the pairs whose second document is dropped, by similarity; under -1 that of the documents in no pair."""
-    signer, files = MinHasher(5, bands, rows), []
+    """Return the fraction of pairs whose second document is dropped, by similarity; under -1 that of documents in no
+    pair.
+    """
+    min_hasher, files = MinHasher(5, bands, rows), []
     for start in range(0, len(texts), 10_000):
         batch = texts[start : start + 10_000]
         files.append(folder / f"{start}.signatures")
         hashes = np.array([text_hash(text) for text in batch], np.uint64)
-        write_signatures(files[-1], hashes, signer.hash_bands(batch), np.ones(len(batch), np.bool_))
+        write_signatures(files[-1], hashes, min_hasher.hash_bands(batch), np.ones(len(batch), np.bool_))
     config = DedupConfig(exact=True, minhash=True, bands=bands, rows=rows, memory_mb=1)
     dropped = np.concatenate(find_duplicates(files, ["a", "a", "b", "b", "b"], config).codes) > 0
     planted = np.concatenate([numbers.ravel() for numbers in pairs.values()])
@@ -227,8 +232,8 @@ def test_planted_near_duplicates_are_found_and_others_are_not(
         both = [(shingles(texts[first]), shingles(texts[second])) for first, second in numbers[:1500].tolist()]
         true = np.array([len(a & b) / len(a | b) for a, b in both])
         assert abs(true.mean() - jaccard) < 0.002
-        assert np.abs(true - jaccard).max() < 0.03  # words after the common ones may be equal by chance
-    found = found_of(tmp_path, texts, pairs, bands=14, rows=8)
+        assert np.abs(true - jaccard).max() < 0.03  # words after the shared ones may be equal by chance
+    found = found_fractions(tmp_path, texts, pairs, bands=14, rows=8)
     print(
         f"\nof the pairs at 0.85 found {found[0.85]:.2%}, at 0.4 {found[0.4]:.2%}, of other documents {found[-1]:.2%}"
     )
@@ -240,8 +245,8 @@ def test_planted_near_duplicates_are_found_and_others_are_not(
         assert abs(found[jaccard] - expected) < 4 * (expected * (1 - expected) / PAIRS) ** 0.5 + 0.002
 
 
-def test_the_planted_pairs_notice_bands_that_are_too_few_or_too_wide(
+def test_the_planted_pairs_detect_wrong_numbers_of_bands_and_rows(
     tmp_path: Path, planted: tuple[list[str], dict[float, NDArray[np.int64]]]
 ) -> None:
-    assert found_of(tmp_path, *planted, bands=14, rows=4)[0.4] > 0.1
-    assert found_of(tmp_path, *planted, bands=4, rows=8)[0.85] < 0.8
+    assert found_fractions(tmp_path, *planted, bands=14, rows=4)[0.4] > 0.1
+    assert found_fractions(tmp_path, *planted, bands=4, rows=8)[0.85] < 0.8

@@ -26,12 +26,12 @@ MIXED = st.lists(WRITTEN_OUT | st.text(), max_size=8).map("".join)
 
 
 class PanicException(BaseException):
-    """What a panic in Rust code is in Python: no Exception."""
+    """Like a panic in Rust code, which in Python is not an Exception."""
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    """Each test loads gigatoken anew."""
+    """Make each test load gigatoken anew."""
     encoder._checked_giga.cache_clear()
 
 
@@ -41,7 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def with_tokens(path: Path, tokenizer: Tokenizer, *tokens: tuple[str, bool]) -> Tokenizer:
-    """The tokenizer with more added tokens, (content, special), which are not in the vocabulary of its model."""
+    """Return the tokenizer with further added tokens, (content, special), which are not in its model's vocabulary."""
     config = json.loads(tokenizer.to_json())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     config["added_tokens"] += [
@@ -59,7 +59,7 @@ def rows(encoded: tuple[Any, Any]) -> list[list[int]]:
 
 @settings(deadline=None)
 @given(texts=st.lists(MIXED, max_size=5))
-def test_both_back_ends_give_the_ids_of_the_tokenizer_and_never_a_special_one(
+def test_both_libraries_give_the_ids_of_the_tokenizer_and_never_a_special_one(
     tokenizer: Tokenizer, texts: list[str]
 ) -> None:
     expected = [tokenizer.encode(text) for text in texts]
@@ -80,7 +80,9 @@ def test_gigatoken_is_chosen_where_its_ids_are_the_same(tokenizer: Tokenizer) ->
     assert rows(chosen.encode(["", "a", ""]))[::2] == [[], []]
 
 
-def test_special_and_other_added_tokens_are_text_and_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_special_tokens_are_encoded_as_text_and_other_added_tokens_as_tokens(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     more = with_tokens(tmp_path, tokenizer, ("<|im_start|>", True), ("<tool>", False), ("<|im_start|>system", True))
     chosen, _ = select_encoder(more, TEXTS)
     assert chosen.name == "gigatoken"
@@ -100,7 +102,7 @@ def test_a_token_that_overlaps_a_special_one_gives_the_ids_of_the_reference(
     texts = ["<|im_start|>x", "x<|im_start|>", "a|>x<|im_start|>im_start"]
     expected = [more.encode(text) for text in texts]
     assert rows(chosen.encode(texts)) == expected
-    if chosen.name == "tokenizers":  # the control: the other one is wrong on some of these
+    if chosen.name == "tokenizers":  # control: gigatoken is wrong on some of these
         assert rows(GigaEncoder(more).try_encode(texts)) != expected
 
 
@@ -117,7 +119,7 @@ def test_hard_strings_hold_the_overlaps_of_special_tokens_with_others() -> None:
 
 @pytest.mark.parametrize("name", ["<|a{}|>", "a{}a"])
 def test_hard_strings_grow_as_the_tokens_do(name: str) -> None:
-    """Not as their square: of tokens that all overlap each other, each meets one other at each of its ends."""
+    """The number of texts grows linearly: each token is combined with one other for each of its suffixes."""
     added = [{"content": name.format(1000 + i), "special": i % 2 == 0} for i in range(2000)]
     texts = hard_strings_for({"added_tokens": added})
     overlapping = len(texts) - 6 * len(added)
@@ -125,9 +127,9 @@ def test_hard_strings_grow_as_the_tokens_do(name: str) -> None:
     assert name.startswith("<") or "a1000a1001a" in texts
 
 
-@pytest.mark.parametrize(("wrong", "told"), [(TEXTS, "'def step_7(loss"), (HARD_STRINGS, "'0 12 123 1234567890")])
-def test_another_id_in_the_data_or_in_a_hard_string_falls_back_and_names_the_text(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, wrong: list[str], told: str
+@pytest.mark.parametrize(("wrong", "quoted"), [(TEXTS, "'def step_7(loss"), (HARD_STRINGS, "'0 12 123 1234567890")])
+def test_a_wrong_id_in_the_data_or_in_a_hard_string_falls_back_and_names_the_text(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, wrong: list[str], quoted: str
 ) -> None:
     true_encode = GigaEncoder.try_encode
 
@@ -140,10 +142,10 @@ def test_another_id_in_the_data_or_in_a_hard_string_falls_back_and_names_the_tex
     monkeypatch.setattr(GigaEncoder, "try_encode", off_by_one)
     chosen, why = select_encoder(tokenizer, TEXTS)
     assert chosen.name == "tokenizers"
-    assert why.startswith("tokenizers: gigatoken gives other ids, first for " + told)
+    assert why.startswith("tokenizers: gigatoken gives other ids, first for " + quoted)
 
 
-def test_a_tokenizer_that_gigatoken_does_not_know_falls_back(tmp_path: Path) -> None:
+def test_a_tokenizer_that_gigatoken_does_not_support_falls_back(tmp_path: Path) -> None:
     unigram = train_tokenizer(TEXTS, 400, tmp_path / "tokenizer.json", "unigram")
     chosen, why = select_encoder(unigram, TEXTS)
     assert (chosen.name, why.split(" (")[0]) == ("tokenizers", "tokenizers: gigatoken cannot load this tokenizer")
@@ -169,16 +171,14 @@ def test_a_panic_falls_back_at_any_time(
     monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", panic)
     chosen, why = select_encoder(tokenizer, TEXTS)
     assert chosen.name == "tokenizers"
-    assert (
-        why
-        == f"tokenizers: gigatoken broke on a text ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    )
+    detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+    assert why == f"tokenizers: gigatoken broke on a text ({detail})"
     assert rows(giga.encode(TEXTS)) == tokenizer.encode_batch(TEXTS)
     assert giga.failures == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
-def test_an_interrupt_is_no_failure_of_gigatoken(
+def test_an_interrupt_is_not_a_failure_of_gigatoken(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def stop(*args: object, **kwargs: object) -> None:
@@ -189,7 +189,9 @@ def test_an_interrupt_is_no_failure_of_gigatoken(
         select_encoder(tokenizer, TEXTS)
 
 
-def test_it_starts_afresh_when_its_memory_has_grown(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_loaded_anew_when_its_memory_has_grown(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     giga = GigaEncoder(tokenizer)
     monkeypatch.setattr(encoder, "_CACHE_BYTES", 8 << 20)
     rng, loaded, backends = np.random.default_rng(0), giga._backend, set[int]()

@@ -1,4 +1,4 @@
-"""Which files a source means: links, files of equal names, files given twice, versions, and what drivers raise."""
+"""Listing the files of a source: links, equal names, files given twice, versions, and errors of drivers."""
 
 import os
 from dataclasses import dataclass, field
@@ -33,7 +33,9 @@ def write(*files: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A folder as huggingface_hub writes it: names that are links to blobs, one of them in a folder that is a link itself."""
+    """A folder as huggingface_hub writes it: names are links to blobs, and one of them is in a folder that is a
+    link.
+    """
     write(tmp_path / "blobs" / "1a", tmp_path / "blobs" / "2b", tmp_path / "elsewhere" / "plain.txt")
     (tmp_path / "snapshot" / "data").mkdir(parents=True)
     (tmp_path / "snapshot" / "data" / "x.txt").symlink_to("../../blobs/1a")
@@ -42,7 +44,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "snapshot"
 
 
-def test_links_to_files_and_folders_are_read_as_what_they_lead_to(cache: Path) -> None:
+def test_links_to_files_and_folders_are_followed(cache: Path) -> None:
     found = listed(cache)
     assert [file.name for file in found] == ["data/x.txt", "linked/plain.txt", "linked/y.txt"]
     assert [file.size for file in found] == [2, 9, 2]
@@ -71,13 +73,13 @@ def test_globs_follow_links_as_folders_do(cache: Path, glob: str, expected: list
     assert names(cache / glob) == expected
 
 
-def test_the_linked_files_are_those_that_fsspec_takes_for_neither_file_nor_folder(cache: Path) -> None:
+def test_fsspec_lists_linked_files_as_neither_file_nor_folder(cache: Path) -> None:
     fs = fsspec.filesystem("file")
     assert [info["type"] for info in fs.ls(cache / "data", detail=True)] == ["other"]
     assert fs.glob(str(cache / "*" / "plain.txt")) == []
 
 
-def test_a_link_back_to_a_folder_above_ends_and_one_to_a_folder_beside_does_not(tmp_path: Path) -> None:
+def test_a_link_to_a_parent_folder_is_skipped_and_one_to_a_sibling_is_followed(tmp_path: Path) -> None:
     write(tmp_path / "a" / "x.txt", tmp_path / "b" / "y.txt")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "a" / "self").symlink_to(".")
@@ -88,9 +90,9 @@ def test_a_link_back_to_a_folder_above_ends_and_one_to_a_folder_beside_does_not(
 
 
 @pytest.mark.parametrize("target", ["nowhere", "gone.txt"])
-def test_a_link_that_leads_nowhere_is_named_unless_it_is_excluded(tmp_path: Path, target: str) -> None:
+def test_a_broken_link_is_named_unless_it_is_excluded(tmp_path: Path, target: str) -> None:
     write(tmp_path / "x.txt")
-    (tmp_path / "gone.txt").symlink_to(target)  # the second leads to itself
+    (tmp_path / "gone.txt").symlink_to(target)  # the second link points to itself
     for given in (tmp_path, tmp_path / "*.txt"):
         with pytest.raises(DataError, match=r"gone\.txt is a broken link; .*exclude"):
             listed(given)
@@ -98,14 +100,14 @@ def test_a_link_that_leads_nowhere_is_named_unless_it_is_excluded(tmp_path: Path
     assert names(tmp_path / "x*.txt") == ["x.txt"]
 
 
-def test_a_dangling_link_that_would_not_be_read_is_no_matter(tmp_path: Path) -> None:
+def test_a_broken_link_that_would_not_be_read_is_ignored(tmp_path: Path) -> None:
     write(tmp_path / "x.txt")
-    for name in (".#x.txt", "latest"):  # the first is how an editor locks a file
+    for name in (".#x.txt", "latest"):  # `.#x.txt` is an editor's lock file
         (tmp_path / name).symlink_to("gone")
     assert names(tmp_path) == ["x.txt"]
 
 
-def test_excluded_folders_are_not_looked_into_by_globs_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_globs_do_not_look_into_excluded_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt", tmp_path / "c" / "deep" / "x.txt")
     looked: list[str] = []
     fs = fsspec.filesystem("file")
@@ -120,7 +122,7 @@ def test_excluded_folders_are_not_looked_into_by_globs_either(tmp_path: Path, mo
     assert sorted(looked) == sorted([tmp_path.name, "a", "c"])
 
 
-def test_equal_names_below_two_entries_become_different_and_an_appended_entry_changes_no_name(tmp_path: Path) -> None:
+def test_equal_names_of_two_entries_become_unique_and_an_appended_entry_changes_no_name(tmp_path: Path) -> None:
     a, b, c = (tmp_path / name / "data" for name in "abc")
     write(a / "x.txt", a / "only.txt", b / "x.txt", b / "data" / "x.txt", c / "x.txt", c / "y.txt")
     assert names(a) == ["only.txt", "x.txt"]
@@ -147,7 +149,7 @@ def test_a_file_given_twice_is_named_with_both_entries(tmp_path: Path, entries: 
     assert len(listed(first, tmp_path / "b")) == len(listed(second, tmp_path / "b")) == 2
 
 
-def test_a_data_set_given_twice_is_named_and_the_rows_of_two_have_different_ids(tmp_path: Path) -> None:
+def test_a_dataset_given_twice_is_named_and_the_rows_of_two_have_different_ids(tmp_path: Path) -> None:
     paths = tuple(str(tmp_path / name / "data") for name in "abc")
     for path in paths:
         write(Path(path) / "x.jsonl")
@@ -163,7 +165,7 @@ def test_a_data_set_given_twice_is_named_and_the_rows_of_two_have_different_ids(
         list_files(SourceConfig(kind="hf", paths=(*paths, paths[0])))
 
 
-def test_the_version_of_a_file_changes_when_it_is_written_anew_and_not_before(tmp_path: Path) -> None:
+def test_the_version_of_a_file_changes_only_when_it_is_rewritten(tmp_path: Path) -> None:
     file = tmp_path / "x.txt"
     write(file)
     (tmp_path / "link.txt").symlink_to(file)
@@ -173,7 +175,7 @@ def test_the_version_of_a_file_changes_when_it_is_written_anew_and_not_before(tm
     after = listed(tmp_path)
     assert [file.size for file in after] == [file.size for file in before]
     assert all(new.version != old.version for new, old in zip(after, before, strict=True))
-    assert files.describe_files(after) == files.describe_files(before)  # which goes into the recipe
+    assert files.describe_files(after) == files.describe_files(before)  # this description goes into the recipe
     memory = fsspec.filesystem("memory")
     memory.pipe("/versions/x.txt", b"one")
     (first,) = listed("memory://versions")
@@ -183,29 +185,31 @@ def test_the_version_of_a_file_changes_when_it_is_written_anew_and_not_before(tm
 
 
 @dataclass
-class Far:
-    """What a remote file system does: its listing holds `more` beside name, type and size, and folders called `locked` raise `error`."""
+class Remote:
+    """A remote file system: listings have `more` keys besides name, type and size; folders named `locked` raise
+    `error`.
+    """
 
     more: dict[str, object] = field(default_factory=dict)
     error: Exception = field(default_factory=OSError)
 
 
 @pytest.fixture
-def far(monkeypatch: pytest.MonkeyPatch) -> Far:
-    """Of the address memory://far."""
+def remote(monkeypatch: pytest.MonkeyPatch) -> Remote:
+    """The file system of memory://far."""
     fsspec.filesystem("memory").pipe({"/far/x.txt": b"x", "/far/locked/y.txt": b"y"})
-    far, real = Far(), MemoryFileSystem.ls
+    remote, real = Remote(), MemoryFileSystem.ls
 
     def ls(fs: MemoryFileSystem, path: str, detail: bool = True, **more: object) -> list[dict[str, object]]:
         if path.endswith("locked"):
-            raise far.error
+            raise remote.error
         return [
-            {key: info[key] for key in ("name", "type", "size")} | far.more
+            {key: info[key] for key in ("name", "type", "size")} | remote.more
             for info in real(fs, path, detail=True, **more)
         ]
 
     monkeypatch.setattr(MemoryFileSystem, "ls", ls)
-    return far
+    return remote
 
 
 @pytest.mark.parametrize(
@@ -218,27 +222,27 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Far:
         ({}, ""),
     ],
 )
-def test_the_version_of_a_remote_file_is_the_surest_that_is_known(
-    far: Far, more: dict[str, object], version: str
+def test_the_version_of_a_remote_file_is_the_most_reliable_one_known(
+    remote: Remote, more: dict[str, object], version: str
 ) -> None:
-    far.more = more
+    remote.more = more
     assert [file.version for file in listed("memory://far", exclude=["locked"])] == [version]
 
 
 class DriverError(Exception):
-    """As those of botocore or aiohttp: no OSError."""
+    """An error like those of botocore or aiohttp, which are not OSErrors."""
 
 
 @pytest.mark.parametrize("error", [DriverError("no\ncredentials"), PermissionError("no credentials")])
-def test_what_a_driver_raises_on_a_folder_below_is_one_line(far: Far, error: Exception) -> None:
-    far.error = error
+def test_an_error_of_a_driver_on_a_subfolder_is_one_line(remote: Remote, error: Exception) -> None:
+    remote.error = error
     with pytest.raises(DataError, match=r"^data\.sources: cannot read memory://far: no credentials; check `paths`"):
         listed("memory://far")
     assert names("memory://far", exclude=["locked"]) == ["x.txt"]
 
 
 @pytest.mark.parametrize("error", [DriverError("broken\npipe"), OSError("broken pipe")])
-def test_what_a_driver_raises_while_a_file_is_read_is_one_line(
+def test_an_error_of_a_driver_while_reading_a_file_is_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec.filesystem("memory").pipe("/far/x.txt", b"x")
@@ -255,13 +259,13 @@ def test_what_a_driver_raises_while_a_file_is_read_is_one_line(
         list(read_chunk(chunk, source))
 
 
-def test_a_mistake_in_the_code_is_not_taken_for_bad_input(far: Far) -> None:
-    far.error = TypeError("a mistake")
+def test_a_bug_in_our_code_is_not_reported_as_bad_input(remote: Remote) -> None:
+    remote.error = TypeError("a mistake")
     with pytest.raises(TypeError, match="a mistake"):
         listed("memory://far")
 
 
-def test_a_missing_driver_is_told_with_the_package_to_install() -> None:
+def test_a_missing_driver_is_reported_with_the_package_to_install() -> None:
     for given, package in {
         "s3://bucket/x": "s3fs",
         "gs://bucket/x": "gcsfs",
@@ -272,12 +276,12 @@ def test_a_missing_driver_is_told_with_the_package_to_install() -> None:
             listed(given)
 
 
-def test_the_version_of_a_data_set_follows_its_files_or_its_commit_and_is_empty_offline(
+def test_the_version_of_a_dataset_depends_on_its_files_or_commit_and_is_empty_offline(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = dataset_version(str(cache))
     assert dataset_version(str(cache)) == before != ""
-    os.utime(cache / "data" / "x.txt", ns=(0, 10**18))  # of the blob
+    os.utime(cache / "data" / "x.txt", ns=(0, 10**18))  # changes the blob
     assert dataset_version(str(cache)) != before
     of_file = dataset_version(str(cache / "data" / "x.txt"))
     os.utime(cache / "data" / "x.txt", ns=(0, 2 * 10**18))
@@ -305,14 +309,12 @@ def test_the_version_of_a_data_set_follows_its_files_or_its_commit_and_is_empty_
         dataset_version("someone/something")
 
 
-PASSED_OVER = ("b.json", "c.JSONL", "d.ndjson", "e.json.gz")
+SKIPPED = ("b.json", "c.JSONL", "d.ndjson", "e.json.gz")
 
 
 @pytest.mark.parametrize("place", ["folder", "memory"])
-def test_files_of_a_folder_that_are_passed_over_are_counted_by_ending_with_the_names_of_a_few(
-    tmp_path: Path, place: str
-) -> None:
-    names = ("a.jsonl", *PASSED_OVER, "z/f.json", ".hidden/x.json", ".DS_Store", "z/_SUCCESS", "left/g.json")
+def test_skipped_files_of_a_folder_are_counted_by_extension_with_the_names_of_a_few(tmp_path: Path, place: str) -> None:
+    names = ("a.jsonl", *SKIPPED, "z/f.json", ".hidden/x.json", ".DS_Store", "z/_SUCCESS", "left/g.json")
     folder = f"memory://{tmp_path}" if place == "memory" else str(tmp_path)
     for name in names:
         with fsspec.open(f"{folder}/{name}", "wb", auto_mkdir=True) as stream:
@@ -323,14 +325,14 @@ def test_files_of_a_folder_that_are_passed_over_are_counted_by_ending_with_the_n
 
     here = found(folder, exclude=["left"])
     assert [file.name for file in here.files] == ["a.jsonl"]
-    assert [Path(path).name for path in here.skipped] == [*PASSED_OVER, "f.json"]
-    told = "5 files (2 .json, 1 .JSONL, 1 .json.gz, 1 .ndjson), b.json, c.JSONL, d.ndjson, e.json.gz and f.json"
-    assert files.summarize_paths(here.skipped) == told
+    assert [Path(path).name for path in here.skipped] == [*SKIPPED, "f.json"]
+    summary = "5 files (2 .json, 1 .JSONL, 1 .json.gz, 1 .ndjson), b.json, c.JSONL, d.ndjson, e.json.gz and f.json"
+    assert files.summarize_paths(here.skipped) == summary
     assert len(found(folder).skipped) == 6
     assert found(folder, exclude=["left", "*.json", "c.*"]).skipped == [
-        f"{here.files[0].path[:-7]}{name}" for name in PASSED_OVER[2:]
+        f"{here.files[0].path[:-7]}{name}" for name in SKIPPED[2:]
     ]
-    assert found(f"{folder}/*.jsonl").skipped == []  # whoever writes a glob has chosen
+    assert found(f"{folder}/*.jsonl").skipped == []  # a glob is a choice, so nothing is reported
     more = found(folder, f"{folder}/b.json", f"{folder}/c.JSONL", exclude=["left"])
     assert [file.name for file in more.files] == ["a.jsonl", "b.json", "c.JSONL"]
     assert [Path(path).name for path in more.skipped] == ["d.ndjson", "e.json.gz", "f.json"]
@@ -343,12 +345,12 @@ def test_files_of_a_folder_that_are_passed_over_are_counted_by_ending_with_the_n
 
 def test_a_note_on_many_files_is_short_and_printable() -> None:
     names = [f"{i}.{ending}" for i, ending in enumerate(["a"] * 4 + ["b"] * 3 + ["c", "d", "e", "f", "g.gz"])]
-    told = files.summarize_paths([*names, "x/a\nb\udcff"])
-    assert told == ("13 files (4 .a, 3 .b, 1 .c, 1 .d, 1 .e, 3 others), such as 0.a, 1.a, 2.a, 3.a and 4.b")
+    summary = files.summarize_paths([*names, "x/a\nb\udcff"])
+    assert summary == ("13 files (4 .a, 3 .b, 1 .c, 1 .d, 1 .e, 3 others), such as 0.a, 1.a, 2.a, 3.a and 4.b")
     assert files.summarize_paths(["x/a\nb\udcff"]) == "1 file (1 without an ending), a\\nb\\udcff"
 
 
-def test_what_is_no_file_is_passed_over_by_name(tmp_path: Path) -> None:
+def test_special_files_are_skipped_by_name(tmp_path: Path) -> None:
     write(tmp_path / "x.txt")
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "folder.txt").mkdir()
@@ -357,20 +359,20 @@ def test_what_is_no_file_is_passed_over_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["memory://far", "memory://far/*/y.txt", "memory://far/**/*.txt"])
-def test_a_folder_that_may_not_be_read_is_an_error_for_folders_and_globs_alike(
-    far: Far, given: str, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_without_read_permission_is_an_error_for_folders_and_globs(
+    remote: Remote, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         MemoryFileSystem, "find", fsspec.AbstractFileSystem.find
-    )  # which passes over what it may not list
+    )  # fsspec's glob skips folders that it may not list
     assert fsspec.filesystem("memory").glob("/far/*/y.txt") == []
-    far.error = PermissionError("no permission")
+    remote.error = PermissionError("no permission")
     with pytest.raises(DataError, match=r"^data\.sources: cannot read memory://far.*: no permission; check `paths`"):
         listed(given)
-    assert names("memory://far/*.txt") == ["x.txt"]  # which need not look there
+    assert names("memory://far/*.txt") == ["x.txt"]  # this glob does not need to look into the locked folder
 
 
-def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_read_permission_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "x.txt")
     source = SourceConfig(kind="text", paths=(str(tmp_path),))
     (chunk,) = split_into_chunks(0, "s", source, list_files(source), 1000)
@@ -387,14 +389,14 @@ def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: py
 
 
 def test_object_stores_answer_a_glob_by_one_listing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An own walk would ask for every folder of `hf://datasets/ORG/NAME/**/*.parquet`."""
+    """Our own walk would list every folder of `hf://datasets/ORG/NAME/**/*.parquet`."""
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/store/{i}/x.txt": b"x" for i in range(3)})
-    asked: list[str] = []
+    listed_folders: list[str] = []
     real_ls, real_find = MemoryFileSystem.ls, MemoryFileSystem.find
 
     def ls(fs: MemoryFileSystem, path: str, *given: object, **more: object) -> object:
-        asked.append(path)
+        listed_folders.append(path)
         return real_ls(fs, path, *given, **more)
 
     def find(fs: MemoryFileSystem, path: str, *given: object, **more: object) -> object:
@@ -406,8 +408,8 @@ def test_object_stores_answer_a_glob_by_one_listing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(MemoryFileSystem, "find", fsspec.AbstractFileSystem.find)
     expected = [f"{i}/x.txt" for i in range(3)]
     assert names("memory://store/**/*.txt") == expected
-    assert len(asked) == 4  # the folder and those in it
-    asked.clear()
+    assert len(listed_folders) == 4  # the folder and its subfolders
+    listed_folders.clear()
     monkeypatch.setattr(MemoryFileSystem, "find", find)
     assert names("memory://store/**/*.txt") == expected
-    assert asked == []
+    assert listed_folders == []

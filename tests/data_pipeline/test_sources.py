@@ -46,7 +46,7 @@ def jsonl(rows: list[dict[str, object]]) -> bytes:
 
 
 def arrow(table: pa.Table, ending: str, max_rows: int | None = None) -> bytes:
-    """`arrow` is the file format, `arrows` the stream."""
+    """Write a table in the file format (`arrow`) or the streaming format (`arrows`)."""
     sink = pa.BufferOutputStream()
     with (pa.ipc.new_file if ending == "arrow" else pa.ipc.new_stream)(sink, table.schema) as writer:
         writer.write_table(table, max_rows)
@@ -98,14 +98,14 @@ def test_jsonl_reads_the_same_plain_and_compressed(tmp_path: Path, ending: str) 
     ("ending", "compress", "message"),
     [("gz", gzip.compress, "corrupt"), ("zst", zstandard.compress, "the last zstd frame is cut off")],
 )
-def test_all_members_of_a_compressed_file_are_read_and_a_cut_one_is_an_error(
+def test_all_members_of_a_compressed_file_are_read_and_a_truncated_one_is_an_error(
     tmp_path: Path, ending: str, compress: Callable[[bytes], bytes], message: str
 ) -> None:
-    whole = compress(jsonl(ROWS)) + compress(jsonl(ROWS[:2]))
+    compressed = compress(jsonl(ROWS)) + compress(jsonl(ROWS[:2]))
     file = tmp_path / f"x.jsonl.{ending}"
-    file.write_bytes(whole)
+    file.write_bytes(compressed)
     assert len(read("jsonl", file)) == 5
-    file.write_bytes(whole[:-9])
+    file.write_bytes(compressed[:-9])
     with pytest.raises(DataError, match=rf"x\.jsonl\.{ending}: cannot be read.*{message}"):
         read("jsonl", file)
 
@@ -116,7 +116,7 @@ def test_a_zst_file_with_a_long_window_is_read(tmp_path: Path) -> None:
         compression_params=zstandard.ZstdCompressionParameters(window_log=28, **small)
     ).compressobj()
     raw = packer.compress(jsonl(ROWS)) + packer.flush()
-    assert zstandard.get_frame_parameters(raw).window_size > 1 << 27  # which zstandard refuses unless told
+    assert zstandard.get_frame_parameters(raw).window_size > 1 << 27  # by default zstandard refuses such a window
     (tmp_path / "x.jsonl.zst").write_bytes(raw)
     assert len(texts("jsonl", tmp_path)) == 3
 
@@ -127,9 +127,7 @@ def test_long_lines_cross_the_read_buffer_intact(tmp_path: Path) -> None:
     assert texts("jsonl", tmp_path) == [row["text"] for row in rows]
 
 
-@pytest.mark.timeout(
-    20
-)  # joining the line again at each of its 16,384 blocks would copy 512 GB: minutes; joining it once takes a moment
+@pytest.mark.timeout(20)  # joining the line at each of its 16,384 blocks would copy 512 GB, which takes minutes
 def test_the_work_for_a_line_of_64_mb_is_linear_in_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_BLOCK", 4096)
     size = 64 << 20
@@ -155,7 +153,7 @@ def test_all_kinds_give_the_same_documents(tmp_path: Path) -> None:
     assert texts("parquet", tmp_path / "hub") == expected
     assert texts("arrow", tmp_path / "x.arrow") == expected
     assert texts("arrow", tmp_path / "x.arrows") == expected
-    assert texts("arrow", tmp_path / "saved") == expected  # the files of datasets' own cache look like these
+    assert texts("arrow", tmp_path / "saved") == expected  # the files in the cache of `datasets` look like these
     for streaming in (True, False):
         assert texts("hf", tmp_path / "hub", streaming=streaming) == expected
     assert texts("hf", tmp_path / "saved") == expected
@@ -183,7 +181,7 @@ ROWS_WITH_KEYS = [{"text": "x", "key": "a"}, {"text": "y", "key": None}, {"text"
 
 
 def written(folder: Path, rows: list[dict[str, object]]) -> dict[str, Path]:
-    """The rows as a file of each kind of rows: {kind: path}. For `hf` a folder of parquet."""
+    """Write the rows as a file of each kind that has rows, {kind: path}. For `hf` it is a folder of parquet."""
     table = pa.Table.from_pylist(rows)
     (folder / "hub").mkdir()
     (folder / "x.jsonl").write_bytes(jsonl(rows))
@@ -197,13 +195,13 @@ def written(folder: Path, rows: list[dict[str, object]]) -> dict[str, Path]:
     }
 
 
-def test_id_field_names_the_documents_and_a_null_id_is_told_by_file_and_position(tmp_path: Path) -> None:
+def test_id_field_gives_the_ids_and_a_null_id_becomes_file_and_position(tmp_path: Path) -> None:
     unnamed = {"jsonl": "x.jsonl@26", "arrow": "x.arrow:1", "parquet": "x.parquet:1", "hf": "train:1"}
     for kind, path in written(tmp_path, ROWS_WITH_KEYS).items():
         assert ids(kind, path, id_field="key") == ["a", unnamed[kind], "7"]
 
 
-def test_metadata_goes_along_and_what_is_absent_is_none(tmp_path: Path) -> None:
+def test_metadata_is_read_and_absent_fields_are_none(tmp_path: Path) -> None:
     rows = [
         {"text": "x", "url": "http://a", "n": 1, "more": {"k": [2]}},
         {"text": "y", "url": None, "n": 2, "more": None},
@@ -225,7 +223,7 @@ def test_a_metadata_field_may_be_the_text_or_the_id(tmp_path: Path, kind: str) -
     ]
 
 
-def test_only_the_columns_asked_for_are_read_from_parquet(tmp_path: Path) -> None:
+def test_only_the_needed_columns_are_read_from_parquet(tmp_path: Path) -> None:
     table = pa.table({"text": ["t"] * 2000, "url": ["u"] * 2000, "other": ["o" * 500] * 2000})
     pq.write_table(table, tmp_path / "x.parquet", compression="none", use_dictionary=False)
     place = pq.read_metadata(tmp_path / "x.parquet").row_group(0).column(2)
@@ -237,7 +235,7 @@ def test_only_the_columns_asked_for_are_read_from_parquet(tmp_path: Path) -> Non
     assert [document.metadata for document in read("parquet", tmp_path, metadata_fields=["url"])] == [
         {"url": "u"}
     ] * 2000
-    with pytest.raises(DataError, match="cannot be read"):  # so its column is damaged indeed
+    with pytest.raises(DataError, match="cannot be read"):  # shows that its column is damaged
         read("parquet", tmp_path, metadata_fields=["other"])
 
 
@@ -361,7 +359,7 @@ def test_an_arrow_file_whose_offsets_point_outside_its_bytes_is_named(tmp_path: 
         read("arrow", tmp_path)
 
 
-def test_a_missing_column_is_told_with_those_that_are_there(tmp_path: Path) -> None:
+def test_a_missing_column_is_reported_with_the_available_ones(tmp_path: Path) -> None:
     table = pa.table({"content": ["a"], "n": [1]})
     (tmp_path / "hub").mkdir()
     pq.write_table(table, tmp_path / "hub" / "x.parquet")
@@ -399,4 +397,4 @@ def test_reading_imports_neither_torch_nor_the_heavy_readers() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     assert not modules & {"torch", "pyarrow", "datasets"}
-    assert "data_pipeline.text.columnar" in modules  # the list is a real one
+    assert "data_pipeline.text.columnar" in modules  # shows that the list is complete

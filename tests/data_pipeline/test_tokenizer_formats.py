@@ -30,14 +30,14 @@ ANY = st.lists(st.sampled_from([*PIECES, *WRITTEN_OUT]) | st.text(max_size=3), m
 
 
 def ranks_of(path: Path, lines: list[str]) -> dict[bytes, int]:
-    """Ranks that tiktoken takes, made of a BPE that we train."""
+    """Train a BPE and return it as ranks for tiktoken."""
     model = json.loads(train_tokenizer(lines, 700, path / "trained.json").to_json())["model"]
     spell = {character: byte for byte, character in enumerate_bytes()}
     return {bytes(map(spell.__getitem__, name)): number - 1 for name, number in model["vocab"].items() if number > 0}
 
 
 def enumerate_bytes() -> list[tuple[int, str]]:
-    """The published function of GPT-2, in a few lines."""
+    """Return GPT-2's byte characters, as its published code computes them."""
     seen = [byte for byte in range(256) if chr(byte).isprintable() and not chr(byte).isspace()]
     unseen = [byte for byte in range(256) if byte not in seen]
     return [(byte, chr(byte)) for byte in seen] + [(byte, chr(256 + i)) for i, byte in enumerate(unseen)]
@@ -52,7 +52,7 @@ def write_ranks(file: Path, ranks: dict[bytes, int]) -> Path:
 def tiktoken_pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Tokenizer, tiktoken.Encoding]:
-    """Our reading of small ranks, and tiktoken's, with its own pattern and special tokens of that name."""
+    """A small file of ranks loaded by us and by tiktoken, with tiktoken's pattern and special tokens for its name."""
     path = tmp_path_factory.mktemp(request.param)
     ranks = ranks_of(path, LINES)
     with pytest.MonkeyPatch.context() as patch:
@@ -87,10 +87,10 @@ def test_the_name_of_the_file_decides_how_text_is_split(tmp_path: Path) -> None:
     old, new = (
         load_tokenizer(write_ranks(tmp_path / f"{name}.tiktoken", ranks)) for name in ("r50k_base", "cl100k_base")
     )
-    assert old.encode("x = 12345") != new.encode("x = 12345")  # the control: a wrong pattern gives other ids
+    assert old.encode("x = 12345") != new.encode("x = 12345")  # control: a wrong pattern gives other ids
 
 
-@pytest.mark.parametrize("name", ["mine.tiktoken", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["unknown.tiktoken", "tokenizer.model"])
 def test_ranks_of_an_unknown_name_are_refused_with_those_known(tmp_path: Path, name: str) -> None:
     file = write_ranks(tmp_path / name, {bytes([i]): i for i in range(256)})
     with pytest.raises(
@@ -100,7 +100,7 @@ def test_ranks_of_an_unknown_name_are_refused_with_those_known(tmp_path: Path, n
         load_tokenizer(file)
 
 
-def test_broken_ranks_are_told(tmp_path: Path) -> None:
+def test_broken_ranks_are_refused(tmp_path: Path) -> None:
     file = write_ranks(tmp_path / "cl100k_base.tiktoken", {bytes([i]): i for i in range(250)})
     with pytest.raises(DataError, match=r"6 of the 256 bytes have no rank"):
         load_tokenizer(file)
@@ -145,7 +145,7 @@ def train_sentencepiece(file: Path, **settings: object) -> sentencepiece.Sentenc
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Tokenizer, sentencepiece.SentencePieceProcessor]:
-    """Our reading of a small model, and SentencePiece's."""
+    """A small model loaded by us and by SentencePiece."""
     file = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
     theirs = train_sentencepiece(file, **SENTENCEPIECE[request.param])
     return load_tokenizer(file), theirs
@@ -156,7 +156,8 @@ def pair(
 def test_ids_of_a_sentencepiece_model_are_those_of_sentencepiece(pair: Pair, text: str) -> None:
     ours, theirs = pair
     ids, expected = ours.encode(text), theirs.encode(text)
-    # Two ways to cut a run of equal characters may score the same; single and double precision then choose another order.
+    # Two segmentations of a run of equal characters may have the same score. Single and double precision then order
+    # them differently.
     assert sorted(ids) == sorted(expected) if "Unigram" in str(ours.backend.model) else ids == expected
     if theirs.unk_id() not in expected:
         assert ours.decode(ids) == theirs.decode(expected)
@@ -167,12 +168,14 @@ def test_ids_of_a_sentencepiece_model_are_those_of_sentencepiece(pair: Pair, tex
 def test_text_never_yields_a_special_id_of_a_sentencepiece_model(pair: Pair, text: str) -> None:
     ours, theirs = pair
     assert not {theirs.bos_id(), theirs.eos_id()} & set(ours.encode(text))
-    if theirs.piece_to_id("<0x41>") != theirs.unk_id():  # byte fallback, no normalisation: nothing is lost
+    if theirs.piece_to_id("<0x41>") != theirs.unk_id():  # with byte fallback and without normalization nothing is lost
         spaces = text.replace("▁", " ")
         assert ours.decode(ours.encode(text)) == spaces
 
 
-def test_the_end_of_a_sentencepiece_model_is_found_and_its_json_loads_alike(pair: Pair, tmp_path: Path) -> None:
+def test_the_end_token_of_a_sentencepiece_model_is_found_and_its_json_loads_as_the_same_tokenizer(
+    pair: Pair, tmp_path: Path
+) -> None:
     ours, theirs = pair
     assert (ours.eot_id, ours.vocab_size) == (theirs.eos_id(), theirs.get_piece_size())
     (tmp_path / "tokenizer.json").write_text(ours.to_json(), encoding="utf-8")
@@ -180,7 +183,9 @@ def test_the_end_of_a_sentencepiece_model_is_found_and_its_json_loads_alike(pair
 
 
 def unigram_with_end(**changes: object) -> dict[str, Any]:
-    """A Unigram tokenizer.json as they are published: `</s>` is an entry like any other, of the best score."""
+    """A Unigram tokenizer.json like published ones: `</s>` is an ordinary entry of the vocabulary, with the best
+    score.
+    """
     end = {
         "id": 1,
         "content": "</s>",
@@ -203,7 +208,7 @@ def unigram_with_end(**changes: object) -> dict[str, Any]:
 
 
 def bpe_with_end(**settings: object) -> dict[str, Any]:
-    """A BPE whose merges, or whose words taken whole, make `</s>`."""
+    """A BPE that can make `</s>`, by its merges or by looking up whole words."""
     vocab = {name: i for i, name in enumerate(["<unk>", "</s>", "<", "/", "s", ">", "</", "s>", "a", " "])}
     merges = [["<", "/"], ["s", ">"], ["</", "s>"]] if not settings else []
     return unigram_with_end(model={"type": "BPE", "vocab": vocab, "merges": merges, **settings})
@@ -212,7 +217,7 @@ def bpe_with_end(**settings: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "config", [unigram_with_end(), bpe_with_end(), bpe_with_end(ignore_merges=True)], ids=["unigram", "merges", "whole"]
 )
-def test_a_special_token_that_a_model_would_make_of_text_is_kept_apart(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_special_token_that_a_model_would_make_of_text_is_split(tmp_path: Path, config: dict[str, Any]) -> None:
     import tokenizers
 
     file = tmp_path / "tokenizer.json"
@@ -222,7 +227,7 @@ def test_a_special_token_that_a_model_would_make_of_text_is_kept_apart(tmp_path:
         ids = ours.encode(text)
         assert ours.eot_id not in ids
         assert "".join(ours.backend.id_to_token(i) for i in ids) == text
-    control = tokenizers.Tokenizer.from_str(json.dumps(config))  # the control: as published, it does
+    control = tokenizers.Tokenizer.from_str(json.dumps(config))  # control: the published tokenizer does
     control.encode_special_tokens = True
     assert 1 in control.encode("</s>").ids
     kept = json.loads(ours.to_json())
@@ -230,7 +235,7 @@ def test_a_special_token_that_a_model_would_make_of_text_is_kept_apart(tmp_path:
 
 
 def unigram_with_specials(count: int) -> dict[str, Any]:
-    """As `unigram_with_end`, with more special tokens, all in the vocabulary."""
+    """Like `unigram_with_end`, with further special tokens in the vocabulary."""
     config = unigram_with_end()
     names = [f"<x{number}>" for number in range(count)]
     config["model"]["vocab"] += [[letter, -3.0] for letter in "x0123456789"] + [[name, 0.0] for name in names]
@@ -242,7 +247,7 @@ def unigram_with_specials(count: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("count", [3, 400])
-def test_many_special_tokens_are_kept_apart_as_few_are(tmp_path: Path, count: int) -> None:
+def test_many_special_tokens_are_split_like_few(tmp_path: Path, count: int) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(unigram_with_specials(count)))
     ours = load_tokenizer(tmp_path)
     special = {number for number, token in ours.backend.get_added_tokens_decoder().items() if token.special}
@@ -254,7 +259,7 @@ def test_many_special_tokens_are_kept_apart_as_few_are(tmp_path: Path, count: in
     kept = json.loads(ours.to_json())
     assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
     (pattern,) = [step["pattern"]["Regex"] for step in kept["pre_tokenizer"]["pretokenizers"]]
-    if count == 3:  # as it was always written: the fingerprint of prepared data depends on it
+    if count == 3:  # must stay as it is: fingerprints of prepared data depend on it
         assert pattern == "<(?=/s>)|<(?=x0>)|<(?=x1>)|<(?=x2>)"
     else:
         assert pattern.startswith("<(?=(?:/s>|x(?:0>|1(?:0(?:0>|1>")
@@ -264,7 +269,7 @@ def test_many_special_tokens_are_kept_apart_as_few_are(tmp_path: Path, count: in
         assert [bool(re.match(pattern, name)) for name in names] == [bool(re.match(one_by_one, name)) for name in names]
 
 
-def test_a_folder_gives_its_json_first_and_says_when_it_cannot_choose(tmp_path: Path) -> None:
+def test_a_folder_prefers_its_json_and_refuses_an_ambiguous_choice(tmp_path: Path) -> None:
     train_sentencepiece(tmp_path / "one.model", **SENTENCEPIECE["bpe"])
     alone = load_tokenizer(tmp_path)
     assert alone.fingerprint == load_tokenizer(tmp_path / "one.model").fingerprint
@@ -291,13 +296,13 @@ def test_a_folder_gives_its_json_first_and_says_when_it_cannot_choose(tmp_path: 
         ),
     ],
 )
-def test_models_that_cannot_be_read_are_told(tmp_path: Path, prepare: Callable[[Path], object], message: str) -> None:
+def test_unsupported_models_are_refused(tmp_path: Path, prepare: Callable[[Path], object], message: str) -> None:
     prepare(tmp_path / "tokenizer.model")
     with pytest.raises(DataError, match=message):
         load_tokenizer(tmp_path / "tokenizer.model")
 
 
-def test_a_missing_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_sentencepiece(tmp_path / "tokenizer.model", **SENTENCEPIECE["bpe"])
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     with pytest.raises(DataError, match=r"is a SentencePiece model: pip install 'pretrain\[tokenizers\]'"):

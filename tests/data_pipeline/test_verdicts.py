@@ -1,4 +1,4 @@
-"""Verdicts are read back as they were written, or not at all."""
+"""Verdicts are read exactly as they were written, or not at all."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -32,14 +32,14 @@ def test_verdicts_are_read_back_and_any_flipped_bit_is_noticed(tmp_path: Path) -
     assert read_verdicts(tmp_path / "none") is None
 
 
-def test_no_documents_have_no_verdicts(tmp_path: Path) -> None:
+def test_a_chunk_without_documents_has_no_verdicts(tmp_path: Path) -> None:
     write_verdicts(tmp_path / "a", verdicts())
     read = read_verdicts(tmp_path / "a")
     assert read is not None
     assert reasons_of(read.with_reasons(np.zeros(0, np.uint8), (None, "late"))) == []
 
 
-def test_a_late_reason_is_for_documents_that_were_kept() -> None:
+def test_a_later_reason_applies_only_to_kept_documents() -> None:
     late = (None, "exact: a", "exact: b", "near: a")
     found = verdicts(None, "empty", None, "c4", None)
     assert reasons_of(found.with_reasons(np.array([0, 0, 3, 2, 1], np.uint8), late)) == [
@@ -72,11 +72,11 @@ def test_the_digest_changes_with_every_verdict_and_with_the_texts() -> None:
     assert replace(base, key="another").digest() == base.digest()
 
 
-def test_texts_are_not_taken_for_their_concatenation() -> None:
+def test_the_hash_of_texts_is_not_that_of_their_concatenation() -> None:
     digests = set()
     for texts in (["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["", "abc"], []):
-        whole = TextsHash()
+        texts_hash = TextsHash()
         for text in texts:
-            whole.add(text)
-        digests.add(whole.hexdigest())
+            texts_hash.add(text)
+        digests.add(texts_hash.hexdigest())
     assert len(digests) == 6
