@@ -91,9 +91,8 @@ STRINGS = {
 
 @pytest.mark.parametrize(
     ("name", "ending"),
-    [
-        (name, ending) for name in STRINGS for ending in ENDINGS if (name, ending) != ("run-end encoded", "parquet")
-    ],  # parquet has no run-end encoding
+    # Parquet has no run-end encoding.
+    [(name, ending) for name in STRINGS for ending in ENDINGS if (name, ending) != ("run-end encoded", "parquet")],
 )
 def test_strings_are_read_in_every_arrow_encoding(tmp_path: Path, name: str, ending: str) -> None:
     path = write(pa.table({"text": STRINGS[name]}), tmp_path, ending)

@@ -299,12 +299,9 @@ def test_unknown_tokens_are_those_of_each_text(tmp_path_factory: pytest.TempPath
 
 
 def test_a_loss_that_depends_on_neighbors_is_counted_where_it_happens(tmp_path: Path) -> None:
-    composing = tokenizer_of(
-        bpe({END_OF_TEXT: 0, "e": 1, "\u0301": 2}), normalizer={"type": "NFC"}
-    )  # has no token for é
-    prefixed = tokenizer_of(
-        bpe({END_OF_TEXT: 0, "a": 1, "##a": 2, "b": 3}, continuing_subword_prefix="##")
-    )  # has b only at the beginning of words
+    # The first composes é and has no token for it; the second has b only at the beginning of words.
+    composing = tokenizer_of(bpe({END_OF_TEXT: 0, "e": 1, "\u0301": 2}), normalizer={"type": "NFC"})
+    prefixed = tokenizer_of(bpe({END_OF_TEXT: 0, "a": 1, "##a": 2, "b": 3}, continuing_subword_prefix="##"))
     for config, texts, lost in (
         (composing, ["e\u0301", "\u0301e", "ee"], [1, 0, 0]),
         (prefixed, ["ba", "ab", "abba"], [0, 1, 2]),

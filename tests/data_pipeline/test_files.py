@@ -362,9 +362,8 @@ def test_special_files_are_skipped_by_name(tmp_path: Path) -> None:
 def test_a_folder_without_read_permission_is_an_error_for_folders_and_globs(
     remote: Remote, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        MemoryFileSystem, "find", fsspec.AbstractFileSystem.find
-    )  # fsspec's glob skips folders that it may not list
+    # fsspec's own glob skips folders that it may not list.
+    monkeypatch.setattr(MemoryFileSystem, "find", fsspec.AbstractFileSystem.find)
     assert fsspec.filesystem("memory").glob("/far/*/y.txt") == []
     remote.error = PermissionError("no permission")
     with pytest.raises(DataError, match=r"^data\.sources: cannot read memory://far.*: no permission; check `paths`"):
