@@ -61,7 +61,7 @@ def drop_reason(name: FilterName, text: str, **overrides: Any) -> str | None:
     return build_filter(filter_config(**{name: overrides}), [name])(doc(text)).reason
 
 
-def numbered(n: int, line: str = "Line number {} tells of its overrides matter to you and that of others.") -> str:
+def numbered(n: int, line: str = "Line number {} tells of its own matter to you and that of others.") -> str:
     return "\n".join(line.format(chr(ord("a") + i % 26) * (2 + i // 26)) for i in range(n))
 
 
