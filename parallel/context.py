@@ -1,15 +1,15 @@
-"""Context parallelism: the ranks of the `context` axis share the tokens of every row. Only attention reads other tokens.
+"""Context parallelism: `context` ranks share the tokens of every row. Only attention reads tokens of other ranks.
 
 Two methods. Both use plain collectives, so they run on gloo and keep documents apart:
 
-- `gather` (Llama 3, arXiv:2407.21783, section 3.3.2): every rank gathers the keys and values of full rows and computes
-  the attention of its own queries. Under a causal mask late queries cost more than early ones. So a row is split into 2c
-  chunks for c ranks, and rank i holds chunks i and 2c-1-i: all ranks have equal work.
+- `gather` (Llama 3, arXiv:2407.21783, section 3.3.2): every rank gathers the keys and values of full rows and
+  computes the attention of its own queries. Under a causal mask late queries cost more than early ones. So a row is
+  split into 2c chunks for c ranks, and rank i holds chunks i and 2c-1-i: all ranks have equal work.
 - `ulysses` (arXiv:2309.14509): rank i holds the i-th of c chunks. Around attention an all-to-all exchanges sequence for
   heads, so that each rank sees full rows of some heads. It sends less, but allows no more ranks than key/value heads.
 
-Shape suffixes: B batch, S local tokens, R tokens of the full row, C context ranks, H query heads, G key/value heads, K head
-width.
+Shape suffixes: B batch, S local tokens, R tokens of the full row, C context ranks, H query heads, G key/value heads,
+K head width.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from parallel.errors import LayoutError
 from parallel.layout import Layout
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, object], Tensor]
-"""(queries [B, S, H, K], keys and values [B, R, G, K], mask) -> [B, S, H, K]. The mask is the model's; it is passed on."""
+"""(queries [B, S, H, K], keys and values [B, R, G, K], mask) -> [B, S, H, K]. The mask has the model's type."""
 
 
 @runtime_checkable
@@ -66,7 +66,7 @@ def local_tokens(seq_len: int, layout: Layout, context_rank: int) -> LocalTokens
 
 
 def shard_sequence(microbatch: Microbatch, tokens: LocalTokens) -> Microbatch:
-    """Keep the local tokens of ids and labels. Positions and document ids stay full: the mask needs them. So does `n_targets`."""
+    """Keep the local tokens of ids and labels. Positions, document ids and `n_targets` stay those of full rows."""
 
     def select(rows_BR: Tensor) -> Tensor:
         ranges = [rows_BR[:, first:end] for first, end in tokens.ranges]
@@ -98,7 +98,7 @@ def allgather_attention(
     v_BSGK: Tensor,
     mask: object,
 ) -> Tensor:
-    """Attention of the local queries over the keys and values of full rows. The mask knows the positions of the queries."""
+    """Attention of the local queries over keys and values of full rows. The mask has the positions of the queries."""
     kv_C2BSGK = all_gather(torch.stack((k_BSGK, v_BSGK))[None], group, 0)  # one message for both
     k_BRGK, v_BRGK = _in_row_order(kv_C2BSGK)
     return attention(q_BSHK, k_BRGK, v_BRGK, mask)

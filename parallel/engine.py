@@ -1,4 +1,4 @@
-"""The interface between the training loop and an engine, which holds the model. The loop never asks which engine it has."""
+"""The interface between the training loop and an engine, which holds the model. The loop knows no other name of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Microbatch:
     """[b, S], as `labels`. Under context parallelism S counts the tokens of this rank, see `local_tokens`."""
     labels: Tensor
     positions: Tensor
-    """[b, row], as `document_ids`: full rows, on the host. The attention mask reads their values; a GPU would have to wait."""
+    """[b, row], as `document_ids`: full rows, on the host: the attention mask reads their values."""
     document_ids: Tensor
     n_targets: int
     """Number of targets in the full rows. Counted on the host, so that nobody waits for the device."""
@@ -92,7 +92,7 @@ class Optimizer(Protocol):
 
 
 ForwardStep = Callable[[nn.Module, Tensor | None, Microbatch], "Tensor | MicrobatchLoss"]
-"""Run one model chunk on one microbatch: (chunk, activations from the chunk before, microbatch) -> activations, or the loss.
+"""Run a model chunk: (chunk, activations of the chunk before, microbatch) -> activations, or the loss.
 
 The first chunk gets None and reads `input_ids`. The last chunk returns the loss."""
 
@@ -101,7 +101,7 @@ BuildOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
 
 
 class ModelChunk(Protocol):
-    """Consecutive layers of a model. The chunk is an `nn.Module`; this is what it says about how it can be parallelized."""
+    """Consecutive layers of a model: an `nn.Module` that says how it can be parallelized."""
 
     @property
     def tp_plan(self) -> Mapping[str, str]:
@@ -131,7 +131,7 @@ class ModelSpec:
     d_model: int
     """Width of the activations between two blocks."""
     build: Callable[[range], nn.Module]
-    """Build these layers as a `ModelChunk` without values, on the current `torch.device`. `range(n_layers)` is the full model."""
+    """Build these layers as a `ModelChunk` without values, on the current `torch.device`. `range(n_layers)` is all."""
     init_shard: Callable[[str, Tensor, tuple[int, ...], tuple[int, ...]], None]
     """Write initial values: (canonical name, this rank's shard, its offset in the full parameter, the full shape)."""
     forward_step: ForwardStep
@@ -175,7 +175,7 @@ class Engine(Protocol):
         """
 
     def eval_step(self, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
-        """(summed cross-entropy in nats, number of targets) over the microbatches of all data ranks. Changes no weight."""
+        """(summed cross-entropy in nats, number of targets) over all data ranks' microbatches. Changes no weight."""
 
     def state(self) -> State:
         """The live tensors that a checkpoint holds. To load one, write into them, then call `sync_compute_weights`."""

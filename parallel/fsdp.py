@@ -1,17 +1,17 @@
 """Data parallelism: replicated, ZeRO-1, 2 and 3 (arXiv:1910.02054), and hybrids of them, by FSDP2.
 
-Each rank keeps its shard of the fp32 master weights and of the optimizer state at every ZeRO stage. The stages differ in
-what lives between the first forward pass and the last backward pass of a step. In bytes per parameter, in bf16 with
-AdamW on N "fsdp" ranks:
+Each rank keeps its shard of the fp32 master weights and of the optimizer state at every ZeRO stage. The stages differ
+in what lives between the first forward pass and the last backward pass of a step. In bytes per parameter, in bf16
+with AdamW on N "fsdp" ranks:
 
-| `zero` | compute weights     | gradients, fp32 | master weights, AdamW's moments | all-gathers a step | reduce-scatters a step |
-|--------|---------------------|-----------------|---------------------------------|--------------------|------------------------|
-| 1      | 2, all              | 4, all          | (4 + 8) / N                     | 1                  | 1                      |
-| 2      | 2, all              | 4 / N           | (4 + 8) / N                     | 1                  | 1 a microbatch         |
-| 3      | 2, of a few blocks  | 4 / N           | (4 + 8) / N                     | 2 a microbatch     | 1 a microbatch         |
+| `zero` | compute weights   | gradients, fp32 | master weights, moments | all-gathers a step | reduce-scatters a step |
+|--------|-------------------|-----------------|-------------------------|--------------------|------------------------|
+| 1      | 2, all            | 4, all          | (4 + 8) / N             | 1                  | 1                      |
+| 2      | 2, all            | 4 / N           | (4 + 8) / N             | 1                  | 1 a microbatch         |
+| 3      | 2, few blocks     | 4 / N           | (4 + 8) / N             | 2 a microbatch     | 1 a microbatch         |
 
-In fp32 compute weights take 4 bytes. `replicate` adds one all-reduce of the sharded gradients per step; with `shard=1` it
-is plain data parallelism.
+In fp32 compute weights take 4 bytes. `replicate` adds one all-reduce of the sharded gradients per step; with
+`shard=1` it is plain data parallelism.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class FSDPRoot:
         self._zero = layout.zero
 
     def prepare_microbatch(self, *, is_last: bool) -> None:
-        """Call it before each microbatch. Communication that the ZeRO stage can delay waits for the last one of a step."""
+        """Call it before each microbatch. Only the last one of a step communicates what the ZeRO stage can delay."""
         self._root.set_is_last_backward(is_last)
         self._root.set_requires_gradient_sync(is_last or self._zero > 1)
         self._root.set_requires_all_reduce(is_last)
         self._root.set_reshard_after_backward(is_last or self._zero == 3)
 
     def reshard(self) -> None:
-        """Free the gathered parameters that a forward pass without a backward pass left. The master weights may then change."""
+        """Free what a forward pass without a backward pass gathered. Then master weights may change."""
         for module in cast(nn.Module, self._root).modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -18,7 +18,7 @@ _CPU_PIECE = 2**18  # numbers: an fp64 copy of 2 MB stays in the cache, and 8 th
 def local_squared_norm(
     master_weights: Mapping[str, nn.Parameter], layout: Layout, n_stages_with: Callable[[str], int]
 ) -> Tensor:
-    """This rank's share of the squared norm of all gradients, an fp64 scalar. The sum over all ranks is the squared norm.
+    """This rank's share of the squared global gradient norm, an fp64 scalar. The shares of all ranks sum up to it.
 
     If k ranks hold the same numbers, each counts a k-th of their squares. So one sum over the world is right, although
     parameters are sharded over different axes.

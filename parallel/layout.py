@@ -2,17 +2,17 @@
 
 The ranks form a grid with these axes, outermost first:
 
-| axis        | a rank holds                        | traffic a step                                  | wants            |
-|-------------|-------------------------------------|-------------------------------------------------|------------------|
-| `pipeline`  | some of the layers                  | activations between neighbours, a microbatch    | any network      |
-| `replicate` | a copy                              | its gradients, once (all-reduce)                | any network      |
-| `shard`     | a part of parameters, gradients and optimizer state (ZeRO) | parameters twice, gradients once | a fast network |
-| `context`   | a part of every sequence            | keys and values (or heads), a layer             | a fast network   |
-| `tensor`    | a part of every matrix              | activations four times, a layer                 | inside a node    |
+| axis        | a rank holds                       | traffic per step                              | needs          |
+|-------------|------------------------------------|-----------------------------------------------|----------------|
+| `pipeline`  | some of the layers                 | activations between neighbours per microbatch | any network    |
+| `replicate` | a copy                             | gradients once (all-reduce)                   | any network    |
+| `shard`     | a part of the model's state (ZeRO) | parameters twice, gradients once              | a fast network |
+| `context`   | a part of every sequence           | keys and values (or heads) per layer          | a fast network |
+| `tensor`    | a part of every matrix             | activations four times per layer              | one node       |
 
-Consecutive ranks are neighbours in `tensor`. Ranks that differ in `replicate` or `shard` read different sequences ("data
-ranks"). Ranks that differ in `shard` or `context` shard the parameters together ("fsdp" ranks). An expert axis can be made of
-`shard`, `context` and `tensor` without changing any of this.
+Consecutive ranks are neighbours in `tensor`. Ranks that differ in `replicate` or `shard` read different sequences
+("data ranks"). Ranks that differ in `shard` or `context` shard the parameters together ("fsdp" ranks). An expert axis
+can be made of `shard`, `context` and `tensor` without changing any of this.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Layout:
         return self.pipeline * self.stages_per_rank
 
     def n_microbatches(self, n_rows: int, micro_batch_size: int) -> int:
-        """Microbatches that each data rank makes of a global batch of `n_rows` sequences; the last one may need padding.
+        """Number of microbatches of each data rank, from a global batch of `n_rows` sequences. The last may need padding.
 
         >>> Layout(shard=2).n_microbatches(9, 2)
         3
@@ -119,7 +119,7 @@ class Layout:
         return math.prod(self.sizes[AXES.index(axis) + 1 :])
 
     def peers(self, rank: int, axis: str) -> tuple[int, ...]:
-        """The ranks that differ from `rank` on that axis only, including `rank`, in order of their coordinate."""
+        """`rank` and the ranks that differ from it on that axis only, in order of their coordinate."""
         stride = self.stride(axis)
         first = rank - self.coordinates(rank)[axis] * stride
         return tuple(range(first, first + stride * getattr(self, axis), stride))

@@ -24,7 +24,7 @@ class LocalShard(NamedTuple):
 
 
 def local_shard(parameter: Tensor) -> LocalShard:
-    """This rank's shard of a DTensor, however it is sharded: unevenly, or twice along a dimension. All of a plain tensor.
+    """This rank's shard of a DTensor, even if sharded unevenly or twice along a dimension. All of a plain tensor.
 
     Raises:
         ValueError: the DTensor's local tensor has not the shape that its placements give.

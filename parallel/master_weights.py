@@ -11,7 +11,8 @@ from torch import Tensor, nn
 def split_master_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """Cast the parameters of `model` to `dtype`, and return their fp32 master weights by name.
 
-    The master weights collect the gradients of the parameters. If `dtype` is fp32, the parameters are the master weights.
+    The master weights collect the gradients of the parameters. If `dtype` is fp32, the parameters are the master
+    weights.
     """
     if dtype == torch.float32:
         return dict(model.named_parameters())

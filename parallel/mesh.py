@@ -17,8 +17,8 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     """A mesh over all ranks with the axes `layout.AXES`, including those of size 1.
 
     The default process group must exist and be as large as the layout. If it is bound to a GPU
-    (`parallel.world.process_group`), NCCL's communicators are made here, also for axes of size 1. Then no rank waits for
-    another at its first message.
+    (`parallel.world.process_group`), NCCL's communicators are made here, also for axes of size 1. Then no rank waits
+    for another at its first message.
     """
     root = init_device_mesh(
         device_type,
@@ -42,7 +42,7 @@ def _set_timeouts(mesh: DeviceMesh) -> None:
 
 
 def data_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
-    """The ranks that hold the same layers and the same tensor shards: (`replicate`, `fsdp`), or `fsdp` without replicas.
+    """The ranks with the same layers and the same tensor shards: (`replicate`, `fsdp`), or `fsdp` without replicas.
 
     FSDP2 requires that it has the same root as the mesh of tensor parallelism.
     """

@@ -1,8 +1,9 @@
-"""Activation recomputation (arXiv:1604.06174): a block's backward pass computes its activations again instead of keeping them.
+"""Activation recomputation (arXiv:1604.06174): the backward pass computes a block's activations again.
 
-`full` keeps the input of each block. `selective` also keeps the results of the operators that are expensive to compute
-(arXiv:2205.05198, section 5). A block keeps its parameter names: only its forward is wrapped. The wrapper lies inside of
-FSDP and of torch.compile; with a split backward pass it lies around the compiled pieces (`parallel.pipeline.zero_bubble`).
+`full` keeps the input of each block. `selective` also keeps the results of the operators that are expensive to
+compute (arXiv:2205.05198, section 5). A block keeps its parameter names: only its forward is wrapped. The wrapper
+lies inside of FSDP and of torch.compile; with a split backward pass it lies around the compiled pieces
+(`parallel.pipeline.zero_bubble`).
 """
 
 from __future__ import annotations

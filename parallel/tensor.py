@@ -1,8 +1,9 @@
 """Tensor and sequence parallelism (arXiv:1909.08053, arXiv:2205.05198): a model's plan names a style for each module.
 
-Every parameter becomes a DTensor on the "tensor" mesh, so that FSDP2 can shard it further and checkpoints know where it
-lies. The passes compute with plain tensors: a parallelized module is of a subclass of its class, whose `weight` is this
-rank's shard and whose forward has the collectives around it. Kernels and the compiler meet DTensors only in collectives.
+Every parameter becomes a DTensor on the "tensor" mesh, so that FSDP2 can shard it further and checkpoints know where
+it lies. The passes compute with plain tensors: a parallelized module is of a subclass of its class, whose `weight` is
+this rank's shard and whose forward has the collectives around it. Kernels and the compiler meet DTensors only in
+collectives.
 
 | style                           | weight      | before the module                | after the module     |
 |---------------------------------|-------------|----------------------------------|----------------------|
@@ -54,8 +55,8 @@ def apply_tensor_parallel(
         replicate_kv: with more ranks than key/value heads, several ranks may hold and compute the same head.
 
     Raises:
-        ValueError: an unknown style, a pattern that matches nothing, a parameter that no pattern matches, or a size that
-            t does not divide.
+        ValueError: an unknown style, a pattern that matches nothing, a parameter that no pattern matches, or a size
+            that t does not divide.
     """
     ranks = _TensorRanks(mesh, sequence, replicate_kv)
     # One class for many layers: the compiler would compile each class anew.
@@ -79,7 +80,7 @@ def apply_tensor_parallel(
 
 
 def enable_async(mesh: DeviceMesh) -> None:
-    """Let compiled blocks overlap the collectives of `mesh` with the matrix products next to them (async tensor parallelism).
+    """Async tensor parallelism: let compiled blocks overlap the collectives of `mesh` with matrix products.
 
     Raises:
         LayoutError: not on CUDA, where there is no symmetric memory.
@@ -246,7 +247,7 @@ def _make_subclass(module: nn.Module, style: ParallelStyle, mesh: DeviceMesh) ->
 
 
 def _shard_property(key: str, style: ParallelStyle, mesh: DeviceMesh) -> property:
-    """An attribute that returns this rank's shard of a parameter as a plain tensor, or the parameter while FSDP2 shards it."""
+    """A property: this rank's shard of a parameter as a plain tensor; while FSDP2 shards it, the parameter."""
 
     def read(module: nn.Module) -> Tensor:
         parameter = cast(DTensor, registered_parameter(module, key))

@@ -1,6 +1,6 @@
-"""The words of a tensor-parallel plan, and which dimension of a module's parameters each divides. Imports no torch: estimates read it.
+"""The styles of a tensor-parallel plan, and the dimension along which each shards a module's parameters.
 
-`parallel.tensor` says what each does to the module's input and output.
+Imports no torch, because estimates read it. `parallel.tensor` says what each style does to a module's input and output.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ SHARD_DIM: dict[str, int | None] = {
     "rowwise": 1,
     "vocab_parallel_head": 0,
 }
-"""Style -> dimension that tensor ranks share out; None leaves the parameters whole on every rank."""
+"""Style -> dimension that is sharded over tensor ranks; None replicates the parameters."""
 
 
 def shard_dim(style: str, *, tensor: int, kv_heads: int) -> int | None:
-    """The dimension that `tensor` ranks share out. Ranks that share a key/value head keep all heads, and sum their gradients."""
+    """The dimension that is sharded over `tensor` ranks. Ranks that share a head keep all heads and sum gradients."""
     return None if shares_heads(style, tensor=tensor, kv_heads=kv_heads) else SHARD_DIM[style]
 
 
 def shares_heads(style: str, *, tensor: int, kv_heads: int) -> bool:
-    """Whether a rank keeps all key/value heads and computes with one of them: there are fewer heads than ranks."""
+    """Whether ranks share key/value heads: with fewer heads than ranks, a rank keeps all and computes with one."""
     return style == "kv_colwise" and tensor > kv_heads

@@ -39,13 +39,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type as i
 
 # Names that are imported above to be used as they are:
 #
-# | name                                 | missing                                                        | checked      |
-# |--------------------------------------|----------------------------------------------------------------|--------------|
-# | `HashStore`                          | type stubs: `torch.distributed.HashStore` exists without any    | 2.11 to 2.13 |
-# | `active_fake_mode`                   | the public function does not say which kind of mode is active  | 2.13         |
-# | `FakeTensor`, `FakeTensorMode`       | torch documents them under their private module                | 2.13         |
-# | `TorchDispatchMode`                  | torch documents it under its private module                    | 2.13         |
-# | `is_traceable_wrapper_subclass_type` | a test whether a type is a DTensor or another tensor subclass  | 2.13         |
+# | name                                 | missing                                                    | checked      |
+# |--------------------------------------|------------------------------------------------------------|--------------|
+# | `HashStore`                          | type stubs of the public `torch.distributed.HashStore`     | 2.11 to 2.13 |
+# | `active_fake_mode`                   | a public function that tells which kind of mode is active  | 2.13         |
+# | `FakeTensor`, `FakeTensorMode`       | a public module; torch documents them under this one       | 2.13         |
+# | `TorchDispatchMode`                  | a public module; torch documents it under this one         | 2.13         |
+# | `is_traceable_wrapper_subclass_type` | a test whether a type is a DTensor or similar subclass     | 2.13         |
 
 # --- Device meshes and process groups -------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Set how long a collective of `group` waits. Missing: a timeout for the groups of a mesh. Checked with 2.11 to 2.13."""
+    """Set how long a collective waits. Missing: a timeout for the groups of a mesh. Checked with 2.11 to 2.13."""
     _set_pg_timeout(timeout, group)
 
 
@@ -160,12 +160,12 @@ def _wait(x: Tensor) -> Tensor:
 
 
 def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source to its target. Missing: a public multi-tensor copy; a loop is slower. Checked with 2.11 to 2.13."""
+    """Copy each source to its target. Missing: a public multi-tensor copy. Checked with 2.11 to 2.13."""
     torch._foreach_copy_(tuple(targets), tuple(sources))
 
 
 def foreach_mul_(tensors: Sequence[Tensor], factor: float) -> None:
-    """Scale in place. Missing: as for `foreach_copy_`; torch's clip_grad_norm_ uses it too. Checked with 2.11 to 2.13."""
+    """Scale in place, as torch's clip_grad_norm_ does. Missing: as for `foreach_copy_`. Checked with 2.11 to 2.13."""
     torch._foreach_mul_(tuple(tensors), factor)
 
 

@@ -1,7 +1,7 @@
 """Vocab-parallel loss: the vocabulary is split over ranks, and logits are never gathered.
 
-Each rank computes the logits of its rows of the output weight. Per token, the ranks exchange the largest logit, the sum of
-the exponentials and the label's logit. Shape suffixes: C tokens of a chunk, V vocabulary, D model width.
+Each rank computes the logits of its rows of the output weight. Per token, the ranks exchange the largest logit, the
+sum of the exponentials and the label's logit. Shape suffixes: C tokens of a chunk, V vocabulary, D model width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from parallel.engine import MicrobatchLoss
 
 
 class ShardableLoss(Protocol):
-    """A model's loss: hidden states [..., D], output weight [V, D], labels [...], z-loss weight -> sums over the labels."""
+    """A model's loss: hidden states [..., D], output weight [V, D], labels [...], z-loss weight -> loss sums."""
 
     def __call__(
         self, hidden: Tensor, weight_VD: Tensor, labels: Tensor, z_loss: float, /, **options: object
@@ -62,7 +62,8 @@ def vocab_parallel_loss(
     Args:
         loss: called with the option `vocabulary` and the options that the result is called with.
         group: rank r has the r-th of equal shards of the vocabulary.
-        gather: this rank's hidden states -> the hidden states of all labels. Its backward sums gradients over the group.
+        gather: this rank's hidden states -> the hidden states of all labels. Its backward sums gradients over the
+            group.
     """
 
     def sharded_loss(

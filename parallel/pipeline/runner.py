@@ -1,12 +1,12 @@
-"""Pipeline parallelism on torch.distributed.pipelining: stages of layers, through which microbatches flow in a schedule.
+"""Pipeline parallelism on torch.distributed.pipelining: microbatches flow through stages of layers.
 
 Between two stages one [b, S, D] activation per microbatch goes forward, and its gradient goes back. What torch does:
 
 - It keeps memory for these tensors of all microbatches of a step: 2 * n_microbatches * b * S * D numbers per stage.
 - It sums up gradients without moving them. If a stage is an FSDP module, it reduces them once, after the last
   microbatch. So ZeRO-2 holds as many gradients as ZeRO-1.
-- The loss computes the gradient of the output projection in its forward pass (`pretrain.model.loss`). Under GPipe, where
-  all forward passes come first, the last stage holds one such gradient per microbatch.
+- The loss computes the gradient of the output projection in its forward pass (`pretrain.model.loss`). Under GPipe,
+  where all forward passes come first, the last stage holds one such gradient per microbatch.
 
 Zero bubble splits the backward pass in our own code (`parallel.pipeline.zero_bubble`).
 """
@@ -94,7 +94,8 @@ class PipelineRunner:
     def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """Run forward passes of any number of microbatches.
 
-        Time is counted in ticks. In each tick a rank computes what is due, then exchanges activations with its neighbours.
+        Time is counted in ticks. In each tick a rank computes what is due, then exchanges activations with its
+        neighbours.
 
         Returns:
             The summed cross-entropy, fp64; zero on ranks without the last stage.
@@ -123,8 +124,8 @@ class PipelineRunner:
     def _evaluation_ticks(self, n_microbatches: int) -> dict[int, list[tuple[int, int]]]:
         """The (stage, microbatch) pairs that this rank computes in each tick, one tick after the stage before.
 
-        Interleaved ranks take the microbatches in rounds of p, so that no two are due at once. The ranks of a V do two per
-        tick while it is full.
+        Interleaved ranks take the microbatches in rounds of p, so that no two are due at once. The ranks of a V do
+        two per tick while it is full.
         """
         p, stages_per_rank = self._layout.pipeline, self._layout.stages_per_rank
         due: dict[int, list[tuple[int, int]]] = {}

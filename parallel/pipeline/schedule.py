@@ -1,4 +1,4 @@
-"""Which layers a pipeline stage holds, which stages a rank holds, and how long ranks idle. Arithmetic only: imports no torch."""
+"""Which layers a pipeline stage holds, which stages a rank holds, how long ranks idle. Imports no torch."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def check_pipeline(layout: Layout, n_layers: int, n_microbatches: int) -> None:
     if n_microbatches < p:
         raise LayoutError(
             f"parallel.pipeline={p} needs as many microbatches a step, but train.batch_size and train.micro_batch_size "
-            f"give each data rank {n_microbatches}; raise the first, lower the second, or use a parallel.pipeline of at most {n_microbatches}"
+            f"give each data rank {n_microbatches}; raise the first, lower the second, or use a parallel.pipeline of "
+            f"at most {n_microbatches}"
         )
     if schedule in ("interleaved", "interleaved_zero_bubble") and not _fills_rounds(n_microbatches, p):
         nearest = next(n for n in _nearby_counts(n_microbatches) if n >= p and _fills_rounds(n, p))
@@ -128,7 +129,7 @@ def check_stages_per_rank(layout: Layout) -> None:
 
 
 def _fills_rounds(n_microbatches: int, pipeline: int) -> bool:
-    """Whether torch's interleaved schedules accept `n_microbatches`: equal rounds of `pipeline` or more microbatches."""
+    """Whether torch's interleaved schedules accept `n_microbatches`: equal rounds of `pipeline` or more of them."""
     return n_microbatches % max(1, n_microbatches // pipeline) == 0
 
 

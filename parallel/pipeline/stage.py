@@ -15,13 +15,13 @@ from parallel.pipeline.zero_bubble import ZeroBubbleBackward
 
 
 class StageModule(nn.Module):
-    """A model chunk as a module that torch's pipelines can call: activations of the stage before -> activations, or loss.
+    """A model chunk that torch's pipelines can call: activations of the stage before -> activations, or the loss.
 
     Apply FSDP to this module, not to the chunk: torch delays reductions only if the module it calls is an FSDPModule.
     """
 
     def __init__(self, chunk: nn.Module, forward_step: ForwardStep, layout: Layout) -> None:
-        """A stage of a chunk without tensor parallelism: the schedule may have to split its backward pass first, in place."""
+        """Split the backward pass of the chunk in place, if the schedule says so. Tensor parallelism comes later."""
         super().__init__()
         self.chunk = chunk
         self._forward_step = forward_step
@@ -41,7 +41,7 @@ class StageModule(nn.Module):
             self.zero_bubble.begin_step()
 
     def forward(self, received: Tensor | None = None) -> Tensor:
-        """[b, S, D] -> [b, S, D] of the next microbatch. The last stage returns `scale` * loss and adds to `loss_sums`."""
+        """[b, S, D] -> [b, S, D] for the next microbatch. The last stage returns `scale` * loss."""
         out = self._forward_step(self.chunk, received, next(self._microbatches))
         if isinstance(out, Tensor):
             return out

@@ -60,7 +60,8 @@ class TiedEmbedding:
     def _sum_with_peer(self, gradient: Tensor) -> None:
         """Sum it with the peer's gradient, in place.
 
-        The first stage sends, the last adds and sends back: this needs only the pipeline's group, and both get equal bits.
+        The first stage sends, the last adds and sends back: this needs only the pipeline's group, and both get equal
+        bits.
         """
         assert self.peer is not None
         if self.is_first:

@@ -65,10 +65,10 @@ def _single_stage_actions(layout: Layout, stage: int, n_microbatches: int) -> li
 
 
 def layout_bubble_fraction(layout: Layout, n_microbatches: int, costs: Sequence[float] | None = None) -> float:
-    """The fraction of a step that the average rank idles. A backward pass takes twice a forward pass; sends take no time.
+    """The fraction of a step that the average rank idles, if a backward pass takes two forwards and sends no time.
 
     With equal stages, p ranks and m microbatches it is (p - 1) / (m + p - 1) for GPipe and 1F1B, and
-    (p - 1) / (v m + p - 1) for v interleaved stages per rank (arXiv:2104.04473, section 2.2, divides by the work alone).
+    (p - 1) / (v m + p - 1) for v interleaved stages per rank. (Section 2.2 of arXiv:2104.04473 divides by the work.)
 
     Args:
         layout: its pipeline.
@@ -89,7 +89,8 @@ def describe_pipeline(
         len(layers) for layers in assign_layers(n_layers, layout.n_stages, first_cost=first_cost, last_cost=last_cost)
     ]
     costs = stage_costs(counts, first_cost=first_cost, last_cost=last_cost)
+    bubble = layout_bubble_fraction(layout, n_microbatches, costs)
     return (
-        f"{layout.n_stages} stages of {'+'.join(map(str, counts))} layers on {layout.pipeline} ranks, {layout.schedule}, "
-        f"{n_microbatches} microbatches a step: ranks wait {layout_bubble_fraction(layout, n_microbatches, costs):.0%} of it"
+        f"{layout.n_stages} stages of {'+'.join(map(str, counts))} layers on {layout.pipeline} ranks, "
+        f"{layout.schedule}, {n_microbatches} microbatches a step: ranks wait {bubble:.0%} of it"
     )

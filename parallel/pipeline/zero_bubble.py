@@ -1,11 +1,12 @@
 """The split backward pass of zero bubble (arXiv:2401.10241): gradients of activations now, gradients of weights later.
 
-The matrix products for the weights' gradients are half of a block's backward pass, and no other rank waits for them. So
-a linear layer's backward pass here computes the gradient of its input, and defers the product for its weight. What is
-deferred keeps the layer's input, saved or recomputed, and the gradient of its output. Norms, biases and attention are not
-split: they cost little or cannot be.
+The matrix products for the weights' gradients are half of a block's backward pass, and no other rank waits for them.
+So a linear layer's backward pass here computes the gradient of its input, and defers the product for its weight. What
+is deferred keeps the layer's input, saved or recomputed, and the gradient of its output. Norms, biases and attention
+are not split: they cost little or cannot be.
 
-PyTorch's pipelines can split any graph, but not a compiled or recomputed one, nor one whose weights FSDP2 frees in between.
+PyTorch's pipelines can split any graph, but not a compiled or recomputed one, nor one whose weights FSDP2 frees in
+between.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class _WeightGradient(NamedTuple):
 
 
 class _DeferringLinear(nn.Linear):
-    """A linear layer, y = x W' + b, that defers the gradient of its weight. Names, state and numbers are nn.Linear's."""
+    """A linear layer, y = x W' + b, that defers the gradient of its weight. Otherwise the same as nn.Linear."""
 
     deferred: list[_WeightGradient]
 

@@ -1,10 +1,10 @@
 """The native engine: plain PyTorch on one CPU or GPU, or on a mesh of them.
 
 Master weights are fp32: the optimizer updates them and checkpoints hold them. With bf16 the passes compute with bf16
-copies, and gradients are summed up in fp32. In one process the copies are made once per step, and each gradient is added
-to its master weight's as soon as it is complete: 2 + 4 + 4 + 8 = 18 bytes per parameter with AdamW
-(`parallel.master_weights`). On several processes master weights are sharded and the copies gathered; `parallel.fsdp` has
-the table of what that takes.
+copies, and gradients are summed up in fp32. In one process the copies are made once per step, and each gradient is
+added to its master weight's as soon as it is complete: 2 + 4 + 4 + 8 = 18 bytes per parameter with AdamW
+(`parallel.master_weights`). On several processes master weights are sharded and the copies gathered; `parallel.fsdp`
+has the table of what that takes.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class UnshardedModel:
 
 
 class ShardedModel:
-    """`RankModel` of a mesh of any size. FSDP2 holds the master weights and casts what it gathers to the compute dtype."""
+    """`RankModel` of a mesh of any size. FSDP2 holds the master weights and gathers them in the compute dtype."""
 
     def __init__(
         self,
