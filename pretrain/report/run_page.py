@@ -16,6 +16,7 @@ from pretrain.config import RunConfig, flatten
 from pretrain.config.saved import read_config
 from pretrain.console import format_count, format_decimal, format_duration
 from pretrain.report.curves import MAX_POINTS
+from pretrain.report.profile_tables import ProfileTables, latest_profile
 from pretrain.report.render import Settings, Table, Tile, render_page
 from pretrain.report.run_charts import run_figures
 from pretrain.runs.jsonl import read_events, read_metrics
@@ -38,6 +39,7 @@ class RunFiles:
     config: RunConfig
     metrics: Metrics
     events: list[Event]
+    profile: ProfileTables | None = None
 
 
 def write_report(run_dir: Path) -> Path:
@@ -46,11 +48,13 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: the directory has no `config.yaml`, or one of its files cannot be read.
     """
+    events = read_events(run_dir / "events.jsonl")
     run = RunFiles(
         run_dir.resolve().name,
         read_config(run_dir / "config.yaml"),
         read_metrics(run_dir / "metrics.jsonl"),
-        read_events(run_dir / "events.jsonl"),
+        events,
+        latest_profile(run_dir, events),
     )
     report = run_dir / "report.html"
     write_atomic(report, render_run(run).encode())
@@ -73,6 +77,7 @@ def render_run(run: RunFiles) -> str:
         curves=CURVES,
         by_source=_source_table(run.metrics.validations) if "by_source" in figures else None,
         remarks=_remarks(run),
+        profile=run.profile,
         ancestry=run.config.run.ancestry,
         samples=list(samples.values()),
         events=[event for event in run.events if event.kind != "sample"],
@@ -191,7 +196,7 @@ def _settings(config: RunConfig) -> Settings:
     sections: dict[str, list[tuple[str, str, bool]]] = {}
     for key, value in flatten(config).items():
         section, _, name = key.partition(".")
-        is_json = isinstance(value, list | bool) or value is None
+        is_json = isinstance(value, list | dict | bool) or value is None
         shown = json.dumps(value, ensure_ascii=False) if is_json else str(value)
         sections.setdefault(section, []).append((name, shown, value != defaults[key]))
     return sections

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import html
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from pretrain.report.profile_tables import latest_profile
+from pretrain.report.run_page import write_report
 from pretrain.runs.jsonl import read_events, read_metrics
-from pretrain.runs.profile import ProfileSummary, read_profile
+from pretrain.runs.profile import OperatorTime, ProfileSummary, read_profile
 from pretrain.train.loop import Outcome
 from pretrain.train.profiling import StepProfiler
 
@@ -176,3 +181,34 @@ def test_a_wrong_window_is_refused_in_one_line(
     assert answer.err.count("\n") == 1
     assert line in answer.err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_report_shows_the_operators_with_the_most_self_time_and_names_the_trace(profiled: Path) -> None:
+    page = write_report(profiled).read_text()
+    card = page[page.index('id="profile"') :]
+    card = card[: card.index("</section>")]
+    summary = summary_of(profiled)
+    assert f"Steps 5 to 7 of rank 0; times are per step. All operators are in {summary.table}." in card
+    assert summary.trace in card
+    assert "<h3>CPU</h3>" in card
+    assert "<h3>GPU</h3>" not in card
+    top = sorted(summary.operators, key=lambda time: time.self_cpu_us, reverse=True)[:15]
+    assert re.findall(r"<td>(.*?)</td>", card) == [html.escape(time.name) for time in top]
+
+
+def test_the_report_of_a_gpu_run_has_a_table_for_each_device(profiled: Path, tmp_path: Path) -> None:
+    shutil.copytree(profiled, tmp_path / "run")
+    summary = summary_of(profiled)
+    kernel = OperatorTime(name="gemm_kernel", calls=6, self_cpu_us=0, cpu_us=0, self_cuda_us=3000, cuda_us=3000)
+    changed = summary.model_copy(update={"operators": [kernel, *summary.operators]})
+    (tmp_path / "run" / "profile" / "step-00000005-00000007.json").write_text(changed.model_dump_json())
+    tables = latest_profile(tmp_path / "run", read_events(tmp_path / "run" / "events.jsonl"))
+    assert tables is not None
+    assert tables.tables["GPU"].rows[0] == ("gemm_kernel", "2.0", "1.000", "100.0%", "1.000")
+    assert "gemm_kernel" not in [row[0] for row in tables.tables["CPU"].rows]
+
+
+def test_a_report_without_the_files_of_its_profile_is_written(profiled: Path, tmp_path: Path) -> None:
+    shutil.copytree(profiled, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "profile")
+    assert 'id="profile"' not in write_report(tmp_path / "run").read_text()
