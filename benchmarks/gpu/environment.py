@@ -1,4 +1,4 @@
-"""Stage 1: versions, the GPU, its matmul peak's denominator, and whether ranks of this machine reach each other by gloo and NCCL."""
+"""Stage 1: versions, the GPU and its published peak, and whether processes of this machine reach each other by gloo and NCCL."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ PACKAGES = (
 )
 
 
-def version_of(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def driver() -> str | None:
-    """The driver's version and the GPU's clocks and power limit, as nvidia-smi says them."""
+def query_driver() -> str | None:
+    """Return nvidia-smi's line of driver version, clocks, power limit and memory; None without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.memory,power.limit,memory.total"
@@ -51,22 +51,25 @@ def driver() -> str | None:
     return done.stdout.strip() or done.stderr.strip()
 
 
-def group_of_one(device: torch.device) -> float:
-    """Seconds to start the group that a training process starts, and to add up a number in it."""
-    began = time.monotonic()
+def time_group_of_one(device: torch.device) -> float:
+    """Return the seconds to start a process group as training does, and to all-reduce a number."""
+    start = time.monotonic()
     with process_group(World.from_environment(), device.type, even_if_alone=True):
         total = torch.ones(1, device=device)
         dist.all_reduce(total)
         assert total.item() == 1
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
-def two_gloo_ranks() -> float:
-    """Seconds in which two processes meet over TCP and add up a number. Forked: they need not import torch again."""
-    began = time.monotonic()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def time_two_gloo_ranks() -> float:
+    """Return the seconds in which two processes meet over TCP and all-reduce a number.
+
+    The second one is a fork, so that it need not import torch again.
+    """
+    start = time.monotonic()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     child = os.fork()
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=child != 0, timeout=timedelta(seconds=10))
     dist.init_process_group("gloo", store=store, rank=0 if child else 1, world_size=2, timeout=timedelta(seconds=10))
@@ -78,27 +81,26 @@ def two_gloo_ranks() -> float:
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert status == 0, f"the other rank ended with {status}"
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
 def main() -> None:
     stage = StageContext(__doc__)
-    stage.row(
-        what="gloo, two processes over loopback", seconds=two_gloo_ranks()
-    )  # first: forking is not safe once CUDA is in use
-    versions = {name.replace("-", "_"): version_of(name) for name in PACKAGES}
-    stage.row(
+    # First of all: forking is not safe once CUDA is in use.
+    stage.add_row(what="gloo, two processes over loopback", seconds=time_two_gloo_ranks())
+    versions = {name.replace("-", "_"): installed_version(name) for name in PACKAGES}
+    stage.add_row(
         what="software",
         **describe_machine(),
         **versions,
         compiler=shutil.which("g++"),
-        driver=driver(),
+        driver=query_driver(),
         kernel=platform.release(),
     )
     if stage.device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        known = find_accelerator(torch.cuda.get_device_name())
-        stage.row(
+        accelerator = find_accelerator(torch.cuda.get_device_name())
+        stage.add_row(
             what="GPU",
             name=torch.cuda.get_device_name(),
             capability=".".join(map(str, torch.cuda.get_device_capability())),
@@ -106,12 +108,13 @@ def main() -> None:
             multiprocessors=properties.multi_processor_count,
             cuda=torch.version.cuda,
             cudnn=torch.backends.cudnn.version(),
-            nccl=".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]  # untyped in torch
+            nccl=".".join(map(str, torch.cuda.nccl.version())),
             flash_attn_package=flash_attn_version(),
-            published_bf16_TFLOPs=None if known is None else known.bf16_flops / 1e12,
+            published_bf16_TFLOPs=None if accelerator is None else accelerator.bf16_flops / 1e12,
         )
-    stage.row(
-        what=f"group of one, {'NCCL' if stage.device.type == 'cuda' else 'gloo'}", seconds=group_of_one(stage.device)
+    stage.add_row(
+        what=f"group of one, {'NCCL' if stage.device.type == 'cuda' else 'gloo'}",
+        seconds=time_group_of_one(stage.device),
     )
 
 

@@ -1,4 +1,4 @@
-"""What every stage shares: its command line, its device, its rows, and how it times things."""
+"""What every stage shares: its command line, its device, its rows of results, and the timer."""
 
 from __future__ import annotations
 
@@ -8,74 +8,68 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 import torch
 
-from benchmarks.common import synchronize
+from benchmarks.common import synchronize, time_calls
 from pretrain.model import loss
 
-MEAN_DOCUMENT = 500
-"""Tokens of a document in packed rows; a place between tokens begins another one with probability 1 / MEAN_DOCUMENT."""
+MEAN_DOCUMENT_TOKENS = 500
+"""Mean length of a document in packed rows. Each token begins a new document with probability 1 / MEAN_DOCUMENT_TOKENS."""
 
 
 class StageContext:
-    """The options of a stage's command line, and where its results go."""
+    """The command line of a stage, its device, and the file of its results."""
 
     def __init__(
-        self, description: str | None, add: Callable[[argparse.ArgumentParser], object] = lambda _: None
+        self, description: str | None, add_options: Callable[[argparse.ArgumentParser], object] = lambda _: None
     ) -> None:
-        """Parse the command line. `add`: adds the stage's own options."""
+        """Parse the command line. `add_options` adds the stage's own options to the parser."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument(
-            "--rows", type=Path, metavar="FILE", help="append each result to this file, as a line of JSON"
-        )
-        parser.add_argument("--small", action="store_true", help="sizes for a CPU, to see that the code runs")
-        add(parser)
-        self.options = parser.parse_args()
-        self.small: bool = self.options.small
+        parser.add_argument("--rows", type=Path, metavar="FILE", help="append each result to this file as a JSON line")
+        parser.add_argument("--small", action="store_true", help="use sizes for a CPU, to check that the code runs")
+        add_options(parser)
+        self.args = parser.parse_args()
+        self.small: bool = self.args.small
         self.device = torch.device("cuda" if torch.cuda.is_available() and not self.small else "cpu")
 
-    def row(self, **values: object) -> None:
-        """Print a result and append it to the file at once: the next one may never come."""
+    def add_row(self, **values: object) -> None:
+        """Print a result and append it to the file at once, so that a crash later loses nothing."""
         rounded = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in values.items()}
         print("  ".join(f"{key}={value}" for key, value in rounded.items()), flush=True)
-        if self.options.rows is not None:
-            with self.options.rows.open("a", encoding="utf-8") as file:
+        if self.args.rows is not None:
+            with self.args.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rounded) + "\n")
 
 
-def seconds_of(function: Callable[[], object], device: torch.device, *, repeats: int = 10, warm_up: int = 3) -> float:
-    """Median seconds of one call, by events on a GPU and by the clock on a CPU.
+def median_seconds(
+    function: Callable[[], object], device: torch.device, *, repeats: int = 10, warm_up: int = 3
+) -> float:
+    """Return the median seconds of a call: by CUDA events on a GPU, by the clock on a CPU.
 
-    Every call is timed by itself, after `warm_up` calls that compile and fill caches.
+    `warm_up` calls come first, which compile and fill caches.
     """
     for _ in range(warm_up):
         function()
     synchronize(device)
     if device.type == "cpu":
-        times = []
-        for _ in range(repeats):
-            began = perf_counter()
-            function()
-            times.append(perf_counter() - began)
-        return median(times)
+        return median(time_calls(function, device, repeats))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
-        start.record()  # type: ignore[no-untyped-call]  # untyped in torch
+        start.record()
         function()
-        end.record()  # type: ignore[no-untyped-call]
+        end.record()
     synchronize(device)
-    return median(start.elapsed_time(end) for start, end in events) / 1e3  # type: ignore[no-untyped-call]
+    return median(start.elapsed_time(end) for start, end in events) / 1e3
 
 
 @contextmanager
-def loss_in_chunks(n_chunks: int | None) -> Iterator[None]:
-    """In here the loss cuts its tokens into so many chunks; None leaves the choice to it."""
-    chosen = loss._chunks
+def override_loss_chunks(n_chunks: int | None) -> Iterator[None]:
+    """Make the loss split its tokens into `n_chunks` chunks inside the block. None keeps the loss's own choice."""
+    original = loss._chunks
     if n_chunks is not None:
         loss._chunks = lambda logits, device: n_chunks
     try:
         yield
     finally:
-        loss._chunks = chosen
+        loss._chunks = original
