@@ -1,4 +1,4 @@
-"""What every benchmark uses: the command line, the measured matmul peak, a description of the machine, and the table of results."""
+"""What every benchmark uses: command line, measured matmul peak, description of the machine, table of results."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
-"""Rows and columns of the matrices that measure the peak: large enough that everything but the product takes no time."""
+"""Rows and columns of the matrices that measure the peak, so large that all but the product takes no time."""
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the option `--json FILE`, read as `args.json: Path | None`. A benchmark adds its own options."""
+    """Return a parser with the option `--json FILE` (`args.json: Path | None`). A benchmark adds its own options."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows of the table to this file")
     return parser
@@ -70,7 +70,10 @@ def describe_machine() -> dict[str, str]:
 
 
 def print_table(title: str, rows: list[dict[str, object]], json_file: Path | None) -> None:
-    """Print the machine, then the rows as a table. Write {"title", "machine", "rows"} to `json_file` if there is one."""
+    """Print the machine, then the rows as a table.
+
+    Write {"title", "machine", "rows"} to `json_file` if there is one.
+    """
     machine = describe_machine()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title, title_justify="left")

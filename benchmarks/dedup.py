@@ -1,9 +1,10 @@
-"""Deduplication: the share of planted near-duplicates that is found at each similarity, beside theory, and what it costs.
+"""Deduplication: the share of planted near-duplicates that is found at each similarity, and what it costs.
 
-50,000 documents are deduplicated as preparation does it: MinHash signatures, signature files, comparison. Pairs of every similarity
-are planted among them. The two documents of a pair begin with the same words, as many as the similarity takes, and their true
-similarity is counted. The second table is the cost: hashing, signing and searching real text (the Python files of the standard
-library, and prose made of their words), and comparing two million signatures within 256 MB.
+50,000 documents are deduplicated as preparation does it: MinHash signatures, signature files, comparison. Pairs of
+every similarity are planted among them. The two documents of a pair begin with the same words, as many as the
+similarity takes, and their true similarity is counted. The second table is the cost: hashing, signing and searching
+real text (the Python files of the standard library, and prose made of their words), and comparing two million
+signatures within 256 MB.
 
     python -m benchmarks.dedup [--json FILE] [--documents 50000] [--pairs 1000] [--bands 14] [--rows 8]
 

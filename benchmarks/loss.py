@@ -1,7 +1,8 @@
 """Peak memory and time of the loss alone: our chunked loss beside one that holds all logits.
 
-Each loss runs in a fresh process. The peak is measured from the moment the inputs exist: by the allocator on CUDA, by the resident set on
-Linux CPUs. It is reported with and without the gradients of the two inputs, which every loss has to return.
+Each loss runs in a fresh process. The peak is measured from the moment the inputs exist: by the allocator on CUDA, by
+the resident set on Linux CPUs. It is reported with and without the gradients of the two inputs, which every loss has to
+return.
 
     python -m benchmarks.loss [--json FILE] [--vocabulary 131072] [--sequence 4096] [--width 2048]
 """
@@ -52,7 +53,10 @@ def read_status_bytes(field: str) -> int:
 
 
 def measure_loss(kind: str, V: int, S: int, D: int) -> tuple[int, float]:
-    """Return (peak bytes beside the inputs, seconds) of forward and backward. Hidden states [S, D] and weight [V, D] are bf16."""
+    """Return (peak bytes beside the inputs, seconds) of forward and backward.
+
+    Hidden states [S, D] and weight [V, D] are bf16.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     hidden = torch.randn(S, D, device=device).bfloat16().requires_grad_()

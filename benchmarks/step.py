@@ -1,8 +1,9 @@
 """Our training step beside that of `transformers`: the same Llama shape, batch and precision, in turns in one process.
 
-Both sides are compiled, clip the global gradient norm to 1 and use fused AdamW. The peer holds bf16 weights and bf16 optimizer state, its
-fastest setting; ours also keeps fp32 master weights. Each alternation times a few steps of one side, then of the other. The ratio is the
-median over alternations, because the machine's speed drifts. Model FLOPs are counted by `pretrain.estimate.flops`.
+Both sides are compiled, clip the global gradient norm to 1 and use fused AdamW. The peer holds bf16 weights and bf16
+optimizer state, its fastest setting; ours also keeps fp32 master weights. Each alternation times a few steps of one
+side, then of the other. The ratio is the median over alternations, because the machine's speed drifts. Model FLOPs are
+counted by `pretrain.estimate.flops`.
 
     python -m benchmarks.step [--json FILE] [--alternations 5] [--steps 5]
 """

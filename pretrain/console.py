@@ -1,4 +1,4 @@
-"""Terminal output that every part of the program shares: numbers as text, plain tables, headings, lines that are not wrapped."""
+"""Terminal output that the whole program shares: numbers as text, plain tables, headings, unwrapped lines."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
-"""The data pipeline beside its peers: text to verified shards, and shards to batches. CPU-seconds of all processes, user and system.
+"""The data pipeline beside its peers: text to verified shards, and shards to batches.
 
-Tokenizing: Python sources as jsonl, one byte-level BPE with 32k tokens. Ours goes from the jsonl file to committed shards and reads all
-of them back to verify. Its peers are `tokenizers.encode_batch_fast` on texts in memory, which writes nothing; datatrove's tokenizer
-pipeline, jsonl to its .ds files; `datasets.map` with encode_batch_fast, jsonl to Arrow. Each case runs in a process of its own, in
-turns; the table holds medians.
+Speeds are per CPU-second of all processes, user and system.
 
-Reading: shuffled batches of 8 x 2048 tokens with labels and document ids, of a mixture of three sources, every sample new, beside a
-bare gather of as many rows from one memory-mapped file. Then the time to open a data set of 10 million documents and 10 billion tokens,
-and the time to find the first, a middle and the last batch of its epochs.
+Tokenizing: Python sources as jsonl, one byte-level BPE with 32k tokens. Ours goes from the jsonl file to committed
+shards and reads all of them back to verify. Its peers are `tokenizers.encode_batch_fast` on texts in memory, which
+writes nothing; datatrove's tokenizer pipeline, jsonl to its .ds files; `datasets.map` with encode_batch_fast, jsonl to
+Arrow. Each case runs in a process of its own, in turns; the table holds medians.
+
+Reading: shuffled batches of 8 x 2048 tokens with labels and document ids, of a mixture of three sources, every sample
+new, beside a bare gather of as many rows from one memory-mapped file. Then the time to open a data set of 10 million
+documents and 10 billion tokens, and the time to find the first, a middle and the last batch of its epochs.
 
     python -m benchmarks.data [--json FILE] [--mb 100] [--rounds 3] [--folder DIR]
 """
@@ -95,7 +97,10 @@ def reading_rows(folder: Path) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Print both tables. `--json FILE` holds the first; the second goes beside it, with `-reading` at the end of the name."""
+    """Print both tables.
+
+    `--json FILE` holds the first; the second goes beside it, with `-reading` at the end of the name.
+    """
     from benchmarks.common import make_parser, print_table
 
     parser = make_parser(__doc__)

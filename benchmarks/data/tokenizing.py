@@ -13,15 +13,15 @@ from typing import Any
 from benchmarks.data.measure import Measurements, measure_time
 
 PEER_FRACTION = 5
-"""The slow peers get one text in five. Their start-up of about half a second is measured too. The ratio is against encode_batch_fast,
-which starts up before the clock does."""
+"""The slow peers get one text in five. Their start-up of about half a second is measured too. The ratio is against
+encode_batch_fast, which starts up before the clock does."""
 
 TOKENIZER_VOCAB_SIZE = 32_768
 TOKENIZER_BYTES = 20e6
 
 
 def write_corpus(folder: Path, megabytes: float) -> None:
-    """Write this machine's Python sources as `all.jsonl`, a part of them as `part.jsonl`, and a tokenizer trained on some."""
+    """Write Python sources as `all.jsonl`, a part of them as `part.jsonl`, and a tokenizer trained on some."""
     from data_pipeline.tokenizing.tokenizer import train_tokenizer
 
     if (folder / "tokenizer.json").exists():

@@ -1,13 +1,15 @@
-"""Run all GPU stages with one command. Each stage has its own timeout and log, and one that fails does not stop the others.
+"""Run all GPU stages with one command.
+
+Each stage has its own timeout and log, and one that fails does not stop the others.
 
     python -m benchmarks.gpu --out DIR [--seconds 570] [--stages smoke kernels ...] [--rehearse]
 
-DIR gets `<stage>.log` (its output), `<stage>.jsonl` (a line for each result, written as soon as it is known) and `summary.json` (status
-and rows of every stage). Exit code 1 if a stage failed, 2 if a Python package is missing.
+DIR gets `<stage>.log` (its output), `<stage>.jsonl` (a line for each result, written as soon as it is known) and
+`summary.json` (status and rows of every stage). Exit code 1 if a stage failed, 2 if a Python package is missing.
 
-No network is needed. Missing packages come from wheels: `make gpu-wheels` downloads them into `.wheels/` on any machine with a network,
-and this program installs them into `.wheels/site`. `--rehearse` runs every stage in a small size on a CPU. This file imports only the
-standard library: it must also run where packages are missing, to say which.
+No network is needed. Missing packages come from wheels: `make gpu-wheels` downloads them into `.wheels/` on any machine
+with a network, and this program installs them into `.wheels/site`. `--rehearse` runs every stage in a small size on a
+CPU. This file imports only the standard library: it must also run where packages are missing, to say which.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ STAGES = (
 def install_wheels() -> None:
     """Install the downloaded wheels into `.wheels/site`, once, and add that folder to the path.
 
-    Only for a Python that lacks packages. The wheels are built for one Python version and would hide packages of another one.
+    Only for a Python that lacks packages. The wheels are built for one Python version and would hide packages of
+    another one.
     """
     wheels = sorted(WHEELS.glob("*.whl"))
     newest = max((wheel.stat().st_mtime for wheel in wheels), default=0.0)
@@ -201,7 +204,10 @@ def print_result(result: StageResult, out: Path) -> None:
 
 
 def run_stages(stages: Sequence[Stage], out: Path, deadline: float, *, small: bool) -> list[StageResult]:
-    """Run the stages until `deadline`, by time.monotonic(); the rest is `not started`. Updates `summary.json` after each."""
+    """Run the stages until `deadline`, by time.monotonic(); the rest is `not started`.
+
+    Updates `summary.json` after each.
+    """
     results: list[StageResult] = []
     for stage in stages:
         left = deadline - time.monotonic() - KILL_DELAY
@@ -228,8 +234,8 @@ def main() -> int:
         install_wheels()
     if missing := missing_packages():
         print(
-            f"gpu-check: {sys.executable} has no {', '.join(missing)}; bring them as wheels (`make gpu-wheels` where there "
-            "is a network, then copy the folder .wheels here), or run `make install-dev` and then this again",
+            f"gpu-check: {sys.executable} has no {', '.join(missing)}; bring them as wheels (`make gpu-wheels` where "
+            "there is a network, then copy the folder .wheels here), or run `make install-dev` and then this again",
             file=sys.stderr,
         )
         return 2
@@ -247,7 +253,10 @@ def main() -> int:
 
 
 def has_gpu() -> bool:
-    """Return whether PyTorch sees a GPU. Asked in another process: this one must not hold GPU memory while the stages run."""
+    """Return whether PyTorch sees a GPU.
+
+    Asked in another process: this one must not hold GPU memory while the stages run.
+    """
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", code], check=False, env=stage_environment(Path.cwd())).returncode == 0
 

@@ -1,7 +1,7 @@
 """Stage 8: the command line as a user types it: prepare, train, stop with SIGINT, resume, train to the end.
 
-The text is Python's standard library. The run must stop with exit code 75, resume where it stopped, end with code 0, record every step
-once, and learn.
+The text is Python's standard library. The run must stop with exit code 75, resume where it stopped, end with code 0,
+record every step once, and learn.
 """
 
 from __future__ import annotations

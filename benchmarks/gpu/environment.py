@@ -1,4 +1,4 @@
-"""Stage 1: versions, the GPU and its published peak, and whether processes of this machine reach each other by gloo and NCCL."""
+"""Stage 1: versions, the GPU with its published peak, and whether local processes reach each other by gloo and NCCL."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Stage 3: the kernels of the 1B model's step, one by one, in bf16 on random numbers.
 
-A large square matmul (the machine's peak), the matmuls of a block forward and backward at 32,768 rows, a copy (the memory bandwidth),
-attention forward and backward with each kernel, and the chunked loss at several chunk sizes. Each row has its share of the peak.
+A large square matmul (the machine's peak), the matmuls of a block forward and backward at 32,768 rows, a copy (the
+memory bandwidth), attention forward and backward with each kernel, and the chunked loss at several chunk sizes. Each
+row has its share of the peak.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend) -> Tensor:
 
 
 def loss_cases(stage: StageContext, sizes: Sizes, peak: float) -> None:
-    """Time the output layer with its loss, forward and backward, at each chunk size and at the one that training uses."""
+    """Time the output layer with its loss, forward and backward, at each chunk size and at that of training."""
     hidden = random_bf16(stage, sizes.rows, sizes.width).requires_grad_()
     weight = (
         (torch.randn(sizes.vocabulary, sizes.width, device=stage.device) / sizes.width**0.5).bfloat16().requires_grad_()

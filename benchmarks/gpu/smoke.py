@@ -1,4 +1,7 @@
-"""Stage 2: a model of two layers takes three steps, eager, compiled, and under FSDP2 on one rank. All losses must agree."""
+"""Stage 2: a model of two layers takes three steps, eager, compiled, and under FSDP2 on one rank.
+
+All losses must agree.
+"""
 
 from __future__ import annotations
 

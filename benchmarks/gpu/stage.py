@@ -15,7 +15,7 @@ from benchmarks.common import synchronize, time_calls
 from pretrain.model import loss
 
 MEAN_DOCUMENT_TOKENS = 500
-"""Mean length of a document in packed rows. Each token begins a new document with probability 1 / MEAN_DOCUMENT_TOKENS."""
+"""Mean length of a document in packed rows: the chance that a token begins a new document is one in so many."""
 
 
 class StageContext:

@@ -1,8 +1,9 @@
-"""Stages 5 and 6: training steps of the real engine, as `pretrain train` builds it, on one GPU: tokens/s, MFU, memory, a profile.
+"""Stages 5 and 6: training steps of the engine that `pretrain train` builds: tokens/s, MFU, memory, a profile.
 
-bf16, compiled, fused AdamW, fp32 master weights, random tokens. Packed rows hold documents of 500 tokens on average (exponentially
-distributed, as real ones nearly are). MFU is counted as in `pretrain.estimate.flops`, which does not subtract masked attention: packed
-documents can only look better by it. The first cases surely fit; a case that runs out of memory becomes a row that says so.
+bf16, compiled, fused AdamW, fp32 master weights, random tokens. Packed rows hold documents of 500 tokens on average
+(exponentially distributed, as real ones nearly are). MFU is counted as in `pretrain.estimate.flops`, which does not
+subtract masked attention: packed documents can only look better by it. The first cases surely fit; a case that runs out
+of memory becomes a row that says so.
 
     python -m benchmarks.gpu.training --suite base|variants|presets [--rows FILE] [--steps 5] [--profile DIR]
 """
@@ -163,7 +164,10 @@ def time_steps(engine: Engine, config: RunConfig, case: Case, steps: int) -> Ste
 
 
 def profile_steps(engine: Engine, config: RunConfig, case: Case, folder: Path) -> None:
-    """Record a few steps. Writes `trace.json.gz` for chrome://tracing or Perfetto, and `kernels.txt`, the kernels by time."""
+    """Record a few steps.
+
+    Writes `trace.json.gz` for chrome://tracing or Perfetto, and `kernels.txt`, the kernels by time.
+    """
     batches = [random_microbatches(config, case, 100 + step) for step in range(PROFILED_STEPS)]
     device = torch.device(config.train.device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
@@ -178,7 +182,7 @@ def profile_steps(engine: Engine, config: RunConfig, case: Case, folder: Path) -
 
 
 class EngineCache:
-    """Keeps the last engine for cases that differ only in the batch: drawing a billion initial weights takes seconds."""
+    """Keeps the last engine for cases that differ only in the batch: a billion initial weights take seconds."""
 
     def __init__(self) -> None:
         self._key: object = None

@@ -1,17 +1,18 @@
 """Parity of every layout with one process: losses, gradients, gradient norms and parameters over five AdamW steps.
 
-Each row trains a small model (grouped-query attention, QK-norm, biases, packed documents, uneven labels) on one layout of real
-processes (gloo) and compares it with the same steps on one process from the same seed: the loss of every step, every parameter's
-gradient at every step (norm of the difference over the norm), the global gradient norm of every step, every parameter after the last
-step. In fp32 they must agree to rounding: loss 1e-5, gradients 1e-4, norm 1e-6, parameters 1e-5. In bf16, where another order of sums
-rounds differently, and with Muon, which orthogonalizes in bf16, losses and norms must agree to 2e-3.
+Each row trains a small model (grouped-query attention, QK-norm, biases, packed documents, uneven labels) on one layout
+of real processes (gloo) and compares it with the same steps on one process from the same seed: the loss of every step,
+every parameter's gradient at every step (norm of the difference over the norm), the global gradient norm of every step,
+every parameter after the last step. In fp32 they must agree to rounding: loss 1e-5, gradients 1e-4, norm 1e-6,
+parameters 1e-5. In bf16, where another order of sums rounds differently, and with Muon, which orthogonalizes in bf16,
+losses and norms must agree to 2e-3.
 
-The norm that the single process reports is checked as well: its clipped gradients, summed in fp64, must have the norm that clipping
-promises. Sums in fp32 lose more than the tolerance where a tensor is large, so one row has three tensors of 10.5M elements
-(`d_ff=10240`).
+The norm that the single process reports is checked as well: its clipped gradients, summed in fp64, must have the norm
+that clipping promises. Sums in fp32 lose more than the tolerance where a tensor is large, so one row has three tensors
+of 10.5M elements (`d_ff=10240`).
 
-AdamW's epsilon is Llama 2's 1e-5 (arXiv:2307.09288, section 2.2): with 1e-8 the first steps divide rounding noise by itself wherever
-a gradient is smaller than it, and biases start at 0.
+AdamW's epsilon is Llama 2's 1e-5 (arXiv:2307.09288, section 2.2): with 1e-8 the first steps divide rounding noise by
+itself wherever a gradient is smaller than it, and biases start at 0.
 
     python -m benchmarks.parity [--steps 5] [--only WORD ...] [--json FILE] [--table docs/parity.md]
 """

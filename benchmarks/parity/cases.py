@@ -18,8 +18,8 @@ MODEL = (
     *("optim.lr=1e-3", "optim.eps=1e-5", f"optim.max_grad_norm={MAX_GRAD_NORM}", "train.z_loss=1e-4"),
     *(f"data.seq_len={SEQ_LEN}", f"train.batch_size={BATCH_SIZE}"),
 )
-"""Settings of every case. AdamW's epsilon is Llama 2's 1e-5 (arXiv:2307.09288, section 2.2): with 1e-8 the first steps divide rounding
-noise by itself wherever a gradient is smaller than it, and biases start at 0."""
+"""Settings of every case. AdamW's epsilon is Llama 2's 1e-5 (arXiv:2307.09288, section 2.2): with 1e-8 the first steps
+divide rounding noise by itself wherever a gradient is smaller than it, and biases start at 0."""
 
 DEEP = ("model.n_layers=8",)
 UNEVEN = ("model.n_layers=5",)
@@ -28,7 +28,7 @@ ODD_SIZES = ("model.d_ff=97", "model.vocab_size=161", "model.n_layers=5")
 FEW_HEADS = ("model.n_kv_heads=2",)
 SLIDING_WINDOW = ("model.sliding_window=20",)
 LARGE = ("model.n_layers=1", "model.d_model=1024", "model.d_ff=10240")
-"""Three tensors of 10,485,760 elements with dense gradients: sums of squares in fp32 lose more than the tolerance there."""
+"""Three tensors of 10,485,760 elements with dense gradients: fp32 sums of squares are too inexact for them."""
 BF16 = ("train.precision=bf16",)
 MUON = ("optim.kind=muon",)
 
@@ -72,7 +72,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Every kind of parallelism alone, every pair of kinds, three at once, then recomputation, bf16 and Muon on top of them."""
+    """Return every kind of parallelism alone, in pairs and triples, and with recomputation, bf16 and Muon."""
     return [
         *data_parallel_cases(),
         *tensor_parallel_cases(),

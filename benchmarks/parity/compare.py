@@ -44,7 +44,10 @@ def make_config(settings: Iterable[str]) -> RunConfig:
 
 
 def make_batch(step: int) -> Batch:
-    """Return a global batch of packed documents, another one for each step. Each row has between 1 and all of its labels."""
+    """Return a global batch of packed documents, another one for each step.
+
+    Each row has between 1 and all of its labels.
+    """
     random = np.random.default_rng(step)
     ids = random.integers(VOCAB_SIZE, size=(BATCH_SIZE, SEQ_LEN + 1), dtype=np.int32)
     document_ids = (random.random((BATCH_SIZE, SEQ_LEN)) < 1 / 16).cumsum(1, dtype=np.int32)

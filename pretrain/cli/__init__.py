@@ -24,7 +24,8 @@ WRONG_INPUT = (UserError, DataError, LayoutError)
 UsageError = cast(
     type[typer.BadParameter], next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
 )
-"""What typer raises for a wrong command line. Typer exports only its subclass BadParameter, so it is found among the bases."""
+"""What typer raises for a wrong command line. Typer exports only its subclass BadParameter, so it is found among the
+bases."""
 
 app = typer.Typer(
     name="pretrain",
@@ -45,9 +46,9 @@ app.add_typer(config.app, name="config")
 def main() -> None:
     """Run the command line and exit.
 
-    Wrong input, a diverged run and a failing disk are one line on stderr. Any other error keeps its traceback. Of several processes
-    that torchrun started, the one that fails first prints its error, and all exit with its code. When the reader of the output has
-    gone (`| head`), a command ends silently; a command whose result is on disk goes on.
+    Wrong input, a diverged run and a failing disk are one line on stderr. Any other error keeps its traceback. Of
+    several processes that torchrun started, the one that fails first prints its error, and all exit with its code. When
+    the reader of the output has gone (`| head`), a command ends silently; a command whose result is on disk goes on.
     """
     # wandb records sys.argv, which must not hold the secrets of addresses.
     args, sys.argv[1:] = sys.argv[1:], [redact(arg) for arg in sys.argv[1:]]

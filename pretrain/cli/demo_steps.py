@@ -32,7 +32,8 @@ from pretrain.train.run import train
 EXCLUDED_FOLDERS = (
     *("site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"),
 )
-"""Folders of the standard library that are no good examples of Python: installed packages, tables, generated text, odd encodings."""
+"""Folders of the standard library that are no good examples of Python: installed packages, tables, generated text, odd
+encodings."""
 
 
 class StopAfterStep:
@@ -84,7 +85,7 @@ def run_demo(directory: Path, console: Console) -> Outcome:
 
 
 def demo_config(directory: Path) -> RunConfig:
-    """Return `configs/demo.yaml` with this machine's standard library as text, in the next run directory below `directory`."""
+    """Return `configs/demo.yaml` with this machine's standard library as text, and the next run directory."""
     source = {
         "name": "stdlib",
         "kind": "text",

@@ -1,4 +1,7 @@
-"""`pretrain layout`: what each rank of a layout holds and sends, for any number of processes. Needs no processes, GPUs or data."""
+"""`pretrain layout`: what each rank of a layout holds and sends, for any number of processes.
+
+Needs no processes, GPUs or data.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ def layout(
     rank: Annotated[int | None, typer.Option(min=0, help="Print this rank only, with its peers on each axis.")] = None,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="GPUs in a node.")] = 8,
 ) -> None:
-    """Print what each rank of a layout holds and how much its collectives send in a step. `auto` means what it means on GPUs."""
+    """Print what each rank of a layout holds and how much its collectives send in a step.
+
+    `auto` means what it means on GPUs.
+    """
     from pretrain.errors import UserError
     from pretrain.setup.resolve import resolve_for_cluster
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_POINTS = 2000
-"""Most points of a drawn curve. A longer one keeps the lowest and the highest value of each section, so that no spike is lost."""
+"""Most points of a drawn curve. A longer one keeps the lowest and the highest value of each section, so that no spike
+is lost."""
 
 FloatArray = NDArray[np.float64]
 
@@ -18,8 +19,9 @@ FloatArray = NDArray[np.float64]
 def smooth(values: FloatArray, radius: int) -> FloatArray:
     """Return the mean over each value and up to `radius` neighbours on each side.
 
-    Near the start the window shrinks on both sides, so that it does not bend the steep beginning of a loss curve. Near the end it only
-    misses the values that are not there. Values that are not finite are left out of every mean and stay gaps.
+    Near the start the window shrinks on both sides, so that it does not bend the steep beginning of a loss curve. Near
+    the end it only misses the values that are not there. Values that are not finite are left out of every mean and stay
+    gaps.
     """
     finite = np.isfinite(values)
     index = np.arange(len(values))
@@ -33,8 +35,8 @@ def smooth(values: FloatArray, radius: int) -> FloatArray:
 def _window_sums(values: FloatArray, low: NDArray[np.intp], high: NDArray[np.intp]) -> FloatArray:
     """Return the sum of values[low:high] for each pair of `low` and `high`.
 
-    Differences of one cumulative sum would be faster, but wrong: after a spike of 1e20, fp64 has no digits left for losses around 3.
-    So each window is added up from sums of 1, 2, 4, ... values, one for each bit of its length.
+    Differences of one cumulative sum would be faster, but wrong: after a spike of 1e20, fp64 has no digits left for
+    losses around 3. So each window is added up from sums of 1, 2, 4, ... values, one for each bit of its length.
     """
     sums, begin, width, length = np.zeros(len(low)), low.copy(), high - low, 1
     while len(values) and length <= width.max():  # values[i] is now the sum of `length` values from i on
@@ -46,7 +48,10 @@ def _window_sums(values: FloatArray, low: NDArray[np.intp], high: NDArray[np.int
 
 
 def thin(values: FloatArray, max_points: int = MAX_POINTS) -> NDArray[np.intp]:
-    """Return the indices of the values to draw: all, or the two ends and the lowest and highest of each section. Gaps stay visible."""
+    """Return the indices of the values to draw: all, or the two ends and the lowest and highest of each section.
+
+    Gaps stay visible.
+    """
     if len(values) <= max_points:
         return np.arange(len(values))
     # One section fewer than edges leaves room for both ends.

@@ -1,4 +1,7 @@
-"""The charts of a data set as Plotly figures: one panel for each source, all on the same axes. Colours come from `themes`."""
+"""The charts of a data set as Plotly figures: one panel for each source, all on the same axes.
+
+Colours come from `themes`.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def lengths_figure(sources: Sequence[SourceDescription]) -> go.Figure:
 
 
 def drops_figure(sources: Sequence[SourceDescription]) -> go.Figure:
-    """Return the dropped documents by reason, the most frequent first, as shares of the documents read of the source."""
+    """Return dropped documents by reason, the most frequent first, as shares of the documents read from the source."""
     figure = _panels([source.name for source in sources], [_REASON_HEIGHT * len(source.drops) for source in sources])
     largest_share = max(count / source.read for source in sources for count in source.drops.values())
     for row, source in enumerate(sources, start=1):

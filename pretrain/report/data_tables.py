@@ -15,7 +15,7 @@ Row = tuple[str, ...]
 
 
 def split_rows(manifest: SplitManifest) -> list[Row]:
-    """Return the rows of a split: source, documents read, dropped, written, tokens, share of the tokens, bytes/token, shards.
+    """Return the rows of a split: source, documents read, dropped, written, tokens, share, bytes/token, shards.
 
     Several sources end with a row of their sum.
     """
@@ -50,7 +50,10 @@ def in_place_notes(sources: Sequence[SourceDescription]) -> list[str]:
 
 
 def unknown_text_notes(manifests: Sequence[SourceManifest]) -> list[str]:
-    """Return a sentence for each source that holds text unknown to the tokenizer. Several manifests of a source add up."""
+    """Return a sentence for each source that holds text unknown to the tokenizer.
+
+    Several manifests of a source add up.
+    """
     notes = []
     for name in dict.fromkeys(manifest.name for manifest in manifests):
         splits = [manifest for manifest in manifests if manifest.name == name]

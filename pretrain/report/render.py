@@ -1,7 +1,8 @@
 """Turn a template and its content into a page: one HTML file that needs neither network nor fonts.
 
-A page is about 2 MB. Plotly's own script of 4.8 MB is embedded gzipped, and the browser unpacks it (DecompressionStream, in all browsers
-since 2023). To add a page, write `templates/NAME.html` that extends `base.html` and a module that calls `render_page("NAME.html", ...)`.
+A page is about 2 MB. Plotly's own script of 4.8 MB is embedded gzipped, and the browser unpacks it
+(DecompressionStream, in all browsers since 2023). To add a page, write `templates/NAME.html` that extends `base.html`
+and a module that calls `render_page("NAME.html", ...)`.
 """
 
 from __future__ import annotations

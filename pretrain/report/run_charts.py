@@ -117,7 +117,7 @@ def _validation_curve(metrics: Metrics) -> go.Scatter:
 
 
 def _source_curves(metrics: Metrics) -> list[go.Scatter] | None:
-    """Return the validation loss of each source, in the order of the newest record; None if there are fewer than two sources."""
+    """Return the validation loss of each source, in the order of the newest record; None for fewer than two."""
     names = dict.fromkeys(name for record in reversed(metrics.validations) for name in record.by_source)
     if len(names) < 2:
         return None
@@ -189,7 +189,10 @@ def _label(event: Event) -> str:
 def _figure(
     curves: Sequence[go.Scatter], by_step: EventsByStep, last_step: int, *, is_large: bool = False
 ) -> go.Figure:
-    """Return a figure over the steps, with lines at stops and resumes. A large one has a strip of events below the curves."""
+    """Return a figure over the steps, with lines at stops and resumes.
+
+    A large one has a strip of events below the curves.
+    """
     figure = go.Figure(curves)
     margin = 0.015 * max(1, last_step)
     figure.update_layout(

@@ -114,7 +114,10 @@ def _tiles(run: RunFiles) -> list[Tile]:
 
 
 def _training_seconds(run: RunFiles) -> float:
-    """Return the time that the attempts took, each from its start to its last record. The time between attempts does not count."""
+    """Return the time that the attempts took, each from its start to its last record.
+
+    The time between attempts does not count.
+    """
     times = [(event.time, event.kind in {"start", "resume"}) for event in run.events if event.kind != "settings"]
     times += [(record.time, False) for record in run.metrics.steps]
     times += [(record.time, False) for record in run.metrics.validations]
@@ -156,7 +159,8 @@ def _notices(run: RunFiles) -> list[str]:
     small = [f"{name} ({source.tokens:,} tokens)" for name, source in by_source.items() if source.tokens <= few_tokens]
     if small:
         notices.append(
-            f"The validation loss is over little text of {', '.join(small)}: hold out more of it, or raise eval.batches."
+            f"The validation loss is over little text of {', '.join(small)}: hold out more of it, "
+            "or raise eval.batches."
         )
     return notices
 

@@ -1,4 +1,7 @@
-"""The light and the dark theme of the charts. Figures hold no colours: a trace names a colour role in `meta`, and page.js looks it up."""
+"""The light and the dark theme of the charts.
+
+Figures hold no colours: a trace names a colour role in `meta`, and page.js looks it up.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,15 @@ ROLE_COLORS = {
         "mark": "#6b7587",
     },
 }
-"""The primary blue and the secondary orange differ for every kind of colour vision. Their contrast to the paper is 3:1 or more."""
+"""The primary blue and the secondary orange differ for every kind of colour vision. Their contrast to the paper is 3:1
+or more."""
 
 SOURCE_COLORS = {
     "light": ("#1f5fae", "#c2410c", "#0f766e", "#a21caf", "#7a5c00", "#be123c", "#15803d", "#475569"),
     "dark": ("#7db4f5", "#fb9a5b", "#5eead4", "#e879f9", "#facc15", "#fb7185", "#86efac", "#cbd5e1"),
 }
-"""Colours of the curves of data sources. Not everybody can tell eight colours apart, so each curve also has a dash and a symbol."""
+"""Colours of the curves of data sources. Not everybody can tell eight colours apart, so each curve also has a dash and
+a symbol."""
 
 N_SOURCE_COLORS = len(SOURCE_COLORS["light"])
 

@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: every stage runs small, a failure stops no other stage, a missing package is one line."""
+"""`make gpu-check` without a GPU: every stage runs small, and a failure stops no other stage."""
 
 import gzip
 import json

@@ -139,7 +139,7 @@ def manifest_of(name: str, documents: int, dropped: dict[str, int]) -> SourceMan
 
 @pytest.fixture
 def large(tiny_data: Path) -> DataDescription:
-    """Four sources of a hundred million documents each, whose texts and reasons would be markup, if anybody took them for it."""
+    """Four sources of a hundred million documents each, with texts and reasons that look like markup."""
     tokenizer = load_tokenizer(tiny_data)
     reasons = {
         "gopher_repetition: duplicated_10_n_grams": 9_999_999,

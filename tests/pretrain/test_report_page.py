@@ -23,7 +23,7 @@ HOSTILE = 'x = "</script><script>console.error(1)</script>" & <b>'
 
 
 def parts(step: int, sources: tuple[str, ...]) -> dict[str, SourceLoss]:
-    """Losses that fall from 9 at different speeds, over 5,000 tokens of the first source, half as many of the next, and so on."""
+    """Losses that fall from 9 at different speeds, over 5,000 tokens of the first source, 2,500 of the next, ..."""
     return {name: SourceLoss(loss=2 + 7 / (1 + step * (i + 1)), tokens=5000 >> i) for i, name in enumerate(sources)}
 
 

@@ -94,7 +94,10 @@ def add_segment(table: Table, title: str, segment: RunSegment) -> None:
 
 
 def print_drops(sources: Iterable[SourceDescription], console: Console) -> None:
-    """Print dropped and changed documents by reason. A bar is a share of the documents read; all bars have the same scale."""
+    """Print dropped and changed documents by reason.
+
+    A bar is a share of the documents read; all bars have the same scale.
+    """
     shown = [source for source in sources if source.drops or source.changes]
     if not shown:
         return
@@ -138,7 +141,7 @@ def draw_bar(fraction: float, width: int) -> Text:
 
 
 def print_lengths(sources: Sequence[SourceDescription], console: Console) -> None:
-    """Print a histogram of document lengths for each source, side by side where they fit, with the same rows and scale."""
+    """Print a histogram of document lengths for each source, side by side, with the same rows and scale."""
     sources = [source for source in sources if source.lengths]
     if not sources:
         return

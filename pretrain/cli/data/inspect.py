@@ -33,7 +33,7 @@ def inspect(
 ) -> None:
     """Show what a prepared data set holds: documents, tokens, drops, lengths, samples; and what a run would read of it.
 
-    `pretrain data inspect data/my my.yaml train.steps=5000` adds what that run reads: tokens, epochs and repeats by source.
+    `pretrain data inspect data/my my.yaml train.steps=5000` adds what that run reads: tokens, epochs, repeats.
     """
     from data_pipeline.inspect import describe_data
     from data_pipeline.storage.tokenized import collect_trusted_paths

@@ -16,10 +16,12 @@ def prepare(
         bool, typer.Option(help="Write dropped documents with the reasons to `rejects/` in `data.path`.")
     ] = False,
 ) -> None:
-    """Turn `data.sources` into shards of tokens in `data.path`: filter, deduplicate, train a tokenizer if there is none, tokenize.
+    """Turn `data.sources` into shards of tokens in `data.path`: filter, deduplicate, tokenize.
 
-    The same command again does nothing. After a stop or a crash it resumes from the finished chunks. `data.path` only looks
-    like prepared data once everything is written.
+    Trains a tokenizer on the sources if there is none.
+
+    The same command again does nothing. After a stop or a crash it resumes from the finished chunks. `data.path` only
+    looks like prepared data once everything is written.
     """
     from data_pipeline.prepare import prepare as prepare_data
     from pretrain.cli.data.summary import print_summary, show_progress
