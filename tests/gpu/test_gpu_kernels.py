@@ -44,7 +44,7 @@ PACKED = packed_rows(((100, 1, 219), (320,), (7, 64, 128, 121)))
 
 
 def heads(G: int, H: int = 4) -> list[Tensor]:
-    """q, k, v and the gradient of the output: fp32 numbers that bf16 holds exactly, so that only the kernels differ."""
+    """q, k, v and the gradient of the output. bf16 represents the numbers exactly, so only the kernels differ."""
     generator = torch.Generator().manual_seed(G)
     return [torch.randn(B, S, n, K, generator=generator).bfloat16().float() for n in (H, G, G, H)]
 
@@ -65,7 +65,7 @@ def run(
     dtype: torch.dtype,
     ranges: tuple[tuple[int, int], ...] = WHOLE,
 ) -> list[Tensor]:
-    """Output for the queries of those ranges, and the gradients of q, k and v."""
+    """The output for the queries of the ranges, and the gradients of q, k and v."""
     config = ModelConfig(n_heads=4, n_kv_heads=tensors[1].shape[2], head_dim=K, sliding_window=window)
     mask = document_mask(*PACKED, kernel, config, ranges, whole_rows=ranges == WHOLE).to(device)
     q, k, v, grad = tensors
@@ -80,9 +80,7 @@ def run(
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("G", [4, 2, 1])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_bf16_attention_over_packed_documents_is_that_of_fp32_on_the_cpu(
-    kernel: str, G: int, window: int | None
-) -> None:
+def test_bf16_attention_over_packed_documents_matches_fp32_on_the_cpu(kernel: str, G: int, window: int | None) -> None:
     needs(kernel)
     tensors = heads(G)
     out, *gradients = run(kernel, tensors, window, CUDA, torch.bfloat16)
@@ -99,7 +97,7 @@ def test_bf16_attention_over_packed_documents_is_that_of_fp32_on_the_cpu(
     "ranges", [((40, 80), (240, 280)), ((0, 1), (150, 200), (319, 320))], ids=["a chunk and its mirror", "uneven"]
 )
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_some_queries_of_a_row_attend_as_they_do_in_the_whole_row(
+def test_queries_of_some_ranges_attend_as_in_the_full_row(
     kernel: str, ranges: tuple[tuple[int, int], ...], window: int | None
 ) -> None:
     needs(kernel)
@@ -119,7 +117,7 @@ def test_some_queries_of_a_row_attend_as_they_do_in_the_whole_row(
 
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("G", [4, 2])
-def test_fp32_attention_on_the_gpu_is_that_of_the_cpu_to_1e4(G: int, window: int | None) -> None:
+def test_fp32_attention_matches_the_cpu_to_1e4(G: int, window: int | None) -> None:
     tensors = heads(G)
     wanted = run("sdpa", tensors, window, torch.device("cpu"), torch.float32)
     for ours, reference in zip(run("sdpa", tensors, window, CUDA, torch.float32), wanted, strict=True):
@@ -127,7 +125,7 @@ def test_fp32_attention_on_the_gpu_is_that_of_the_cpu_to_1e4(G: int, window: int
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_window_that_is_off_by_one_is_seen(kernel: str) -> None:
+def test_a_window_off_by_one_is_detected(kernel: str) -> None:
     needs(kernel)
     tensors = heads(2)
     wanted = run("sdpa", tensors, 6, torch.device("cpu"), torch.float32)
@@ -136,7 +134,7 @@ def test_a_window_that_is_off_by_one_is_seen(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_packed_document_sees_what_it_sees_alone(kernel: str) -> None:
+def test_a_packed_document_attends_as_if_alone(kernel: str) -> None:
     needs(kernel)
     config = ModelConfig(n_heads=4, n_kv_heads=2, head_dim=K)
     ids, positions = packed_rows(((100, 1, 219),))
@@ -150,7 +148,7 @@ def test_a_packed_document_sees_what_it_sees_alone(kernel: str) -> None:
     assert relative(unmasked[:, last], alone) > 1e-1
 
 
-def test_bf16_takes_a_kernel_that_does_no_masked_work() -> None:
+def test_bf16_uses_a_kernel_without_masked_work() -> None:
     kernel, reason = choose_backend("cuda", precision="bf16", compiled=True, head_dim=64)
     if torch.cuda.get_device_capability()[0] >= 8:
         assert kernel in ("varlen", "flash_attn"), reason
@@ -179,7 +177,7 @@ def problem(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> tup
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softmax", SOFTMAX_PARAMETERS)
-def test_the_chunked_loss_and_its_gradients_are_those_of_fp64(softmax: str, dtype: torch.dtype) -> None:
+def test_the_chunked_loss_and_its_gradients_match_fp64(softmax: str, dtype: torch.dtype) -> None:
     hidden, weight, labels = problem(2000, 96, 50_304, dtype)  # several chunks, the last one smaller
     sums = linear_cross_entropy(hidden, weight, labels, 1e-4, SOFTMAX[softmax]())
     gradients = torch.autograd.grad(sums.total / 10, (hidden, weight))
@@ -196,7 +194,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_fp64(softmax: str, dtyp
 
 
 def peak_above_inputs(step: Callable[[], object]) -> int:
-    """Bytes at most in use during the second call, less those in use before: the first one makes workspaces and compiles."""
+    """Peak bytes of the second call above those before it. The first call compiles and makes workspaces."""
     step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -220,7 +218,7 @@ def test_the_loss_peaks_below_15_percent_of_materialised_logits_and_gradient(sof
     assert peak - gradients < 0.03 * MATERIALISED
 
 
-def test_materialised_logits_do_peak_where_they_are_said_to() -> None:
+def test_materialised_logits_peak_as_calculated() -> None:
     hidden, weight, labels = problem(T, D, V, torch.bfloat16)
     if torch.cuda.mem_get_info()[0] < 4 * MATERIALISED:
         pytest.skip(f"needs {4 * MATERIALISED / 2**30:.0f} GiB of free GPU memory")

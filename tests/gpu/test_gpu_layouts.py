@@ -1,7 +1,7 @@
-"""What divides a model, on one CUDA GPU under NCCL: bf16, compiled, flash attention, in groups of one rank.
+"""All kinds of parallelism on one CUDA GPU with NCCL: bf16, compiled, flash attention, in groups of one rank.
 
-One GPU takes one NCCL rank, so that every collective runs and moves nothing; what they compute is tested on several ranks with gloo
-(tests/parallel). Here the numbers must be those of the engine that divides nothing.
+NCCL allows one rank per GPU, so every collective runs but moves nothing. tests/parallel checks with gloo what
+collectives compute. Here the numbers must match the engine that shards nothing.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel import context, tensor
-from parallel.engine import LocalTokens, ModelChunk, ModelSpec
-from parallel.engines.torch import build as assembly
-from parallel.engines.torch.engine import TorchEngine
+from parallel.engine import InspectableEngine, LocalTokens, ModelChunk, ModelSpec
+from parallel.engines.torch import build
 from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.setup.engine import build_engine, build_engine_options, build_model_spec
@@ -33,7 +32,7 @@ BF16 = ("train.device=cuda", "train.precision=bf16")
 
 @pytest.fixture(scope="module", autouse=True)
 def nccl() -> Iterator[None]:
-    """A group of this process alone."""
+    """A process group of one rank."""
     torch.cuda.set_device(0)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0)
@@ -49,8 +48,8 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def divided(config: RunConfig, layout: Layout, spec: ModelSpec | None = None) -> TorchEngine:
-    return assembly.build_parallel_engine(
+def build_parallel(config: RunConfig, layout: Layout, spec: ModelSpec | None = None) -> InspectableEngine:
+    return build.build_parallel_engine(
         spec or build_model_spec(config),
         build_engine_options(config),
         layout=layout,
@@ -69,16 +68,16 @@ def closeness(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]
 @pytest.mark.parametrize(
     "layout", [Layout(zero=1), Layout(zero=2), Layout(zero=3), Layout(zero=3, offload=True)], ids=str
 )
-def test_sharded_steps_are_those_of_the_engine_that_divides_nothing(layout: Layout, compiled: str) -> None:
+def test_sharded_steps_match_the_engine_that_shards_nothing(layout: Layout, compiled: str) -> None:
     config = config_of(*BF16, f"train.compile={compiled}")
     expected = train(build_engine(config), config, STEPS)
-    loss, norm = closeness(train(divided(config, layout), config, STEPS), expected)
+    loss, norm = closeness(train(build_parallel(config, layout), config, STEPS), expected)
     assert loss < 2e-3
     assert norm < 1e-2
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recomputation_changes_no_loss_and_less_memory_is_alive(mode: str) -> None:
+def test_recomputation_changes_no_loss_and_takes_less_memory(mode: str) -> None:
     peaks, courses = [], []
     for args in ((), (f"train.recompute={mode}",)):
         config = config_of(*BF16, "train.compile=false", "model.n_layers=8", *args)
@@ -94,22 +93,20 @@ def test_recomputation_changes_no_loss_and_less_memory_is_alive(mode: str) -> No
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("method", ["gather", "ulysses"])
 @pytest.mark.parametrize("sequence", [False, True])
-def test_tensor_and_context_parallel_modules_compute_what_they_are_made_of(
-    sequence: bool, method: str, compiled: str
-) -> None:
-    """The split modules on meshes of one rank, with the flash kernels for the parts of a row that a context rank holds."""
+def test_tensor_and_context_parallel_modules_match(sequence: bool, method: str, compiled: str) -> None:
+    """On meshes of one rank, with flash kernels for the ranges of a row that a context rank holds."""
     config = config_of(*BF16, f"train.compile={compiled}")
     spec = build_model_spec(config)
-    mesh = assembly.build_mesh(Layout(), "cuda")
+    mesh = build.build_mesh(Layout(), "cuda")
 
-    def build(layers: range) -> nn.Module:
-        part = spec.build(layers)
-        described: ModelChunk = part
-        tensor.apply_tensor_parallel(part, mesh["tensor"], described.tp_plan, sequence=sequence, replicate_kv=False)
-        context.apply_context_parallel(part, mesh["context"], method)
-        return part
+    def build_chunk(layers: range) -> nn.Module:
+        module = spec.build(layers)
+        chunk: ModelChunk = module
+        tensor.apply_tensor_parallel(module, mesh["tensor"], chunk.tp_plan, sequence=sequence, replicate_kv=False)
+        context.apply_context_parallel(module, mesh["context"], method)
+        return module
 
-    engine = divided(config, Layout(), replace(spec, build=build))
+    engine = build_parallel(config, Layout(), replace(spec, build=build_chunk))
     halves, whole = ((0, SEQ_LEN // 2), (SEQ_LEN // 2, SEQ_LEN)), ((0, SEQ_LEN),)
     local_tokens = LocalTokens(halves, full_rows=False) if method == "gather" else LocalTokens(whole, full_rows=True)
     engine._model.shard_microbatch = lambda microbatch: context.shard_sequence(microbatch, local_tokens)

@@ -1,4 +1,4 @@
-"""Training on a CUDA GPU: the same steps as the CPU's, without waiting or compiling where it should not, and the whole command."""
+"""Training on a CUDA GPU: steps match the CPU, nothing waits or recompiles, and the command works."""
 
 import math
 import shutil
@@ -11,8 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from data_pipeline.reading.packing import Batch
-from parallel.engine import Microbatch
-from parallel.engines.torch.engine import TorchEngine
+from parallel.engine import InspectableEngine, Microbatch
 from parallel.gradients import local_squared_norm
 from parallel.layout import Layout
 from pretrain.checkpoint.load import load_checkpoint
@@ -38,14 +37,14 @@ CPU = ("train.device=cpu", "train.precision=fp32", "train.compile=false", "train
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """No test inherits the graphs, and the count of recompilations, of another."""
+    """Each test starts without graphs and without recompilations."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
 
 
 def config_of(*args: str) -> RunConfig:
-    """2 layers of 4 query and 2 key/value heads of width 64; what is not said is resolved for this machine."""
+    """2 layers of 4 query and 2 key/value heads of width 64. `auto` is resolved for this machine."""
     model = (
         "model.n_layers=2",
         "model.d_model=256",
@@ -65,7 +64,7 @@ def config_of(*args: str) -> RunConfig:
 
 
 def batch_of(seed: int, documents: int = 5, rows: int = ROWS) -> Batch:
-    """Rows of `documents` documents each, cut at random. Each token is the one before plus 7: there is something to learn."""
+    """Rows of `documents` documents of random length. Each token is the one before plus 7, which can be learned."""
     random = np.random.default_rng(seed)
     ids = (np.arange(SEQ_LEN + 1) * 7 + random.integers(VOCABULARY, size=(rows, 1))) % VOCABULARY
     document_ids = np.zeros((rows, SEQ_LEN), np.int32)
@@ -82,15 +81,15 @@ def fed(config: RunConfig, batch: Batch) -> list[Microbatch]:
     return list(split_microbatches(to_host(batch, device), config.train.micro_batch_size, device))
 
 
-def train(engine: TorchEngine, config: RunConfig, seeds: Sequence[int]) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of a step on each batch."""
+def train(engine: InspectableEngine, config: RunConfig, seeds: Sequence[int]) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of one step per batch."""
     results = [engine.train_step(fed(config, batch_of(seed)), 1.0) for seed in seeds]
     return [(result.loss, result.grad_norm) for result in results]
 
 
 @pytest.fixture(scope="module")
 def on_the_cpu() -> list[tuple[float, float]]:
-    """Three fp32 steps on the CPU: the numbers to meet."""
+    """The reference: three fp32 steps on the CPU."""
     config = config_of(*CPU)
     return train(build_engine(config), config, range(3))
 
@@ -105,7 +104,7 @@ def on_the_cpu() -> list[tuple[float, float]]:
     ],
     ids=["fp32", "bf16", "bf16 sdpa", "bf16 compiled"],
 )
-def test_three_steps_on_the_gpu_are_those_of_the_cpu_in_fp32(
+def test_three_steps_match_the_cpu_in_fp32(
     args: tuple[str, ...], loss_error: float, norm_error: float, on_the_cpu: list[tuple[float, float]]
 ) -> None:
     config = config_of("train.device=cuda", *args)
@@ -114,10 +113,10 @@ def test_three_steps_on_the_gpu_are_those_of_the_cpu_in_fp32(
     ):
         assert loss == pytest.approx(wanted_loss, rel=loss_error)
         assert norm == pytest.approx(wanted_norm, rel=norm_error)
-    assert on_the_cpu[2][0] < on_the_cpu[0][0] * 0.98  # a step that does nothing would be seen
+    assert on_the_cpu[2][0] < on_the_cpu[0][0] * 0.98  # the model learns
 
 
-def test_evaluation_on_the_gpu_is_that_of_the_cpu() -> None:
+def test_evaluation_matches_the_cpu() -> None:
     totals = []
     for args in (CPU, ("train.device=cuda",)):
         config = config_of(*args)
@@ -152,14 +151,14 @@ def test_the_forward_pass_never_waits_for_the_gpu() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         totals = [forward_step(model, None, microbatch, config=config).total for microbatch in others]
-        with pytest.raises(RuntimeError, match="synchronizing"):  # it does see one that waits
+        with pytest.raises(RuntimeError, match="synchronizing"):  # negative control: this waits
             totals[0].item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(math.isfinite(total.item()) for total in totals)
 
 
-def test_the_gradient_norm_is_that_of_fp64_and_never_waits_for_the_gpu() -> None:
+def test_the_gradient_norm_matches_fp64_and_never_waits_for_the_gpu() -> None:
     gradients = [1e-3 * torch.randn(*shape, device="cuda") for shape in ((12_000_000,), (700, 300), (3,), (0,))]
     wanted = sum(gradient.double().square().sum() for gradient in gradients)
     parameters = {str(i): torch.nn.Parameter(torch.empty_like(gradient)) for i, gradient in enumerate(gradients)}
@@ -173,7 +172,7 @@ def test_the_gradient_norm_is_that_of_fp64_and_never_waits_for_the_gpu() -> None
     assert squares.item() == pytest.approx(float(wanted), rel=1e-12)
 
 
-def test_whole_rows_are_one_document_without_a_document_mask() -> None:
+def test_rows_are_one_document_without_a_document_mask() -> None:
     config = config_of("train.device=cuda", "train.compile=false", "model.document_mask=false")
     engine = build_engine(config)
     packed, plain = (
@@ -184,12 +183,12 @@ def test_whole_rows_are_one_document_without_a_document_mask() -> None:
 
 
 def relabelled(batch: Batch) -> Batch:
-    """The same batch with a label for every token, so that its loss depends on nothing but the mask."""
+    """The same batch with a label for every token, so that only the mask changes its loss."""
     return Batch(batch.input_ids, np.roll(batch.input_ids, -1, axis=1), batch.positions, batch.document_ids)
 
 
 @pytest.mark.compiles
-def test_other_documents_are_not_another_compilation() -> None:
+def test_other_documents_do_not_recompile() -> None:
     config = config_of("train.device=cuda", "train.compile=true")
     engine = build_engine(config)
 
@@ -204,7 +203,7 @@ def test_other_documents_are_not_another_compilation() -> None:
 
 
 @pytest.mark.compiles
-def test_a_smaller_microbatch_is_another_compilation() -> None:
+def test_a_smaller_microbatch_recompiles() -> None:
     """The negative control of the test above."""
     config, device = config_of("train.device=cuda", "train.compile=true"), torch.device("cuda")
     engine = build_engine(config)
@@ -213,7 +212,7 @@ def test_a_smaller_microbatch_is_another_compilation() -> None:
         engine.train_step(list(split_microbatches(to_host(batch_of(1), device), 1, device)), 1.0)
 
 
-def test_resume_on_the_gpu_restores_every_bit_and_goes_on_as_before(tmp_path: Path) -> None:
+def test_resume_restores_every_bit_and_continues(tmp_path: Path) -> None:
     config = config_of("train.device=cuda", "train.compile=false")
     engine = build_engine(config)
     train(engine, config, range(2))
@@ -226,7 +225,7 @@ def test_resume_on_the_gpu_restores_every_bit_and_goes_on_as_before(tmp_path: Pa
     load_checkpoint(path, resumed.state())
     resumed.sync_compute_weights()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in flat(resumed).items())
-    # Flash attention's backward pass adds in an order of its own; bf16 makes a little of that visible after a step.
+    # Flash attention's backward pass sums in varying order, which bf16 makes visible after a step.
     for (loss, norm), (wanted_loss, wanted_norm) in zip(
         train(resumed, config, range(2, 5)), uninterrupted, strict=True
     ):
@@ -235,8 +234,8 @@ def test_resume_on_the_gpu_restores_every_bit_and_goes_on_as_before(tmp_path: Pa
     assert train(started_anew, config, [2])[0][0] != pytest.approx(uninterrupted[0][0], rel=1e-2)
 
 
-def flat(engine: TorchEngine) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state by one name each."""
+def flat(engine: InspectableEngine) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state in one dictionary."""
     state = engine.state()
     slots = {
         f"{name}/{slot}": tensor

@@ -1,4 +1,4 @@
-"""Gather and exchange over gloo, against the same on whole tensors: values, gradients, and who looks through them."""
+"""All-gather and all-to-all on gloo against full tensors: values, gradients, compilation, recomputation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,14 +22,14 @@ def part(rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def weights(rank: int, shape: torch.Size) -> Tensor:
-    """Another upstream gradient on every rank, in fp64, not contiguous."""
+    """An upstream gradient that differs by rank, in fp64, not contiguous."""
     return torch.randn(*shape[::-1], generator=torch.Generator().manual_seed(100 + rank), dtype=torch.float64).permute(
         *range(len(shape))[::-1]
     )
 
 
 def whole_all_gather(parts: list[Tensor], dim: int) -> list[Tensor]:
-    """What every rank gets, on one process."""
+    """The result of every rank, computed in one process."""
     return [torch.cat(parts, dim)] * len(parts)
 
 
@@ -51,7 +51,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]]
 
 
 def result(operation: str, dtype: torch.dtype, around: str = "eager") -> tuple[Tensor, Tensor]:
-    """One rank's output and gradient, for a loss that weighs every element of it by another number."""
+    """One rank's output and gradient. The loss weighs each element differently."""
     rank = dist.get_rank()
     function = partial(OPERATIONS[operation][0], group=dist.group.WORLD)
     x = part(rank, dtype).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
@@ -74,7 +74,7 @@ def expected(operation: str, size: int, *, recomputed: bool = False) -> tuple[li
 
 
 def error(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest of the ranks' errors, as a fraction of the norm."""
+    """The largest error of all ranks, as a fraction of the norm."""
     return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, wanted, strict=True))
 
 
@@ -87,24 +87,24 @@ def compare(
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_values_and_gradients_are_those_of_whole_tensors(operation: str, size: int, workers: WorkerPool) -> None:
+def test_values_and_gradients_match_full_tensors(operation: str, size: int, workers: WorkerPool) -> None:
     assert max(compare(workers.run(result, size, operation, torch.float32), operation, size)) < 1e-6
 
 
 @pytest.mark.parametrize("operation", ["all-gather along 1", "all-to-all 2 for 1"])
-def test_bf16_is_right_to_its_8_bits(operation: str, workers: WorkerPool) -> None:
+def test_bf16_matches_to_8_bits(operation: str, workers: WorkerPool) -> None:
     assert max(compare(workers.run(result, 2, operation, torch.bfloat16), operation, 2)) < 8e-3
 
 
 @pytest.mark.parametrize("operation", ["all-gather along 1", "all-to-all 2 for 1"])
 @pytest.mark.parametrize("around", ["compiled", "recomputed"])
-def test_they_compile_into_one_graph_and_can_be_recomputed(around: str, operation: str, workers: WorkerPool) -> None:
+def test_collectives_compile_into_one_graph_and_recompute(around: str, operation: str, workers: WorkerPool) -> None:
     results = workers.run(result, 2, operation, torch.float32, around, timeout=180)
     assert max(compare(results, operation, 2, recomputed=around == "recomputed")) < 1e-6
 
 
-def without_reduction(operation: str) -> tuple[Tensor, Tensor]:
-    """The backward pass of a gather that takes each rank's own slice of the gradient and leaves the others' out."""
+def run_without_reduction(operation: str) -> tuple[Tensor, Tensor]:
+    """All-gather whose backward pass takes the rank's own slice of the gradient and does not sum."""
 
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None, None]:
         _, size, dim = ctx.arguments  # type: ignore[attr-defined]  # set by forward
@@ -117,8 +117,8 @@ def without_reduction(operation: str) -> tuple[Tensor, Tensor]:
         collectives._AllGather.backward = staticmethod(whole)
 
 
-def test_a_gradient_without_the_reduction_is_seen(workers: WorkerPool) -> None:
-    values, gradients = compare(workers.run(without_reduction, 2, "all-gather along 1"), "all-gather along 1", 2)
+def test_a_missing_reduction_is_detected(workers: WorkerPool) -> None:
+    values, gradients = compare(workers.run(run_without_reduction, 2, "all-gather along 1"), "all-gather along 1", 2)
     assert values < 1e-6
     assert gradients > 0.1
 
@@ -129,12 +129,12 @@ def uneven() -> str:
     return str(raised.value)
 
 
-def test_what_cannot_be_shared_out_is_refused_on_every_rank(workers: WorkerPool) -> None:
+def test_indivisible_dimensions_are_refused_on_every_rank(workers: WorkerPool) -> None:
     assert workers.run(uneven, 2) == ["3 parts along dimension 1 cannot be shared out to 2 ranks"] * 2
 
 
 def fake_shapes() -> list[tuple[int, ...]]:
-    """Shapes of outputs and gradients on meta tensors of a group of 64 ranks that are not there."""
+    """Shapes of outputs and gradients, on meta tensors in a fake group of 64 ranks."""
     dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=64)
     x = torch.empty(2, 6, 128, 5, device="meta", requires_grad=True)
@@ -142,6 +142,6 @@ def fake_shapes() -> list[tuple[int, ...]]:
     return [tuple(y.shape) for out in outs for y in (out, *torch.autograd.grad(out.sum(), x))]
 
 
-def test_a_fake_group_of_64_ranks_gives_the_shapes(workers: WorkerPool) -> None:
+def test_a_fake_group_of_64_ranks_gives_the_right_shapes(workers: WorkerPool) -> None:
     whole = (2, 6, 128, 5)
     assert workers.run(fake_shapes, 1) == [[(2, 384, 128, 5), whole, (2, 384, 2, 5), whole]]

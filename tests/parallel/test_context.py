@@ -1,4 +1,4 @@
-"""Context parallelism against one process: attention by both methods and every kernel, the whole model, and what must not go unseen."""
+"""Context parallelism against one process: both methods, every kernel, the full model, and negative controls."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +27,7 @@ B, R, K = 2, 32, 8
 LENGTHS = ((5, 1, 13, 3, 10), (32,))
 METHODS = ["gather", "ulysses"]
 SLOW = 180.0
-"""Seconds that a case may take where others want the machine too: compiling is slow work."""
+"""Seconds that a case may take on a busy machine: compiling is slow."""
 
 
 def packed_rows(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def packed_rows(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> tuple[Tensor,
 
 
 def config_of(ranks: int, window: int | None = None, **more: object) -> ModelConfig:
-    """Two query heads a key/value head, and as many of those as Ulysses needs."""
+    """Two query heads per key/value head, and enough key/value heads for Ulysses."""
     G = max(2, ranks)
     shape = {
         "vocab_size": 96,
@@ -52,34 +52,34 @@ def config_of(ranks: int, window: int | None = None, **more: object) -> ModelCon
 
 
 def heads(config: ModelConfig) -> list[Tensor]:
-    """q, k, v of whole rows, and a gradient for the output."""
+    """q, k, v of full rows, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     H, G = config.n_heads, config.n_kv_heads
     return [torch.randn(B, R, n, K, generator=generator) for n in (H, G, G, H)]
 
 
-def rows_here(method: str) -> tuple[LocalTokens, DeviceMesh]:
+def local_rows(method: str) -> tuple[LocalTokens, DeviceMesh]:
     ranks = dist.get_world_size()
     return local_tokens(R, Layout(context=ranks, context_method=method), dist.get_rank()), init_device_mesh(
         "cpu", (ranks,), mesh_dim_names=("context",)
     )
 
 
-class Holder(nn.Module):
-    """What `apply_context_parallel` looks for."""
+class AttentionModule(nn.Module):
+    """A module with an attention function, for `apply_context_parallel`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention_function = attention
 
 
-def attention_here(
+def run_attention_rank(
     method: str, kernel: str, window: int | None, masked: bool = True
 ) -> tuple[LocalTokens, list[Tensor]]:
-    """One rank's output and gradients of q, k, v."""
-    config, (mine, mesh) = config_of(dist.get_world_size(), window), rows_here(method)
+    """The output of one rank, and the gradients of q, k and v."""
+    config, (mine, mesh) = config_of(dist.get_world_size(), window), local_rows(method)
     kernels._varlen_attn = reference_varlen  # the real one runs on GPUs only
-    model = nn.ModuleList([Holder()])
+    model = nn.ModuleList([AttentionModule()])
     apply_context_parallel(model, mesh, method)
     documents, positions = packed_rows()
     documents = documents if masked else torch.zeros_like(documents)
@@ -90,8 +90,8 @@ def attention_here(
     return mine, [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
-def attention_alone(config: ModelConfig) -> list[Tensor]:
-    """The same of whole rows on one process, in fp64."""
+def run_attention_single_process(config: ModelConfig) -> list[Tensor]:
+    """The same for full rows in one process, in fp64."""
     q, k, v, grad = (x.double().requires_grad_() for x in heads(config))
     out = attention(q, k, v, document_mask(*packed_rows(), "sdpa", config))
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
@@ -102,8 +102,8 @@ def relative(x: Tensor, wanted: Tensor) -> float:
 
 
 def errors(results: list[tuple[LocalTokens, list[Tensor]]], config: ModelConfig) -> list[float]:
-    """Of the output and the gradients of q, k, v: the ranks' tokens put in their places, against one process."""
-    wanted = attention_alone(config)
+    """Relative errors of the output and of the gradients of q, k, v, put together from all ranks."""
+    wanted = run_attention_single_process(config)
     found = [torch.full_like(x, torch.nan) for x in wanted]
     for mine, tensors in results:
         here = torch.cat([torch.arange(*span) for span in mine.ranges])
@@ -116,17 +116,17 @@ def errors(results: list[tuple[LocalTokens, list[Tensor]]], config: ModelConfig)
 @pytest.mark.parametrize("kernel", ["sdpa", "blocked", "varlen"])
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("method", METHODS)
-def test_attention_over_packed_documents_is_that_of_one_process(
+def test_attention_over_packed_documents_matches_one_process(
     method: str, ranks: int, kernel: str, window: int | None, workers: WorkerPool
 ) -> None:
-    assert max(errors(workers.run(attention_here, ranks, method, kernel, window), config_of(ranks, window))) < 1e-6
+    assert max(errors(workers.run(run_attention_rank, ranks, method, kernel, window), config_of(ranks, window))) < 1e-6
 
 
 def with_broken(module: object, name: str, broken: object, *args: object) -> tuple[LocalTokens, list[Tensor]]:
     whole = getattr(module, name)
     setattr(module, name, broken)
     try:
-        return attention_here(*args)
+        return run_attention_rank(*args)
     finally:
         setattr(module, name, whole)
 
@@ -153,8 +153,8 @@ def heads_in_wrong_order() -> tuple[LocalTokens, list[Tensor]]:
 
 
 BROKEN: dict[str, Callable[[], tuple[LocalTokens, list[Tensor]]]] = {
-    "documents ignored, gather": partial(attention_here, "gather", "sdpa", None, masked=False),
-    "documents ignored, ulysses": partial(attention_here, "ulysses", "sdpa", None, masked=False),
+    "documents ignored, gather": partial(run_attention_rank, "gather", "sdpa", None, masked=False),
+    "documents ignored, ulysses": partial(run_attention_rank, "ulysses", "sdpa", None, masked=False),
     "chunks in wrong order": chunks_in_wrong_order,
     "heads in wrong order": heads_in_wrong_order,
 }
@@ -165,11 +165,11 @@ def run_broken(name: str) -> tuple[LocalTokens, list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken_is_seen(name: str, workers: WorkerPool) -> None:
+def test_broken_attention_is_detected(name: str, workers: WorkerPool) -> None:
     assert min(errors(workers.run(run_broken, 2, name), config_of(2))) > 1e-3
 
 
-def test_a_backward_pass_without_the_reduction_is_seen_in_keys_and_values_alone(workers: WorkerPool) -> None:
+def test_a_missing_reduction_shows_in_the_gradients_of_keys_and_values_only(workers: WorkerPool) -> None:
     out, q, k, v = errors(workers.run(no_reduction, 2), config_of(2))
     assert max(out, q) < 1e-6
     assert min(k, v) > 1e-3
@@ -197,9 +197,9 @@ def model_of(config: ModelConfig, kernel: str) -> Llama:
     return model
 
 
-def model_here(method: str, config: ModelConfig, kernel: str, around: str) -> tuple[float, dict[str, Tensor]]:
-    """One rank's share of the loss and of every gradient."""
-    mine, mesh = rows_here(method)
+def run_model_rank(method: str, config: ModelConfig, kernel: str, around: str) -> tuple[float, dict[str, Tensor]]:
+    """One rank's share of the loss and of each gradient."""
+    mine, mesh = local_rows(method)
     model = model_of(config, kernel)
     apply_context_parallel(model, mesh, method)
     if around == "recomputed":
@@ -226,26 +226,26 @@ def assert_sum_is(parts: list[tuple[float, dict[str, Tensor]]], loss: float, gra
         ("gather", 2, "blocked", "eager", {"document_mask": False}),
     ],
 )
-def test_the_models_loss_and_gradients_are_those_of_one_process(
+def test_loss_and_gradients_of_the_model_match_one_process(
     method: str, ranks: int, kernel: str, around: str, more: dict[str, object], workers: WorkerPool
 ) -> None:
     config = config_of(ranks, **more)
     alone = model_of(config, kernel)
     loss, gradients = loss_and_gradients(alone, microbatch())
     assert len(gradients) == len(list(alone.parameters()))
-    results = workers.run(model_here, ranks, method, config, kernel, around, timeout=SLOW)
+    results = workers.run(run_model_rank, ranks, method, config, kernel, around, timeout=SLOW)
     assert_sum_is(results, loss, gradients)
 
 
 BATCHES = (LENGTHS, ((32,), (32,)), ((7, 25), (31, 1)))
-"""Several documents in one row, in none, in both."""
+"""Several documents in one row, in no row, in both rows."""
 
 
-def compiled_here(method: str) -> tuple[int, list[tuple[float, dict[str, Tensor]]]]:
-    """The number of graphs that the blocks were compiled into, and one rank's share of the losses and gradients."""
-    from torch._dynamo.testing import CompileCounterWithBackend  # seconds to import, for all other cases too
+def run_compiled_rank(method: str) -> tuple[int, list[tuple[float, dict[str, Tensor]]]]:
+    """The number of graphs of the compiled blocks, and one rank's share of the losses and gradients."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes seconds to import
 
-    mine, mesh = rows_here(method)
+    mine, mesh = local_rows(method)
     model = model_of(config_of(2), "blocked")
     apply_context_parallel(model, mesh, method)
     counter = CompileCounterWithBackend("aot_eager")
@@ -259,17 +259,15 @@ def compiled_here(method: str) -> tuple[int, list[tuple[float, dict[str, Tensor]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_compiled_blocks_are_one_graph_and_right_whatever_documents_a_batch_holds(
-    method: str, workers: WorkerPool
-) -> None:
-    results = workers.run(compiled_here, 2, method, timeout=SLOW)
+def test_one_compiled_graph_serves_batches_of_any_documents(method: str, workers: WorkerPool) -> None:
+    results = workers.run(run_compiled_rank, 2, method, timeout=SLOW)
     assert [graphs for graphs, _ in results] == [1, 1]
     for lengths, *parts in zip(BATCHES, *(found for _, found in results), strict=True):
         loss, gradients = loss_and_gradients(model_of(config_of(2), "blocked"), microbatch(lengths))
         assert_sum_is(parts, loss, gradients)
 
 
-def test_gather_balances_the_work_of_a_causal_mask_and_ulysses_keeps_neighbours() -> None:
+def test_gather_balances_causal_work_and_ulysses_keeps_tokens_consecutive() -> None:
     gathers = [local_tokens(64, Layout(context=4), rank) for rank in range(4)]
     assert [mine.ranges for mine in gathers[:2]] == [((0, 8), (56, 64)), ((8, 16), (48, 56))]
     assert {sum(sum(range(first, end)) for first, end in mine.ranges) for mine in gathers} == {sum(range(64)) // 4}
@@ -278,7 +276,7 @@ def test_gather_balances_the_work_of_a_causal_mask_and_ulysses_keeps_neighbours(
     assert (gathers[0].full_rows, exchanges[0].full_rows) == (False, True)
 
 
-def test_one_rank_holds_whole_rows() -> None:
+def test_one_rank_holds_full_rows() -> None:
     assert local_tokens(7, Layout(), 0) == LocalTokens(((0, 7),), full_rows=True)
     assert chunks_per_row(Layout()) == 1
 
@@ -287,14 +285,12 @@ def test_one_rank_holds_whole_rows() -> None:
     ("method", "seq_len", "way_out"),
     [("gather", 36, "multiple of 8 .* try 40"), ("ulysses", 38, "multiple of 4 .* try 40")],
 )
-def test_a_row_that_cannot_be_shared_out_is_refused_with_the_next_length_that_can(
-    method: str, seq_len: int, way_out: str
-) -> None:
+def test_an_indivisible_row_is_refused_with_the_next_length_that_works(method: str, seq_len: int, way_out: str) -> None:
     with pytest.raises(LayoutError, match=f"data.seq_len={seq_len} .*{way_out}"):
         local_tokens(seq_len, Layout(context=4, context_method=method), 0)
 
 
-def test_a_cut_microbatch_keeps_whole_rows_for_the_mask_and_all_targets() -> None:
+def test_a_sharded_microbatch_keeps_full_rows_for_the_mask_and_all_targets() -> None:
     whole = microbatch()
     mine = shard_sequence(whole, local_tokens(R, Layout(context=4), 1))
     here = [*range(4, 8), *range(24, 28)]
@@ -304,8 +300,8 @@ def test_a_cut_microbatch_keeps_whole_rows_for_the_mask_and_all_targets() -> Non
 
 
 def too_many_ranks() -> str:
-    config, (mine, mesh) = config_of(1), rows_here("ulysses")
-    model = Holder()
+    config, (mine, mesh) = config_of(1), local_rows("ulysses")
+    model = AttentionModule()
     apply_context_parallel(model, mesh, "ulysses")
     q, k, v, _ = heads(config)
     with pytest.raises(ValueError, match="ulysses") as raised:
@@ -313,7 +309,7 @@ def too_many_ranks() -> str:
     return str(raised.value)
 
 
-def test_ulysses_over_more_ranks_than_key_value_heads_says_what_to_do(workers: WorkerPool) -> None:
+def test_ulysses_on_more_ranks_than_key_value_heads_says_what_to_do(workers: WorkerPool) -> None:
     for message in workers.run(too_many_ranks, 4):
         assert "parallel.context=4 does not divide the 2" in message
         assert "use parallel.context_method=gather" in message

@@ -1,4 +1,4 @@
-"""The global gradient norm is as good as fp64's on any layout, and clipping by it gives exactly the norm that was asked for."""
+"""The global gradient norm has fp64 precision on any layout, and clipping gives exactly `max_norm`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parameter(gradient: Tensor) -> nn.Parameter:
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
-    """Of different sizes: no sum of their squares is exact in fp32."""
+    """Normal numbers: no sum of their squares is exact in fp32."""
     return 1e-3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -40,7 +40,7 @@ def exact(*gradients: Tensor) -> float:
     return math.sqrt(sum(g.double().square().sum().item() for g in gradients))
 
 
-def test_the_norm_of_12_million_numbers_is_that_of_fp64_and_a_sum_in_fp32_would_be_noticed() -> None:
+def test_the_norm_of_12_million_numbers_matches_fp64_and_fp32_sums_do_not() -> None:
     gradient = numbers(MANY)
     wanted = exact(gradient)
     assert norm_of(gradient) == pytest.approx(wanted, rel=1e-12)
@@ -48,8 +48,8 @@ def test_the_norm_of_12_million_numbers_is_that_of_fp64_and_a_sum_in_fp32_would_
     assert abs(naive / wanted - 1) > 1e-4
 
 
-def test_clipping_12_million_numbers_gives_the_norm_that_was_asked_for() -> None:
-    """A norm that is 0.03% too small, as a sum in fp32 gives it, would leave the gradients 0.03% too large."""
+def test_clipping_12_million_numbers_gives_max_norm() -> None:
+    """With an fp32 sum the norm would be 0.03% too small, and the clipped gradients 0.03% too large."""
     clipped = parameter(numbers(MANY))
     assert clipped.grad is not None
     clip_gradients_([clipped], 0.5, norm_of(clipped.grad))
@@ -64,32 +64,32 @@ def test_clipping_12_million_numbers_gives_the_norm_that_was_asked_for() -> None
         numbers(600_000)[::2],
         numbers(0, 7),
         torch.tensor(3.0),
-        torch.full((1000,), 1e30),  # its squares are no fp32 numbers
+        torch.full((1000,), 1e30),  # their squares overflow fp32
         torch.full((1000,), 1e-30),
     ],
     ids=["three dimensions", "transposed", "strided", "empty", "one number", "huge", "tiny"],
 )
-def test_the_norm_of_any_gradient_is_that_of_fp64(gradient: Tensor) -> None:
+def test_the_norm_matches_fp64(gradient: Tensor) -> None:
     assert norm_of(gradient, numbers(5)) == pytest.approx(exact(gradient, numbers(5)), rel=1e-12)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_the_norm_of_what_is_not_finite_is_not_finite(value: float) -> None:
+def test_the_norm_of_nonfinite_gradients_is_not_finite(value: float) -> None:
     gradient = numbers(300_000)
     gradient[200_000] = value
     assert not math.isfinite(norm_of(numbers(3), gradient))
 
 
-def test_a_cpu_is_given_small_pieces_as_it_copies_them_to_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """12M numbers in one piece cost 96 MB for as long as the sum takes."""
+def test_cpu_norms_work_on_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU makes an fp64 copy: 12M numbers in one piece would take 96 MB."""
     seen: list[int] = []
     norm = torch._foreach_norm
 
-    def noting(tensors: list[Tensor], *given: object, **more: object) -> tuple[Tensor, ...]:
+    def record(tensors: list[Tensor], *args: object, **kwargs: object) -> tuple[Tensor, ...]:
         seen.extend(tensor.numel() for tensor in tensors)
-        return norm(tensors, *given, **more)  # type: ignore[arg-type]  # passed on as it came
+        return norm(tensors, *args, **kwargs)  # type: ignore[arg-type]  # passed on unchanged
 
-    monkeypatch.setattr(parallel.gradients.torch, "_foreach_norm", noting)
+    monkeypatch.setattr(parallel.gradients.torch, "_foreach_norm", record)
     norm_of(numbers(1_000_000), numbers(10))
     assert sum(seen) == 1_000_010
     assert max(seen) * 8 <= 2**21
@@ -99,7 +99,7 @@ SPLIT, WHOLE, TIED = numbers(501, 800, seed=1), numbers(300, seed=2), numbers(70
 
 
 def squares_of_rank(layout: Layout) -> float:
-    """This rank's share of the squared norm of three parameters: one that all axes divide, one that none does, one that stages share."""
+    """This rank's share of the squared norm of a parameter on all axes, a replicated one, and one that stages share."""
     mesh = build_mesh(layout, "cpu")
     place = {"replicate": Replicate(), "shard": Shard(0), "context": Shard(0), "tensor": Shard(1)}
     axes = [axis for axis in place if getattr(layout, axis) > 1]
@@ -108,9 +108,7 @@ def squares_of_rank(layout: Layout) -> float:
         gradient = distribute_tensor(SPLIT, mesh[tuple(axes)], [place[axis] for axis in axes])
         masters = {"split": parameter(gradient)}
     masters |= {"whole": parameter(WHOLE), "tied": parameter(TIED)}
-    if (
-        dist.get_rank() // (layout.world_size // layout.pipeline) > 0
-    ):  # a later stage has its copy of the tied one, and nothing else
+    if dist.get_rank() // (layout.world_size // layout.pipeline) > 0:  # later stages hold the tied parameter only
         del masters["split"], masters["whole"]
     return local_squared_norm(masters, layout, lambda name: layout.pipeline if name == "tied" else 1).item()
 
@@ -128,6 +126,6 @@ def squares_of_rank(layout: Layout) -> float:
     ],
     ids=str,
 )
-def test_the_shares_of_all_ranks_add_up_to_the_norm_of_fp64(layout: Layout, workers: WorkerPool) -> None:
+def test_the_shares_of_all_ranks_sum_up_to_the_fp64_norm(layout: Layout, workers: WorkerPool) -> None:
     shares = workers.run(squares_of_rank, layout.world_size, layout)
     assert math.sqrt(sum(shares)) == pytest.approx(exact(SPLIT, WHOLE, TIED), rel=1e-12)

@@ -1,4 +1,4 @@
-"""The same seed gives the same bits on every layout, and no rank makes more of a parameter than it holds."""
+"""The same seed gives the same initial weights on every layout, and no rank allocates more than its shards."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ LAYOUTS = [
 
 
 def initial(layout: Layout, words: tuple[str, ...]) -> dict[str, Tensor]:
-    """Whole parameters that this rank holds some of, before the first step."""
+    """The full parameters that this rank holds shards of, before the first step."""
     config = make_config(words)
     engine = build_engine(
         build_model_spec(config),
@@ -61,13 +61,13 @@ def test_the_same_seed_gives_the_same_bits(layout: Layout, tied: tuple[str, ...]
         assert all(torch.equal(tensor, expected[name]) for name, tensor in held.items())
 
 
-def test_another_seed_gives_others() -> None:
+def test_another_seed_gives_other_weights() -> None:
     one, other = initial(Layout(), UNEVEN), initial(Layout(), (*UNEVEN[:-1], "run.seed=8"))
     assert not any(torch.equal(tensor, other[name]) for name, tensor in one.items() if tensor.ndim == 2)
 
 
 class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that was made on the CPU."""
+    """Records the size of the largest tensor that is made on the CPU."""
 
     numel = 0
 
@@ -86,7 +86,7 @@ def _in_memory(value: object) -> bool:
 
 
 def largest(layout: Layout) -> tuple[int, int]:
-    """(numbers of the largest tensor made while the engine is built, numbers of this rank's largest part)."""
+    """(elements of the largest tensor made while the engine is built, elements of this rank's largest shard)."""
     config = make_config(WIDE)
     rank = dist.get_rank() if layout.world_size > 1 else 0
     with Largest() as mode:
@@ -100,7 +100,7 @@ def largest(layout: Layout) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "layout", [Layout(shard=4), Layout(tensor=4, sequence=True), Layout(shard=2, tensor=2)], ids=str
 )
-def test_no_rank_makes_more_of_a_parameter_than_it_holds(layout: Layout, workers: WorkerPool) -> None:
+def test_no_rank_allocates_more_of_a_parameter_than_its_shard(layout: Layout, workers: WorkerPool) -> None:
     embedding = 8192 * 512
     assert largest(Layout()) == (embedding, embedding)
     for made, held in workers.run(largest, layout.world_size, layout):

@@ -1,4 +1,4 @@
-"""The rank grid: every rank has its own place, neighbours in rank are neighbours in `tensor`, data ranks are counted right."""
+"""The rank grid: unique coordinates, consecutive ranks in `tensor`, data ranks and FSDP ranks."""
 
 import doctest
 from itertools import product
@@ -11,20 +11,20 @@ from parallel.layout import AXES, Layout
 GRID = Layout(pipeline=2, replicate=3, shard=2, context=2, tensor=4)
 
 
-def test_every_rank_has_a_place_of_its_own_and_the_last_axis_turns_fastest() -> None:
+def test_coordinates_are_unique_and_the_last_axis_varies_fastest() -> None:
     places = [tuple(GRID.coordinates(rank).values()) for rank in range(GRID.world_size)]
     assert places == list(product(*map(range, (2, 3, 2, 2, 4))))
     assert list(GRID.coordinates(0)) == list(AXES)
 
 
-def test_another_order_of_the_axes_is_another_grid() -> None:
+def test_another_order_of_axes_is_detected() -> None:
     other = list(product(*map(range, (4, 2, 2, 3, 2))))
     assert [tuple(reversed(place)) for place in other] != [
         tuple(GRID.coordinates(rank).values()) for rank in range(GRID.world_size)
     ]
 
 
-def test_data_ranks_and_fsdp_ranks_count_what_they_divide() -> None:
+def test_data_ranks_and_fsdp_ranks_are_numbered_consecutively() -> None:
     assert (GRID.world_size, GRID.data, GRID.fsdp, GRID.n_stages) == (96, 6, 4, 2)
     for rank in range(GRID.world_size):
         at = GRID.coordinates(rank)
@@ -35,7 +35,7 @@ def test_data_ranks_and_fsdp_ranks_count_what_they_divide() -> None:
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_peers_differ_on_their_axis_alone(axis: str) -> None:
+def test_peers_differ_on_one_axis_only(axis: str) -> None:
     for rank in (0, 37, 95):
         peers = GRID.peers(rank, axis)
         assert [GRID.coordinates(peer)[axis] for peer in peers] == list(range(getattr(GRID, axis)))
@@ -56,17 +56,17 @@ def test_peers_differ_on_their_axis_alone(axis: str) -> None:
         ("shard", 8, False),
     ],
 )
-def test_an_axis_is_inside_a_node_where_all_its_groups_are(axis: str, ranks_per_node: int, inside: bool) -> None:
+def test_an_axis_is_inside_a_node_if_all_its_groups_are(axis: str, ranks_per_node: int, inside: bool) -> None:
     assert GRID.is_inside_node(axis, ranks_per_node) is inside
     nodes = [{peer // ranks_per_node for peer in GRID.peers(rank, axis)} for rank in range(GRID.world_size)]
     assert all(len(node) == 1 for node in nodes) is inside
 
 
-def test_a_layout_is_told_by_its_axes() -> None:
+def test_str_names_the_axes() -> None:
     assert str(GRID) == "pipeline=2 replicate=3 shard=2 context=2 tensor=4"
     assert str(Layout()) == "one process"
 
 
-def test_the_examples_are_right() -> None:
+def test_docstring_examples_are_right() -> None:
     assert doctest.testmod(module).failed == 0
     assert doctest.testmod(module).attempted >= 2

@@ -1,4 +1,4 @@
-"""Which part of a parameter a rank has: filled part by part, a model on any layout starts from the same weights to the last bit."""
+"""Local shards: initialized shard by shard, a model has the same weights on every layout, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.config import ModelConfig
 from pretrain.model.architectures.llama import Llama
 from pretrain.model.init import ROWS, init_shard, init_weights
 
-# No number of rows is a multiple of the ranks that share them out; the shards of some norms are empty; matrices are of several tiles.
+# No number of rows is a multiple of the ranks. Some norms have empty shards. Matrices have several tiles.
 UNEVEN = ModelConfig(
     vocab_size=4 * ROWS + 20,
     n_layers=1,
@@ -33,8 +33,8 @@ UNEVEN = ModelConfig(
 )
 
 
-def started(layout: Layout, naive: bool = False) -> tuple[dict[str, Tensor], int]:
-    """The whole weights of a model that each rank filled its part of, and how many parts were empty."""
+def initialize_rank(layout: Layout, naive: bool = False) -> tuple[dict[str, Tensor], int]:
+    """The full weights after each rank initialized its shards, and the number of empty shards."""
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
         model = Llama(UNEVEN)
@@ -72,21 +72,21 @@ def whole() -> dict[str, Tensor]:
     ],
     ids=str,
 )
-def test_every_layout_starts_from_the_same_weights_to_the_last_bit(workers: WorkerPool, layout: Layout) -> None:
+def test_every_layout_has_the_same_initial_weights_bit_for_bit(workers: WorkerPool, layout: Layout) -> None:
     wanted = whole()
-    results = workers.run(started, layout.world_size, layout)
+    results = workers.run(initialize_rank, layout.world_size, layout)
     for weights, _ in results:
         assert weights.keys() == wanted.keys()
         assert all(torch.equal(weights[name], value) for name, value in wanted.items())
     assert sum(empty for _, empty in results) > 0 or layout.shard < 4
 
 
-def test_parts_filled_as_if_all_began_at_the_first_element_are_seen(workers: WorkerPool) -> None:
-    weights, _ = workers.run(started, 4, Layout(shard=2, tensor=2), True)[0]
+def test_shards_initialized_without_their_offset_are_detected(workers: WorkerPool) -> None:
+    weights, _ = workers.run(initialize_rank, 4, Layout(shard=2, tensor=2), True)[0]
     assert not all(torch.equal(weights[name], value) for name, value in whole().items())
 
 
-def test_a_plain_tensor_is_here_as_a_whole_and_written_through() -> None:
+def test_the_shard_of_a_plain_tensor_is_all_of_it_and_shares_memory() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3, 4))
     part = local_shard(parameter)
     part.local.fill_(1)
@@ -106,7 +106,7 @@ def misplaced() -> str:
     return str(e.value)
 
 
-def test_a_part_that_is_not_where_its_placement_says_is_refused(workers: WorkerPool) -> None:
+def test_a_shard_that_contradicts_its_placement_is_refused(workers: WorkerPool) -> None:
     assert workers.run(misplaced, 2)[0].startswith(
         "the local shard has shape (2, 4), but (Shard(dim=0),) of (4, 4) gives (3, 4)"
     )

@@ -1,4 +1,4 @@
-"""What each rank holds of parameters, gradients and optimizer state is what ZeRO's formulas say, by the bytes of all tensors that live."""
+"""Parameters, gradients and optimizer state of each rank take the memory that ZeRO's formulas give."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,19 +37,23 @@ FORMULAS: dict[int, Callable[[int], float]] = {
     2: lambda n: 2 + 4 / n + (4 + 8) / n,
     3: lambda n: 4 / n + (4 + 8) / n,
 }
-"""Bytes a parameter on each of n ranks: compute copies + gradients + (masters + AdamW's moments). One rank has copies under any ZeRO."""
+"""Bytes per parameter on n ranks: compute weights + gradients + (master weights + AdamW's moments)."""
 
 
-def held(size: int, zeros: tuple[int, ...]) -> dict[int, dict[str, int]]:
-    """Bytes by kind for each ZeRO, when the first of two microbatches has been through and the second begins: all gradients are there,
-    those of ZeRO-1 not yet reduced, and no activation is."""
+def memory_by_zero(size: int, zeros: tuple[int, ...]) -> dict[int, dict[str, int]]:
+    """Bytes by kind for each ZeRO stage, between two microbatches.
+
+    All gradients exist then, those of ZeRO-1 not yet reduced, and no activation does.
+    """
     return {
-        zero: held_between(Layout(shard=size, zero=zero), torch.distributed.get_rank() if size > 1 else 0)
+        zero: memory_between_microbatches(
+            Layout(shard=size, zero=zero), torch.distributed.get_rank() if size > 1 else 0
+        )
         for zero in zeros
     }
 
 
-def held_between(layout: Layout, rank: int) -> dict[str, int]:
+def memory_between_microbatches(layout: Layout, rank: int) -> dict[str, int]:
     spec, found = build_model_spec(CONFIG), list[dict[str, int]]()
     with MemoryTracker() as memory:
 
@@ -74,8 +78,8 @@ def microbatch() -> Microbatch:
     return Microbatch(ids_BS, ids_BS, ids_BS, torch.zeros_like(ids_BS), n_targets=16)
 
 
-def held_without_resharding(size: int) -> dict[int, dict[str, int]]:
-    """As `held` for ZeRO-3, whose blocks stay gathered after their backward pass."""
+def memory_without_resharding(size: int) -> dict[int, dict[str, int]]:
+    """As `memory_by_zero` for ZeRO-3, but blocks stay gathered after their backward pass."""
     right = FSDPRoot.prepare_microbatch
 
     def wrong(root: FSDPRoot, *, is_last: bool) -> None:
@@ -84,13 +88,13 @@ def held_without_resharding(size: int) -> dict[int, dict[str, int]]:
 
     FSDPRoot.prepare_microbatch = wrong
     try:
-        return held(size, (3,))
+        return memory_by_zero(size, (3,))
     finally:
         FSDPRoot.prepare_microbatch = right
 
 
 def expected(zero: int, n: int) -> dict[str, float]:
-    """Bytes a parameter of each kind; the rest is the buffer of the last reduction."""
+    """Bytes per parameter of each kind. The rest is the buffer of the last reduction."""
     return {
         "parameters": 4 / n,
         "optimizer state": 8 / n,
@@ -108,16 +112,19 @@ def parameters() -> int:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_every_rank_holds_what_the_formula_says_within_5_percent(size: int, workers: WorkerPool) -> None:
+def test_memory_matches_the_formula_within_5_percent(size: int, workers: WorkerPool) -> None:
     n_parameters = parameters()
-    ranks = workers.run(held, size, size, (1, 2, 3), timeout=120) if size > 1 else [held(1, (1, 2, 3))]
+    ranks = (
+        workers.run(memory_by_zero, size, size, (1, 2, 3), timeout=120) if size > 1 else [memory_by_zero(1, (1, 2, 3))]
+    )
     for rank, stages in enumerate(ranks):
         for zero, kinds in stages.items():
             formula = 18.0 if size == 1 else FORMULAS[zero](size)
             measured = sum(kinds.values()) / n_parameters
             each = ", ".join(f"{kind} {count / n_parameters:.2f}" for kind, count in kinds.items())
             print(
-                f"ZeRO-{zero} on {size}: rank {rank} holds {measured:.3f} bytes a parameter ({each}), the formula says {formula:.3f}"
+                f"ZeRO-{zero} on {size}: rank {rank} holds {measured:.3f} bytes a parameter ({each}), "
+                f"the formula says {formula:.3f}"
             )
             assert measured == pytest.approx(formula, rel=0.05)
             assert {kind: kinds[kind] / n_parameters for kind in kinds} == pytest.approx(
@@ -125,7 +132,7 @@ def test_every_rank_holds_what_the_formula_says_within_5_percent(size: int, work
             )
 
 
-def test_zero_3_that_does_not_reshard_is_seen(workers: WorkerPool) -> None:
+def test_zero_3_without_resharding_is_detected(workers: WorkerPool) -> None:
     formula = FORMULAS[3](2) * parameters()
-    for stages in workers.run(held_without_resharding, 2, 2):
+    for stages in workers.run(memory_without_resharding, 2, 2):
         assert sum(stages[3].values()) > 1.2 * formula

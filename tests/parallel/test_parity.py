@@ -1,4 +1,4 @@
-"""Every layout gives the numbers of one process; broken ones do not, by the same comparison. The table is `benchmarks.parity`."""
+"""Every layout matches one process, and broken layouts do not. `benchmarks.parity` makes the table."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ STEPS = 3
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name.replace(" ", "_"))
-def test_losses_gradients_and_parameters_are_those_of_one_process(case: Case, workers: WorkerPool) -> None:
+def test_losses_gradients_and_parameters_match_one_process(case: Case, workers: WorkerPool) -> None:
     steps = steps_of(case.settings)
     errors = compare(
         workers.run(train_case, case.layout.world_size, case, steps, timeout=120), train_reference(case.settings, steps)
@@ -36,7 +36,7 @@ def test_losses_gradients_and_parameters_are_those_of_one_process(case: Case, wo
 
 
 def steps_of(args: tuple[str, ...]) -> int:
-    """One step has the norm of large tensors, and takes a second."""
+    """One step suffices for the norm of large tensors, and takes a second."""
     return 1 if args == LARGE else STEPS
 
 
@@ -51,7 +51,7 @@ def own_loss_scale(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_head_order(patch: pytest.MonkeyPatch) -> None:
-    """Tensor ranks hold each other's key heads, and nobody else's."""
+    """Tensor ranks exchange their key and value heads."""
     local_shard = build.local_shard
 
     def swapped(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
@@ -85,8 +85,8 @@ def untied(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TiedEmbedding, "sum_gradients", lambda self: None)
 
 
-def no_weight_pass(patch: pytest.MonkeyPatch) -> None:
-    """Zero bubble forgets every second half of a backward pass."""
+def no_deferred_gradients(patch: pytest.MonkeyPatch) -> None:
+    """Zero bubble drops the deferred weight gradients."""
     take = ZeroBubbleBackward.take_weight_gradients
     patch.setattr(
         ZeroBubbleBackward, "take_weight_gradients", lambda self, stage: [take(self, stage), lambda: None][-1]
@@ -94,7 +94,7 @@ def no_weight_pass(patch: pytest.MonkeyPatch) -> None:
 
 
 def naive_norm(patch: pytest.MonkeyPatch) -> None:
-    """Sum the squares in fp32, one after the other: a CPU's default."""
+    """Sum the squares in fp32, as a CPU does by default."""
     norm = torch._foreach_norm
     patch.setattr(parallel.gradients, "_pieces", lambda gradient: (gradient,))
     patch.setattr(torch, "_foreach_norm", lambda tensors, *_, **__: norm(tensors))
@@ -108,8 +108,8 @@ def same_ranges(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def traced(patch: pytest.MonkeyPatch) -> None:
-    """torch.compile without the code generation, which takes a minute a layout on a CPU."""
+def trace_only(patch: pytest.MonkeyPatch) -> None:
+    """torch.compile without code generation, which takes a minute per layout on a CPU."""
     compile = torch.compile
     patch.setattr(torch, "compile", lambda *given, **more: compile(*given, **more, backend="aot_eager"))
 
@@ -126,7 +126,7 @@ BROKEN: list[tuple[Break, Layout, tuple[str, ...]]] = [
     (no_document_mask, Layout(context=2), ()),
     (no_document_mask, Layout(context=2, context_method="ulysses"), ()),
     (untied, Layout(pipeline=2), TIED),
-    (no_weight_pass, ZERO_BUBBLE, ()),
+    (no_deferred_gradients, ZERO_BUBBLE, ()),
     (same_ranges, Layout(context=2), ()),
     (naive_norm, Layout(shard=2), LARGE),
 ]
@@ -134,7 +134,7 @@ BROKEN: list[tuple[Break, Layout, tuple[str, ...]]] = [
 
 @contextlib.contextmanager
 def changed(how: Break) -> Iterator[None]:
-    """Changed in this worker, and itself again afterwards."""
+    """Break this worker inside the block."""
     with pytest.MonkeyPatch.context() as patch:
         how(patch)
         yield
@@ -145,8 +145,8 @@ def on_changed_rank(case: Case, steps: int, how: Break) -> TrainingTrace | None:
         return train_case(case, steps)
 
 
-def operations_compiled(case: Case) -> int:
-    """In all graphs that the compiler made for a step, also inside of what is recomputed."""
+def count_compiled_operations(case: Case) -> int:
+    """Operations in all graphs of a compiled step, including those in recomputed regions."""
     found = 0
 
     def count(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., object]:
@@ -175,10 +175,11 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(("layout", "args"), COMPILED, ids=str)
-def test_compiled_blocks_give_the_same_numbers(layout: Layout, args: tuple[str, ...], workers: WorkerPool) -> None:
+def test_compiled_blocks_match(layout: Layout, args: tuple[str, ...], workers: WorkerPool) -> None:
     case = Case(layout, layout_settings=("train.compile=true", *args), micro_batch=1)
     errors = compare(
-        workers.run(on_changed_rank, layout.world_size, case, STEPS, traced, timeout=120), train_reference((), STEPS)
+        workers.run(on_changed_rank, layout.world_size, case, STEPS, trace_only, timeout=120),
+        train_reference((), STEPS),
     )
     assert {kind: error for kind, error in errors.items() if error > TOLERANCES[kind]} == {}
 
@@ -186,10 +187,10 @@ def test_compiled_blocks_give_the_same_numbers(layout: Layout, args: tuple[str, 
 @pytest.mark.parametrize(
     ("layout", "mode"), [(Layout(shard=2), "full"), (Layout(shard=2), "selective"), (ZERO_BUBBLE, "full")], ids=str
 )
-def test_blocks_that_recompute_are_compiled_all_the_same(layout: Layout, mode: str, workers: WorkerPool) -> None:
+def test_recomputed_blocks_are_compiled(layout: Layout, mode: str, workers: WorkerPool) -> None:
     plain, recomputing = (
         workers.run(
-            operations_compiled,
+            count_compiled_operations,
             2,
             Case(layout, layout_settings=("train.compile=true", *args), micro_batch=1),
             timeout=120,
@@ -203,16 +204,16 @@ def test_blocks_that_recompute_are_compiled_all_the_same(layout: Layout, mode: s
 @pytest.mark.parametrize(
     ("how", "layout", "args"), BROKEN, ids=lambda value: getattr(value, "__name__", str(value)).replace(" ", "_")
 )
-def test_a_broken_layout_is_noticed(how: Break, layout: Layout, args: tuple[str, ...], workers: WorkerPool) -> None:
+def test_a_broken_layout_is_detected(how: Break, layout: Layout, args: tuple[str, ...], workers: WorkerPool) -> None:
     case, steps = Case(layout, args, micro_batch=4 if args == LARGE else 1), steps_of(args)
     errors = compare(
         workers.run(on_changed_rank, layout.world_size, case, steps, how, timeout=120), train_reference(args, steps)
     )
-    # Not by the parameters, which may be the very thing that is broken: by what the passes computed with them.
+    # Not by the parameters, which may be what is broken, but by what the passes computed.
     assert max(errors[kind] / TOLERANCES[kind] for kind in ("loss_error", "gradient_error", "norm_error")) > 10
 
 
-def test_the_comparison_sees_a_missing_parameter() -> None:
+def test_a_missing_parameter_is_detected() -> None:
     reference = TrainingTrace(
         [1.0], [1.0], [{"a": torch.ones(2), "b": torch.ones(2)}], {"a": torch.ones(2), "b": torch.ones(2)}
     )
@@ -225,7 +226,7 @@ def kinds(found: Sequence[Case]) -> set[frozenset[str]]:
     return {frozenset(axis for axis in axes if getattr(case.layout, axis) > 1) for case in found}
 
 
-def test_every_kind_and_every_pair_is_in_the_table() -> None:
+def test_every_kind_and_every_pair_of_parallelism_is_tested() -> None:
     single = {frozenset({axis}) for axis in ("pipeline", "replicate", "shard", "context", "tensor")}
     pairs = {
         frozenset({a, b})

@@ -1,4 +1,4 @@
-"""A pipeline has the losses, gradients and steps of one process, with every schedule, unequal stages and tied embeddings.
+"""A pipeline matches one process in losses, gradients and steps: every schedule, unequal stages, tied embeddings.
 
 No number of stages divides the layers. Tests take two steps, so that the second uses the weights of the first.
 """
@@ -202,15 +202,13 @@ def compare(workers: WorkerPool, layout: Layout, tie: bool, broken: str | None =
 
 
 @pytest.mark.parametrize("schedule", STAGES_PER_RANK)
-def test_losses_and_gradients_are_those_of_one_process(workers: WorkerPool, schedule: str) -> None:
+def test_losses_and_gradients_match_one_process(workers: WorkerPool, schedule: str) -> None:
     compare(workers, layout_of(schedule), tie=False)
 
 
 @pytest.mark.parametrize("schedule", STAGES_PER_RANK)
 @pytest.mark.parametrize("p", [2, 4])
-def test_losses_and_gradients_are_those_of_one_process_with_tied_embeddings(
-    workers: WorkerPool, schedule: str, p: int
-) -> None:
+def test_losses_and_gradients_match_with_tied_embeddings(workers: WorkerPool, schedule: str, p: int) -> None:
     compare(workers, layout_of(schedule, p), tie=True)
 
 
@@ -220,15 +218,13 @@ def test_both_copies_of_a_tied_embedding_get_the_same_bits(workers: WorkerPool) 
 
 
 @pytest.mark.parametrize(("schedule", "zero"), [(schedule, zero) for schedule in STAGES_PER_RANK for zero in (2, 3)])
-def test_losses_and_gradients_are_the_same_when_stages_are_sharded_too(
-    workers: WorkerPool, schedule: str, zero: int
-) -> None:
+def test_losses_and_gradients_match_when_fsdp_shards_the_stages(workers: WorkerPool, schedule: str, zero: int) -> None:
     compare(workers, layout_of(schedule, shard=2, zero=zero), tie=True, fsdp=True)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 @pytest.mark.parametrize("broken", BREAKAGES)
-def test_a_broken_pipeline_is_noticed(workers: WorkerPool, broken: str, schedule: str) -> None:
+def test_a_broken_pipeline_is_detected(workers: WorkerPool, broken: str, schedule: str) -> None:
     with pytest.raises(AssertionError):
         compare(workers, layout_of(schedule), tie=True, broken=broken)
 

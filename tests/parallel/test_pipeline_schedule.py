@@ -1,4 +1,4 @@
-"""Stages are balanced by cost, every one is held by one rank, and layouts that cannot be are refused in a line that names the way out."""
+"""Stages are balanced by cost, each has one rank, and impossible layouts are refused with a way out."""
 
 from itertools import combinations, pairwise
 
@@ -18,14 +18,14 @@ from parallel.pipeline.schedule import (
 
 
 def best(n_layers: int, n_stages: int, first: float, last: float) -> float:
-    """The largest stage cost of the best assignment, by trying all."""
+    """The largest stage cost of the best assignment, found by trying all."""
     cuts = ((0, *inner, n_layers) for inner in combinations(range(1, n_layers), n_stages - 1))
     return min(max(stage_costs([b - a for a, b in pairwise(cut)], first_cost=first, last_cost=last)) for cut in cuts)
 
 
 @pytest.mark.parametrize("n_stages", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 2.5), (1.2, 0.4), (0.1, 7), (12, 12)])
-def test_no_assignment_has_a_cheaper_most_expensive_stage(n_stages: int, first: float, last: float) -> None:
+def test_the_assignment_is_optimal(n_stages: int, first: float, last: float) -> None:
     ranges = assign_layers(9, n_stages, first_cost=first, last_cost=last)
     assert [layer for layers in ranges for layer in layers] == list(range(9))
     assert all(ranges)
@@ -33,21 +33,21 @@ def test_no_assignment_has_a_cheaper_most_expensive_stage(n_stages: int, first: 
     assert max(stage_costs(counts, first_cost=first, last_cost=last)) == pytest.approx(best(9, n_stages, first, last))
 
 
-def test_layers_that_are_left_over_go_to_later_stages() -> None:
+def test_remaining_layers_go_to_later_stages() -> None:
     assert assign_layers(5, 4, first_cost=0, last_cost=0) == [range(1), range(1, 2), range(2, 3), range(3, 5)]
 
 
-def test_the_output_projection_costs_the_last_stage_layers() -> None:
+def test_the_last_stage_has_fewer_layers_for_the_output_projection() -> None:
     assert [len(layers) for layers in assign_layers(126, 16, first_cost=0.1, last_cost=1.8)] == [8] * 15 + [6]
 
 
-def test_an_uneven_pipeline_that_ignores_its_head_is_noticed() -> None:
+def test_an_assignment_that_ignores_the_output_projection_is_detected() -> None:
     ignored = [len(layers) for layers in assign_layers(8, 4, first_cost=0, last_cost=0)]
     assert max(stage_costs(ignored, first_cost=0, last_cost=2.5)) > best(8, 4, 0, 2.5)
 
 
 @pytest.mark.parametrize(("schedule", "v"), [("1f1b", 1), ("interleaved", 3), ("zbv", 2)])
-def test_every_stage_is_held_by_one_rank(schedule: str, v: int) -> None:
+def test_every_stage_has_one_rank(schedule: str, v: int) -> None:
     layout = Layout(pipeline=4, schedule=schedule, stages_per_rank=v)
     held = {stage: rank for rank in range(4) for stage in stages_of_rank(rank, layout)}
     assert held == {stage: rank_of_stage(stage, layout) for stage in range(layout.n_stages)}
@@ -104,7 +104,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_pipeline_that_cannot_be_is_refused_in_one_line(case: str) -> None:
+def test_an_impossible_pipeline_is_refused_in_one_line(case: str) -> None:
     layout, n_layers, n_microbatches, line = REFUSED[case]
     with pytest.raises(LayoutError, match=line) as error:
         check_pipeline(layout, n_layers, n_microbatches)
@@ -122,7 +122,7 @@ def test_a_pipeline_that_cannot_be_is_refused_in_one_line(case: str) -> None:
     ],
     ids=str,
 )
-def test_a_pipeline_that_can_be_is_accepted(layout: Layout, n_layers: int, n_microbatches: int) -> None:
+def test_a_possible_pipeline_is_accepted(layout: Layout, n_layers: int, n_microbatches: int) -> None:
     check_pipeline(layout, n_layers, n_microbatches)
 
 
@@ -131,13 +131,13 @@ def test_more_stages_than_layers_cannot_be_assigned() -> None:
         assign_layers(3, 4, first_cost=0, last_cost=0)
 
 
-def test_a_slow_stage_makes_the_others_wait() -> None:
+def test_a_slow_stage_adds_bubble() -> None:
     orders = {rank: [Action("forward", rank, i) for i in range(4)] for rank in range(2)}
     assert bubble_fraction(orders, [1, 1]) == pytest.approx(1 - 8 / 10)
     assert bubble_fraction(orders, [1, 3]) == pytest.approx(1 - 16 / 26)
 
 
-def test_ranks_that_wait_for_each_other_are_found() -> None:
+def test_a_deadlock_is_detected() -> None:
     orders = {
         0: [Action("backward", 0, 0), Action("forward", 0, 0)],
         1: [Action("forward", 1, 0), Action("backward", 1, 0)],

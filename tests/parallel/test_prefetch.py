@@ -1,4 +1,4 @@
-"""`parallel.prefetch`: how many blocks are gathered ahead of their use, and that nothing else of a step depends on it."""
+"""`parallel.prefetch`: how many blocks are gathered ahead. Nothing else of a step depends on it."""
 
 import pytest
 import torch
@@ -15,9 +15,9 @@ from pretrain.setup.engine import build_engine_options, build_model_spec
 
 N_LAYERS, MICROBATCHES = 5, 2
 UNITS = N_LAYERS + 2
-"""What is gathered at one time: the root, the embedding, each block."""
+"""FSDP units: the root, the embedding, each block."""
 FIRST = {0: [3, 4, 5, 6, 7], 1: [4, 5, 6, 7, 7], 3: [6, 7, 7, 7, 7]}
-"""By `prefetch`, what has been gathered before each block of the first microbatch: root, embedding, blocks up to it, and those ahead."""
+"""`prefetch` -> units gathered before each block of the first microbatch: root, embedding, blocks, those ahead."""
 CONFIG = RunConfig.model_validate(
     {
         "model": {"n_layers": N_LAYERS, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64, "vocab_size": 64},
@@ -29,7 +29,7 @@ CONFIG = RunConfig.model_validate(
 
 
 def gathered_before_each_block(layout: Layout) -> tuple[list[list[int]], int, float]:
-    """All-gathers of a rank from the start of a step until the forward pass of each block, by microbatch; all of the step; its loss."""
+    """(all-gathers before the forward pass of each block, by microbatch; all-gathers of the step; its loss)."""
     engine = build_engine(
         build_model_spec(CONFIG),
         build_engine_options(CONFIG),
@@ -39,14 +39,14 @@ def gathered_before_each_block(layout: Layout) -> tuple[list[list[int]], int, fl
     )
     counts, gathers = list[int](), Gathers()
     for block in engine.model_chunks[0].layers:
-        block.register_forward_pre_hook(lambda *_: counts.append(gathers.number))  # after the one of FSDP2
+        block.register_forward_pre_hook(lambda *_: counts.append(gathers.number))  # runs after FSDP2's hook
     with gathers:
         loss = engine.train_step([microbatch(i) for i in range(MICROBATCHES)], lr_scale=1.0).loss
     return [counts[:N_LAYERS], counts[N_LAYERS:]], gathers.number, loss
 
 
 class Gathers(TorchDispatchMode):
-    """Counts the all-gathers that are started inside it."""
+    """Counts all-gathers."""
 
     number = 0
 
@@ -63,14 +63,14 @@ def microbatch(number: int) -> Microbatch:
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_blocks_are_gathered_ahead_wherever_they_are_gathered_and_nothing_else_changes(
-    zero: int, workers: WorkerPool
-) -> None:
-    """In each microbatch under ZeRO-3, in the first one under 1 and 2, after which all stay."""
+def test_blocks_are_gathered_ahead_and_nothing_else_changes(zero: int, workers: WorkerPool) -> None:
+    """ZeRO-3 gathers in each microbatch, ZeRO-1 and 2 in the first only."""
     losses = set()
     for ahead, first in FIRST.items():
         counts, total, loss = workers.run(gathered_before_each_block, 2, Layout(shard=2, zero=zero, prefetch=ahead))[0]
         assert counts == [first, [n + UNITS + (UNITS - 1) for n in first] if zero == 3 else [UNITS] * N_LAYERS]
-        assert total == (2 * (UNITS + (UNITS - 1)) if zero == 3 else UNITS)  # backwards all but the root, which stays
+        assert total == (
+            2 * (UNITS + (UNITS - 1)) if zero == 3 else UNITS
+        )  # the backward pass gathers all but the root
         losses.add(loss)
     assert len(losses) == 1

@@ -1,4 +1,4 @@
-"""`parallel.reshard_to`: the backward pass gathers from a few neighbours, and one mesh of them serves all blocks, beside any other axis."""
+"""`parallel.reshard_to`: the backward pass gathers from a few neighbours, and one mesh serves all blocks."""
 
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
@@ -24,9 +24,9 @@ from pretrain.setup.engine import build_engine_options, build_model_spec
 
 N_LAYERS = 3
 UNITS = N_LAYERS + 1
-"""What is gathered again for the backward pass: the embedding, each block. The root stays."""
+"""Units that the backward pass gathers: the embedding and each block. The root stays gathered."""
 GROUPS_OF_A_MESH = 2
-"""One on each of two axes."""
+"""One per axis of the mesh."""
 GROUPED = {
     Layout(shard=4, tensor=2, reshard_to=2): [[0, 2], [4, 6], [1, 3], [5, 7]],
     Layout(replicate=2, shard=4, reshard_to=2): [[0, 1], [2, 3], [4, 5], [6, 7]],
@@ -34,7 +34,7 @@ GROUPED = {
     Layout(shard=2, context=2, tensor=2, reshard_to=2): [[0, 2], [4, 6], [1, 3], [5, 7]],
     Layout(shard=8, reshard_to=4): [[0, 1, 2, 3], [4, 5, 6, 7]],
 }
-"""Which ranks share what a forward pass leaves: consecutive ones of those that share out the parameters."""
+"""The ranks that share resharded parameters: consecutive FSDP ranks."""
 
 
 def engine_of(layout: Layout, n_layers: int = N_LAYERS) -> InspectableEngine:
@@ -55,39 +55,39 @@ def engine_of(layout: Layout, n_layers: int = N_LAYERS) -> InspectableEngine:
     )
 
 
-def fsdp2_by_itself() -> AbstractContextManager[object]:
-    """A number for `reshard_after_forward` and nothing else."""
+def plain_fsdp2() -> AbstractContextManager[object]:
+    """Pass a number as `reshard_after_forward`, without a mesh."""
     return patch.multiple(parallel.fsdp, reshard_mesh=lambda *_: None, fsdp_resharding_over=lambda _: nullcontext())
 
 
-def groups_made(layout: Layout, n_layers: int, by_itself: bool) -> int:
-    """Process groups that this rank is in when its engine is there."""
+def groups_made(layout: Layout, n_layers: int, is_plain: bool) -> int:
+    """Number of process groups of this rank after its engine is built."""
     private = _fully_shard._get_post_forward_mesh_info, _fsdp_param_group.FSDPParam  # type: ignore[attr-defined]
-    with fsdp2_by_itself() if by_itself else nullcontext():
+    with plain_fsdp2() if is_plain else nullcontext():
         engine = engine_of(layout, n_layers)
     assert private == (_fully_shard._get_post_forward_mesh_info, _fsdp_param_group.FSDPParam)  # type: ignore[attr-defined]
     assert engine.model_chunks
     return len(dist.distributed_c10d._world.pg_map)  # no public name counts them
 
 
-def groups(workers: WorkerPool, layout: Layout, n_layers: int, by_itself: bool = False) -> int:
-    (number,) = set(workers.run(groups_made, layout.world_size, layout, n_layers, by_itself))
+def groups(workers: WorkerPool, layout: Layout, n_layers: int, is_plain: bool = False) -> int:
+    (number,) = set(workers.run(groups_made, layout.world_size, layout, n_layers, is_plain))
     return number
 
 
 @pytest.mark.parametrize("n_layers", [2, 5])
-def test_one_mesh_is_made_however_many_blocks_there_are(n_layers: int, workers: WorkerPool) -> None:
-    """FSDP2 by itself makes one for the embedding and for each block."""
+def test_one_mesh_is_made_for_any_number_of_blocks(n_layers: int, workers: WorkerPool) -> None:
+    """Plain FSDP2 makes one for the embedding and one for each block."""
     without = groups(workers, Layout(shard=4), n_layers)
     assert groups(workers, Layout(shard=4, reshard_to=4), n_layers) == without
     assert groups(workers, Layout(shard=4, reshard_to=2), n_layers) == without + GROUPS_OF_A_MESH
-    assert groups(workers, Layout(shard=4, reshard_to=2), n_layers, by_itself=True) == without + GROUPS_OF_A_MESH * (
+    assert groups(workers, Layout(shard=4, reshard_to=2), n_layers, is_plain=True) == without + GROUPS_OF_A_MESH * (
         n_layers + 1
     )
 
 
 def neighbours(layout: Layout) -> tuple[list[int], list[int]]:
-    """Of this rank, as they are and as FSDP2 takes them."""
+    """This rank's group in our mesh, and in the mesh that FSDP2 would make."""
     mesh = build_mesh(layout, "cpu")
     near = reshard_mesh(mesh, layout)["reshard_shard"].get_group()
     by_fsdp2 = cast(Tensor, data_mesh(mesh, layout).mesh).view(-1, layout.reshard_to or 0)
@@ -96,16 +96,14 @@ def neighbours(layout: Layout) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize(("layout", "expected"), GROUPED.items(), ids=str)
-def test_neighbours_are_consecutive_ranks_of_those_that_share_out_the_parameters(
-    layout: Layout, expected: list[list[int]], workers: WorkerPool
-) -> None:
+def test_groups_are_consecutive_fsdp_ranks(layout: Layout, expected: list[list[int]], workers: WorkerPool) -> None:
     for rank, (ours, by_fsdp2) in enumerate(workers.run(neighbours, 8, layout)):
         assert ours == by_fsdp2
         assert ours == next(group for group in expected if rank in group)
 
 
 class Gathers(TorchDispatchMode):
-    """Counts the all-gathers that are started inside it, by the number of ranks that give a part."""
+    """Counts all-gathers by their number of ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,9 +118,9 @@ class Gathers(TorchDispatchMode):
         return operation(*given, **more or {})
 
 
-def gathered_in_a_step(layout: Layout, by_itself: bool) -> tuple[Counter[int], float]:
-    """All-gathers by their number of ranks, and the loss of the next step: what the first one did to the parameters."""
-    with fsdp2_by_itself() if by_itself else nullcontext():
+def gathered_in_a_step(layout: Layout, is_plain: bool) -> tuple[Counter[int], float]:
+    """All-gathers of a step by number of ranks, and the loss of the next step."""
+    with plain_fsdp2() if is_plain else nullcontext():
         engine = engine_of(layout)
     ids_BS = (torch.arange(16)[None] * 7 + layout.data_rank(dist.get_rank())) % 64
     microbatch = Microbatch(ids_BS, ids_BS, ids_BS * 0, torch.arange(16)[None], n_targets=16)
@@ -131,11 +129,11 @@ def gathered_in_a_step(layout: Layout, by_itself: bool) -> tuple[Counter[int], f
     return gathers.ranks, engine.train_step([microbatch], lr_scale=1.0).loss
 
 
-def test_the_backward_pass_gathers_from_neighbours_alone_and_learns_the_same(workers: WorkerPool) -> None:
-    """The forward pass gathers the root too. Without `reshard_to` all gathers are from 4 ranks; FSDP2 by itself does as we do."""
+def test_the_backward_pass_gathers_from_neighbours_only_and_trains_the_same(workers: WorkerPool) -> None:
+    """Without `reshard_to` all gathers are over 4 ranks. Plain FSDP2 gathers as we do."""
     found = [
-        workers.run(gathered_in_a_step, 4, layout, by_itself)[0]
-        for layout, by_itself in (
+        workers.run(gathered_in_a_step, 4, layout, is_plain)[0]
+        for layout, is_plain in (
             (Layout(shard=4), False),
             (Layout(shard=4, reshard_to=2), False),
             (Layout(shard=4, reshard_to=2), True),
@@ -146,8 +144,8 @@ def test_the_backward_pass_gathers_from_neighbours_alone_and_learns_the_same(wor
     assert len({loss for _, loss in found}) == 1
 
 
-def test_tensor_parts_are_gathered_from_neighbours_too(workers: WorkerPool) -> None:
-    """Beside the collectives of tensor parallelism itself, which are the same."""
+def test_tensor_shards_are_gathered_from_neighbours_too(workers: WorkerPool) -> None:
+    """The collectives of tensor parallelism are the same in both."""
     (all_of, loss), (some, same) = (
         workers.run(gathered_in_a_step, 8, each, False)[0]
         for each in (Layout(shard=4, tensor=2), Layout(shard=4, tensor=2, reshard_to=2))

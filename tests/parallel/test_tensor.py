@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism: loss and gradients of one process, the collectives it costs, and what happens without one of them."""
+"""Tensor and sequence parallelism: loss and gradients, the number of collectives, and negative controls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed._symmetric_memory import is_symm_mem_enabled_for_group  # where the compiler looks
+from torch.distributed._symmetric_memory import is_symm_mem_enabled_for_group  # the compiler asks this
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -35,7 +35,7 @@ Gradients = dict[str, Tensor]
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """(input ids, labels, document ids), [2, 16]: two documents a row, some tokens without a label."""
+    """(input ids, labels, document ids), [2, 16]: two documents per row, some tokens without a label."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(TINY.vocab_size, (2, 17), generator=generator)
     labels = ids[:, 1:].clone()
@@ -51,14 +51,14 @@ def loss_and_gradients(model: Llama) -> tuple[float, Gradients]:
     return sums.total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def alone(config: ModelConfig) -> tuple[float, Gradients]:
+def run_single_process(config: ModelConfig) -> tuple[float, Gradients]:
     model = Llama(config)
     init_weights(model, 3)
     return loss_and_gradients(model)
 
 
-def split_model(config: ModelConfig, sequence: bool, compiled: bool = False) -> Llama:
-    """As the engine builds it: shapes, split, compiled, sharded by FSDP2 (over one rank), memory, values."""
+def build_parallel_model(config: ModelConfig, sequence: bool, compiled: bool = False) -> Llama:
+    """As the engine builds it: shapes, tensor parallelism, compilation, FSDP2 (over one rank), memory, values."""
     layout = Layout(tensor=torch.distributed.get_world_size())
     mesh = build_mesh(layout, "cpu")
     with torch.device("meta"):
@@ -94,17 +94,15 @@ BROKEN = {
 }
 
 
-def split_gradients(
-    config: ModelConfig, sequence: bool, compiled: bool = False, broken: str = ""
-) -> tuple[float, Gradients]:
+def run_rank(config: ModelConfig, sequence: bool, compiled: bool = False, broken: str = "") -> tuple[float, Gradients]:
     with patch.dict(tensor._STYLES, BROKEN[broken]) if broken else nullcontext():
-        loss, gradients = loss_and_gradients(split_model(config, sequence, compiled))
+        loss, gradients = loss_and_gradients(build_parallel_model(config, sequence, compiled))
     return loss, {name: gradient.full_tensor() for name, gradient in gradients.items() if isinstance(gradient, DTensor)}
 
 
 def errors(config: ModelConfig, results: list[tuple[float, Gradients]]) -> tuple[float, float]:
     """Largest relative error over ranks of the loss, and over ranks and parameters of the gradient."""
-    loss, wanted = alone(config)
+    loss, wanted = run_single_process(config)
     assert all(set(gradients) == set(wanted) for _, gradients in results)
     worst = max(float((g[name] - wanted[name]).norm() / wanted[name].norm()) for _, g in results for name in wanted)
     return max(abs(ours - loss) / loss for ours, _ in results), worst
@@ -120,32 +118,32 @@ def errors(config: ModelConfig, results: list[tuple[float, Gradients]]) -> tuple
         (2, {"tie_embeddings": True}),
     ],
 )
-def test_loss_and_gradients_are_those_of_one_process(
+def test_loss_and_gradients_match_one_process(
     workers: WorkerPool, size: int, sequence: bool, changes: dict[str, object]
 ) -> None:
     config = TINY.model_copy(update=changes)
-    loss, gradient = errors(config, workers.run(split_gradients, size, config, sequence))
+    loss, gradient = errors(config, workers.run(run_rank, size, config, sequence))
     assert loss < 1e-6
     assert gradient < 1e-5
 
 
 @pytest.mark.parametrize("sequence", [True, False])
-def test_compiled_blocks_are_one_graph_and_give_the_same(workers: WorkerPool, sequence: bool) -> None:
+def test_compiled_blocks_are_one_graph_and_match(workers: WorkerPool, sequence: bool) -> None:
     config = TINY.model_copy(update={"qk_norm": True, "qkv_bias": True})
-    loss, gradient = errors(config, workers.run(split_gradients, 2, config, sequence, True))
+    loss, gradient = errors(config, workers.run(run_rank, 2, config, sequence, True))
     assert loss < 1e-6
     assert gradient < 1e-5
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_plan_is_seen(workers: WorkerPool, broken: str) -> None:
+def test_a_broken_style_is_detected(workers: WorkerPool, broken: str) -> None:
     config = TINY.model_copy(update={"qk_norm": True})
-    _, gradient = errors(config, workers.run(split_gradients, 4, config, False, False, broken))
+    _, gradient = errors(config, workers.run(run_rank, 4, config, False, False, broken))
     assert gradient > 1e-2
 
 
 def collectives(n_layers: int, sequence: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """Collectives of the (forward, backward) pass, by name; of a model with values, without FSDP2."""
+    """Number of collectives in the (forward, backward) pass by name, of a model with values and without FSDP2."""
     model = Llama(TINY.model_copy(update={"n_layers": n_layers}))
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
     tensor.apply_tensor_parallel(model, mesh, model.tp_plan, sequence=sequence, replicate_kv=False)
@@ -161,7 +159,7 @@ def collectives(n_layers: int, sequence: bool) -> tuple[dict[str, int], dict[str
     return counts[0], counts[1]
 
 
-def test_a_block_costs_two_gathers_and_two_scatters_each_way_with_sequence_and_two_sums_without(
+def test_a_block_has_two_gathers_and_two_scatters_per_pass_with_sequence_and_two_all_reduces_without(
     workers: WorkerPool,
 ) -> None:
     for sequence, names in ((True, ("all_gather_into_tensor", "reduce_scatter_tensor")), (False, ("all_reduce",))):
@@ -175,7 +173,7 @@ def test_a_block_costs_two_gathers_and_two_scatters_each_way_with_sequence_and_t
             assert more == dict.fromkeys(names, 2)
 
 
-def test_around_the_blocks_are_one_sum_of_the_embedding_one_gather_of_the_loss_and_two_small_sums_a_chunk(
+def test_outside_of_blocks_are_one_reduction_one_gather_and_two_small_all_reduces_per_loss_chunk(
     workers: WorkerPool,
 ) -> None:
     forward, backward = workers.run(collectives, 2, 1, True)[0]
@@ -183,7 +181,7 @@ def test_around_the_blocks_are_one_sum_of_the_embedding_one_gather_of_the_loss_a
     assert backward == {"all_gather_into_tensor": 2 + 1, "reduce_scatter_tensor": 2 + 1}
 
 
-def refusals() -> list[str]:
+def refusal_messages() -> list[str]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
     cases: list[tuple[dict[str, object], dict[str, str]]] = [
         ({}, {**SPEC.tp_plan, "lm_head": "diagonal"}),
@@ -205,8 +203,8 @@ def refusals() -> list[str]:
     return [*said, str(refused.value)]
 
 
-def test_what_cannot_be_split_is_named(workers: WorkerPool) -> None:
-    for said in workers.run(refusals, 2):
+def test_refusals_name_what_cannot_be_split(workers: WorkerPool) -> None:
+    for said in workers.run(refusal_messages, 2):
         assert said[0].startswith(
             "the plan says 'diagonal' for lm_head; styles are vocab_parallel_embedding, sequence_parallel"
         )
@@ -234,8 +232,8 @@ def test_async_tensor_parallelism_puts_the_group_on_the_compilers_list(workers: 
     assert workers.run(is_on_the_compilers_list, 2) == [[False, True]] * 2
 
 
-def whole_weights() -> None:
-    """Values given before the split stay: each rank keeps its part of its own."""
+def assert_values_are_kept() -> None:
+    """Each rank keeps its shard of the values that the module had."""
     whole = Llama(TINY)
     init_weights(whole, 3)
     model = Llama(TINY)
@@ -253,4 +251,4 @@ def whole_weights() -> None:
 
 
 def test_a_module_with_values_keeps_them(workers: WorkerPool) -> None:
-    workers.run(whole_weights, 2)
+    workers.run(assert_values_are_kept, 2)

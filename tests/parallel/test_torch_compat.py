@@ -26,7 +26,7 @@ NOT_TORCH = {"_replace", "_asdict", "_fields", "_exit"}
 
 
 def own_names(files: list[Path]) -> set[str]:
-    """The names that our own code defines, functions, classes, attributes and fields, without those of torch's classes."""
+    """The names of functions, classes and attributes that our code defines, without those of torch's classes."""
     names = set[str]()
     for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
         match node:

@@ -1,4 +1,4 @@
-"""The native engine in one process: what a step is does not depend on how the batch is cut, and the fp32 masters are the weights."""
+"""The native engine in one process: a step does not depend on the microbatches, and master weights are fp32."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Sums:
+class Loss:
     total: Tensor
     cross_entropy: Tensor
     z_loss: Tensor
 
 
 class Model(nn.Module):
-    """Two layers and a tied output: the engine asks nothing of a model but its named parameters."""
+    """Two layers and a tied output. The engine needs only the named parameters of a model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,15 +37,15 @@ class Model(nn.Module):
         return F.linear(x + self.down(F.silu(self.up(x))), self.embed.weight)
 
 
-def compute_loss(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Sums:
+def compute_loss(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Loss:
     assert received is None
     logits = model(microbatch.input_ids).float().flatten(0, 1)
     loss = F.cross_entropy(logits, microbatch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return Sums(loss, loss, torch.zeros(()))
+    return Loss(loss, loss, torch.zeros(()))
 
 
-class Recorder:
-    """Plain SGD that keeps the gradients it was given."""
+class RecordingSGD:
+    """SGD that keeps the gradients of the last step."""
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         self.named = dict(named)
@@ -72,11 +72,11 @@ class Recorder:
 
 
 def engine(
-    dtype: torch.dtype = torch.float32, max_grad_norm: float | None = None, loss: Callable[..., Sums] = compute_loss
+    dtype: torch.dtype = torch.float32, max_grad_norm: float | None = None, loss: Callable[..., Loss] = compute_loss
 ) -> TorchEngine:
     torch.manual_seed(0)
     return build_single_process_engine(
-        Model(), loss, lambda named: Recorder(list(named)), EngineOptions(dtype, max_grad_norm), torch.device("cpu")
+        Model(), loss, lambda named: RecordingSGD(list(named)), EngineOptions(dtype, max_grad_norm), torch.device("cpu")
     )
 
 
@@ -91,23 +91,23 @@ def batch(uneven: bool = True) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], labels
 
 
-def cut(ids: Tensor, labels: Tensor, sizes: Sequence[int]) -> list[Microbatch]:
+def split_batch(ids: Tensor, labels: Tensor, sizes: Sequence[int]) -> list[Microbatch]:
     assert sum(sizes) == B
     rows = torch.split(torch.arange(B), list(sizes))
     nothing = torch.zeros((0,), dtype=torch.int32)
     return [Microbatch(ids[r], labels[r], nothing, nothing, int((labels[r] != IGNORED).sum())) for r in rows]
 
 
-CUTS = [(8,), (4, 4), (1,) * 8, (3, 3, 2), (7, 1)]
+SPLITS = [(8,), (4, 4), (1,) * 8, (3, 3, 2), (7, 1)]
 
 
-@pytest.mark.parametrize("sizes", CUTS[1:], ids=str)
+@pytest.mark.parametrize("sizes", SPLITS[1:], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
 def test_gradients_loss_and_step_do_not_depend_on_the_microbatches(
     sizes: Sequence[int], dtype: torch.dtype, tolerance: float
 ) -> None:
     whole, parts = engine(dtype), engine(dtype)
-    one, many = (e.train_step(cut(*batch(), c), 0.5) for e, c in ((whole, (8,)), (parts, sizes)))
+    one, many = (e.train_step(split_batch(*batch(), c), 0.5) for e, c in ((whole, (8,)), (parts, sizes)))
     assert many.loss == pytest.approx(one.loss, rel=1e-6)
     assert many.grad_norm == pytest.approx(one.grad_norm, rel=tolerance)
     for name, gradient in whole._optimizer.gradients.items():
@@ -120,9 +120,9 @@ def distance(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_bf16_gradients_add_up_in_fp32() -> None:
-    """512 times the same microbatch is its gradient, exactly: powers of two round nothing. A sum in bf16 stops growing at 256 of them."""
-    one = cut(*batch(), (8,))
+def test_bf16_gradients_are_summed_in_fp32() -> None:
+    """512 equal microbatches give exactly the gradient of one. A sum in bf16 would stop growing at 256."""
+    one = split_batch(*batch(), (8,))
     few, many = engine(torch.bfloat16), engine(torch.bfloat16)
     few.train_step(one, 0.0)
     many.train_step(one * 512, 0.0)
@@ -137,7 +137,7 @@ def test_bf16_gradients_add_up_in_fp32() -> None:
 
 
 def test_the_loss_is_the_mean_over_all_targets_of_the_global_batch() -> None:
-    """Row i has 2i + 1 targets: a mean of the microbatches' means is another number."""
+    """Row i has 2i + 1 targets, so the mean of the microbatches' means differs."""
     e, (ids, labels) = engine(), batch()
     with torch.no_grad():
         nll = F.cross_entropy(
@@ -146,36 +146,36 @@ def test_the_loss_is_the_mean_over_all_targets_of_the_global_batch() -> None:
     counts = (labels != IGNORED).sum(1)
     assert counts.tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
     of_tokens, of_means = (nll.sum() / counts.sum()).item(), (nll.sum(1) / counts).mean().item()
-    result = e.train_step(cut(ids, labels, (1,) * 8), 0.0)
+    result = e.train_step(split_batch(ids, labels, (1,) * 8), 0.0)
     assert result.loss == pytest.approx(of_tokens, rel=1e-6)
     assert abs(of_means - of_tokens) > 1e-3
 
 
-def test_a_mean_of_means_would_be_noticed() -> None:
-    def mean_of_microbatch(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Sums:
+def test_a_mean_of_means_is_detected() -> None:
+    def mean_of_microbatch(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Loss:
         sums = compute_loss(model, received, microbatch)
         scaled = sums.total / microbatch.n_targets * 8
-        return Sums(scaled, scaled, sums.z_loss)
+        return Loss(scaled, scaled, sums.z_loss)
 
     right, wrong = engine(), engine(loss=mean_of_microbatch)
     for e in (right, wrong):
-        e.train_step(cut(*batch(), (1,) * 8), 0.0)
+        e.train_step(split_batch(*batch(), (1,) * 8), 0.0)
     assert distance(wrong._optimizer.gradients["up.weight"], right._optimizer.gradients["up.weight"]) > 0.1
 
 
-def test_the_gradient_equals_autograd_of_the_mean_written_out() -> None:
+def test_the_gradient_is_that_of_the_mean_loss() -> None:
     e, (ids, labels) = engine(), batch()
     torch.manual_seed(0)
     model = Model()
     F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORED).backward()
-    result = e.train_step(cut(ids, labels, (3, 3, 2)), 0.0)
+    result = e.train_step(split_batch(ids, labels, (3, 3, 2)), 0.0)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(e._optimizer.gradients[name], parameter.grad, rtol=0, atol=1e-6)
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
     assert result.grad_norm == pytest.approx(norm, rel=1e-6)
 
 
-def test_bf16_copies_are_the_masters_rounded_after_every_step() -> None:
+def test_compute_weights_are_the_rounded_master_weights_after_every_step() -> None:
     e = engine(torch.bfloat16)
     for step in range(4):
         masters, copies = e.state()["model"], dict(e.model.named_parameters())
@@ -183,15 +183,15 @@ def test_bf16_copies_are_the_masters_rounded_after_every_step() -> None:
         for name, master in masters.items():
             assert master.dtype == torch.float32
             assert torch.equal(copies[name], master.bfloat16())
-        assert (masters["up.weight"] != copies["up.weight"].float()).any()  # they keep what the copies cannot
+        assert (masters["up.weight"] != copies["up.weight"].float()).any()  # master weights have more digits
         before = masters["up.weight"].clone()
-        e.train_step(cut(*batch(), (4, 4)), 0.1 * (step + 1))
+        e.train_step(split_batch(*batch(), (4, 4)), 0.1 * (step + 1))
         assert not torch.equal(e.state()["model"]["up.weight"], before)
     assert all(parameter.grad is None for parameter in e.model.parameters())
 
 
 def test_updates_below_the_precision_of_bf16_are_not_lost() -> None:
-    e, microbatches = engine(torch.bfloat16), cut(*batch(), (8,))
+    e, microbatches = engine(torch.bfloat16), split_batch(*batch(), (8,))
     first = e.model.up.weight.clone()
     e.train_step(microbatches, 1e-5)
     assert (e.model.up.weight != first).float().mean() < 0.01
@@ -200,7 +200,7 @@ def test_updates_below_the_precision_of_bf16_are_not_lost() -> None:
     assert (e.model.up.weight != first).float().mean() > 0.3
 
 
-def test_what_is_written_into_the_state_is_computed_with_once_it_is_said_to_be_loaded() -> None:
+def test_loaded_state_is_used_after_sync_compute_weights() -> None:
     e = engine(torch.bfloat16)
     with torch.no_grad():
         e.state()["model"]["up.bias"].fill_(1 / 3)
@@ -209,16 +209,16 @@ def test_what_is_written_into_the_state_is_computed_with_once_it_is_said_to_be_l
     assert torch.equal(e.model.up.bias, torch.full((2 * D,), 1 / 3).bfloat16())
 
 
-def test_fp32_weights_are_not_held_twice() -> None:
+def test_fp32_weights_exist_once() -> None:
     e = engine()
     pointers = {name: parameter.data_ptr() for name, parameter in e.model.named_parameters()}
     assert {name: tensor.data_ptr() for name, tensor in e.state()["model"].items()} == pointers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_clipping_scales_all_gradients_to_the_norm_and_reports_the_one_before(dtype: torch.dtype) -> None:
+def test_clipping_scales_all_gradients_and_reports_the_norm_before(dtype: torch.dtype) -> None:
     free, clipped, loose = engine(dtype), engine(dtype, max_grad_norm=0.01), engine(dtype, max_grad_norm=1e6)
-    results = [e.train_step(cut(*batch(), (4, 4)), 0.1) for e in (free, clipped, loose)]
+    results = [e.train_step(split_batch(*batch(), (4, 4)), 0.1) for e in (free, clipped, loose)]
     norm = results[0].grad_norm
     assert norm > 0.1
     assert [result.grad_norm for result in results] == [norm] * 3
@@ -229,23 +229,23 @@ def test_clipping_scales_all_gradients_to_the_norm_and_reports_the_one_before(dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_is_told_and_leaves_everything_as_it_was(dtype: torch.dtype, poison: str) -> None:
-    """The NaN is in one microbatch of two. A gradient alone may be infinite: the root of 0 has a finite value."""
+def test_a_nonfinite_step_is_reported_and_changes_nothing(dtype: torch.dtype, poison: str) -> None:
+    """One microbatch of two is bad. A gradient can be infinite while the loss is finite: sqrt(0)."""
     sick = False
 
-    def loss(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Sums:
+    def loss(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Loss:
         sums = compute_loss(model, received, microbatch)
         if not sick or microbatch.n_targets > 20:
             return sums
         extra = torch.nan * sums.total if poison == "loss" else (model.up.weight * 0).float().norm().sqrt()
-        return Sums(sums.total + extra, sums.cross_entropy + extra.detach(), sums.z_loss)
+        return Loss(sums.total + extra, sums.cross_entropy + extra.detach(), sums.z_loss)
 
     e, healthy = engine(dtype, max_grad_norm=1.0, loss=loss), engine(dtype, max_grad_norm=1.0)
     for each in (e, healthy):
-        each.train_step(cut(*batch(), (4, 4)), 0.1)
+        each.train_step(split_batch(*batch(), (4, 4)), 0.1)
     before = [tensor.clone() for tensor in (*e.state()["model"].values(), *e.model.parameters())]
     sick = True
-    result = e.train_step(cut(*batch(), (4, 4)), 0.1)
+    result = e.train_step(split_batch(*batch(), (4, 4)), 0.1)
     assert not result.is_finite
     assert math.isfinite(result.loss) == (poison == "gradient")
     assert not math.isfinite(result.grad_norm)
@@ -253,22 +253,22 @@ def test_a_step_that_is_not_finite_is_told_and_leaves_everything_as_it_was(dtype
     assert all(
         torch.equal(a, b) for a, b in zip(before, (*e.state()["model"].values(), *e.model.parameters()), strict=True)
     )
-    sick = False  # and nothing of it is left in the gradients
-    assert e.train_step(cut(*batch(), (4, 4)), 0.1) == healthy.train_step(cut(*batch(), (4, 4)), 0.1)
+    sick = False  # nothing may be left in the gradients
+    assert e.train_step(split_batch(*batch(), (4, 4)), 0.1) == healthy.train_step(split_batch(*batch(), (4, 4)), 0.1)
 
 
-def test_the_learning_rate_of_a_step_is_the_one_it_is_given() -> None:
+def test_a_step_uses_the_given_learning_rate() -> None:
     e = engine()
     before = e.state()["model"]["up.weight"].clone()
-    e.train_step(cut(*batch(), (8,)), 0.25)
+    e.train_step(split_batch(*batch(), (8,)), 0.25)
     moved = before - e.state()["model"]["up.weight"]
     torch.testing.assert_close(moved, 0.25 * e._optimizer.gradients["up.weight"], rtol=0, atol=1e-7)
 
 
-def test_validation_is_the_sum_over_the_targets_and_changes_nothing() -> None:
+def test_evaluation_sums_over_targets_and_changes_nothing() -> None:
     e, (ids, labels) = engine(), batch()
     before = [tensor.clone() for tensor in e.state()["model"].values()]
-    loss, n_targets = e.eval_step(cut(ids, labels, (5, 3)))
+    loss, n_targets = e.eval_step(split_batch(ids, labels, (5, 3)))
     assert n_targets == 64
     with torch.no_grad():
         whole = F.cross_entropy(
@@ -279,12 +279,12 @@ def test_validation_is_the_sum_over_the_targets_and_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, e.state()["model"].values(), strict=True))
 
 
-def test_losses_of_many_microbatches_are_added_up_in_fp64() -> None:
-    """0.1 nats 20,000 times: a running sum in fp32 is 1e-5 off, as each addend is rounded to what fits beside the sum."""
+def test_losses_of_many_microbatches_are_summed_in_fp64() -> None:
+    """0.1 nats 20,000 times: a running sum in fp32 would be off by 1e-5."""
     many, tenth = 20_000, torch.tensor(0.1)
 
-    def loss(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Sums:
-        return Sums(model.up.bias[0] * 0, tenth, tenth / 2)
+    def loss(model: nn.Module, received: Tensor | None, microbatch: Microbatch) -> Loss:
+        return Loss(model.up.bias[0] * 0, tenth, tenth / 2)
 
     e, microbatches = engine(loss=loss), [Microbatch(*(torch.empty(0),) * 4, n_targets=1)] * many
     result = e.train_step(microbatches, 0.0)
@@ -297,9 +297,9 @@ def test_losses_of_many_microbatches_are_added_up_in_fp64() -> None:
     assert abs(naive.item() / (many * tenth.item()) - 1) > 1e-6
 
 
-def test_a_batch_without_any_target_moves_nothing() -> None:
+def test_a_batch_without_targets_changes_no_weight() -> None:
     e, (ids, labels) = engine(), batch()
     before = e.state()["model"]["up.weight"].clone()
-    result = e.train_step(cut(ids, torch.full_like(labels, IGNORED), (4, 4)), 1.0)
+    result = e.train_step(split_batch(ids, torch.full_like(labels, IGNORED), (4, 4)), 1.0)
     assert (result.loss, result.grad_norm) == (0.0, 0.0)
     assert torch.equal(e.state()["model"]["up.weight"], before)

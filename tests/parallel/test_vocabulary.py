@@ -1,4 +1,4 @@
-"""The loss over a split vocabulary: sums and gradients of the whole one, without logits of the whole one."""
+"""Vocab-parallel loss: sums and gradients match the full vocabulary, without logits of the full vocabulary."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]
     return hidden, weight, labels
 
 
-class Widest(TorchDispatchMode):
-    """The largest size along the last dimension of any tensor that was made."""
+class LargestLastDim(TorchDispatchMode):
+    """Records the largest last dimension of all tensors that are made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class Widest(TorchDispatchMode):
         return out
 
 
-def split(dtype: torch.dtype = torch.float32, compiled: bool = False, wrong_by: int = 0) -> Result:
-    """(sums, gradient of hidden summed over the ranks, gradient of the whole weight, widest matrix, all-reduces of the forward pass)."""
+def run_rank(dtype: torch.dtype = torch.float32, compiled: bool = False, wrong_by: int = 0) -> Result:
+    """(sums, summed gradient of hidden, gradient of the full weight, largest last dimension, forward all-reduces)."""
     hidden, weight, labels = problem(dtype)
     size, rank = dist.get_world_size(), dist.get_rank()
     rows = weight.detach().chunk(size)[rank].clone().requires_grad_()
@@ -57,12 +57,12 @@ def split(dtype: torch.dtype = torch.float32, compiled: bool = False, wrong_by: 
     loss = vocab_parallel_loss(linear_cross_entropy, group, lambda x: x)
     softmax = torch.compile(softmax_gradient_, backend="aot_eager", fullgraph=True) if compiled else softmax_gradient_
     first = (rank + wrong_by) % size * len(rows)
-    collectives, widest = CommDebugMode(), Widest()
+    collectives, widest = CommDebugMode(), LargestLastDim()
     with ExitStack() as around:
         around.enter_context(patch.object(loss_module, "_CHUNKS", 4))
         around.enter_context(patch.object(loss_module, "_SMALLEST_CHUNK", {"cpu": 1}))
         around.enter_context(patch("parallel.vocabulary.VocabShard", lambda _, group: VocabShard(first, group)))
-        for watching in () if compiled else (collectives, widest):  # the compiler compiles nothing under them
+        for watching in () if compiled else (collectives, widest):  # under dispatch modes nothing is compiled
             around.enter_context(watching)
         sums = loss(hidden, rows, labels, Z, softmax=softmax)
     grad_hidden, grad_rows = torch.autograd.grad(sums.total, (hidden, rows))
@@ -73,7 +73,7 @@ def split(dtype: torch.dtype = torch.float32, compiled: bool = False, wrong_by: 
 
 
 def errors(results: list[Result], dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """Largest relative error of (the sums, the gradients), against the whole vocabulary in one process."""
+    """Largest relative error of (sums, gradients) against the full vocabulary in one process."""
     hidden, weight, labels = (
         x.detach().float().requires_grad_() if x.is_floating_point() else x for x in problem(dtype)
     )
@@ -87,25 +87,25 @@ def errors(results: list[Result], dtype: torch.dtype = torch.float32) -> tuple[f
 
 
 @pytest.mark.parametrize(("size", "compiled"), [(2, False), (4, False), (2, True)])
-def test_sums_and_gradients_are_those_of_the_whole_vocabulary(workers: WorkerPool, size: int, compiled: bool) -> None:
-    of_sums, of_gradients = errors(workers.run(split, size, torch.float32, compiled))
+def test_sums_and_gradients_match_the_full_vocabulary(workers: WorkerPool, size: int, compiled: bool) -> None:
+    of_sums, of_gradients = errors(workers.run(run_rank, size, torch.float32, compiled))
     assert of_sums < 1e-6
     assert of_gradients < 1e-6
 
 
-def test_in_bf16_they_are_within_its_rounding(workers: WorkerPool) -> None:
-    of_sums, of_gradients = errors(workers.run(split, 2, torch.bfloat16), torch.bfloat16)
+def test_bf16_matches_within_its_rounding(workers: WorkerPool) -> None:
+    of_sums, of_gradients = errors(workers.run(run_rank, 2, torch.bfloat16), torch.bfloat16)
     assert of_sums < 1e-3
     assert of_gradients < 1e-2
 
 
-def test_no_logits_of_the_whole_vocabulary_are_made_and_a_chunk_costs_two_collectives(workers: WorkerPool) -> None:
-    for *_, widest, collectives in workers.run(split, 2):
+def test_no_full_logits_are_made_and_a_chunk_has_two_collectives(workers: WorkerPool) -> None:
+    for *_, widest, collectives in workers.run(run_rank, 2):
         assert widest == V // 2
         assert collectives == 2 * 4
 
 
-def test_labels_looked_up_with_the_offset_of_another_rank_are_seen(workers: WorkerPool) -> None:
-    of_sums, of_gradients = errors(workers.run(split, 2, torch.float32, False, 1))
+def test_a_wrong_vocabulary_offset_is_detected(workers: WorkerPool) -> None:
+    of_sums, of_gradients = errors(workers.run(run_rank, 2, torch.float32, False, 1))
     assert of_sums > 1e-2
     assert of_gradients > 1e-2
