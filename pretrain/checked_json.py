@@ -13,7 +13,8 @@ from data_pipeline.errors import unreadable_error
 from pretrain.errors import UserError
 
 MISSING_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""What opening a file raises if it does not exist. Any other OSError may be temporary: a network mount, permissions, a failing disk."""
+"""What opening a file raises if it does not exist. Any other OSError may be temporary: a network mount, permissions, a
+failing disk."""
 
 
 def format_checked_json(content: Mapping[str, JsonValue]) -> str:

@@ -1,4 +1,4 @@
-"""The typed settings of a run, a module for each section. A YAML file holds differences from the defaults; `key=value` arguments win.
+"""The typed settings of a run, one module per section. A YAML file holds differences from the defaults.
 
 Reads no environment, imports no torch: `pretrain --help` and editors read the settings too.
 The sentence under a field is its `--help`, its description in the JSON schema, and its documentation.

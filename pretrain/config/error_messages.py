@@ -35,7 +35,8 @@ PLAIN_MESSAGES = {
 def describe_error(error: ValidationError) -> str:
     """The first error in one line, and how many others there are."""
     messages: dict[str, str] = {}
-    # A default that another error prevented is not an error of its own. Unknown keys come first: a typo explains what is missing.
+    # A default that another error prevented is not an error of its own. Unknown keys come first: a typo explains what
+    # is missing.
     errors = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
     for item in sorted(errors, key=lambda item: item["type"] != "extra_forbidden"):
         key = _key(item["loc"])

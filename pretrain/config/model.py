@@ -1,4 +1,4 @@
-"""Settings of the model: the `model` section of `pretrain.config`, which says how settings are written. Imports no torch."""
+"""Settings of the model: the `model` section."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ WEIGHT_SETTINGS = (
     "qkv_bias",
     "tie_embeddings",
 )
-"""Fields of the model that its weights are made for: a run that begins from weights (run.init_from) must have the
-same ones. The others, such as `rope` and `max_seq_len`, may differ there: longer contexts are trained that way."""
+"""Settings that decide the shapes and the meaning of the weights. A run that begins from another run's weights
+(run.init_from) must have the same values. The others, such as `rope` and `max_seq_len`, may differ: longer contexts are
+trained that way."""
 
 
 class RopeConfig(Settings):
     """Rotary position embedding (arXiv:2104.09864) and its extensions to longer contexts."""
 
     kind: Literal["default", "linear", "ntk", "dynamic_ntk", "yarn", "llama3"] = "default"
-    """How positions are scaled: `linear` is position interpolation (arXiv:2306.15595), `ntk` raises theta once, `dynamic_ntk` with
-    the sequence length, `yarn` is arXiv:2309.00071, `llama3` the Llama 3.1 scaling (arXiv:2407.21783)."""
+    """How positions are scaled: `linear` is position interpolation (arXiv:2306.15595), `ntk` raises theta once,
+    `dynamic_ntk` with the sequence length, `yarn` is arXiv:2309.00071, `llama3` the Llama 3.1 scaling
+    (arXiv:2407.21783)."""
 
     theta: float = Field(default=10_000.0, gt=1, le=1e12)
     """Base of the frequencies."""
@@ -55,7 +57,7 @@ class RopeConfig(Settings):
     """`yarn`: dimensions that turn less often than this over the original context are interpolated."""
 
     @model_validator(mode="after")
-    def _ramps_rise(self) -> RopeConfig:
+    def _check_ranges(self) -> RopeConfig:
         for high, low in (("high_freq_factor", "low_freq_factor"), ("beta_fast", "beta_slow")):
             above, below = getattr(self, high), getattr(self, low)
             if above <= below:
@@ -72,8 +74,8 @@ class ModelConfig(Settings):
     """A named shape from `configs/models`; every other key of this section overrides it."""
 
     architecture: str = "llama"
-    """How layers are built: a file of `pretrain/model/architectures`, or a module of your own that Python can import, which
-    defines `SPEC` (docs/extend/architecture.md)."""
+    """How layers are built: a file of `pretrain/model/architectures`, or a module of your own that Python can import,
+    which defines `SPEC` (docs/extend/architecture.md)."""
 
     vocab_size: OrAuto[Annotated[int, Field(gt=0)]] = AUTO
     """Rows of the embedding. `auto` is the tokenizer's size, rounded up to a multiple of 64."""
@@ -112,18 +114,19 @@ class ModelConfig(Settings):
     """The output projection is the embedding."""
 
     sliding_window: int | None = Field(default=None, gt=0)
-    """Attend only to the last this many tokens, itself included; none means all."""
+    """Tokens attend only to the last `sliding_window` tokens, themselves included; none means all."""
 
     document_mask: bool = True
     """Tokens attend only within their own document when several are packed into one sequence."""
 
     init_std: float = Field(default=0.02, gt=0, le=100)
-    """Standard deviation of the initial weights; projections into the residual stream get it divided by sqrt(2 * n_layers)."""
+    """Standard deviation of the initial weights. That of projections into the residual stream is divided by
+    sqrt(2 * n_layers)."""
 
     rope: RopeConfig = RopeConfig()
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> ModelConfig:
+    def _check_heads(self) -> ModelConfig:
         if self.n_heads % self.n_kv_heads:
             fits = ", ".join(str(g) for g in range(1, self.n_heads + 1) if self.n_heads % g == 0)
             raise ValueError(
@@ -132,13 +135,15 @@ class ModelConfig(Settings):
         if self.head_dim == AUTO:
             if self.d_model % self.n_heads:
                 raise ValueError(
-                    f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}; set model.head_dim or change one"
+                    f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}; "
+                    "set model.head_dim or change one"
                 )
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} is odd; RoPE rotates pairs, use an even width")
         if self.head_dim == 2 and self.rope.kind in ("ntk", "dynamic_ntk"):
             raise ValueError(
-                f"model.head_dim=2 is a single pair, which model.rope.kind={self.rope.kind} cannot stretch; use at least 4"
+                f"model.head_dim=2 is a single pair, which model.rope.kind={self.rope.kind} cannot stretch; "
+                "use at least 4"
             )
         return self

@@ -10,15 +10,15 @@ from data_pipeline.settings import AUTO, OrAuto, Settings
 
 
 class ParallelConfig(Settings):
-    """How the ranks divide the work. The product of the sizes is the number of processes. Results change only by rounding."""
+    """How the ranks divide the work. The product of the sizes is the number of processes. Results differ by rounding."""
 
     replicate: OrAuto[Annotated[int, Field(gt=0)]] = 1
-    """Data-parallel replicas of everything that `shard` and the other sizes do not divide. `auto` is the number of processes
-    that they leave; `shard` must be a number then."""
+    """Data-parallel replicas of everything that `shard` and the other sizes do not divide. `auto` is the number of
+    processes that they leave; `shard` must be a number then."""
 
     shard: OrAuto[Annotated[int, Field(gt=0)]] = AUTO
-    """Data-parallel ranks that shard parameters, gradients and optimizer state among them (ZeRO, arXiv:1910.02054). `auto` is
-    the number of processes that the other sizes leave."""
+    """Data-parallel ranks that shard parameters, gradients and optimizer state among them (ZeRO, arXiv:1910.02054).
+    `auto` is the number of processes that the other sizes leave."""
 
     tensor: int = Field(default=1, gt=0)
     """Ranks that split every matrix (arXiv:1909.08053); fastest inside one node."""
@@ -33,37 +33,37 @@ class ParallelConfig(Settings):
     """Ranks that split the experts of a mixture of experts; a dense model has none."""
 
     zero: OrAuto[Literal[1, 2, 3]] = AUTO
-    """What `shard` divides: 1 the optimizer state, 2 gradients too, 3 parameters too. `auto` is 3, and 2 with a pipeline, where
-    3 would gather the parameters again for every microbatch."""
+    """What `shard` divides: 1 the optimizer state, 2 gradients too, 3 parameters too. `auto` is 3, and 2 with a
+    pipeline, where 3 would gather the parameters again for every microbatch."""
 
     reshard_to: int | None = Field(default=None, gt=1)
-    """`zero=3`: between forward and backward pass parameters stay sharded over only this many ranks, such as those of a node,
-    so that gathering them again crosses no slow network. None is all ranks."""
+    """`zero=3`: between forward and backward pass parameters stay sharded over only this many ranks, such as those of a
+    node, so that gathering them again crosses no slow network. None is all ranks."""
 
     prefetch: int = Field(default=1, ge=0)
-    """Blocks whose parameters are gathered ahead of their use: in every pass with `zero=3`, otherwise in the first forward
-    pass of a step."""
+    """Blocks whose parameters are gathered ahead of their use: in every pass with `zero=3`, otherwise in the first
+    forward pass of a step."""
 
     offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory and update them there (CUDA only)."""
 
     sequence: OrAuto[bool] = AUTO
-    """Sequence parallelism (arXiv:2205.05198): split activations along the sequence where tensor parallelism does not split
-    them. `auto` is on if `tensor` is above 1."""
+    """Sequence parallelism (arXiv:2205.05198): split activations along the sequence where tensor parallelism does not
+    split them. `auto` is on if `tensor` is above 1."""
 
     replicate_kv: bool = False
     """Allow more tensor ranks than key/value heads: several ranks then hold and compute the same head."""
 
     async_tensor: bool = False
-    """Overlap the collectives of tensor parallelism with the matrix products next to them (CUDA with NVLink, compiled)."""
+    """Overlap the collectives of tensor parallelism with neighbouring matrix products (CUDA with NVLink, compiled)."""
 
     schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv"] = "1f1b"
-    """Order of forward and backward passes in a pipeline: GPipe (arXiv:1811.06965), 1F1B and interleaved 1F1B (arXiv:2104.04473), zero
-    bubble (arXiv:2401.10241) interleaved or as a V."""
+    """Order of forward and backward passes in a pipeline: GPipe (arXiv:1811.06965), 1F1B and interleaved 1F1B
+    (arXiv:2104.04473), zero bubble (arXiv:2401.10241) interleaved or as a V."""
 
     stages_per_rank: OrAuto[Annotated[int, Field(gt=0)]] = AUTO
     """Pipeline stages on each rank. `auto` is 2 for the interleaved schedules and `zbv`, 1 for the others."""
 
     context_method: Literal["gather", "ulysses"] = "gather"
-    """`gather` the keys and values of the whole sequence (arXiv:2407.21783, section 3.3.2), or exchange parts of the sequence for
-    heads (`ulysses`, arXiv:2309.14509), which divides the key/value heads by `context` too."""
+    """`gather` the keys and values of the whole sequence (arXiv:2407.21783, section 3.3.2), or exchange parts of the
+    sequence for heads (`ulysses`, arXiv:2309.14509), which divides the key/value heads by `context` too."""

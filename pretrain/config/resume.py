@@ -10,8 +10,8 @@ from data_pipeline.settings import Settings
 class MayChange:
     """Marks a setting that may change on resume.
 
-    Either it changes no number of the run except by rounding, or users change it on purpose and the run continues with the
-    new value (a stage of the mixture, the batch size).
+    Either it changes no number of the run except by rounding, or users change it on purpose and the run continues with
+    the new value (a stage of the mixture, the batch size).
     """
 
 
@@ -26,7 +26,7 @@ class Ancestor(Settings):
     """A checkpoint that a run began from."""
 
     run: str
-    """Run directory of the checkpoint, or the checkpoint's own folder if it lay in none; an absolute path at that time."""
+    """Run directory of the checkpoint, or the checkpoint's own folder if it lay in none; an absolute path."""
 
     step: int
     """Steps that it had taken."""

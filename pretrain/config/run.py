@@ -15,7 +15,7 @@ class RunSettings(Settings):
     """Where a run lives, its seed, and the run that it begins from."""
 
     dir: Annotated[Path, MayChange()] = Path("runs/default")
-    """Run directory: config.yaml, metrics.jsonl, events.jsonl, checkpoints/, report.html. An existing run is resumed."""
+    """Run directory: config.yaml, metrics.jsonl, events.jsonl, checkpoints/, report.html. An existing run resumes."""
 
     seed: int = Field(default=1234, ge=-(2**63), lt=2**64)
     """Seed of the initial weights and of the data order."""
@@ -27,8 +27,8 @@ class RunSettings(Settings):
 
     init_mode: Literal["weights", "full"] = "weights"
     """What `init_from` takes over. `weights`: only the weights; steps, data and schedule begin anew. `full`: also the
-    optimizer state, the data position and the step count. train.steps then includes the steps of the other run, and with
-    the same settings the losses are those that the other run would have had."""
+    optimizer state, the data position and the step count. train.steps then includes the steps of the other run, and
+    with the same settings the losses are those that the other run would have had."""
 
     ancestry: tuple[Ancestor, ...] = ()
     """Written by the program: the checkpoint that the run began from, then the one that run began from, and so on."""
@@ -44,9 +44,9 @@ class CheckpointConfig(Settings):
     """How many of the newest checkpoints to keep. An older one is deleted after the next one is complete."""
 
     on_invalid: Literal["stop", "go_back"] = "stop"
-    """What to do when a checkpoint that events.jsonl names is missing, or no checkpoint is valid: stop with an error, or go
-    back to the newest valid one, or to step 0 if there is none. Going back moves damaged checkpoints and old records out of
-    the way. `go_back` does nothing while no checkpoint is lost."""
+    """What to do when a checkpoint that events.jsonl names is missing, or no checkpoint is valid: stop with an error,
+    or go back to the newest valid one, or to step 0 if there is none. Going back moves damaged checkpoints and old
+    records out of the way. `go_back` does nothing while no checkpoint is lost."""
 
 
 class LogConfig(Settings):

@@ -40,15 +40,16 @@ def read_config(path: Path) -> RunConfig:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(tree, dict) and "run" in tree and LAST_SECTION not in tree:
             raise UserError(
-                f"{path} is cut short: it ends before its last section, {LAST_SECTION}. Restore it (the manifest.json of each "
-                f"checkpoint holds the same settings under `config`), or choose another run.dir"
+                f"{path} is cut short: it ends before its last section, {LAST_SECTION}. Restore it (the manifest.json "
+                f"of each checkpoint holds the same settings under `config`), or choose another run.dir"
             )
         return RunConfig.model_validate(tree)
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a run directory: it holds no {path.name}") from None
     except ValidationError as error:
         raise UserError(
-            f"{path} cannot be read as the settings of a run ({describe_error(error)}); restore it, or choose another run.dir"
+            f"{path} cannot be read as the settings of a run ({describe_error(error)}); restore it, or choose another "
+            f"run.dir"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML; restore it, or choose another run.dir") from error
@@ -63,10 +64,10 @@ def split_init_from(text: str) -> tuple[Path, int | None]:
 
 
 def read_parent_model(init_from: str | None, run_dir: Path) -> dict[str, Any]:
-    """The `model` section of the run that `run.init_from` names, as a tree of settings; empty for a run that began from none.
+    """The `model` section of the run that `run.init_from` names, as a tree of settings; empty if it names none.
 
-    A run that exists already has its own copy, and `run.init_from` need not be set again: the other run may be gone by the
-    time that this one resumes.
+    A run that exists already has its own copy, and `run.init_from` need not be set again: the other run may be gone by
+    the time that this one resumes.
 
     Raises:
         UserError, StorageError: there is no such run or checkpoint, or it cannot be read.

@@ -1,4 +1,4 @@
-"""The whole tree of settings, and what can be said of it as a whole: its keys, differences, which settings may change."""
+"""The whole tree of settings: its keys, the differences between two, and which settings may change on resume."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ class BatchSchedule:
     """Tokens in a window, the unit in which text is shuffled."""
 
     sample_offset: int = 0
-    """Samples that the run has read beyond what batches of today's size would have: the batch size may change on resume."""
+    """Samples that the run has read beyond those that batches of the current size would have read. Other than 0 after
+    the batch size has changed on resume."""
 
     @classmethod
     def from_config(cls, data: DataConfig, train: TrainConfig) -> BatchSchedule:
@@ -109,18 +110,19 @@ class BatchSchedule:
         return [stage for stage in self.stages if stage.first_sample < max(1, samples)]
 
     def batch(self, step: int) -> StepBatch:
-        """The global batch of `step`. It holds as many tokens whatever the sequence length, so fewer of the longer sequences."""
+        """The global batch of `step`. Its number of tokens does not depend on the sequence length."""
         first = self.samples_before(step)
         seq_len = self.seq_len_at(first)
         samples_per_row = seq_len // self.seq_len
         return StepBatch(first, batch_size_at(step, self.train) // samples_per_row, seq_len, samples_per_row)
 
     def micro_batch_size(self, seq_len: int) -> int:
-        """Sequences of `seq_len` tokens in a microbatch: as many tokens as in `train.micro_batch_size` samples, at least one."""
+        """Sequences of `seq_len` tokens in a microbatch: as many tokens as in `train.micro_batch_size` samples, at
+        least one."""
         return max(1, self.train.micro_batch_size * self.seq_len // seq_len)
 
     def microbatch_counts(self, layout: Layout) -> dict[str, int]:
-        """Microbatches of a step on each data rank, by what the step is like: "" is a whole batch of the first stage."""
+        """Microbatches of a step on each data rank, for each kind of step: "" is a full batch of the first stage."""
 
         def count(samples: int, seq_len: int) -> int:
             rows = -(-samples * self.seq_len // seq_len)
@@ -157,7 +159,8 @@ def stages_rise(schedule: BatchSchedule, step: int) -> Violation | None:
             )
         if stage.seq_len % before.seq_len:
             return Violation(
-                f"data.seq_len_schedule.{i}.seq_len={stage.seq_len} is not a multiple of the {before.seq_len} before it",
+                f"data.seq_len_schedule.{i}.seq_len={stage.seq_len} is not a multiple of "
+                f"the {before.seq_len} before it",
                 f"use {before.seq_len * 2}, for example",
             )
     return None
@@ -174,13 +177,15 @@ def stages_cut_batches(schedule: BatchSchedule, step: int) -> Violation | None:
             continue
         if first <= train.batch_ramp_steps:
             return Violation(
-                f"data.seq_len_schedule.{i}.from={stage.start} lies in the batch ramp of {train.batch_ramp_steps} steps",
+                f"data.seq_len_schedule.{i}.from={stage.start} lies in the batch ramp "
+                f"of {train.batch_ramp_steps} steps",
                 "let sequences grow after it",
             )
         begin = schedule.samples_before(first)
         if train.batch_size % factor or begin % factor:
             return Violation(
-                f"data.seq_len_schedule.{i}: a batch of train.batch_size={train.batch_size} sequences of data.seq_len={schedule.seq_len}, "
+                f"data.seq_len_schedule.{i}: a batch of train.batch_size={train.batch_size} sequences of "
+                f"data.seq_len={schedule.seq_len}, "
                 f"after {begin} of them, cannot be cut into sequences {factor} times as long",
                 f"use multiples of {factor}",
             )
@@ -204,6 +209,8 @@ def batch_holds_window(schedule: BatchSchedule, step: int) -> Violation | None:
     if smallest >= samples:
         return None
     return Violation(
-        f"a batch of {smallest} sequences of data.seq_len={schedule.seq_len} is less than a window of {schedule.window} tokens",
-        f"raise train.batch_size (and train.batch_ramp_start) to {samples}, or lower data.window or data.seq_len_schedule",
+        f"a batch of {smallest} sequences of data.seq_len={schedule.seq_len} is less than a window of "
+        f"{schedule.window} tokens",
+        f"raise train.batch_size (and train.batch_ramp_start) to {samples}, or lower data.window or "
+        f"data.seq_len_schedule",
     )

@@ -1,7 +1,7 @@
-"""Constraints on settings: what is checked, the message and the remedy stand together, and one function writes the error.
+"""Constraints on settings: each stands beside its message and its remedy, and one function writes the error.
 
-A constraint is a function that returns the `Violation` it finds, or None. Lists of them are checked in order: a constraint may
-rely on those before it.
+A constraint is a function that returns the `Violation` it finds, or None. Lists of them are checked in order: a
+constraint may rely on those before it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dry run: one training step of any rank of any layout without GPUs, peers or data. Prints measurements beside formulas.
+"""Dry run: one training step of any rank of any layout without GPUs, peers or data, measured beside the formulas.
 
 The real engine is built and takes the step, on tensors that have a shape but no memory
 (`parallel.simulate.fake_world`). Attention uses the variable-length GPU kernels, which make no [S, S] mask. Nothing is

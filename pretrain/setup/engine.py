@@ -58,7 +58,7 @@ def build_model_spec(config: RunConfig) -> ModelSpec:
         d_model=model.d_model,
         build=partial(_build, model, config.train.attention),
         init_shard=partial(init_shard, config=model, seed=config.run.seed),
-        forward_step=partial(forward_step, config=config),
+        forward_step=partial(forward_step, z_loss=config.train.z_loss),
         build_optimizer=partial(build_optimizer, config=config.optim, architecture=architecture_of(model)),
         first_cost=first_cost,
         last_cost=last_cost,
@@ -79,7 +79,7 @@ def build_engine_options(config: RunConfig) -> EngineOptions:
 
 
 def forward_step(
-    model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, config: RunConfig
+    model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, z_loss: float
 ) -> Tensor | MicrobatchLoss:
     """Run a chunk of the model on a microbatch. Returns the activations for the next chunk; the last one, the loss."""
     assert isinstance(model, Transformer)
@@ -87,4 +87,4 @@ def forward_step(
     tokens = microbatch.local_tokens
     ranges, full_rows = (None, True) if tokens is None else (tokens.ranges, tokens.full_rows)
     mask = model.document_mask(microbatch.document_ids, microbatch.positions, ranges, full_rows).to(x.device)
-    return model.loss(x, microbatch.labels, mask, z_loss=config.train.z_loss) if model.is_last else model(x, mask)
+    return model.loss(x, microbatch.labels, mask, z_loss=z_loss) if model.is_last else model(x, mask)

@@ -1,6 +1,6 @@
-"""Constraints of layouts: which sizes of parallelism go together with each other, the model, the batch and the processes.
+"""Constraints on layouts: whether the sizes of parallelism fit each other, the model, the batch and the processes.
 
-They need no process group and no mesh, only resolved settings. Whether a rank's part fits into memory: `memory`.
+They need no process group and no mesh, only resolved settings. `memory` checks whether a rank's part fits.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def tensor_shares_kv_heads(config: RunConfig) -> Violation | None:
     sizes = divisors(math.gcd(*_dimensions_of_tensor(config).values()))
     multiples = [size for size in sizes if size % kv_heads == 0 or kv_heads % size == 0]
     return Violation(
-        f"parallel.tensor={tensor} is not a multiple of model.n_kv_heads={kv_heads}, so parallel.replicate_kv cannot share them "
-        f"out evenly",
+        f"parallel.tensor={tensor} is not a multiple of model.n_kv_heads={kv_heads}, so parallel.replicate_kv cannot "
+        f"share them out evenly",
         f"use {format_choices(multiples)}",
     )
 
@@ -98,7 +98,7 @@ def sequence_needs_tensor(config: RunConfig) -> Violation | None:
 
 
 def context_divides_sequence(config: RunConfig) -> Violation | None:
-    """Context ranks get equal pieces. Longer sequences and windows are multiples of `data.seq_len`, so it decides for all."""
+    """Context ranks get equal pieces of a sequence. All longer sequences are multiples of `data.seq_len`."""
     seq_len, parallel = config.data.seq_len, config.parallel
     if seq_len % _pieces(parallel) == 0:
         return None
@@ -149,15 +149,16 @@ def ulysses_divides_heads(config: RunConfig) -> Violation | None:
 def batch_divides(config: RunConfig) -> Violation | None:
     """Data ranks get equally many rows of a whole batch.
 
-    Smaller ones need not divide: in a batch ramp, in validation and around damaged sequences some ranks have one row fewer, and pad.
+    Smaller ones need not divide: in a batch ramp, in validation and around damaged sequences some ranks have one row
+    fewer, and pad.
     """
     parallel, batch = config.parallel, config.train.batch_size
     ranks = parallel.replicate * parallel.shard
     if batch % ranks == 0:
         return None
     return Violation(
-        f"train.batch_size={batch} is not divisible by the {ranks} data ranks (parallel.replicate={parallel.replicate} x "
-        f"parallel.shard={parallel.shard})",
+        f"train.batch_size={batch} is not divisible by the {ranks} data ranks "
+        f"(parallel.replicate={parallel.replicate} x parallel.shard={parallel.shard})",
         f"use a multiple of {ranks}, such as {-(-batch // ranks) * ranks}",
     )
 
@@ -191,8 +192,8 @@ def micro_batch_divides_in_pipeline(config: RunConfig) -> Violation | None:
     if config.parallel.pipeline == 1 or rows % micro == 0:
         return None
     return Violation(
-        f"train.micro_batch_size={micro} does not divide the {rows} sequences of a data rank, and a pipeline takes microbatches "
-        f"of one size",
+        f"train.micro_batch_size={micro} does not divide the {rows} sequences of a data rank, and a pipeline takes "
+        f"microbatches of one size",
         f"use {format_choices(divisors(rows))}",
     )
 
@@ -209,12 +210,12 @@ def stages_need_pipeline(config: RunConfig) -> Violation | None:
 
 
 def recompute_can_compile(config: RunConfig) -> Violation | None:
-    """See `can_compile`."""
+    """Compilation goes with the pipeline schedule and the recomputation: see `can_compile`."""
     if not config.train.compile or can_compile(config):
         return None
     return Violation(
-        f"train.compile=true does not go with parallel.schedule={config.parallel.schedule} and train.recompute=selective, "
-        f"which would keep what compiled code writes over",
+        f"train.compile=true does not go with parallel.schedule={config.parallel.schedule} and "
+        f"train.recompute=selective, which would keep what compiled code writes over",
         "use train.recompute=full, train.compile=false, or parallel.schedule=interleaved or 1f1b",
     )
 
@@ -240,7 +241,8 @@ def reshard_needs_zero_3(config: RunConfig) -> Violation | None:
     if parallel.reshard_to is None or parallel.zero == 3:
         return None
     return Violation(
-        f"parallel.reshard_to={parallel.reshard_to} is for parallel.zero=3, and parallel.zero={parallel.zero} keeps parameters whole",
+        f"parallel.reshard_to={parallel.reshard_to} is for parallel.zero=3, and parallel.zero={parallel.zero} keeps "
+        f"parameters whole",
         ("" if parallel.pipeline > 1 else "set parallel.zero=3, or ") + "leave parallel.reshard_to out",
     )
 
@@ -319,8 +321,9 @@ def rows_per_data_rank(config: RunConfig) -> int:
 def can_compile(config: RunConfig) -> bool:
     """Whether blocks can be compiled.
 
-    Zero-bubble schedules compile the pieces of a block between its linear layers (`parallel.pipeline.zero_bubble`). Selective
-    recomputation would then see the operators inside those pieces, and keep results in memory that compiled code uses again.
+    Zero-bubble schedules compile the pieces of a block between its linear layers (`parallel.pipeline.zero_bubble`).
+    Selective recomputation would then see the operators inside those pieces, and keep results in memory that compiled
+    code uses again.
     """
     return not (_splits_backward(config) and config.train.recompute == "selective")
 

@@ -1,6 +1,7 @@
-"""Whether a rank's parameters and state fit onto its device, and its batches into the host's memory: checked before anything is written.
+"""Constraints on memory: a rank's parameters and state fit onto its device, its batches into the host's memory.
 
-Only what is counted in parameters is certain. Activations are not checked: their estimate may be wrong, and smaller microbatches help.
+Only what is counted in parameters is certain. Activations are not checked: their estimate may be wrong, and smaller
+microbatches help.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def state_fits_device(config: RunConfig, layout: Layout, needed: int, available:
 
 
 def batch_fits_host(config: RunConfig, layout: Layout, available: int) -> Violation | None:
-    """The rows of a global batch that one process reads fit into the host's memory. The remedy is the largest batch that does.
+    """The rows that one process reads of a global batch fit into host memory. The remedy is the largest that fits.
 
     Args:
         config: resolved.
@@ -72,7 +73,7 @@ def _static_bytes(config: RunConfig, layout: Layout) -> int:
 
 
 def _alternatives(config: RunConfig, layout: Layout) -> Iterator[tuple[str, Layout]]:
-    """(remedy, layout): first those with as many processes, then those with as few more as possible, then host memory."""
+    """(remedy, layout): those with as many processes, then those with as few more as possible, then host memory."""
     model, zero = config.model, 3 if layout.pipeline == 1 else layout.zero
     and_zero = f" parallel.zero={zero}" if zero != layout.zero else ""
     if and_zero:

@@ -1,7 +1,7 @@
-"""The one stage that decides a run: settings and processes go in, and a `ResolvedRun` comes out. Nothing after it decides anew.
+"""The one stage that decides a run: settings and processes go in, a `ResolvedRun` comes out. Nothing is decided later.
 
-`resolve_run` decides for this machine, `resolve_for_cluster` for GPUs that are not here (the dry run, `pretrain layout`).
-It reads the machine, and no data; it changes nothing.
+`resolve_run` decides for this machine, `resolve_for_cluster` for GPUs that are not here (the dry run and
+`pretrain layout`). Both read the machine but no data, and change nothing.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class ResolvedRun:
         sizes = format_choices([size for size in divisors(rows) if size <= micro])
         return (
             f"train.micro_batch_size={micro} does not divide {share}: each step also computes {padding} empty "
-            f"sequence{'s' * (padding > 1)}, so that all microbatches have one size; train.micro_batch_size={sizes} would need none",
+            f"sequence{'s' * (padding > 1)}, so that all microbatches have one size; train.micro_batch_size={sizes} "
+            f"would need none",
         )
 
     @property
@@ -145,7 +146,7 @@ def resolve_run(
 
 
 def resolve_for_cluster(config: RunConfig, world_size: int) -> ResolvedRun:
-    """Decide for GPUs that are not here, and for data that need not be: what to ask of a layout before there is a cluster.
+    """Decide for GPUs that are not here. The data need not exist if `model.vocab_size` is set.
 
     Raises:
         UserError: settings that do not go together, or the size of the vocabulary is not known.
@@ -154,8 +155,8 @@ def resolve_for_cluster(config: RunConfig, world_size: int) -> ResolvedRun:
     if size == AUTO:
         if not file.is_file():
             raise UserError(
-                f"model.vocab_size=auto is the tokenizer's size, and data.path={config.data.path} holds no prepared data: "
-                f"set model.vocab_size"
+                f"model.vocab_size=auto is the tokenizer's size, and data.path={config.data.path} holds no prepared "
+                f"data: set model.vocab_size"
             )
         size = load_tokenizer(file).vocab_size
     return resolve_run(config, tokenizer_size=size, world_size=world_size, machine=GPU_CLUSTER)

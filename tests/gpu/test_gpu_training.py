@@ -147,10 +147,10 @@ def test_the_forward_pass_never_waits_for_the_gpu() -> None:
     model = engine.model
     assert isinstance(model, Transformer)
     warm, *others = (fed(config, batch_of(seed, documents))[0] for seed, documents in ((0, 5), (1, 3), (2, 9)))
-    forward_step(model, None, warm, config=config)
+    forward_step(model, None, warm, z_loss=config.train.z_loss)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        totals = [forward_step(model, None, microbatch, config=config).total for microbatch in others]
+        totals = [forward_step(model, None, microbatch, z_loss=config.train.z_loss).total for microbatch in others]
         with pytest.raises(RuntimeError, match="synchronizing"):  # negative control: this waits
             totals[0].item()
     finally:

@@ -73,9 +73,9 @@ def no_document_mask(patch: pytest.MonkeyPatch) -> None:
     """Context ranks attend across documents."""
     forward_step = program.forward_step
 
-    def blind(model: nn.Module, received: torch.Tensor | None, microbatch: Microbatch, *, config: object) -> object:
+    def blind(model: nn.Module, received: torch.Tensor | None, microbatch: Microbatch, *, z_loss: float) -> object:
         one = microbatch.document_ids * 0
-        return forward_step(model, received, Microbatch(**{**vars(microbatch), "document_ids": one}), config=config)
+        return forward_step(model, received, Microbatch(**{**vars(microbatch), "document_ids": one}), z_loss=z_loss)
 
     patch.setattr(program, "forward_step", blind)
 

@@ -1,4 +1,5 @@
-"""What a rank is estimated to keep for its backward passes is what a step of it has at its most, measured without memory."""
+"""What a rank is estimated to keep for its backward passes is what a step of it has at its most, measured without
+memory."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""Every bad input ends, at the real entry point, in exit code 2 and one line that says what to change; the disk is as it was."""
+"""Every bad input ends, at the real entry point, in exit code 2 and one line that says what to change; the disk is as
+it was."""
 
 import hashlib
 import re
@@ -117,7 +118,8 @@ SETTINGS = {
     ),
     "sequence longer than the data": (
         ["data.seq_len=1000000", "model.max_seq_len=1000000"],
-        r"data.seq_len=1000000 is longer than the data: .*train holds \d+ tokens; lower data.seq_len or prepare more text",
+        r"data.seq_len=1000000 is longer than the data: .*train holds \d+ tokens; lower data.seq_len or prepare more "
+        r"text",
     ),
     "sequence longer than the model's": (
         ["data.seq_len=128"],
@@ -133,7 +135,8 @@ SETTINGS = {
     ),
     "a batch that fits into no memory": (
         ["train.batch_size=999999999989"],
-        r"train.batch_size=999999999989 sequences of data.seq_len=32 tokens need 953,674 GiB of memory in each process, "
+        r"train.batch_size=999999999989 sequences of data.seq_len=32 tokens need 953,674 GiB of memory in each "
+        r"process, "
         r"and this machine has [\d,]+ GiB: at most \d+ fit",
     ),
     "kernels of a GPU": (
@@ -151,7 +154,8 @@ SETTINGS = {
     ),
     "a prompt that fills the context": (
         [f"log.samples=['{'loop ' * 64}']"],
-        r"log.samples: 'loop .*' has \d+ tokens, which leave no room for more in model.max_seq_len=64; shorten it to 63 or fewer",
+        r"log.samples: 'loop .*' has \d+ tokens, which leave no room for more in model.max_seq_len=64; shorten it to "
+        r"63 or fewer",
     ),
     "run.dir is a file": (["run.dir=file"], "run.dir=file: .* choose a directory that can be written"),
 }
@@ -257,8 +261,8 @@ def test_a_run_directory_of_another_config_shows_the_difference(
         ),
     )
     assert (
-        "model.qk_norm: False in the run, True now; optim.max_grad_norm: 1.0 in the run, 2.0 now; put the values back, or choose another"
-        in line
+        "model.qk_norm: False in the run, True now; optim.max_grad_norm: 1.0 in the run, 2.0 now; put the values "
+        "back, or choose another" in line
     )
 
 

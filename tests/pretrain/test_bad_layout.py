@@ -1,4 +1,4 @@
-"""Every layout that cannot be ends in exit code 2 and one line with the way out, before any process group starts."""
+"""Every impossible layout ends in exit code 2 and one line with the remedy, before any process group starts."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +26,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "more ranks than processes": (
         4,
         ("parallel.shard=4", "parallel.tensor=2"),
-        "parallel.shard=4 x parallel.tensor=2 = 8 wants 8 processes, but there are 4 processes: start 8, or set parallel.shard=2",
+        "parallel.shard=4 x parallel.tensor=2 = 8 wants 8 processes, but there are 4 processes: start 8, or set "
+        "parallel.shard=2",
     ),
     "a layout without its processes": (
         1,
@@ -46,7 +47,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "no whole number of ranks left by several": (
         8,
         ("parallel.tensor=3", "parallel.pipeline=2"),
-        "parallel.pipeline=2 x parallel.tensor=3 = 6 does not divide the 8 processes: change one of them, or start 6 or a multiple of that",
+        "parallel.pipeline=2 x parallel.tensor=3 = 6 does not divide the 8 processes: change one of them, or start 6 "
+        "or a multiple of that",
     ),
     "experts of a dense model": (
         2,
@@ -57,12 +59,14 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "key/value heads": (
         8,
         (*HEADS, "parallel.tensor=8"),
-        "parallel.tensor=8 does not divide model.n_kv_heads=4: use 1, 2 or 4, or let ranks share a head with parallel.replicate_kv=true",
+        "parallel.tensor=8 does not divide model.n_kv_heads=4: use 1, 2 or 4, or let ranks share a head with "
+        "parallel.replicate_kv=true",
     ),
     "key/value heads that cannot be shared evenly": (
         6,
         (*TWELVE_HEADS, "model.n_kv_heads=4", "parallel.tensor=6", "parallel.replicate_kv=true"),
-        "parallel.tensor=6 is not a multiple of model.n_kv_heads=4, so parallel.replicate_kv cannot share them out evenly: "
+        "parallel.tensor=6 is not a multiple of model.n_kv_heads=4, so parallel.replicate_kv cannot share them out "
+        "evenly: "
         "use 1, 2, 4 or 12",
     ),
     "MLP": (
@@ -78,12 +82,14 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "sequence parallelism of one": (
         2,
         ("parallel.sequence=true",),
-        "parallel.sequence=true divides among tensor ranks, and parallel.tensor=1: use parallel.sequence=auto, or more ranks",
+        "parallel.sequence=true divides among tensor ranks, and parallel.tensor=1: use parallel.sequence=auto, or "
+        "more ranks",
     ),
     "sequence in chunks": (
         4,
         ("parallel.context=4", "data.seq_len=28"),
-        "data.seq_len=28 cannot be cut into 2 x parallel.context=4 equal pieces, an early and a late one for each rank: "
+        "data.seq_len=28 cannot be cut into 2 x parallel.context=4 equal pieces, an early and a late one for each "
+        "rank: "
         "use a multiple of 8, such as 32",
     ),
     "sequence in parts": (
@@ -94,25 +100,29 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "sequence parallelism": (
         4,
         (*HEADS, "parallel.tensor=4", "data.seq_len=30"),
-        "data.seq_len=30 is not divisible by parallel.tensor=4, as parallel.sequence=true wants: use a multiple of 4, such as 32, "
+        "data.seq_len=30 is not divisible by parallel.tensor=4, as parallel.sequence=true wants: use a multiple of 4, "
+        "such as 32, "
         "or parallel.sequence=false",
     ),
     "sequence parallelism of context parts": (
         8,
         (*HEADS, "parallel.tensor=4", "parallel.context=2", "data.seq_len=20"),
-        "data.seq_len=20 / parallel.context=2 = 10 is not divisible by parallel.tensor=4, as parallel.sequence=true wants: "
+        "data.seq_len=20 / parallel.context=2 = 10 is not divisible by parallel.tensor=4, as parallel.sequence=true "
+        "wants: "
         "use a multiple of 8, such as 24, or parallel.sequence=false",
     ),
     "Ulysses and key/value heads": (
         8,
         (*HEADS, "parallel.tensor=2", "parallel.context=4", "parallel.context_method=ulysses"),
-        "parallel.context=4 with parallel.context_method=ulysses does not divide the 2 heads of a rank (model.n_kv_heads=4 on "
+        "parallel.context=4 with parallel.context_method=ulysses does not divide the 2 heads of a rank "
+        "(model.n_kv_heads=4 on "
         "parallel.tensor=2): use 1 or 2, or parallel.context_method=gather",
     ),
     "batch": (
         8,
         (),
-        "train.batch_size=4 is not divisible by the 8 data ranks (parallel.replicate=1 x parallel.shard=8): use a multiple of 8, such as 8",
+        "train.batch_size=4 is not divisible by the 8 data ranks (parallel.replicate=1 x parallel.shard=8): use a "
+        "multiple of 8, such as 8",
     ),
     "microbatch": (
         2,
@@ -122,24 +132,28 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "longer sequences": (
         4,
         ("data.seq_len_schedule=[{from: 50%, seq_len: 64}]",),
-        "data.seq_len_schedule: a batch of train.batch_size=4 holds 2 sequences of seq_len=64, which 4 data ranks cannot share evenly: "
+        "data.seq_len_schedule: a batch of train.batch_size=4 holds 2 sequences of seq_len=64, which 4 data ranks "
+        "cannot share evenly: "
         "use a batch that is a multiple of 8, or fewer data ranks",
     ),
     "microbatches of several sizes": (
         2,
         ("parallel.pipeline=2", "train.batch_size=7", "train.micro_batch_size=2"),
-        "train.micro_batch_size=2 does not divide the 7 sequences of a data rank, and a pipeline takes microbatches of one size: "
+        "train.micro_batch_size=2 does not divide the 7 sequences of a data rank, and a pipeline takes microbatches "
+        "of one size: "
         "use 1 or 7",
     ),
     "more stages than layers": (
         4,
         ("parallel.pipeline=4",),
-        "parallel.pipeline=4 * parallel.stages_per_rank=1 is 4 stages, more than model.n_layers=2; use a parallel.pipeline of at most 2",
+        "parallel.pipeline=4 * parallel.stages_per_rank=1 is 4 stages, more than model.n_layers=2; use a "
+        "parallel.pipeline of at most 2",
     ),
     "fewer microbatches than stages": (
         8,
         (*LONG, "parallel.pipeline=8", "train.micro_batch_size=8"),
-        "parallel.pipeline=8 needs as many microbatches a step, but train.batch_size and train.micro_batch_size give each data rank 4; "
+        "parallel.pipeline=8 needs as many microbatches a step, but train.batch_size and train.micro_batch_size give "
+        "each data rank 4; "
         "raise the first, lower the second, or use a parallel.pipeline of at most 4",
     ),
     "fewer microbatches than stages in a ramp": (
@@ -155,7 +169,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "stages of a schedule": (
         2,
         (*LONG, "parallel.pipeline=2", "parallel.schedule=zbv", "parallel.stages_per_rank=3"),
-        "parallel.stages_per_rank=3 does not go with parallel.schedule=zbv, which wants 2; leave it at auto, or choose another schedule",
+        "parallel.stages_per_rank=3 does not go with parallel.schedule=zbv, which wants 2; leave it at auto, or "
+        "choose another schedule",
     ),
     "stages without a pipeline": (
         2,
@@ -165,7 +180,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "zero bubble, compiled around what is kept": (
         2,
         (*LONG, "parallel.pipeline=2", "parallel.schedule=zbv", "train.compile=true", "train.recompute=selective"),
-        "train.compile=true does not go with parallel.schedule=zbv and train.recompute=selective, which would keep what compiled code "
+        "train.compile=true does not go with parallel.schedule=zbv and train.recompute=selective, which would keep "
+        "what compiled code "
         "writes over: use train.recompute=full, train.compile=false, or parallel.schedule=interleaved or 1f1b",
     ),
     "resharding of what stays whole": (
@@ -177,7 +193,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "resharding to no part": (
         4,
         ("parallel.reshard_to=3",),
-        "parallel.reshard_to=3 does not divide the 4 ranks that share the parameters (parallel.shard=4 x parallel.context=1): use 2 or 4",
+        "parallel.reshard_to=3 does not divide the 4 ranks that share the parameters (parallel.shard=4 x "
+        "parallel.context=1): use 2 or 4",
     ),
     "offload of a CPU": (
         2,
@@ -194,19 +211,21 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
             "parallel.schedule=zbv",
             "parallel.async_tensor=true",
         ),
-        "parallel.async_tensor=true also wants train.device=cuda, train.compile=true, a parallel.schedule that splits no backward pass (",
+        "parallel.async_tensor=true also wants train.device=cuda, train.compile=true, a parallel.schedule that splits "
+        "no backward pass (",
     ),
     "asynchronous tensor parallelism on a CPU": (
         2,
         ("parallel.async_tensor=true",),
-        "parallel.async_tensor=true also wants train.device=cuda, train.compile=true, parallel.tensor above 1, parallel.sequence=true: "
+        "parallel.async_tensor=true also wants train.device=cuda, train.compile=true, parallel.tensor above 1, "
+        "parallel.sequence=true: "
         "set that, or parallel.async_tensor=false",
     ),
 }
 
 
 @pytest.mark.parametrize(("world_size", "args", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_layout_that_cannot_be_is_one_line_and_starts_nothing(
+def test_an_impossible_layout_is_one_line_and_starts_nothing(
     pretrain: Pretrain,
     monkeypatch: pytest.MonkeyPatch,
     tiny_args: Callable[..., list[str]],
@@ -215,8 +234,9 @@ def test_a_layout_that_cannot_be_is_one_line_and_starts_nothing(
     args: tuple[str, ...],
     message: str,
 ) -> None:
-    # Not by WORLD_SIZE: `main` would wait for the other ranks, to end with them. What is asked here is what `train` says.
-    monkeypatch.setattr("pretrain.train.run.World", _Pretended(world_size))
+    # Not by WORLD_SIZE: `main` would wait for the other ranks, to end with them. What is asked here is what `train`
+    # says.
+    monkeypatch.setattr("pretrain.train.run.World", _FakeWorld(world_size))
     monkeypatch.setattr("torch.distributed.init_process_group", _must_not_start)
     answer = pretrain("train", *tiny_args(tmp_path / "run", *args))
     assert (answer.code, answer.out) == (2, "")
@@ -226,8 +246,8 @@ def test_a_layout_that_cannot_be_is_one_line_and_starts_nothing(
     assert not (tmp_path / "run").exists()
 
 
-class _Pretended:
-    """Stands for `World` where a run asks how many processes there are."""
+class _FakeWorld:
+    """Replaces `World`, which tells a run the number of processes."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -277,12 +297,12 @@ SHAPE = (
 
 
 @pytest.mark.parametrize(("world_size", "args"), GOOD, ids=str)
-def test_what_divides_is_accepted(world_size: int, args: tuple[str, ...]) -> None:
+def test_possible_layouts_are_accepted(world_size: int, args: tuple[str, ...]) -> None:
     _, layout = planned(world_size, *SHAPE, *args)
     assert layout.world_size == world_size
 
 
-def test_what_is_auto_is_what_is_left() -> None:
+def test_auto_sizes_are_the_processes_that_the_others_leave() -> None:
     _, layout = planned(16, *SHAPE, "parallel.tensor=2", "parallel.pipeline=2")
     assert (layout.shard, layout.replicate, layout.zero, layout.sequence, layout.stages_per_rank) == (4, 1, 2, True, 1)
     _, layout = planned(16, *SHAPE, "parallel.shard=2", "parallel.replicate=auto")
@@ -309,7 +329,7 @@ def test_microbatches_fill_the_pipeline_and_count_a_context_ranks_tokens(args: t
     assert config.train.micro_batch_size == size
 
 
-def test_what_cannot_be_compiled_is_not_by_itself() -> None:
+def test_auto_does_not_compile_what_cannot_be_compiled() -> None:
     schedule = (*SHAPE, "parallel.pipeline=4", "parallel.schedule=zbv")
     modes = {
         mode: planned(8, *schedule, f"train.recompute={mode}")[0].train.compile

@@ -56,8 +56,8 @@ def test_the_vocabulary_must_be_known(pretrain: Pretrain, tiny_data: Path) -> No
     answer = pretrain("layout", "model.preset=125m", "--world-size=8")
     assert answer.code == 2
     assert (
-        "model.vocab_size=auto is the tokenizer's size, and data.path=data/default holds no prepared data: set model.vocab_size"
-        in answer.err
+        "model.vocab_size=auto is the tokenizer's size, and data.path=data/default holds no prepared data: set "
+        "model.vocab_size" in answer.err
     )
     assert pretrain("layout", "model.preset=125m", f"data.path={tiny_data}", "--world-size=8").code == 0
 

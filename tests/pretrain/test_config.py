@@ -1,4 +1,5 @@
-"""The tree of settings: layers, where each value comes from, what is understood and refused, and the round trip to the disk."""
+"""The tree of settings: layers, where each value comes from, what is understood and refused, and the round trip to the
+disk."""
 
 import json
 import re
@@ -46,7 +47,7 @@ def test_arguments_win_over_the_file_over_the_preset_over_the_defaults(tmp_path:
     }
 
 
-def test_a_preset_named_by_a_word_wins_over_the_one_in_the_file(tmp_path: Path) -> None:
+def test_a_preset_named_by_an_argument_wins_over_the_one_in_the_file(tmp_path: Path) -> None:
     file = write(tmp_path / "my.yaml", "model: {preset: tiny}")
     assert load(file, ["model.preset=1b"]).config.model.d_model == 2048
     assert load(file).config.model.d_model == 64
@@ -189,12 +190,13 @@ def test_unknown_keys_are_answered_with_the_nearest_known_one(arg: str, answer: 
         (["model.rope.low_freq_factor=0"], "model.rope.low_freq_factor=0: input should be greater than 0"),
         (
             ["model.rope.high_freq_factor=1"],
-            "model.rope.high_freq_factor=1.0 must be greater than model.rope.low_freq_factor=1.0; swap them or change one",
+            "model.rope.high_freq_factor=1.0 must be greater than model.rope.low_freq_factor=1.0; swap them or change "
+            "one",
         ),
         (["model.rope.beta_slow=40"], "model.rope.beta_fast=32.0 must be greater than model.rope.beta_slow=40.0; swap"),
     ],
 )
-def test_wrong_values_are_told_with_key_and_value(args: list[str], answer: str) -> None:
+def test_wrong_values_are_refused_with_key_and_value(args: list[str], answer: str) -> None:
     with pytest.raises(UserError) as refusal:
         load(None, args)
     assert str(refusal.value).startswith(answer)
@@ -329,7 +331,8 @@ UNDERSTOOD |= {"title", "description", "default", "format", "pattern"}
 
 
 def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
-    """Whether a JSON schema accepts a value: the part of the standard that our schema uses, so that no package is needed for it."""
+    """Whether a JSON schema accepts a value: the part of the standard that our schema uses, so that no package is
+    needed for it."""
     assert schema.keys() <= UNDERSTOOD, schema.keys() - UNDERSTOOD
     if "$ref" in schema and not fits(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root):
         return False
@@ -386,7 +389,7 @@ def test_the_schema_refuses_what_loading_refuses(tree: dict[str, Any], schema: d
         validate(tree)
 
 
-def test_the_schema_tells_each_sentence(schema: dict[str, Any]) -> None:
+def test_the_schema_holds_each_sentence(schema: dict[str, Any]) -> None:
     for key, field in walk():
         node = schema
         for part in key.split("."):

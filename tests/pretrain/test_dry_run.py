@@ -1,4 +1,5 @@
-"""`pretrain train --dry-run`: what a rank of any layout holds and sends, measured on tensors without memory, is what the formulas say."""
+"""`pretrain train --dry-run`: what a rank of any layout holds and sends, measured on tensors without memory, is what
+the formulas say."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_another_layout_holds_other_bytes() -> None:
     assert layout.shard == 4
 
 
-def test_7b_on_64_ranks_tells_what_the_fullest_rank_holds(
+def test_7b_on_64_ranks_prints_what_the_peak_rank_holds(
     pretrain: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -129,7 +130,7 @@ def test_a_rank_of_2048_holds_what_the_formula_says_of_405b_with_a_layer_a_stage
         (("--world-size", "8", "--dry-run", "parallel.shard=3"), "parallel.shard=3"),
     ],
 )
-def test_what_cannot_be_ends_in_one_line_and_code_2(args: tuple[str, ...], says: str, pretrain: Pretrain) -> None:
+def test_impossible_requests_end_in_one_line_and_code_2(args: tuple[str, ...], says: str, pretrain: Pretrain) -> None:
     answer = pretrain("train", *TINY, *SHORT, "train.batch_size=8", *args)
     assert answer.code == 2
     assert says in answer.err

@@ -1,7 +1,8 @@
-"""A run of 27 November 2026, before modules and settings were renamed, still loads and goes on with the numbers it had then.
+"""A run of 27 November 2026, made before modules and settings were renamed, still loads and resumes with equal numbers.
 
 `fixtures/run_of_november_2026` holds its prepared data, its run directory at step 4 of 8, and the records that the
-program of that day wrote for steps 5 to 8: Muon, a WSD schedule, sequences that grow at step 7, all settings spelled out.
+program of that day wrote for steps 5 to 8: Muon, a WSD schedule, longer sequences from step 7 on, all settings written
+out.
 """
 
 import json

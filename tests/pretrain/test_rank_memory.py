@@ -1,4 +1,5 @@
-"""What the planner says a rank holds and sends is what is built, what the papers count, and what a hand calculation gives."""
+"""What the planner says a rank holds and sends is what is built, what the papers count, and what a hand calculation
+gives."""
 
 from dataclasses import replace
 from itertools import accumulate

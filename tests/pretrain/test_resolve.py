@@ -63,7 +63,7 @@ def test_on_a_plain_cpu_these_are_the_decisions_and_reasons() -> None:
     assert str(decisions[1]) == "model.vocab_size=320 (the tokenizer's 300, rounded up)"
 
 
-def test_what_is_set_is_not_decided() -> None:
+def test_settings_that_are_set_are_not_decided() -> None:
     args = (
         "model.vocab_size=512",
         "train.micro_batch_size=3",
@@ -112,7 +112,7 @@ def test_a_microbatch_divides_the_batch_and_holds_at_most_16384_tokens(seq_len: 
         (1000, 30, 32),  # 4.7%
     ],
 )
-def test_a_microbatch_fills_up_at_most_a_tenth_of_a_run_with_a_batch_ramp(ramp: int, start: int, micro: int) -> None:
+def test_padding_in_a_batch_ramp_is_at_most_a_tenth_of_the_run(ramp: int, start: int, micro: int) -> None:
     args = (
         "train.batch_size=32",
         "train.steps=1000",
@@ -134,20 +134,20 @@ def test_a_microbatch_fills_up_at_most_a_tenth_of_a_run_with_a_batch_ramp(ramp: 
                "train.micro_batch_size=1 would need none"),
     ],
 )  # fmt: skip
-def test_microbatches_that_are_filled_up_in_every_step_are_told(batch: int, micro: int, note: str | None) -> None:
+def test_padding_in_every_step_is_noted(batch: int, micro: int, note: str | None) -> None:
     args = (f"train.batch_size={batch}", f"train.micro_batch_size={micro}")
     expected = () if note is None else (f"train.micro_batch_size={micro} does not divide {note}",)
     assert resolve(*args).notes == expected
 
 
-def test_how_ranks_divide_the_work_is_told_where_there_are_several() -> None:
+def test_decisions_on_the_layout_are_reported_if_there_are_several_ranks() -> None:
     decisions = resolve("parallel.tensor=2", "parallel.replicate=2", world_size=8).reported_decisions
-    told = {
+    reported = {
         decision.key: (decision.value, decision.reason)
         for decision in decisions
         if decision.key.startswith("parallel.")
     }
-    assert told == {
+    assert reported == {
         "parallel.shard": (2, "what parallel.replicate=2 x parallel.tensor=2 = 4 leaves of 8 processes"),
         "parallel.zero": (3, "the least memory"),
         "parallel.sequence": (True, "parallel.tensor=2"),
@@ -182,7 +182,7 @@ def test_a_long_run_on_a_cpu_is_compiled_if_there_is_a_compiler(monkeypatch: pyt
     assert (resolved(long)["train.compile"], resolved(long)["train.attention"]) == (False, "sdpa")
 
 
-def test_a_gpu_is_used_with_all_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_auto_is_cuda_bf16_compiled_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpu=True)
     found = resolved()
     assert [found[f"train.{name}"] for name in ("device", "precision", "compile", "attention")] == [
@@ -208,7 +208,7 @@ def test_a_resumed_run_keeps_the_decisions_its_numbers_depend_on_whatever_the_ru
     )  # what they would have been without it
 
 
-def test_a_run_goes_on_another_device_in_the_same_precision_and_with_the_kernels_of_that_device(
+def test_a_run_resumes_on_another_device_in_the_same_precision_with_that_devices_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine(monkeypatch, gpu=True)
@@ -231,20 +231,20 @@ def test_a_run_goes_on_another_device_in_the_same_precision_and_with_the_kernels
 @pytest.mark.parametrize(
     "args", [(), ("train.precision=bf16", "train.compile=true"), ("train.attention=varlen",)], ids=str
 )
-def test_a_gpu_that_is_not_there_is_told_before_a_rule_asks_it_anything(
+def test_a_missing_gpu_is_reported_before_any_rule_queries_it(
     monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]
 ) -> None:
-    def asked(*_: object, **__: object) -> bool:
+    def query(*_: object, **__: object) -> bool:
         raise AssertionError("Torch not compiled with CUDA enabled")
 
     for name in ("get_device_name", "get_device_capability", "is_bf16_supported"):
-        monkeypatch.setattr(torch.cuda, name, asked)
+        monkeypatch.setattr(torch.cuda, name, query)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     with pytest.raises(UserError) as refusal:
         resolved("train.device=cuda", *args)
-    expected = "train.device=cuda, but PyTorch sees no GPU here: use train.device=cpu or auto (PyTorch 2.13.0+cpu is built without CUDA)"
-    assert str(refusal.value) == expected
+    expected = "train.device=cuda, but PyTorch sees no GPU here: use train.device=cpu or auto "
+    assert str(refusal.value) == f"{expected}(PyTorch 2.13.0+cpu is built without CUDA)"
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(UserError, match=r"sees no GPU here: use train\.device=cpu or auto$"):
         resolved("train.device=cuda", *args)
@@ -285,7 +285,8 @@ def test_compiling_without_a_compiler_is_refused_before_anything_begins(
     [
         (
             ("train.attention=flash_attn",),
-            "train.attention=flash_attn does not run here .* use varlen, sdpa or auto .the flash-attn package is not installed, or not for",
+            "train.attention=flash_attn does not run here .* use varlen, sdpa or auto .the flash-attn package is not "
+            "installed, or not for",
         ),
         (
             ("train.attention=varlen", "train.precision=fp32"),

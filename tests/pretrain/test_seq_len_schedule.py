@@ -1,4 +1,4 @@
-"""Sequences that grow, mixtures that change: what the run reads, and what may be changed when it goes on."""
+"""Longer sequences later, mixtures that change: what a run reads, and what may change on resume."""
 
 import signal
 from collections.abc import Callable
@@ -82,7 +82,7 @@ def test_a_stage_begins_with_the_first_whole_step_after_its_start() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(args: list[str], answer: str) -> None:
+def test_stages_that_do_not_fit_are_refused(args: list[str], answer: str) -> None:
     with pytest.raises(UserError) as refusal:
         check_seq_lens(schedule_of(*args))
     assert str(refusal.value).startswith(answer)
@@ -191,7 +191,7 @@ def test_a_stage_may_be_appended_when_a_run_goes_on_but_its_past_may_not_change(
     assert "epochs" in started
 
 
-def test_a_longer_run_moves_stages_that_are_shares_of_it_only_while_they_lie_ahead(
+def test_a_longer_run_moves_stages_given_as_shares_only_before_they_begin(
     tmp_path: Path, run_tiny: RunTiny, two_sources: Path, seen: list[torch.Tensor]
 ) -> None:
     stage = '"stages": [{"from": "50%", "weights": {"a": 1, "b": 9}}]'

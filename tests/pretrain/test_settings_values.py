@@ -37,7 +37,8 @@ def arms(annotation: Any) -> tuple[Any, ...]:
 
 
 def places(wanted: object, annotation: Any, value: object) -> Iterator[object]:
-    """The plain trees for a field that hold `value` at one place where the field takes something of the type `wanted`."""
+    """The plain trees for a field that hold `value` at one place where the field takes something of the type
+    `wanted`."""
     for arm in arms(annotation):
         parts = get_args(arm)
         if arm == wanted:
@@ -127,7 +128,7 @@ def at(tree: Any, text: str) -> object:
 
 
 @pytest.mark.parametrize("text", OPTIONALS, ids=str.strip)
-def test_none_is_null_wherever_null_is_taken(text: str, tmp_path: Path) -> None:
+def test_none_is_null_for_every_setting_that_takes_null(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     for value in ("none", "None", "NONE", "null", "Null", "~", "'none'", ""):
         path.write_text(text.replace("VALUE", value))
@@ -149,7 +150,7 @@ def test_none_is_null_wherever_null_is_taken(text: str, tmp_path: Path) -> None:
         )
 
 
-def test_none_stays_a_word_where_it_is_one_of_the_choices_or_text_must_be() -> None:
+def test_none_stays_text_for_choices_and_for_settings_that_must_be_text() -> None:
     choices = [tree for _, tree in trees(Literal["none", "full", "selective"], RunConfig, "none")]
     assert choices == [{"train": {"recompute": "none"}}]
     assert load(None, ["train.recompute=none"]).config.train.recompute == "none"
@@ -203,7 +204,7 @@ def test_a_preset_that_is_none_takes_back_the_one_of_the_file(tmp_path: Path) ->
         ("log.samples=[1.5]", "log.samples=1.5: should be text; quote it twice where it looks like a number"),
     ],
 )
-def test_what_no_run_can_mean_is_refused_with_its_bound(arg: str, answer: str) -> None:
+def test_senseless_values_are_refused_with_their_bound(arg: str, answer: str) -> None:
     with pytest.raises(UserError) as refusal:
         load(None, [arg])
     assert str(refusal.value).startswith(answer)
@@ -234,7 +235,7 @@ def test_what_no_run_can_mean_is_refused_with_its_bound(arg: str, answer: str) -
         ("log.wandb_project='\"5\"'", "5"),
     ],
 )
-def test_what_somebody_may_mean_is_taken_as_it_was_written(arg: str, value: object) -> None:
+def test_unusual_values_are_accepted_as_written(arg: str, value: object) -> None:
     assert flatten(load(None, [arg.replace("'\"5\"'", '"5"')]).config)[arg.partition("=")[0]] == value
 
 
