@@ -41,9 +41,8 @@ def walk(
         should_enter: returns whether to look into a folder.
     """
     found: dict[str, FileInfo] = {}
-    folders: list[tuple[str, tuple[str, ...]]] = [
-        (root, (resolve_folder(fs, root),))
-    ]  # (path, real paths of it and its parents)
+    # Each folder with the real paths of itself and its parents.
+    folders: list[tuple[str, tuple[str, ...]]] = [(root, (resolve_folder(fs, root),))]
     while folders:
         folder, ancestors = folders.pop()
         for listed in fs.ls(folder, detail=True):

@@ -131,11 +131,8 @@ class SplitWriter:
 
     def _write(self) -> None:
         tokens, lengths = np.concatenate(self._pending), np.concatenate(self._pending_lengths)
-        self._pending, self._pending_lengths, self._n_pending = (
-            [],
-            [],
-            0,
-        )  # now, so that shuffling holds at most two copies
+        # Cleared before shuffling, which then holds at most two copies.
+        self._pending, self._pending_lengths, self._n_pending = [], [], 0
         tokens, lengths = _shuffle_documents(tokens, lengths)
         name = f"{self.chunk}-{len(self.shards)}" if self.shards else self.chunk
         self.shards.append(write_shard(self.folder, name, tokens, lengths, token_dtype(self.tokenizer.vocab_size)))
