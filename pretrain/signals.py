@@ -1,6 +1,6 @@
-"""SIGINT, SIGTERM and SIGHUP as requests: finish the step, save, leave.
+"""SIGINT, SIGTERM and SIGHUP request a stop: finish the step, save, exit.
 
-A second SIGINT leaves at once, but not in the middle of a save.
+A second SIGINT exits at once, except during a save.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import FrameType
 
 
 class Activity(enum.Enum):
-    """What the run is in the middle of, and what a stop waits for."""
+    """What the run is doing, and therefore what a stop waits for."""
 
     STEP = "the step"
     VALIDATION = "the validation"
@@ -23,26 +23,26 @@ class Activity(enum.Enum):
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop, how, and what the stop waits for."""
+    """Whether this process was asked to stop, by which signal, and what the stop waits for."""
 
     def __init__(self, *, verbose: bool = False) -> None:
-        """`verbose`: write the notice to standard error when a signal comes, unless `in_panel`."""
-        self._aloud = verbose
+        """`verbose`: write the notice to standard error when a signal arrives, unless `in_panel`."""
+        self._verbose = verbose
         self.in_panel = False
-        """A live panel shows the notice. Text written beside it would tear it."""
+        """Whether a live panel shows the notice. Other output would garble the panel."""
         self.signal: signal.Signals | None = None
-        self.presses = 0
-        """The first signal of any kind, and every SIGINT after it."""
+        self.n_interrupts = 0
+        """Counts the first signal of any kind, and every later SIGINT."""
         self.activity = Activity.STEP
         self.since = time.monotonic()
-        """When the activity began."""
+        """When the activity began, by time.monotonic()."""
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     @contextmanager
     def during(self, activity: Activity) -> Iterator[None]:
-        """The run is in the middle of this inside the block, and of a step after it."""
+        """Set the activity inside the block; after it, the run is in a step again."""
         self.activity, self.since = activity, time.monotonic()
         try:
             yield
@@ -50,18 +50,17 @@ class StopRequest:
             self.begin_step()
 
     def begin_step(self) -> None:
-        """The run is in the middle of another step."""
+        """Set the activity to a new step."""
         self.activity, self.since = Activity.STEP, time.monotonic()
 
     @property
     def notice(self) -> str:
-        """What happens next and what another Ctrl-C would do, in at most 80 columns; empty where nobody asked to
-        stop."""
+        """Say what happens next and what another Ctrl-C would do, in at most 80 columns; empty without a request."""
         if self.signal is None:
             return ""
         if self.activity is not Activity.SAVE:
             return "stopping after this step, then saving (Ctrl-C again leaves without saving)"
-        if self.presses == 1:
+        if self.n_interrupts == 1:
             return "saving, then stopping (Ctrl-C twice more leaves without it)"
         return "saving, then leaving (Ctrl-C again leaves without it)"
 
@@ -72,24 +71,22 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self.presses >= (2 if self.activity is Activity.SAVE else 1):
+            if self.n_interrupts >= (2 if self.activity is Activity.SAVE else 1):
                 raise KeyboardInterrupt
-            self.presses += 1
-        self.presses = max(1, self.presses)
+            self.n_interrupts += 1
+        self.n_interrupts = max(1, self.n_interrupts)
         self.signal = signal.Signals(number)
-        if self._aloud and not self.in_panel:
-            with suppress(
-                OSError
-            ):  # nobody may be left to read it; an error raised here would come out of any line of the run
+        if self._verbose and not self.in_panel:
+            # The terminal may be gone, and an error raised in a signal handler would surface anywhere in the run.
+            with suppress(OSError):
                 os.write(2, f"\n{self.notice}\n".encode())  # print() is not safe in a handler
 
 
 @contextmanager
 def stop_on_signals(*, verbose: bool = True) -> Iterator[StopRequest]:
-    """Listen for the signals inside the block; the handlers from before come back after it. `verbose`: say so on
-    standard error.
+    """Handle the signals inside the block, and restore the previous handlers after it.
 
-    SIGHUP is left alone where it is ignored, as under nohup.
+    SIGHUP stays ignored if it was ignored before, as under nohup. `verbose` writes a notice to standard error.
     """
     request = StopRequest(verbose=verbose)
     numbers = [signal.SIGINT, signal.SIGTERM]

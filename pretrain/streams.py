@@ -1,7 +1,7 @@
-"""Standard output and error that stop taking text: the reader ended (`| head`), the terminal closed, the disk is full.
+"""Standard output and error that can no longer be written: the reader ended (`| head`), the terminal closed, the disk
+is full.
 
-Work that leaves its results on the disk must not end because nobody reads what it says. A command whose output is its
-result ends.
+A command that leaves its results on the disk continues without output. A command whose output is its result ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.console import Console
 
 
 class OutputLost(Exception):
-    """Standard output cannot be written, and what was written there is what the command is for."""
+    """Standard output cannot be written, and the output is the result of the command."""
 
     def __init__(self, error: OSError | ValueError) -> None:
         super().__init__(f"standard output cannot be written: {error_text(error)}")
@@ -26,75 +26,71 @@ class OutputLost(Exception):
 
 
 class TolerantStream(io.TextIOBase):
-    """Passes text on to `stream`. The first write that fails sets `error`; nothing is written after it, and nothing
-    more fails.
+    """Writes to `stream` until a write fails. The failure sets `error`, and later writes do nothing.
 
-    A file descriptor that fails is turned to /dev/null: otherwise what is left in buffers would fail again when Python
-    ends (exit code 120). A character that the encoding does not have becomes `?`.
+    A failing file descriptor is redirected to /dev/null: otherwise buffered text would fail again when Python exits
+    (exit code 120). A character that the encoding lacks becomes `?`.
 
     Args:
         stream: any text file.
-        name: of the stream, for the line that tells of the loss.
-        needed: raise OutputLost instead of telling of the loss and going on.
-        tell: say on standard error that the stream was lost.
+        name: of the stream, for the warning.
+        needed: raise OutputLost instead of warning and continuing.
+        warn: write a warning to standard error when the stream is lost.
     """
 
-    def __init__(self, stream: TextIO, name: str, *, needed: bool, tell: bool = True) -> None:
+    def __init__(self, stream: TextIO, name: str, *, needed: bool, warn: bool = True) -> None:
         super().__init__()
         self._stream = stream
         self._name = name
         self.needed = needed
-        self._tell = tell
+        self._warn = warn
         self.error: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
-        """Write, or do nothing once the stream is lost."""
-        if self._is_there():
+        """Write, or do nothing if the stream is lost."""
+        if self._is_usable():
             try:
                 self._stream.write(text)
             except UnicodeEncodeError:
                 encoding = self._stream.encoding
                 self.write(text.encode(encoding, "replace").decode(encoding))
             except (OSError, ValueError) as error:  # ValueError: the file is closed
-                self._lose(error)
+                self._mark_lost(error)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or do nothing once the stream is lost."""
-        if self._is_there():
+        """Flush, or do nothing if the stream is lost."""
+        if self._is_usable():
             try:
                 self._stream.flush()
             except (OSError, ValueError) as error:
-                self._lose(error)
+                self._mark_lost(error)
 
-    def _is_there(self) -> bool:
-        """Whether it can still be written.
-
-        Where it is needed it says so each time: typer drops the errors of a first try.
-        """
+    def _is_usable(self) -> bool:
+        """Return whether the stream can be written. Raise each time if it is needed: typer swallows the first error."""
         if self.error is not None and self.needed:
             raise OutputLost(self.error)
         return self.error is None
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Return whether the stream is a terminal that works."""
         return self.error is None and self._stream.isatty()
 
     def fileno(self) -> int:
-        """The file descriptor."""
+        """Return the file descriptor."""
         return self._stream.fileno()
 
     def writable(self) -> bool:
-        """True, also when the stream is lost."""
+        """Return True, even if the stream is lost."""
         return True
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]  # a plain attribute there
+    def encoding(self) -> str:  # type: ignore[override]  # an attribute in the base class
         """Of the stream."""
         return self._stream.encoding
 
     @property
-    def errors(self) -> str | None:  # type: ignore[override]  # a plain attribute there
+    def errors(self) -> str | None:  # type: ignore[override]  # an attribute in the base class
         """Of the stream."""
         return self._stream.errors
 
@@ -103,37 +99,40 @@ class TolerantStream(io.TextIOBase):
         """Of the stream."""
         return cast("io.BufferedIOBase", self._stream.buffer)
 
-    def _lose(self, error: OSError | ValueError) -> None:
+    def _mark_lost(self, error: OSError | ValueError) -> None:
         self.error = error
-        with suppress(OSError, ValueError, AttributeError):  # not every file has a descriptor
+        with suppress(OSError, ValueError, AttributeError):  # not every stream has a descriptor
             null = os.open(os.devnull, os.O_WRONLY)
             try:
                 os.dup2(null, self._stream.fileno())
             finally:
                 os.close(null)
-        if self._tell and not self.needed:
-            line = f"warning: {self._name} cannot be written ({error_text(error)}): nothing more is shown there, the work goes on\n"
+        if self._warn and not self.needed:
+            line = (
+                f"warning: {self._name} cannot be written ({error_text(error)}): "
+                "nothing more is shown there, but the work continues\n"
+            )
             with suppress(OSError):
-                os.write(2, line.encode())  # no print: it could be this stream that print writes to
+                os.write(2, line.encode())  # not print(), which may write to this very stream
         if self.needed:
             raise OutputLost(error) from error
 
 
 def error_text(error: Exception) -> str:
-    """`Broken pipe` rather than `[Errno 32] Broken pipe`."""
+    """Return `Broken pipe` rather than `[Errno 32] Broken pipe`."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 @contextmanager
 def tolerant_streams() -> Iterator[None]:
-    """Standard output and error as TolerantStreams.
+    """Replace standard output and error by TolerantStreams.
 
-    Losing the output raises OutputLost, until `output_is_extra` is called.
+    Losing the output raises OutputLost, until `allow_output_loss` is called.
     """
-    _open_closed_ones()
+    _open_closed_streams()
     before = sys.stdout, sys.stderr
     output = TolerantStream(sys.stdout, "standard output", needed=True)
-    problems = TolerantStream(sys.stderr, "standard error", needed=False, tell=False)
+    problems = TolerantStream(sys.stderr, "standard error", needed=False, warn=False)
     sys.stdout, sys.stderr = cast("TextIO", output), cast("TextIO", problems)
     try:
         yield
@@ -145,16 +144,16 @@ def tolerant_streams() -> Iterator[None]:
 
 
 def allow_output_loss() -> None:
-    """The result of this command lies on the disk: it goes on when standard output is lost."""
+    """Let the command continue when standard output is lost, because its result is on the disk."""
     if isinstance(sys.stdout, TolerantStream):
         sys.stdout.needed = False
 
 
 @contextmanager
 def tolerant_console(console: Console) -> Iterator[TolerantStream]:
-    """Inside the block, `console` goes quiet instead of raising when its file cannot be written.
+    """Inside the block, `console` becomes silent instead of raising if its file cannot be written.
 
-    Gives what it writes to.
+    Yields its stream.
     """
     before = console.file
     stream = (
@@ -170,9 +169,11 @@ def tolerant_console(console: Console) -> Iterator[TolerantStream]:
         console.file = before
 
 
-def _open_closed_ones() -> None:
-    """Open what the caller closed (`>&-`) to /dev/null: else the next file would get its number, and the output of C
-    libraries."""
+def _open_closed_streams() -> None:
+    """Open standard streams that the caller closed (`>&-`) to /dev/null.
+
+    Otherwise the next opened file would get their number, and the output of C libraries.
+    """
     if sys.stdout is not None and sys.stderr is not None:
         return
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:

@@ -28,7 +28,7 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` token ids that continue the prompt, one at a time; stops before yielding `eot_id`.
 
-    Only ids below `n_ids` are drawn: rows that round the vocabulary up belong to no token.
+    Draws only ids below `n_ids`: the rows that pad the vocabulary belong to no token.
 
     `temperature=0` is greedy. `top_k` keeps the k likeliest tokens, `top_p` the likeliest that together reach that
     probability (arXiv:1904.09751). Sampling has its own generator: the same seed gives the same text, on every device
@@ -56,7 +56,7 @@ def generate(
 
 
 def next_token_logits(model: Transformer, token_ids: Sequence[int], cache: KVCache) -> Tensor:
-    """Feed tokens after those in the cache; fp32 logits [V] of the token that follows them, on the CPU."""
+    """Append tokens to the cache and return the fp32 logits [V] of the next token, on the CPU."""
     ids_1S = torch.tensor([token_ids], device=model.output_weight.device)
     mask = continuation_mask(cache.length, len(token_ids), cache.capacity, model.config, ids_1S.device)
     # Shapes grow by one token a call: compiled blocks would be compiled again and again.
@@ -67,12 +67,11 @@ def next_token_logits(model: Transformer, token_ids: Sequence[int], cache: KVCac
 def sample(
     logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> int:
-    """One token id drawn from the logits, after temperature, then top-k, then top-p."""
+    """Draw a token id from the logits, after temperature, then top-k, then top-p."""
     if temperature == 0:
         return int(logits_V.argmax())
-    probabilities_V = torch.softmax(
-        (logits_V - logits_V.max()) / temperature, dim=-1
-    )  # the largest at 0: none overflows
+    # Subtracting the maximum before dividing avoids an overflow at a small temperature.
+    probabilities_V = torch.softmax((logits_V - logits_V.max()) / temperature, dim=-1)
     likeliest_V, ids_V = probabilities_V.sort(descending=True, stable=True)
     if top_k is not None:
         likeliest_V[top_k:] = 0

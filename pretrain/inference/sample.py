@@ -19,12 +19,12 @@ from pretrain.model.transformer import Transformer
 from pretrain.setup.engine import DTYPES, build_model
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What the tokenizer shows for bytes that do not make a character yet."""
+"""Decoded form of bytes that are not a complete character yet."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen."""
+    """How to choose the next token."""
 
     max_new_tokens: int = 200
     temperature: float = 0.8
@@ -33,31 +33,32 @@ class SamplingOptions:
     seed: int = 0
 
 
-def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: SamplingOptions) -> Iterator[str]:
-    """What the model writes after `prompt`, in pieces that join to the whole; stops at the end of the document or of
-    the context.
+def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, options: SamplingOptions) -> Iterator[str]:
+    """Yield the model's continuation of `prompt` in pieces; stop at the end of the document or of the context.
 
-    An empty prompt starts after an end-of-text token, as a document would. Raises UserError, at once, for a prompt that
-    `check_prompt` refuses.
+    An empty prompt starts after an end-of-text token, as a document would.
+
+    Raises:
+        UserError: at once, if `check_prompt` refuses the prompt.
     """
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
     room = check_prompt("the prompt", len(prompt_ids), model.config.max_seq_len)
     tokens = generate(
         model,
         prompt_ids,
-        max_new_tokens=min(sampling.max_new_tokens, room),
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
+        max_new_tokens=min(options.max_new_tokens, room),
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
         eot_id=tokenizer.eot_id,
         n_ids=tokenizer.vocab_size,
     )
-    return _pieces(tokens, tokenizer)
+    return _text_pieces(tokens, tokenizer)
 
 
 def check_prompt(name: str, n_tokens: int, max_seq_len: int) -> int:
-    """How many tokens may follow a prompt of `n_tokens`. UserError, with the name of the prompt, where none may."""
+    """Return how many tokens may follow a prompt of `n_tokens`. UserError, naming the prompt, if none may."""
     if n_tokens >= max_seq_len:
         raise UserError(
             f"{name} has {n_tokens} tokens, which leave no room for more in model.max_seq_len={max_seq_len}; "
@@ -66,9 +67,8 @@ def check_prompt(name: str, n_tokens: int, max_seq_len: int) -> int:
     return max_seq_len - n_tokens
 
 
-def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of the tokens, piece by piece; a character that is spelt by several tokens comes with the last of
-    them."""
+def _text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the text of the tokens piece by piece; a character of several tokens comes with the last of them."""
     ids: list[int] = []
     shown = ""
     for token in tokens:
@@ -84,16 +84,22 @@ def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
 def load_trained_run(
     run_dir: Path, device: torch.device, on_problem: Callable[[Path, list[str]], None]
 ) -> tuple[Transformer, Tokenizer, RunConfig, Path]:
-    """The model of a run's newest whole checkpoint on `device`, its tokenizer and config, and the checkpoint.
+    """Load the model of a run's latest valid checkpoint onto `device`.
 
-    `on_problem` hears of each newer checkpoint that is passed over, as in `checkpoint.directory.latest_valid`.
+    Args:
+        run_dir: the run directory.
+        device: of the model.
+        on_problem: called for each newer checkpoint that is not valid, as in `checkpoint.directory.latest_valid`.
+
+    Returns:
+        The model, its tokenizer and config, and the path of the checkpoint.
 
     Raises:
-        UserError: no run there, no checkpoint yet, or none that is whole.
+        UserError: there is no run, no checkpoint yet, or no valid one.
     """
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
-        raise UserError(f"{run_dir} is not a run directory: it has no config.yaml; `pretrain train` makes one")
+        raise UserError(f"{run_dir} is not a run directory: it has no config.yaml; `pretrain train` creates one")
     config = read_config(config_file)
     path = directory.latest_valid(run_dir / "checkpoints", on_problem)
     if path is None:
@@ -105,8 +111,8 @@ def load_trained_run(
 
 
 def load_trained_model(path: Path, config: RunConfig, device: torch.device) -> Transformer:
-    """The whole model of the checkpoint at `path` on `device`, in the numbers that it was trained in, whatever the
-    layout was."""
+    """Load the unsharded model of the checkpoint at `path` onto `device`, in the run's precision, whatever its
+    layout."""
     model = build_model(config.model, "sdpa", device)
     load_checkpoint(path, {"model": dict(model.named_parameters())})
     return model.to(DTYPES[config.train.precision]).eval()

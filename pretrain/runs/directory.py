@@ -1,8 +1,8 @@
-"""The directory of one run: its paths, its settings on disk, and the lock that keeps a second process out.
+"""The directory of one run: its paths, its settings on disk, and the lock that excludes a second process.
 
-A directory belongs to one configuration. Opening it with another is refused, except for settings that change no
-number of the run (`MayChange` in `pretrain.config.resume`), and those of the schedule (`MayChangeAhead`):
-`pretrain.train.resume` compares these when it knows how many steps were taken.
+A directory belongs to one configuration. Opening it with other settings is refused, except for settings that change no
+result of the run (`MayChange` in `pretrain.config.resume`), and settings of the schedule (`MayChangeAhead`), which
+`pretrain.train.resume` compares once it knows how many steps were taken.
 """
 
 from __future__ import annotations
@@ -29,28 +29,30 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """An opened run directory, locked for the one process that writes.
+    """An open run directory, locked for the one process that writes.
 
-    Close it, or use it as a context, to let others in.
+    Close it, or use it as a context, to release it.
     """
 
     path: Path
     attempt: int
-    """1 for the first start, one more with each start or resume that `events.jsonl` tells of."""
+    """1 for the first start, plus one for each start or resume in `events.jsonl`."""
     lock: FileLock | None
-    """None on the processes of a run that do not write."""
+    """None on worker ranks, which write no records."""
     changes: tuple[str, ...]
-    """Settings that differ from those on disk, one sentence each. Settings that must not change were already
-    refused."""
+    """Settings that differ from those on disk, one sentence each. Changes that are not allowed were already refused."""
 
     @classmethod
     def open(cls, config: RunConfig) -> RunDirectory:
         """Create `config.run.dir`, or open it again with the same settings.
 
-        config: complete, with every `auto` resolved. It is compared only: `write_config` writes it, once nothing can be
-        refused any more.
-        UserError: the directory cannot be made, is in use, or belongs to a run of other settings. Nothing in it is
-        changed then.
+        Args:
+            config: complete, without `auto`. It is only compared: `write_config` writes it after all validation has
+                passed.
+
+        Raises:
+            UserError: the directory cannot be created, is in use, or belongs to a run with other settings. Nothing in
+                it was changed.
         """
         path = config.run.dir
         lock = _lock(path)
@@ -67,12 +69,12 @@ class RunDirectory:
 
     @classmethod
     def for_worker_rank(cls, config: RunConfig) -> RunDirectory:
-        """The same directory for the other processes of the run: they write their parts of checkpoints, and their
-        records go nowhere."""
+        """Return the directory for a rank other than 0: it writes its part of checkpoints, and its records are
+        discarded."""
         return cls(config.run.dir, attempt=0, lock=None, changes=())
 
     def write_config(self, config: RunConfig) -> None:
-        """Write the settings of a new run, or the changed ones of an existing one with an event that tells them."""
+        """Write config.yaml of a new run. For an existing run, write it and an event if settings changed."""
         file = self.path / CONFIG_FILE
         try:
             if self.changes:
@@ -85,12 +87,12 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One record a step, and the validations."""
+        """Path of the records of steps and validations."""
         return self._record_file("metrics.jsonl")
 
     @property
     def events(self) -> Path:
-        """What happened, and why."""
+        """Path of the events."""
         return self._record_file("events.jsonl")
 
     @property
@@ -140,13 +142,13 @@ def _unusable(path: Path, error: OSError) -> UserError:
 
 
 def _changes(path: Path, config: RunConfig) -> tuple[str, ...]:
-    """How the settings differ from those of the run that is there. UserError where they must not."""
+    """Describe how the settings differ from those on disk. UserError if a difference is not allowed."""
     file = path / CONFIG_FILE
     if not file.exists():
         left_over = [name for name in ("metrics.jsonl", "events.jsonl", "checkpoints") if (path / name).exists()]
         if left_over:
             raise UserError(
-                f"run.dir={path} holds {left_over[0]} but no config.yaml, so nobody knows its settings; choose another run.dir"
+                f"run.dir={path} holds {left_over[0]} but no config.yaml, so its settings are unknown; choose another run.dir"
             )
         return ()
     lines, rules = differences(read_config(file), config), on_resume()
@@ -160,5 +162,5 @@ def _changes(path: Path, config: RunConfig) -> tuple[str, ...]:
 def _other_run(path: Path, refused: list[str], *, own_weights: bool) -> str:
     shown = "; ".join(refused[:SHOWN_DIFFERENCES])
     more = f"; and {len(refused) - SHOWN_DIFFERENCES} more" if len(refused) > SHOWN_DIFFERENCES else ""
-    way_out = f" (to begin from the weights of this one: run.init_from={path})" if own_weights else ""
-    return f"run.dir={path} holds a run of other settings: {shown}{more}; put the values back, or choose another run.dir{way_out}"
+    way_out = f" (to start from the weights of this one: run.init_from={path})" if own_weights else ""
+    return f"run.dir={path} holds a run with other settings: {shown}{more}; put the values back, or choose another run.dir{way_out}"

@@ -1,1 +1,1 @@
-"""Everything that is told about a run while it trains: record files, terminal display, TensorBoard, W&B."""
+"""Recording a run while it trains: record files, terminal display, TensorBoard, Weights & Biases."""

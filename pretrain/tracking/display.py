@@ -22,18 +22,18 @@ from pretrain.runs.throughput import AverageThroughput
 from pretrain.signals import Activity, StopRequest
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-MOST_SOURCES = 8
-"""Sources whose validation loss a line tells."""
+MAX_SOURCES = 8
+"""Sources whose validation loss one line shows."""
 BAR_WIDTH = 80
-"""At most. A terminal that gets narrower breaks longer lines, and rich then leaves a part of the panel behind."""
-QUIET_EVENTS = {"save", "settings"}
-LOUD_EVENTS = {"stop", "skip_checkpoint", "notice", "output_lost", "logger_failed", "profile_failed"}
+"""Maximum. When a terminal gets narrower, rich leaves parts of longer lines behind."""
+DIM_EVENTS = {"save", "settings"}
+HIGHLIGHTED_EVENTS = {"stop", "skip_checkpoint", "notice", "output_lost", "logger_failed", "profile_failed"}
 
 
 class Display:
     """Progress of one attempt.
 
-    Use it as a context: `with Display(1000) as display: display.step(record, meter.pace())`.
+    Use it as a context: `with Display(1000) as display: display.step(record, meter.average())`.
     """
 
     def __init__(
@@ -46,21 +46,25 @@ class Display:
         stop: StopRequest | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Show nothing yet.
+        """Prepare; nothing is shown yet.
 
-        total_steps: of the whole run; a resumed one goes on from the step of its first record. mfu_statement: said
-        once, at the start.
-        every_s: seconds between the plain lines of steps where there is no terminal. stop: the panel shows its notice.
+        Args:
+            total_steps: of the whole run; a resumed one continues at the step of its first record.
+            console: standard output by default.
+            mfu_statement: shown once, at the start.
+            every_s: seconds between plain lines of steps when there is no terminal.
+            stop: its notice is shown in the panel.
+            clock: returns seconds.
         """
         self._total = total_steps
         self._console = console or Console()
         self._mfu_statement = mfu_statement
         self._every_s = every_s
-        self._stop = StopRequest() if stop is None else stop  # one that nobody made is false
+        self._stop = StopRequest() if stop is None else stop  # StopRequest is false until a signal comes, so no `or`
         self._clock = clock
         self._last_line: float | None = None
         self._step: StepRecord | None = None
-        self._pace: AverageThroughput | None = None
+        self._average: AverageThroughput | None = None
         self._validation: ValidationRecord | None = None
         self._curve = Sparkline()
         self._ended = False
@@ -70,7 +74,7 @@ class Display:
 
     def __enter__(self) -> Display:
         if self._mfu_statement:
-            self._say(Text(self._mfu_statement, style="dim"))
+            self._print(Text(self._mfu_statement, style="dim"))
         if self._live:
             self._stop.in_panel = True
             self._live.start()
@@ -84,43 +88,45 @@ class Display:
             self._live.stop()
             self._stop.in_panel = False
 
-    def step(self, record: StepRecord, pace: AverageThroughput | None = None) -> None:
+    def step(self, record: StepRecord, average: AverageThroughput | None = None) -> None:
         """Show a finished step.
 
-        The pace, where there is one, replaces the single step's tokens/s and MFU and adds the time left.
+        An average replaces the tokens/s and MFU of the single step, and adds the time left.
         """
-        self._step, self._pace = record, pace
+        self._step, self._average = record, average
         self._curve.add(record.loss)
         now = self._clock()
         due = self._last_line is None or now - self._last_line >= self._every_s or record.step == self._total
         if self._live is None and due:
             self._last_line = now
-            self._say(Text(plain_line(record, pace, self._total)))
+            self._print(Text(plain_line(record, average, self._total)))
 
     def validation(self, record: ValidationRecord) -> None:
-        """Show a validation; the panel keeps the newest."""
+        """Show a validation; the panel keeps the latest one."""
         self._validation = record
-        line = f"validation after step {record.step}: loss {format_decimal(record.val_loss)}, perplexity {format_decimal(record.val_perplexity, 2)}"
-        self._say(Text(line, style="bold"))
+        loss, perplexity = format_decimal(record.val_loss), format_decimal(record.val_perplexity, 2)
+        line = f"validation after step {record.step}: loss {loss}, perplexity {perplexity}"
+        self._print(Text(line, style="bold"))
         if len(record.by_source) > 1:
-            self._say(Text(f"  {sources_line(record)}"))
+            self._print(Text(f"  {sources_line(record)}"))
 
     def event(self, event: Event) -> None:
         """Show what happened, above the panel."""
         head = event.kind.replace("_", " ") + ("" if event.step is None else f" at step {event.step}")
-        style = "dim" if event.kind in QUIET_EVENTS else "yellow" if event.kind in LOUD_EVENTS else "cyan"
+        style = "dim" if event.kind in DIM_EVENTS else "yellow" if event.kind in HIGHLIGHTED_EVENTS else "cyan"
         body = event.text if event.prompt is None else event.prompt + event.text
-        self._say(Text.assemble((head, style), ": ", body))
+        self._print(Text.assemble((head, style), ": ", body))
 
-    def _say(self, line: Text) -> None:
+    def _print(self, line: Text) -> None:
         self._console.print(line, soft_wrap=self._live is None, highlight=False)
 
     def _panel(self) -> RenderableType:
-        """The live part: the bar, the numbers under their names, the curve; and below them what a stop waits for."""
+        """Return the live panel: progress bar, numbers under their names, loss curve, and what a stop waits for."""
         return Group(*self._progress(), *self._activity())
 
     def _activity(self) -> list[RenderableType]:
-        """The notice of a stop, and how long the run has been in what is not a step or delays the stop."""
+        """Return the notice of a stop, and how long the current activity has taken if it is not a step or delays a
+        stop."""
         if self._ended:
             return []
         activity = (
@@ -134,7 +140,7 @@ class Display:
                 Text(self._stop.notice, style="bold yellow"),
                 Text(f"waiting for {activity} ({waiting})", style="dim"),
             ]
-        return [] if activity == Activity.STEP.value else [Text(f"{activity} is on its way ({waiting})", style="dim")]
+        return [] if activity == Activity.STEP.value else [Text(f"{activity} is running ({waiting})", style="dim")]
 
     def _progress(self) -> list[RenderableType]:
         if self._step is None:
@@ -146,17 +152,17 @@ class Display:
             ProgressBar(total=self._total, completed=done, complete_style="cyan", finished_style="green"),
             Text(f"step {done} of {self._total}", style="bold"),
             Text(
-                f"{format_duration(self._pace.seconds_left)} left" if self._pace and done < self._total else "",
+                f"{format_duration(self._average.seconds_left)} left" if self._average and done < self._total else "",
                 style="dim",
             ),
         )
         bar.expand = True
         curve = Text.assemble((self._curve.draw(min(60, self._console.width - 20)), "cyan"), ("  training loss", "dim"))
-        numbers = _numbers(self._step, self._pace, self._validation)
+        numbers = _numbers(self._step, self._average, self._validation)
         return [Text(), Constrain(bar, BAR_WIDTH), numbers, *self._by_source(), curve]
 
     def _by_source(self) -> Iterator[Text]:
-        """The newest validation loss of each source, as many as fit into a line; nothing where there is one source."""
+        """Yield one line with the latest validation loss of as many sources as fit; nothing for a single source."""
         if self._validation is None or len(self._validation.by_source) < 2:
             return
         cells = [f"{name} {format_decimal(source.loss)}" for name, source in self._validation.by_source.items()]
@@ -170,43 +176,43 @@ class Display:
 
 
 def sources_line(record: ValidationRecord) -> str:
-    """The validation loss and perplexity of each source; of very many only the first ones."""
+    """Return a line with the validation loss and perplexity of each source, up to MAX_SOURCES."""
     cells = [
         f"{name} {format_decimal(source.loss)} (perplexity {format_decimal(source.perplexity, 2)})"
         for name, source in record.by_source.items()
     ]
-    more = f", and {len(cells) - MOST_SOURCES} more in metrics.jsonl" if len(cells) > MOST_SOURCES else ""
-    return "by source: " + ", ".join(cells[:MOST_SOURCES]) + more
+    more = f", and {len(cells) - MAX_SOURCES} more in metrics.jsonl" if len(cells) > MAX_SOURCES else ""
+    return "by source: " + ", ".join(cells[:MAX_SOURCES]) + more
 
 
-def plain_line(record: StepRecord, pace: AverageThroughput | None, total_steps: int) -> str:
-    """One step as one line of a log."""
+def plain_line(record: StepRecord, average: AverageThroughput | None, total_steps: int) -> str:
+    """Return one log line for a step."""
     parts = [
         f"step {record.step}/{total_steps}",
         f"loss {format_decimal(record.loss, 4)}",
         f"lr {record.lr:.2e}",
         f"grad norm {format_decimal(record.grad_norm, 2)}",
-        f"{(pace or record).tokens_per_s:,.0f} tokens/s",
+        f"{(average or record).tokens_per_s:,.0f} tokens/s",
     ]
-    mfu = (pace or record).mfu
+    mfu = (average or record).mfu
     if mfu is not None:
         parts.append(f"MFU {mfu:.1%}")
-    if pace and record.step < total_steps:
-        parts.append(f"{format_duration(pace.seconds_left)} left")
+    if average and record.step < total_steps:
+        parts.append(f"{format_duration(average.seconds_left)} left")
     return "  ".join(parts)
 
 
-def _numbers(record: StepRecord, pace: AverageThroughput | None, validation: ValidationRecord | None) -> Table:
-    """Names above, values below."""
+def _numbers(record: StepRecord, average: AverageThroughput | None, validation: ValidationRecord | None) -> Table:
+    """Return a table of the current numbers, names above values."""
     cells = {"loss": format_decimal(record.loss)}
     if validation is not None:
         cells["validation"] = format_decimal(validation.val_loss)
     cells |= {
         "learning rate": f"{record.lr:.2e}",
         "grad norm": format_decimal(record.grad_norm, 2),
-        "tokens/s": f"{(pace or record).tokens_per_s:,.0f}",
+        "tokens/s": f"{(average or record).tokens_per_s:,.0f}",
     }
-    mfu = (pace or record).mfu
+    mfu = (average or record).mfu
     if mfu is not None:
         cells["MFU"] = f"{mfu:.1%}"
     table = Table.grid(padding=(0, 4, 0, 0))
@@ -216,7 +222,7 @@ def _numbers(record: StepRecord, pace: AverageThroughput | None, validation: Val
 
 
 class Sparkline:
-    """A curve of any length in one line of text. It keeps at most `capacity` means, each of equally many values."""
+    """A curve of any length in one line of text. Keeps at most `capacity` means of equally many values each."""
 
     def __init__(self, capacity: int = 512) -> None:
         self._capacity = capacity
@@ -225,7 +231,7 @@ class Sparkline:
         self._open: list[float] = []
 
     def add(self, value: float) -> None:
-        """Append a value; one that is not finite is left out of the curve."""
+        """Append a value. A value that is not finite is left out."""
         if not math.isfinite(value):
             return
         self._open.append(value)
@@ -237,7 +243,7 @@ class Sparkline:
             self._per_mean *= 2
 
     def draw(self, width: int) -> str:
-        """At most `width` block characters from the lowest to the highest value."""
+        """Return at most `width` block characters, scaled from the lowest to the highest value."""
         if not self._means:
             return ""
         columns = min(max(1, width), len(self._means))

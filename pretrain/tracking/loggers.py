@@ -21,19 +21,22 @@ WANDB_ID_FILE = "wandb-id"
 
 
 class Logger(Protocol):
-    """Someone who hears of every step and validation."""
+    """Receives every step and validation."""
 
     def log(self, record: StepRecord | ValidationRecord) -> None:
-        """Pass on one record."""
+        """Log one record."""
 
     def close(self) -> None:
-        """Write out what is still held."""
+        """Flush and close."""
 
 
 def open_loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Logger]:
-    """The loggers that `config.log` asks for.
+    """Open the loggers that `config.log` enables.
 
-    resume_step: steps done before this attempt; what an earlier attempt told of later ones is superseded.
+    Args:
+        config: the settings of the run.
+        run_dir: gets their files.
+        resume_step: steps done before this attempt. It replaces what an earlier attempt logged for later steps.
     """
     loggers: list[Logger] = []
     if config.log.tensorboard:
@@ -47,11 +50,11 @@ def scalars(record: StepRecord | ValidationRecord) -> dict[str, float]:
     """The numbers worth a curve, by the names both services show: `train/loss`, `validation/loss`, of sources
     `val_loss/<source>`."""
     if isinstance(record, ValidationRecord):
-        told_of_all = {"validation/loss": record.val_loss, "validation/perplexity": record.val_perplexity}
+        overall = {"validation/loss": record.val_loss, "validation/perplexity": record.val_perplexity}
         several = record.by_source if len(record.by_source) > 1 else {}
         losses = {f"val_loss/{name}": source.loss for name, source in several.items()}
-        return told_of_all | losses | {f"val_perplexity/{name}": source.perplexity for name, source in several.items()}
-    told = {
+        return overall | losses | {f"val_perplexity/{name}": source.perplexity for name, source in several.items()}
+    values = {
         "train/loss": record.loss,
         "train/z_loss": record.z_loss,
         "train/lr": record.lr,
@@ -61,7 +64,7 @@ def scalars(record: StepRecord | ValidationRecord) -> dict[str, float]:
         "speed/step_s": record.step_s,
         "speed/mfu": record.mfu,
     }
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class TensorBoardLogger:
@@ -83,10 +86,10 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """One Weights & Biases run a run directory: every attempt goes on with the id kept in `wandb-id`."""
+    """One Weights & Biases run per run directory: every attempt uses the id in the file `wandb-id`."""
 
     def __init__(self, config: RunConfig, run_dir: Path, mode: Literal["offline", "online"]) -> None:
-        """Open the run. UserError where Weights & Biases refuses it (no account, no network)."""
+        """Open the run. UserError if Weights & Biases refuses it (no account, no network)."""
         import wandb
 
         try:
@@ -106,7 +109,7 @@ class WandbLogger:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, record: StepRecord | ValidationRecord) -> None:
-        """Pass on the numbers of the record with its step."""
+        """Log the numbers of the record at its step."""
         self._run.log({"step": record.step, **scalars(record)})
 
     def close(self) -> None:

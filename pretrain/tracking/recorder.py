@@ -1,7 +1,4 @@
-"""Everyone who hears of a run: the record files, the display, the loggers.
-
-Of several processes the main one keeps them.
-"""
+"""Send what happens in a run to the record files, the display and the loggers. Only rank 0 records."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ from pretrain.tracking.display import Display
 from pretrain.tracking.loggers import Logger
 
 SILENT_CONSOLE = Console(quiet=True, force_terminal=False)
-"""The console of the processes that do not speak."""
+"""The console of the ranks other than 0."""
 
 
 @dataclass
 class RunRecorder:
-    """Everyone who hears of the run: the two record files, the display, the loggers."""
+    """Sends events and metrics to the two record files, the display and the loggers."""
 
     metrics: RecordFile
     events: RecordFile
@@ -33,53 +30,51 @@ class RunRecorder:
     attempt: int
     loggers: Sequence[Logger] = ()
     output: TolerantStream | None = None
-    """What the display is written to, where it may be lost."""
+    """The stream of the display, if it may fail."""
     _failed: list[Logger] = field(default_factory=list)
-    """Loggers that raised. They hear no more."""
+    """Loggers that raised. They receive nothing more."""
     _output_lost: bool = False
 
     def event(self, kind: str, text: str, step: int | None = None, **more: str | int | None) -> None:
-        """Tell that something happened."""
+        """Record that something happened."""
         event = Event.model_validate({"time": time.time(), "kind": kind, "text": text, "step": step, **more})
         self.events.append(event)
         self.display.event(event)
-        self._tell_lost_output(step)
+        self._report_lost_output(step)
 
     def log(self, record: StepRecord | ValidationRecord) -> None:
-        """Pass a record to the file and the loggers; the display is told by the loop, which knows the pace.
+        """Write a record to the file and pass it to the loggers. (The loop updates the display: it knows the average.)
 
-        A logger that raises is left out from then on, with an event that tells it.
+        A logger that raises is removed, with an event.
         """
         self.metrics.append(record)
         for logger in self.loggers:
             if logger not in self._failed:
                 try:
                     logger.log(record)
-                except (
-                    Exception
-                ) as error:  # whatever a disk or a service of somebody else has: the run does not need it
-                    self._leave_out(logger, error, record.step)
-        self._tell_lost_output(record.step)
+                except Exception as error:  # any failure of a disk or a remote service: the run does not need it
+                    self._remove_logger(logger, error, record.step)
+        self._report_lost_output(record.step)
 
     def close_loggers(self) -> None:
-        """Close all loggers. One that raises is told of, and does not hide an error that ends the run."""
+        """Close all loggers. One that raises is recorded as an event and does not hide an error that ends the run."""
         for logger in self.loggers:
             try:
                 logger.close()
             except Exception as error:
                 if logger not in self._failed:
-                    self._leave_out(logger, error)
+                    self._remove_logger(logger, error)
 
-    def _leave_out(self, logger: Logger, error: Exception, step: int | None = None) -> None:
+    def _remove_logger(self, logger: Logger, error: Exception, step: int | None = None) -> None:
         self._failed.append(logger)
-        what = " ".join(error_text(error).splitlines())
+        message = " ".join(error_text(error).splitlines())
         self.event(
             "logger_failed",
-            f"{type(logger).__name__}: {type(error).__name__}: {what}; the run goes on without it",
+            f"{type(logger).__name__}: {type(error).__name__}: {message}; the run continues without it",
             step,
         )
 
-    def _tell_lost_output(self, step: int | None) -> None:
+    def _report_lost_output(self, step: int | None) -> None:
         """Tell once that the display went quiet.
 
         That happens inside of some write, perhaps of the thread that draws the panel.
@@ -88,7 +83,7 @@ class RunRecorder:
             self._output_lost = True
             self.event(
                 "output_lost",
-                f"the display cannot be written ({error_text(self.output.error)}): the run goes on without it",
+                f"the display cannot be written ({error_text(self.output.error)}): the run continues without it",
                 step,
             )
 

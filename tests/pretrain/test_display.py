@@ -192,7 +192,7 @@ def panel(stop: StopRequest, *records: StepRecord) -> list[str]:
     return [
         line
         for line in capture.get().splitlines()
-        if any(word in line for word in ("on its way", "stopping", "leaving", "waiting"))
+        if any(word in line for word in ("is running", "stopping", "leaving", "waiting"))
     ]
 
 
@@ -202,10 +202,10 @@ STOPPING = "stopping after this step, then saving (Ctrl-C again leaves without s
 @pytest.mark.parametrize(
     ("activity", "presses", "records", "lines"),
     [
-        (Activity.STEP, 0, 0, ["the first step is on its way (1 min 05 s)"]),
+        (Activity.STEP, 0, 0, ["the first step is running (1 min 05 s)"]),
         (Activity.STEP, 0, 1, []),
-        (Activity.VALIDATION, 0, 0, ["the validation is on its way (1 min 05 s)"]),
-        (Activity.SAVE, 0, 1, ["the save is on its way (1 min 05 s)"]),
+        (Activity.VALIDATION, 0, 0, ["the validation is running (1 min 05 s)"]),
+        (Activity.SAVE, 0, 1, ["the save is running (1 min 05 s)"]),
         (Activity.STEP, 1, 0, [STOPPING, "waiting for the first step (1 min 05 s)"]),
         (Activity.STEP, 1, 1, [STOPPING, "waiting for the step (1 min 05 s)"]),
         (Activity.VALIDATION, 1, 0, [STOPPING, "waiting for the validation (1 min 05 s)"]),

@@ -92,7 +92,7 @@ def test_many_differences_are_cut_to_five(tmp_path: Path) -> None:
         opened(other)
     assert str(refusal.value).count(" in the run, ") == 5
     assert str(refusal.value).endswith(
-        f"choose another run.dir (to begin from the weights of this one: run.init_from={tmp_path / 'run'})"
+        f"choose another run.dir (to start from the weights of this one: run.init_from={tmp_path / 'run'})"
     )
 
 

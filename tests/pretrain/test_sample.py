@@ -10,7 +10,7 @@ import torch
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint.load import load_checkpoint
 from pretrain.errors import UserError
-from pretrain.inference.sample import SamplingOptions, _pieces, continue_text, load_trained_run
+from pretrain.inference.sample import SamplingOptions, _text_pieces, continue_text, load_trained_run
 from pretrain.model.architectures.llama import Llama
 from pretrain.model.init import init_weights
 from pretrain.train.loop import Outcome
@@ -110,12 +110,12 @@ def test_pieces_join_to_the_whole_and_cut_no_character(tiny_data: Path) -> None:
     tokenizer, text = load_tokenizer(tiny_data), "naïve Ω 漢字 🙂 end"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)  # the vocabulary is made of English: another letter is several bytes, each a token
-    pieces = list(_pieces(iter(ids), tokenizer))
+    pieces = list(_text_pieces(iter(ids), tokenizer))
     assert "".join(pieces) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     assert "🙂" in pieces
     cut = "".join(
-        _pieces(iter(ids[: len(tokenizer.encode("naïve Ω 漢字")) - 1]), tokenizer)
+        _text_pieces(iter(ids[: len(tokenizer.encode("naïve Ω 漢字")) - 1]), tokenizer)
     )  # the model may stop inside a character
     assert cut == "naïve Ω 漢\N{REPLACEMENT CHARACTER}"
 

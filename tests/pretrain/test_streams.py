@@ -72,7 +72,7 @@ def test_a_run_outlives_its_display_and_tells_so(
     console = Console(file=Fails(error, writes=2), force_terminal=terminal)
     assert run_tiny(tmp_path, "train.steps=4", "optim.warmup=1", "eval.every=4", console=console) is Outcome.FINISHED
     [(step, text)] = told(tmp_path, "output_lost")
-    assert text == f"the display cannot be written ({reason}): the run goes on without it"
+    assert text == f"the display cannot be written ({reason}): the run continues without it"
     assert step == 0
     assert told(tmp_path, "finish")
     assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl").steps] == [1, 2, 3, 4]
@@ -109,8 +109,8 @@ def test_a_run_goes_on_without_a_logger_that_raises(tmp_path: Path, run_tiny: Ru
     assert bad.heard == [0, 1, 2, 3]
     assert good.heard == [0, 1, 2, 3, 4, 5, 5]
     assert told(tmp_path, "logger_failed") == [
-        (3, "Raises: RuntimeError: its service is down; the run goes on without it"),
-        (None, "Raises: OSError: No space left on device; the run goes on without it"),
+        (3, "Raises: RuntimeError: its service is down; the run continues without it"),
+        (None, "Raises: OSError: No space left on device; the run continues without it"),
     ]
 
 
@@ -232,7 +232,7 @@ def test_a_run_whose_pipes_both_lose_their_reader_ends_well(tmp_path: Path, tiny
         process.stdout.close()
         assert process.wait(120) == 0
     assert told(tmp_path, "output_lost") == [
-        (0, "the display cannot be written (Broken pipe): the run goes on without it")
+        (0, "the display cannot be written (Broken pipe): the run continues without it")
     ]
     assert told(tmp_path, "finish")
     assert (tmp_path / "report.html").is_file()
