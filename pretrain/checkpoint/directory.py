@@ -142,6 +142,6 @@ def check_name(path: Path) -> None:
         right = checkpoint_path(path.parent, step)
         rename = "" if right.exists() else f"rename it to {right.name}, or "
         raise UserError(
-            f"{path} is named like the checkpoint of step {checkpoint_step(path)}, but its {MANIFEST} says step {step}; "
-            f"{rename}move it out of {path.parent}"
+            f"{path} is named like the checkpoint of step {checkpoint_step(path)}, but its {MANIFEST} says step "
+            f"{step}; {rename}move it out of {path.parent}"
         )

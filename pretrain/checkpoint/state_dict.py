@@ -28,7 +28,8 @@ def flatten_state_dict(state: StateDict, prefix: str = "") -> dict[str, Tensor]:
             flat.update(flatten_state_dict(value, f"{prefix}{key}."))
         else:
             raise TypeError(
-                f"{prefix}{key} is a {type(value).__name__}; a checkpoint holds tensors, everything else belongs in its manifest"
+                f"{prefix}{key} is a {type(value).__name__}; a checkpoint holds tensors, everything else belongs in "
+                "its manifest"
             )
     return flat
 

@@ -148,7 +148,8 @@ def _changes(path: Path, config: RunConfig) -> tuple[str, ...]:
         left_over = [name for name in ("metrics.jsonl", "events.jsonl", "checkpoints") if (path / name).exists()]
         if left_over:
             raise UserError(
-                f"run.dir={path} holds {left_over[0]} but no config.yaml, so its settings are unknown; choose another run.dir"
+                f"run.dir={path} holds {left_over[0]} but no config.yaml, so its settings are unknown; choose another "
+                "run.dir"
             )
         return ()
     lines, rules = differences(read_config(file), config), on_resume()
@@ -163,4 +164,7 @@ def _other_run(path: Path, refused: list[str], *, own_weights: bool) -> str:
     shown = "; ".join(refused[:SHOWN_DIFFERENCES])
     more = f"; and {len(refused) - SHOWN_DIFFERENCES} more" if len(refused) > SHOWN_DIFFERENCES else ""
     way_out = f" (to start from the weights of this one: run.init_from={path})" if own_weights else ""
-    return f"run.dir={path} holds a run with other settings: {shown}{more}; put the values back, or choose another run.dir{way_out}"
+    return (
+        f"run.dir={path} holds a run with other settings: {shown}{more}; put the values back, or choose another "
+        f"run.dir{way_out}"
+    )

@@ -132,8 +132,8 @@ def _not_a_record(path: Path, number: int) -> UserError:
 
 def _unwritable(path: Path, error: OSError) -> StorageError:
     return StorageError(
-        f"{path} cannot be written ({error.strerror or error}): make room or make it writable, and start the same command "
-        "again; it resumes from the latest checkpoint"
+        f"{path} cannot be written ({error.strerror or error}): make room or make it writable, and start the same "
+        "command again; it resumes from the latest checkpoint"
     )
 
 

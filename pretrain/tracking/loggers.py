@@ -117,7 +117,8 @@ class WandbLogger:
         import wandb
 
         self._run.finish()
-        # wandb 0.31: finish() can return before the last records are on disk when a process reuses a run id; ending the service waits.
+        # wandb 0.31: when a process reuses a run id, finish() can return before the last records are on disk.
+        # Ending the service waits for them.
         wandb.teardown()
 
 

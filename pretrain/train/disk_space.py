@@ -56,14 +56,15 @@ def check_disk_space(config: RunConfig) -> str:
     free += sum(_bytes_of(path) for path in (*existing[keep:], *unfinished_checkpoints(checkpoints)))
     if free < size:
         raise UserError(
-            f"run.dir={config.run.dir}: a checkpoint takes {format_disk_size(size)}, and {format_disk_size(free)} are free there: make room, choose "
-            f"a run.dir on another disk, or use a smaller model"
+            f"run.dir={config.run.dir}: a checkpoint takes {format_disk_size(size)}, and {format_disk_size(free)} are "
+            "free there: make room, choose a run.dir on another disk, or use a smaller model"
         )
     more = max(1, keep + 1 - len(existing))
     if free < more * size:
         return (
-            f"checkpoint.keep={keep} will need {format_disk_size(more * size)} more ({more} checkpoints of {format_disk_size(size)}; one is written "
-            f"before the oldest is deleted), and {format_disk_size(free)} are free in {config.run.dir}: make room, or lower checkpoint.keep"
+            f"checkpoint.keep={keep} will need {format_disk_size(more * size)} more ({more} checkpoints of "
+            f"{format_disk_size(size)}; one is written before the oldest is deleted), and {format_disk_size(free)} are "
+            f"free in {config.run.dir}: make room, or lower checkpoint.keep"
         )
     return ""
 
@@ -103,7 +104,8 @@ def save_failed(config: RunConfig, path: Path, error: OSError) -> StorageError:
         safe = []
     kept = f"The same command resumes from {safe[0].name}" if safe else "There is no checkpoint yet"
     return StorageError(
-        f"{path} cannot be written ({error.strerror or error}): it takes {format_disk_size(checkpoint_bytes(config))}{room}. {kept}: "
+        f"{path} cannot be written ({error.strerror or error}): it takes "
+        f"{format_disk_size(checkpoint_bytes(config))}{room}. {kept}: "
         f"make room or make it writable first, or lower checkpoint.keep={config.checkpoint.keep}"
     )
 

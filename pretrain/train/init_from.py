@@ -96,8 +96,8 @@ def find_init_checkpoint(config: RunConfig) -> InitCheckpoint:
     recorded = next(iter(config.run.ancestry), None)
     if recorded and recorded.generation != manifest.generation:
         raise UserError(
-            f"{named} is another checkpoint now (generation {manifest.generation}) than the one that this run "
-            f"started from ({recorded.generation}, in {recorded.run}); put that one back, or choose another run.dir and leave "
+            f"{named} is another checkpoint now (generation {manifest.generation}) than the one that this run started "
+            f"from ({recorded.generation}, in {recorded.run}); put that one back, or choose another run.dir and leave "
             "run.ancestry out"
         )
     try:
@@ -116,7 +116,8 @@ def _checkpoint_in_run(run: Path, step: int | None, named: str) -> Path:
     if step is not None and step not in kept:
         shown = ", ".join(str(other) for other in sorted(kept))
         raise UserError(
-            f"{named}: there is no checkpoint of step {step}; kept are {shown} (checkpoint.keep says how many a run keeps)"
+            f"{named}: there is no checkpoint of step {step}; kept are {shown} (checkpoint.keep says how many a run "
+            "keeps)"
         )
     path = directory.checkpoint_path(run / "checkpoints", kept[0] if step is None else step)
     directory.check_name(path)
@@ -134,7 +135,8 @@ def check_init_checkpoint(parent: InitCheckpoint, config: RunConfig, tokenizer: 
             f"model.{name} is {getattr(theirs, name)} there and {getattr(ours, name)} here" for name in differ
         )
         raise UserError(
-            f"{named} has weights of another model: {differences}; leave these settings out, the model is then that run's"
+            f"{named} has weights of another model: {differences}; leave these settings out, the model is then that "
+            "run's"
         )
     _check_tokenizer(parent, tokenizer, data, named)
     if config.run.init_mode == "full":
@@ -151,7 +153,8 @@ def _check_tokenizer(parent: InitCheckpoint, tokenizer: Tokenizer, data: Loader,
     theirs = parent.manifest.tokenizer or next(reversed(files), None)
     if theirs is None:
         raise UserError(
-            f"{named}: its tokenizer is not at {' or '.join(map(str, candidates))}; put it there, so that it can be compared"
+            f"{named}: its tokenizer is not at {' or '.join(map(str, candidates))}; put it there, so that it can be "
+            "compared"
         )
     if theirs != tokenizer.fingerprint:
         way_out = (

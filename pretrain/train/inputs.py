@@ -52,8 +52,8 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer, data: Loader) -> No
     if tokenizer.fingerprint != data.manifest.tokenizer:
         raise UserError(
             f"data.tokenizer={config.data.tokenizer} ({tokenizer.fingerprint}) is not the tokenizer that made "
-            f"data.path={config.data.path} ({data.manifest.tokenizer}); set data.tokenizer=auto, or prepare the data with it "
-            "in another data.path"
+            f"data.path={config.data.path} ({data.manifest.tokenizer}); set data.tokenizer=auto, or prepare the data "
+            "with it in another data.path"
         )
     for prompt in config.log.samples:
         check_prompt(f"log.samples: {prompt!r}", len(tokenizer.encode(prompt)), config.model.max_seq_len)
@@ -71,6 +71,6 @@ def check_ranks_agree(config: RunConfig, data: Loader, validation: Loader | None
         if different:
             key = different[0]
             raise UserError(
-                f"rank {rank_info.world.rank} has {key}={ours[key]}, and rank {rank} has {theirs[key]}: give all processes "
-                "the same command and the same files, and replace `auto` where their machines differ"
+                f"rank {rank_info.world.rank} has {key}={ours[key]}, and rank {rank} has {theirs[key]}: give all "
+                "processes the same command and the same files, and replace `auto` where their machines differ"
             )

@@ -114,7 +114,8 @@ class TrainLoop:
         config, seq_len = self.config, batch.input_ids.shape[1]
         if not self._report_damage(batch, step):
             raise UserError(
-                f"every sequence of the batch of step {step} is damaged, so data.on_damage=skip has nothing left to train on"
+                f"every sequence of the batch of step {step} is damaged, so data.on_damage=skip has nothing left to "
+                "train on"
             )
         scale = lr_scale(step, config.train.steps, config.optim)
         microbatches = list(split_microbatches(batch, self.batches.micro_batch_size(seq_len), self.device))
@@ -189,7 +190,8 @@ class TrainLoop:
             targets = sum(n_targets for _, n_targets in sums.values())
             if not targets:
                 raise UserError(
-                    f"{config.data.path / 'validation'} holds no undamaged token to predict; prepare more data, or restore it"
+                    f"{config.data.path / 'validation'} holds no undamaged token to predict; prepare more data, or "
+                    "restore it"
                 )
             record = ValidationRecord(
                 step=step,

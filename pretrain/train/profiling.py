@@ -1,4 +1,5 @@
-"""Profile the steps of `train.profile` with torch.profiler: a Chrome trace and a table of operators in the run directory."""
+"""Profile the steps of `train.profile` with torch.profiler: a Chrome trace and a table of operators in the run
+directory."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def check_profile(config: RunConfig) -> None:
 
 
 class StepProfiler:
-    """Profiles a window of steps of this process. Use it as a context, and call `begin_step` and `end_step` around each step.
+    """Profiles a window of steps of this process. Use it as a context, and call `begin_step` and `end_step` around each
+    step.
 
     A profiler that fails does not end the run: it records an event and stays off.
     """
@@ -81,7 +83,8 @@ class StepProfiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop. A run that was stopped within the window gets the results of its steps; one that raised an error none."""
+        """Stop. A run that was stopped within the window gets the results of its steps; one that raised an error "
+        "none."""
         if error is None:
             self._close()
         else:

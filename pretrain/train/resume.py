@@ -65,8 +65,8 @@ def restore(
     Every process of the run calls it.
 
     Raises:
-        UserError: the run has lost checkpoints, and `checkpoint.on_invalid` does not accept that; or data or schedule are
-            not those of the steps taken; or the checkpoint of `run.init_from` does not fit; or no checkpoint can be
+        UserError: the run has lost checkpoints, and `checkpoint.on_invalid` does not accept that; or data or schedule
+            are not those of the steps taken; or the checkpoint of `run.init_from` does not fit; or no checkpoint can be
             written. Nothing was changed then, except that unfinished checkpoints were deleted.
         StorageError: something cannot be read now, or the records cannot be written.
     """
@@ -178,13 +178,13 @@ def _check_data(path: Path, manifest: Manifest, data: Loader) -> None:
     """Raise UserError if the data or its order differs from the checkpoint's."""
     if manifest.dataset != data.fingerprint:
         raise UserError(
-            f"{path} was trained on other data (manifest {manifest.dataset}) than data.path holds now ({data.fingerprint}); "
-            f"put the data back, or start in another run.dir"
+            f"{path} was trained on other data (manifest {manifest.dataset}) than data.path holds now "
+            f"({data.fingerprint}); put the data back, or start in another run.dir"
         )
     if manifest.order != data.order_fingerprint(manifest.samples):
         raise UserError(
             f"{path} read its first {manifest.samples} sequences in another order than run.seed, data.mixture, "
-            "data.seq_len_schedule and data.window give now; put them back (a stage may be appended from there on; a share "
-            "such as 80% moves with train.steps and train.batch_size, a number of sequences does not), or start in "
-            "another run.dir"
+            "data.seq_len_schedule and data.window give now; put them back (a stage may be appended from there on; a "
+            "share such as 80% moves with train.steps and train.batch_size, a number of sequences does not), or start "
+            "in another run.dir"
         )

@@ -52,8 +52,10 @@ def check_records(
     start = f"step {step}" if manifest else "its beginning"
     if lost and not go_back:
         raise UserError(
-            f"{lost}. {'Restore one of them from a copy' if damaged else 'Put back what is missing (is a disk not mounted?)'}, "
-            f"or set another run.dir. To train again from {start} here, set {GO_BACK}: it renames the old files and keeps copies of the old records"
+            f"{lost}. "
+            f"{'Restore one of them from a copy' if damaged else 'Put back what is missing (is a disk not mounted?)'}, "
+            f"or set another run.dir. To train again from {start} here, set {GO_BACK}: it renames the old files and "
+            "keeps copies of the old records"
         )
     notices = []
     if path is not None and manifest is not None:
@@ -90,8 +92,8 @@ def _describe_loss(run_dir: Path, events: Sequence[Event], metrics: Metrics, man
     missing = {saved for saved in saved_steps(events) if saved > step} - steps_on_disk(folder)
     if manifest is not None and missing:
         return (
-            f"{folder} has lost the checkpoint of step {max(missing)}, which events.jsonl records; its latest valid one is "
-            f"of step {step}"
+            f"{folder} has lost the checkpoint of step {max(missing)}, which events.jsonl records; its latest valid "
+            f"one is of step {step}"
         )
     absent = "is a link to a folder that does not exist" if folder.is_symlink() else "does not exist"
     state = "holds no checkpoint" if folder.exists() else absent
@@ -107,9 +109,9 @@ def _check_samples(run_dir: Path, path: Path, manifest: Manifest, metrics: Metri
     for record in metrics.steps:
         if record.step == manifest.step and record.samples != manifest.samples:
             raise UserError(
-                f"{path} had read {manifest.samples} sequences after step {manifest.step}, and by {run_dir / 'metrics.jsonl'} "
-                f"it was {record.samples}: one of them belongs to another run. Put the right one back, or move metrics.jsonl aside "
-                f"if it is the wrong one"
+                f"{path} had read {manifest.samples} sequences after step {manifest.step}, and by "
+                f"{run_dir / 'metrics.jsonl'} it was {record.samples}: one of them belongs to another run. Put the "
+                "right one back, or move metrics.jsonl aside if it is the wrong one"
             )
 
 

@@ -44,9 +44,9 @@ def check_schedule(run: Path, before: RunConfig, now: RunConfig, taken: int, sam
         if earlier is not None:
             branch = f", or before that step with run.init_from={run}@{earlier} run.init_mode=full"
         raise UserError(
-            f"{'; '.join(changed.values())}: of the {taken} steps that run.dir={run} has taken, step {step} had {had} and "
-            f"would have had {would_have}{reason}. Put the old value back; or begin another run.dir from "
-            f"these weights with run.init_from={run}{branch}"
+            f"{'; '.join(changed.values())}: of the {taken} steps that run.dir={run} has taken, step {step} had {had} "
+            f"and would have had {would_have}{reason}. Put the old value back; or begin another run.dir from these "
+            f"weights with run.init_from={run}{branch}"
         )
     _check_stages(before, now, samples)
 
@@ -116,8 +116,8 @@ def _check_stages(before: RunConfig, now: RunConfig, samples: int) -> None:
         return ", ".join(f"{stage.seq_len} tokens from sequence {stage.first_sample} on" for stage in stages)
 
     raise UserError(
-        f"data.seq_len_schedule: the {samples} sequences read so far had {describe(begun)}, and would have had {describe(would_have)}; "
-        "a share of the run such as 80% moves with train.steps and train.batch_size: write the stages that have "
-        "begun as numbers of sequences of data.seq_len tokens, "
+        f"data.seq_len_schedule: the {samples} sequences read so far had {describe(begun)}, and would have had "
+        f"{describe(would_have)}; a share of the run such as 80% moves with train.steps and train.batch_size: write "
+        "the stages that have begun as numbers of sequences of data.seq_len tokens, "
         f"{', '.join(f'from: {stage.first_sample}' for stage in begun[1:]) or 'and start new ones later'}"
     )
