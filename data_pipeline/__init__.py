@@ -1,2 +1,1 @@
-"""Text -> tokens -> shards -> batches. Knows files and tokens, but no model and no training loop. Does not import
-torch."""
+"""Text -> tokens -> shards -> batches. Knows files and tokens, but no model, no training loop, no torch."""

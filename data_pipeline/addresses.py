@@ -1,8 +1,6 @@
-"""Addresses of files and their secrets: `s3://key:secret@host/x`, `https://host/x?token=...`, `${NAME}` from the
-environment.
+"""Addresses of files and their secrets: `s3://key:secret@host/x`, `https://host/x?token=...`, environment variables.
 
-Everything that is written or shown has `***` in place of secrets, and keeps `${NAME}`. Variables are expanded only to
-open files.
+Text that is written or shown has `***` in place of secrets, and keeps `${NAME}`. Only opening a file expands variables.
 """
 
 from __future__ import annotations
@@ -49,11 +47,9 @@ def expand_variables(address: str, setting: str = SOURCES_SETTING, environment: 
 
 
 def restore_spelling(path: str, given: str) -> str:
-    """Rewrite a path that a file system returned, so that it begins with the address as the user gave it, without
-    secrets.
+    """Make a path that a file system returned begin with the address as the user gave it, without secrets.
 
-    Some file systems keep user, password and query in their paths. Only the prefix is replaced, not the names of files
-    below it.
+    Some file systems keep user, password and query in their paths. Only the prefix is replaced.
 
     Args:
         path: the path of the address itself, or of a file below it.
@@ -78,8 +74,7 @@ def restore_spelling(path: str, given: str) -> str:
 
 
 def make_redactor(addresses: Iterable[str], environment: Mapping[str, str] = os.environ) -> Callable[[str], str]:
-    """Return a function that redacts the secrets of these addresses in a text, also where a password appears without
-    its address."""
+    """Return a function that redacts the secrets of these addresses in a text, also without their addresses."""
     replacements: dict[str, str] = {}
     for address in addresses:
         variables = {environment[name]: f"${{{name}}}" for name in _VARIABLE.findall(address) if name in environment}
@@ -98,8 +93,7 @@ def make_redactor(addresses: Iterable[str], environment: Mapping[str, str] = os.
 
 @contextmanager
 def redacting_errors(addresses: Iterable[str], setting: str = SOURCES_SETTING) -> Iterator[None]:
-    """Redact the secrets of these addresses in DataErrors that leave the block, and make them name the setting of the
-    addresses."""
+    """Redact the secrets of these addresses in DataErrors from the block, and make them name `setting`."""
     try:
         yield
     except DataError as error:

@@ -1,5 +1,4 @@
-"""What there is to prepare: the sources' files, the chunks they are split into, and the keys that identify finished
-work."""
+"""What there is to prepare: the sources' files, their chunks, and the keys that identify finished work."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ from data_pipeline.text.files import (
 from data_pipeline.tokenizing.tokenizer import document_hash
 
 _CHUNK_BYTES_PER_TOKEN = 3
-"""A chunk has this many bytes of text per token of a shard. Most text has 3 to 5, so a chunk rarely fills more than one
-shard."""
+"""A chunk has this many bytes of text per token of a shard. Text has 3 to 5, so most chunks fill one shard."""
 
 _READER_VERSION = 2
 """To be increased when readers read the same files differently. Finished work of other versions is then done again."""
@@ -150,8 +148,7 @@ class Corpus:
         ]
 
     def sample_chunks(self) -> list[Chunk]:
-        """Return the chunks to draw the tokenizer's sample from: the same fraction of each source's chunks, selected by
-        hash, or all."""
+        """Return the chunks to draw the tokenizer's sample from: the same fraction of each source, selected by hash."""
         needed_bytes = _SAMPLE_EXCESS * self.config.tokenizer_sample_mb * 1e6
         chunks = [chunk for chunk in self.chunks if not self.is_held_out(chunk.source_index)]
         fraction = min(1.0, needed_bytes / max(1, sum(chunk.bytes or 0 for chunk in chunks)))

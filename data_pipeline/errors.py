@@ -39,8 +39,7 @@ DISK_ERRNOS = frozenset(
 
 
 class DataError(Exception):
-    """The user's data or settings are wrong. The message is one line with the file or setting, its values and a
-    remedy."""
+    """The user's data or settings are wrong. The message is one line: the file or setting, its values, a remedy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))
@@ -63,8 +62,7 @@ def one_line(error: BaseException) -> str:
 
 
 class StorageError(DataError):
-    """A disk, a mount or a permission prevents reading or writing. Says nothing about the contents of the files. Exit
-    code 1.
+    """A disk, a mount or a permission prevents reading or writing: exit code 1. Says nothing about the files' contents.
 
     The message is one line with the path, the reason and a remedy. The same command may work later.
     """
@@ -79,8 +77,7 @@ def unreadable_error(path: object, error: OSError, what: str = "opened") -> Stor
 
 
 def redact(text: str) -> str:
-    """Replace user, password and the query's values by `***` in every address in a text. Keeps `${NAME}`.
-    Idempotent."""
+    """Replace user, password and query values by `***` in every address in a text. Keeps `${NAME}`. Idempotent."""
     return (
         _ADDRESS.sub(lambda match: _replace_parts(match[0], lambda part, _: REDACTED), text) if "://" in text else text
     )
@@ -101,8 +98,7 @@ def find_secrets(address: str) -> set[str]:
 
 
 def _replace_parts(address: str, replacement: Callable[[str, bool], str]) -> str:
-    """Replace user, password and each value of the query by `replacement(part, is_secret)`, unless they are
-    variables."""
+    """Replace user, password and query values, unless they are variables, by `replacement(part, is_secret)`."""
 
     def replace(part: str, is_secret: bool = True) -> str:
         return part if not part or _ONLY_VARIABLES.fullmatch(part) else replacement(part, is_secret)

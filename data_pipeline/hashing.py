@@ -61,8 +61,7 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def split_long_text(text: str) -> Iterator[str]:
-    """Yield a long text in pieces of at most BATCH_CHARACTERS. They end at white space, unless half a batch has
-    none."""
+    """Yield a long text in pieces of at most BATCH_CHARACTERS, cut at white space unless half a batch has none."""
     start = 0
     while start < len(text):
         half = start + BATCH_CHARACTERS // 2
@@ -73,8 +72,7 @@ def split_long_text(text: str) -> Iterator[str]:
 
 
 def word_batches(texts: Sequence[str], overlap: int) -> Iterator[tuple[int, NDArray[np.uint64], NDArray[np.int64]]]:
-    """Yield the word hashes of texts in batches: (index of the first text, word hashes of the batch, words of each
-    text).
+    """Yield the word hashes of texts in batches: (index of the first text, word hashes, words of each text).
 
     A text of more than BATCH_CHARACTERS characters is yielded alone, in several batches. Each repeats the last
     `overlap` words of the one before, so that for n up to overlap + 1 the n-grams of the batches are those of the text.
@@ -100,8 +98,7 @@ def word_batches(texts: Sequence[str], overlap: int) -> Iterator[tuple[int, NDAr
 def hash_ngrams(
     words: NDArray[np.uint64], counts: NDArray[np.int64], n: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Return (hashes of all n-grams, number of n-grams of each text). A text of fewer than n words has one n-gram: all
-    its words.
+    """Return (hashes of all n-grams, n-grams of each text). All words of a text of fewer than n words are one n-gram.
 
     Args:
         words: word hashes of the concatenated texts, [sum(counts)].
@@ -157,8 +154,7 @@ def _powers(bits: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
 
 @cache
 def _folding_table() -> NDArray[np.uint32]:
-    """Return the folded code point of each code point: its lower case, or 0 if it separates words. Flagged with
-    _IS_WORD."""
+    """Return for each code point its lower case, plus _IS_WORD if it is a word by itself; 0 if it separates words."""
     table = np.zeros(_CODES, np.uint32)
     for code in range(_CODES - 1):
         character = chr(code)

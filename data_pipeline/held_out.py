@@ -1,5 +1,4 @@
-"""Held-out text: how much of each source a validation reads, and which sources hold out too little for a meaningful
-loss."""
+"""Held-out text: how much of each source a validation reads, and warnings about sources that hold out too little."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ MIN_DOCUMENTS = 4
 """The same for documents, because one long document does not represent its source."""
 
 _MARGIN = 2
-"""Warnings propose to hold out this many times the minimum, because the hash may select fewer documents than the
-fraction says."""
+"""Warnings propose this many times the minimum, because the hash may select fewer documents than the fraction says."""
 
 _MAX_PROPOSED_FRACTION = 0.2
 """The largest `data.validation_fraction` that a warning proposes."""
@@ -55,8 +53,7 @@ def format_held_out_counts(splits: Mapping[str, SplitManifest], seq_len: int) ->
 
 
 def held_out_warnings(splits: Mapping[str, SplitManifest], seq_len: int) -> list[str]:
-    """Return a warning with a remedy for each source of which too little is held out, unless the settings hold out
-    nothing of it.
+    """Return a warning with a remedy for each source of which the settings hold out something, but too little.
 
     Args:
         splits: the manifests of a prepared data set.

@@ -81,8 +81,7 @@ class PackedPiece:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """A sequence of PACKED_TOKENS tokens as `concatenate` packs it. If possible, one in which a document begins in the
-    middle."""
+    """A sequence of PACKED_TOKENS tokens as `concatenate` packs it, if possible one in which a document begins."""
 
     start: int
     """Index of its first token in the stream."""
@@ -110,8 +109,7 @@ class SourceDescription:
     lengths: tuple[LengthBin, ...]
     """Lengths of the documents of all splits, in bins of powers of two."""
     samples: tuple[SampleDocument, ...]
-    """Evenly spaced over the training split, or over another split if the training split holds nothing of the
-    source."""
+    """Evenly spaced over the training split, or over the validation split if only that one holds the source."""
     packed: PackedSequence | None
     """None if no samples were requested, or there are no documents."""
 
@@ -132,8 +130,7 @@ class SourceDescription:
 
     @property
     def drops(self) -> dict[str, int]:
-        """Dropped documents by reason, the most frequent first. Duplicates are counted together, whatever source they
-        repeat."""
+        """Dropped documents by reason, the most frequent first. Duplicates of all sources are counted together."""
         return _sort_by_count(
             (_KINDS.get(reason.partition(": ")[0], reason), count) for reason, count in self._counts("dropped")
         )
@@ -161,8 +158,7 @@ class SourceDescription:
 
     @property
     def in_place(self) -> tuple[int, str] | None:
-        """(number of shards whose tokens are read in place, the folder or file that holds all of them). None if there
-        are none."""
+        """(number of shards that are read in place, the folder or file that holds them); None if there are none."""
         files = [
             shard.external_bin
             for part in self.splits.values()

@@ -34,8 +34,7 @@ class FileLock:
         Args:
             file: the lock file; its folder exists.
             blocking: wait while another process holds the lock.
-            required: if false, a lock that the file system cannot give is done without, for work that is safe to do
-                twice.
+            required: if false, go on without a lock if the file system has none. For work that is safe to do twice.
 
         Raises:
             LockHeldError: another process holds the lock, and `blocking` is false.
@@ -72,8 +71,7 @@ class FileLock:
 
 
 def _lock(descriptor: int, file: Path, blocking: bool) -> bool:
-    """Lock an open file and write the process id into it. False if another process deleted `file` before this one
-    locked it."""
+    """Lock an open file and write the process id into it. Return false if another process deleted `file` before."""
     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(descriptor), file.stat()):

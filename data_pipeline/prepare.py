@@ -96,8 +96,7 @@ def prepare(
 
     Raises:
         DataError: a source cannot be read or holds no text, `path` holds other data, or another process is preparing
-            it. Finished work is kept in a hidden folder for the next attempt. Nothing that looks like prepared data is
-            left.
+            it. Finished work is kept in a hidden folder for the next attempt. An incomplete data set is never left.
     """
     corpus = find_corpus(config)
     given = None if config.tokenizer == AUTO else config.tokenizer
@@ -176,8 +175,7 @@ def _clean(corpus: Corpus, work: Path, progress: StageProgressCallback) -> dict[
 def _train_tokenizer(
     file: Path, corpus: Corpus, verdicts: dict[str, Path], progress: StageProgressCallback
 ) -> Tokenizer:
-    """Train a tokenizer on a sample of the kept training documents and write it to `file`; use an earlier attempt's if
-    it fits."""
+    """Train a tokenizer on a sample of the kept training documents and write it to `file`. Reuses a finished one."""
     config, key_file = corpus.config, file.with_suffix(".key")
     settings = config.model_dump(include={"tokenizer_kind", "vocab_size", "tokenizer_sample_mb", "validation_fraction"})
     key = hash_json(

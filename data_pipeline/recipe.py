@@ -1,5 +1,4 @@
-"""How a prepared data set was made, for display: the settings that influenced it, and the files that they referred
-to."""
+"""How a prepared data set was made, for display: the settings that influenced it, and the files they referred to."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ class RecipeEntry:
 
 
 def describe_recipe(manifest: SplitManifest, tokenizer: Tokenizer) -> dict[str, tuple[RecipeEntry, ...]]:
-    """Return the settings that influenced the data, by section, with what they referred to when the data was
-    prepared."""
+    """Return the settings that influenced the data, by section, with what they referred to at that time."""
     coverage = tokenizer.coverage
     recipe, settings = manifest.recipe, manifest.recipe.settings
     filters, dedup, clean = settings.filters, settings.dedup, settings.decontaminate

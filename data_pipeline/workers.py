@@ -1,5 +1,4 @@
-"""Jobs in worker processes: results as they finish, progress from inside of a job, and an end to all workers if one
-fails.
+"""Jobs in worker processes: results as they finish, progress from inside of jobs, and an end to all if one fails.
 
 Workers are spawned, not forked, because a fork of a process whose threads hold locks can hang. Workers end at once when
 their parent process closes its end of a pipe or ends, however it ends.
@@ -140,8 +139,7 @@ class _Worker:
 
     setup: Callable[[], Callable[[Any, ProgressCallback], object]]
     pipe: Connection
-    """Shared by all workers. A message is written in a single call, so no lock is needed that a killed worker could
-    still hold."""
+    """Shared by all workers. A message is one write, so it needs no lock that a killed worker could hold."""
 
     @cached_property
     def work(self) -> Callable[[Any, ProgressCallback], object]:  # Any: only the caller of `run_jobs` knows the type

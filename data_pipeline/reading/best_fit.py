@@ -10,8 +10,7 @@ document. Inside a sequence, documents keep the order of the stream. Sequences a
 The plan is a file beside the shards, little-endian: 8 bytes magic, u64 sequences n, u64 pieces m, u64 XXH3 of the
 header and of the checksums; u64[] XXH3 of each MiB of the body; the body: i64[n + 1] first piece of each sequence, m
 pieces (`_PIECE`). The name of the file has a hash of what the plan was made from. A plan is opened without reading its
-body, and made again if it is missing or damaged. If several processes need it at the same time, one makes it and the
-others wait.
+body, and made again if it is missing or damaged. One process makes it while others wait.
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ class BestFitPlan:
     """The packing plan of one source."""
 
     def __init__(self, shards: ShardSet, seq_len: int) -> None:
-        """Open the plan, or make it. Making it takes seconds for ten million documents, and about 85 bytes of memory
-        for each.
+        """Open the plan, or make it: seconds for ten million documents, and about 85 bytes of memory for each.
 
         Raises:
             DataError: an index of the shards is damaged, or the plan cannot be written.
@@ -162,8 +160,7 @@ def plan_best_fit(lengths: NDArray[np.int32], seq_len: int) -> tuple[NDArray[np.
 
 
 def best_fit_decreasing(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int32]:
-    """Assign items to bins by best-fit decreasing; return the bin of each item. Every length is from 1 to
-    `capacity`."""
+    """Assign items of lengths 1 to `capacity` to bins by best-fit decreasing; return the bin of each item."""
     longest_first = _stable_order(capacity - lengths)
     counts = np.bincount(lengths, minlength=1)
     placed = np.empty(len(lengths), np.int32)
@@ -206,8 +203,7 @@ def best_fit_decreasing(lengths: NDArray[np.int32], capacity: int) -> NDArray[np
 
 
 def _stable_order(numbers: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return the indices that sort non-negative numbers stably. Sorts 16 bits at a time, which NumPy does faster than
-    32."""
+    """Return the indices that sort non-negative numbers stably, 16 bits at a time, which NumPy does faster than 32."""
     order = np.argsort((numbers & 0xFFFF).astype(np.uint16), kind="stable")
     high = (numbers >> 16).astype(np.uint16)
     return order[np.argsort(high[order], kind="stable")] if high.any() else order
@@ -251,8 +247,7 @@ def read_best_fit(
 def _read_row(
     inputs: NDArray[np.int32], labels: NDArray[np.int32], shards: ShardSet, pieces: Sequence[DocumentPiece]
 ) -> None:
-    """Write the pieces of one row into `inputs` and `labels`. A document's last token predicts the first one of the
-    next document."""
+    """Write the pieces of one row. The last token of a document predicts the first token of the next one."""
     column, previous_ends = 0, False
     for start, length, begins, ends in pieces:
         # If the document goes on behind the piece, its next token is the label of the piece's last token.

@@ -1,5 +1,4 @@
-"""What a run will read of each source: tokens, epochs and repeated tokens. Computed before the run, without reading
-tokens."""
+"""What a run will read of each source: tokens, epochs and repeats. Computed before the run, without reading tokens."""
 
 from __future__ import annotations
 
@@ -92,8 +91,7 @@ def format_repeat_warning(source: SourceUsage) -> str:
 
 
 def _segment(loader: Loader, mixture: Mixture, start: int, stop: int) -> RunSegment:
-    """Compute what samples [start, stop) read: the difference between the first `stop` and the first `start`
-    samples."""
+    """Compute what samples [start, stop) read: the first `stop` samples less the first `start` samples."""
     samples_per_window = loader.window // loader.seq_len
     counts_at = [_count_by_source(mixture, samples_per_window, samples) for samples in (start, stop)]
     usages = []

@@ -1,5 +1,4 @@
-"""Batches as a pure function of (split, settings, sample number). The only state of a run's data is the number of
-samples consumed.
+"""Batches as a pure function of (split, settings, sample number). The only state is the number of samples consumed.
 
 A sample is `seq_len` tokens. The global batch that starts at sample g is the slice [g, g + B). Each data rank requests
 its part of the slice. The loader does not know how many ranks there are.
@@ -52,8 +51,7 @@ class Loader:
         on_damage: Literal["stop", "skip"] = "stop",
         trusted_paths: Sequence[Path] | None = None,
     ) -> None:
-        """Open the split in `folder`. Reads its manifest, but no tokens. With `best_fit`, also makes the packing plan
-        if it is missing.
+        """Open the split in `folder` without reading tokens. With `best_fit`, make the plan if it is missing.
 
         Args:
             folder: the folder of the split.
@@ -124,8 +122,7 @@ class Loader:
         return self.mixture.epochs(samples // self._samples_per_window)
 
     def order_fingerprint(self, samples: int) -> str:
-        """Hash everything that the first `samples` samples depend on. Loaders with equal fingerprints return the same
-        samples."""
+        """Hash everything that the first `samples` samples depend on: equal fingerprints mean equal samples."""
         mixture = self.mixture.order_fingerprint(-(-samples // self._samples_per_window))
         return xxhash.xxh3_128_hexdigest(
             repr((self.fingerprint, self.seq_len, self.window, self.packing, mixture)).encode()
@@ -155,8 +152,7 @@ class Loader:
         return self._rows(*self._locate(first, count, per_row), per_row)
 
     def sequential(self, source: str, first: int, count: int) -> Batch:
-        """Read samples [first, first + count) of one source in the order of its shards, for validation. Stops at the
-        end of the source.
+        """Read samples [first, first + count) of a source, unshuffled, for validation. Stops at its end.
 
         Raises:
             DataError: a block of a shard does not match its checksum (unless damage is skipped), or a file cannot be
@@ -166,8 +162,8 @@ class Loader:
         return self._rows([self.mixture.names.index(source)] * len(samples), list(samples), 1)
 
     def order(self, first: int, count: int) -> tuple[list[int], list[int]]:
-        """Return what `batch` reads for samples [first, first + count): (index of the source, sample of that source)
-        for each."""
+        """Return the (index of the source, sample of that source) that `batch` reads for samples [first, first +
+        count)."""
         return self._locate(first, count, 1)
 
     def _locate(self, first: int, count: int, step: int) -> tuple[list[int], list[int]]:
@@ -181,8 +177,7 @@ class Loader:
         return [sources[w] for w, _ in located], [sequences[w] * per_window + sample for w, sample in located]
 
     def _rows(self, sources: list[int], samples: list[int], per_row: int) -> Batch:
-        """Read a row for each (index of the source, sample of that source): `per_row` samples, beginning with that
-        one."""
+        """Read a row for each (index of the source, sample of that source): `per_row` samples from there on."""
         if self._plans:
             return read_best_fit(
                 self._plans, list(zip(sources, samples, strict=True)), self.seq_len, self.manifest.eot_id, self._skip

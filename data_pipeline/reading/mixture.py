@@ -1,5 +1,4 @@
-"""The source of each sample of a run, and the sequence of that source: a pure function of the sample number, in O(1)
-memory.
+"""The source of each sample of a run, and the sequence of that source: a pure function, in O(1) memory.
 
 Each source gets samples in proportion to its integer weight. A binary tree over the sources assigns them: of the first
 n samples that reach a node, round(n * left / (left + right)) go to the left child and the others to the right one,
@@ -118,8 +117,7 @@ class Mixture:
         return found
 
     def _in_stage(self, stage: ResolvedStage, stop: int) -> list[int]:
-        """Count samples [stage.start, stop) by source: complete blocks in closed form, the last block by generating
-        it."""
+        """Count samples [stage.start, stop) by source: whole blocks in closed form, the last one by generating it."""
         first, sources = self._pattern(stage, stop - stage.start)
         rest = np.bincount(sources[: stop - stage.start - first], minlength=len(self.sizes)).tolist()
         return [a + b for a, b in zip(counts(stage.weights, first), rest, strict=True)]
@@ -149,8 +147,7 @@ class Mixture:
 
 
 def counts(weights: tuple[int, ...], n: int) -> list[int]:
-    """Count how many of the first `n` samples of the regular pattern come from each source. If all weights are 0, `n`
-    must be 0."""
+    """Count the first `n` samples of the regular pattern by source. If all weights are 0, `n` must be 0."""
     if len(weights) == 1:
         return [n]
     half = len(weights) // 2
@@ -180,8 +177,8 @@ def pattern_sources(weights: tuple[int, ...], first: int, size: int) -> NDArray[
 
 
 def interleaved(sizes: Mapping[str, int]) -> Mixture:
-    """Return the mixture that reads every sequence once, in the order of the shards, sources interleaved in proportion
-    to their sizes.
+    """Return the mixture that reads every sequence once, unshuffled, with sources interleaved in proportion to their
+    sizes.
 
     A validation reads the first samples of it.
     """

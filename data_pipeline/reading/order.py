@@ -1,5 +1,4 @@
-"""The shuffled data order in O(1) memory: a keyed permutation of [0, n), evaluated for any index without computing the
-others.
+"""The shuffled data order in O(1) memory: a keyed permutation of [0, n), evaluated for any index alone.
 
 The permutation is a Feistel network (M. Luby and C. Rackoff, "How to construct pseudorandom permutations from
 pseudorandom functions", SIAM J. Comput. 17(2), 1988). Each round adds a hash of one half of a number to the other half.
@@ -23,8 +22,8 @@ from numpy.typing import NDArray
 from data_pipeline.hashing import GOLDEN_GAMMA, splitmix64
 
 ROUNDS = 8
-"""For large n, four rounds give a permutation that cannot be distinguished from a random one. Small n have small digits
-and need more."""
+"""Four rounds cannot be distinguished from a random permutation for large n. Small n have small digits and need
+more."""
 
 _MIN_BASE = 4  # with smaller digits, a round has almost nothing to hash
 _MASK64 = (1 << 64) - 1

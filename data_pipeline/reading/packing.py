@@ -1,5 +1,4 @@
-"""Batches of packed sequences, and the simplest packing: concatenate documents and cut the stream every `seq_len`
-tokens.
+"""Batches of packed sequences, and the simplest packing: concatenate documents, cut the stream every `seq_len` tokens.
 
 Sequence j of a source holds tokens [j * S, (j + 1) * S) of the source's stream, S = seq_len. Every token is an input
 exactly once. The last sequence is padded with end-of-text tokens, which have a document id of their own and no labels.
@@ -36,8 +35,7 @@ NO_LABEL = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed sequences: arrays of shape [rows, seq_len] and type int32. `input_ids` and `labels` may be views of one
-    array."""
+    """Packed sequences: int32 arrays [rows, seq_len]. `input_ids` and `labels` may be views of one array."""
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
@@ -51,8 +49,7 @@ class Batch:
 
     @cached_property
     def positions(self) -> NDArray[np.int32]:
-        """Position of each token in its document, counted from the document's first token in this row, so always below
-        seq_len."""
+        """Position of each token in its document, counted from the document's first token in this row."""
         rows, seq_len = self.document_ids.shape
         ids = self.document_ids.ravel()
         starts, lengths = _runs((ids[1:] != ids[:-1]).nonzero()[0] + 1, rows, seq_len)
@@ -175,8 +172,8 @@ def number_documents(starts: NDArray[np.int64], rows: int, seq_len: int) -> NDAr
 
 
 def _runs(starts: NDArray[np.int64], rows: int, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (starts, lengths) of the runs of tokens between these positions and the starts of the rows, sorted, none
-    empty."""
+    """Return (starts, lengths) of the non-empty runs of tokens that these positions and the starts of the rows
+    delimit."""
     starts = np.concatenate((_edges(rows, seq_len), starts))
     starts.sort()
     lengths = starts[1:] - starts[:-1]
@@ -186,6 +183,5 @@ def _runs(starts: NDArray[np.int64], rows: int, seq_len: int) -> tuple[NDArray[n
 
 @functools.lru_cache(maxsize=8)
 def _edges(rows: int, seq_len: int) -> NDArray[np.int64]:
-    """Return the position at which each row begins, and the end of the last row. The array is cached: do not write into
-    it."""
+    """Return the start of each row, and the end of the last row. The array is cached: do not write into it."""
     return np.arange(0, rows * seq_len + 1, seq_len)

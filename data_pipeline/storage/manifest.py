@@ -47,8 +47,7 @@ class ManifestModel(BaseModel):
 
 
 class Shard(ManifestModel):
-    """One `.bin` / `.idx` pair. The `.idx` lies beside the manifest. The `.bin` may be the file of another tool,
-    elsewhere."""
+    """One `.bin` / `.idx` pair. The `.idx` is beside the manifest. The `.bin` may be another tool's file elsewhere."""
 
     name: str
     """File name without extension."""
@@ -89,17 +88,14 @@ class SourceManifest(ManifestModel):
     marked: dict[str, int]
     """Documents that were kept unchanged although something was found in them, by finding."""
     unknown_tokens: int = 0
-    """Unknown tokens: they stand for text that the tokenizer cannot encode. `marked` counts the documents with such
-    tokens."""
+    """Tokens that stand for text that the tokenizer cannot encode. `marked` counts the documents that have some."""
     lost_characters: int = 0
-    """Characters that the tokenizer cannot encode and dropped, fully or in part. `marked` counts the documents that had
-    them."""
+    """Characters that the tokenizer cannot encode and dropped, fully or in part. `marked` counts their documents."""
     shards: tuple[Shard, ...]
 
     @model_serializer(mode="wrap")
     def _omit_zero_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """Omit the counts that older versions did not have if they are 0, so that the bytes are those of the older
-        versions."""
+        """Omit counts of 0 that older versions did not have, so that the bytes are those of the older versions."""
         fields: dict[str, object] = serialize(self)
         return {
             name: value for name, value in fields.items() if value or name not in ("unknown_tokens", "lost_characters")
@@ -114,8 +110,7 @@ class SourceManifest(ManifestModel):
 class Recipe(ManifestModel):
     """How a split was made: the same recipe gives the same bytes.
 
-    For a reader it is only information. So settings unknown to this version are ignored, and missing ones have their
-    defaults.
+    For a reader it is only information. So unknown settings are ignored, and missing ones have their defaults.
     """
 
     settings: PrepareConfig
@@ -137,8 +132,7 @@ class Recipe(ManifestModel):
 
     @model_serializer(mode="wrap")
     def _omit_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """Omit fields that older versions did not have if they are empty, so that the bytes are those of the older
-        versions."""
+        """Omit empty fields that older versions did not have, so that the bytes are those of the older versions."""
         fields: dict[str, object] = serialize(self)
         if not self.passed_over:
             del fields["passed_over"]
@@ -196,7 +190,7 @@ class SplitManifest(ManifestModel):
         return _to_json(self.model_dump(mode="json"))
 
     def fingerprint(self) -> str:
-        """Return the XXH3-128 of the file's bytes without `recipe.passed_over`. Checkpoints store it to recognise their
+        """Return the XXH3-128 of the file without `recipe.passed_over`. Checkpoints store it to recognise their
         data."""
         return self._fingerprint or _fingerprint(self.to_bytes())
 
@@ -288,8 +282,7 @@ def check_external_files(folder: Path, manifest: SplitManifest, trusted_paths: S
 
 
 def _remove(tree: Any, where: tuple[int | str, ...]) -> bool:  # Any: JSON
-    """Remove the key at a location that pydantic reports; return whether it existed. Branches of unions in the location
-    are skipped."""
+    """Remove the key at a location that pydantic reports, ignoring branches of unions; return whether it existed."""
     *path, key = where
     for step in path:
         if step in tree if isinstance(tree, dict) else isinstance(tree, list | tuple):

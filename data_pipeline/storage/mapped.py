@@ -68,8 +68,8 @@ class MappedFile(ABC, Generic[T]):
         """Map the file with `map_file`. Return the mapped object and the open file."""
 
     def get(self) -> T:
-        """Return the mapped object; map the file if it is not mapped. The file stays open while the object, or a view
-        of it, is used.
+        """Return the mapped object; map the file if needed. The file stays open while the object or a view of it
+        exists.
 
         Raises:
             CorruptDataError: the file is shorter than it was, or `_map` finds it damaged.

@@ -22,8 +22,7 @@ from data_pipeline.tokenizing.coverage import check_coverage
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 
 VERDICTS_FOLDER, RESULTS_FOLDER = "judged", "done"
-"""Folders of the working folder: one file for each chunk that was cleaned, and one for each chunk that was
-tokenized."""
+"""Folders of the working folder: a file for each chunk that was cleaned, and for each that was tokenized."""
 
 _TEMPORARY = ".prepare.tmp"
 _LOCK = ".prepare.lock"
@@ -220,8 +219,7 @@ def install_tokenizer(path: Path, given: Path, work: Path, allow_lossy: bool) ->
 
 
 def commit(work: Path, path: Path, manifests: Sequence[SplitManifest], rejects: Collection[str]) -> None:
-    """Write the manifests, delete files that they do not list, rename everything into `path`, and delete the working
-    folder.
+    """Write the manifests, delete files that they do not list, and rename the rest from the working folder into `path`.
 
     Args:
         work: the working folder.

@@ -44,8 +44,7 @@ def describe_shard(
     bin_start: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Shard:
-    """Return the manifest's entry for these tokens and this `.idx`. `progress` is called with the bytes hashed so
-    far."""
+    """Return the manifest's entry for a shard. `progress` is called with the bytes hashed so far."""
     file_hash, blocks = xxhash.xxh3_128(), []
     for start in range(0, len(raw), BLOCK_BYTES):
         block = raw[start : start + BLOCK_BYTES]

@@ -185,8 +185,7 @@ class ShardFile:
         self._idx = CheckedIndex(idx_file, shard, dtype, remedy)
 
     def document_starts_near(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return the byte offsets of all documents that start in [start, stop), and of some that start up to 4095
-        tokens outside.
+        """Return the byte offsets of all documents that start in [start, stop), and of some up to 4095 tokens outside.
 
         The array is a copy and keeps no file open.
 
@@ -227,8 +226,7 @@ class ShardIndex:
         """For each cell of 4096 tokens, the first document that starts in it or later. Replaces the search."""
 
     def search(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return the byte offsets of the documents that start in [start, stop). Builds the lookup table after many
-        calls."""
+        """Return the byte offsets of the documents that start in [start, stop). Many calls build the lookup table."""
         self._n_searches += 1
         # Not at the first call: if there are many shards, this one may soon be closed, and its table with it.
         if self._n_searches == _SEARCHES_BEFORE_TABLE:
@@ -239,8 +237,7 @@ class ShardIndex:
 
 
 class CheckedIndex(MappedFile[ShardIndex]):
-    """The `.idx` of a shard. When it is first opened, the whole file is compared with its checksum: it is a few per
-    cent of the `.bin`."""
+    """The `.idx` of a shard. The whole file, a few per cent of the `.bin`, is verified when it is first opened."""
 
     def __init__(self, file: Path, shard: Shard, dtype: TokenDtype, remedy: str) -> None:
         super().__init__(file, 0, shard.idx_bytes, remedy)

@@ -1,8 +1,6 @@
-"""Import of tokenized sources: their tokens are read once and stay where they are; only a `.idx` is written for each
-file.
+"""Import of tokenized sources: their tokens are read once and stay where they are. Only `.idx` files are written.
 
-`token_files.py` finds the documents of a file. Only local files can be imported, because training maps them into
-memory.
+`token_files.py` finds the documents of a file. Files must be local, because training maps them.
 """
 
 from __future__ import annotations
@@ -43,8 +41,7 @@ def import_tokenized(
     is_held_out: bool = False,
     trusted_paths: Sequence[Path] | None = None,
 ) -> dict[str, SourceManifest]:
-    """Import a tokenized source: write its `.idx` files to `work/<split>/` and return its entry in the manifest of each
-    split.
+    """Import a tokenized source: write `.idx` files to `work/<split>/`, return its entry in the manifest of each split.
 
     Every token is read once: for the checksums, to check that it is in the vocabulary, and to see whether documents end
     with the end-of-text token. Empty documents are counted as dropped. The last whole documents of the last file or
@@ -91,8 +88,7 @@ def import_tokenized(
 
 
 def collect_trusted_paths(config: PrepareConfig) -> list[Path]:
-    """Return the paths outside of a prepared data set from which its tokens may be read: those that the user's settings
-    name."""
+    """Return the paths outside of a prepared data set that may hold its tokens: those that the user's settings name."""
     named: list[str] = []
     for i, source in enumerate(config.all_sources):
         with redacting_errors(source.paths, config.sources_setting(i)):
@@ -254,8 +250,7 @@ def _import_documents(
     unknown_id = _unknown_id(tokenizer)
 
     def check_block(read: int) -> None:
-        """Check the block that was just hashed, while it is in the cache. `read` is the number of bytes hashed so
-        far."""
+        """Check the block that was just hashed and is still in the cache. `read` bytes are hashed so far."""
         nonlocal position, n_missing_eot
         block = ids[position : read // itemsize]
         if largest_id(block) >= tokenizer.vocab_size:

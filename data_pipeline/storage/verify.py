@@ -87,8 +87,7 @@ def verify(
 
 
 def largest_id(tokens: NDArray[np.integer]) -> int:
-    """Return the largest token id, or -1 if there are no tokens. A negative id counts as more than 2^31, so it is out
-    of any vocabulary."""
+    """Return the largest token id; -1 without tokens. A negative id counts as more than 2^31: not in any vocabulary."""
     return int(tokens.view(f"u{tokens.itemsize}").max()) if tokens.size else -1
 
 
@@ -172,8 +171,7 @@ def _check_bin(
     ends: NDArray[np.int64] | None,
     count: Callable[[int], None],
 ) -> list[str]:
-    """Return the problems of a token file, read a MiB at a time. `ends` are the ends of its documents, None if they are
-    not known."""
+    """Return the problems of a token file, read a MiB at a time. `ends`: where its documents end, None if unknown."""
     file = Path(shard.external_bin or folder / f"{shard.name}.bin")
     problems: list[str] = []
     dtype, file_hash, size, n_missing_eot = DTYPES[source.dtype], xxhash.xxh3_128(), 0, 0
