@@ -1,4 +1,5 @@
-"""What the tests of interrupted and failing preparations share: a text, and attempts to prepare it, in this process and as a command."""
+"""Helpers for tests of interrupted and failing preparations: a text, and preparing it in this process or as a
+command."""
 
 import contextlib
 import json
@@ -20,7 +21,7 @@ from data_pipeline.settings import PrepareConfig, SourceConfig
 from data_pipeline.storage.prepared import PreparedData
 
 PATIENCE = 60.0
-"""Seconds to wait for something that takes one."""
+"""Timeout in seconds for something that takes one second."""
 
 SYLLABLES = ("ba", "de", "fi", "go", "lu", "ma", "ne", "ri", "so", "tu")
 
@@ -30,7 +31,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def write_jsonl(file: Path, documents: int, seed: int = 0) -> None:
-    """Documents of 60 to 120 words; every tenth is short, every tenth nearly repeats the one before."""
+    """Documents of 60 to 120 words; one in ten is short, one in ten nearly repeats the previous one."""
     rng = np.random.default_rng(seed)
     lines: list[str] = []
     for i in range(documents):
@@ -55,7 +56,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Text:
-    """A source, and what a preparation of it gives that nothing happens to."""
+    """A source, and the result of preparing it without interruption."""
 
     jsonl: Path
     chunks: int
@@ -81,7 +82,7 @@ def prepare_here(
     keep_rejects: bool = False,
     **settings: Any,
 ) -> PreparedData:
-    """In this process, without workers: the result does not depend on them."""
+    """Prepare in this process, without workers: the result does not depend on them."""
     source = SourceConfig(kind="jsonl", paths=(str(jsonl),))
     config = PrepareConfig(**(SETTINGS | {"sources": (source,), "workers": 1} | settings))
     return prepare(path, config, keep_rejects=keep_rejects, progress=progress)
@@ -89,7 +90,7 @@ def prepare_here(
 
 @contextlib.contextmanager
 def preparing(path: Path, jsonl: Path, **settings: Any) -> Iterator[subprocess.Popen[str]]:
-    """`pretrain data prepare` with two workers in a process group of its own."""
+    """Run `pretrain data prepare` with two workers, in its own process group."""
     sources = [{"kind": "jsonl", "paths": [str(jsonl)]}]
     config = path.parent / "prepare.yaml"
     config.write_text(
@@ -113,7 +114,7 @@ def preparing(path: Path, jsonl: Path, **settings: Any) -> Iterator[subprocess.P
 
 
 def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """(exit code, the lines on both streams as one)."""
+    """Return (exit code, the lines of both streams joined to one)."""
     out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, " ".join((out + err).split())
 
@@ -126,7 +127,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def finished(path: Path, pass_: str = "done") -> list[str]:
-    """Names of the chunks that a preparation under way has finished."""
+    """Return the names of the chunks that a running preparation has finished."""
     ending = {"done": "result", "judged": "verdicts"}[pass_]
     return [file.stem for file in (path / ".prepare.tmp" / pass_).glob(f"*.{ending}")]
 
@@ -148,7 +149,7 @@ def looks_prepared(path: Path) -> bool:
 
 
 def interrupt(path: Path, jsonl: Path, stage: PrepareStage, **settings: Any) -> None:
-    """A preparation that is stopped in the middle of a stage."""
+    """Start a preparation and stop it in the middle of a stage."""
 
     def stop(progress: StageProgress) -> None:
         if progress.stage == stage and progress.read > (progress.total or 0) / 2:

@@ -33,7 +33,7 @@ WORDS = [
 
 
 def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
-    """`documents` text files of random words in two folders."""
+    """Write `documents` text files of random words to two folders."""
     rng = np.random.default_rng(seed)
     for i in range(documents):
         file = folder / ("a" if i % 2 else "b") / f"{i:03d}.txt"
@@ -54,7 +54,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prepare_at() -> Callable[..., PreparedData]:
-    """`prepare` with small settings; keywords override them."""
+    """Return a function that calls `prepare` with small settings; keywords override them."""
 
     def run(
         path: Path,
@@ -79,7 +79,7 @@ def prepare_at() -> Callable[..., PreparedData]:
 
 @pytest.fixture
 def write_split(tmp_path: Path) -> Callable[..., OpenedSplit]:
-    """A split of documents given as token lists by source."""
+    """Return a function that writes a split, given the documents of each source as token lists."""
 
     def write(
         documents: dict[str, list[list[int]]],
@@ -113,7 +113,7 @@ def write_split(tmp_path: Path) -> Callable[..., OpenedSplit]:
 def _write_source(
     folder: Path, name: str, documents: list[list[int]], dtype: TokenDtype, shard_tokens: int
 ) -> SourceManifest:
-    """Shards `<name>-00000`, ... of at most `shard_tokens` tokens, or of one longer document."""
+    """Write shards `<name>-00000`, ... of at most `shard_tokens` tokens, or of one longer document."""
     shards: list[list[list[int]]] = []
     for ids in documents:
         if not shards or sum(map(len, shards[-1])) + len(ids) > shard_tokens:
@@ -144,7 +144,7 @@ def _write_source(
 
 @pytest.fixture
 def random_documents() -> Callable[..., list[list[int]]]:
-    """Token lists that end in 0 and may hold a 0 inside, of lengths 1 to `longest`."""
+    """Return a function that draws token lists of lengths 1 to `longest`. They end in 0 and may hold a 0 inside."""
 
     def draw(count: int, longest: int, seed: int = 0, vocab_size: int = 1000) -> list[list[int]]:
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""The books of a preparation close: every document that goes in is written or dropped for a reason, and every token is read once."""
+"""Nothing is lost: every document is written or dropped for a reason, and an epoch reads every token once."""
 
 import importlib.metadata
 import io
@@ -25,11 +25,11 @@ from data_pipeline.storage.manifest import DTYPES, SPLITS, SplitManifest, load_m
 
 SEQ_LEN = 256
 PACKAGES = ("rich", "fsspec", "typer", "yaml")
-"""Dependencies of ours, whose sources are read."""
+"""Dependencies whose Python sources are the text."""
 
 
 def sources_below(folder: Path, most_bytes: int) -> list[str]:
-    """Python sources by name, up to some bytes in all."""
+    """Return Python sources in the order of their names, up to a total size."""
     texts: list[str] = []
     for file in sorted(folder.rglob("*.py")):
         text = file.read_text(errors="replace")
@@ -47,11 +47,11 @@ def write_jsonl_zst(file: Path, rows: Iterable[dict[str, str]]) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What one command made of the three sources."""
+    """The result of one command for the three sources."""
 
     path: Path
     documents: dict[str, int]
-    """In each source, counted in its raw files."""
+    """Documents of each source, counted in its raw files."""
     out: str
 
 
@@ -159,8 +159,8 @@ def test_every_document_is_written_or_dropped_for_a_reason(prepared: Prepared) -
             assert source.documents == sum(shard.documents for shard in source.shards)
             written[source.name] += source.documents
             dropped.update({(source.name, reason): count for reason, count in source.dropped.items()})
-    for name, there in prepared.documents.items():
-        assert there == written[name] + sum(count for (source, _), count in dropped.items() if source == name)
+    for name, n_read in prepared.documents.items():
+        assert n_read == written[name] + sum(count for (source, _), count in dropped.items() if source == name)
         assert written[name] > 10
     assert sum(prepared.documents.values()) == written.total() + dropped.total()
     assert dropped["packages", "exact_duplicate: library"] == 1
@@ -187,17 +187,18 @@ def test_every_dropped_document_is_among_the_rejects_with_its_reason(prepared: P
     assert found == counted
 
 
-def test_the_counts_are_told(prepared: Prepared) -> None:
+def test_the_command_prints_the_counts(prepared: Prepared) -> None:
     for name, documents in prepared.documents.items():
-        told = [
+        counts_shown = [
             int(line.split()[1].replace(",", "")) for line in prepared.out.splitlines() if line.split()[:1] == [name]
         ]
-        assert sum(told) == documents
-        assert len(told) == 2
+        assert sum(counts_shown) == documents
+        assert len(counts_shown) == 2
 
 
 def real_tokens(loader: Loader, samples: int) -> NDArray[np.int64]:
-    """How often each token is an input of the first samples; padding is none. A stream's last token is the one without a label."""
+    """Count how often each token is an input of the first samples, without padding. The last token of a stream has no
+    label."""
     counts = np.zeros(loader.manifest.vocab_size, np.int64)
     for first in range(0, samples, 7):
         batch = loader.batch(first, min(7, samples - first))

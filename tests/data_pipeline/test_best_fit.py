@@ -27,7 +27,7 @@ Draw = Callable[..., list[list[int]]]
 
 
 def one_by_one(lengths: list[int], capacity: int) -> list[int]:
-    """Rooms left by best-fit decreasing as the textbook has it."""
+    """Return the free rooms after textbook best-fit decreasing."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, room in enumerate(rooms) if room >= length]
@@ -40,7 +40,7 @@ def one_by_one(lengths: list[int], capacity: int) -> list[int]:
 
 
 def realistic(n: int) -> NDArray[np.int32]:
-    """Lengths of documents as the web has them: a median of some 600 tokens and a long tail."""
+    """Draw document lengths similar to web text: a median of about 600 tokens and a long tail."""
     return (np.random.default_rng(0).lognormal(np.log(600), 1.0, n)).astype(np.int32) + 2
 
 
@@ -74,7 +74,7 @@ def test_packing_by_hand(write_split: WriteSplit) -> None:
     assert loader.packing_efficiency == 22 / 25
 
 
-def test_the_end_of_a_document_predicts_no_middle_of_another(write_split: WriteSplit) -> None:
+def test_the_end_of_a_document_does_not_predict_the_middle_of_another(write_split: WriteSplit) -> None:
     folder = write_split({"a": [[1, 0], [2, 3, 4, 5, 6, 0]]}).folder
     batch = Loader(folder, seq_len=4, seed=0, packing="best_fit").sequential("a", 0, 9)
     assert batch.input_ids.tolist() == [[1, 0, 6, 0], [2, 3, 4, 5]]
@@ -99,14 +99,14 @@ def test_a_plan_holds_every_token_once_and_cuts_no_document_that_fits(seq_len: i
     assert starts[-1] == len(pieces)
     tokens = [token for start, length, *_ in pieces.tolist() for token in range(start, start + length)]
     assert sorted(tokens) == list(range(sum(lengths)))
-    begin = 0
+    start = 0
     cuts = {start: (length, begins, ends) for start, length, begins, ends, _ in pieces.tolist()}
     for length in lengths:
         whole, rest = divmod(length, seq_len)
         parts = [seq_len] * whole + [rest] * (rest > 0)
         for i, part in enumerate(parts):
-            assert cuts.pop(begin + i * seq_len) == (part, i == 0, i == len(parts) - 1)
-        begin += length
+            assert cuts.pop(start + i * seq_len) == (part, i == 0, i == len(parts) - 1)
+        start += length
     assert not cuts
     for low, high in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         assert 0 < pieces["length"][low:high].sum() <= seq_len
@@ -116,7 +116,7 @@ def test_a_plan_holds_every_token_once_and_cuts_no_document_that_fits(seq_len: i
 
 
 @pytest.mark.parametrize("seq_len", [1024, 2048, 8192])
-def test_sequences_are_filled_to_99_per_cent_which_packing_in_order_is_not(seq_len: int) -> None:
+def test_sequences_are_filled_to_99_percent_but_not_if_packed_in_order(seq_len: int) -> None:
     lengths = realistic(50_000)
     starts, pieces = plan_best_fit(lengths, seq_len)
     fill = lengths.sum() / ((len(starts) - 1) * seq_len)
@@ -143,8 +143,8 @@ def test_an_epoch_is_every_token_once_with_labels_from_its_own_document(write_sp
     first = {document[0] for document in documents}
     last = {document[-1] for document in documents}
     for row, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
-        for place, (token, label) in enumerate(zip(row, labels, strict=True)):
-            after = row[place + 1] if place + 1 < len(row) else 0
+        for column, (token, label) in enumerate(zip(row, labels, strict=True)):
+            after = row[column + 1] if column + 1 < len(row) else 0
             if token == 0 or (token in last and after not in first):
                 assert label == NO_LABEL
             else:
@@ -152,26 +152,26 @@ def test_an_epoch_is_every_token_once_with_labels_from_its_own_document(write_sp
     assert loader.epochs(2 * loader.n_sequences) == {"a": 2, "b": 2}
 
 
-def test_a_plan_is_kept_and_made_again_where_it_is_damaged_or_of_other_data(
+def test_a_plan_is_reused_and_made_again_if_it_is_damaged_or_of_other_data(
     write_split: WriteSplit, random_documents: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = write_split({"a": random_documents(2500, 20)}, shard_tokens=10**9)
     shards = split.sources[0]
-    made: list[int] = []
+    plans_made: list[int] = []
 
     def counted(lengths: NDArray[np.int32], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.void]]:
-        made.append(seq_len)
+        plans_made.append(seq_len)
         return plan_best_fit(lengths, seq_len)
 
     monkeypatch.setattr(best_fit, "plan_best_fit", counted)
     first = BestFitPlan(shards, 64)
     n, sequences = first.n_sequences, [first.pieces(i) for i in range(first.n_sequences)]
-    assert made == [64]
+    assert plans_made == [64]
     whole = first.file.read_bytes()
     assert len(whole) > 40_000
     assert first.file.parent == split.folder
     assert [BestFitPlan(shards, 64).pieces(i) for i in range(n)] == sequences
-    assert made == [64]
+    assert plans_made == [64]
     for damaged in (
         whole[:-1],
         b"",
@@ -180,18 +180,18 @@ def test_a_plan_is_kept_and_made_again_where_it_is_damaged_or_of_other_data(
         whole[:26] + b"\xff" + whole[27:],
         whole[:9] + b"\xff" + whole[10:],
     ):
-        made.clear()
+        plans_made.clear()
         first.file.write_bytes(damaged)
         assert [BestFitPlan(shards, 64).pieces(i) for i in range(n)] == sequences
-        assert made == [64]
+        assert plans_made == [64]
         assert first.file.read_bytes() == whole
     body = bytearray(whole)
     body[-5] ^= 1
     first.file.write_bytes(body)
     opened = BestFitPlan(shards, 64)
-    assert made == [64]  # the body is not read when it is opened
+    assert plans_made == [64]  # the body is not read when it is opened
     assert [opened.pieces(i) for i in range(n)] == sequences
-    assert made == [64, 64]
+    assert plans_made == [64, 64]
     assert BestFitPlan(shards, 32).file != first.file
     assert [file.suffix for file in split.folder.iterdir() if "best_fit" in file.name] == [".plan", ".plan"]
 
@@ -202,9 +202,7 @@ def test_a_plan_for_other_documents_has_another_name(write_split: WriteSplit) ->
     assert BestFitPlan(one, 8).file.name != BestFitPlan(two, 8).file.name
 
 
-def test_a_disk_that_is_full_is_named_and_leaves_nothing(
-    write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_files(write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_split({"a": [[1, 0], [2, 2, 0]]}).folder
     before = sorted(folder.iterdir())
 
@@ -219,7 +217,7 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_folder_that_cannot_be_written_is_told_to_plan_elsewhere_first_and_a_plan_there_is_read(
+def test_a_read_only_folder_is_an_error_unless_it_has_a_plan(
     write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_split({"a": [[1, 0], [2, 2, 0]]}).folder
@@ -242,13 +240,13 @@ def test_a_folder_that_cannot_be_written_is_told_to_plan_elsewhere_first_and_a_p
     assert Loader(folder, seq_len=4, seed=0, packing="best_fit").sequential("a", 0, 9).input_ids.shape == (2, 4)
 
 
-@pytest.mark.parametrize(("locks", "made"), [(True, 1), (False, 4)])
-def test_of_processes_that_start_at_once_one_makes_the_plan(
-    write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch, locks: bool, made: int
+@pytest.mark.parametrize(("locks", "plans_made"), [(True, 1), (False, 4)])
+def test_of_several_processes_one_makes_the_plan(
+    write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch, locks: bool, plans_made: int
 ) -> None:
     shards = write_split({"a": [[1, 0], [2, 2, 0]] * 20}, shard_tokens=10**9).sources[0]
     fork = multiprocessing.get_context("fork")
-    begin, making = fork.Barrier(4), fork.Value("i", 0)
+    start, making = fork.Barrier(4), fork.Value("i", 0)
 
     def slow(lengths: NDArray[np.int32], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.void]]:
         with making.get_lock():
@@ -260,7 +258,7 @@ def test_of_processes_that_start_at_once_one_makes_the_plan(
         raise OSError(errno.ENOLCK, "No locks available")
 
     def rank() -> None:
-        begin.wait()
+        start.wait()
         assert BestFitPlan(shards, 8).pieces(0)
 
     monkeypatch.setattr(best_fit, "plan_best_fit", slow)
@@ -272,7 +270,7 @@ def test_of_processes_that_start_at_once_one_makes_the_plan(
     for process in ranks:
         process.join()
     assert [process.exitcode for process in ranks] == [0] * 4
-    assert making.value == made
+    assert making.value == plans_made
     assert sorted(file.suffix for file in shards.folder.iterdir()) == [".bin", ".idx", ".json", ".plan"]
 
 
@@ -291,7 +289,7 @@ def test_a_plan_of_many_blocks_reads_back(tmp_path: Path) -> None:
         assert raw[32 : -len(body)] == np.array(checksums, "<u8").tobytes()
 
 
-def test_damaged_tokens_empty_their_rows_where_damage_is_skipped(write_split: WriteSplit) -> None:
+def test_rows_of_damaged_tokens_are_padding_if_damage_is_skipped(write_split: WriteSplit) -> None:
     documents = [[i % 999 + 1] * 4095 + [0] for i in range(300)]
     folder = write_split({"a": documents}, shard_tokens=10**9).folder
     whole = Loader(folder, seq_len=4096, seed=0, packing="best_fit").batch(0, 300)

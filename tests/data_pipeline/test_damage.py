@@ -1,4 +1,4 @@
-"""Prepared data that is not what it was, tokens without their tokenizer, and texts that are hard to take."""
+"""Damaged prepared data, tokens without their tokenizer, and difficult texts."""
 
 import json
 import os
@@ -36,9 +36,11 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Text:
 
 
 class TestText:
-    """What a text may hold."""
+    """Texts with unusual contents."""
 
-    def test_an_end_of_text_token_spelt_out_ends_no_document(self, tmp_path: Path, prepare_at: Prepare) -> None:
+    def test_an_end_of_text_token_in_the_text_does_not_end_a_document(
+        self, tmp_path: Path, prepare_at: Prepare
+    ) -> None:
         texts = [
             "<|endoftext|>",
             "a<|endoftext|>b",
@@ -74,7 +76,7 @@ class TestText:
             )
             assert (made.documents, made.repaired, made.dropped) == (11, {"invalid Unicode": 11}, {"empty": 9})
 
-    def test_a_file_name_that_is_no_unicode_is_an_id_like_others(self, tmp_path: Path, prepare_at: Prepare) -> None:
+    def test_a_file_name_that_is_not_unicode_can_be_an_id(self, tmp_path: Path, prepare_at: Prepare) -> None:
         folder = tmp_path / "text"
         folder.mkdir()
         for i in range(8):
@@ -92,18 +94,18 @@ class TestText:
 
 
 class TestDamage:
-    """Prepared data that is not what it was."""
+    """Damaged prepared data."""
 
     @pytest.fixture
     def split(self, write_split: WriteSplit, random_documents: RandomDocuments) -> OpenedSplit:
-        """One shard of three blocks."""
+        """A split of one shard with three blocks."""
         return write_split({"web": random_documents(6000, 460)}, shard_tokens=10**7)
 
-    def test_a_flipped_bit_is_named_with_its_block(self, split: OpenedSplit) -> None:
+    def test_a_flipped_bit_is_reported_with_its_block(self, split: OpenedSplit) -> None:
         file = split.folder / "web-00000.bin"
         assert file.stat().st_size > 2 * BLOCK_BYTES
         loader = Loader(split.folder, seq_len=1024, seed=0)
-        whole = loader.batch(0, loader.n_sequences)
+        undamaged = loader.batch(0, loader.n_sequences)
         flip(file, BLOCK_BYTES + 12345)
         assert verify(split.folder).problems == (f"{file}: block 1 of 3 does not match its checksum",)
         itemsize = DTYPES[split.manifest.sources[0].dtype].itemsize
@@ -120,14 +122,14 @@ class TestDamage:
         assert all("web-00000.bin is damaged: block 1 of 3" in message for message in batch.damaged)
         assert (batch.input_ids[left_out] == split.manifest.eot_id).all()
         for ours, theirs in (
-            (batch.input_ids, whole.input_ids),
-            (batch.labels, whole.labels),
-            (batch.document_ids, whole.document_ids),
+            (batch.input_ids, undamaged.input_ids),
+            (batch.labels, undamaged.labels),
+            (batch.document_ids, undamaged.document_ids),
         ):
             assert (ours[~left_out] == theirs[~left_out]).all()
 
     @pytest.mark.parametrize("ending", ["bin", "idx"])
-    def test_a_shard_that_is_cut_off_or_missing_is_named_before_training(self, split: OpenedSplit, ending: str) -> None:
+    def test_a_truncated_or_missing_shard_is_reported_before_training(self, split: OpenedSplit, ending: str) -> None:
         file = split.folder / f"web-00000.{ending}"
         Loader(split.folder, seq_len=1024, seed=0)
         raw = file.read_bytes()
@@ -146,7 +148,7 @@ class TestDamage:
 class TestOtherTokenizer:
     """Tokens mean nothing without their tokenizer."""
 
-    def test_a_tokenizer_that_was_swapped_is_noticed(self, tmp_path: Path, short: Text) -> None:
+    def test_a_swapped_tokenizer_is_detected(self, tmp_path: Path, short: Text) -> None:
         prepare_here(tmp_path / "one", short.jsonl)
         other = prepare_here(tmp_path / "two", short.jsonl, vocab_size=290).path
         (tmp_path / "one" / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
@@ -169,5 +171,5 @@ class TestOtherTokenizer:
         ):
             prepare_here(tmp_path / "both", short.jsonl, sources=sources, tokenizer=two)
         assert not (tmp_path / "both").exists()
-        adopted = prepare_here(tmp_path / "both", short.jsonl, sources=sources, tokenizer=one)
-        assert adopted.splits["train"].tokens == open_prepared(one).splits["train"].tokens
+        imported = prepare_here(tmp_path / "both", short.jsonl, sources=sources, tokenizer=one)
+        assert imported.splits["train"].tokens == open_prepared(one).splits["train"].tokens

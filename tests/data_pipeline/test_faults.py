@@ -1,4 +1,4 @@
-"""Whatever goes wrong while data is prepared: it is named, nothing wrong is used, and the same command goes on."""
+"""Failures while data is prepared: they are reported, nothing wrong is used, and the same command continues."""
 
 import json
 import os
@@ -42,12 +42,12 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Text:
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Text:
-    """Enough to be in the middle of it."""
+    """Long enough to interrupt its preparation."""
     return write_text(tmp_path_factory.mktemp("long"), 560)
 
 
 class TestInterruption:
-    """The preparation is ended from outside; the same command goes on."""
+    """The preparation is killed or signalled; the same command continues."""
 
     @pytest.mark.parametrize("pass_", ["judged", "done"])
     def test_kill_9_leaves_no_process_and_loses_no_finished_chunk(self, tmp_path: Path, long: Text, pass_: str) -> None:
@@ -60,7 +60,7 @@ class TestInterruption:
             process.wait()
             wait_until(lambda: not any(is_alive(pid) for pid in workers))
         done = finished(data, pass_)
-        assert 5 <= len(done) < long.chunks  # it was in the middle
+        assert 5 <= len(done) < long.chunks  # it was interrupted in the middle
         assert not looks_prepared(data)
         with pytest.raises(DataError, match="holds no prepared data"):
             Loader(data / "train", seq_len=16, seed=0)
@@ -85,14 +85,14 @@ class TestInterruption:
         assert contents(data) == long.prepared
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 75), (signal.SIGTERM, -signal.SIGTERM)])
-    def test_a_signal_ends_it_and_the_same_command_goes_on(
+    def test_after_a_signal_the_same_command_continues(
         self, tmp_path: Path, long: Text, number: signal.Signals, code: int
     ) -> None:
         data = tmp_path / "data"
         with preparing(data, long.jsonl) as process:
             wait_until(lambda: len(finished(data)) >= 5)
             workers = children(process.pid)
-            if number == signal.SIGINT:  # a terminal sends it to all
+            if number == signal.SIGINT:  # a terminal sends it to all processes
                 os.killpg(process.pid, number)
             else:
                 process.send_signal(number)
@@ -107,7 +107,7 @@ class TestInterruption:
         prepare_here(data, long.jsonl)
         assert contents(data) == long.prepared
 
-    def test_a_killed_worker_is_told(self, tmp_path: Path, long: Text) -> None:
+    def test_a_killed_worker_is_reported(self, tmp_path: Path, long: Text) -> None:
         data = tmp_path / "data"
         with preparing(data, long.jsonl) as process:
             wait_until(lambda: len(finished(data)) >= 5)
@@ -146,7 +146,7 @@ for number in range(5):
     data, renames = Path(sys.argv[1]) / str(number), 0
     def dying(file, target):
         global renames
-        if target.parent != data:  # not a rename of the commit
+        if target.parent != data:  # not one of the renames of the commit
             return replace(file, target)
         if renames == number:
             os._exit(9)
@@ -164,9 +164,7 @@ for number in range(5):
 """
 
 
-def test_a_kill_between_the_renames_of_the_commit_looks_like_no_data_until_the_next_attempt(
-    tmp_path: Path, short: Text
-) -> None:
+def test_after_a_kill_during_the_commit_there_is_no_data_until_the_next_attempt(tmp_path: Path, short: Text) -> None:
     source = SourceConfig(kind="jsonl", paths=(str(short.jsonl),))
     config = PrepareConfig(**(SETTINGS | {"sources": (source,), "workers": 1, "shard_tokens": 20_000}))
     command = [sys.executable, "-c", RENAMES, str(tmp_path), config.model_dump_json()]
@@ -187,11 +185,11 @@ def test_a_kill_between_the_renames_of_the_commit_looks_like_no_data_until_the_n
 
 
 class TestFailure:
-    """Something inside does not work."""
+    """Something inside of the preparation fails."""
 
-    def test_a_document_that_cannot_be_encoded_is_named(self, tmp_path: Path) -> None:
+    def test_a_document_that_cannot_be_encoded_is_reported(self, tmp_path: Path) -> None:
         words = {"<|endoftext|>": 0, "one": 1, "two": 2}
-        model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}  # which it does not have
+        model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}  # the vocabulary does not have it
         (tmp_path / "tokenizer.json").write_text(
             json.dumps(make_tokenizer_config({"<|endoftext|>": 0}, model, pre_tokenizer={"type": "Whitespace"}))
         )
@@ -217,13 +215,13 @@ class TestFailure:
         assert not looks_prepared(tmp_path / "data")
 
     @pytest.mark.parametrize("workers", [1, 2])
-    def test_a_full_disk_is_told_and_with_room_the_same_command_goes_on(
+    def test_a_full_disk_is_reported_and_the_same_command_continues_when_there_is_room(
         self, small_disk: tuple[Path, Callable[[], None]], short: Text, workers: int
     ) -> None:
         disk, make_room = small_disk
         data = disk / "data"
-        told = rf"data\.path={data} cannot be prepared: .*(No space left|File too large).* run the command again"
-        with pytest.raises(DataError, match=told):
+        message = rf"data\.path={data} cannot be prepared: .*(No space left|File too large).* run the command again"
+        with pytest.raises(DataError, match=message):
             prepare_here(data, short.jsonl, workers=workers)
         assert not looks_prepared(data)
         assert len(finished(data, "judged")) + len(finished(data)) > 0
@@ -234,11 +232,14 @@ class TestFailure:
 
 @pytest.fixture(params=["tmpfs", "limit"])
 def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """(a folder in which nothing large has room, what gives it room): a small file system, or a limit on the size of a file."""
+    """Return (a folder without room for large files, a function that makes room).
+
+    Either a small file system, or a limit on the size of files.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     mount = ["mount", "-t", "tmpfs", "-o"]
     mounted = False
-    if request.param == "tmpfs":  # which only root may mount
+    if request.param == "tmpfs":  # only root may mount it
         mounted = (
             subprocess.run([*mount, "size=200k", "tmpfs", tmp_path], capture_output=True, check=False).returncode == 0
         )

@@ -1,4 +1,4 @@
-"""What a run will read, held against the samples of the loader."""
+"""Forecasts compared with the samples that the loader reads."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -27,8 +27,8 @@ def stages(*weights: tuple[str | int, dict[str, float]]) -> MixtureConfig:
 
 
 def columns(found: Forecast, name: str) -> list[list[float]]:
-    """A column of the whole run, and of each stage."""
-    return [[getattr(source, name) for source in stretch.sources] for stretch in (found.run, *found.stages)]
+    """Return one column for the whole run, and for each stage."""
+    return [[getattr(source, name) for source in segment.sources] for segment in (found.run, *found.stages)]
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
@@ -45,21 +45,21 @@ def test_one_epoch_of_everything_is_every_token_once(three: Path, packing: str) 
     assert found.packing == packing
 
 
-@pytest.mark.parametrize("longest", [16, 64])
+@pytest.mark.parametrize("window", [16, 64])
 @pytest.mark.parametrize("samples", [1, 777, 802, 1500, 2003])
-def test_sequences_are_those_that_the_loader_reads(three: Path, longest: int, samples: int) -> None:
+def test_the_forecast_counts_the_sequences_that_the_loader_reads(three: Path, window: int, samples: int) -> None:
     mixture = stages(("40%", {"web": 1, "books": 9}), ("80%", {"code": 1}))
-    loader = Loader(three, seq_len=16, seed=1, mixture=mixture, window=longest, total_samples=2003)
-    parts = longest // 16
+    loader = Loader(three, seq_len=16, seed=1, mixture=mixture, window=window, total_samples=2003)
+    parts = window // 16
     read: list[int] = []
     while len(read) * parts < samples:
         block = loader.mixture.block(len(read))
         assert block.first <= len(read)
         read += block.sources[len(read) - block.first :].tolist()
     found = forecast_reading(loader, samples)
-    for stretch in (found.run, *found.stages):
-        counted = Counter(read[sample // parts] for sample in range(stretch.start, stretch.stop))
-        assert [source.sequences for source in stretch.sources] == [counted[i] for i in range(3)]
+    for segment in (found.run, *found.stages):
+        counted = Counter(read[sample // parts] for sample in range(segment.start, segment.stop))
+        assert [source.sequences for source in segment.sources] == [counted[i] for i in range(3)]
     assert len(found.stages) == (1 if samples <= 802 else 2 if samples < 1603 else 3)
     assert [stage.start for stage in found.stages[1:]] == [found.stages[i].stop for i in range(len(found.stages) - 1)]
 
@@ -68,8 +68,8 @@ def test_stages_add_up_to_the_whole_run(three: Path) -> None:
     mixture = stages(("30%", {"web": 1, "books": 9}), ("60%", {"code": 1}), ("90%", {"books": 1, "code": 1}))
     found = forecast_reading(Loader(three, seq_len=16, seed=1, mixture=mixture, total_samples=5000), 5000)
     for name in ("sequences", "tokens", "repeats"):
-        whole, *parts = columns(found, name)
-        assert whole == [sum(part) for part in zip(*parts, strict=True)]
+        of_run, *parts = columns(found, name)
+        assert of_run == [sum(part) for part in zip(*parts, strict=True)]
     assert columns(found, "epochs")[0] == pytest.approx(
         [sum(part) for part in zip(*columns(found, "epochs")[1:], strict=True)]
     )
@@ -81,7 +81,7 @@ def test_stages_add_up_to_the_whole_run(three: Path) -> None:
     ]
 
 
-def test_repeats_are_what_was_read_before_whichever_stage_read_it(three: Path) -> None:
+def test_repeats_count_what_any_earlier_stage_read(three: Path) -> None:
     loader = Loader(three, seq_len=16, seed=1, mixture=stages(("50%", {"books": 1})), total_samples=1000)
     found = forecast_reading(loader, 1000)
     web, code, books = loader.sources
@@ -95,7 +95,9 @@ def test_repeats_are_what_was_read_before_whichever_stage_read_it(three: Path) -
 
 
 @pytest.mark.parametrize(("epochs", "warned"), [(4, []), (4.2, ["books"])])
-def test_what_is_read_more_than_four_times_is_warned_of(three: Path, epochs: float, warned: list[str]) -> None:
+def test_sources_that_are_read_more_than_four_times_get_a_warning(
+    three: Path, epochs: float, warned: list[str]
+) -> None:
     assert MANY_EPOCHS == 4
     loader = Loader(three, seq_len=16, seed=1, mixture=MixtureConfig(weights={"web": 1, "code": 0, "books": epochs}))
     cycle = sum(loader.mixture.stages[0].weights)
@@ -106,7 +108,7 @@ def test_what_is_read_more_than_four_times_is_warned_of(three: Path, epochs: flo
         assert format_repeat_warning(found.heavily_repeated[0]).startswith("books is read 4.2 times: beyond 4 epochs, ")
 
 
-def test_no_token_is_read(three: Path) -> None:
+def test_a_forecast_reads_no_tokens(three: Path) -> None:
     loader = Loader(three, seq_len=16, seed=1)
     for file in [*three.glob("*.bin"), *three.glob("*.idx")]:
         file.unlink()

@@ -1,4 +1,4 @@
-"""What `describe_data` says of a prepared data set, held against the text that it was made of."""
+"""Results of `describe_data` compared with the text that was prepared."""
 
 import json
 import weakref
@@ -64,8 +64,10 @@ def texts_of(seed: int, count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    """Two sources: 90 good documents of `web`, of which 7 are in `code` again, 5 of them to the letter; 3 empty ones, 4 short ones, and
-    one in an evaluation set."""
+    """Two sources. `web` has 90 good documents, 3 empty ones, 4 short ones, and one of an evaluation set.
+
+    `code` repeats 7 documents of `web`, 5 of them exactly.
+    """
     folder = tmp_path_factory.mktemp("inspect")
     web, code = texts_of(1, 90), texts_of(2, 40)
     near = [web[10].replace("1 10\n", "and one more\n"), web[11].replace("1 11\n", "and one more\n")]
@@ -97,7 +99,7 @@ def source(description: DataDescription, name: str) -> SourceDescription:
 
 
 def plain(pieces: DecodedText) -> str:
-    """As the tokenizer would decode it all."""
+    """Return the text as the tokenizer would decode it."""
     return "".join(END if piece is None else piece for piece in pieces)
 
 
@@ -114,7 +116,7 @@ def test_every_document_read_is_written_or_dropped_over_all_splits(
     )
 
 
-def test_drops_are_told_by_reason_the_most_frequent_first(description: DataDescription) -> None:
+def test_drops_are_sorted_by_frequency(description: DataDescription) -> None:
     assert source(description, "web").drops == {"empty": 3}
     assert list(source(description, "code").drops.items()) == [
         ("exact duplicate", 5),
@@ -126,7 +128,7 @@ def test_drops_are_told_by_reason_the_most_frequent_first(description: DataDescr
     assert source(description, "web").changes == {}
 
 
-def test_duplicates_are_told_from_where_to_where(description: DataDescription) -> None:
+def test_duplicates_name_both_sources(description: DataDescription) -> None:
     (found,) = source(description, "code").duplicates
     assert (found.source, found.kept_in, found.exact, found.near) == ("code", "web", 5, 2)
     assert source(description, "web").duplicates == ()
@@ -165,7 +167,7 @@ def test_no_more_than_one_index_is_open_at_a_time(prepared: PreparedData, monkey
     assert set(others) == {0}
 
 
-def test_samples_are_whole_documents_with_their_places(prepared: PreparedData, description: DataDescription) -> None:
+def test_samples_are_whole_documents_with_their_positions(prepared: PreparedData, description: DataDescription) -> None:
     for number, found in enumerate(description.sources):
         shards = open_split(prepared.path / "train").sources[number]
         assert [sample.number for sample in found.samples] == [i * shards.n_documents // 4 for i in range(4)]
@@ -199,7 +201,7 @@ def few(tmp_path: Path, texts: list[str]) -> PreparedData:
     return prepare(tmp_path / "few", PrepareConfig(sources=(source,), vocab_size=300, workers=1, validation_fraction=0))
 
 
-def test_what_a_text_spells_is_no_end_of_text_and_no_control_character(tmp_path: Path) -> None:
+def test_text_that_looks_like_end_of_text_or_a_control_character_is_shown_as_text(tmp_path: Path) -> None:
     prepared = few(tmp_path, [LITERAL, HOSTILE])
     description = describe_data(prepared.path)
     heads = {sample.head for sample in description.sources[0].samples}
@@ -207,20 +209,20 @@ def test_what_a_text_spells_is_no_end_of_text_and_no_control_character(tmp_path:
     assert heads == {(LITERAL, None), ("colours ␛[31m, a bell ␇ and \ufffd8m\n", None)}
 
 
-def test_a_short_stream_is_filled_up_in_the_packed_sequence(tmp_path: Path) -> None:
+def test_a_short_stream_is_padded_in_the_packed_sequence(tmp_path: Path) -> None:
     packed = describe_data(few(tmp_path, ["one\n", "two\n"]).path).sources[0].packed
     assert packed is not None
     assert (packed.start, len(packed.pieces)) == (0, 2)
     assert packed.padding == PACKED_TOKENS - sum(piece.count for piece in packed.pieces) > 0
 
 
-def test_no_samples_are_read_where_none_are_wanted(prepared: PreparedData) -> None:
+def test_no_samples_are_read_if_none_are_requested(prepared: PreparedData) -> None:
     for found in describe_data(prepared.path, samples=0).sources:
         assert (found.samples, found.packed) == ((), None)
         assert found.lengths
 
 
-def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+def test_a_damaged_index_is_reported(tmp_path: Path) -> None:
     path = few(tmp_path, texts_of(3, 5)).path
     (index,) = (path / "train").glob("*.idx")
     raw = bytearray(index.read_bytes())
@@ -230,7 +232,7 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
         describe_data(path, samples=0)
 
 
-def test_the_recipe_lists_what_decided_and_marks_what_differs_from_the_defaults(description: DataDescription) -> None:
+def test_the_recipe_lists_the_settings_and_marks_what_differs_from_the_defaults(description: DataDescription) -> None:
     recipe = {
         section: {entry.name: (entry.value, entry.changed) for entry in lines}
         for section, lines in description.recipe.items()
@@ -255,18 +257,18 @@ def test_the_recipe_lists_what_decided_and_marks_what_differs_from_the_defaults(
     assert recipe["sources"]["web"][0].endswith(")")
 
 
-def test_thresholds_of_filters_that_judged_nothing_are_left_out(tmp_path: Path) -> None:
+def test_thresholds_of_unused_filters_are_left_out(tmp_path: Path) -> None:
     recipe = describe_data(few(tmp_path, texts_of(3, 5)).path).recipe
     assert [section for section in recipe if section.startswith("filters")] == ["filters"]
     assert recipe["filters"][0].value == "none"
     assert [entry.name for entry in recipe["dedup"]] == ["exact", "minhash"]
 
 
-def test_tokens_read_in_place_are_told_with_their_folder(prepared: PreparedData, tmp_path: Path) -> None:
-    there = SourceConfig(kind="prepared", paths=(str(prepared.path),), name="theirs")
+def test_tokens_read_in_place_are_shown_with_their_folder(prepared: PreparedData, tmp_path: Path) -> None:
+    imported = SourceConfig(kind="prepared", paths=(str(prepared.path),), name="theirs")
     own = jsonl(tmp_path / "own.jsonl", texts_of(4, 30))
     settings = PrepareConfig(
-        sources=(there, own), tokenizer=prepared.path / "tokenizer.json", validation_fraction=0.1, workers=1
+        sources=(imported, own), tokenizer=prepared.path / "tokenizer.json", validation_fraction=0.1, workers=1
     )
     description = describe_data(prepare(tmp_path / "both", settings).path)
     theirs = source(description, "theirs")
@@ -277,7 +279,7 @@ def test_tokens_read_in_place_are_told_with_their_folder(prepared: PreparedData,
     assert theirs.duplicates[0].kept_in == "web"
 
 
-def test_fertility_is_of_the_sources_whose_text_is_known(
+def test_bytes_per_token_counts_sources_with_known_text(
     prepared: PreparedData, write_split: Callable[..., object]
 ) -> None:
     web, code = prepared.splits["train"].sources

@@ -1,4 +1,4 @@
-"""What an earlier attempt left is used if it is whole and was decided by the same, and made again otherwise."""
+"""Results of an earlier attempt are used if they are complete and have the same key, and made again otherwise."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +30,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_an_attempt_with_other_settings_left_is_not_used(tmp_path: Path, short: Text, change: str) -> None:
-    """The pieces of three attempts lie in one folder."""
+def test_leftovers_of_an_attempt_with_other_settings_are_not_used(tmp_path: Path, short: Text, change: str) -> None:
+    """One folder holds results of three attempts."""
     interrupt(tmp_path / "data", short.jsonl, "tokenizing")
     interrupt(tmp_path / "data", short.jsonl, "tokenizing", **CHANGES[change])
     interrupt(tmp_path / "data", short.jsonl, "cleaning")
@@ -40,8 +40,8 @@ def test_what_an_attempt_with_other_settings_left_is_not_used(tmp_path: Path, sh
     assert contents(tmp_path / "data") == contents(tmp_path / "fresh") != short.prepared
 
 
-def test_signatures_of_other_settings_are_not_taken_for_ours(tmp_path: Path, short: Text) -> None:
-    """As a kill leaves them between the signatures of a chunk and its verdicts: the old verdicts stand beside the new signatures."""
+def test_signatures_of_other_settings_are_not_used(tmp_path: Path, short: Text) -> None:
+    """As after a kill between writing a chunk's signatures and its verdicts: old verdicts beside new signatures."""
     interrupt(tmp_path / "data", short.jsonl, "tokenizing")
     interrupt(tmp_path / "other", short.jsonl, "tokenizing", **CHANGES["filter"])
     for folder in ("data", "other"):
@@ -52,7 +52,7 @@ def test_signatures_of_other_settings_are_not_taken_for_ours(tmp_path: Path, sho
     assert contents(tmp_path / "data") == short.prepared
 
 
-def test_a_chunk_is_tokenized_again_where_nothing_but_its_verdicts_differ(tmp_path: Path, short: Text) -> None:
+def test_a_chunk_is_tokenized_again_if_only_its_verdicts_differ(tmp_path: Path, short: Text) -> None:
     (tmp_path / "tokenizer.json").write_bytes(short.prepared["tokenizer.json"])
     settings = {"tokenizer": tmp_path / "tokenizer.json"}
     interrupt(tmp_path / "data", short.jsonl, "tokenizing", **settings, **CHANGES["no comparison"])
@@ -65,7 +65,7 @@ def test_a_chunk_is_tokenized_again_where_nothing_but_its_verdicts_differ(tmp_pa
 @pytest.mark.parametrize(
     "change", [{"shard_tokens": 4000}, {"filters": {}, "dedup": {}}, {"keep_rejects": False}], ids=str
 )
-def test_rejects_of_an_earlier_attempt_are_not_among_ours(tmp_path: Path, short: Text, change: dict[str, Any]) -> None:
+def test_rejects_of_an_earlier_attempt_are_not_kept(tmp_path: Path, short: Text, change: dict[str, Any]) -> None:
     interrupt(tmp_path / "data", short.jsonl, "tokenizing", keep_rejects=True)
     assert len(list((tmp_path / "data" / ".prepare.tmp" / "rejects").iterdir())) > short.chunks / 3
     settings = {"keep_rejects": True} | change
@@ -74,7 +74,7 @@ def test_rejects_of_an_earlier_attempt_are_not_among_ours(tmp_path: Path, short:
     assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
 
 
-def test_a_chunk_whose_rejects_are_gone_is_made_again(tmp_path: Path, short: Text) -> None:
+def test_a_chunk_whose_rejects_are_missing_is_tokenized_again(tmp_path: Path, short: Text) -> None:
     interrupt(tmp_path / "data", short.jsonl, "tokenizing", keep_rejects=True)
     for file in (tmp_path / "data" / ".prepare.tmp" / "rejects").iterdir():
         file.unlink()
@@ -84,10 +84,8 @@ def test_a_chunk_whose_rejects_are_gone_is_made_again(tmp_path: Path, short: Tex
 
 
 @pytest.mark.parametrize("what", ["another", "damaged"])
-def test_a_trained_tokenizer_is_used_again_only_if_it_is_the_one_of_its_record(
-    tmp_path: Path, short: Text, what: str
-) -> None:
-    """Another: of an attempt with other settings, killed between its tokenizer and the record of it."""
+def test_a_trained_tokenizer_is_reused_only_if_its_key_matches(tmp_path: Path, short: Text, what: str) -> None:
+    """An attempt with other settings was killed between writing its tokenizer and the tokenizer's key."""
     interrupt(tmp_path / "data", short.jsonl, "tokenizing")
     interrupt(tmp_path / "other", short.jsonl, "tokenizing", vocab_size=310)
     file, other = (tmp_path / name / ".prepare.tmp" / "tokenizer.json" for name in ("data", "other"))
@@ -97,7 +95,7 @@ def test_a_trained_tokenizer_is_used_again_only_if_it_is_the_one_of_its_record(
     assert contents(tmp_path / "data") == short.prepared
 
 
-def test_notes_on_the_training_of_a_tokenizer_outlive_an_interruption(
+def test_notes_on_the_training_of_a_tokenizer_survive_an_interruption(
     tmp_path: Path, prepare_at: Callable[..., PreparedData], corpus: Path
 ) -> None:
     (corpus / "dna.txt").write_text("ACGT" * 500)
@@ -115,7 +113,7 @@ def test_notes_on_the_training_of_a_tokenizer_outlive_an_interruption(
     assert note in made.notes
 
 
-def test_a_tokenizer_that_was_put_there_meanwhile_is_used_and_not_the_trained_one(tmp_path: Path, short: Text) -> None:
+def test_a_tokenizer_that_was_added_between_attempts_replaces_the_trained_one(tmp_path: Path, short: Text) -> None:
     interrupt(tmp_path / "data", short.jsonl, "tokenizing", vocab_size=310)
     (tmp_path / "fresh").mkdir()
     for folder in ("data", "fresh"):
@@ -129,7 +127,7 @@ def test_a_tokenizer_that_was_put_there_meanwhile_is_used_and_not_the_trained_on
     "pattern",
     ["judged/*.verdicts", "judged/*.signatures", "judged/*.compared", "done/*.result", "train/*.bin", "train/*.idx"],
 )
-def test_a_damaged_piece_of_an_earlier_attempt_is_made_again(tmp_path: Path, short: Text, pattern: str) -> None:
+def test_a_damaged_file_of_an_earlier_attempt_is_made_again(tmp_path: Path, short: Text, pattern: str) -> None:
     interrupt(tmp_path / "data", short.jsonl, "tokenizing")
     files = sorted((tmp_path / "data" / ".prepare.tmp").glob(pattern))
     assert len(files) >= 5
@@ -145,7 +143,7 @@ def test_a_damaged_piece_of_an_earlier_attempt_is_made_again(tmp_path: Path, sho
 
 @pytest.mark.parametrize("stage", ["comparing documents", "reading a sample"])
 @pytest.mark.parametrize("change", ["a letter", "a line more", "a line less"])
-def test_a_source_that_changes_after_it_was_cleaned_is_named_and_then_cleaned_again(
+def test_a_source_that_changed_after_cleaning_is_reported_and_then_cleaned_again(
     tmp_path: Path, short: Text, change: str, stage: PrepareStage
 ) -> None:
     file, data = tmp_path / "words.jsonl", tmp_path / "data"
@@ -155,9 +153,9 @@ def test_a_source_that_changes_after_it_was_cleaned_is_named_and_then_cleaned_ag
     def meddle(progress: StageProgress) -> None:
         if progress.stage == stage and progress.read == progress.total:
             middle = len(lines) // 2
-            if change == "a letter":  # of the same size: nothing but the text tells
+            if change == "a letter":  # the same size: only the text differs
                 lines[middle] = lines[middle].replace("a", "e", 1)
-            else:  # the bytes after it stay where they are
+            else:  # later bytes keep their offsets
                 line = lines[middle].removesuffix("\n")
                 lines[middle] = (
                     line[:40] + '"}\n{"text": "' + line[53:] + "\n"

@@ -69,18 +69,18 @@ def test_an_epoch_is_every_token_of_every_source_exactly_once(write_split: Write
 
 
 def test_the_stream_is_the_same_on_one_then_three_then_two_ranks_with_other_accumulation(three: Path) -> None:
-    whole = Loader(three, seq_len=16, seed=5).batch(0, 6 * 24)
+    expected = Loader(three, seq_len=16, seed=5).batch(0, 6 * 24)
     read, g = [], 0
     for ranks, accumulation, steps in ((1, 4, 2), (3, 2, 2), (2, 12, 2)):
-        loaders = [Loader(three, seq_len=16, seed=5) for _ in range(ranks)]  # new processes know g and nothing else
+        loaders = [Loader(three, seq_len=16, seed=5) for _ in range(ranks)]  # new processes know only g
         micro = 24 // (ranks * accumulation)
         for _ in range(steps):
             for rank, part in itertools.product(range(ranks), range(accumulation)):
                 read.append(loaders[rank].batch(g + (rank * accumulation + part) * micro, micro))
             g += 24
-    assert same(rows(*read), whole)
-    assert not same(Loader(three, seq_len=16, seed=6).batch(0, 6 * 24), whole)
-    assert not same(Loader(three, seq_len=16, seed=5).batch(1, 6 * 24), whole)
+    assert same(rows(*read), expected)
+    assert not same(Loader(three, seq_len=16, seed=6).batch(0, 6 * 24), expected)
+    assert not same(Loader(three, seq_len=16, seed=5).batch(1, 6 * 24), expected)
 
 
 def test_epochs_hold_the_same_rows_in_another_order_and_a_batch_may_span_two(three: Path) -> None:
@@ -93,7 +93,7 @@ def test_epochs_hold_the_same_rows_in_another_order_and_a_batch_may_span_two(thr
     assert loader.batch(0, 3 * n + 1).input_ids.shape == (3 * n + 1, 16)
 
 
-def test_longer_sequences_hold_the_tokens_that_the_shorter_ones_would_have_held(three: Path) -> None:
+def test_longer_sequences_hold_the_same_tokens_as_shorter_ones(three: Path) -> None:
     loader = Loader(three, seq_len=8, seed=5, window=32)
     assert loader.n_sequences % 4 == 0
     n = 2 * loader.n_sequences
@@ -110,7 +110,7 @@ def test_longer_sequences_hold_the_tokens_that_the_shorter_ones_would_have_held(
             loader.batch(first, count, seq_len)
 
 
-def test_samples_behind_the_end_of_a_source_are_padding_and_no_damage(write_split: WriteSplit) -> None:
+def test_samples_behind_the_end_of_a_source_are_padding_but_not_damaged(write_split: WriteSplit) -> None:
     sources = {"a": [[1] * 41 + [0]], "b": [[2] * 64]}
     loader = Loader(write_split(sources).folder, seq_len=8, seed=5, window=32, on_damage="skip")
     n = loader.n_sequences
@@ -125,7 +125,7 @@ def test_samples_behind_the_end_of_a_source_are_padding_and_no_damage(write_spli
 
 
 @pytest.mark.parametrize(("longest", "packing"), [(8, "concatenate"), (32, "concatenate"), (8, "best_fit")])
-def test_the_order_is_what_batches_read(write_split: WriteSplit, longest: int, packing: Any) -> None:
+def test_order_returns_what_batch_reads(write_split: WriteSplit, longest: int, packing: Any) -> None:
     sources = {
         name: [[1000 * k + 8 * i + j for j in range(8)] for i in range(40)] for k, name in enumerate(("a", "b", "c"))
     }
@@ -136,22 +136,22 @@ def test_the_order_is_what_batches_read(write_split: WriteSplit, longest: int, p
         assert [1000 * source + 8 * sample for source, sample in zip(*loader.order(first, count), strict=True)] == read
 
 
-def test_sequential_is_every_sequence_of_a_source_once_and_in_order(write_split: WriteSplit) -> None:
+def test_sequential_reads_every_sequence_of_a_source_once_and_in_order(write_split: WriteSplit) -> None:
     sources = {"web": [[1] * 40] * 4, "code": [[2] * 40] * 2, "books": [[3] * 24, [4] * 16], "none": []}
     loader = Loader(write_split(sources, name="validation").folder, seq_len=8, seed=5)
     assert loader.sizes == {"web": 20, "code": 10, "books": 5, "none": 0}
     for name, ids in {"web": [1] * 20, "code": [2] * 10, "books": [3, 3, 3, 4, 4], "none": []}.items():
-        whole = loader.sequential(name, 0, 99)
-        assert whole.input_ids[:, 0].tolist() == ids
-        assert same(rows(loader.sequential(name, 0, 3), loader.sequential(name, 3, 99)), whole)
+        expected = loader.sequential(name, 0, 99)
+        assert expected.input_ids[:, 0].tolist() == ids
+        assert same(rows(loader.sequential(name, 0, 3), loader.sequential(name, 3, 99)), expected)
         assert loader.sequential(name, len(ids), 4).input_ids.shape == (0, 8)
     assert loader.sequential("books", 2, 2).input_ids[:, 0].tolist() == [3, 4]
     wider = Loader(loader.sources[0].folder, seq_len=8, seed=6, window=24)
-    assert wider.sizes == {"web": 21, "code": 12, "books": 6, "none": 0}  # windows of 24 tokens, the last filled up
+    assert wider.sizes == {"web": 21, "code": 12, "books": 6, "none": 0}  # windows of 24 tokens, the last padded
     assert (wider.sequential("books", 5, 1).labels == NO_LABEL).all()
 
 
-def test_prefetch_yields_what_batch_does_transformed_and_raises_in_the_caller(write_split: WriteSplit) -> None:
+def test_prefetch_yields_transformed_batches_and_raises_in_the_caller(write_split: WriteSplit) -> None:
     split = write_split({"a": [[i % 999] * 4095 + [0] for i in range(300)]}, shard_tokens=10**9)
     loader = Loader(split.folder, seq_len=1024, seed=1)
     requests = [(first, 4) for first in range(0, 60, 4)]
@@ -170,24 +170,24 @@ def test_prefetch_yields_what_batch_does_transformed_and_raises_in_the_caller(wr
         next(ahead)
 
 
-def test_damage_stops_or_empties_the_rows_that_it_touches(write_split: WriteSplit) -> None:
+def test_damage_stops_the_run_or_turns_its_rows_into_padding(write_split: WriteSplit) -> None:
     sources = {"a": [[i % 999 + 1] * 4095 + [0] for i in range(300)], "b": [[7] * 4095 + [0]] * 300}
     folder = write_split(sources, shard_tokens=10**9).folder
     good = Loader(folder, seq_len=1024, seed=1)
     n = good.n_sequences
-    whole = good.batch(0, n)
+    expected = good.batch(0, n)
     flip(folder / "a-00000.bin", BLOCK_BYTES + 99)
     with pytest.raises(DataError, match=r"train/a-00000\.bin is damaged: block 1 of 3"):
         Loader(folder, seq_len=1024, seed=1).batch(0, n)
     batch = Loader(folder, seq_len=1024, seed=1, on_damage="skip").batch(0, n)
     lost = (batch.labels == NO_LABEL).all(axis=1)
     per_block = BLOCK_BYTES // 2 // 1024
-    assert int(lost.sum()) == len(batch.damaged) == per_block + 1  # one more ends with a label from the block
+    assert int(lost.sum()) == len(batch.damaged) == per_block + 1  # the last label of one more row lies in the block
     assert all("a-00000.bin is damaged: block 1 of 3" in message for message in batch.damaged)
     assert not batch.input_ids[lost].any()
     assert not batch.document_ids[lost].any()
     for name in FIELDS:
-        assert np.array_equal(getattr(batch, name)[~lost], getattr(whole, name)[~lost])
+        assert np.array_equal(getattr(batch, name)[~lost], getattr(expected, name)[~lost])
     flip(folder / "a-00000.idx", 60)
     batch = Loader(folder, seq_len=1024, seed=1, on_damage="skip").batch(0, n)
     assert len(batch.damaged) == n // 2
@@ -195,7 +195,7 @@ def test_damage_stops_or_empties_the_rows_that_it_touches(write_split: WriteSpli
     assert good.batch(0, n).damaged == ()
 
 
-def test_training_on_less_than_one_window_is_refused_and_validating_is_padded(write_split: WriteSplit) -> None:
+def test_less_than_one_window_is_refused_for_training_and_padded_for_validation(write_split: WriteSplit) -> None:
     documents = {"a": [[1, 2, 0]], "b": [[3, 0]]}
     folder = write_split(documents).folder
     with pytest.raises(
@@ -212,7 +212,7 @@ def test_training_on_less_than_one_window_is_refused_and_validating_is_padded(wr
     assert held_out.fingerprint == held_out.manifest.fingerprint()
 
 
-def test_a_mixture_is_read_in_its_proportions_exactly_at_its_blocks(write_split: WriteSplit) -> None:
+def test_a_mixture_has_its_exact_proportions_at_block_boundaries(write_split: WriteSplit) -> None:
     documents = {"web": [[1] * 64] * 5, "code": [[2] * 64] * 3, "books": [[3] * 64]}
     config = MixtureConfig(
         by="tokens", weights={"web": 1, "books": 3}, stages=(MixtureStage(start="50%", weights={"code": 1}),)
@@ -224,7 +224,7 @@ def test_a_mixture_is_read_in_its_proportions_exactly_at_its_blocks(write_split:
     assert loader.epochs(2 * BLOCK)["code"] == BLOCK / 12
 
 
-def test_equal_pasts_are_equal_samples_and_a_later_stage_is_no_part_of_it(three: Path) -> None:
+def test_the_order_fingerprint_identifies_the_samples_and_ignores_later_stages(three: Path) -> None:
     def past(samples: int, **settings: Any) -> str:
         return Loader(three, **({"seq_len": 8, "seed": 5} | settings)).order_fingerprint(samples)
 
@@ -241,7 +241,7 @@ def test_equal_pasts_are_equal_samples_and_a_later_stage_is_no_part_of_it(three:
     assert len({past(100), *(past(100, **settings) for settings in changed)}) == 1 + len(changed)
 
 
-def test_opening_maps_no_file_of_tokens(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_maps_no_token_file(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("a file is mapped")
 

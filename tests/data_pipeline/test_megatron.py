@@ -1,4 +1,4 @@
-"""Megatron reads what we write, and we read what Megatron writes. What it wrote is recorded in fixtures/megatron."""
+"""Megatron reads our files, and we read Megatron's files, which are recorded in fixtures/megatron."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BOTH = pytest.mark.parametrize(("dtype", "vocab_size"), [("uint16", 1000), ("int
 
 
 def recorded_documents(vocab_size: int) -> list[list[int]]:
-    """What the fixtures hold; fixtures/megatron/README.md says the same."""
+    """Return the documents of the fixtures, as described in fixtures/megatron/README.md."""
     return [
         [(7919 * i + 104_729 * k) % (vocab_size - 1) + 1 for k in range(n - 1)] + [0] for i, n in enumerate(LENGTHS)
     ]
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """One that is never asked to encode: it has an end-of-text token and a highest id."""
+    """Make a tokenizer that only has an end-of-text token and a highest id. It is never used to encode."""
     backend = tokenizers.Tokenizer(WordLevel({"<|endoftext|>": 0, "last": vocab_size - 1}, unk_token="last"))
     backend.add_special_tokens(["<|endoftext|>"])
     backend.save(str(folder / "tokenizer.json"))
@@ -39,16 +39,14 @@ def make_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def write_ours(folder: Path, documents: list[list[int]], vocab_size: int) -> Path:
-    """Path of the pair without its ending."""
+    """Write a shard; return the path of its files without extension."""
     lengths = np.array([len(ids) for ids in documents], np.int32)
     write_shard(folder, "ours-00000", np.array(list(itertools.chain(*documents))), lengths, token_dtype(vocab_size))
     return folder / "ours-00000"
 
 
 @BOTH
-def test_our_shard_is_the_one_that_megatrons_builder_writes_to_the_byte(
-    tmp_path: Path, dtype: str, vocab_size: int
-) -> None:
+def test_our_shard_has_the_bytes_that_megatrons_builder_writes(tmp_path: Path, dtype: str, vocab_size: int) -> None:
     ours = write_ours(tmp_path, recorded_documents(vocab_size), vocab_size)
     for ending in (".bin", ".idx"):
         assert ours.with_suffix(ending).read_bytes() == (FIXTURES / f"single-{dtype}{ending}").read_bytes()
@@ -69,7 +67,8 @@ def test_megatrons_files_read_back_document_by_document(
     assert documents == recorded_documents(vocab_size)
     assert part.ends_with_eot
     assert part.dtype == dtype
-    # A document of several sequences is one entry of our index, and empty documents are counted: so it equals the other file's.
+    # Our index has one entry for a document of several sequences, and none for empty documents, so both files give the
+    # same.
     assert (tmp_path / "train/theirs-00000.idx").read_bytes() == (FIXTURES / f"single-{dtype}.idx").read_bytes()
     assert part.dropped == ({"empty": 2} if kind == "several" else {})
 
@@ -86,7 +85,7 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_a_glob_may_name_either_f
         assert ShardSet(tmp_path / "work/train", part).tokens(0, 4).tolist() == [97, 0, 98, 0]
 
 
-def test_a_negative_id_is_named(tmp_path: Path) -> None:
+def test_a_negative_id_is_reported(tmp_path: Path) -> None:
     ours = write_ours(tmp_path, [[5, -1, 0]], 128_256)
     with pytest.raises(DataError, match=r"ours-00000\.bin: token -1 is not in the vocabulary of 128256"):
         import_tokenized(
@@ -113,7 +112,7 @@ def test_a_negative_id_is_named(tmp_path: Path) -> None:
         (74, struct.pack("<q", 1), r"ours-00000\.idx: its documents do not divide its 2 sequences"),
     ],
 )
-def test_an_index_that_does_not_tell_the_whole_file_is_refused(
+def test_an_index_that_does_not_describe_the_whole_file_is_refused(
     tmp_path: Path, at: int, value: bytes, message: str
 ) -> None:
     ours = write_ours(tmp_path, [[5, 6, 0], [7, 0]], 1000)
@@ -126,21 +125,21 @@ def test_an_index_that_does_not_tell_the_whole_file_is_refused(
         import_tokenized(source, "x", tokenizer, tmp_path, 0.0)
 
 
-def test_a_bin_that_is_cut_or_longer_and_lengths_below_zero_are_refused(tmp_path: Path) -> None:
+def test_a_bin_of_another_size_and_negative_lengths_are_refused(tmp_path: Path) -> None:
     ours = write_ours(tmp_path, [[5, 6, 0], [7, 0]], 1000)
     source, tokenizer = SourceConfig(kind="megatron", paths=(str(ours),)), make_tokenizer(tmp_path, 1000)
-    whole = ours.with_suffix(".bin").read_bytes()
-    for there in (whole[:-2], whole + whole):
-        ours.with_suffix(".bin").write_bytes(there)
-        with pytest.raises(DataError, match=rf"ours-00000\.idx: its sequences do not fill the {len(there)} bytes"):
+    content = ours.with_suffix(".bin").read_bytes()
+    for changed in (content[:-2], content + content):
+        ours.with_suffix(".bin").write_bytes(changed)
+        with pytest.raises(DataError, match=rf"ours-00000\.idx: its sequences do not fill the {len(changed)} bytes"):
             import_tokenized(source, "x", tokenizer, tmp_path, 0.0)
-    ours.with_suffix(".bin").write_bytes(whole)
+    ours.with_suffix(".bin").write_bytes(content)
     ours.with_suffix(".idx").write_bytes(encode_index(np.array([7, -2], np.int32), "uint16"))
     with pytest.raises(DataError, match=r"ours-00000\.idx: its sequences do not fill the 10 bytes"):
         import_tokenized(source, "x", tokenizer, tmp_path, 0.0)
 
 
-def test_a_bin_without_an_index_is_named(tmp_path: Path) -> None:
+def test_a_bin_without_an_index_is_reported(tmp_path: Path) -> None:
     ours = write_ours(tmp_path, [[5, 0]], 1000)
     ours.with_suffix(".idx").unlink()
     with pytest.raises(DataError, match=r"cannot read .*ours-00000\.idx: No such file"):
@@ -151,7 +150,7 @@ def test_a_bin_without_an_index_is_named(tmp_path: Path) -> None:
 
 @BOTH
 def test_megatrons_indexed_dataset_reads_our_shards(tmp_path: Path, dtype: str, vocab_size: int) -> None:
-    """Runs where megatron-core is installed; elsewhere the recorded files prove the same."""
+    """Runs only if megatron-core is installed. Otherwise the recorded files show the same."""
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     documents = recorded_documents(vocab_size)
     theirs = megatron.IndexedDataset(str(write_ours(tmp_path, documents, vocab_size)))

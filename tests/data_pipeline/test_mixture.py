@@ -16,7 +16,7 @@ BIG = {"web": 3_000_000_000, "code": 3_999_999_937, "books": 41}
 
 
 def stream(mixture: Mixture, stop: int, start: int = 0) -> list[tuple[int, int]]:
-    """(source, sequence) of samples [start, stop)."""
+    """Return (source, sequence) for samples [start, stop)."""
     samples: list[tuple[int, int]] = []
     while start < stop:
         block = mixture.block(start)
@@ -32,7 +32,7 @@ def sized(weights: tuple[float, ...]) -> dict[str, float]:
 
 @settings(max_examples=100, deadline=None)
 @given(weights=WEIGHTS, n=st.integers(0, 10**12), size=st.integers(1, 300))
-def test_counts_are_near_their_shares_rise_by_single_steps_and_are_exact_after_a_cycle(
+def test_counts_are_near_their_shares_grow_in_single_steps_and_are_exact_after_a_cycle(
     weights: tuple[int, ...], n: int, size: int
 ) -> None:
     cycle, depth = sum(weights), ceil(log2(len(weights))) if len(weights) > 1 else 0
@@ -80,7 +80,7 @@ def mixtures(draw: st.DrawFn) -> tuple[Mixture, int]:
 
 @settings(max_examples=40, deadline=None)
 @given(drawn=mixtures())
-def test_every_round_through_a_source_visits_each_of_its_sequences_once_across_blocks_and_stages(
+def test_every_epoch_of_a_source_visits_each_sequence_once_across_blocks_and_stages(
     drawn: tuple[Mixture, int],
 ) -> None:
     mixture, samples = drawn
@@ -116,7 +116,7 @@ def test_after_a_cycle_each_source_was_read_exactly_its_weight_times(
     assert everything.epochs(sum(sizes)) == sized((1, 1, 1))
 
 
-def test_sources_of_a_sequence_or_two_are_read_round_and_round() -> None:
+def test_sources_of_one_or_two_sequences_are_read_repeatedly() -> None:
     read = stream(
         build_mixture(MixtureConfig(by="tokens", weights=sized((1, 1, 0))), {"web": 1, "code": 2, "books": 5}, 0, None),
         2 * BLOCK,
@@ -125,10 +125,10 @@ def test_sources_of_a_sequence_or_two_are_read_round_and_round() -> None:
     assert web == [0] * BLOCK
     pairs = Counter(zip(code[::2], code[1::2], strict=True))
     assert set(pairs) == {(0, 1), (1, 0)}
-    assert abs(pairs[0, 1] - BLOCK / 4) < 5 * (BLOCK / 8) ** 0.5  # each round has an order of its own
+    assert abs(pairs[0, 1] - BLOCK / 4) < 5 * (BLOCK / 8) ** 0.5  # each epoch has its own order
 
 
-def test_counts_are_exact_at_every_block_and_random_inside() -> None:
+def test_counts_are_exact_at_every_block_and_the_order_inside_is_random() -> None:
     mixture = build_mixture(
         MixtureConfig(by="tokens", weights=sized((0.5, 0.3, 0.2))), dict.fromkeys(NAMES, 10**6), 1, None
     )
@@ -140,7 +140,7 @@ def test_counts_are_exact_at_every_block_and_random_inside() -> None:
     block, next_block = mixture.block(0).sources, mixture.block(BLOCK).sources
     assert not np.array_equal(block, next_block)
     assert not np.array_equal(block, other.block(0).sources)
-    expected = np.outer(*[np.bincount(block)] * 2) / BLOCK  # pairs of neighbours, if they were independent
+    expected = np.outer(*[np.bincount(block)] * 2) / BLOCK  # expected pairs of neighbours if they are independent
     pairs = np.bincount(block[:-1] * 3 + block[1:], minlength=9).reshape(3, 3)
     assert ((pairs - expected) ** 2 / expected).sum() < 25
     regular = interleaved({"web": 500_000, "code": 300_000, "books": 200_000}).block(0).sources
@@ -148,7 +148,7 @@ def test_counts_are_exact_at_every_block_and_random_inside() -> None:
     assert ((pairs - expected) ** 2 / expected).sum() > 500
 
 
-def test_sources_in_turn_are_each_in_order_and_evenly_spread() -> None:
+def test_interleaved_sources_are_each_in_order_and_evenly_spread() -> None:
     read = stream(interleaved({"web": 300, "code": 150, "books": 50}), 500)
     for source, size in enumerate((300, 150, 50)):
         assert [sequence for s, sequence in read if s == source] == list(range(size))
@@ -157,7 +157,7 @@ def test_sources_in_turn_are_each_in_order_and_evenly_spread() -> None:
         assert max(abs(part[0] - 6), abs(part[1] - 3), abs(part[2] - 1)) <= 1
 
 
-def test_an_appended_stage_leaves_the_past_as_it_was_and_sources_go_on_where_they_were() -> None:
+def test_an_appended_stage_keeps_earlier_samples_and_continues_the_sources() -> None:
     sizes = {"web": 9000, "code": 3000, "books": 500}
     start = 3 * BLOCK + 1234  # inside a block
     config = MixtureConfig(by="tokens", weights=sized((0.7, 0.2, 0.1)))
@@ -173,10 +173,12 @@ def test_an_appended_stage_leaves_the_past_as_it_was_and_sources_go_on_where_the
     assert {source for source, _ in after} == {2}
     books = [sequence for source, sequence in stream(plain, start) if source == 2][-(plain.counts(start)[2] % 500) :]
     assert sorted(books + [sequence for _, sequence in after][: 500 - len(books)]) == list(range(500))
-    assert stream(plain, start + 600, start) != stream(again, start + 600, start)  # blocks begin anew
+    assert stream(plain, start + 600, start) != stream(
+        again, start + 600, start
+    )  # the blocks of a stage begin at its start
 
 
-def test_weights_mean_what_they_say() -> None:
+def test_weights_are_resolved_to_samples_in_a_cycle() -> None:
     sizes = {"web": 4000, "code": 1000, "books": 10}
 
     def cycle(**config: object) -> tuple[int, ...]:
@@ -192,7 +194,7 @@ def test_weights_mean_what_they_say() -> None:
     assert max(cycle(by="temperature", temperature=1e9)) - min(cycle(by="temperature", temperature=1e9)) <= 1
 
 
-def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_units() -> None:
+def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_windows() -> None:
     sizes = dict.fromkeys(NAMES, 100)
 
     def starts(*froms: str | int, total: int | None = 1001, unit: int = 1) -> list[int]:
@@ -202,7 +204,7 @@ def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_units() -> 
     assert starts("80%", 900, "99.5%") == [0, 801, 900, 996]
     assert starts(50, "100", total=None) == [0, 50, 100]
     assert starts("50%", 600, unit=4) == [0, 126, 150]
-    assert starts(0, 7, 7) == [0, 7]  # a stage without samples is none
+    assert starts(0, 7, 7) == [0, 7]  # a stage without samples is dropped
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_units() -> 
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_the_way_out(config: dict[str, object], message: str) -> None:
+def test_invalid_mixtures_are_refused_with_a_remedy(config: dict[str, object], message: str) -> None:
     sizes = {"web": 100, "code": 100, "books": 100, "none": 0}
     with pytest.raises(DataError, match=message):
         build_mixture(MixtureConfig.model_validate(config), sizes, 0, 1000)
@@ -245,7 +247,7 @@ def test_a_share_of_a_run_of_unknown_length_is_refused_and_its_epochs_are_not_li
         build_mixture(MixtureConfig(stages=(MixtureStage(start="80%", weights={}),)), sizes, 0, None)
 
 
-def test_equal_pasts_are_equal_samples_and_other_pasts_are_not() -> None:
+def test_equal_order_fingerprints_mean_equal_samples() -> None:
     sizes = dict.fromkeys(NAMES, 500)
 
     def make(seed: int = 0, sizes: dict[str, int] = sizes, **config: object) -> Mixture:

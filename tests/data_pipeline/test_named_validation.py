@@ -1,4 +1,4 @@
-"""Held-out text: named in data.validation, or drawn by a fraction; and what is said where there is too little of it."""
+"""Held-out text: named in data.validation or selected by a fraction, and warnings if there is too little of it."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def write_source(folder: Path, name: str, texts: list[str]) -> SourceConfig:
 
 
 def documents(prepared: PreparedData, split: str) -> dict[str, list[str]]:
-    """The texts of each source of a split, decoded."""
+    """Return the decoded texts of each source of a split."""
     found = {}
     for shards in open_split(prepared.path / split).sources:
         spans = (shards.document_span(i) for i in range(shards.n_documents))
@@ -47,13 +47,16 @@ def documents(prepared: PreparedData, split: str) -> dict[str, list[str]]:
 
 
 def near(text: str) -> str:
-    """The same but for its last word."""
+    """Return the text with another last word."""
     return " ".join((*text.split()[:-1], "other"))
 
 
 @pytest.fixture
 def web_and_exam(tmp_path: Path) -> tuple[SourceConfig, SourceConfig]:
-    """A source of 40 texts, five of which repeat the exam: two exactly, two but for case and spaces, one nearly; two repeat each other."""
+    """A source of 40 texts, and an exam that five of them repeat.
+
+    Two repeat it exactly, two except for case and spaces, one nearly. Two others repeat each other.
+    """
     own, exam = random_texts(35, 0), random_texts(6, 1)
     repeats = [exam[0], exam[1], exam[2].upper(), exam[3].replace(" ", "\n  "), near(exam[4])]
     return write_source(tmp_path, "web", [*own[:20], *repeats, *own[20:], own[0]]), write_source(
@@ -77,8 +80,8 @@ def test_training_text_that_repeats_named_held_out_text_is_dropped_and_counted(
         [*random_texts(35, 0), random_texts(35, 0)[0]]
     )  # repeats within a side stay: dedup is off
     assert (
-        "compared with 7 held-out documents of data.validation: 4 training documents dropped as exact duplicates, 1 as near-duplicates "
-        "(half of those of Jaccard similarity 0.68 are found, and more of closer ones)"
+        "compared with 7 held-out documents of data.validation: 4 training documents dropped as exact duplicates, 1 as "
+        "near-duplicates (half of those of Jaccard similarity 0.68 are found, and more of closer ones)"
     ) in prepared.notes
     assert verify(tmp_path / "data").problems == ()
     web_there = describe_data(tmp_path / "data").sources[0]
@@ -86,7 +89,7 @@ def test_training_text_that_repeats_named_held_out_text_is_dropped_and_counted(
     assert [(entry.kept_in, entry.exact, entry.near) for entry in web_there.duplicates] == [("exam", 4, 1)]
 
 
-def test_without_being_named_the_same_text_is_trained_on(
+def test_repeated_text_is_kept_if_no_held_out_text_is_named(
     tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]
 ) -> None:
     """Negative control."""
@@ -95,7 +98,7 @@ def test_without_being_named_the_same_text_is_trained_on(
     assert {exam[0], exam[1], exam[2].upper(), near(exam[4])} <= set(documents(prepared, "train")["web"])
 
 
-def test_deduplication_goes_on_within_each_side_and_the_held_out_reason_goes_first(
+def test_deduplication_still_runs_within_each_side_and_the_held_out_reason_comes_first(
     tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]
 ) -> None:
     web, exam = web_and_exam
@@ -107,18 +110,18 @@ def test_deduplication_goes_on_within_each_side_and_the_held_out_reason_goes_fir
     assert splits["validation"].sources[0].dropped == {"exact_duplicate: exam": 1}
 
 
-def test_a_fraction_is_held_out_beside_named_text_only_where_it_is_asked_for(
+def test_a_fraction_is_held_out_beside_named_text_only_if_it_is_set(
     tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]
 ) -> None:
     web, exam = web_and_exam
     assert PrepareConfig(sources=(web,)).validation_fraction == 0.005
     assert PrepareConfig(sources=(web,), validation=(exam,)).validation_fraction == 0
-    asked = prepare(
+    with_fraction = prepare(
         tmp_path / "asked", PrepareConfig(sources=(web,), validation=(exam,), validation_fraction=0.2, **SETTINGS)
     )
     plain = prepare(tmp_path / "plain", PrepareConfig(sources=(web,), validation_fraction=0.2, **SETTINGS))
-    assert [source.name for source in asked.splits["validation"].sources] == ["web", "exam"]
-    drawn, drawn_alone = documents(asked, "validation")["web"], documents(plain, "validation")["web"]
+    assert [source.name for source in with_fraction.splits["validation"].sources] == ["web", "exam"]
+    drawn, drawn_alone = documents(with_fraction, "validation")["web"], documents(plain, "validation")["web"]
     exam_texts = {"".join(text.lower().split()) for text in random_texts(6, 1)} | {
         "".join(near(random_texts(6, 1)[4]).split())
     }
@@ -126,7 +129,7 @@ def test_a_fraction_is_held_out_beside_named_text_only_where_it_is_asked_for(
     assert sorted(drawn) == sorted(text for text in drawn_alone if "".join(text.lower().split()) not in exam_texts)
 
 
-def test_filters_judge_held_out_text_and_what_they_drop_of_it_drops_nothing(
+def test_filters_apply_to_held_out_text_and_what_they_drop_of_it_is_not_compared(
     tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]
 ) -> None:
     web, exam = web_and_exam
@@ -177,7 +180,7 @@ def test_the_bytes_depend_neither_on_workers_nor_on_interruptions(
     assert contents(tmp_path / "two") == contents(tmp_path / "stopped") == one
 
 
-def test_a_prepared_path_knows_its_held_out_text(
+def test_prepared_data_remembers_its_held_out_text(
     tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]
 ) -> None:
     web, exam = web_and_exam
@@ -202,7 +205,7 @@ def test_a_prepared_path_knows_its_held_out_text(
         '"lost_characters": ',
         '"passed_over": ',
     )
-    assert [word for word in later if word in text] == []  # it is what versions without these would have written
+    assert [word for word in later if word in text] == []  # older versions wrote the same
     assert open_prepared(tmp_path / "plain").splits["train"].recipe.settings.validation == ()
     assert (
         own.splits["train"].fingerprint()
@@ -210,7 +213,7 @@ def test_a_prepared_path_knows_its_held_out_text(
     )
 
 
-def test_a_name_stands_for_one_source(tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]) -> None:
+def test_a_source_name_must_be_unique(tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]) -> None:
     twice = web_and_exam[1].model_copy(update={"name": "web"})
     with pytest.raises(
         DataError, match=r"data\.validation\.0 and data\.sources\.0 are both called web; give each a `name`"
@@ -243,17 +246,19 @@ def test_errors_of_held_out_sources_name_their_setting(
     assert failure(sources=(source,)).startswith(f"data.sources: cannot open data set {gone} ")
 
 
-def test_tokens_are_held_out_where_they_are(tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]) -> None:
+def test_tokenized_sources_can_be_held_out_in_place(
+    tmp_path: Path, web_and_exam: tuple[SourceConfig, SourceConfig]
+) -> None:
     web, exam = web_and_exam
-    there = prepare(tmp_path / "there", PrepareConfig(sources=(exam,), validation_fraction=0.5, **SETTINGS))
-    assert there.splits["validation"].documents
+    existing = prepare(tmp_path / "there", PrepareConfig(sources=(exam,), validation_fraction=0.5, **SETTINGS))
+    assert existing.splits["validation"].documents
     for kind, paths, n_documents in (
-        ("prepared", (str(there.path),), 7),
-        ("megatron", tuple(map(str, (there.path / "train").glob("*.bin"))), there.splits["train"].documents),
+        ("prepared", (str(existing.path),), 7),
+        ("megatron", tuple(map(str, (existing.path / "train").glob("*.bin"))), existing.splits["train"].documents),
     ):
         tokens = SourceConfig(name="exam", kind=kind, paths=paths)
         config = PrepareConfig(
-            sources=(web,), validation=(tokens,), tokenizer=there.path / "tokenizer.json", **SETTINGS
+            sources=(web,), validation=(tokens,), tokenizer=existing.path / "tokenizer.json", **SETTINGS
         )
         prepared = prepare(tmp_path / kind, config)
         assert [(source.name, source.documents) for source in prepared.splits["validation"].sources] == [
@@ -267,7 +272,7 @@ def test_tokens_are_held_out_where_they_are(tmp_path: Path, web_and_exam: tuple[
 # Text that is drawn, and how much is enough
 
 
-def test_every_source_of_several_documents_holds_out_one_at_least(
+def test_every_source_of_several_documents_holds_out_at_least_one(
     tmp_path: Path, make_corpus: Callable[..., Path], prepare_at: Callable[..., PreparedData]
 ) -> None:
     folders = [
@@ -291,7 +296,7 @@ def test_every_source_of_several_documents_holds_out_one_at_least(
 def splits_of(
     held_out: dict[str, tuple[int, int]], training: dict[str, tuple[int, int]], **settings: Any
 ) -> dict[str, SplitManifest]:
-    """Manifests of (documents, tokens) by source."""
+    """Make manifests, given (documents, tokens) by source."""
     recipe = Recipe(settings=PrepareConfig(**settings), trained_tokenizer=False, listings=(), lists="", made_with={})
 
     def manifest(split: str, counts: dict[str, tuple[int, int]]) -> SplitManifest:
@@ -311,7 +316,7 @@ def splits_of(
     )
 
 
-def test_too_little_held_out_text_is_told_with_numbers_and_what_to_set() -> None:
+def test_warnings_about_too_little_held_out_text_have_numbers_and_a_remedy() -> None:
     held_out = {"web": (40, 8 * 2048), "code": (1, 312), "book": (1, 90_000), "note": (0, 0)}
     training = {"web": (4000, 1_600_000), "code": (199, 700_000), "book": (2, 150_000), "note": (1, 300)}
     splits = splits_of(held_out, training)
@@ -319,10 +324,10 @@ def test_too_little_held_out_text_is_told_with_numbers_and_what_to_set() -> None
         format_held_out_counts(splits, 2048) == "held out, in sequences of 2,048 tokens: web 8, code 1, book 44, note 0"
     )
     assert held_out_warnings(splits, 2048) == [
-        "code: only 1 document with 312 tokens is held out (1 sequence of data.seq_len=2048): its validation loss says little; "
-        "prepare it with data.validation_fraction=0.047, or name held-out text in data.validation",
-        "book: only 1 document with 90,000 tokens is held out (44 sequences of data.seq_len=2048): its validation loss says little; "
-        "it is small (3 documents, 240,000 tokens): add text, or name held-out text in data.validation",
+        "code: only 1 document with 312 tokens is held out (1 sequence of data.seq_len=2048): its validation loss says "
+        "little; prepare it with data.validation_fraction=0.047, or name held-out text in data.validation",
+        "book: only 1 document with 90,000 tokens is held out (44 sequences of data.seq_len=2048): its validation loss "
+        "says little; it is small (3 documents, 240,000 tokens): add text, or name held-out text in data.validation",
         "note: no document is held out: there is no validation loss of it; "
         "it is small (1 document, 300 tokens): add text, or name held-out text in data.validation",
     ]
@@ -331,17 +336,17 @@ def test_too_little_held_out_text_is_told_with_numbers_and_what_to_set() -> None
     assert len(held_out_warnings(splits, 32)) == 3
 
 
-def test_who_asked_for_no_held_out_text_is_not_warned_and_named_text_is_looked_at() -> None:
+def test_no_warning_if_nothing_is_to_be_held_out_unless_text_is_named() -> None:
     training = {"web": (4000, 1_600_000)}
     assert held_out_warnings(splits_of({}, training, validation_fraction=0), 2048) == []
-    assert len(held_out_warnings(splits_of({}, training), 2048)) == 1  # negative control: 0.005 was to be held out
+    assert len(held_out_warnings(splits_of({}, training), 2048)) == 1  # negative control: the default fraction of 0.005
     sources = ({"name": "web", "kind": "text", "paths": ("a",)},)
     named = splits_of(
         {"exam": (3, 900)}, training, sources=sources, validation=({"name": "exam", "kind": "text", "paths": ("b",)},)
     )
     assert held_out_warnings(named, 2048) == [
-        "exam: only 3 documents with 900 tokens are held out (1 sequence of data.seq_len=2048): its validation loss says little; "
-        "name more text in data.validation.0"
+        "exam: only 3 documents with 900 tokens are held out (1 sequence of data.seq_len=2048): its validation loss "
+        "says little; name more text in data.validation.0"
     ]
     prepared = splits_of({}, training, sources=({"name": "web", "kind": "prepared", "paths": ("a",)},))
     assert held_out_warnings(prepared, 2048)[0].endswith(

@@ -8,12 +8,12 @@ from data_pipeline.reading import order
 from data_pipeline.reading.order import permutation_key, permute
 
 
-def whole(n: int, key: int) -> NDArray[np.int64]:
+def permutation(n: int, key: int) -> NDArray[np.int64]:
     return permute(np.arange(n), n, key)
 
 
 def chi_square(counts: NDArray[np.int64]) -> float:
-    """Standard deviations by which counts differ from uniform ones."""
+    """Return by how many standard deviations counts differ from uniform ones."""
     expected = counts.sum() / counts.size
     return float(((counts - expected) ** 2 / expected).sum() - (counts.size - 1)) / (2 * (counts.size - 1)) ** 0.5
 
@@ -21,17 +21,17 @@ def chi_square(counts: NDArray[np.int64]) -> float:
 @settings(max_examples=150, deadline=None)
 @given(n=st.integers(1, 3000), seed=st.integers(-(2**63), 2**64 - 1), epoch=st.integers(0, 10**6))
 def test_every_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
-    assert np.array_equal(np.sort(whole(n, permutation_key(seed, epoch))), np.arange(n))
+    assert np.array_equal(np.sort(permutation(n, permutation_key(seed, epoch))), np.arange(n))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 15, 16, 17, 255, 256, 257, 65_536, 65_537, 100_003])
 def test_it_is_a_permutation_at_and_around_powers_of_two(n: int) -> None:
-    assert np.array_equal(np.sort(whole(n, permutation_key(1, 2))), np.arange(n))
+    assert np.array_equal(np.sort(permutation(n, permutation_key(1, 2))), np.arange(n))
 
 
-def test_one_sample_alone_goes_where_it_goes_in_a_crowd() -> None:
+def test_one_sample_alone_is_permuted_as_among_others() -> None:
     n, key = 12_345, permutation_key(3, 4)
-    together = whole(n, key)
+    together = permutation(n, key)
     for index in (0, 1, 6_000, n - 1):
         assert permute(np.array([index]), n, key)[0] == together[index]
 
@@ -59,34 +59,34 @@ def test_a_trillion_samples_need_no_memory() -> None:
 def test_small_orders_are_uniform_over_seeds(n: int) -> None:
     keys = np.array([permutation_key(seed, 0) for seed in range(1500)], np.uint64)
     draws = permute(np.tile(np.arange(n), 1500), n, np.repeat(keys, n)).reshape(1500, n)
-    for place in (0, n - 1):
-        assert abs(chi_square(np.bincount(draws[:, place], minlength=n))) < 5
+    for position in (0, n - 1):
+        assert abs(chi_square(np.bincount(draws[:, position], minlength=n))) < 5
     pairs = draws[:, 0] * n + draws[:, 1]
     counts = np.bincount(pairs, minlength=n * n)[[a * n + b for a in range(n) for b in range(n) if a != b]]
     assert chi_square(counts) < 6
 
 
-def test_neighbours_land_apart_and_epochs_are_unrelated() -> None:
+def test_neighbours_are_separated_and_epochs_are_unrelated() -> None:
     n = 50_000
-    first, second = whole(n, permutation_key(7, 0)), whole(n, permutation_key(7, 1))
+    first, second = permutation(n, permutation_key(7, 0)), permutation(n, permutation_key(7, 1))
     for sequence in (first - np.arange(n), np.diff(first), first - second):
         assert abs(chi_square(np.bincount(sequence % n * 64 // n, minlength=64))) < 5
     assert abs(np.corrcoef(first, second)[0, 1]) < 5 / n**0.5
     assert (first == second).sum() < 10
 
 
-def test_the_statistics_notice_too_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_statistics_detect_too_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "ROUNDS", 1)
     n = 50_000
-    steps = np.diff(whole(n, permutation_key(7, 0)))
+    steps = np.diff(permutation(n, permutation_key(7, 0)))
     assert abs(chi_square(np.bincount(steps % n * 64 // n, minlength=64))) > 100
 
 
-def test_the_order_is_the_one_it_has_always_been() -> None:
-    assert whole(10, permutation_key(1234, 0)).tolist() == [4, 8, 6, 9, 7, 5, 0, 3, 1, 2]
+def test_the_order_never_changes() -> None:
+    assert permutation(10, permutation_key(1234, 0)).tolist() == [4, 8, 6, 9, 7, 5, 0, 3, 1, 2]
 
 
-def test_an_index_outside_is_refused() -> None:
+def test_an_index_out_of_range_is_refused() -> None:
     for index in (-1, 10):
         with pytest.raises(ValueError, match=r"\[0, 10\)"):
             permute(np.array([index]), 10, 1)

@@ -57,18 +57,18 @@ def test_packing_equals_a_plain_reading_of_the_documents(
     for row in range(n_rows):
         owners = owner[row * seq_len : (row + 1) * seq_len]
         assert batch.document_ids[row].tolist() == [owner - owners[0] for owner in owners]
-        first = {owner: place for place, owner in reversed(list(enumerate(owners)))}
-        assert batch.positions[row].tolist() == [place - first[owner] for place, owner in enumerate(owners)]
+        first = {owner: column for column, owner in reversed(list(enumerate(owners)))}
+        assert batch.positions[row].tolist() == [column - first[owner] for column, owner in enumerate(owners)]
 
 
 def test_inputs_and_labels_are_one_array_where_nothing_is_padded(
     write_split: WriteSplit, random_documents: Draw
 ) -> None:
     sources = write_split({"a": random_documents(50, 40)}).sources
-    whole = read_concatenated(sources, [(0, 0), (0, 16)], 16, 0, skip=False)
-    assert whole.input_ids.base is whole.labels.base is not None
+    unpadded = read_concatenated(sources, [(0, 0), (0, 16)], 16, 0, skip=False)
+    assert unpadded.input_ids.base is unpadded.labels.base is not None
     padded = read_concatenated(sources, [(0, 0), (0, sources[0].n_tokens - 3)], 16, 0, skip=False)
-    assert np.array_equal(padded.labels[0], whole.labels[0])
+    assert np.array_equal(padded.labels[0], unpadded.labels[0])
     assert padded.labels[1, 2:].tolist() == [NO_LABEL] * 14
     assert padded.document_ids[1].tolist().count(padded.document_ids[1, -1]) >= 13
 

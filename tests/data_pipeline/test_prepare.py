@@ -1,4 +1,4 @@
-"""Text becomes two splits, word for word and the same every time; what is there already is used, kept, or told apart."""
+"""Preparation: texts are kept exactly, results are reproducible, and existing data is reused or refused."""
 
 import fcntl
 import json
@@ -52,7 +52,7 @@ def dropped(manifest: SplitManifest) -> dict[str, int]:
     return manifest.sources[0].dropped
 
 
-def was_there(prepared: PreparedData) -> bool:
+def was_prepared(prepared: PreparedData) -> bool:
     return any("is prepared already" in note for note in prepared.notes)
 
 
@@ -75,8 +75,8 @@ def test_documents_are_shuffled_inside_a_chunk_and_nowhere_else(
     prepare_at(tmp_path / "one", corpus, validation_fraction=0.0, shard_tokens=10**6)
     at_once = documents_of(tmp_path / "one", "train")
     assert sorted(at_once) == sorted(in_order)
-    kept_places = sum(text == there for text, there in zip(in_order, at_once, strict=True))
-    assert kept_places <= 6  # of 60; one is expected
+    n_unmoved = sum(text == other for text, other in zip(in_order, at_once, strict=True))
+    assert n_unmoved <= 6  # of 60; one is expected
     prepared = prepare_at(tmp_path / "many", corpus, validation_fraction=0.0)
     names = [shard.name for shard in prepared.splits["train"].sources[0].shards]
     in_chunks = documents_of(tmp_path / "many", "train")
@@ -89,7 +89,7 @@ def test_documents_are_shuffled_inside_a_chunk_and_nowhere_else(
     assert len(chunks) > 5
     expected = {chunk.name: sorted(Path(part.file.path).read_text() for part in chunk.slices) for chunk in chunks}
     found: dict[str, list[str]] = {}
-    for name, texts in done:  # a chunk that does not fit into one shard goes on in `<chunk>-1`
+    for name, texts in done:  # a chunk that does not fit into one shard continues in `<chunk>-1`
         found.setdefault(name[: len(chunks[0].name)], []).extend(texts)
     assert {name: sorted(texts) for name, texts in found.items()} == expected
 
@@ -127,7 +127,7 @@ def test_preparing_again_changes_nothing(tmp_path: Path, corpus: Path, prepare_a
     first = prepare_at(tmp_path / "data", corpus)
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*")}
     again = prepare_at(tmp_path / "data", corpus)
-    assert (was_there(first), was_there(again)) == (False, True)
+    assert (was_prepared(first), was_prepared(again)) == (False, True)
     assert again.splits == first.splits
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*")} == times
 
@@ -159,14 +159,14 @@ def test_other_settings_are_refused_with_the_difference(
     assert contents(tmp_path / "data") == before
 
 
-def test_a_file_that_grew_is_noticed(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+def test_a_file_that_grew_is_detected(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
     prepare_at(tmp_path / "data", corpus)
     (corpus / "a" / "001.txt").write_text("longer " * 500)
     with pytest.raises(DataError, match=r"what data\.sources\.0 holds was 60 files, \d+ bytes"):
         prepare_at(tmp_path / "data", corpus)
 
 
-def test_a_tokenizer_that_is_there_is_used(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+def test_an_existing_tokenizer_is_used(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
     config = PrepareConfig(
         sources=(SourceConfig(kind="text", paths=(str(corpus),)),), vocab_size=280, tokenizer_sample_mb=1.0
     )
@@ -174,7 +174,7 @@ def test_a_tokenizer_that_is_there_is_used(tmp_path: Path, corpus: Path, prepare
     assert [file.name for file in (tmp_path / "tok").iterdir()] == ["tokenizer.json"]
     prepared = prepare_at(tmp_path / "given", corpus, tokenizer=tmp_path / "tok")
     assert prepared.tokenizer.fingerprint == made.fingerprint == load_tokenizer(tmp_path / "given").fingerprint
-    assert was_there(prepare_at(tmp_path / "given", corpus, tokenizer=tmp_path / "tok" / "tokenizer.json"))
+    assert was_prepared(prepare_at(tmp_path / "given", corpus, tokenizer=tmp_path / "tok" / "tokenizer.json"))
     shutil.copytree(tmp_path / "tok", tmp_path / "own")
     assert prepare_at(tmp_path / "own", corpus).tokenizer.fingerprint == made.fingerprint
     prepare_at(tmp_path / "trained", corpus)
@@ -234,7 +234,7 @@ def late_breakage(folder: Path) -> SourceConfig:
     ("source", "message"),
     [(empty_files, "hold no text"), (corrupt_parquet, r"bad\.parquet"), (late_breakage, r"x\.jsonl:101: broken JSON")],
 )
-def test_bad_input_leaves_nothing_behind(
+def test_bad_input_leaves_no_files(
     tmp_path: Path,
     prepare_at: Prepare,
     make_corpus: MakeCorpus,
@@ -251,16 +251,16 @@ def test_bad_input_leaves_nothing_behind(
     assert not (tmp_path / "data").exists()
 
 
-def test_two_preparations_of_one_path_do_not_mix(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+def test_a_second_preparation_of_the_same_path_is_refused(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
     (tmp_path / "data").mkdir()
     with (tmp_path / "data" / ".prepare.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="is being prepared by another process"):
             prepare_at(tmp_path / "data", corpus)
-    assert not was_there(prepare_at(tmp_path / "data", corpus))
+    assert not was_prepared(prepare_at(tmp_path / "data", corpus))
 
 
-def test_what_another_process_committed_before_the_lock_was_taken_is_kept(
+def test_data_that_another_process_committed_before_our_lock_is_kept(
     tmp_path: Path, corpus: Path, prepare_at: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, flock = tmp_path / "data", fcntl.flock
@@ -279,15 +279,15 @@ def test_what_another_process_committed_before_the_lock_was_taken_is_kept(
     with pytest.raises(DataError, match="was prepared by another process meanwhile; run the command again"):
         prepare_at(data, corpus)
     assert verify(data).problems == ()
-    assert was_there(prepare_at(data, corpus))
+    assert was_prepared(prepare_at(data, corpus))
 
 
-def test_a_lock_file_that_its_owner_deleted_locks_nothing(
+def test_a_lock_on_a_deleted_lock_file_does_not_count(
     tmp_path: Path, corpus: Path, prepare_at: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock_file, flock = tmp_path / "data" / ".prepare.lock", fcntl.flock
 
-    def late(lock: TextIO, how: int) -> None:  # between our open and our lock the owner deletes the file and ends
+    def late(lock: TextIO, how: int) -> None:  # the owner deletes the file and ends between our open and our lock
         lock_file.unlink()
         flock(lock, how)
 
@@ -295,10 +295,10 @@ def test_a_lock_file_that_its_owner_deleted_locks_nothing(
     with pytest.raises(DataError, match="is being prepared by another process"):
         prepare_at(tmp_path / "data", corpus)
     monkeypatch.undo()
-    assert not was_there(prepare_at(tmp_path / "data", corpus))
+    assert not was_prepared(prepare_at(tmp_path / "data", corpus))
 
 
-def test_all_is_on_the_disk_before_it_is_renamed(
+def test_everything_is_synced_before_it_is_renamed(
     tmp_path: Path, corpus: Path, prepare_at: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: set[int] = set()
@@ -317,21 +317,21 @@ def test_all_is_on_the_disk_before_it_is_renamed(
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
     monkeypatch.setattr(Path, "replace", spy_replace)
-    trained = prepare_at(tmp_path / "trained", corpus).path  # written to its name at once, then committed
+    trained = prepare_at(tmp_path / "trained", corpus).path  # written under its final name, then committed
     prepare_at(tmp_path / "given", corpus, tokenizer=trained)  # copied, then committed
     committed = ("tokenizer.json", "train", "validation")
     expected = [f"{name}/{file}" for name in ("trained", "given") for file in committed]
     assert renamed == dict.fromkeys(expected, True)
 
 
-def test_no_sources_are_told_by_both_commands(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+def test_both_commands_refuse_to_run_without_sources(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
     with pytest.raises(DataError, match=r"data\.sources is empty; name the text"):
         prepare_at(tmp_path / "data", corpus, sources=[])
     with pytest.raises(DataError, match=r"data\.sources is empty; name the text"):
         build_tokenizer(tmp_path / "tokenizer.json", PrepareConfig())
 
 
-def test_what_is_not_ours_is_not_deleted(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
+def test_foreign_files_are_not_deleted(tmp_path: Path, corpus: Path, prepare_at: Prepare) -> None:
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "train" / "thesis.txt").write_text("three years")
     with pytest.raises(DataError, match="train is in the way"):
@@ -339,13 +339,13 @@ def test_what_is_not_ours_is_not_deleted(tmp_path: Path, corpus: Path, prepare_a
     assert contents(tmp_path / "data") == {"train/thesis.txt": b"three years"}
 
 
-def test_a_tokenizer_trained_first_leaves_the_cleaning_for_the_preparation(
+def test_prepare_reuses_the_cleaning_of_an_earlier_tokenizer_training(
     tmp_path: Path, corpus: Path, prepare_at: Prepare
 ) -> None:
-    """And the result is that of preparing at once."""
+    """The result is the same as without training the tokenizer first."""
     source = SourceConfig(kind="text", paths=(str(corpus),))
     settings = {"dedup": DedupConfig(exact=True)}
-    whole = {
+    all_settings = {
         "sources": (source,),
         "vocab_size": 300,
         "tokenizer_sample_mb": 1.0,
@@ -353,17 +353,17 @@ def test_a_tokenizer_trained_first_leaves_the_cleaning_for_the_preparation(
         "shard_tokens": 1000,
         "workers": 1,
     }
-    build_tokenizer(tmp_path / "two" / "tokenizer.json", PrepareConfig(**(whole | settings)))
+    build_tokenizer(tmp_path / "two" / "tokenizer.json", PrepareConfig(**(all_settings | settings)))
     judged = sorted((tmp_path / "two" / ".prepare.tmp" / "judged").glob("*.verdicts"))
     times = [file.stat().st_mtime_ns for file in judged]
     assert len(judged) > 1
 
-    def hear(progress: StageProgress) -> None:
+    def on_progress(progress: StageProgress) -> None:
         if progress.stage == "tokenizing" and times:
             assert [file.stat().st_mtime_ns for file in judged] == times
             times.clear()
 
-    prepare_at(tmp_path / "two", corpus, progress=hear, **settings)
+    prepare_at(tmp_path / "two", corpus, progress=on_progress, **settings)
     assert not times
     prepare_at(tmp_path / "one", corpus, **settings)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
@@ -387,23 +387,23 @@ def test_files_that_are_passed_over_are_noted_recorded_and_shown(
         (corpus / name).write_text("some text")
     made = prepare_at(tmp_path / "data", corpus)
     others = "2 files (1 .TXT, 1 .json), x.json and y.TXT"
-    told = (
-        f"corpus: passed over {others}: what does not match *.txt, *.md, *.txt.gz, *.md.gz, *.txt.zst, *.md.zst is not read; name it in "
-        f"`paths` or set `pattern` to read it, `exclude` to do without this note"
+    note = (
+        f"corpus: passed over {others}: what does not match *.txt, *.md, *.txt.gz, *.md.gz, *.txt.zst, *.md.zst is not "
+        "read; name it in `paths` or set `pattern` to read it, `exclude` to do without this note"
     )
-    assert made.notes[0] == told
+    assert made.notes[0] == note
     assert open_prepared(tmp_path / "data").splits["train"].recipe.passed_over == (others,)
     (entry,) = describe_data(tmp_path / "data", samples=0).recipe["sources"]
     assert entry.value.endswith(f"; passed over: {others}")
-    assert prepare_at(tmp_path / "data", corpus).notes[1] == told  # and again where it is prepared already
+    assert prepare_at(tmp_path / "data", corpus).notes[1] == note  # also if the data is prepared already
     config = PrepareConfig(sources=(SourceConfig(kind="text", paths=(str(corpus),)),), vocab_size=300, workers=1)
-    assert build_tokenizer(tmp_path / "alone" / "tokenizer.json", config).notes[0] == told
+    assert build_tokenizer(tmp_path / "alone" / "tokenizer.json", config).notes[0] == note
     shards = [
         {file.name: file.read_bytes() for file in (tmp_path / name / "train").glob("*.bin")}
         for name in ("quiet", "data")
     ]
     assert shards[0] == shards[1]
-    for split in ("train", "validation"):  # so a run on the one goes on with the other
+    for split in ("train", "validation"):  # so a run on one can continue with the other
         file = tmp_path / "data" / split / MANIFEST
         assert b"passed_over" in file.read_bytes()
         assert (

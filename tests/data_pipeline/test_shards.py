@@ -35,7 +35,7 @@ def flip(file: Path, byte: int) -> None:
 
 
 def starts_in(shards: ShardSet, start: int, stop: int) -> list[int]:
-    """Where documents start in [start, stop) of the stream, from what is told of its parts."""
+    """Return where documents start in [start, stop) of the stream, computed from `document_starts_near`."""
     found, base = [], start
     for file, low, high in shards.spans(start, stop):
         near = (file.document_starts_near(low, high) // file.itemsize).tolist()
@@ -44,7 +44,7 @@ def starts_in(shards: ShardSet, start: int, stop: int) -> list[int]:
     return found
 
 
-def test_the_pair_is_laid_out_as_told(tmp_path: Path) -> None:
+def test_the_pair_has_the_documented_layout(tmp_path: Path) -> None:
     shard = write_shard(tmp_path, "x-00000", np.array([5, 6, 0, 7, 0]), np.array([3, 2], np.int32), "uint16")
     assert (tmp_path / "x-00000.bin").read_bytes() == struct.pack("<5H", 5, 6, 0, 7, 0)
     assert (tmp_path / "x-00000.idx").read_bytes() == b"MMIDIDX\x00\x00" + struct.pack(
@@ -81,20 +81,20 @@ def test_each_source_is_one_stream_across_its_shards(write_split: WriteSplit, ra
         assert np.concatenate(list(shards.document_lengths())).tolist() == [len(ids) for ids in documents]
 
 
-def test_starts_are_the_same_searched_for_and_looked_up(
+def test_search_and_lookup_table_find_the_same_starts(
     write_split: WriteSplit, random_documents: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (shards,) = write_split({"web": random_documents(3000, 40)}, shard_tokens=10**9).sources
     searched = [starts_in(shards, low, low + 100) for low in range(0, 50_000, 100)]
     assert sum(map(len, searched)) > 2000
     monkeypatch.setattr("data_pipeline.storage.shards._SEARCHES_BEFORE_TABLE", 1)
-    (again,) = open_split(shards.folder).sources
-    assert [starts_in(again, low, low + 100) for low in range(0, 50_000, 100)] == searched
+    (reopened,) = open_split(shards.folder).sources
+    assert [starts_in(reopened, low, low + 100) for low in range(0, 50_000, 100)] == searched
     monkeypatch.setattr("data_pipeline.storage.shards.bisect", None)
-    assert again.files[0].document_starts_near(0, 4096).size >= len(searched[0])
+    assert reopened.files[0].document_starts_near(0, 4096).size >= len(searched[0])
 
 
-def test_what_lies_outside_the_stream_is_an_error(write_split: WriteSplit) -> None:
+def test_positions_outside_of_the_stream_are_an_error(write_split: WriteSplit) -> None:
     (shards,) = write_split({"web": [[1, 2, 0], [3, 0]]}).sources
     assert shards.tokens(5, 5).tolist() == []
     for low, high in ((-1, 2), (0, 6), (3, 2)):
@@ -105,7 +105,7 @@ def test_what_lies_outside_the_stream_is_an_error(write_split: WriteSplit) -> No
 
 
 @pytest.mark.parametrize("at", [0, BLOCK_BYTES - 1, BLOCK_BYTES, 3 * BLOCK_BYTES, 3 * BLOCK_BYTES + 9_999])
-def test_one_flipped_bit_is_found_when_its_block_is_first_read_and_named(write_split: WriteSplit, at: int) -> None:
+def test_a_flipped_bit_is_found_when_its_block_is_first_read(write_split: WriteSplit, at: int) -> None:
     documents = [[i % 1000] * 4095 + [0] for i in range(400)]  # 3.1 MiB
     split = write_split({"web": documents}, shard_tokens=10**9)
     flip(split.folder / "web-00000.bin", at)
@@ -128,7 +128,7 @@ def test_a_block_is_hashed_once(write_split: WriteSplit, monkeypatch: pytest.Mon
     starts = starts_in(shards, 0, shards.n_tokens)
     for module in ("mapped", "shards"):
         monkeypatch.setattr(f"data_pipeline.storage.{module}.xxhash", None)
-    monkeypatch.setattr(mapped, "MAX_OPEN_DESCRIPTORS", 1)  # also where the files are closed and opened again
+    monkeypatch.setattr(mapped, "MAX_OPEN_DESCRIPTORS", 1)  # so that files are closed and opened again
     for _ in range(3):
         assert shards.tokens(0, shards.n_tokens).size == 220
         assert starts_in(shards, 0, shards.n_tokens) == starts
@@ -145,16 +145,16 @@ def test_a_changed_index_is_found_when_it_is_first_read(write_split: WriteSplit,
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx"])
-def test_a_cut_a_longer_and_a_missing_file_are_named_before_anything_is_read(
+def test_a_file_that_is_missing_or_of_another_size_is_reported_before_anything_is_read(
     write_split: WriteSplit, ending: str
 ) -> None:
     folder = write_split({"web": [[1, 2, 0], [3, 0]]}).folder
     file = folder / f"web-00000.{ending}"
-    whole = file.read_bytes()
-    for there in (whole[:-1], whole + b"\x00"):
-        file.write_bytes(there)
+    content = file.read_bytes()
+    for changed in (content[:-1], content + b"\x00"):
+        file.write_bytes(changed)
         with pytest.raises(
-            DataError, match=rf"web-00000\.{ending} has {len(there)} bytes where the manifest says {len(whole)}"
+            DataError, match=rf"web-00000\.{ending} has {len(changed)} bytes where the manifest says {len(content)}"
         ):
             open_split(folder)
     file.unlink()
@@ -162,7 +162,7 @@ def test_a_cut_a_longer_and_a_missing_file_are_named_before_anything_is_read(
         open_split(folder)
 
 
-def test_a_file_that_shrinks_after_it_was_opened_is_named(write_split: WriteSplit) -> None:
+def test_a_file_that_shrinks_after_it_was_opened_is_reported(write_split: WriteSplit) -> None:
     split = write_split({"web": [[1, 2, 0], [3, 0]]})
     (split.folder / "web-00000.bin").write_bytes(b"\x01\x00")
     with pytest.raises(CorruptDataError, match=r"web-00000\.bin cannot be read"):
@@ -186,7 +186,7 @@ def test_tokens_in_another_file_are_read_from_where_they_begin(tmp_path: Path) -
 
 @contextmanager
 def few_descriptors(spare: int) -> Iterator[None]:
-    """Inside, this process can open only so many more files."""
+    """Let this process open only `spare` more files in the block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     there = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (there + spare, hard))
@@ -225,7 +225,7 @@ def test_many_shards_are_read_with_few_descriptors(
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_file_that_cannot_be_opened_is_no_damage(
+def test_a_file_that_cannot_be_opened_is_not_damaged(
     write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch, number: int, packing: str
 ) -> None:
     folder = write_split({"web": [[1, 2, 0], [3, 0]] * 10}).folder
@@ -252,27 +252,25 @@ def test_a_file_that_cannot_be_opened_is_no_damage(
 @pytest.mark.parametrize(
     ("ending", "packing"), [(".bin", "concatenate"), (".idx", "concatenate"), (".bin", "best_fit")]
 )
-def test_a_file_that_is_cut_off_while_it_is_in_use_is_one_line(
+def test_a_file_that_is_truncated_while_in_use_is_an_error_not_a_crash(
     write_split: WriteSplit, random_documents: Draw, ending: str, packing: str
 ) -> None:
-    """Where a page of the mapping is touched that lies behind the end of the file, this process ends with SIGBUS."""
+    """Without the check, reading a page of the mapping behind the end of the file ends this process with SIGBUS."""
     folder = write_split({"web": random_documents(3000, 40)}, shard_tokens=10**6).folder
     loader = Loader(folder, seq_len=64, seed=0, packing=packing)
     expected = loader.batch(0, loader.n_sequences)
     file = folder / f"web-00000{ending}"
-    whole = file.read_bytes()
-    assert len(whole) > 2 * mmap.PAGESIZE
+    content = file.read_bytes()
+    assert len(content) > 2 * mmap.PAGESIZE
     os.truncate(file, 100)
-    told = f"{file} was cut off to 100 bytes while it was in use, and needs {len(whole)}; restore it from a copy"
-    with pytest.raises(CorruptDataError, match=re.escape(told)):
+    message = f"{file} was cut off to 100 bytes while it was in use, and needs {len(content)}; restore it from a copy"
+    with pytest.raises(CorruptDataError, match=re.escape(message)):
         loader.batch(0, loader.n_sequences)
-    file.write_bytes(whole)
+    file.write_bytes(content)
     assert np.array_equal(loader.batch(0, loader.n_sequences).input_ids, expected.input_ids)
 
 
-def test_a_plan_that_is_cut_off_while_it_is_in_use_is_made_again(
-    write_split: WriteSplit, random_documents: Draw
-) -> None:
+def test_a_plan_that_is_truncated_while_in_use_is_made_again(write_split: WriteSplit, random_documents: Draw) -> None:
     folder = write_split({"web": random_documents(3000, 40)}, shard_tokens=10**6).folder
     loader = Loader(folder, seq_len=64, seed=0, packing="best_fit")
     expected = loader.batch(0, loader.n_sequences)
@@ -283,7 +281,7 @@ def test_a_plan_that_is_cut_off_while_it_is_in_use_is_made_again(
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
-def test_a_disk_that_fails_while_a_block_is_read_is_no_damage(
+def test_a_disk_that_fails_while_a_block_is_read_is_not_damage(
     write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     folder = write_split({"web": [[1, 2, 0], [3, 0]] * 10}).folder
@@ -312,7 +310,7 @@ def test_a_damaged_index_is_hashed_once(write_split: WriteSplit, monkeypatch: py
         shards.document_span(0)
 
 
-def test_a_split_that_is_let_go_of_closes_its_files(write_split: WriteSplit) -> None:
+def test_a_deleted_split_closes_its_files(write_split: WriteSplit) -> None:
     (shards,) = write_split({"web": [[1, 2, 0], [3, 0]] * 40}).sources
     folder, n_files = shards.folder, len(shards.files)
     assert starts_in(shards, 0, shards.n_tokens)
@@ -337,7 +335,7 @@ def source_of(shard: Shard) -> SourceManifest:
     )
 
 
-def test_shards_without_a_manifest_are_nothing_and_a_broken_one_is_named(write_split: WriteSplit) -> None:
+def test_shards_without_a_manifest_are_no_data_and_a_broken_manifest_is_reported(write_split: WriteSplit) -> None:
     folder = write_split({"web": [[1, 0]]}).folder
     (folder / MANIFEST).write_text('{"format": "pretrain-shards-1"}')
     with pytest.raises(DataError, match=r"manifest\.json is damaged or of another version \(format: "):
@@ -355,12 +353,12 @@ def test_shards_without_a_manifest_are_nothing_and_a_broken_one_is_named(write_s
 
 def test_the_manifest_reads_back_as_it_was_written(write_split: WriteSplit) -> None:
     split = write_split({"web": [[1, 2, 0], [3, 0]], "code": [[4, 0]]})
-    again = load_manifest(split.folder)
-    assert again == split.manifest
-    assert (again.documents, again.tokens) == (3, 7)
-    assert again.fingerprint() == split.manifest.fingerprint()
-    assert again.to_bytes() == (split.folder / MANIFEST).read_bytes()
-    assert again.model_copy(update={"eot_id": 1}).fingerprint() != again.fingerprint()
+    reopened = load_manifest(split.folder)
+    assert reopened == split.manifest
+    assert (reopened.documents, reopened.tokens) == (3, 7)
+    assert reopened.fingerprint() == split.manifest.fingerprint()
+    assert reopened.to_bytes() == (split.folder / MANIFEST).read_bytes()
+    assert reopened.model_copy(update={"eot_id": 1}).fingerprint() != reopened.fingerprint()
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "unknown below", "both"])

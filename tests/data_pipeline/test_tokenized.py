@@ -24,14 +24,14 @@ Documents = list[list[int]]
 
 
 def fixture_documents(vocab_size: int) -> Documents:
-    """What the recorded fixtures hold; their README.md say the same."""
+    """Return the documents of the recorded fixtures, as their README.md files describe them."""
     return [
         [(7919 * i + 104_729 * k) % (vocab_size - 1) + 1 for k in range(n - 1)] + [0] for i, n in enumerate(LENGTHS)
     ]
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 1000) -> Tokenizer:
-    """One that is never asked to encode: it has an end-of-text token and a highest id."""
+    """Make a tokenizer that only has an end-of-text token and a highest id. It is never used to encode."""
     backend = tokenizers.Tokenizer(WordLevel({"<|endoftext|>": 0, "last": vocab_size - 1}, unk_token="last"))
     backend.add_special_tokens(["<|endoftext|>"])
     backend.save(str(folder / "tokenizer.json"))
@@ -49,17 +49,17 @@ def write_datatrove(file: Path, documents: Documents, dtype: str = "<u2") -> Non
 
 
 def read(folder: Path, source: SourceManifest | None) -> Documents:
-    """The documents of a source's part of a split."""
+    """Read the documents of a source in one split."""
     if source is None:
         return []
     shards = ShardSet(folder, source)
     return [shards.tokens(*shards.document_span(i)).tolist() for i in range(shards.n_documents)]
 
 
-def adopted(
+def import_documents(
     work: Path, source: SourceConfig, tokenizer: Tokenizer, fraction: float = 0.0
 ) -> tuple[Documents, Documents]:
-    """(documents for training, documents held out)."""
+    """Import a source; return (documents for training, held-out documents)."""
     parts = import_tokenized(source, "other", tokenizer, work, fraction)
     return read(work / "train", parts["train"]), read(work / "validation", parts.get("validation"))
 
@@ -91,16 +91,16 @@ def write_manifest(
 
 
 @pytest.mark.parametrize(("name", "vocab_size"), [("uint16", 1000), ("uint32", 128_256)])
-def test_what_datatrove_wrote_reads_back_to_the_token(tmp_path: Path, name: str, vocab_size: int) -> None:
+def test_files_of_datatrove_are_read_exactly(tmp_path: Path, name: str, vocab_size: int) -> None:
     source = SourceConfig(kind="datatrove", paths=(f"{DATATROVE}/{name}_*.ds",))
     documents = fixture_documents(vocab_size)
     order = np.random.default_rng(0).permutation(len(documents))  # datatrove shuffled them with this seed
-    train, held_out = adopted(tmp_path, source, make_tokenizer(tmp_path, vocab_size))
+    train, held_out = import_documents(tmp_path, source, make_tokenizer(tmp_path, vocab_size))
     assert train == [documents[i] for i in order]
     assert held_out == []
 
 
-def test_no_token_is_copied_and_progress_tells_every_byte_token_and_document(
+def test_no_token_is_copied_and_progress_counts_every_byte_token_and_document(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     (file,) = DATATROVE.glob("uint16_*.ds")
@@ -113,7 +113,7 @@ def test_no_token_is_copied_and_progress_tells_every_byte_token_and_document(
     assert sum(told, Progress()) == Progress(documents=8, read=file.stat().st_size, tokens=sum(LENGTHS))
 
 
-def test_documents_without_an_end_of_text_token_are_noticed_and_empty_ones_counted(
+def test_documents_without_an_end_of_text_token_are_detected_and_empty_ones_counted(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     parts = import_tokenized(
@@ -123,15 +123,15 @@ def test_documents_without_an_end_of_text_token_are_noticed_and_empty_ones_count
     assert read(tmp_path / "train", parts["train"]) == [ids[:-1] if i == 3 else ids for i, ids in enumerate(documents)]
     assert not parts["train"].ends_with_eot
     assert parts["train"].dropped == {"empty": 1}
-    whole = import_tokenized(
+    complete = import_tokenized(
         SourceConfig(kind="datatrove", paths=(f"{DATATROVE}/uint16_*.ds",)), "x", tokenizer, tmp_path, 0.0
     )
-    assert whole["train"].ends_with_eot
-    assert whole["train"].dropped == {}
+    assert complete["train"].ends_with_eot
+    assert complete["train"].dropped == {}
 
 
 @pytest.mark.parametrize("unended", [None, 0, 1, 2, 3])
-def test_one_missing_end_is_found_wherever_the_mebibytes_begin(
+def test_a_missing_end_of_text_is_found_at_any_block_boundary(
     tmp_path: Path, tokenizer: Tokenizer, unended: int | None
 ) -> None:
     half = (
@@ -158,7 +158,9 @@ def test_the_last_documents_up_to_the_fraction_are_held_out(
     rest = iter(documents)
     for i, size in enumerate(sizes):
         write_datatrove(tmp_path / f"{i}.ds", list(itertools.islice(rest, size)))
-    train, held_out = adopted(tmp_path, SourceConfig(kind="datatrove", paths=(str(tmp_path),)), tokenizer, fraction)
+    train, held_out = import_documents(
+        tmp_path, SourceConfig(kind="datatrove", paths=(str(tmp_path),)), tokenizer, fraction
+    )
     ends = np.cumsum([len(ids) for ids in reversed(documents)])
     fitting = int(np.searchsorted(ends, fraction * ends[-1], side="right"))
     expected = max(fitting, 1) if fraction and len(documents) > 1 else 0
@@ -166,7 +168,9 @@ def test_the_last_documents_up_to_the_fraction_are_held_out(
     assert len(held_out) == expected
 
 
-def test_folder_glob_and_file_mean_the_same_and_pattern_and_exclude_hold(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_folder_glob_and_file_are_equivalent_and_pattern_and_exclude_apply(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     (tmp_path / "in").mkdir()
     for name in "bac":
         write_datatrove(tmp_path / f"in/{name}.ds", [[ord(name), 0]])
@@ -177,13 +181,13 @@ def test_folder_glob_and_file_mean_the_same_and_pattern_and_exclude_hold(tmp_pat
         tuple(f"{tmp_path}/in/{x}.ds" for x in "abc"),
     ]
     for paths in ways:
-        assert adopted(tmp_path, SourceConfig(kind="datatrove", paths=paths), tokenizer)[0] == [
+        assert import_documents(tmp_path, SourceConfig(kind="datatrove", paths=paths), tokenizer)[0] == [
             [97, 0],
             [98, 0],
             [99, 0],
         ]
     some = SourceConfig(kind="datatrove", paths=ways[0], pattern="[ab].ds", exclude=("b.*",))
-    assert adopted(tmp_path, some, tokenizer)[0] == [[97, 0]]
+    assert import_documents(tmp_path, some, tokenizer)[0] == [[97, 0]]
     assert describe_tokenized_source(some).startswith("1 files, 4 bytes, ")
     assert describe_tokenized_source(some) != describe_tokenized_source(SourceConfig(kind="datatrove", paths=ways[0]))
 
@@ -200,38 +204,36 @@ def test_raw_arrays_of_olmo_with_metadata_without_and_with_a_numpy_header(
     else:
         ids.tofile(tmp_path / "x.npy")
     if how == "metadata":
-        documents = [[*documents[0], *documents[1]], *documents[2:]]  # what the tokens do not tell
+        documents = [[*documents[0], *documents[1]], *documents[2:]]  # the tokens alone do not show this
         ends = np.cumsum([0, *map(len, documents)]).tolist()
         with gzip.open(tmp_path / "x.csv.gz", "wt") as stream:
             stream.writelines(f'{a},{b},"id, {a}",s3://bucket/x.json.gz,{a}\n' for a, b in itertools.pairwise(ends))
-    stored = "uint32" if how == "header" else dtype  # a header tells the type itself
-    train, held_out = adopted(
-        tmp_path, SourceConfig(kind="olmo", paths=(str(tmp_path),), dtype=stored), tokenizer, 0.05
+    source_dtype = "uint32" if how == "header" else dtype  # a NumPy header states the type
+    train, held_out = import_documents(
+        tmp_path, SourceConfig(kind="olmo", paths=(str(tmp_path),), dtype=source_dtype), tokenizer, 0.05
     )
     assert train == documents[:-1]
     assert held_out == documents[-1:]
 
 
-def test_what_follows_the_last_end_of_text_token_is_a_document_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_tokens_after_the_last_end_of_text_token_are_a_document_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
     np.array([7, 0, 0, 8, 9], np.uint32).tofile(tmp_path / "x.npy")
     parts = import_tokenized(SourceConfig(kind="olmo", paths=(str(tmp_path / "x.npy"),)), "x", tokenizer, tmp_path, 0.0)
     assert read(tmp_path / "train", parts["train"]) == [[7, 0], [0], [8, 9]]
     assert not parts["train"].ends_with_eot
 
 
-def test_a_prepared_folder_is_adopted_with_its_own_split_counts_and_checksums(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_prepared_data_is_imported_with_its_split_counts_and_checksums(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = fixture_documents(1000)
-    there = tmp_path / "there"
+    prepared = tmp_path / "there"
     splits = {
         "train": {"web": documents[:3], "code": documents[3:6]},
         "validation": {"web": documents[6:7], "code": documents[7:]},
     }
     write_prepared(
-        there, splits, tokenizer, dropped={"c4: too short": 2}, repaired={"UTF-8": 1}, marked={"contaminated": 3}
+        prepared, splits, tokenizer, dropped={"c4: too short": 2}, repaired={"UTF-8": 1}, marked={"contaminated": 3}
     )
-    source = SourceConfig(kind="prepared", paths=(str(there),))
+    source = SourceConfig(kind="prepared", paths=(str(prepared),))
     parts = import_tokenized(source, "mine", tokenizer, tmp_path / "work", 0.5)
     train = parts["train"]
     assert read(tmp_path / "work/train", train) == documents[:6]
@@ -239,16 +241,16 @@ def test_a_prepared_folder_is_adopted_with_its_own_split_counts_and_checksums(
     assert (train.documents, train.tokens, train.text_bytes, train.read) == (6, sum(LENGTHS[:6]), 200, 10)
     assert (train.dropped, train.repaired, train.marked) == ({"c4: too short": 4}, {"UTF-8": 2}, {"contaminated": 6})
     assert [shard.name for shard in train.shards] == ["mine-00000", "mine-00001"]
-    theirs = open_split(there / "train").manifest.sources[1].shards[0]
-    assert train.shards[1].bin_blocks_xxh3_64 == theirs.bin_blocks_xxh3_64
-    # One split's folder is all for training.
-    once = SourceConfig(kind="prepared", paths=(str(there / "train"), str(there / "validation")))
-    assert adopted(tmp_path / "again", once, tokenizer) == (documents, [])
+    imported_shard = open_split(prepared / "train").manifest.sources[1].shards[0]
+    assert train.shards[1].bin_blocks_xxh3_64 == imported_shard.bin_blocks_xxh3_64
+    # All documents of a single split's folder are for training.
+    once = SourceConfig(kind="prepared", paths=(str(prepared / "train"), str(prepared / "validation")))
+    assert import_documents(tmp_path / "again", once, tokenizer) == (documents, [])
     assert describe_tokenized_source(source) == describe_tokenized_source(once)
-    assert open_split(there / "train").manifest.fingerprint() in describe_tokenized_source(source)
+    assert open_split(prepared / "train").manifest.fingerprint() in describe_tokenized_source(source)
 
 
-def test_adopted_data_is_adopted_again_and_the_tokens_stay_where_they_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_imported_data_can_be_imported_again_and_the_tokens_stay_in_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = fixture_documents(1000)
     write_datatrove(tmp_path / "x.ds", documents)
     first, second = tmp_path / "first", tmp_path / "second"
@@ -264,9 +266,7 @@ def test_adopted_data_is_adopted_again_and_the_tokens_stay_where_they_are(tmp_pa
 
 
 @pytest.mark.parametrize("unended", [0, 7])
-def test_each_split_tells_for_itself_whether_its_documents_end(
-    tmp_path: Path, tokenizer: Tokenizer, unended: int
-) -> None:
+def test_each_split_has_its_own_ends_with_eot(tmp_path: Path, tokenizer: Tokenizer, unended: int) -> None:
     documents = fixture_documents(1000)
     documents[unended][-1] = 5
     write_datatrove(tmp_path / "x.ds", documents)
@@ -278,16 +278,16 @@ def test_each_split_tells_for_itself_whether_its_documents_end(
 
 
 def test_a_manifest_of_another_tokenizer_and_a_damaged_index_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    there = tmp_path / "there"
-    write_prepared(there, {"train": {"web": fixture_documents(1000)}}, tokenizer)
-    source = SourceConfig(kind="prepared", paths=(str(there),))
+    prepared = tmp_path / "there"
+    write_prepared(prepared, {"train": {"web": fixture_documents(1000)}}, tokenizer)
+    source = SourceConfig(kind="prepared", paths=(str(prepared),))
     other = make_tokenizer(tmp_path, 999)
     with pytest.raises(
         DataError,
         match=f"a manifest of another tokenizer: {tokenizer.fingerprint}, where data.tokenizer is {other.fingerprint}",
     ):
         import_tokenized(source, "x", other, tmp_path / "work", 0.0)
-    index = there / "train/web-00000.idx"
+    index = prepared / "train/web-00000.idx"
     index.write_bytes(index.read_bytes()[:-1] + b"\x01")
     with pytest.raises(DataError, match=r"web-00000\.idx is damaged"):
         import_tokenized(source, "x", tokenizer, tmp_path / "work", 0.0)
@@ -296,18 +296,18 @@ def test_a_manifest_of_another_tokenizer_and_a_damaged_index_are_refused(tmp_pat
 @pytest.mark.parametrize(
     ("dtype", "bad", "told"), [("<u2", 1000, "1000"), ("<u4", 2**31, "2147483648"), ("<u4", 2**32 - 1, "4294967295")]
 )
-def test_an_id_that_the_tokenizer_does_not_have_is_named(
+def test_an_id_outside_of_the_vocabulary_is_reported(
     tmp_path: Path, tokenizer: Tokenizer, dtype: str, bad: int, told: str
 ) -> None:
     write_datatrove(tmp_path / "x.ds", [[999, 0]], dtype)
     source = SourceConfig(kind="datatrove", paths=(str(tmp_path),))
-    assert adopted(tmp_path, source, tokenizer)[0] == [[999, 0]]
+    assert import_documents(tmp_path, source, tokenizer)[0] == [[999, 0]]
     write_datatrove(tmp_path / "x.ds", [[5, 0], [5, bad, 0]], dtype)
     with pytest.raises(DataError, match=rf"x\.ds: token {told} is not in the vocabulary of 1000"):
         import_tokenized(source, "x", tokenizer, tmp_path, 0.0)
 
 
-def test_tokens_that_were_read_in_place_are_guarded_by_checksums(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_tokens_read_in_place_are_verified_by_checksums(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_datatrove(tmp_path / "x.ds", [[5, 0], [6, 0]])
     part = import_tokenized(SourceConfig(kind="datatrove", paths=(str(tmp_path),)), "x", tokenizer, tmp_path, 0.0)[
         "train"
@@ -320,7 +320,7 @@ def test_tokens_that_were_read_in_place_are_guarded_by_checksums(tmp_path: Path,
 
 
 def damage(name: str) -> Callable[[Path], SourceConfig]:
-    """A folder with something wrong in it, by the name of what that is."""
+    """Return a function that makes a folder with the named defect."""
 
     def make(folder: Path) -> SourceConfig:
         write_datatrove(folder / "x.ds", [[5, 0], [6, 0]])
@@ -371,7 +371,7 @@ def damage(name: str) -> Callable[[Path], SourceConfig]:
         ("floats", r"y\.npy: an array of float32 in 1 dimensions"),
     ],
 )
-def test_files_that_do_not_fit_together_are_refused_by_name(
+def test_files_that_do_not_fit_together_are_refused(
     tmp_path: Path, tokenizer: Tokenizer, what: str, message: str
 ) -> None:
     folder = tmp_path / "in"

@@ -1,4 +1,4 @@
-"""A data set of two sources, one written by us and one read in place, of which each test damages something."""
+"""Verification of a data set of two sources, one of them read in place. Each test damages something."""
 
 import errno
 import io
@@ -56,7 +56,7 @@ def source_of(shard: Shard, **changes: object) -> SourceManifest:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """`data.path`, all of it well."""
+    """A valid `data.path`."""
     path, theirs = tmp_path / "data", tmp_path / "theirs.ds"
     backend = tokenizers.Tokenizer(WordLevel({"<|endoftext|>": 0, "last": VOCABULARY - 1}, unk_token="last"))
     backend.add_special_tokens(["<|endoftext|>"])
@@ -65,7 +65,7 @@ def data(tmp_path: Path) -> Path:
     tokenizer = load_tokenizer(path)
     np.array(list(itertools.chain(*THEIRS)), "<u2").tofile(theirs)
     np.cumsum([len(ids) for ids in THEIRS], dtype="<u8").tofile(f"{theirs}.index")
-    adopted = import_tokenized(SourceConfig(kind="datatrove", paths=(str(theirs),)), "theirs", tokenizer, path, 0.5)
+    imported = import_tokenized(SourceConfig(kind="datatrove", paths=(str(theirs),)), "theirs", tokenizer, path, 0.5)
     for split, documents in (("train", OURS), ("validation", [[21, 0], [22, 0]])):
         manifest = SplitManifest(
             split=split,
@@ -74,7 +74,7 @@ def data(tmp_path: Path) -> Path:
             eot_id=0,
             tokenizer=tokenizer.fingerprint,
             recipe=Recipe(settings=PrepareConfig(), trained_tokenizer=False, listings=(), lists="", made_with={}),
-            sources=(source_of(write_ours(path / split, documents)), adopted[split]),
+            sources=(source_of(write_ours(path / split, documents)), imported[split]),
         )
         (path / split / MANIFEST).write_bytes(manifest.to_bytes())
     return path
@@ -90,19 +90,19 @@ def rewrite(folder: Path, change: Callable[[SplitManifest], SplitManifest]) -> N
     (folder / MANIFEST).write_bytes(change(load_manifest(folder)).to_bytes())
 
 
-def test_sound_data_has_no_problem_and_every_byte_is_read_also_in_place(data: Path) -> None:
-    told: list[int] = []
-    report = verify(data, told.append)
+def test_valid_data_has_no_problems_and_every_byte_is_read(data: Path) -> None:
+    reported: list[int] = []
+    report = verify(data, reported.append)
     files = [*data.rglob("*.bin"), *data.rglob("*.idx"), data.parent / "theirs.ds"]
     assert report.problems == ()
     assert (report.splits, report.shards) == (("train", "validation"), 4)
-    assert report.bytes_read == told[-1] == sum(file.stat().st_size for file in files)
-    assert told == sorted(told)
-    assert max(np.diff(told)) == BLOCK_BYTES
+    assert report.bytes_read == reported[-1] == sum(file.stat().st_size for file in files)
+    assert reported == sorted(reported)
+    assert max(np.diff(reported)) == BLOCK_BYTES
     assert verify(data / "train").shards == 2
 
 
-def test_everything_that_is_wrong_is_reported_at_once(data: Path) -> None:
+def test_all_problems_are_reported_at_once(data: Path) -> None:
     flip(data / "train/ours-00000.bin", BLOCK_BYTES + 1)
     flip(data / "train/ours-00000.idx", 40)
     flip(data.parent / "theirs.ds", 2)
@@ -116,21 +116,21 @@ def test_everything_that_is_wrong_is_reported_at_once(data: Path) -> None:
         f"{data}/validation/ours-00000.bin: cannot be read: No such file or directory",
     ):
         assert sum(problem.startswith(start) for problem in found) == 1, start
-    assert sum("tokenizer.json" in problem for problem in found) == 2  # once a split
-    assert len(found) == 7  # and the flipped bits made ids that are too large
+    assert sum("tokenizer.json" in problem for problem in found) == 2  # once per split
+    assert len(found) == 7  # the flipped bits also made ids that are too large
 
 
-def test_a_cut_a_longer_and_a_grown_file_are_told_apart(data: Path) -> None:
+def test_truncated_longer_and_grown_files_are_distinguished(data: Path) -> None:
     ours, theirs = data / "validation/ours-00000.bin", data.parent / "theirs.ds"
     whole = ours.read_bytes()
     ours.write_bytes(whole + b"\x00\x00")
-    theirs.write_bytes(theirs.read_bytes() + b"\x00\x00")  # what is behind tokens read in place is not ours
+    theirs.write_bytes(theirs.read_bytes() + b"\x00\x00")  # bytes behind tokens that are read in place do not matter
     assert verify(data).problems == (f"{ours}: 10 bytes of tokens where the manifest says 8",)
     ours.write_bytes(whole[:-2])
     assert f"{ours}: 6 bytes of tokens where the manifest says 8" in verify(data).problems
 
 
-def test_counts_that_do_not_add_up_are_named_by_source(data: Path) -> None:
+def test_counts_that_do_not_add_up_are_reported_by_source(data: Path) -> None:
     def one_more(manifest: SplitManifest) -> SplitManifest:
         ours, theirs = manifest.sources
         changed = theirs.model_copy(update={"tokens": theirs.tokens + 1, "documents": theirs.documents + 1})
@@ -157,7 +157,7 @@ def test_counts_that_do_not_add_up_are_named_by_source(data: Path) -> None:
         ([[5, 0], [], [6, 0]], {}, "ours-00000.idx: does not describe 3 documents of 4 tokens in all"),
     ],
 )
-def test_whole_files_with_wrong_contents_are_found(
+def test_complete_files_with_wrong_contents_are_found(
     data: Path, documents: list[list[int]], changes: dict[str, object], message: str | None
 ) -> None:
     source = source_of(write_ours(data / "train", documents), **changes)
@@ -173,7 +173,7 @@ def test_an_index_of_other_documents_is_found_though_its_checksum_is_right(data:
     )
 
 
-def test_a_broken_manifest_a_missing_split_and_nothing_at_all(data: Path, tmp_path: Path) -> None:
+def test_a_broken_manifest_a_missing_split_and_no_data(data: Path, tmp_path: Path) -> None:
     whole = (data / "validation" / MANIFEST).read_bytes()
     (data / "validation" / MANIFEST).write_bytes(whole[:-9])
     (problem,) = verify(data).problems
@@ -190,7 +190,7 @@ def test_the_largest_id_counts_negative_ones_as_too_large() -> None:
     assert largest_id(np.array([], np.int32)) == -1
 
 
-def test_unended_documents_are_counted_in_pieces_as_in_one() -> None:
+def test_documents_without_end_of_text_are_counted_the_same_in_pieces() -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 3, 500).astype(np.uint16)
     ends = np.sort(rng.choice(np.arange(1, 501), 90, replace=False)).astype(np.int64)
@@ -200,7 +200,9 @@ def test_unended_documents_are_counted_in_pieces_as_in_one() -> None:
         assert sum(count_missing_eot(tokens[at : at + step], at, ends, 0) for at in range(0, 500, step)) == expected
 
 
-def test_a_file_that_cannot_be_read_now_is_no_problem_of_the_data(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_now_is_not_a_problem_of_the_data(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = io.open
 
     def fail(file: Any, *arguments: Any, **options: Any) -> Any:

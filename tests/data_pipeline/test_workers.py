@@ -1,4 +1,4 @@
-"""Workers: the result does not depend on them, they hold one chunk at a time, and none outlives its use."""
+"""Workers: they do not influence the result, hold one chunk at a time, and end with their use."""
 
 import json
 import os
@@ -30,7 +30,7 @@ SYLLABLES = ("ba", "de", "fi", "go", "lu", "ma", "ne", "ri", "so", "tu")
 
 
 def write_jsonl(file: Path, documents: int, seed: int) -> None:
-    """Documents of 20 to 80 words; of seven one is short, one repeats another, and one nearly repeats another."""
+    """Documents of 20 to 80 words; of seven, one is short, one repeats another, and one nearly repeats another."""
     rng = np.random.default_rng(seed)
     texts: list[str] = []
     for i in range(documents):
@@ -88,23 +88,27 @@ def test_one_two_and_three_workers_write_the_same_bytes(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_progress_never_falls_and_ends_each_stage_at_its_total(
+def test_progress_never_decreases_and_ends_each_stage_at_its_total(
     tmp_path: Path, sources: tuple[SourceConfig, ...], prepare_at: Prepare, workers: int
 ) -> None:
     size = sum(Path(source.paths[0]).stat().st_size for source in sources)
-    for stop_at in ("cleaning", "tokenizing", None):  # None: the last attempt, which goes on from the others
+    for stop_at in ("cleaning", "tokenizing", None):  # None: the last attempt, which continues from the others
         seen: list[StageProgress] = []
 
-        def hear(progress: StageProgress, stop_at: str | None = stop_at, seen: list[StageProgress] = seen) -> None:
+        def on_progress(
+            progress: StageProgress, stop_at: str | None = stop_at, seen: list[StageProgress] = seen
+        ) -> None:
             seen.append(progress)
             if progress.stage == stop_at and progress.read > size / 2:
                 raise KeyboardInterrupt
 
         if stop_at is None:
-            made = prepare_at(tmp_path / "data", tmp_path, sources=sources, workers=workers, progress=hear, **CLEAN)
+            made = prepare_at(
+                tmp_path / "data", tmp_path, sources=sources, workers=workers, progress=on_progress, **CLEAN
+            )
         else:
             with pytest.raises(KeyboardInterrupt):
-                prepare_at(tmp_path / "data", tmp_path, sources=sources, workers=workers, progress=hear, **CLEAN)
+                prepare_at(tmp_path / "data", tmp_path, sources=sources, workers=workers, progress=on_progress, **CLEAN)
         stages = list(dict.fromkeys(progress.stage for progress in seen))
         assert (
             stages
@@ -118,7 +122,7 @@ def test_progress_never_falls_and_ends_each_stage_at_its_total(
                     "training the tokenizer",
                     "tokenizing",
                 ],
-                None: ["cleaning", "tokenizing"],  # the comparison and the tokenizer are there already
+                None: ["cleaning", "tokenizing"],  # the comparison and the tokenizer are finished already
             }[stop_at]
         )
         for stage in stages:
@@ -134,7 +138,7 @@ def test_progress_never_falls_and_ends_each_stage_at_its_total(
     assert ends["cleaning"] == StageProgress("cleaning", 420, 0, size, size)
 
 
-def test_a_worker_holds_one_chunk_however_many_there_are(tmp_path: Path, prepare_at: Prepare) -> None:
+def test_a_worker_holds_one_chunk_at_a_time(tmp_path: Path, prepare_at: Prepare) -> None:
     source = SourceConfig(kind="jsonl", paths=(str(tmp_path / "x.jsonl"),))
     write_jsonl(tmp_path / "x.jsonl", 1500, 0)
     tokenizer = prepare_at(tmp_path / "data", tmp_path, sources=[source], shard_tokens=100_000).path / "tokenizer.json"
@@ -143,7 +147,7 @@ def test_a_worker_holds_one_chunk_however_many_there_are(tmp_path: Path, prepare
         (work / name).mkdir(parents=True)
 
     def peak(shard_tokens: int, n_chunks: int) -> int:
-        """Most bytes that Python and numpy hold while that many chunks are done."""
+        """Return the peak bytes that Python and NumPy hold while that many chunks are done."""
         config = PrepareConfig(sources=(source,), shard_tokens=shard_tokens)
         setup = TokenizeSetup(
             config, work, work / "done", tokenizer, load_tokenizer(tokenizer).fingerprint, keep_rejects=False
@@ -158,7 +162,7 @@ def test_a_worker_holds_one_chunk_however_many_there_are(tmp_path: Path, prepare
         tracemalloc.stop()
         return most
 
-    peak(5000, 1)  # loads what stays
+    peak(5000, 1)  # loads everything that stays in memory
     few, many, large = peak(5000, 3), peak(5000, 30), peak(40_000, 3)
     assert many < 1.3 * few
     assert large > 1.3 * few
@@ -166,7 +170,7 @@ def test_a_worker_holds_one_chunk_however_many_there_are(tmp_path: Path, prepare
 
 @dataclass(frozen=True)
 class Sleep:
-    """Writes its process's number to a file, waits, and then does what it is told."""
+    """A job that writes its process id to a file, waits, and then does what `then` says."""
 
     number: int
     folder: Path
@@ -178,10 +182,10 @@ class Sleep:
         return f"job {self.number}"
 
 
-def begin_sleeping(start: int) -> Callable[[Sleep, ProgressCallback], int]:
+def setup_sleeping(start: int) -> Callable[[Sleep, ProgressCallback], int]:
     begun = os.getpid()
 
-    def do(job: Sleep, tell: ProgressCallback) -> int:
+    def do(job: Sleep, report: ProgressCallback) -> int:
         (job.folder / str(os.getpid())).touch()
         assert os.getpid() == begun
         time.sleep(job.seconds)
@@ -190,7 +194,7 @@ def begin_sleeping(start: int) -> Callable[[Sleep, ProgressCallback], int]:
         if job.then == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         for _ in range(100):
-            tell(Progress(documents=1, read=job.number, tokens=2))
+            report(Progress(documents=1, read=job.number, tokens=2))
         return start + job.number
 
     return do
@@ -208,17 +212,17 @@ def pids(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_job_is_done_once_and_all_is_told(tmp_path: Path, workers: int) -> None:
-    told: list[Progress] = []
+def test_every_job_runs_once_and_all_progress_is_reported(tmp_path: Path, workers: int) -> None:
+    reported: list[Progress] = []
     jobs = [Sleep(number, tmp_path) for number in range(40)]
-    results = list(run_jobs(partial(begin_sleeping, 1000), jobs, workers, told.append))
+    results = list(run_jobs(partial(setup_sleeping, 1000), jobs, workers, reported.append))
     assert sorted(results) == list(range(1000, 1040))
-    assert sum(told, Progress()) == Progress(documents=4000, read=100 * sum(range(40)), tokens=8000)
+    assert sum(reported, Progress()) == Progress(documents=4000, read=100 * sum(range(40)), tokens=8000)
     assert pids(tmp_path) == [os.getpid()] if workers == 1 else os.getpid() not in pids(tmp_path)
     assert not any(is_alive(pid) for pid in pids(tmp_path) if pid != os.getpid())
 
 
-def test_jobs_are_handed_over_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_few_jobs_are_submitted_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
 
     def state(job: Sleep) -> dict[str, object]:
@@ -228,7 +232,7 @@ def test_jobs_are_handed_over_a_few_at_a_time(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Sleep, "__getstate__", state)
     ahead = 0
     for done, _ in enumerate(
-        run_jobs(partial(begin_sleeping, 0), [Sleep(i, tmp_path) for i in range(60)], 2, lambda _: None)
+        run_jobs(partial(setup_sleeping, 0), [Sleep(i, tmp_path) for i in range(60)], 2, lambda _: None)
     ):
         ahead = max(ahead, len(sent) - done)
     assert sorted(sent) == list(range(60))
@@ -238,7 +242,7 @@ def test_jobs_are_handed_over_a_few_at_a_time(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("then", "message"), [("raise", "job 3 is wrong"), ("die", r"worker process died while .*lower data\.workers")]
 )
-def test_when_one_fails_the_others_end_at_once(tmp_path: Path, then: str, message: str) -> None:
+def test_if_one_job_fails_the_others_end_at_once(tmp_path: Path, then: str, message: str) -> None:
     jobs = [
         Sleep(0, tmp_path, FOREVER),
         *(Sleep(i, tmp_path) for i in (1, 2)),
@@ -246,24 +250,24 @@ def test_when_one_fails_the_others_end_at_once(tmp_path: Path, then: str, messag
         Sleep(4, tmp_path, FOREVER),
     ]
     with pytest.raises(DataError, match=message):
-        list(run_jobs(partial(begin_sleeping, 0), jobs, 2, lambda _: None))
+        list(run_jobs(partial(setup_sleeping, 0), jobs, 2, lambda _: None))
     assert len(pids(tmp_path)) == 2
     assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 
-def test_who_stops_listening_stops_the_workers(tmp_path: Path) -> None:
+def test_closing_the_results_stops_the_workers(tmp_path: Path) -> None:
     jobs = [Sleep(0, tmp_path, FOREVER), Sleep(1, tmp_path), Sleep(2, tmp_path, FOREVER)]
-    results: Iterator[int] = run_jobs(partial(begin_sleeping, 0), jobs, 2, lambda _: None)
+    results: Iterator[int] = run_jobs(partial(setup_sleeping, 0), jobs, 2, lambda _: None)
     assert next(results) == 1
     results.close()  # type: ignore[attr-defined]  # it is a generator
     assert len(pids(tmp_path)) == 2
     assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 
-def test_without_jobs_nothing_is_begun() -> None:
-    def begin() -> Callable[[int, ProgressCallback], int]:
+def test_without_jobs_setup_is_not_called() -> None:
+    def setup() -> Callable[[int, ProgressCallback], int]:
         raise AssertionError("begun")
 
-    assert list(run_jobs(begin, [], 4, lambda _: None)) == []
-    with pytest.raises(AssertionError, match="begun"):  # what has a job begins
-        list(run_jobs(begin, [1], 4, lambda _: None))
+    assert list(run_jobs(setup, [], 4, lambda _: None)) == []
+    with pytest.raises(AssertionError, match="begun"):  # with a job, setup is called
+        list(run_jobs(setup, [1], 4, lambda _: None))
