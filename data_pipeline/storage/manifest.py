@@ -194,9 +194,8 @@ class SplitManifest(ManifestModel):
         data."""
         return self._fingerprint or _fingerprint(self.to_bytes())
 
-    def model_copy(
-        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
-    ) -> SplitManifest:  # Any: pydantic's
+    # Any: as in pydantic
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> SplitManifest:
         """Return a copy. If values are updated, the fingerprint of the original file does not hold for it."""
         copied = super().model_copy(update=update, deep=deep)
         if update:

@@ -70,13 +70,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         )
 
     packages = [text for name in PACKAGES for text in sources_below(site / name, 200_000)]
-    packages += [
-        library[3].upper(),
-        library[5] + "\n# one line more\n",
-        packages[2],
-        "x = 1\n",
-        "",
-    ]  # two from the other source
+    packages += [library[3].upper(), library[5] + "\n# one line more\n"]  # duplicates of the other source
+    packages += [packages[2], "x = 1\n", ""]
     (raw / "packages").mkdir()
     for number in range(2):
         pq.write_table(

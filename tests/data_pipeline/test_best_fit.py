@@ -130,9 +130,8 @@ def test_sequences_are_filled_to_99_percent_but_not_if_packed_in_order(seq_len: 
 def test_an_epoch_is_every_token_once_with_labels_from_its_own_document(write_split: WriteSplit) -> None:
     numbers = iter(range(1, 10**6))
     lengths = np.random.default_rng(1).integers(1, 60, 300).tolist()
-    documents = [
-        [next(numbers) for _ in range(length)] for length in lengths
-    ]  # every token is its own place in the stream
+    # Every token is its own position in the stream.
+    documents = [[next(numbers) for _ in range(length)] for length in lengths]
     sources = {"a": documents[:200], "b": documents[200:]}
     loader = Loader(
         write_split(sources, vocab_size=70_000, shard_tokens=100).folder, seq_len=32, seed=2, packing="best_fit"

@@ -24,10 +24,10 @@ from data_pipeline.settings import (
     DecontaminateConfig,
     DedupConfig,
     FilterConfig,
-    LengthFilter,
     PrepareConfig,
     SourceConfig,
 )
+from data_pipeline.settings_filters import LengthFilter
 from data_pipeline.storage.prepared import PreparedData
 from data_pipeline.storage.shards import ShardFile, open_split
 

@@ -39,9 +39,8 @@ def test_counts_are_near_their_shares_grow_in_single_steps_and_are_exact_after_a
     before = counts(weights, n)
     assert sum(before) == n
     for count, weight in zip(before, weights, strict=True):
-        assert (
-            abs(count * cycle - n * weight) * 2 <= depth * cycle
-        )  # exact integers: within depth / 2 of n * weight / cycle
+        # In exact integers: count is within depth / 2 of n * weight / cycle.
+        assert abs(count * cycle - n * weight) * 2 <= depth * cycle
     seen = np.array(before)
     for i, source in enumerate(pattern_sources(weights, n, size).tolist()):
         seen[source] += 1
@@ -173,9 +172,8 @@ def test_an_appended_stage_keeps_earlier_samples_and_continues_the_sources() -> 
     assert {source for source, _ in after} == {2}
     books = [sequence for source, sequence in stream(plain, start) if source == 2][-(plain.counts(start)[2] % 500) :]
     assert sorted(books + [sequence for _, sequence in after][: 500 - len(books)]) == list(range(500))
-    assert stream(plain, start + 600, start) != stream(
-        again, start + 600, start
-    )  # the blocks of a stage begin at its start
+    # The blocks of a stage begin at its start.
+    assert stream(plain, start + 600, start) != stream(again, start + 600, start)
 
 
 def test_weights_are_resolved_to_samples_in_a_cycle() -> None:
@@ -228,7 +226,8 @@ def test_stages_begin_at_a_share_or_a_number_of_samples_and_at_whole_windows() -
         ({"stages": [{"from": -1, "weights": {}}]}, r"data\.mixture\.stages\.0\.from=-1 lies outside"),
         (
             {"max_epochs": 4, "weights": {"web": 1, "code": 9}},
-            r"the run would read code 9 times, more than data\.mixture\.max_epochs=4; lower its weight in data\.mixture\.weights, shorten",
+            r"the run would read code 9 times, more than data\.mixture\.max_epochs=4; "
+            r"lower its weight in data\.mixture\.weights, shorten",
         ),
     ],
 )
@@ -258,9 +257,8 @@ def test_equal_order_fingerprints_mean_equal_samples() -> None:
     assert stream(plain, 300) == stream(later, 300)
     assert plain.order_fingerprint(301) != later.order_fingerprint(301)
     assert stream(plain, 400) != stream(later, 400)
-    assert plain.order_fingerprint(300) == make(weights=dict.fromkeys(NAMES, 1)).order_fingerprint(
-        300
-    )  # the same, said otherwise
+    same = make(weights=dict.fromkeys(NAMES, 1))  # the default weights, given explicitly
+    assert plain.order_fingerprint(300) == same.order_fingerprint(300)
     others = [
         make(1),
         make(sizes=dict.fromkeys(NAMES, 600)),

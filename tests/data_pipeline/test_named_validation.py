@@ -76,9 +76,8 @@ def test_training_text_that_repeats_named_held_out_text_is_dropped_and_counted(
     assert (validation[0].read, validation[0].documents, validation[0].dropped) == (7, 7, {})
     own, held_out = documents(prepared, "train")["web"], documents(prepared, "validation")["exam"]
     assert sorted(held_out) == sorted([*random_texts(6, 1), random_texts(6, 1)[5]])
-    assert sorted(own) == sorted(
-        [*random_texts(35, 0), random_texts(35, 0)[0]]
-    )  # repeats within a side stay: dedup is off
+    # Duplicates within a side stay, because dedup is off.
+    assert sorted(own) == sorted([*random_texts(35, 0), random_texts(35, 0)[0]])
     assert (
         "compared with 7 held-out documents of data.validation: 4 training documents dropped as exact duplicates, 1 as "
         "near-duplicates (half of those of Jaccard similarity 0.68 are found, and more of closer ones)"

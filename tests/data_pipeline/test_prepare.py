@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -265,9 +265,8 @@ def test_data_that_another_process_committed_before_our_lock_is_kept(
 ) -> None:
     data, flock = tmp_path / "data", fcntl.flock
 
-    def late(
-        lock: TextIO, how: int
-    ) -> None:  # the other one does all its work after we looked for a manifest, and before our lock
+    def prepare_elsewhere_first(lock: int, how: int) -> None:
+        # Another process prepares the data after we looked for a manifest, and before we have the lock.
         monkeypatch.setattr(fcntl, "flock", flock)
         lock_file = data / ".prepare.lock"
         kept = lock_file.rename(data / "ours")
@@ -275,7 +274,7 @@ def test_data_that_another_process_committed_before_our_lock_is_kept(
         kept.rename(lock_file)
         flock(lock, how)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", prepare_elsewhere_first)
     with pytest.raises(DataError, match="was prepared by another process meanwhile; run the command again"):
         prepare_at(data, corpus)
     assert verify(data).problems == ()
@@ -287,11 +286,11 @@ def test_a_lock_on_a_deleted_lock_file_does_not_count(
 ) -> None:
     lock_file, flock = tmp_path / "data" / ".prepare.lock", fcntl.flock
 
-    def late(lock: TextIO, how: int) -> None:  # the owner deletes the file and ends between our open and our lock
+    def delete_first(lock: int, how: int) -> None:  # the owner deletes the file and ends between our open and our lock
         lock_file.unlink()
         flock(lock, how)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", delete_first)
     with pytest.raises(DataError, match="is being prepared by another process"):
         prepare_at(tmp_path / "data", corpus)
     monkeypatch.undo()
@@ -368,9 +367,8 @@ def test_prepare_reuses_the_cleaning_of_an_earlier_tokenizer_training(
     prepare_at(tmp_path / "one", corpus, **settings)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one.keys() == two.keys()
-    assert all(
-        one[name] == two[name] for name in one if not name.endswith("manifest.json")
-    )  # which say who trained the tokenizer
+    # Manifests differ, because they say whether the tokenizer was trained.
+    assert all(one[name] == two[name] for name in one if not name.endswith("manifest.json"))
     assert not (tmp_path / "two" / ".prepare.tmp").exists()
 
 
@@ -379,9 +377,8 @@ def test_files_that_are_passed_over_are_noted_recorded_and_shown(
 ) -> None:
     quiet = prepare_at(tmp_path / "quiet", corpus)
     assert quiet.splits["train"].recipe.passed_over == ()
-    assert (
-        b"passed_over" not in (tmp_path / "quiet" / "train" / MANIFEST).read_bytes()
-    )  # byte for byte as before there was such a field
+    # The bytes are those of versions without this field.
+    assert b"passed_over" not in (tmp_path / "quiet" / "train" / MANIFEST).read_bytes()
     assert not any("passed over" in note for note in quiet.notes)
     for name in ("x.json", "y.TXT", ".DS_Store"):
         (corpus / name).write_text("some text")

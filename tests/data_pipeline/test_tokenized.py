@@ -134,9 +134,8 @@ def test_documents_without_an_end_of_text_token_are_detected_and_empty_ones_coun
 def test_a_missing_end_of_text_is_found_at_any_block_boundary(
     tmp_path: Path, tokenizer: Tokenizer, unended: int | None
 ) -> None:
-    half = (
-        BLOCK_BYTES // 2
-    )  # tokens in a block: one document ends exactly there, one begins a token later and fills more than a block
+    half = BLOCK_BYTES // 2  # tokens in a block
+    # One document ends exactly at a block's end. Another begins one token later and fills more than a block.
     documents = [[1] * (half - 1) + [0], [0], [2] * (half + 7) + [0], [3] * 99 + [0]]
     if unended is not None:
         documents[unended][-1] = 5
@@ -361,7 +360,8 @@ def damage(name: str) -> Callable[[Path], SourceConfig]:
         ("falling index", r"x\.ds\.index: a document ends before it begins"),
         (
             "two types",
-            r"the tokens of other are (uint16|int32) in .*ds and (uint16|int32) in .*ds; give each type a source of its own",
+            r"the tokens of other are (uint16|int32) in .*ds and (uint16|int32) in .*ds; "
+            r"give each type a source of its own",
         ),
         ("nothing", r"other .* holds no tokens"),
         ("odd", r"y\.npy: 15 bytes are not a whole number of uint32"),
