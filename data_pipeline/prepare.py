@@ -104,7 +104,7 @@ def prepare(
         return _open_existing(path, corpus, given, keep_rejects)
     with working_folder(path) as work:
         trains_tokenizer = given is None and not (path / "tokenizer.json").is_file()
-        # Before any text is read, because errors in the tokenizer or in tokenized sources are found in no time.
+        # A given tokenizer and tokenized sources are checked before any text is read, so that errors show up at once.
         if not trains_tokenizer:
             allow_lossy = config.allow_lossy_tokenizer or not any(source.is_text for source in config.all_sources)
             tokenizer = install_tokenizer(path, given or path, work, allow_lossy)

@@ -21,7 +21,6 @@ import struct
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +40,8 @@ _MAGIC = b"BESTFIT1"
 _HEADER = struct.Struct("<8sQQ")
 _PIECE = np.dtype([("start", "<i8"), ("length", "<i4"), ("begins", "?"), ("ends", "?"), ("unused", "<u2")])
 """A `DocumentPiece` on disk."""
+_PIECE_FIELDS = _PIECE[["start", "length", "begins", "ends"]]
+"""The same without the unused bytes, for reading."""
 
 
 class DocumentPiece(NamedTuple):
@@ -91,8 +92,8 @@ class BestFitPlan:
     def _read_pieces(self, sequence: int) -> list[DocumentPiece]:
         low, high = self._body.read(8 * sequence, 8 * (sequence + 2)).view("<i8").tolist()
         first, size = 8 * (self.n_sequences + 1), _PIECE.itemsize
-        pieces = self._body.read(first + low * size, first + high * size).view(_PIECE).tolist()
-        return [DocumentPiece(start, length, begins, ends) for start, length, begins, ends, _ in pieces]
+        pieces = self._body.read(first + low * size, first + high * size).view(_PIECE_FIELDS).tolist()
+        return list(map(DocumentPiece._make, pieces))
 
     def _is_readable(self, sequence: int) -> bool:
         with suppress(CorruptDataError):
@@ -232,22 +233,25 @@ def read_best_fit(
     for row, (source, sequence) in enumerate(rows):
         pieces = plans[source].pieces(sequence)
         try:
-            _read_row(input_ids[row], labels[row], plans[source].shards, pieces)
+            ends = _read_row(input_ids[row], labels[row], plans[source].shards, pieces)
         except CorruptDataError as error:
             if not skip:
                 raise
             damaged.append(str(error))
             input_ids[row], labels[row] = eot_id, NO_LABEL
             continue
-        ends = accumulate(piece.length for piece in pieces)
         starts += [row * seq_len + end for end in ends if end < seq_len]
     return Batch(input_ids, labels, number_documents(np.array(starts, np.int64), len(rows), seq_len), tuple(damaged))
 
 
 def _read_row(
     inputs: NDArray[np.int32], labels: NDArray[np.int32], shards: ShardSet, pieces: Sequence[DocumentPiece]
-) -> None:
-    """Write the pieces of one row. The last token of a document predicts the first token of the next one."""
+) -> list[int]:
+    """Write the pieces of one row; return the column behind each piece.
+
+    The last token of a document predicts the first token of the next one.
+    """
+    columns: list[int] = []
     column, previous_ends = 0, False
     for start, length, begins, ends in pieces:
         # If the document goes on behind the piece, its next token is the label of the piece's last token.
@@ -257,6 +261,8 @@ def _read_row(
         if previous_ends and begins:
             labels[column - 1] = tokens[0]
         column, previous_ends = column + length, ends
+        columns.append(column)
+    return columns
 
 
 @contextmanager
