@@ -159,9 +159,8 @@ def test_a_file_edited_at_the_same_size_between_two_attempts_is_read_again(
     touched(jsonl, jsonl.read_bytes().replace(b"ba", b"de"))
     prepare_here(tmp_path / "data", jsonl, **settings)
     prepare_here(tmp_path / "fresh", jsonl, **settings)
-    assert (
-        contents(tmp_path / "data") == contents(tmp_path / "fresh")
-    ) == knows_version  # without versions, old and new text would be mixed
+    # Without versions of files, old and new text are mixed.
+    assert (contents(tmp_path / "data") == contents(tmp_path / "fresh")) == knows_version
 
 
 def test_a_result_is_made_with_the_packages_that_its_sources_need(folder: Path) -> None:
