@@ -41,12 +41,7 @@ def read_config(path: Path) -> RunConfig:
         if isinstance(tree, dict) and "run" in tree and LAST_SECTION not in tree:
             raise UserError(
                 f"{path} is cut short: it ends before its last section, {LAST_SECTION}. Restore it (the manifest.json "
-<<<<<<< HEAD
                 f"of each checkpoint holds the same settings under `config`), or choose another run.dir"
-=======
-                "of each "
-                f"checkpoint holds the same settings under `config`), or choose another run.dir"
->>>>>>> 016b90a (Wrap)
             )
         return RunConfig.model_validate(tree)
     except FileNotFoundError:
@@ -54,11 +49,7 @@ def read_config(path: Path) -> RunConfig:
     except ValidationError as error:
         raise UserError(
             f"{path} cannot be read as the settings of a run ({describe_error(error)}); restore it, or choose another "
-<<<<<<< HEAD
             f"run.dir"
-=======
-            "run.dir"
->>>>>>> 016b90a (Wrap)
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML; restore it, or choose another run.dir") from error
@@ -73,12 +64,7 @@ def split_init_from(text: str) -> tuple[Path, int | None]:
 
 
 def read_parent_model(init_from: str | None, run_dir: Path) -> dict[str, Any]:
-<<<<<<< HEAD
     """The `model` section of the run that `run.init_from` names, as a tree of settings; empty if it names none.
-=======
-    """The `model` section of the run that `run.init_from` names, as a tree of settings; empty for a run that began from
-    none.
->>>>>>> 016b90a (Wrap)
 
     A run that exists already has its own copy, and `run.init_from` need not be set again: the other run may be gone by
     the time that this one resumes.
