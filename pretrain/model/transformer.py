@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import AUTO, ModelConfig
-from pretrain.model.attention import DocumentMask, document_mask
+from pretrain.model.attention import DocumentMask, context_parallel_mask, document_mask
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import LinearLoss, LossSum, linear_cross_entropy, softmax_gradient_
 from pretrain.model.norm import RMSNorm
@@ -106,16 +106,16 @@ class Transformer(nn.Module):
             self.model.norm.compile(dynamic=False)
         self.linear_loss = partial(self.linear_loss, softmax=torch.compile(softmax_gradient_, dynamic=False))
 
-    def document_mask(
-        self,
-        document_ids_BS: Tensor,
-        positions_BS: Tensor,
-        ranges: Sequence[tuple[int, int]] | None = None,
-        whole_rows: bool = True,
+    def document_mask(self, document_ids_BS: Tensor, positions_BS: Tensor) -> DocumentMask:
+        """Build the mask of a batch for this model's attention kernel; see `attention.document_mask`."""
+        return document_mask(document_ids_BS, positions_BS, self.attention, self.config, self.compiled)
+
+    def context_parallel_mask(
+        self, document_ids_BT: Tensor, positions_BT: Tensor, ranges: Sequence[tuple[int, int]], full_rows: bool
     ) -> DocumentMask:
-        """The mask of one batch of whole rows for this model's attention kernel; see `attention.document_mask`."""
-        return document_mask(
-            document_ids_BS, positions_BS, self.attention, self.config, ranges, whole_rows, self.compiled
+        """Build the mask of the tokens of one context-parallel rank; see `attention.context_parallel_mask`."""
+        return context_parallel_mask(
+            document_ids_BT, positions_BT, self.attention, self.config, ranges, full_rows, self.compiled
         )
 
     def forward(self, x: Tensor, mask: DocumentMask, cache: KVCache | None = None) -> Tensor:

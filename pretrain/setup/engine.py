@@ -85,6 +85,10 @@ def forward_step(
     assert isinstance(model, Transformer)
     x = microbatch.input_ids if received is None else received
     tokens = microbatch.local_tokens
-    ranges, full_rows = (None, True) if tokens is None else (tokens.ranges, tokens.full_rows)
-    mask = model.document_mask(microbatch.document_ids, microbatch.positions, ranges, full_rows).to(x.device)
+    rows = microbatch.document_ids, microbatch.positions
+    mask = (
+        model.document_mask(*rows)
+        if tokens is None
+        else model.context_parallel_mask(*rows, tokens.ranges, tokens.full_rows)
+    ).to(x.device)
     return model.loss(x, microbatch.labels, mask, z_loss=z_loss) if model.is_last else model(x, mask)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.config import ModelConfig
-from pretrain.model.attention import attention, document_mask
+from pretrain.model.attention import attention, context_parallel_mask, document_mask
 from pretrain.model.kernels import choose_backend, flash_attn_version
 from pretrain.model.loss import SoftmaxGradient, linear_cross_entropy, softmax_gradient_
 
@@ -67,7 +67,7 @@ def run(
 ) -> list[Tensor]:
     """The output for the queries of the ranges, and the gradients of q, k and v."""
     config = ModelConfig(n_heads=4, n_kv_heads=tensors[1].shape[2], head_dim=K, sliding_window=window)
-    mask = document_mask(*PACKED, kernel, config, ranges, whole_rows=ranges == WHOLE).to(device)
+    mask = context_parallel_mask(*PACKED, kernel, config, ranges, full_rows=ranges == WHOLE).to(device)
     q, k, v, grad = tensors
     q, k, v, grad = (
         x.to(device, dtype, copy=True).requires_grad_()

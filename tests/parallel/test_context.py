@@ -20,7 +20,7 @@ from parallel.layout import Layout
 from pretrain.config import ModelConfig
 from pretrain.model import kernels
 from pretrain.model.architectures.llama import Llama
-from pretrain.model.attention import attention, document_mask
+from pretrain.model.attention import attention, context_parallel_mask, document_mask
 from pretrain.model.init import init_weights
 
 B, R, K = 2, 32, 8
@@ -85,7 +85,7 @@ def run_attention_rank(
     documents = documents if masked else torch.zeros_like(documents)
     q, k, v, grad = (torch.cat([x[:, a:b] for a, b in mine.ranges], 1).requires_grad_() for x in heads(config))
     out = model[0].attention_function(
-        q, k, v, document_mask(documents, positions, kernel, config, mine.ranges, mine.full_rows)
+        q, k, v, context_parallel_mask(documents, positions, kernel, config, mine.ranges, mine.full_rows)
     )
     return mine, [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
@@ -184,8 +184,11 @@ def microbatch(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> Microbatch:
 
 
 def loss_and_gradients(model: Llama, batch: Microbatch) -> tuple[float, dict[str, Tensor]]:
-    span = () if batch.local_tokens is None else (batch.local_tokens.ranges, batch.local_tokens.full_rows)
-    mask = model.document_mask(batch.document_ids, batch.positions, *span)
+    tokens = batch.local_tokens
+    if tokens is None:
+        mask = model.document_mask(batch.document_ids, batch.positions)
+    else:
+        mask = model.context_parallel_mask(batch.document_ids, batch.positions, tokens.ranges, tokens.full_rows)
     total = model.loss(batch.input_ids, batch.labels, mask, z_loss=0.01).total / batch.n_targets
     total.backward()
     return float(total.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -305,7 +308,7 @@ def too_many_ranks() -> str:
     apply_context_parallel(model, mesh, "ulysses")
     q, k, v, _ = heads(config)
     with pytest.raises(ValueError, match="ulysses") as raised:
-        model.attention_function(q, k, v, document_mask(*packed_rows(), "sdpa", config, mine.ranges))
+        model.attention_function(q, k, v, context_parallel_mask(*packed_rows(), "sdpa", config, mine.ranges, True))
     return str(raised.value)
 
 

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from pretrain.config import ModelConfig
 from pretrain.model import kernels
-from pretrain.model.attention import DocumentMask, QuerySpan, attention, continuation_mask, document_mask
+from pretrain.model.attention import (
+    DocumentMask,
+    QuerySpan,
+    attention,
+    context_parallel_mask,
+    continuation_mask,
+    document_mask,
+)
 
 B, S, H, G, K = 2, 24, 4, 2, 16
 DOCUMENTS = torch.tensor([[0] * 7 + [1] * 1 + [2] * 16, [5] * 12 + [6] * 12])
@@ -193,8 +200,8 @@ def test_flash_attn_is_called_by_the_convention_of_its_version(
     kernels._flash_attn_function.cache_clear()
     q, k, v = heads()
     here = torch.cat([torch.arange(*span) for span in ranges])
-    mask = document_mask(
-        DOCUMENTS, positions_of(DOCUMENTS), "flash_attn", config(window), ranges, whole_rows=len(here) == S
+    mask = context_parallel_mask(
+        DOCUMENTS, positions_of(DOCUMENTS), "flash_attn", config(window), ranges, full_rows=len(here) == S
     )
     out = attention(q[:, here], k, v, mask)
     kernels._flash_attn_function.cache_clear()
@@ -265,7 +272,7 @@ def test_some_queries_of_a_row_attend_as_they_do_in_the_whole_row(
     monkeypatch.setattr(kernels, "_varlen_attn", reference_varlen)
     q, k, v = heads()
     here = torch.cat([torch.arange(*span) for span in ranges])
-    mask = document_mask(documents, positions_of(documents), kernel, config(window), ranges, whole_rows=False)
+    mask = context_parallel_mask(documents, positions_of(documents), kernel, config(window), ranges, full_rows=False)
     out = attention(q[:, here], k, v, mask)
     expected = written_out(q, k, v, documents, window)[:, here]
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
@@ -284,8 +291,10 @@ def test_long_rows_are_cut_into_blocks_that_end_with_their_own_queries() -> None
     here = torch.cat([torch.arange(*span) for span in ranges])
     for window in (None, 200):
         masks = [
-            document_mask(documents, positions_of(documents), kernel, config(window), where, whole_rows=where is None)
-            for kernel, where in (("sdpa", None), ("blocked", ranges))
+            document_mask(documents, positions_of(documents), "sdpa", config(window)),
+            context_parallel_mask(
+                documents, positions_of(documents), "blocked", config(window), ranges, full_rows=False
+            ),
         ]
         torch.testing.assert_close(
             attention(q[:, here], k, v, masks[1]), attention(q, k, v, masks[0])[:, here], rtol=1e-5, atol=1e-6
@@ -294,7 +303,9 @@ def test_long_rows_are_cut_into_blocks_that_end_with_their_own_queries() -> None
 
 def test_keys_before_the_first_document_with_queries_are_a_document_without_them() -> None:
     documents = torch.tensor([[0] * 4 + [1] * 4 + [2] * 8 + [3] * 8, [5] * 24])
-    mask = document_mask(documents, positions_of(documents), "varlen", config(), ((10, 20), (0, 3)), whole_rows=False)
+    mask = context_parallel_mask(
+        documents, positions_of(documents), "varlen", config(), ((10, 20), (0, 3)), full_rows=False
+    )
     middle, begin = (part.documents for part in mask.spans)
     assert middle is not None
     assert begin is not None
@@ -311,15 +322,17 @@ def test_keys_before_the_first_document_with_queries_are_a_document_without_them
 
 
 def test_keys_before_every_window_are_left_out() -> None:
-    mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config(5), ((2, 4), (18, 24)), whole_rows=False)
+    mask = context_parallel_mask(
+        DOCUMENTS, positions_of(DOCUMENTS), "sdpa", config(5), ((2, 4), (18, 24)), full_rows=False
+    )
     assert [(part.first_key, part.first, part.end) for part in mask.spans] == [(0, 2, 4), (14, 18, 24)]
 
 
-@pytest.mark.parametrize("whole_rows", [False, True])
-def test_positions_and_lengths_are_those_of_the_tokens_that_are_here(whole_rows: bool) -> None:
+@pytest.mark.parametrize("full_rows", [False, True])
+def test_positions_and_lengths_are_those_of_the_tokens_that_are_here(full_rows: bool) -> None:
     dynamic = ModelConfig.model_validate(config().model_dump() | {"rope": {"kind": "dynamic_ntk", "factor": 2}})
-    mask = document_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", dynamic, ((4, 8), (16, 18)), whole_rows)
+    mask = context_parallel_mask(DOCUMENTS, positions_of(DOCUMENTS), "sdpa", dynamic, ((4, 8), (16, 18)), full_rows)
     assert mask.lengths_BS is not None
     assert mask.positions_BS[0].tolist() == [4, 5, 6, 0, 8, 9]
     assert mask.lengths_BS[0].tolist() == [7, 7, 7, 1, 16, 16]  # of whole documents, wherever they lie
-    assert [(part.first, part.end) for part in mask.spans] == ([(0, 24)] if whole_rows else [(4, 8), (16, 18)])
+    assert [(part.first, part.end) for part in mask.spans] == ([(0, 24)] if full_rows else [(4, 8), (16, 18)])
