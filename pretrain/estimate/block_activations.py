@@ -1,7 +1,7 @@
-"""What a block keeps of a token for its backward pass, and what it has beside that while the pass runs. No torch.
+"""What a block keeps under a layout, with recomputation and a split backward pass, for any architecture. No torch.
 
-The terms of one block are the architecture's (`pretrain.model.activation_terms`); what recomputation, a split backward pass and the
-layout make of them is said here, for all architectures. Bytes a token on one rank. Letters: D model, F hidden width.
+The terms of one block are the architecture's (`pretrain.model.activation_terms`). All sizes are bytes of one token on one
+rank.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ def microbatch_tokens(config: RunConfig, layout: Layout) -> int:
 
 
 def activation_sizes(config: RunConfig, layout: Layout, number: int) -> ActivationSizes:
-    """Of a resolved config that computes with numbers of so many bytes."""
+    """Sizes under a resolved config, whose computations take `number` bytes a number."""
     model, t, c = config.model, layout.tensor, layout.context
     sequence = t > 1 and layout.sequence is True
     query, key = model.n_heads / t * model.head_dim, max(1.0, model.n_kv_heads / t) * model.head_dim
     gather = c > 1 and layout.context_method == "gather"
-    seen = (
-        config.data.seq_len * (2 * c + 1) / (4 * c)
-    )  # a rank's i-th chunk of 2c sees the keys of i + 1, the mirrored one those of 2c - i
-    cut = (
-        gather and config.train.micro_batch_size > 1
-    )  # the keys that a chunk sees are views of one row, and copies of several
+    # Of 2c chunks, a rank's i-th sees the keys of i + 1 chunks, and its mirrored one those of 2c - i.
+    seen = config.data.seq_len * (2 * c + 1) / (4 * c)
+    # The keys that a chunk sees are a view in one row, but a copy in several rows.
+    cut = gather and config.train.micro_batch_size > 1
     normed = query + key if model.qk_norm else 0.0
     return ActivationSizes(
         stream=number * model.d_model / (t if sequence else 1),
@@ -59,23 +57,23 @@ def activation_sizes(config: RunConfig, layout: Layout, number: int) -> Activati
 
 @dataclass(frozen=True)
 class BlockCollectives:
-    """Collectives of tensor parallelism in the forward pass of a block, as its plan has them."""
+    """Collectives of tensor parallelism in the forward pass of a block, counted in the architecture's table."""
 
     gathers: int
-    """Of inputs: the tokens of other ranks under `sequence`, nothing without it."""
+    """Inputs gathered along the sequence. Without `sequence` nothing is sent in the forward pass."""
     reductions: int
-    """Of outputs, summed over the ranks."""
+    """Outputs summed over the ranks."""
 
     @classmethod
     def of(cls, architecture: ArchitectureSpec) -> BlockCollectives:
-        """Those of an architecture's blocks."""
+        """Count those of an architecture's blocks."""
         return cls(architecture.count("gather_sequence"), architecture.count("rowwise"))
 
 
 def kept_by_recomputing_block(
     block: BlockActivations, x: ActivationSizes, collectives: BlockCollectives, keep: Collection[str]
 ) -> float:
-    """Its input, and the results of the operators that words of `train.recompute_keep` name."""
+    """Its input, and the results of the operators that `train.recompute_keep` names."""
     kept = x.stream
     if "matmul" in keep:
         kept += block.product_outputs
@@ -88,12 +86,12 @@ def kept_by_recomputing_block(
 
 
 def kept_for_weights(block: BlockActivations) -> float:
-    """Between the halves of a backward pass that is split (`parallel.pipeline.zero_bubble`): what goes into the block's matrix
-    products, and the gradients of what comes out."""
+    """Kept between the halves of a split backward pass (`parallel.pipeline.zero_bubble`): the inputs of matrix products, and
+    the gradients of their outputs."""
     return block.product_inputs + block.product_outputs
 
 
 def kept_when_recomputed(block: BlockActivations, x: ActivationSizes, keep: Collection[str]) -> float:
-    """At the beginning of its backward pass: all that it would have kept, its input, and its last product, which is not used again."""
-    own_input = 0.0 if x.compiled or x.stream == x.stream_fp32 else x.stream  # else the first norm keeps it
+    """At the start of its backward pass: all that it would have kept, its input, and its last product, which is not used again."""
+    own_input = 0.0 if x.compiled or x.stream == x.stream_fp32 else x.stream  # otherwise the first norm keeps it
     return block.kept + own_input + ("matmul" in keep) * x.whole

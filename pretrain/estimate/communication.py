@@ -1,8 +1,8 @@
-"""What each collective of a training step moves, from the settings alone. No torch; the dry run measures the same.
+"""The traffic of each collective of a training step, from the settings alone. No torch; the dry run measures the same.
 
-Bytes are those that one rank sends with ring algorithms, n being the ranks of the group: all-gather and reduce-scatter (n - 1) / n of the
-whole tensor, all-reduce twice that, all-to-all (n - 1) / n of what the rank has, send all of it. Left out is what does not grow with the
-model: sums of norms and of losses. Shape suffixes: D model width, V vocabulary.
+Bytes are those that one rank sends with ring algorithms in a group of n ranks: all-gather and reduce-scatter (n - 1) / n
+of the full tensor, all-reduce twice that, all-to-all (n - 1) / n of the rank's tensor, send all of it. Sums of norms and
+losses, which do not grow with the model, are left out. Letter: D model width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FP32 = 4
 
 
 def estimate_traffic(config: RunConfig, layout: Layout, rank: int) -> Traffic:
-    """Of a step of a whole batch, by a rank, under a resolved config. Axes of one rank are left out.
+    """Estimate what a rank sends in a step with a full batch, under a resolved config. Axes of size 1 are left out.
 
     `fsdp` and `replicate` carry parameters and gradients; `context`, `tensor` and `pipeline` carry activations.
     """
@@ -42,22 +42,23 @@ def _ring(ranks: int) -> float:
 
 
 def _tokens(config: RunConfig, layout: Layout) -> int:
-    """Of all microbatches of a step, on one context rank."""
+    """Tokens of all microbatches of a step, on one context rank."""
     return n_microbatches(config, layout) * config.train.micro_batch_size * config.data.seq_len // layout.context
 
 
 def _parameters(config: RunConfig, layout: Layout, rank: int) -> list[ModelParameter]:
-    """Those of all stages of a rank."""
+    """Parameters of all stages of a rank."""
     held = estimate_rank_memory(config, layout, rank)
     return [each for layers in held.layers for each in model_parameters(config.model, layers, layout.tensor)]
 
 
 def _fsdp(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
-    """Parameters to compute with are gathered, gradients are reduced in fp32.
+    """Gathering of compute weights, and reduction of gradients in fp32.
 
-    Under `zero=3` every block is gathered for the forward and again for the backward pass of each microbatch, what is used at the end once
-    a microbatch; in a pipeline what a backward pass has gathered serves the next forward pass. Else parameters are gathered once a step.
-    Gradients are reduced once a microbatch, under `zero=1` and in a pipeline once a step.
+    Under `zero=3` every block is gathered for the forward and again for the backward pass of each microbatch, and the end
+    of the model once a microbatch. In a pipeline, the next forward pass uses what a backward pass has gathered. Otherwise
+    parameters are gathered once a step. Gradients are reduced once a microbatch; under `zero=1` and in a pipeline once a
+    step.
     """
     micro, number = n_microbatches(config, layout), COMPUTE_BYTES[config.train.precision]
     held = _parameters(config, layout, rank)
@@ -82,17 +83,17 @@ def _is_used_at_end(parameter: ModelParameter, config: RunConfig) -> bool:
 
 
 def _replicate(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
-    """Sharded gradients, once a step."""
+    """The sharded gradients, once a step."""
     return {"all-reduce": 2 * _ring(layout.replicate) * FP32 * estimate_rank_memory(config, layout, rank).n_parameters}
 
 
 def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
-    """Activations of [tokens, D]: into attention and MLP and out of them, forward and backward; embedding and loss likewise.
+    """Activations of [tokens, D]: inputs gathered and outputs summed, in blocks, after the embedding and before the loss.
 
-    With `sequence` the way in is an all-gather and the way out a reduce-scatter, and the other way round for the gradient. Without it the
-    way out is an all-reduce, and the way in one for the gradient. Gathering is done again where activations are recomputed, unless
-    the results of collectives are kept. The statistics of a split vocabulary are three fp32 numbers a token; gradients of what is whole on
-    every tensor rank are summed before FSDP2 reduces them.
+    With `sequence` an input is all-gathered and an output reduce-scattered, and the other way round for their gradients.
+    Without it an output is all-reduced, and the gradient of an input. Recomputation repeats the collectives of the
+    forward pass, unless their results are kept. The loss of a sharded vocabulary exchanges three fp32 numbers a token.
+    Gradients of parameters that every tensor rank has are summed before FSDP2 reduces them.
     """
     t, model, train = layout.tensor, config.model, config.train
     held = estimate_rank_memory(config, layout, rank)
@@ -108,15 +109,14 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     both_ways = (
         block.gathers + block.reductions
     ) * layers  # the gradient of a gather is a reduction, and the other way round
-    # The last reduction of a block is not done again: nothing needs its result.
+    # The last reduction of a block is not repeated: nothing needs its result.
     gathers_again, reductions_again = block.gathers * again, (block.reductions - 1) * again
     if not layout.sequence:
         return {"all-reduce": 2 * once * (both_ways + reductions_again + is_first + is_last) + statistics}
     micro = n_microbatches(config, layout)
     at_once = layout.zero == 1 or layout.pipeline > 1
-    reduced = (
-        FP32 if at_once and micro > 1 else COMPUTE_BYTES[train.precision] * micro
-    )  # just before FSDP2 reduces them further
+    # Just before FSDP2 reduces them further.
+    reduced = FP32 if at_once and micro > 1 else COMPUTE_BYTES[train.precision] * micro
     summed = sum(each.elements(layout) for each in _parameters(config, layout, rank) if each.tensor_dim is None)
     return {
         "all-gather": once * (both_ways + gathers_again + is_first + is_last),
@@ -126,7 +126,7 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
 
 
 def _gathering_again(config: RunConfig, held: RankMemory) -> int:
-    """Layers of a rank whose forward collectives the backward pass repeats."""
+    """Layers of a rank whose backward pass repeats the collectives of the forward pass."""
     train = config.train
     if train.recompute == "selective" and "collective" in train.recompute_keep:
         return 0
@@ -134,14 +134,14 @@ def _gathering_again(config: RunConfig, held: RankMemory) -> int:
 
 
 def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
-    """`gather`: keys and values, and their gradients summed back. `ulysses`: queries, keys, values and outputs, there and back."""
+    """`gather`: keys and values, and the sums of their gradients. `ulysses`: queries, keys, values and outputs, both ways."""
     c, model, train = layout.context, config.model, config.train
     held = estimate_rank_memory(config, layout, rank)
     layers = sum(map(len, held.layers))
     again = _gathering_again(config, held)
     kv = max(1.0, model.n_kv_heads / layout.tensor) * model.head_dim
     q = model.n_heads / layout.tensor * model.head_dim
-    per_number = _ring(c) * COMPUTE_BYTES[train.precision] * _tokens(config, layout)  # of what the rank holds
+    per_number = _ring(c) * COMPUTE_BYTES[train.precision] * _tokens(config, layout)  # of the rank's tensor
     if layout.context_method == "ulysses":
         return {"all-to-all": per_number * (2 * q + 2 * kv) * (2 * layers + again)}
     whole_rows = per_number * c * 2 * kv
@@ -149,7 +149,7 @@ def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
 
 
 def _pipeline(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
-    """An activation forward and a gradient backward, a microbatch and cut between ranks; and a tied embedding's gradient."""
+    """For each microbatch and each boundary between ranks, an activation or a gradient; and a tied embedding's gradient."""
     if layout.pipeline == 1:
         return {}
     model, held = config.model, estimate_rank_memory(config, layout, rank)

@@ -1,7 +1,7 @@
-"""What a device can do at most: the denominator of MFU, and nothing else.
+"""Peak FLOP/s of devices: the denominator of MFU.
 
-Only names that are known for certain are listed, each with its source. A slice of a GPU (MIG), a cut-down export model, a CPU
-or anything newer than this table has no entry, and its MFU is then not shown. Imports no torch: a name comes in as a string.
+Only names that are known for certain are listed, each with its source. A slice of a GPU (MIG), a cut-down export model, a
+CPU or anything newer than this table has no entry, and no MFU is shown for it. Imports no torch: names are strings.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One kind of device: its short name, its peak of dense bf16 matrix multiplication, and who says so."""
+    """One kind of device: its short name, its peak in dense bf16 matrix multiplication, and the source."""
 
     label: str
     bf16_flops: float
@@ -46,9 +46,9 @@ BY_NAME = {
     "Instinct MI325X": MI325X,
     "Instinct MI355X": MI355X,
 }
-"""What `torch.cuda.get_device_name()` answers, less the maker's name (drivers before 2021 left that out themselves)."""
+"""Names from `torch.cuda.get_device_name()` without the maker's name, which drivers before 2021 left out."""
 
 
 def find_accelerator(device_name: str) -> Accelerator | None:
-    """The entry for a name as `torch.cuda.get_device_name()` gives it; None if it is not known for certain."""
+    """Return the entry for a name from `torch.cuda.get_device_name()`; None if it is not known for certain."""
     return BY_NAME.get(device_name.strip().removeprefix("NVIDIA ").removeprefix("AMD "))

@@ -1,5 +1,6 @@
-"""The parameters of a model: names and shapes as the architecture builds them, and how tensor parallelism splits each. No torch here:
-the architecture is imported when it is asked, and builds its layers without memory.
+"""The parameters of a model: names and shapes, read from the layers that the architecture builds, and their tensor shards.
+
+This module does not import torch. The architecture is imported at run time, and builds its layers on the meta device.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pretrain.model.spec import ParameterSpec, architecture_of, layer_of
 
 @dataclass(frozen=True)
 class ModelParameter:
-    """A parameter of the whole model."""
+    """A parameter of the full model."""
 
     name: str
     shape: tuple[int, ...]
@@ -25,19 +26,19 @@ class ModelParameter:
     style: str
     """How tensor parallelism splits its module; see `parallel.tensor_styles`."""
     tensor_dim: int | None = None
-    """The dimension that tensor ranks share out; None leaves it whole."""
+    """The dimension that tensor ranks divide. None: every rank has all of it."""
 
     @property
     def layer(self) -> int | None:
-        """Number of its layer; None at the ends of the model."""
+        """Number of its layer; None for the ends of the model."""
         return layer_of(self.name)
 
     def local_shape(self, layout: Layout) -> tuple[int, ...]:
-        """What a tensor rank computes with."""
+        """Shape of one tensor rank's shard."""
         return tuple(size // layout.tensor if i == self.tensor_dim else size for i, size in enumerate(self.shape))
 
     def elements(self, layout: Layout, fsdp_rank: int | None = None) -> int:
-        """Of a tensor rank's part; with an fsdp rank, of what that one keeps: rows are cut into equal chunks, rounded up (FSDP2)."""
+        """Elements of a tensor rank's shard, or of the part that one FSDP rank of it stores: FSDP2 rounds chunks of rows up."""
         rows, *rest = self.local_shape(layout)
         if fsdp_rank is not None:
             chunk = -(-rows // layout.fsdp)
@@ -47,22 +48,22 @@ class ModelParameter:
 
 @lru_cache(maxsize=4096)
 def model_parameters(config: ModelConfig, layers: range, tensor: int = 1) -> tuple[ModelParameter, ...]:
-    """The parameters of these layers, and of the ends of the model that go with them; `vocab_size` must be resolved.
+    """The parameters of consecutive layers. Those of the ends of the model come with the first and the last layer.
 
     Args:
-        config: of the whole model.
-        layers: consecutive ones; `range(config.n_layers)` is the whole model.
-        tensor: ranks that tensor parallelism splits them over.
+        config: of the full model; `vocab_size` must be resolved.
+        layers: `range(config.n_layers)` is the full model.
+        tensor: number of tensor-parallel ranks.
 
     Raises:
-        UserError: the table of the architecture has no row for a parameter, or names a style that there is not.
+        UserError: the architecture does not exist, its table has no row for a parameter, or names an unknown style.
     """
     found = (parameter for layer in layers for parameter in _layer_parameters(config, layer, tensor))
-    return tuple({parameter.name: parameter for parameter in found}.values())  # a tied embedding goes with both ends
+    return tuple({parameter.name: parameter for parameter in found}.values())  # a tied embedding comes with both ends
 
 
 def check_architecture(config: ModelConfig) -> None:
-    """Refuse, before anything is built, an architecture that is not there or whose table does not describe all that it builds.
+    """Check that the architecture exists and that its table describes every parameter, before anything is built.
 
     Raises:
         UserError: in one line, with the module and the row to change.
@@ -72,7 +73,7 @@ def check_architecture(config: ModelConfig) -> None:
 
 @lru_cache(maxsize=4096)
 def _layer_parameters(config: ModelConfig, layer: int, tensor: int) -> tuple[ModelParameter, ...]:
-    """Of one layer: many layouts are compared, whose stages begin and end at any layer."""
+    """The parameters of one layer. Cached by layer, because stages of different layouts begin at different layers."""
     architecture = architecture_of(config)
     found = []
     for name, shape in architecture.model.parameter_shapes(config, range(layer, layer + 1)).items():
@@ -80,7 +81,7 @@ def _layer_parameters(config: ModelConfig, layer: int, tensor: int) -> tuple[Mod
         if style not in SHARD_DIM:
             raise UserError(
                 f"{architecture.source}: SPEC.modules gives {name} the tensor-parallel style {style!r}; "
-                f"there are {', '.join(SHARD_DIM)}"
+                f"known styles are {', '.join(SHARD_DIM)}"
             )
         found.append(
             ModelParameter(name, shape, spec, style, shard_dim(style, tensor=tensor, kv_heads=config.n_kv_heads))

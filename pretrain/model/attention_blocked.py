@@ -1,11 +1,12 @@
 """Causal attention in blocks of queries, on plain matrix products: the fast path on CPUs under torch.compile.
 
-PyTorch's CPU kernel spends most of its time outside the matrix units: on a 2-core machine with AVX512-BF16 its forward and backward
-pass takes 2.4 times as long as this file (docs/LOG.md). The algorithm is FlashAttention's (arXiv:2205.14135,
-algorithms 1 and 4) with one difference: a block of queries meets all its keys at once, so that each product is large, and the softmax needs
-no running maximum. Memory is O(T * block), since the backward pass computes the probabilities again from their log-sum-exp.
+PyTorch's CPU kernel spends most of its time outside of the matrix units: on a 2-core machine with AVX512-BF16 its forward
+and backward pass takes 2.4 times as long as this file (docs/LOG.md). The algorithm is FlashAttention's (arXiv:2205.14135,
+algorithms 1 and 4) with one difference: a block of queries is multiplied with all of its keys at once. So each product is
+large, and the softmax needs no running maximum. Memory is O(T * block): the backward pass recomputes the probabilities
+from their log-sum-exp.
 
-The queries are the last S of the T tokens that the keys belong to: all of them, or those that a rank holds under context parallelism.
+The queries are the last S of the T tokens that the keys belong to: all tokens, or those of one context-parallel rank.
 
 Shape suffixes: B batch, S queries, T keys, H query heads, G key/value heads, R = H/G query heads a key/value head, K head width,
 N = B*G, P queries of a block, C keys that the block sees.
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 
 MASKED = -1e30
-"""Score of a pair that may not attend: exp() of it is 0, and it is finite, so that no row can become NaN."""
+"""Score of a pair that may not attend. exp() of it is 0. It is finite, so that no row becomes NaN."""
 
 
 def block_size(n_keys: int) -> int:
-    """Queries in a block: 128 runs fastest, and a long row gets no more than 16 blocks, because torch.compile unrolls them."""
+    """Queries in a block. 128 runs fastest; a long row gets at most 16 blocks, because torch.compile unrolls them."""
     return max(128, -(-n_keys // 16))
 
 
@@ -32,9 +33,9 @@ def blocked_attention(
 ) -> Tensor:
     """Causal attention within documents, [B, S, H, K] -> [B, S, H, K].
 
-    `document_ids_BT` must not decrease along T; None means one document a row. With `window` a token sees that many tokens, itself
-    included. In bf16 the scores are rounded to bf16 before the softmax: on normal inputs the error is 0.37% of the output's norm, where
-    PyTorch's kernel has 0.20%.
+    `document_ids_BT` must not decrease along T; None means one document a row. With `window` a token sees that many
+    tokens, itself included. In bf16 the scores are rounded to bf16 before the softmax: on normal inputs the error is
+    0.37% of the output's norm, and that of PyTorch's kernel 0.20%.
     """
     B, S, H, K = q_BSHK.shape
     T, G = k_BTGK.shape[1:3]
@@ -46,7 +47,7 @@ def blocked_attention(
 
 
 class _Block(NamedTuple):
-    """Queries [start, end) of S, which see keys [first, last) of T; the last of those keys is the last query's own."""
+    """Queries [start, end) of S and their keys [first, last) of T. The last key is the last query's own."""
 
     start: int
     end: int
@@ -104,7 +105,7 @@ class _BlockedAttention(torch.autograd.Function):
             top = scores.amax(-1, keepdim=True)
             weights = torch.exp(scores - top)
             total = weights.sum(-1, keepdim=True)
-            # Divided after the product: [P, K] numbers instead of [P, C], and the compiler computes each exponential once.
+            # Divide after the product: [P, K] numbers instead of [P, C], and the compiler computes each exponential once.
             out = torch.bmm(weights.to(q_NRSK.dtype).view(N, R * (end - start), last - first), v_NTK[:, first:last])
             outs.append((out.view(N, R, end - start, K).float() / total).to(q_NRSK.dtype))
             lses.append(top + total.log())

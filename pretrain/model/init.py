@@ -1,7 +1,8 @@
-"""Initial weights that depend on the seed, the parameter's name and shape, and on nothing else.
+"""Initial weights. They depend only on the seed and on the parameter's name and shape, not on the layout.
 
-A matrix is made of tiles, each drawn from a random stream of its own: whoever holds some box of it draws the tiles that touch the box, and
-nobody needs more memory than the box and one tile a thread. Draws are made on the CPU, in fp32, whatever the device and type of the model.
+A matrix consists of tiles, and each tile has a random stream of its own. A rank that has a shard of the matrix draws the
+tiles that overlap the shard. That needs memory for the shard and one tile a thread. Numbers are drawn on the CPU in fp32,
+whatever the device and dtype of the model.
 """
 
 from __future__ import annotations
@@ -20,15 +21,12 @@ from pretrain.model.spec import architecture_of
 from pretrain.model.transformer import Transformer
 
 ROWS, COLUMNS = 64, 1024
-"""Of a tile. Fixed: other numbers are other weights. 256 KB are drawn in 0.5 ms, beside which opening the stream is nothing, and 64 rows
-are few where 128 ranks share out the rows of a matrix: what a rank draws in vain is at most a tile at each edge of its box."""
+"""Size of a tile. Other sizes would give other weights. Drawing a tile of 256 KB takes 0.5 ms, far longer than opening its stream. 64
+rows are few enough for 128 ranks that share the rows of a matrix: a rank draws at most one tile too many at each edge."""
 
 
 def init_weights(model: Transformer, seed: int) -> None:
-    """Draw all weights of a model, or of some layers of one, in place.
-
-    The architecture's spec says how each begins: constant, or normal with some standard deviation.
-    """
+    """Initialise all weights of a model, or of some of its layers, in place, as the architecture's spec says."""
     for name, parameter in model.named_parameters():
         init_shard(name, parameter.detach(), (0,) * parameter.ndim, tuple(parameter.shape), model.config, seed)
 
@@ -36,17 +34,17 @@ def init_weights(model: Transformer, seed: int) -> None:
 def init_shard(
     name: str, local: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], config: ModelConfig, seed: int
 ) -> None:
-    """Write the initial values of a box of a parameter, bit for bit those that the whole has there.
+    """Write the initial values of a shard of a parameter: bit for bit those of the full parameter at that place.
+
+    Uses as many threads as torch does.
 
     Args:
-        name: of the parameter in the whole model.
-        local: the box, which is written to; it may be empty.
-        offset: of its first element in the parameter.
-        shape: of the whole parameter, a vector or a matrix.
-        config: of the whole model.
+        name: canonical name of the parameter.
+        local: the shard to write; it may be empty.
+        offset: position of the shard's first element in the full parameter.
+        shape: of the full parameter, a vector or a matrix.
+        config: of the model.
         seed: of the run.
-
-    Draws on as many threads as torch computes with.
     """
     _, spec = architecture_of(config).find(name)
     if spec.initial.std is None:
@@ -60,7 +58,7 @@ def init_shard(
         rows, columns = (
             _overlap(*where) for where in zip((tile.row, tile.column), offset, local.shape, values.shape, strict=True)
         )
-        local[rows.of_box, columns.of_box] = values[rows.of_tile, columns.of_tile].to(local.device, local.dtype)
+        local[rows.in_shard, columns.in_shard] = values[rows.in_tile, columns.in_tile].to(local.device, local.dtype)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(write, _tiles(offset, tuple(local.shape))):
@@ -68,16 +66,16 @@ def init_shard(
 
 
 class _Tile(NamedTuple):
-    """A tile by its first row and column in the parameter."""
+    """A tile, by its first row and column in the full parameter."""
 
     row: int
     column: int
 
     def draw(self, key: int, shape: tuple[int, ...]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        """Standard normal numbers, of the tile as far as the parameter goes.
+        """Draw standard normal numbers for the part of the tile that lies in the parameter.
 
-        Philox (doi:10.1145/2063384.2063405) takes the whole key, where torch's generator on a CPU keeps 32 bits of a seed, and its numbers
-        become normal ones in scalar code, where torch's depend on the instruction set.
+        numpy's Philox (doi:10.1145/2063384.2063405) uses the full 128-bit key and computes normal numbers in scalar code.
+        torch's CPU generator keeps 32 bits of a seed, and its normal numbers depend on the instruction set.
         """
         stream = np.random.Philox(key=key, counter=(self.row // ROWS << 192) + (self.column // COLUMNS << 128))
         size = min(ROWS, shape[0] - self.row), min(COLUMNS, shape[1] - self.column)
@@ -85,7 +83,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(offset: tuple[int, ...], size: tuple[int, ...]) -> Iterator[_Tile]:
-    """The tiles that touch the box."""
+    """The tiles that overlap a shard."""
     if 0 not in size:
         for row in range(offset[0] // ROWS * ROWS, offset[0] + size[0], ROWS):
             for column in range(offset[1] // COLUMNS * COLUMNS, offset[1] + size[1], COLUMNS):
@@ -93,12 +91,12 @@ def _tiles(offset: tuple[int, ...], size: tuple[int, ...]) -> Iterator[_Tile]:
 
 
 class _Overlap(NamedTuple):
-    """What a tile and a box have in common along a dimension, as each counts."""
+    """The overlap of a tile and a shard along one dimension, in the coordinates of each."""
 
-    of_tile: slice
-    of_box: slice
+    in_tile: slice
+    in_shard: slice
 
 
-def _overlap(tile: int, box: int, box_size: int, tile_size: int) -> _Overlap:
-    first, end = max(tile, box), min(tile + tile_size, box + box_size)
-    return _Overlap(slice(first - tile, end - tile), slice(first - box, end - box))
+def _overlap(tile: int, shard: int, shard_size: int, tile_size: int) -> _Overlap:
+    first, end = max(tile, shard), min(tile + tile_size, shard + shard_size)
+    return _Overlap(slice(first - tile, end - tile), slice(first - shard, end - shard))

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens a model has seen, so that generating a token does not recompute them.
+"""Keys and values of earlier tokens, so that generating a token does not recompute them.
 
 Shape suffixes: B batch, S new tokens, T capacity of the cache in tokens, G key/value heads, K head width.
 """
@@ -14,14 +14,14 @@ from pretrain.config import ModelConfig
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of one layer, with room for T tokens, of which the first `length` are written."""
+    """The keys and values of one layer: room for T tokens, of which the first `length` are written."""
 
     k_BTGK: Tensor
     v_BTGK: Tensor
     length: int
 
     def append(self, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write S more tokens in place; all keys and values so far."""
+        """Write S more tokens in place. Return all keys and values so far."""
         end = self.length + k_BSGK.shape[1]
         self.k_BTGK[:, self.length : end] = k_BSGK
         self.v_BTGK[:, self.length : end] = v_BSGK
@@ -29,7 +29,7 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for `capacity` tokens; the model advances `length`."""
+    """Keys and values of every layer, allocated once for `capacity` tokens. The model advances `length`."""
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
         shape = (batch, capacity, config.n_kv_heads, config.head_dim)
@@ -39,5 +39,5 @@ class KVCache:
         self.length = 0
 
     def layer(self, i: int) -> LayerCache:
-        """The part of layer i."""
+        """The cache of layer i."""
         return LayerCache(self.keys[i], self.values[i], self.length)

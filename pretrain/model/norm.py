@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv:1910.07467), computed in fp32 whatever the input's type."""
+"""RMSNorm (arXiv:1910.07467), computed in fp32 whatever the input's dtype."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape ending in `width`; the result has the type of x, also where the weight is kept in fp32."""
+        """Normalise any shape that ends in `width`. The result has the dtype of x, even with an fp32 weight."""
         x_fp32 = x.float()
         normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
-        # Rounded before the weight is applied, as in transformers' models: bf16 checkpoints give the same numbers.
+        # Round before applying the weight, as the models of transformers do: bf16 checkpoints give the same numbers.
         return (self.weight * normed.to(x.dtype)).to(x.dtype)

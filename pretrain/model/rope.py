@@ -1,7 +1,7 @@
 """Rotary position embedding (arXiv:2104.09864) and its extensions to longer contexts, in Hugging Face's half-split convention.
 
-Angles come from explicit positions and are computed once per forward pass, in fp32, outside the blocks. There are no
-buffers: nothing to materialise after a meta-device build, nothing that a cast to bf16 could spoil.
+Angles are computed from explicit positions, once per forward pass, in fp32, outside of the blocks. There are no buffers:
+a model built on the meta device has nothing more to fill in, and a cast to bf16 cannot round the angles.
 Shape suffixes: B batch, S sequence, K head width, P = K/2 rotated pairs, X any number of heads.
 """
 
@@ -23,17 +23,17 @@ class Rope(NamedTuple):
     sin_BS1P: Tensor
 
     def rotate(self, x_BSXK: Tensor) -> Tensor:
-        """Rotate the pairs (x[i], x[i + P]) of every head; computed in fp32, returned in the type of x."""
+        """Rotate the pairs (x[i], x[i + P]) of every head. Computes in fp32, returns the dtype of x."""
         left, right = x_BSXK.float().chunk(2, dim=-1)
         cos, sin = self
         return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x_BSXK.dtype)
 
 
 def rope_tables(config: RopeConfig, head_dim: int, positions_BS: Tensor, lengths_BS: Tensor | None = None) -> Rope:
-    """Rotation tables of the given positions.
+    """Compute the rotation tables of the given positions.
 
-    `lengths_BS` is the length, in tokens, of the document that each token belongs to; only `dynamic_ntk` reads it, and
-    takes the longest position of the row where it is missing.
+    `lengths_BS` is the length, in tokens, of each token's document. Only `dynamic_ntk` reads it; without it, it uses the
+    largest position of the row.
     """
     if config.kind == "dynamic_ntk":
         if lengths_BS is None:
@@ -47,10 +47,10 @@ def rope_tables(config: RopeConfig, head_dim: int, positions_BS: Tensor, lengths
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Radians a token turns each of the P pairs by, fp32 [P], for every kind but `dynamic_ntk`."""
+    """Radians by which each of the P pairs turns per token, fp32 [P], for every kind but `dynamic_ntk`."""
     exponents_P = _exponents(head_dim, device)
     match config.kind:
-        case "ntk":  # one larger base: the slowest pair is interpolated by exactly `factor`, the fastest is kept
+        case "ntk":  # a larger base: the slowest pair is interpolated by exactly `factor`, the fastest is unchanged
             theta = config.theta * config.factor ** (head_dim / (head_dim - 2))
             return torch.pow(theta, exponents_P).reciprocal()
         case "linear":
@@ -61,11 +61,11 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, device: torch.device 
             return _llama3(config, torch.pow(config.theta, exponents_P).reciprocal())
         case "default":
             return torch.pow(config.theta, exponents_P).reciprocal()
-    raise ValueError(f"rope.kind={config.kind} has frequencies that depend on the length; use dynamic_ntk_frequencies")
+    raise ValueError(f"the frequencies of rope.kind={config.kind} depend on the length; use dynamic_ntk_frequencies")
 
 
 def dynamic_ntk_frequencies(config: RopeConfig, head_dim: int, lengths_BS: Tensor) -> Tensor:
-    """NTK-aware frequencies whose base grows with the length beyond the original context; fp32 [B, S, P]."""
+    """NTK-aware frequencies, whose base grows with the length beyond the original context; fp32 [B, S, P]."""
     lengths = lengths_BS.clamp(min=config.original_max_seq_len).float()
     growth = config.factor * lengths / config.original_max_seq_len - (config.factor - 1)
     theta_BS1 = (config.theta * growth ** (head_dim / (head_dim - 2)))[..., None]
@@ -82,7 +82,7 @@ def _exponents(head_dim: int, device: torch.device | str) -> Tensor:
 
 
 def _yarn(config: RopeConfig, head_dim: int, exponents_P: Tensor) -> Tensor:
-    """Keep the pairs that turn often over the original context, interpolate those that turn rarely, ramp between (section 3.2)."""
+    """Keep the pairs that turn often over the original context, interpolate those that turn rarely, blend in between (section 3.2)."""
 
     def pair_turning(rotations: float) -> float:
         turns = config.original_max_seq_len / (rotations * 2 * math.pi)

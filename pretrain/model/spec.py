@@ -1,9 +1,10 @@
-"""What an architecture is, said in one object that the rest of the program reads. Imports no torch.
+"""What an architecture is: one object that the rest of the program reads. Imports no torch.
 
-`model.architecture` names a module: a file of `pretrain.model.architectures`, or any module that Python can import. The module
-defines `SPEC`. The model class builds the layers; a table says of each module how tensor parallelism splits it, and of each of its
-parameters the initial values, the optimizer group and how many of the tokens it multiplies. Shapes are not written down a second time:
-they are read from the model, built on the meta device. docs/extend/architecture.md writes a new architecture step by step.
+`model.architecture` names a module: a file of `pretrain.model.architectures`, or any module that Python can import. The
+module defines `SPEC`: the class that builds the layers, a table of its modules, and what a block keeps for its backward
+pass. The table says how tensor parallelism splits each module, and how each parameter is initialised, updated and counted.
+It has no shapes: these are read from the model, built on the meta device. docs/extend/architecture.md writes a new
+architecture step by step.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from pretrain.model.activation_terms import ActivationSizes, BlockActivations
 
 @dataclass(frozen=True)
 class InitialValues:
-    """How a parameter begins: normal with a standard deviation, or constant."""
+    """Initial values of a parameter: normal, or constant."""
 
     std: Callable[[ModelConfig], float] | None = None
+    """Standard deviation of normal values."""
     constant: float = 0.0
-    """Used where there is no `std`."""
+    """The value of all elements, if `std` is None."""
 
 
 NORMAL = InitialValues(lambda config: config.init_std)
@@ -56,14 +58,14 @@ VECTORS = OptimizerGroup("vectors", decays=False)
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What is true of a parameter beside its name and shape."""
+    """What the program knows of a parameter beside its name and shape."""
 
     kind: str
-    """What reports count it as: `embedding`, `attention`, `mlp`, `norms`, `biases`, `head`, or a kind of the architecture's own."""
+    """What reports count it as: `embedding`, `attention`, `mlp`, `norms`, `biases`, `head`, or a word of your own."""
     initial: InitialValues
     group: OptimizerGroup
     products: float = 0.0
-    """Share of the tokens that its matrix multiplies: 1 for a linear layer, 0 for a lookup or a norm, top_k / n_experts for experts."""
+    """Fraction of the tokens that it multiplies: 1 for a linear layer, 0 for a lookup or a norm, top_k / n_experts for experts."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class ModuleSpec:
     style: str
     """How tensor parallelism splits it: a word of `parallel.tensor_styles`."""
     parameters: Mapping[str, ParameterSpec] = field(default_factory=dict)
-    """The module's own parameters, by their names in it; rows may name some that a config leaves out."""
+    """{name within the module: spec} of its own parameters. A row may name parameters that a config leaves out."""
 
 
 def linear(
@@ -95,7 +97,7 @@ def norm(style: str) -> ModuleSpec:
 
 
 def embedding(style: str) -> ModuleSpec:
-    """The row of the token embedding; where it is the output projection too, `estimate.flops` counts its product."""
+    """The row of the token embedding. If it is tied, `pretrain.estimate.flops` counts the product of the output projection."""
     return ModuleSpec(style, {"weight": ParameterSpec("embedding", NORMAL, EMBEDDINGS)})
 
 
@@ -104,14 +106,14 @@ class ModelClass(Protocol):
 
     @classmethod
     def parameter_shapes(cls, config: ModelConfig, layers: range) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of the parameters of these layers, and of the ends of the model that go with them."""
+        """{canonical name: shape} of the parameters of these layers, with those of the ends of the model that go with them."""
 
 
 def causal_attention_flops(config: ModelConfig, seq_len: int, causal: bool) -> float:
-    """FLOPs of a token, forward and backward, in the two products of attention, in sequences of `seq_len` tokens.
+    """FLOPs of one token in the two products of attention, forward and backward, in sequences of `seq_len` tokens.
 
-    12 * n_layers * (n_heads * head_dim) * keys, where a token sees seq_len / 2 keys on average; fewer under a sliding window, and all
-    `seq_len` without `causal`.
+    12 * n_layers * (n_heads * head_dim) * keys. On average a token sees seq_len / 2 keys, fewer under a sliding window, and
+    all `seq_len` without `causal`.
     """
     window = min(config.sliding_window or seq_len, seq_len)
     seen = window - window * window / (2 * seq_len)
@@ -120,16 +122,16 @@ def causal_attention_flops(config: ModelConfig, seq_len: int, causal: bool) -> f
 
 @dataclass(frozen=True)
 class ArchitectureSpec:
-    """One architecture. What a layer is may depend on its number: `Transformer.build_block` and `block_activations` are given it."""
+    """One architecture. Layers may differ: `Transformer.build_block` and `block_activations` are given the layer's number."""
 
     model: type[ModelClass]
     """A subclass of `Transformer`, called with (config, attention, layers)."""
     modules: Mapping[str, ModuleSpec]
-    """Pattern of module names -> row; `*` stands for one name, such as a layer's number. Every parameter needs a row."""
+    """{pattern of module names: row}. `*` stands for a number, as that of a layer. Every parameter needs a row."""
     block_activations: Callable[[ModelConfig, ActivationSizes, int], BlockActivations]
-    """(config, sizes, layer) -> what that block keeps of a token for its backward pass."""
+    """(config, sizes, layer) -> what the layer's block keeps of one token for its backward pass."""
     attention_flops: Callable[[ModelConfig, int, bool], float] = causal_attention_flops
-    """(config, seq_len, causal) -> FLOPs of a token that no parameter takes part in, of all layers, forward and backward."""
+    """(config, seq_len, causal) -> FLOPs of one token without a parameter, in all layers, forward and backward."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a table that contradicts itself."""
@@ -142,11 +144,15 @@ class ArchitectureSpec:
 
     @property
     def tp_plan(self) -> dict[str, str]:
-        """Pattern of module names -> style, as `parallel.tensor` takes it."""
+        """{pattern of module names: style}, the plan for `parallel.tensor`."""
         return {pattern: row.style for pattern, row in self.modules.items()}
 
     def find(self, name: str) -> tuple[str, ParameterSpec]:
-        """(tensor-parallel style, spec) of the parameter of that canonical name. Raises UserError where the table has no row for it."""
+        """Return (tensor-parallel style, spec) of the parameter with that canonical name.
+
+        Raises:
+            UserError: the table has no row for it.
+        """
         pattern, _, own_name = ".".join("*" if part.isdigit() else part for part in name.split(".")).rpartition(".")
         row = self.modules.get(pattern)
         if row is None or own_name not in row.parameters:
@@ -157,7 +163,7 @@ class ArchitectureSpec:
         return row.style, row.parameters[own_name]
 
     def count(self, style: str) -> int:
-        """Modules of a block that have this style."""
+        """Count the modules of a block with this style."""
         return sum(row.style == style for pattern, row in self.modules.items() if pattern.startswith(LAYERS))
 
     @property
@@ -167,25 +173,29 @@ class ArchitectureSpec:
 
 
 ARCHITECTURES = "pretrain.model.architectures"
-"""Package of those that come with the program. Found by name: it imports this module."""
+"""Package of the architectures that come with the program. Imported by name, because its modules import this one."""
 
 LAYERS = "model.layers."
-"""What the names of all parameters of blocks begin with; then comes the number of the layer. Pipelines cut between layers; a layer is
-what recomputes, is compiled and is gathered as one."""
+"""Prefix of the names of all parameters of blocks, followed by the layer's number. Pipelines cut between layers. A layer is what
+is recomputed, compiled and gathered as one."""
 
 
 def layer_of(name: str) -> int | None:
-    """Number of the layer that a parameter belongs to; None for those of the ends of the model."""
+    """Return the number of a parameter's layer; None for the ends of the model."""
     return int(name.removeprefix(LAYERS).partition(".")[0]) if name.startswith(LAYERS) else None
 
 
 def architecture_of(config: ModelConfig) -> ArchitectureSpec:
-    """The spec of `model.architecture`. Raises UserError for a module that is not there or defines no SPEC."""
+    """Return the spec of `model.architecture`.
+
+    Raises:
+        UserError: there is no such module, or it defines no SPEC.
+    """
     return _load(config.architecture)
 
 
 def architecture_names() -> list[str]:
-    """Those that come with the program."""
+    """Names of the architectures that come with the program."""
     return sorted(module.name for module in pkgutil.iter_modules(import_module(ARCHITECTURES).__path__))
 
 
@@ -206,5 +216,5 @@ def _load(name: str) -> ArchitectureSpec:
 def _exists(module_name: str) -> bool:
     try:
         return find_spec(module_name) is not None
-    except (ImportError, ValueError):  # of a package that is not there, or a name such as `a..b`
+    except (ImportError, ValueError):  # a package that does not exist, or a name such as `a..b`
         return False

@@ -1,6 +1,7 @@
-"""What all architectures share: embedding, blocks, final norm, output projection, loss. Names are Hugging Face's.
+"""What all architectures share: embedding, final norm, output projection, loss. Modules have the names that Hugging Face uses.
 
-An architecture is a subclass that builds its blocks, and a spec (`pretrain.model.spec`); see `pretrain.model.architectures.llama`.
+An architecture is a subclass that builds the blocks, and a spec (`pretrain.model.spec`). `pretrain.model.architectures`
+has them.
 
 Shape suffixes: B batch, S sequence, D model width, V vocabulary, T tokens (B*S).
 """
@@ -24,9 +25,9 @@ from pretrain.model.spec import architecture_of
 
 
 class Decoder(nn.Module):
-    """Everything but the output projection; the level of the tree that Hugging Face calls `model`.
+    """Everything but the output projection: the module that Hugging Face calls `model`.
 
-    A stage of a pipeline holds some of the layers, under the names that they have in the whole model.
+    A pipeline stage has some of the layers, under the names that they have in the full model.
     """
 
     def __init__(self, config: ModelConfig, layers: range, build_block: Callable[[int], nn.Module]):
@@ -40,11 +41,14 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model, or the consecutive `layers` of one. Builds on any device, `meta` included; `init` gives it weights.
+    """A causal language model, or some consecutive `layers` of one.
 
-    The first layers come with the embedding, the last ones with the final norm and the output projection. With tied embeddings there is
-    no `lm_head`: one parameter has one name, as in Hugging Face's saved files, and the last part of a model holds `embed_tokens` too.
-    Raises ValueError for a config that still says `auto`.
+    It can be built on any device, `meta` included; `pretrain.model.init` sets the weights. The first layers come with the
+    embedding, the last ones with the final norm and the output projection. With tied embeddings there is no `lm_head`:
+    the parameter has one name, as in Hugging Face's files, and the last layers come with `embed_tokens` as well.
+
+    Raises:
+        ValueError: `model.vocab_size` is still `auto`.
     """
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa", layers: range | None = None):
@@ -65,42 +69,42 @@ class Transformer(nn.Module):
 
     @classmethod
     def parameter_shapes(cls, config: ModelConfig, layers: range) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of each parameter of these layers, from a model without memory."""
+        """Return {canonical name: shape} of the parameters of these layers, from a model on the meta device."""
         with torch.device("meta"):
             return {name: tuple(p.shape) for name, p in cls(config, layers=layers).named_parameters()}
 
     def build_block(self, layer: int) -> nn.Module:
-        """The block of that layer, called as (x [B, S, D], rope, mask, cache) -> [B, S, D]. Each architecture defines it."""
+        """Build the block of that layer, which is called as (x [B, S, D], rope, mask, cache) and returns [B, S, D]."""
         raise NotImplementedError
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The blocks that are here, in order."""
+        """The blocks, in order: what is recomputed and compiled as one."""
         return list(self.model.layers.values())
 
     @property
     def fsdp_units(self) -> list[nn.Module]:
-        """What is used at one time: the embedding, unless it is the output projection too, and each block. The rest is used at the end."""
+        """The modules that FSDP gathers as one: each block, and the embedding if it is not tied. The rest belongs to the root."""
         embedding = [] if self.model.embed_tokens is None or self.tied_parameter else [self.model.embed_tokens]
         return [*embedding, *self.layers]
 
     @property
     def output_weight(self) -> Tensor:
-        """The output projection [V, D]; only the last part of a model has it."""
+        """The output projection [V, D]. Only the chunk with the last layer has it."""
         projection = self.lm_head or self.model.embed_tokens
         assert self.is_last
         assert projection is not None
         return projection.weight
 
     def compile_submodules(self) -> None:
-        """torch.compile what repeats or is made of many small operations: every block, the final norm, the softmax of the loss.
+        """Compile what repeats or consists of many small operations: every block, the final norm, the softmax of the loss.
 
-        `dynamic=False`: a length of sequences has graphs of its own. By default the second length would make graphs whose every size is a
-        variable, which are slower. What differs between batches of one length is marked (`kernels.Documents`).
+        With `dynamic=False` each sequence length gets its own graphs. By default a second length would turn every size
+        into a variable, which is slower. What differs between batches of one length is marked (`kernels.Documents`).
         """
         self.compiled = True
         for layer in self.layers:
-            # Not the call, whose hooks are not of this part.
+            # Compile `forward`, not the call: FSDP's hooks must stay outside.
             layer.forward = torch.compile(layer.forward, dynamic=False)
         if self.model.norm is not None:
             self.model.norm.compile(dynamic=False)
@@ -119,9 +123,15 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: DocumentMask, cache: KVCache | None = None) -> Tensor:
-        """Token ids [B, S], or what the layers before give [B, S, D] -> [B, S, D], after the final norm where this part has it.
+        """Run the layers.
 
-        A cache is extended by the S tokens.
+        Args:
+            x: token ids [B, S], or without the first layer the previous layer's output [B, S, D].
+            mask: of the batch.
+            cache: is extended by the S tokens.
+
+        Returns:
+            [B, S, D], after the final norm if the last layer is here.
         """
         x_BSD: Tensor = x if self.model.embed_tokens is None or not self.is_first else self.model.embed_tokens(x)
         rope = rope_tables(self.config.rope, self.config.head_dim, mask.positions_BS, mask.lengths_BS)
@@ -132,13 +142,13 @@ class Transformer(nn.Module):
         return x_BSD if self.model.norm is None else self.model.norm(x_BSD)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
-        """[..., D] -> [..., V], in the type of the hidden states. For a few positions: training uses `loss`."""
+        """Compute logits [..., V] of hidden states [..., D], in their dtype. For a few positions; training uses `loss`."""
         return F.linear(hidden_BSD, self.output_weight)
 
     def loss(self, x: Tensor, labels_BS: Tensor, mask: DocumentMask, z_loss: float = 0.0) -> LossSum:
-        """Summed loss of the batch, of token ids [B, S] or what the layers before give [B, S, D].
+        """Compute the summed loss of the batch; `x` and `mask` are those of `forward`.
 
-        `labels_BS[b, s]` is the token that follows token s of row b, or -100 for none. Divide `total` by the number of labels of the whole
-        global batch, so that micro-batches and ranks weigh by tokens.
+        `labels_BS[b, s]` is the token that follows token s of row b, or -100 for none. Divide `total` by the number of
+        labels in the global batch, so that every token of every microbatch and rank has the same weight.
         """
         return self.linear_loss(self.forward(x, mask), self.output_weight, labels_BS, z_loss)

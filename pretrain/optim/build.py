@@ -1,4 +1,4 @@
-"""From named fp32 master weights to the optimizers that update them, with their state by canonical parameter name."""
+"""Build the optimizers of named fp32 master weights, with their state by canonical parameter name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pretrain.optim.groups import ParameterGroup, group_parameters
 
 @dataclass(frozen=True)
 class Optimizers:
-    """One or two torch optimizers that step together. Their state is there before the first step: a checkpoint can be loaded into it."""
+    """One or two torch optimizers that step together. Their state exists before the first step, so that a checkpoint can be loaded."""
 
     parts: tuple[Optimizer, ...]
 
     def set_lr(self, scale: float) -> None:
-        """Give every group `scale` times its own peak learning rate."""
+        """Set the learning rate of every group to `scale` times its peak."""
         for optimizer in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = scale * group["peak_lr"]
@@ -38,9 +38,9 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter name -> slot (`step`, `exp_avg`, `exp_avg_sq`; `momentum_buffer`) -> tensor, in fp32.
+        """Return {parameter name: {slot: fp32 tensor}}; slots are `step`, `exp_avg`, `exp_avg_sq` or `momentum_buffer`.
 
-        The very tensors that the next step reads and writes: writing into them loads a state.
+        The next step reads and writes these tensors. To load a state, write into them.
         """
         return {name: dict(optimizer.state[parameter]) for optimizer, name, parameter in self._named()}
 
@@ -54,13 +54,13 @@ class Optimizers:
 def build_optimizer(
     named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig, architecture: ArchitectureSpec
 ) -> Optimizers:
-    """The optimizers of `config.kind`, at the peak learning rate until `set_lr` is called.
+    """Build the optimizers of `config.kind`. The learning rate is the peak until `set_lr` is called.
 
-    AdamW is torch's fused kernel, on CPU and CUDA. Muon is torch's, with Nesterov momentum and five Newton-Schulz steps in bf16, for
-    the matrices of the blocks (https://kellerjordan.github.io/posts/muon/). Its updates are
-    scaled by 0.2 sqrt(max(rows, columns)), to the size of AdamW's: one learning rate and one weight decay serve both
-    (arXiv:2502.16982, section 2.2).
-    A parameter without gradient keeps its value and its state, step counter included.
+    AdamW is torch's fused kernel, on CPU and CUDA. Muon is torch's, with Nesterov momentum and five Newton-Schulz steps in
+    bf16 (https://kellerjordan.github.io/posts/muon/); it takes the groups that the architecture marks for it. Its updates
+    are scaled by 0.2 sqrt(max(rows, columns)) to the size of AdamW's, so that one learning rate and one weight decay
+    serve both (arXiv:2502.16982, section 2.2). A parameter without gradient keeps its value and its state, step counter
+    included.
     """
     groups = group_parameters(named_parameters, architecture)
     by_muon = [group for group in groups if config.kind == "muon" and group.spec.muon]
@@ -95,7 +95,7 @@ def _torch_groups(groups: list[ParameterGroup], peak_lr: float, weight_decay: fl
 
 
 def _fresh_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """What torch itself would make at the first step; the fused AdamW wants its step counter in fp32 beside the parameter."""
+    """The state that torch itself would make at the first step. The fused AdamW needs its step counter in fp32 on the device."""
     if isinstance(optimizer, Muon):
         return {"momentum_buffer": torch.zeros_like(parameter)}
     return {

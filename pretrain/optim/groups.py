@@ -1,4 +1,4 @@
-"""Which parameters the optimizer treats alike: the groups that an architecture's spec puts them into, by canonical name."""
+"""Parameter groups, as the architecture's spec assigns them by canonical name."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from pretrain.model.spec import ArchitectureSpec, OptimizerGroup
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are treated alike."""
+    """Parameters that the optimizer treats alike."""
 
     spec: OptimizerGroup
     parameters: dict[str, Tensor]
-    """By canonical name, in the order in which they were given."""
+    """{canonical name: parameter}, in the order in which they were given."""
 
 
 def group_parameters(
     named_parameters: Iterable[tuple[str, Tensor]], architecture: ArchitectureSpec
 ) -> list[ParameterGroup]:
-    """The groups that have members; every parameter is in exactly one.
+    """Group the parameters. Each is in exactly one group, and no group is empty.
 
-    Raises UserError for a parameter that the architecture has no row for: a new kind of parameter needs a decision, not a default.
+    Raises:
+        UserError: the architecture's table has no row for a parameter. A new kind needs a decision, not a default.
     """
     members: dict[OptimizerGroup, dict[str, Tensor]] = {}
     for name, parameter in named_parameters:

@@ -1,6 +1,6 @@
-"""Learning rate and batch size as pure functions of the step. No torch, no state: resuming needs only the step.
+"""Learning rate and batch size as pure functions of the step. No torch and no state: resuming needs only the step.
 
-Steps count from 1: step `s` is the s-th update, and the last one is step `train.steps`.
+Steps count from 1. Step `s` is the s-th update, and the last one is step `train.steps`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from pretrain.config import OptimConfig, TrainConfig
 from pretrain.errors import UserError
 
 WSD_DECAY = 0.2
-"""`auto` length of the final decay of `wsd`, as a fraction of the run (arXiv:2405.18392: longer ones gain little)."""
+"""`auto` length of the final decay of `wsd`, as a fraction of the run. Longer decays gain little (arXiv:2405.18392)."""
 
 _DECAY: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "sqrt": lambda progress: 1 - math.sqrt(progress),
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
 }
-"""What is left between the peak (1) and the end (0), by the progress of the decay in [0, 1]."""
+"""{shape: function from the progress of the decay in [0, 1] to what is left of the peak, from 1 to 0}."""
 
 
 def lr_scale(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of `step`, as a multiple in [0, 1] of the peak.
 
-    The warm-up climbs from 1/warmup at step 1 to 1 at step `warmup`; the last step of a decay has `min_lr_ratio`.
-    `inverse_sqrt` is sqrt(warmup / step) (arXiv:1706.03762, equation 3) and never below `min_lr_ratio`; `constant`
-    stays at the peak. `config.decay` must be resolved. Raises ValueError for a step outside the run.
+    The warm-up rises from 1/warmup at step 1 to 1 at step `warmup`. The last step of a decay has `min_lr_ratio`.
+    `inverse_sqrt` is sqrt(warmup / step) (arXiv:1706.03762, equation 3), but at least `min_lr_ratio`. `constant` stays
+    at the peak. `config.decay` must be resolved.
+
+    Raises:
+        ValueError: the step is outside of the run.
     """
     if not 1 <= step <= total_steps:
         raise ValueError(f"step {step} is outside the run of {total_steps} steps")
@@ -48,14 +51,15 @@ def lr_scale(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def wsd_decay_steps(total_steps: int, config: OptimConfig) -> int:
-    """Steps of the final decay of `wsd`: the nearest whole number to `decay` of the run, at least one unless `decay` is 0."""
+    """Steps of the final decay of `wsd`: `decay` of the run, rounded, and at least one unless `decay` is 0."""
     return max(1, round(config.decay * total_steps)) if config.decay else 0
 
 
 def batch_size_at(step: int, train: TrainConfig) -> int:
-    """Sequences in the global batch of `step`: `batch_ramp_start` at step 1, `batch_size` from step `batch_ramp_steps` + 1 on.
+    """Sequences in the global batch of `step`.
 
-    Between them it grows linearly and is rounded down.
+    `batch_ramp_start` at step 1, `batch_size` from step `batch_ramp_steps` + 1 on, and in between it grows linearly,
+    rounded down.
     """
     ramped = step - 1
     if ramped >= train.batch_ramp_steps:
@@ -64,7 +68,7 @@ def batch_size_at(step: int, train: TrainConfig) -> int:
 
 
 def samples_before(step: int, train: TrainConfig) -> int:
-    """Sequences that all steps before `step` consume: where the data of `step` begins. Exact, in O(log(ramp)) time."""
+    """Sequences that all steps before `step` consume: the first sample of `step`. Exact, in O(log(ramp)) time."""
     steps = step - 1
     if not train.batch_ramp_steps:
         return steps * train.batch_size
@@ -76,8 +80,8 @@ def samples_before(step: int, train: TrainConfig) -> int:
 def _sum_of_floors(terms: int, slope: int, divisor: int) -> int:
     """Sum of floor(slope * i / divisor) for i in [0, terms), all non-negative integers.
 
-    It counts the lattice points under a line: the whole part of the slope has a closed form, and with what is left the axes swap
-    roles, as in Euclid's algorithm (Graham, Knuth, Patashnik, Concrete Mathematics, section 3.5).
+    This counts the lattice points under a line. The integer part of the slope has a closed form. For the rest the axes
+    change roles, as in Euclid's algorithm (Graham, Knuth, Patashnik, Concrete Mathematics, section 3.5).
     """
     total, offset = 0, 0
     while terms:
@@ -89,7 +93,11 @@ def _sum_of_floors(terms: int, slope: int, divisor: int) -> int:
 
 
 def check(optim: OptimConfig, train: TrainConfig) -> None:
-    """Refuse resolved settings that no schedule can follow. Raises UserError; called when the config is read."""
+    """Check that the schedules can follow the resolved settings.
+
+    Raises:
+        UserError: in one line, with the setting to change.
+    """
     steps = train.steps
     if optim.warmup >= steps and optim.warmup > 0:
         raise UserError(

@@ -157,7 +157,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "a style that there is not": (
         'linear("colwise", "mlp")',
         'linear("columnwise", "mlp")',
-        r"gives model\.layers\.0\.mlp\.gate_proj\.weight the tensor-parallel style 'columnwise'; there are vocab",
+        r"gives model\.layers\.0\.mlp\.gate_proj\.weight the tensor-parallel style 'columnwise'; known styles are vocab",
     ),
     "a sum that would be forgotten": (
         'linear("rowwise", "mlp", RESIDUAL)',

@@ -11,7 +11,7 @@ from parallel.layout import Layout
 from parallel.pipeline.torch_schedules import schedule_actions
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
-from pretrain.estimate.activations import most_pairs
+from pretrain.estimate.activations import peak_in_flight
 from pretrain.estimate.communication import estimate_traffic
 from pretrain.estimate.flops import parameter_count, pipeline_end_costs
 from pretrain.estimate.parameters import ModelParameter, model_parameters
@@ -181,7 +181,7 @@ def test_the_most_that_is_kept_is_that_of_the_schedule(schedule: str, microbatch
     for rank, actions in schedule_actions(layout, microbatches).items():
         most = max(accumulate(change[action.kind] for action in actions))
         assert max(
-            begun + cost * waiting for begun, waiting in most_pairs(layout, rank, microbatches)
+            begun + cost * waiting for begun, waiting in peak_in_flight(layout, rank, microbatches)
         ) == pytest.approx(most), rank
 
 

@@ -1,4 +1,4 @@
-"""The Llama block (arXiv:2302.13971): attention and a SwiGLU MLP in turn, each behind a norm. Mistral and Qwen are settings of it.
+"""The Llama block (arXiv:2302.13971): attention, then a SwiGLU MLP, each behind a norm. Mistral and Qwen3 are settings of it.
 
 Shape suffixes: B batch, S sequence, D model width.
 """
@@ -31,7 +31,7 @@ from pretrain.model.transformer import Transformer
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+    """One layer: attention, then the MLP. Each reads the norm of the residual stream and is added to it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -73,11 +73,11 @@ MODULES = {
     "model.norm": norm("sequence_parallel"),
     "lm_head": linear("vocab_parallel_head", "head", group=HEAD),
 }
-"""How each module is split among tensor ranks, and what its parameters are: kind, initial values, optimizer group."""
+"""For each module, how tensor parallelism splits it, what reports count its parameters as, and how they are initialised and updated."""
 
 
 def block_activations(config: ModelConfig, x: ActivationSizes, layer: int) -> BlockActivations:
-    """Two norms, whose results go into attention and into the MLP."""
+    """Two norms, with attention and the MLP, which keep a norm's result as their input."""
     return BlockActivations(
         kept=2 * (norm_kept(x) + x.whole) + attention_kept(x) + swiglu_kept(x),
         product_inputs=attention_product_inputs(x) + swiglu_product_inputs(x),
