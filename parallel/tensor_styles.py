@@ -19,7 +19,10 @@ SHARD_DIM: dict[str, int | None] = {
 
 
 def shard_dim(style: str, *, tensor: int, kv_heads: int) -> int | None:
-    """Return the dimension that `tensor` ranks divide. Ranks that share a key/value head have all heads, and sum their gradients."""
+    """Return the dimension that `tensor` ranks divide.
+
+    Ranks that share a key/value head have all heads, and sum their gradients.
+    """
     return None if shares_heads(style, tensor=tensor, kv_heads=kv_heads) else SHARD_DIM[style]
 
 

@@ -1,4 +1,4 @@
-"""Estimate the activations of a rank at the moment of a step when it has most: all that is not counted in parameters. No torch.
+"""Estimate of a rank's activations at their peak in a step: all memory that is not counted in parameters. No torch.
 
 Kept for the backward passes, in bytes of one token (the accounting of arXiv:2205.05198, section 4, for this program):
 
@@ -11,16 +11,16 @@ Kept for the backward passes, in bytes of one token (the accounting of arXiv:220
 - A recomputing block keeps its input 2 D, and the results that `recompute_keep` names.
 - Under zero bubble, a block keeps the inputs of its matrix products and the gradients of their outputs until the
   gradients of its weights are computed, recomputing or not.
-- Each stage and microbatch keeps RoPE's tables 4 K, and in a pipeline the output 2 D, which waits for its gradient. Torch
-  allocates receive buffers from both neighbours for all microbatches of a step, and one gradient is being sent.
+- Each stage and microbatch keeps RoPE's tables 4 K, and in a pipeline the output 2 D, which waits for its gradient.
+  Torch allocates receive buffers from both neighbours for all microbatches of a step, and one gradient is being sent.
 - The end of the model keeps the final norm's input, and the gradients that the loss computes in its forward pass: 2 D,
   and that of the projection.
 
 More exists for a moment only (`bytes_at_moments`):
 
 - in the loss: a chunk's logits with their softmax in fp32, and the gathered hidden states;
-- in the backward pass: the temporaries of the block (`backward_peak` of the spec), all that a recomputing block computes
-  again, and gradients of weights;
+- in the backward pass: the temporaries of the block (`backward_peak` of the spec), all that a recomputing block
+  computes again, and gradients of weights;
 - in FSDP2: the input of the last reduction, and under `zero=3` a gathered block that is not used yet (`fsdp_units`).
 
 Each row is assumed to be one document. With several, `attention=sdpa` has masks of [S, S], which depend on the data.
@@ -141,7 +141,8 @@ def bytes_at_moments(
 def peak_in_flight(layout: Layout, pipeline_rank: int, n_microbatches: int) -> tuple[InFlight, ...]:
     """The moments at which a pipeline rank may have most, whatever each kind of microbatch in flight costs.
 
-    They follow from the order of PyTorch's schedules. Where microbatches do not fill whole rounds, zero bubble has fewer.
+    They follow from the order of PyTorch's schedules. Where microbatches do not fill whole rounds, zero bubble has
+    fewer.
     """
     p, v, m, rank = layout.pipeline, layout.stages_per_rank, n_microbatches, pipeline_rank
     if p == 1:
@@ -199,7 +200,7 @@ def _kept(
 
 
 def _pipeline_buffers(layout: Layout, stage_layers: Sequence[range], n_layers: int, n_microbatches: int) -> int:
-    """Activations and gradients in buffers: received from both sides, for all microbatches, and one that is being sent back."""
+    """Activations and gradients in buffers: received from both neighbours for all microbatches, and one being sent."""
     before, after = (
         sum(layers.start > 0 for layers in stage_layers),
         sum(layers.stop < n_layers for layers in stage_layers),

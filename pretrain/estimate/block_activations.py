@@ -1,7 +1,7 @@
 """What a block keeps under a layout, with recomputation and a split backward pass, for any architecture. No torch.
 
-The terms of one block are the architecture's (`pretrain.model.activation_terms`). All sizes are bytes of one token on one
-rank.
+The terms of one block are the architecture's (`pretrain.model.activation_terms`). All sizes are bytes of one token on
+one rank.
 """
 
 from __future__ import annotations
@@ -86,12 +86,13 @@ def kept_by_recomputing_block(
 
 
 def kept_for_weights(block: BlockActivations) -> float:
-    """Kept between the halves of a split backward pass (`parallel.pipeline.zero_bubble`): the inputs of matrix products, and
-    the gradients of their outputs."""
+    """Kept between the halves of a split backward pass (`parallel.pipeline.zero_bubble`): the inputs of matrix
+    products, and the gradients of their outputs."""
     return block.product_inputs + block.product_outputs
 
 
 def kept_when_recomputed(block: BlockActivations, x: ActivationSizes, keep: Collection[str]) -> float:
-    """At the start of its backward pass: all that it would have kept, its input, and its last product, which is not used again."""
+    """At the start of its backward pass: all that it would have kept, its input, and its last product, which is not
+    used again."""
     own_input = 0.0 if x.compiled or x.stream == x.stream_fp32 else x.stream  # otherwise the first norm keeps it
     return block.kept + own_input + ("matmul" in keep) * x.whole

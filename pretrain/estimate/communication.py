@@ -1,8 +1,8 @@
 """The traffic of each collective of a training step, from the settings alone. No torch; the dry run measures the same.
 
-Bytes are those that one rank sends with ring algorithms in a group of n ranks: all-gather and reduce-scatter (n - 1) / n
-of the full tensor, all-reduce twice that, all-to-all (n - 1) / n of the rank's tensor, send all of it. Sums of norms and
-losses, which do not grow with the model, are left out. Letter: D model width.
+Bytes are those that one rank sends with ring algorithms in a group of n ranks: all-gather and reduce-scatter (n - 1) /
+n of the full tensor, all-reduce twice that, all-to-all (n - 1) / n of the rank's tensor, send all of it. Sums of norms
+and losses, which do not grow with the model, are left out. Letter: D model width.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def _parameters(config: RunConfig, layout: Layout, rank: int) -> list[ModelParam
 def _fsdp(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     """Gathering of compute weights, and reduction of gradients in fp32.
 
-    Under `zero=3` every block is gathered for the forward and again for the backward pass of each microbatch, and the end
-    of the model once a microbatch. In a pipeline, the next forward pass uses what a backward pass has gathered. Otherwise
-    parameters are gathered once a step. Gradients are reduced once a microbatch; under `zero=1` and in a pipeline once a
-    step.
+    Under `zero=3` every block is gathered for the forward and again for the backward pass of each microbatch, and the
+    end of the model once a microbatch. In a pipeline, the next forward pass uses what a backward pass has gathered.
+    Otherwise parameters are gathered once a step. Gradients are reduced once a microbatch; under `zero=1` and in a
+    pipeline once a step.
     """
     micro, number = n_microbatches(config, layout), COMPUTE_BYTES[config.train.precision]
     held = _parameters(config, layout, rank)
@@ -88,12 +88,12 @@ def _replicate(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]
 
 
 def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
-    """Activations of [tokens, D]: inputs gathered and outputs summed, in blocks, after the embedding and before the loss.
+    """Activations of [tokens, D]: gathered inputs and summed outputs of blocks, embedding and loss.
 
-    With `sequence` an input is all-gathered and an output reduce-scattered, and the other way round for their gradients.
-    Without it an output is all-reduced, and the gradient of an input. Recomputation repeats the collectives of the
-    forward pass, unless their results are kept. The loss of a sharded vocabulary exchanges three fp32 numbers a token.
-    Gradients of parameters that every tensor rank has are summed before FSDP2 reduces them.
+    With `sequence` an input is all-gathered and an output reduce-scattered, and the other way round for their
+    gradients. Without it an output is all-reduced, and the gradient of an input. Recomputation repeats the collectives
+    of the forward pass, unless their results are kept. The loss of a sharded vocabulary exchanges three fp32 numbers a
+    token. Gradients of parameters that every tensor rank has are summed before FSDP2 reduces them.
     """
     t, model, train = layout.tensor, config.model, config.train
     held = estimate_rank_memory(config, layout, rank)
@@ -134,7 +134,10 @@ def _gathering_again(config: RunConfig, held: RankMemory) -> int:
 
 
 def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
-    """`gather`: keys and values, and the sums of their gradients. `ulysses`: queries, keys, values and outputs, both ways."""
+    """`gather`: keys and values, and the sums of their gradients.
+
+    `ulysses`: queries, keys, values and outputs, both ways.
+    """
     c, model, train = layout.context, config.model, config.train
     held = estimate_rank_memory(config, layout, rank)
     layers = sum(map(len, held.layers))
@@ -149,7 +152,7 @@ def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
 
 
 def _pipeline(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
-    """For each microbatch and each boundary between ranks, an activation or a gradient; and a tied embedding's gradient."""
+    """An activation or gradient for each microbatch and each boundary between ranks; a tied embedding's gradient."""
     if layout.pipeline == 1:
         return {}
     model, held = config.model, estimate_rank_memory(config, layout, rank)

@@ -1,10 +1,10 @@
 """Parameter counts and FLOPs of a model, from its config and its architecture's spec. Imports no torch.
 
-Conventions: a multiplication and an addition are 2 FLOPs. Forward and backward pass together take 3 times the FLOPs of the
-forward pass. Only matrix products count: every weight that multiplies a token (the output projection too, the embedding
-lookup not), and the two products of attention. Causal attention counts the half of [S, S] that is needed (Megatron-LM,
-MaxText); `causal=False` counts all of it (PaLM, nanoGPT). Recomputation does not count: this is for MFU, not HFU. Masks
-between packed documents are not subtracted.
+Conventions: a multiplication and an addition are 2 FLOPs. Forward and backward pass together take 3 times the FLOPs of
+the forward pass. Only matrix products count: every weight that multiplies a token (the output projection too, the
+embedding lookup not), and the two products of attention. Causal attention counts the half of [S, S] that is needed
+(Megatron-LM, MaxText); `causal=False` counts all of it (PaLM, nanoGPT). Recomputation does not count: this is for MFU,
+not HFU. Masks between packed documents are not subtracted.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def parameter_count(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
     """Model FLOPs of one token, forward and backward, in sequences of `seq_len` tokens.
 
-    6 * N_matmul, plus attention: 6 * n_layers * (n_heads * head_dim) * seq_len. A sliding window lowers the second term;
-    without `causal` it is 12 * ..., the convention of PaLM (arXiv:2204.02311, appendix B).
+    6 * N_matmul, plus attention: 6 * n_layers * (n_heads * head_dim) * seq_len. A sliding window lowers the second
+    term; without `causal` it is 12 * ..., the convention of PaLM (arXiv:2204.02311, appendix B).
     """
     return 6.0 * count_parameters(config).matmul + architecture_of(config).attention_flops(config, seq_len, causal)
 

@@ -77,7 +77,8 @@ class FsdpUnits:
 
     @property
     def reduced_before(self) -> float:
-        """Bytes of the previous microbatch's last reduction, that of the projection: FSDP2 keeps its input until the next one."""
+        """Bytes of the previous microbatch's last reduction, that of the projection: FSDP2 keeps its input until the
+        next one."""
         return FP32 * self.head * (self.fsdp > 0 and self.reduces_each)
 
     @property
@@ -92,12 +93,14 @@ class FsdpUnits:
 
     @property
     def begin(self) -> float:
-        """Bytes when the second microbatch begins: projection and embedding are gathered, and the embedding is copied into place."""
+        """Bytes when the second microbatch begins: projection and embedding are gathered, and the embedding is
+        copied into place."""
         return self.reduced_before + self.gathers * self.number * (self.head + 2 * self.embedding)
 
     @property
     def end(self) -> float:
-        """Bytes when the last microbatch ends: projection and embedding are reduced one after the other, or as one if tied."""
+        """Bytes when the last microbatch ends: projection and embedding are reduced one after the other, or as one
+        if tied."""
         if self.fsdp == 0:
             return 3 * self.number * self.head * self.tied
         largest = max(self.head, self.embedding)

@@ -1,7 +1,7 @@
 """Peak FLOP/s of devices: the denominator of MFU.
 
-Only names that are known for certain are listed, each with its source. A slice of a GPU (MIG), a cut-down export model, a
-CPU or anything newer than this table has no entry, and no MFU is shown for it. Imports no torch: names are strings.
+Only names that are known for certain are listed, each with its source. A slice of a GPU (MIG), a cut-down export model,
+a CPU or anything newer than this table has no entry, and no MFU is shown for it. Imports no torch: names are strings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parameters of a model: names and shapes, read from the layers that the architecture builds, and their tensor shards.
+"""The parameters of a model: names and shapes, read from the layers that the architecture builds, and tensor shards.
 
 This module does not import torch. The architecture is imported at run time, and builds its layers on the meta device.
 """
@@ -38,7 +38,8 @@ class ModelParameter:
         return tuple(size // layout.tensor if i == self.tensor_dim else size for i, size in enumerate(self.shape))
 
     def elements(self, layout: Layout, fsdp_rank: int | None = None) -> int:
-        """Elements of a tensor rank's shard, or of the part that one FSDP rank of it stores: FSDP2 rounds chunks of rows up."""
+        """Elements of a tensor rank's shard, or of the part that one FSDP rank of it stores: FSDP2 rounds chunks of
+        rows up."""
         rows, *rest = self.local_shape(layout)
         if fsdp_rank is not None:
             chunk = -(-rows // layout.fsdp)

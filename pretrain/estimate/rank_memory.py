@@ -31,14 +31,16 @@ class RankMemory:
     layers: tuple[range, ...]
     """The layers of each of these stages."""
     parameters: dict[str, int]
-    """Elements that this rank stores, by kind. The sum over `pipeline`, fsdp and `tensor` ranks is the model, except that
-    tensor ranks each store all norms and all shared key/value heads, and the last stage stores a tied embedding again."""
+    """Elements that this rank stores, by kind. The sum over `pipeline`, fsdp and `tensor` ranks is the model, except
+    that tensor ranks each store all norms and all shared key/value heads, and the last stage stores a tied embedding
+    again."""
     unsharded_elements: int
     """Elements of the rank's tensor shards, before `shard` and `context` ranks divide them."""
     master_bytes: int
     """Master weights, fp32."""
     compute_weight_bytes: int
-    """Weights in the precision of the forward pass, if they stay; otherwise 0, and `gathered_bytes` are gathered when needed."""
+    """Weights in the precision of the forward pass, if they stay; otherwise 0, and `gathered_bytes` are gathered
+    when needed."""
     gradient_bytes: int
     """Gradients, fp32, at the end of a step's last microbatch, when they take most."""
     optimizer_bytes: int
@@ -125,7 +127,7 @@ def n_microbatches(config: RunConfig, layout: Layout) -> int:
 
 
 def _gathered(held: Iterable[ModelParameter], layout: Layout) -> int:
-    """The most elements that are gathered at one time: the end of the model for a whole microbatch, and a few blocks."""
+    """The most elements that are gathered at one time: the end of the model for a full microbatch, and a few blocks."""
     blocks: dict[int, int] = {}
     at_end = 0
     for parameter in held:

@@ -1,7 +1,7 @@
 """Terms of what a block keeps for its backward pass. Architectures add them up. Imports no torch.
 
-They are counted tensor by tensor, from the modules of this package as `parallel` runs them, in bytes of one token on one
-rank. The dry run measures the same. Letters: D model width, F hidden width of the MLP.
+They are counted tensor by tensor, from the modules of this package as `parallel` runs them, in bytes of one token on
+one rank. The dry run measures the same. Letters: D model width, F hidden width of the MLP.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 FP32 = 4
 
 NORM_BACKWARD = 5
-"""fp32 copies of its input that an uncompiled norm has at one time in its backward pass: two products of the gradient; the mean's
-gradient expanded, the power, and their product. A compiled norm is one kernel without copies."""
+"""fp32 copies of its input that an uncompiled norm has at one time in its backward pass: two products of the gradient;
+the mean's gradient expanded, the power, and their product. A compiled norm is one kernel without copies."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,18 @@ class ActivationSizes:
     rows: float
     """Keys that attention keeps, as a multiple of the keys of the rank's tokens."""
     outputs: int
-    """How often attention's output is kept: as computed, and under `context` also put together from chunks or from other ranks' heads."""
+    """How often attention's output is kept: as computed, and under `context` also put together from chunks or from
+    other ranks' heads."""
     mlp_gradient: float
-    """The gradient of one [F, D] matrix, which waits for the end of the block's backward pass. 0 where it is accumulated at once."""
+    """The gradient of one [F, D] matrix, which waits for the end of the block's backward pass. 0 where it is
+    accumulated at once."""
     splits_tensor: bool
     """There are several tensor ranks."""
     splits_context: bool
     """There are several context ranks."""
     sequence: bool
-    """Sequence parallelism: inputs of products, and gradients of summed outputs, are gathered beside the rank's own part."""
+    """Sequence parallelism: inputs of products, and gradients of summed outputs, are gathered beside the rank's own
+    part."""
     compiled: bool
     """Blocks are compiled."""
 
@@ -70,7 +73,10 @@ class BlockActivations:
 
 
 def norm_kept(x: ActivationSizes) -> float:
-    """A norm over the residual stream keeps its input. Uncompiled, it keeps it in fp32, and the normalised input as well."""
+    """A norm over the residual stream keeps its input.
+
+    Uncompiled, it keeps it in fp32, and the normalised input as well.
+    """
     return x.stream if x.compiled else x.stream_fp32 + x.stream
 
 
@@ -106,13 +112,15 @@ def swiglu_product_outputs(x: ActivationSizes) -> float:
 
 
 def swiglu_backward(x: ActivationSizes) -> float:
-    """The most that exists during the backward pass of a SwiGLU MLP, while most of what the block has kept still exists."""
+    """The most that exists during the backward pass of a SwiGLU MLP, while most of what the block has kept still
+    exists."""
     down = x.hidden + x.sequence * x.whole  # the gradient of the product, and the gathered gradient of the output
     product = 2 * x.hidden + x.mlp_gradient  # gradients of the product, silu(gate) and up; the product itself is freed
     return max(down, product)
 
 
 def norm_before_swiglu_backward(x: ActivationSizes) -> float:
-    """The most that exists in the backward pass of the MLP's norm: the gradients of its matrices wait, what it kept is freed."""
+    """The most that exists in the backward pass of the MLP's norm: the gradients of its matrices wait, what it kept
+    is freed."""
     own = 0 if x.compiled else NORM_BACKWARD * x.stream_fp32 - x.stream
     return 3 * x.mlp_gradient + own - 4 * x.hidden - x.whole

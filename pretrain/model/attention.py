@@ -32,7 +32,8 @@ class QuerySpan(NamedTuple):
     end: int
 
     document_BT: Tensor | None = None
-    """For `blocked`: number of each key's document, never decreasing along a row. None with `model.document_mask=False`."""
+    """For `blocked`: number of each key's document, never decreasing along a row. None with
+    `model.document_mask=False`."""
 
     allowed_B1ST: Tensor | None = None
     """For `sdpa`: True where a query sees a key. None is plain causal attention."""
@@ -60,7 +61,10 @@ class DocumentMask(NamedTuple):
     """The queries, span after span. A whole row is one span; the tokens of a context-parallel rank may be several."""
 
     def to(self, device: torch.device | str) -> DocumentMask:
-        """Return the same mask on another device. Built on the CPU and then moved, it makes the GPU wait for nothing."""
+        """Return the same mask on another device.
+
+        Built on the CPU and then moved, it makes the GPU wait for nothing.
+        """
         moved: DocumentMask = tree_map_only(Tensor, partial(_move, device=torch.device(device)), self)
         for span in moved.spans:
             if span.documents is not None:
@@ -106,8 +110,8 @@ def context_parallel_mask(
         kernel: the attention kernel.
         config: of the model.
         ranges: tokens (first, end) of each row that this rank has. Positions and lengths are those of these tokens.
-        full_rows: True if attention runs over whole rows, for some of the heads (Ulysses). Otherwise the queries are the
-            rank's own tokens, which attend to the keys of whole rows.
+        full_rows: True if attention runs over whole rows, for some of the heads (Ulysses). Otherwise the queries are
+            the rank's own tokens, which attend to the keys of whole rows.
         compiled: as in `document_mask`.
     """
     rows = _Rows.read(document_ids_BT, positions_BT, config)
@@ -235,7 +239,7 @@ def _span_attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Docume
 def _sdpa(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, allowed_B1ST: Tensor | None) -> Tensor:
     grouped = q_BSHK.shape[2] != k_BTGK.shape[2]
     if grouped and q_BSHK.is_cuda and (allowed_B1ST is not None or q_BSHK.dtype == torch.float32):
-        # The CUDA kernels that take a mask or fp32 take no groups. Without this, SDPA falls back to a full [S, T] softmax.
+        # The CUDA kernels that take a mask or fp32 take no groups. SDPA would fall back to a full [S, T] softmax.
         k_BTGK, v_BTGK = (x.repeat_interleave(q_BSHK.shape[2] // x.shape[2], dim=2) for x in (k_BTGK, v_BTGK))
         grouped = False
     out_BHSK = F.scaled_dot_product_attention(

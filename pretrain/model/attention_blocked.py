@@ -1,15 +1,15 @@
 """Causal attention in blocks of queries, on plain matrix products: the fast path on CPUs under torch.compile.
 
-PyTorch's CPU kernel spends most of its time outside of the matrix units: on a 2-core machine with AVX512-BF16 its forward
-and backward pass takes 2.4 times as long as this file (docs/LOG.md). The algorithm is FlashAttention's (arXiv:2205.14135,
-algorithms 1 and 4) with one difference: a block of queries is multiplied with all of its keys at once. So each product is
-large, and the softmax needs no running maximum. Memory is O(T * block): the backward pass recomputes the probabilities
-from their log-sum-exp.
+PyTorch's CPU kernel spends most of its time outside of the matrix units: on a 2-core machine with AVX512-BF16 its
+forward and backward pass takes 2.4 times as long as this file (docs/LOG.md). The algorithm is FlashAttention's
+(arXiv:2205.14135, algorithms 1 and 4) with one difference: a block of queries is multiplied with all of its keys at
+once. So each product is large, and the softmax needs no running maximum. Memory is O(T * block): the backward pass
+recomputes the probabilities from their log-sum-exp.
 
 The queries are the last S of the T tokens that the keys belong to: all tokens, or those of one context-parallel rank.
 
-Shape suffixes: B batch, S queries, T keys, H query heads, G key/value heads, R = H/G query heads a key/value head, K head width,
-N = B*G, P queries of a block, C keys that the block sees.
+Shape suffixes: B batch, S queries, T keys, H query heads, G key/value heads, R = H/G query heads a key/value head, K
+head width, N = B*G, P queries of a block, C keys that the block sees.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _BlockedAttention(torch.autograd.Function):
             top = scores.amax(-1, keepdim=True)
             weights = torch.exp(scores - top)
             total = weights.sum(-1, keepdim=True)
-            # Divide after the product: [P, K] numbers instead of [P, C], and the compiler computes each exponential once.
+            # Divide after the product: [P, K] numbers instead of [P, C]. The compiler computes each exponential once.
             out = torch.bmm(weights.to(q_NRSK.dtype).view(N, R * (end - start), last - first), v_NTK[:, first:last])
             outs.append((out.view(N, R, end - start, K).float() / total).to(q_NRSK.dtype))
             lses.append(top + total.log())

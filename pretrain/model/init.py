@@ -1,8 +1,8 @@
 """Initial weights. They depend only on the seed and on the parameter's name and shape, not on the layout.
 
-A matrix consists of tiles, and each tile has a random stream of its own. A rank that has a shard of the matrix draws the
-tiles that overlap the shard. That needs memory for the shard and one tile a thread. Numbers are drawn on the CPU in fp32,
-whatever the device and dtype of the model.
+A matrix consists of tiles, and each tile has a random stream of its own. A rank that has a shard of the matrix draws
+the tiles that overlap the shard. That needs memory for the shard and one tile a thread. Numbers are drawn on the CPU in
+fp32, whatever the device and dtype of the model.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pretrain.model.spec import architecture_of
 from pretrain.model.transformer import Transformer
 
 ROWS, COLUMNS = 64, 1024
-"""Size of a tile. Other sizes would give other weights. Drawing a tile of 256 KB takes 0.5 ms, far longer than opening its stream. 64
-rows are few enough for 128 ranks that share the rows of a matrix: a rank draws at most one tile too many at each edge."""
+"""Size of a tile. Other sizes would give other weights. Drawing a tile of 256 KB takes 0.5 ms, far longer than opening
+its stream. 64 rows are few enough for 128 ranks that share the rows of a matrix: a rank draws at most one tile too
+many at each edge."""
 
 
 def init_weights(model: Transformer, seed: int) -> None:
@@ -74,8 +75,8 @@ class _Tile(NamedTuple):
     def draw(self, key: int, shape: tuple[int, ...]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         """Draw standard normal numbers for the part of the tile that lies in the parameter.
 
-        numpy's Philox (doi:10.1145/2063384.2063405) uses the full 128-bit key and computes normal numbers in scalar code.
-        torch's CPU generator keeps 32 bits of a seed, and its normal numbers depend on the instruction set.
+        numpy's Philox (doi:10.1145/2063384.2063405) uses the full 128-bit key and computes normal numbers in scalar
+        code. torch's CPU generator keeps 32 bits of a seed, and its normal numbers depend on the instruction set.
         """
         stream = np.random.Philox(key=key, counter=(self.row // ROWS << 192) + (self.column // COLUMNS << 128))
         size = min(ROWS, shape[0] - self.row), min(COLUMNS, shape[1] - self.column)

@@ -1,8 +1,8 @@
-"""Variable-length attention kernels for CUDA, and the choice among all kernels. A kernel is imported when it is first used.
+"""Variable-length attention kernels for CUDA, and the choice among all kernels. Kernels are imported on first use.
 
 A kernel takes documents laid end to end: q [X, H, K] of X = B*S queries, k and v [Y, G, K] of Y = B*T keys, the
-`Documents` that they form, and the window. It returns [X, H, K]. A document's queries are the last of its tokens, so the
-last query sees all of its keys.
+`Documents` that they form, and the window. It returns [X, H, K]. A document's queries are the last of its tokens, so
+the last query sees all of its keys.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def _flash_attn_function(version: int) -> Callable[..., Tensor | tuple[Tensor, .
 
 @cache
 def flash_attn_version(device_index: int = 0) -> int | None:
-    """The version of flash-attn to use on that GPU: 3 on Hopper, 4 on Hopper and newer, 2 from Ampere on; None if there is none."""
+    """The version of flash-attn to use on that GPU: 3 on Hopper, 4 on Hopper and newer, 2 from Ampere on; None if
+    there is none."""
     generation = torch.cuda.get_device_capability(device_index)[0]
     candidates = {8: (2,), 9: (3, 4, 2)}.get(generation, (4, 2) if generation > 9 else ())
     return next((version for version in candidates if _importable(version)), None)
@@ -129,7 +130,8 @@ def _importable(version: int) -> bool:
 
 
 def available_backends(device: str, *, precision: str, compiled: bool, head_dim: int) -> dict[str, str]:
-    """The kernels that run with this precision (`bf16` or `fp32`) on this device (`cpu` or `cuda`): {name: reason}, fastest first."""
+    """The kernels that run with this precision (`bf16` or `fp32`) on this device (`cpu` or `cuda`): {name: reason},
+    fastest first."""
     found = {}
     generation = torch.cuda.get_device_capability()[0] if device == "cuda" else 0
     if generation >= 8 and precision == "bf16" and head_dim <= 256 and head_dim % 8 == 0:

@@ -42,7 +42,7 @@ class LossSum(NamedTuple):
 
 
 class ShardedVocabulary(Protocol):
-    """The output weight's rows are divided among ranks: this rank has consecutive rows, so some logits of each token."""
+    """The output weight is divided among ranks. This rank has consecutive rows, so some logits of each token."""
 
     @property
     def first(self) -> int:
@@ -97,7 +97,7 @@ def _full_gradient_(
     label_logit_C = _label_logits(logits_CV, labels_C, first=0)
     log_z_C = top_C + total_C.log()
     scale_C = valid_C * (1 + 2 * z_loss * log_z_C)
-    # No gathered logit may enter this line: the compiler would read it in the same kernel, and write to a second [C, V].
+    # No gathered logit may enter this line: the compiler would read it in the same kernel, and need a second [C, V].
     logits_CV.copy_(weights_CV.mul_((scale_C / total_C)[:, None]))
     column_C = (label_logit_C - log_z_C).exp() * scale_C - valid_C
     return (log_z_C - label_logit_C) * valid_C, z_loss * log_z_C.square() * valid_C, column_C
@@ -106,7 +106,7 @@ def _full_gradient_(
 def _sharded_gradient_(
     logits_CV: Tensor, labels_C: Tensor, z_loss: float, vocabulary: ShardedVocabulary
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`softmax_gradient_` of the rows of the vocabulary that this rank has; the losses are those of the full vocabulary.
+    """`softmax_gradient_` of this rank's rows of the vocabulary. The losses are those of the full vocabulary.
 
     In one piece: a few rows at a time would have each wait for the other ranks.
     """
@@ -143,7 +143,7 @@ def _label_logits(logits_CV: Tensor, labels_C: Tensor, first: int) -> Tensor:
 
 
 def _label_columns(labels_C: Tensor, V: int, first: int) -> Tensor:
-    """The label's column among those that begin with token `first`; some column where it is not among them or ignored."""
+    """The label's column, if the columns begin with token `first`. Any column if the label has none."""
     return (labels_C - first).clamp(0, V - 1)
 
 
@@ -181,8 +181,8 @@ def linear_cross_entropy(
         labels: [...]; labels of -100 are ignored.
         z_loss: weight of the z-loss (arXiv:2204.02311, section 5).
         softmax: `softmax_gradient_`, or the same function compiled.
-        vocabulary: given if `weight_VD` has this rank's rows only. Every rank gets the sums over the full vocabulary. The
-            gradient of `hidden` is this rank's addend, which the caller sums over the ranks.
+        vocabulary: given if `weight_VD` has this rank's rows only. Every rank gets the sums over the full vocabulary.
+            The gradient of `hidden` is this rank's addend, which the caller sums over the ranks.
     """
     hidden_TD, labels_T = hidden.flatten(0, -2), labels.flatten()
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
@@ -273,7 +273,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # Any: as above
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_cross_entropy keeps its gradients for one backward pass; call the first one with retain_graph=True"
+                "linear_cross_entropy keeps its gradients for one backward pass; "
+                "call the first one with retain_graph=True"
             )
         gradients = ctx.gradients
         # Private. save_for_backward() would tell whether the graph is kept, but would free what it saved too late.

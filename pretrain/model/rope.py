@@ -1,7 +1,9 @@
-"""Rotary position embedding (arXiv:2104.09864) and its extensions to longer contexts, in Hugging Face's half-split convention.
+"""Rotary position embedding (arXiv:2104.09864) and its extensions to longer contexts.
 
-Angles are computed from explicit positions, once per forward pass, in fp32, outside of the blocks. There are no buffers:
-a model built on the meta device has nothing more to fill in, and a cast to bf16 cannot round the angles.
+Pairs are split in halves, as Hugging Face does: element i turns with element i + P.
+
+Angles are computed from explicit positions, once per forward pass, in fp32, outside of the blocks. There are no
+buffers: a model built on the meta device has nothing more to fill in, and a cast to bf16 cannot round the angles.
 Shape suffixes: B batch, S sequence, K head width, P = K/2 rotated pairs, X any number of heads.
 """
 
@@ -32,8 +34,8 @@ class Rope(NamedTuple):
 def rope_tables(config: RopeConfig, head_dim: int, positions_BS: Tensor, lengths_BS: Tensor | None = None) -> Rope:
     """Compute the rotation tables of the given positions.
 
-    `lengths_BS` is the length, in tokens, of each token's document. Only `dynamic_ntk` reads it; without it, it uses the
-    largest position of the row.
+    `lengths_BS` is the length, in tokens, of each token's document. Only `dynamic_ntk` reads it; without it, it uses
+    the largest position of the row.
     """
     if config.kind == "dynamic_ntk":
         if lengths_BS is None:
@@ -73,7 +75,7 @@ def dynamic_ntk_frequencies(config: RopeConfig, head_dim: int, lengths_BS: Tenso
 
 
 def attention_scaling(config: RopeConfig) -> float:
-    """Factor on cosine and sine: YaRN's temperature, sqrt(1/t) = 0.1 ln(factor) + 1 (arXiv:2309.00071, eq. 22); else 1."""
+    """Factor on cosine and sine: YaRN's temperature sqrt(1/t) = 0.1 ln(factor) + 1 (arXiv:2309.00071, eq. 22), or 1."""
     return 0.1 * math.log(config.factor) + 1.0 if config.kind == "yarn" else 1.0
 
 
@@ -82,7 +84,10 @@ def _exponents(head_dim: int, device: torch.device | str) -> Tensor:
 
 
 def _yarn(config: RopeConfig, head_dim: int, exponents_P: Tensor) -> Tensor:
-    """Keep the pairs that turn often over the original context, interpolate those that turn rarely, blend in between (section 3.2)."""
+    """Keep the pairs that turn often over the original context, and interpolate those that turn rarely.
+
+    In between, blend both (section 3.2).
+    """
 
     def pair_turning(rotations: float) -> float:
         turns = config.original_max_seq_len / (rotations * 2 * math.pi)

@@ -2,9 +2,9 @@
 
 `model.architecture` names a module: a file of `pretrain.model.architectures`, or any module that Python can import. The
 module defines `SPEC`: the class that builds the layers, a table of its modules, and what a block keeps for its backward
-pass. The table says how tensor parallelism splits each module, and how each parameter is initialised, updated and counted.
-It has no shapes: these are read from the model, built on the meta device. docs/extend/architecture.md writes a new
-architecture step by step.
+pass. The table says how tensor parallelism splits each module, and how each parameter is initialised, updated and
+counted. It has no shapes: these are read from the model, built on the meta device. docs/extend/architecture.md writes a
+new architecture step by step.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class ParameterSpec:
     initial: InitialValues
     group: OptimizerGroup
     products: float = 0.0
-    """Fraction of the tokens that it multiplies: 1 for a linear layer, 0 for a lookup or a norm, top_k / n_experts for experts."""
+    """Fraction of the tokens that it multiplies: 1 for a linear layer, 0 for a lookup or a norm, top_k / n_experts
+    for experts."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ def norm(style: str) -> ModuleSpec:
 
 
 def embedding(style: str) -> ModuleSpec:
-    """The row of the token embedding. If it is tied, `pretrain.estimate.flops` counts the product of the output projection."""
+    """The row of the token embedding.
+
+    If it is tied, `pretrain.estimate.flops` counts the product of the output projection.
+    """
     return ModuleSpec(style, {"weight": ParameterSpec("embedding", NORMAL, EMBEDDINGS)})
 
 
@@ -106,14 +110,15 @@ class ModelClass(Protocol):
 
     @classmethod
     def parameter_shapes(cls, config: ModelConfig, layers: range) -> dict[str, tuple[int, ...]]:
-        """{canonical name: shape} of the parameters of these layers, with those of the ends of the model that go with them."""
+        """{canonical name: shape} of the parameters of these layers, with those of the ends of the model that go
+        with them."""
 
 
 def causal_attention_flops(config: ModelConfig, seq_len: int, causal: bool) -> float:
     """FLOPs of one token in the two products of attention, forward and backward, in sequences of `seq_len` tokens.
 
-    12 * n_layers * (n_heads * head_dim) * keys. On average a token sees seq_len / 2 keys, fewer under a sliding window, and
-    all `seq_len` without `causal`.
+    12 * n_layers * (n_heads * head_dim) * keys. On average a token sees seq_len / 2 keys, fewer under a sliding window,
+    and all `seq_len` without `causal`.
     """
     window = min(config.sliding_window or seq_len, seq_len)
     seen = window - window * window / (2 * seq_len)
@@ -122,7 +127,7 @@ def causal_attention_flops(config: ModelConfig, seq_len: int, causal: bool) -> f
 
 @dataclass(frozen=True)
 class ArchitectureSpec:
-    """One architecture. Layers may differ: `Transformer.build_block` and `block_activations` are given the layer's number."""
+    """One architecture. Layers may differ: `Transformer.build_block` and `block_activations` get the layer's number."""
 
     model: type[ModelClass]
     """A subclass of `Transformer`, called with (config, attention, layers)."""
@@ -138,8 +143,9 @@ class ArchitectureSpec:
         for pattern, row in self.modules.items():
             if row.style in ("colwise", "kv_colwise") and any(p.initial is RESIDUAL for p in row.parameters.values()):
                 raise UserError(
-                    f"{self.source}: SPEC.modules has {pattern!r} write into the residual stream (RESIDUAL), but splits it "
-                    f"{row.style!r}: each tensor rank would have some columns of the result; use 'rowwise', which adds the ranks up"
+                    f"{self.source}: SPEC.modules has {pattern!r} write into the residual stream (RESIDUAL), but splits "
+                    f"it {row.style!r}: each tensor rank would have some columns of the result; use 'rowwise', which "
+                    f"adds up the results of the ranks"
                 )
 
     @property
@@ -176,8 +182,8 @@ ARCHITECTURES = "pretrain.model.architectures"
 """Package of the architectures that come with the program. Imported by name, because its modules import this one."""
 
 LAYERS = "model.layers."
-"""Prefix of the names of all parameters of blocks, followed by the layer's number. Pipelines cut between layers. A layer is what
-is recomputed, compiled and gathered as one."""
+"""Prefix of the names of all parameters of blocks, followed by the layer's number. Pipelines cut between layers. A
+layer is what is recomputed, compiled and gathered as one."""
 
 
 def layer_of(name: str) -> int | None:
@@ -204,8 +210,8 @@ def _load(name: str) -> ArchitectureSpec:
     module_name = f"{ARCHITECTURES}.{name}" if name in architecture_names() else name
     if not _exists(module_name):
         raise UserError(
-            f"model.architecture={name}: no architecture of that name (there is {', '.join(architecture_names())}), and no module of "
-            "that name to import; a file of your own has to be on PYTHONPATH"
+            f"model.architecture={name}: no architecture of that name (there is {', '.join(architecture_names())}), and "
+            "no module of that name to import; a file of your own has to be on PYTHONPATH"
         )
     spec = getattr(import_module(module_name), "SPEC", None)
     if not isinstance(spec, ArchitectureSpec):

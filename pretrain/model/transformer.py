@@ -1,4 +1,4 @@
-"""What all architectures share: embedding, final norm, output projection, loss. Modules have the names that Hugging Face uses.
+"""What all architectures share: embedding, final norm, output projection, loss. Module names are Hugging Face's.
 
 An architecture is a subclass that builds the blocks, and a spec (`pretrain.model.spec`). `pretrain.model.architectures`
 has them.
@@ -43,9 +43,10 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """A causal language model, or some consecutive `layers` of one.
 
-    It can be built on any device, `meta` included; `pretrain.model.init` sets the weights. The first layers come with the
-    embedding, the last ones with the final norm and the output projection. With tied embeddings there is no `lm_head`:
-    the parameter has one name, as in Hugging Face's files, and the last layers come with `embed_tokens` as well.
+    It can be built on any device, `meta` included; `pretrain.model.init` sets the weights. The first layers come with
+    the embedding, the last ones with the final norm and the output projection. With tied embeddings there is no
+    `lm_head`: the parameter has one name, as in Hugging Face's files, and the last layers come with `embed_tokens` as
+    well.
 
     Raises:
         ValueError: `model.vocab_size` is still `auto`.
@@ -84,7 +85,10 @@ class Transformer(nn.Module):
 
     @property
     def fsdp_units(self) -> list[nn.Module]:
-        """The modules that FSDP gathers as one: each block, and the embedding if it is not tied. The rest belongs to the root."""
+        """The modules that FSDP gathers as one: each block, and the embedding if it is not tied.
+
+        The rest belongs to the root.
+        """
         embedding = [] if self.model.embed_tokens is None or self.tied_parameter else [self.model.embed_tokens]
         return [*embedding, *self.layers]
 
@@ -97,7 +101,8 @@ class Transformer(nn.Module):
         return projection.weight
 
     def compile_submodules(self) -> None:
-        """Compile what repeats or consists of many small operations: every block, the final norm, the softmax of the loss.
+        """Compile what repeats or consists of many small operations: every block, the final norm, the softmax of the
+        loss.
 
         With `dynamic=False` each sequence length gets its own graphs. By default a second length would turn every size
         into a variable, which is slower. What differs between batches of one length is marked (`kernels.Documents`).
@@ -142,7 +147,10 @@ class Transformer(nn.Module):
         return x_BSD if self.model.norm is None else self.model.norm(x_BSD)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
-        """Compute logits [..., V] of hidden states [..., D], in their dtype. For a few positions; training uses `loss`."""
+        """Compute logits [..., V] of hidden states [..., D], in their dtype.
+
+        For a few positions; training uses `loss`.
+        """
         return F.linear(hidden_BSD, self.output_weight)
 
     def loss(self, x: Tensor, labels_BS: Tensor, mask: DocumentMask, z_loss: float = 0.0) -> LossSum:

@@ -17,7 +17,10 @@ from pretrain.optim.groups import ParameterGroup, group_parameters
 
 @dataclass(frozen=True)
 class Optimizers:
-    """One or two torch optimizers that step together. Their state exists before the first step, so that a checkpoint can be loaded."""
+    """One or two torch optimizers that step together.
+
+    Their state exists before the first step, so that a checkpoint can be loaded.
+    """
 
     parts: tuple[Optimizer, ...]
 
@@ -56,11 +59,11 @@ def build_optimizer(
 ) -> Optimizers:
     """Build the optimizers of `config.kind`. The learning rate is the peak until `set_lr` is called.
 
-    AdamW is torch's fused kernel, on CPU and CUDA. Muon is torch's, with Nesterov momentum and five Newton-Schulz steps in
-    bf16 (https://kellerjordan.github.io/posts/muon/); it takes the groups that the architecture marks for it. Its updates
-    are scaled by 0.2 sqrt(max(rows, columns)) to the size of AdamW's, so that one learning rate and one weight decay
-    serve both (arXiv:2502.16982, section 2.2). A parameter without gradient keeps its value and its state, step counter
-    included.
+    AdamW is torch's fused kernel, on CPU and CUDA. Muon is torch's, with Nesterov momentum and five Newton-Schulz steps
+    in bf16 (https://kellerjordan.github.io/posts/muon/); it takes the groups that the architecture marks for it. Its
+    updates are scaled by 0.2 sqrt(max(rows, columns)) to the size of AdamW's, so that one learning rate and one weight
+    decay serve both (arXiv:2502.16982, section 2.2). A parameter without gradient keeps its value and its state, step
+    counter included.
     """
     groups = group_parameters(named_parameters, architecture)
     by_muon = [group for group in groups if config.kind == "muon" and group.spec.muon]
@@ -95,7 +98,10 @@ def _torch_groups(groups: list[ParameterGroup], peak_lr: float, weight_decay: fl
 
 
 def _fresh_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The state that torch itself would make at the first step. The fused AdamW needs its step counter in fp32 on the device."""
+    """The state that torch itself would make at the first step.
+
+    The fused AdamW needs its step counter in fp32 on the device.
+    """
     if isinstance(optimizer, Muon):
         return {"momentum_buffer": torch.zeros_like(parameter)}
     return {

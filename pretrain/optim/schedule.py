@@ -101,20 +101,20 @@ def check(optim: OptimConfig, train: TrainConfig) -> None:
     steps = train.steps
     if optim.warmup >= steps and optim.warmup > 0:
         raise UserError(
-            f"optim.warmup={optim.warmup} is not below train.steps={steps}: no step would be left to train at the peak; "
-            f"try optim.warmup={steps // 10}"
+            f"optim.warmup={optim.warmup} is not below train.steps={steps}: no step would be left to train at the "
+            f"peak; try optim.warmup={steps // 10}"
         )
     if optim.schedule == "wsd":
         _check_decay(optim, steps)
     if train.batch_ramp_steps > steps:
         raise UserError(
-            f"train.batch_ramp_steps={train.batch_ramp_steps} is longer than train.steps={steps}: the batch would never reach "
-            f"train.batch_size={train.batch_size}; use at most {steps}"
+            f"train.batch_ramp_steps={train.batch_ramp_steps} is longer than train.steps={steps}: the batch would never "
+            f"reach train.batch_size={train.batch_size}; use at most {steps}"
         )
     if train.batch_ramp_steps and train.batch_ramp_start > train.batch_size:
         raise UserError(
-            f"train.batch_ramp_start={train.batch_ramp_start} is above train.batch_size={train.batch_size}: the ramp grows the batch; "
-            f"start at {train.batch_size} or less"
+            f"train.batch_ramp_start={train.batch_ramp_start} is above train.batch_size={train.batch_size}: the ramp "
+            f"grows the batch; start at {train.batch_size} or less"
         )
 
 
@@ -122,6 +122,6 @@ def _check_decay(optim: OptimConfig, steps: int) -> None:
     decay = wsd_decay_steps(steps, optim)
     if optim.warmup + decay > steps:
         raise UserError(
-            f"optim.warmup={optim.warmup} and optim.decay={optim.decay} ({decay} steps) together are longer than train.steps={steps}; "
-            f"shorten one of them, such as optim.warmup={steps - decay}"
+            f"optim.warmup={optim.warmup} and optim.decay={optim.decay} ({decay} steps) together are longer than "
+            f"train.steps={steps}; shorten one of them, such as optim.warmup={steps - decay}"
         )

@@ -1,4 +1,5 @@
-"""A new architecture is one file and one preset outside of the repository: those of docs/extend/architecture.md, run as they stand."""
+"""A new architecture is one file and one preset outside of the repository: those of docs/extend/architecture.md, run
+as they stand."""
 
 import re
 from collections.abc import Callable
@@ -157,7 +158,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "a style that there is not": (
         'linear("colwise", "mlp")',
         'linear("columnwise", "mlp")',
-        r"gives model\.layers\.0\.mlp\.gate_proj\.weight the tensor-parallel style 'columnwise'; known styles are vocab",
+        r"gives model\.layers\.0\.mlp\.gate_proj\.weight the tensor-parallel style 'columnwise'; known styles are",
     ),
     "a sum that would be forgotten": (
         'linear("rowwise", "mlp", RESIDUAL)',
@@ -196,6 +197,6 @@ def test_an_architecture_that_is_not_there_is_refused_with_those_that_are(name: 
     )
     assert answer.code == 2
     assert answer.err.strip().endswith(
-        f"model.architecture={name}: no architecture of that name (there is llama), and no module of that name to import; "
-        "a file of your own has to be on PYTHONPATH"
+        f"model.architecture={name}: no architecture of that name (there is llama), and no module of that name to "
+        "import; a file of your own has to be on PYTHONPATH"
     )

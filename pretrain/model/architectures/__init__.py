@@ -1,1 +1,1 @@
-"""One file per architecture; each defines `SPEC`, an `ArchitectureSpec`, under the name that `model.architecture` gives."""
+"""One file per architecture, named as `model.architecture` names it. Each defines `SPEC`, an `ArchitectureSpec`."""

@@ -1,4 +1,4 @@
-"""The Llama block (arXiv:2302.13971): attention, then a SwiGLU MLP, each behind a norm. Mistral and Qwen3 are settings of it.
+"""The Llama block (arXiv:2302.13971): attention, then a SwiGLU MLP, each behind a norm. Also that of Mistral and Qwen3.
 
 Shape suffixes: B batch, S sequence, D model width.
 """
@@ -73,7 +73,7 @@ MODULES = {
     "model.norm": norm("sequence_parallel"),
     "lm_head": linear("vocab_parallel_head", "head", group=HEAD),
 }
-"""For each module, how tensor parallelism splits it, what reports count its parameters as, and how they are initialised and updated."""
+"""Each module's tensor-parallel style, and the kind, initial values and optimizer group of its parameters."""
 
 
 def block_activations(config: ModelConfig, x: ActivationSizes, layer: int) -> BlockActivations:
