@@ -1,6 +1,6 @@
-"""Styles of tensor parallelism, and the dimension of a module's parameters that each divides. Imports no torch.
+"""The styles of a tensor-parallel plan, and the dimension along which each shards a module's parameters.
 
-`parallel.tensor` says what each style does to the module's input and output.
+Imports no torch, because estimates read it. `parallel.tensor` says what each style does to a module's input and output.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ SHARD_DIM: dict[str, int | None] = {
     "rowwise": 1,
     "vocab_parallel_head": 0,
 }
-"""{style: dimension that tensor ranks divide}. None: every rank has all of the parameter."""
+"""Style -> dimension that is sharded over tensor ranks; None replicates the parameters."""
 
 
 def shard_dim(style: str, *, tensor: int, kv_heads: int) -> int | None:
-    """Return the dimension that `tensor` ranks divide.
-
-    Ranks that share a key/value head have all heads, and sum their gradients.
-    """
+    """The dimension that is sharded over `tensor` ranks. Ranks that share a head keep all heads and sum gradients."""
     return None if shares_heads(style, tensor=tensor, kv_heads=kv_heads) else SHARD_DIM[style]
 
 
 def shares_heads(style: str, *, tensor: int, kv_heads: int) -> bool:
-    """Whether each rank has all key/value heads and uses one of them: there are fewer heads than ranks."""
+    """Whether ranks share key/value heads: with fewer heads than ranks, a rank keeps all and computes with one."""
     return style == "kv_colwise" and tensor > kv_heads
