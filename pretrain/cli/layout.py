@@ -32,7 +32,7 @@ def layout(
 ) -> None:
     """Print what each rank of a layout holds and how much its collectives send in a step.
 
-    `auto` means what it means on GPUs.
+    Settings that are `auto` get the values that they would have on GPUs.
     """
     from pretrain.errors import UserError
     from pretrain.setup.resolve import resolve_for_cluster

@@ -31,8 +31,9 @@ def train(
 ) -> None:
     """Train a model. The same command with the same run directory resumes from its newest checkpoint.
 
-    Ctrl-C, SIGTERM or a closed terminal finishes the current step, saves a checkpoint and exits with code 75. A second
-    Ctrl-C exits at once, without saving.
+    Ctrl-C, SIGTERM or a closed terminal finishes the current step, saves
+    a checkpoint and exits with code 75. A second Ctrl-C exits at once,
+    without saving.
     """
     from parallel.world import World
     from pretrain.errors import UserError

@@ -1,4 +1,4 @@
-"""The command line: every command answers, says what it decided, and together they do the whole job."""
+"""The command line: help of every command, and all commands together from text to report."""
 
 import json
 import signal
@@ -31,7 +31,8 @@ COMMANDS = {
 }
 
 
-def words_of(text: str) -> str:
+def join_lines(text: str) -> str:
+    """Text without line breaks, with single spaces."""
     return " ".join(text.split())
 
 
@@ -46,7 +47,7 @@ def test_help_lists_every_command(pretrain: Pretrain) -> None:
 def test_each_command_explains_itself(pretrain: Pretrain, command: str, sentence: str) -> None:
     answer = pretrain(*command.split(), "--help")
     assert (answer.code, answer.err) == (0, "")
-    assert sentence.replace("`", "") in words_of(answer.out).replace("`", "")
+    assert sentence.replace("`", "") in join_lines(answer.out).replace("`", "")
 
 
 @pytest.mark.parametrize(
@@ -59,19 +60,19 @@ def test_each_command_explains_itself(pretrain: Pretrain, command: str, sentence
     ],
     ids=["train", "config show", "data prepare", "data tokenizer"],
 )
-def test_help_holds_the_sentence_and_default_of_every_setting(
+def test_help_lists_every_setting_with_description_and_default(
     pretrain: Pretrain, command: str, listed: Callable[[str], bool]
 ) -> None:
-    told = words_of(pretrain(*command.split(), "--help").out)
+    help_text = join_lines(pretrain(*command.split(), "--help").out)
     defaults = flatten(RunConfig())
     for key, field in walk():
         default = str(defaults[key])
-        row = words_of(
+        row = join_lines(
             f"{key} {default} {field.description}"
             if len(default) <= 34
             else f"{key} {field.description} Default: {default}"
         )
-        assert (row in told) == listed(key), row
+        assert (row in help_text) == listed(key), row
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
@@ -94,7 +95,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     }
 
 
-def test_config_show_tells_where_each_value_comes_from(pretrain: Pretrain, tmp_path: Path) -> None:
+def test_config_show_names_the_origin_of_each_value(pretrain: Pretrain, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("model: {preset: tiny}\ntrain: {steps: 7}\n")
     answer = pretrain("config", "show", tmp_path / "my.yaml", "optim.lr=1e-3", "log.samples=['[bold]']")
     lines = answer.out.splitlines()
@@ -112,7 +113,7 @@ def test_config_schema_is_the_schema(pretrain: Pretrain) -> None:
     assert json.loads(pretrain("config", "schema").out) == RunConfig.model_json_schema()
 
 
-def test_text_to_report_with_the_commands_alone(
+def test_commands_from_text_to_report(
     pretrain: Pretrain,
     tmp_path: Path,
     tiny_text: Path,
@@ -161,14 +162,14 @@ def test_text_to_report_with_the_commands_alone(
     assert again[0] == again[1]
 
     (run / "report.html").unlink()
-    assert words_of(pretrain("report", run).out) == str(run / "report.html")
+    assert join_lines(pretrain("report", run).out) == str(run / "report.html")
     html = (run / "report.html").read_text()
     assert html.lstrip().lower().startswith("<!doctype html>")
     assert "the loop" in html
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
-    """Let the process that trains be sent SIGTERM after a step."""
+    """Send SIGTERM to the training process after a step; None sends none."""
 
     class Stop:
         def log(self, record: StepRecord | ValidationRecord) -> None:
@@ -206,7 +207,7 @@ def test_a_bug_keeps_its_traceback(pretrain: Pretrain, monkeypatch: pytest.Monke
         pretrain("config", "show")
 
 
-def test_an_error_is_one_line_whatever_its_message_holds(pretrain: Pretrain) -> None:
+def test_an_error_with_line_breaks_and_markup_is_one_line(pretrain: Pretrain) -> None:
     answer = pretrain("train", "a\nb [/red] :smile: [bold].yaml")
     assert answer.code == 2
     assert answer.err.startswith("error: a b [/red] :smile: [bold].yaml: no such file")

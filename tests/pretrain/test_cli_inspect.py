@@ -1,4 +1,4 @@
-"""`pretrain data inspect`: what it tells on the terminal, of the data and of a run, and how it refuses wrong input."""
+"""`pretrain data inspect` on the terminal: the data, the forecast of a run, wrong input."""
 
 import io
 import re
@@ -31,7 +31,7 @@ RUN = ("data.seq_len=32", "train.batch_size=4", "train.steps=500")
 
 
 def cells(out: str, name: str) -> list[list[str]]:
-    """The rows that begin with a name, without commas."""
+    """The cells of the rows that begin with a name, without commas."""
     return [line.replace(",", "").split() for line in out.splitlines() if line.split()[:1] == [name]]
 
 
@@ -68,26 +68,26 @@ def test_settings_show_what_that_run_reads_of_the_data(pretrain: Pretrain, tiny_
     assert "times: beyond" not in answers[0].out
 
 
-def test_each_stage_is_told_and_many_epochs_are_warned_of(pretrain: Pretrain, tiny_data: Path) -> None:
+def test_each_stage_has_rows_and_many_epochs_a_warning(pretrain: Pretrain, tiny_data: Path) -> None:
     name = open_prepared(tiny_data).splits["train"].sources[0].name
     stage = f"data.mixture.stages=[{{from: 80%, weights: {{{name}: 1}}}}]"
     out = pretrain("data", "inspect", tiny_data, *RUN, stage, "train.steps=5000").out
-    whole, first, second = cells(out, name)[2:5]
-    assert [int(row[1]) for row in (whole, first, second)] == [20_000, 16_000, 4_000]
-    assert int(whole[2]) == int(first[2]) + int(second[2])
+    run, first, second = cells(out, name)[2:5]
+    assert [int(row[1]) for row in (run, first, second)] == [20_000, 16_000, 4_000]
+    assert int(run[2]) == int(first[2]) + int(second[2])
     assert second[2] == second[5]  # all of it was read before
     assert "0% to 80% of the run" in out
     assert re.search(rf"{name} is read \d+\.\d times: beyond 4 epochs, .*arXiv:2305\.16264", out)
 
 
-def test_growing_sequences_and_packing_are_those_of_the_run(pretrain: Pretrain, tiny_data: Path) -> None:
+def test_sequence_lengths_and_packing_are_those_of_the_run(pretrain: Pretrain, tiny_data: Path) -> None:
     grown = pretrain("data", "inspect", tiny_data, *RUN, "data.seq_len_schedule=[{from: 50%, seq_len: 64}]")
     assert (grown.code, grown.err) == (0, "")
     assert "2,000 sequences of 32 tokens" in grown.out
     assert "(data.packing=best_fit)" in pretrain("data", "inspect", tiny_data, *RUN, "data.packing=best_fit").out
 
 
-def test_html_writes_the_page_and_prints_where(pretrain: Pretrain, tiny_data: Path, tmp_path: Path) -> None:
+def test_html_writes_the_page_and_prints_its_path(pretrain: Pretrain, tiny_data: Path, tmp_path: Path) -> None:
     answer = pretrain("data", "inspect", tiny_data, *RUN, "--html", tmp_path / "page.html")
     assert (answer.code, answer.out, answer.err) == (0, f"{tmp_path / 'page.html'}\n", "")
     assert "What a run with these settings reads" in (tmp_path / "page.html").read_text()
@@ -132,8 +132,8 @@ def test_wrong_input_is_one_line(
 def manifest_of(name: str, documents: int, dropped: dict[str, int]) -> SourceManifest:
     marks = {"shares text with evaluation sets": 12}
     return SourceManifest(
-        name=name, documents=documents, tokens=1000 * documents, text_bytes=None, dtype="uint16", ends_with_eot=True, dropped=dropped,
-        repaired={}, marked=marks, shards=(),
+        name=name, documents=documents, tokens=1000 * documents, text_bytes=None, dtype="uint16", ends_with_eot=True,
+        dropped=dropped, repaired={}, marked=marks, shards=(),
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def large(tiny_data: Path) -> DataDescription:
     )
 
 
-def drawn(description: DataDescription, forecast: Forecast | None, width: int) -> str:
+def render_text(description: DataDescription, forecast: Forecast | None, width: int) -> str:
     out = io.StringIO()
     print_description(description, forecast, Console(file=out, width=width))
     return out.getvalue()
@@ -188,7 +188,7 @@ def drawn(description: DataDescription, forecast: Forecast | None, width: int) -
 @pytest.mark.parametrize("width", [90, 120, 200])
 def test_nothing_is_cut_off(large: DataDescription, width: int) -> None:
     readings = tuple(SourceUsage(source.name, 10**10, 10**13, 2.5, 10**12) for source in large.sources)
-    out = drawn(large, Forecast(2048, "concatenate", RunSegment(0, 4 * 10**10, readings), ()), width)
+    out = render_text(large, Forecast(2048, "concatenate", RunSegment(0, 4 * 10**10, readings), ()), width)
     assert "…" not in out
     tables = [line for line in out.splitlines() if re.search(r"\d%|uint16", line)]
     assert max(map(len, tables)) <= width
@@ -201,14 +201,14 @@ def test_nothing_is_cut_off(large: DataDescription, width: int) -> None:
 
 
 def test_bars_are_on_one_axis(large: DataDescription) -> None:
-    out = drawn(large, None, 200)
+    out = render_text(large, None, 200)
     rows = [line for line in out.splitlines() if re.match(r"  [a-z\[].*%", line)]
     bars = [line.count("█") for line in rows if "kept" not in line]
     assert bars == [24, 3, 0, 0] * 4  # of 9,999,999 documents, 1,234,567, and a few
 
 
-def test_what_is_in_the_data_is_no_markup_and_no_mark(large: DataDescription) -> None:
-    out = drawn(large, None, 120)
+def test_texts_of_the_data_are_neither_markup_nor_marks(large: DataDescription) -> None:
+    out = render_text(large, None, 120)
     assert "  [bold]c4[/]: [/red] " in out
     assert out.count("[red]a text[/] that spells <|endoftext|>▌<|endoftext|>▐\n") == 3 * 4
     assert "document 7, its tokens 5 to 34 of 35\n" in out

@@ -1,4 +1,4 @@
-"""`pretrain layout` tells of any number of processes, on a machine that has none of them."""
+"""`pretrain layout` describes any number of processes from one process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +12,12 @@ ARGS = ("model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=128")
 
 
 @pytest.fixture(autouse=True)
-def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder without data."""
     monkeypatch.chdir(tmp_path)
 
 
-def test_who_holds_what_and_what_moves_on_64_ranks(pretrain: Pretrain, tmp_path: Path) -> None:
+def test_memory_and_communication_of_64_ranks(pretrain: Pretrain, tmp_path: Path) -> None:
     answer = pretrain("layout", *ARGS, "parallel.tensor=4", "parallel.pipeline=4", "--world-size", 64)
     assert (answer.code, answer.err) == (0, "")
     lines = answer.out.splitlines()
@@ -52,13 +52,11 @@ def test_a_node_may_have_other_sizes(pretrain: Pretrain) -> None:
     assert "tensor no" in " ".join(pretrain(*args, 2).out.split())
 
 
-def test_the_vocabulary_must_be_known(pretrain: Pretrain, tiny_data: Path) -> None:
+def test_the_vocabulary_size_must_be_known(pretrain: Pretrain, tiny_data: Path) -> None:
     answer = pretrain("layout", "model.preset=125m", "--world-size=8")
     assert answer.code == 2
-    assert (
-        "model.vocab_size=auto is the tokenizer's size, and data.path=data/default holds no prepared data: set "
-        "model.vocab_size" in answer.err
-    )
+    message = "model.vocab_size=auto is the tokenizer's size, and data.path=data/default holds no prepared data: set "
+    assert f"{message}model.vocab_size" in answer.err
     assert pretrain("layout", "model.preset=125m", f"data.path={tiny_data}", "--world-size=8").code == 0
 
 
@@ -73,7 +71,7 @@ def test_the_vocabulary_must_be_known(pretrain: Pretrain, tiny_data: Path) -> No
     ],
     ids=str,
 )
-def test_what_cannot_be_is_one_line(pretrain: Pretrain, args: tuple[str, ...], message: str) -> None:
+def test_an_impossible_layout_is_one_line(pretrain: Pretrain, args: tuple[str, ...], message: str) -> None:
     answer = pretrain("layout", *ARGS, *args)
     assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
     assert message in answer.err

@@ -1,4 +1,4 @@
-"""The page of a data set: what it says, and what a browser draws of it."""
+"""The page of a data set: its text, and what a browser draws."""
 
 import re
 from dataclasses import replace
@@ -30,17 +30,17 @@ REASONS = {
     HOSTILE: 10,
     "near_duplicate: code": 5,
 }
-"""Four bars: where the kept document is makes no reason of its own."""
+"""Four bars: near duplicates of two sources are one reason."""
 
 
-def part(name: str, documents: int, dropped: dict[str, int]) -> SourceManifest:
+def make_source(name: str, documents: int, dropped: dict[str, int]) -> SourceManifest:
     return SourceManifest(
-        name=name, documents=documents, tokens=100 * documents, text_bytes=325 * documents, dtype="uint16", ends_with_eot=True,
-        dropped=dropped, repaired={"invalid Unicode": 3}, marked={}, shards=(),
+        name=name, documents=documents, tokens=100 * documents, text_bytes=325 * documents, dtype="uint16",
+        ends_with_eot=True, dropped=dropped, repaired={"invalid Unicode": 3}, marked={}, shards=(),
     )  # fmt: skip
 
 
-def described(name: str, parts: dict[str, SourceManifest]) -> SourceDescription:
+def describe_source(name: str, parts: dict[str, SourceManifest]) -> SourceDescription:
     """Documents of 64 to 1,023 tokens, a sample whose text would be markup, and a packed sequence of it."""
     documents, tokens = (sum(getattr(part, what) for part in parts.values()) for what in ("documents", "tokens"))
     return SourceDescription(
@@ -59,20 +59,21 @@ def two(tiny_data: Path) -> DataDescription:
     recipe = Recipe(settings=PrepareConfig(), trained_tokenizer=True, listings=(), lists="", made_with={})
     splits = {
         split: SplitManifest(
-            split=split, splits=("validation", "train"), vocab_size=300, eot_id=0, tokenizer=tokenizer.fingerprint, recipe=recipe,
-            sources=(part("web", size, {}), part("code", 2 * size, REASONS if split == "train" else {})),
+            split=split, splits=("validation", "train"), vocab_size=300, eot_id=0, tokenizer=tokenizer.fingerprint,
+            recipe=recipe,
+            sources=(make_source("web", size, {}), make_source("code", 2 * size, REASONS if split == "train" else {})),
         )
         for split, size in (("train", 4000), ("validation", 40))
     }  # fmt: skip
     sources = tuple(
-        described(name, {split: manifest.sources[i] for split, manifest in splits.items()})
+        describe_source(name, {split: manifest.sources[i] for split, manifest in splits.items()})
         for i, name in enumerate(("web", "code"))
     )
     entries = {"dedup": (RecipeEntry("minhash", "yes", changed=True), RecipeEntry("bands", "14"))}
     return DataDescription(Path("data/my-text"), tokenizer, "<|endoftext|>", splits, sources, entries)
 
 
-def run(epochs: float) -> Forecast:
+def make_forecast(epochs: float) -> Forecast:
     stages = [
         RunSegment(start, stop, (SourceUsage("web", stop - start, 64 * (stop - start), epochs / 2, start),))
         for start, stop in ((0, 800), (800, 1000))
@@ -82,19 +83,19 @@ def run(epochs: float) -> Forecast:
     )
 
 
-def test_the_head_names_tokens_documents_drops_and_fertility(two: DataDescription) -> None:
+def test_the_tiles_show_tokens_documents_drops_and_fertility(two: DataDescription) -> None:
     page = text_of(data_page(two, None))
-    for words in (
+    for text in (
         "my-text train + validation",
         "Tokens 1.21M 1.20M train, 12.0k validation",
         "Documents 12.1k 12,120 of 12,385 read",
     ):
-        assert words in page
+        assert text in page
     assert "Dropped 2.1% 265 documents" in page
     assert "Fertility 3.25 bytes of text by token" in page
 
 
-def test_the_tables_hold_every_split_and_source(two: DataDescription) -> None:
+def test_the_tables_show_every_split_and_source(two: DataDescription) -> None:
     page = text_of(data_page(two, None))
     assert "web 4,000 0 4,000 400,000 33.3% 3.25 0 uint16" in page
     assert "code 8,265 265 8,000 800,000 66.7% 3.25 0 uint16" in page
@@ -106,7 +107,7 @@ def test_the_tables_hold_every_split_and_source(two: DataDescription) -> None:
     assert "What a run" not in page
 
 
-def test_samples_show_the_end_of_text_token_as_a_mark_and_its_spelling_as_text(two: DataDescription) -> None:
+def test_samples_mark_end_of_text_tokens_but_not_text_that_spells_one(two: DataDescription) -> None:
     page = data_page(two, None)
     assert page.count("&lt;|endoftext|&gt; <span") == 0
     assert page.count('<span class="end">&lt;|endoftext|&gt;</span>') == 2 * 2
@@ -116,8 +117,8 @@ def test_samples_show_the_end_of_text_token_as_a_mark_and_its_spelling_as_text(t
     assert "14 tokens of padding" in page
 
 
-def test_a_run_is_told_with_its_stages_and_warned_of_above_four_epochs(two: DataDescription) -> None:
-    page = text_of(data_page(two, run(4.5)))
+def test_the_forecast_shows_stages_and_warns_above_four_epochs(two: DataDescription) -> None:
+    page = text_of(data_page(two, make_forecast(4.5)))
     assert "1,000 sequences of 64 tokens; 1.00% of the positions are padding (data.packing=best_fit)." in page
     assert (
         "The whole run Source Sequences Tokens Share Epochs Repeated tokens web 1,000 63,360 100.0% 4.50 1,234" in page
@@ -127,11 +128,11 @@ def test_a_run_is_told_with_its_stages_and_warned_of_above_four_epochs(two: Data
         in page
     )
     assert "web is read 4.5 times: beyond 4 epochs" in page
-    assert "times: beyond" not in text_of(data_page(two, run(4.0)))
+    assert "times: beyond" not in text_of(data_page(two, make_forecast(4.0)))
 
 
-def test_the_page_needs_no_network_and_its_texts_are_no_markup(two: DataDescription) -> None:
-    page = data_page(two, run(1))
+def test_the_page_needs_no_network_and_escapes_its_texts(two: DataDescription) -> None:
+    page = data_page(two, make_forecast(1))
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert re.findall(r"""(?:src|href)=|@import|url\(""", markup) == []
     assert "</script><script>console.error" not in page
@@ -141,8 +142,8 @@ def test_the_page_needs_no_network_and_its_texts_are_no_markup(two: DataDescript
 # What a browser draws
 
 
-def bars(chart: str) -> list[int]:
-    """Bars by trace."""
+def count_bars(chart: str) -> list[int]:
+    """Number of bars of each trace."""
     return [
         trace.count("<path")
         for trace in re.findall(r'<g class="trace bars"[^>]*>(.*?)</g></g>', chart, flags=re.DOTALL)
@@ -151,22 +152,22 @@ def bars(chart: str) -> list[int]:
 
 def test_chromium_draws_a_bar_for_each_length_and_reason(two: DataDescription, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
-    file.write_text(data_page(two, run(4.5)))
+    file.write_text(data_page(two, make_forecast(4.5)))
     document, console = browse(file, tmp_path / "profile")
     assert console == []
     charts = charts_in(document)
     assert set(charts) == {"lengths", "drops"}
-    assert bars(charts["lengths"]) == [4, 4, 4, 4]  # documents and tokens of two sources
-    assert bars(charts["drops"]) == [4]
-    for words in (
+    assert count_bars(charts["lengths"]) == [4, 4, 4, 4]  # documents and tokens of two sources
+    assert count_bars(charts["drops"]) == [4]
+    for text in (
         "near duplicate  25 (0.30%)",
         "gopher_quality: too short  200 (2.40%)",
         "&lt;/script&gt;&lt;script&gt;console.error",
     ):
-        assert words in charts["drops"].replace("\xa0", " ")
+        assert text in charts["drops"].replace("\xa0", " ")
 
 
-def test_chromium_draws_the_dark_page_of_data_that_dropped_nothing(two: DataDescription, tmp_path: Path) -> None:
+def test_chromium_draws_the_dark_page_without_drops(two: DataDescription, tmp_path: Path) -> None:
     web, code = two.sources
     code = replace(code, splits={name: part.model_copy(update={"dropped": {}}) for name, part in code.splits.items()})
     file = tmp_path / "page.html"

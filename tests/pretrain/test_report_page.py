@@ -1,4 +1,4 @@
-"""The report: what it says, and what a browser draws of it."""
+"""The report of a run: its text, its curves, and what a browser draws."""
 
 import html
 import math
@@ -22,7 +22,7 @@ from pretrain.runs.schema import Event, SourceLoss, StepRecord, ValidationRecord
 HOSTILE = 'x = "</script><script>console.error(1)</script>" & <b>'
 
 
-def parts(step: int, sources: tuple[str, ...]) -> dict[str, SourceLoss]:
+def source_losses(step: int, sources: tuple[str, ...]) -> dict[str, SourceLoss]:
     """Losses that fall from 9 at different speeds, over 5,000 tokens of the first source, 2,500 of the next, ..."""
     return {name: SourceLoss(loss=2 + 7 / (1 + step * (i + 1)), tokens=5000 >> i) for i, name in enumerate(sources)}
 
@@ -48,18 +48,20 @@ def write_run(
                 mfu_statement="No MFU",
             )
         )
-        metrics.append(ValidationRecord(step=0, val_loss=9.125, val_tokens=512, by_source=parts(0, sources), time=1000))
+        metrics.append(
+            ValidationRecord(step=0, val_loss=9.125, val_tokens=512, by_source=source_losses(0, sources), time=1000)
+        )
         for step in range(1, steps + 1):
             now = 1000 + step + (600 if step > half else 0)
             loss = math.nan if step in nan_at else 2 + 7 / step
             metrics.append(
                 StepRecord(
-                    step=step, samples=step, tokens=512 * step, loss=loss, lr=3e-4, grad_norm=1 / step, tokens_per_s=512.0, step_s=1.0,
-                    time=now, attempt=1 + (step > half),
+                    step=step, samples=step, tokens=512 * step, loss=loss, lr=3e-4, grad_norm=1 / step,
+                    tokens_per_s=512.0, step_s=1.0, time=now, attempt=1 + (step > half),
                 )
             )  # fmt: skip
             if step % 10 == 0:
-                losses = parts(step, sources)
+                losses = source_losses(step, sources)
                 metrics.append(
                     ValidationRecord(step=step, val_loss=2.25 + 7 / step, val_tokens=512, by_source=losses, time=now)
                 )
@@ -75,32 +77,32 @@ def write_run(
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, without scripts and tags."""
+    """The visible text: without scripts and tags, and with single spaces."""
     visible = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.DOTALL)
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", visible)))
 
 
-# What it says
+# Its text
 
 
-def test_the_head_names_size_tokens_loss_and_time(tmp_path: Path) -> None:
+def test_the_tiles_show_size_tokens_loss_and_time(tmp_path: Path) -> None:
     report = write_report(write_run(tmp_path / "first-run", 40))
     page = text_of(report.read_text())
     assert report == tmp_path / "first-run" / "report.html"
-    for words in (
+    for text in (
         "first-run finished",
         "12.6M 3 layers",
         "20.5k 40 of 40 steps",
         "2.425 from 9.125, perplexity 11.30",
         "512 tokens/s",
     ):
-        assert words in page
-    assert "40 s resumed once" in page  # the ten minutes between stop and resume are nobody's training time
+        assert text in page
+    assert "40 s resumed once" in page  # the ten minutes between stop and resume do not count
 
 
-def test_every_event_and_setting_is_told(tmp_path: Path) -> None:
+def test_every_event_and_setting_is_shown(tmp_path: Path) -> None:
     page = text_of(write_report(write_run(tmp_path / "run", 40)).read_text())
-    for words in (
+    for text in (
         "0 start new run",
         "20 stop SIGTERM received",
         f"20 resume {HOSTILE}",
@@ -108,7 +110,7 @@ def test_every_event_and_setting_is_told(tmp_path: Path) -> None:
         "n_layers 3",
         "theta 10000.0",
     ):
-        assert words in page
+        assert text in page
     assert f"def main( {HOSTILE}" in page
 
 
@@ -119,7 +121,7 @@ def test_the_file_needs_no_network_and_stays_small(tmp_path: Path) -> None:
     assert report.stat().st_size < 2.5e6
 
 
-def test_what_the_model_wrote_cannot_become_markup(tmp_path: Path) -> None:
+def test_generated_text_is_escaped(tmp_path: Path) -> None:
     page = write_report(write_run(tmp_path / "run", 40)).read_text()
     assert "</script><script>console.error" not in page
     assert page.count("<script") == 3
@@ -141,27 +143,28 @@ def test_a_run_at_any_point_has_a_report(tmp_path: Path, steps: int, finished: b
     assert ("No step has been recorded yet" in page) == (steps == 0)
 
 
-def test_losses_that_are_not_finite_are_pointed_out(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_get_a_notice(tmp_path: Path) -> None:
     broken = text_of(write_report(write_run(tmp_path / "broken", 40, nan_at=(7, 8))).read_text())
-    whole = text_of(write_report(write_run(tmp_path / "whole", 40)).read_text())
+    finite = text_of(write_report(write_run(tmp_path / "finite", 40)).read_text())
     assert "The loss of 2 steps was not finite, first at step 7" in broken
-    assert "not finite" not in whole
+    assert "not finite" not in finite
 
 
-def test_the_validation_of_each_source_is_told_and_of_one_alone_is_not(tmp_path: Path) -> None:
+def test_the_validation_by_source_is_shown_for_several_sources_only(tmp_path: Path) -> None:
     page = text_of(write_report(write_run(tmp_path / "two", 40, sources=("web", "code"))).read_text())
-    assert (
-        "Source Tokens predicted First loss Last loss Perplexity web 5,000 9.000 2.171 8.76 code 2,500 9.000 2.086 8.06 all 512"
-        in page
+    rows = "web 5,000 9.000 2.171 8.76 code 2,500 9.000 2.086 8.06 all 512"
+    assert f"Source Tokens predicted First loss Last loss Perplexity {rows}" in page
+    few = (
+        "The validation loss is over little text of web (5,000 tokens), code (2,500 tokens): hold out more of it, "
+        "or raise eval.batches."
     )
-    few = "The validation loss is over little text of web (5,000 tokens), code (2,500 tokens): hold out more of it, or raise eval.batches."
     assert few in page
     one = text_of(write_report(write_run(tmp_path / "one", 40, sources=("web",))).read_text())
     assert "Validation loss by source" not in one
     assert "little text" not in text_of(write_report(write_run(tmp_path / "none", 40)).read_text())
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a run directory: it holds no config\.yaml"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -197,14 +200,14 @@ def test_smoothing_keeps_a_steady_slope_and_skips_gaps() -> None:
 
 
 @pytest.mark.parametrize(("n", "reach"), [(1, 1), (7, 2), (100, 5), (100, 200), (1000, 37)])
-def test_smoothing_is_the_mean_written_out(n: int, reach: int) -> None:
+def test_smoothing_equals_the_plain_mean_of_each_window(n: int, reach: int) -> None:
     values = np.random.default_rng(0).normal(3, 1, n)
     windows = [values[max(0, i - min(i, reach)) : i + min(i, reach) + 1] for i in range(n)]
     np.testing.assert_allclose(smooth(values, reach), [window.mean() for window in windows], rtol=1e-12)
 
 
-def test_a_spike_is_smoothed_where_it_is_and_nowhere_else() -> None:
-    """A gradient norm of 1e20 once: a running sum would hold nothing of what comes after it."""
+def test_a_spike_changes_the_mean_only_near_it() -> None:
+    """After one gradient norm of 1e20, a cumulative sum would lose all later values."""
     values = np.full(1000, 3.0)
     values[100] = 1e20
     smoothed = smooth(values, 20)
@@ -219,15 +222,15 @@ def test_a_spike_is_smoothed_where_it_is_and_nowhere_else() -> None:
 
 
 def chromium() -> str:
-    """The browser of this machine. Where continuous integration runs, there must be one."""
+    """The path of Chromium. Under continuous integration a missing one fails the test, elsewhere it skips it."""
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None and os.environ.get("CI"):
-        pytest.fail("no Chromium: the report is not checked in a browser; apt-get install chromium")
+        pytest.fail("no Chromium to check the report in; apt-get install chromium")
     return found or pytest.skip("no Chromium on this machine")
 
 
 def browse(page: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
-    """Open a page: its document once its scripts have run, and every line of its console."""
+    """Open a page. Returns the document after its scripts have run, and the lines of its console."""
     command = [
         chromium(),
         "--headless=new",
@@ -249,19 +252,19 @@ def browse(page: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
 
 
 def charts_in(document: str) -> dict[str, str]:
-    """The markup of each chart by its name."""
+    """The HTML of each chart by its name."""
     parts = re.split(r'<div class="chart[^"]*" id="chart-(\w+)"', document)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def dots(chart: str) -> list[int]:
-    """Points drawn as symbols, by trace."""
+def count_markers(chart: str) -> list[int]:
+    """Number of markers of each trace."""
     traces = re.findall(r'<g class="points"[^>]*>(.*?)</g>', chart, flags=re.DOTALL)
     return [trace.count('<path class="point"') for trace in traces if trace]
 
 
-def corners(chart: str) -> list[int]:
-    """Points that each line runs through, by trace."""
+def count_line_points(chart: str) -> list[int]:
+    """Number of points of each line."""
     return [len(re.findall("[MLHV]", path)) for path in re.findall(r'<path class="js-line" d="([^"]*)"', chart)]
 
 
@@ -269,8 +272,8 @@ def assert_is_drawn(document: str, console: list[str], steps: int, validations: 
     assert console == []
     charts = charts_in(document)
     assert set(charts) == {"loss", "lr", "grad_norm", "tokens_per_s"}
-    assert dots(charts["loss"]) == [steps, validations, marks]
-    assert dots(charts["grad_norm"]) == dots(charts["tokens_per_s"]) == [steps]
+    assert count_markers(charts["loss"]) == [steps, validations, marks]
+    assert count_markers(charts["grad_norm"]) == count_markers(charts["tokens_per_s"]) == [steps]
     assert "9.125" in charts["loss"]
     assert "stop, resume" in charts["loss"]
 
@@ -278,7 +281,7 @@ def assert_is_drawn(document: str, console: list[str], steps: int, validations: 
 def test_chromium_draws_every_record_and_reports_no_error(tmp_path: Path) -> None:
     document, console = browse(write_report(write_run(tmp_path / "run", 40)), tmp_path / "profile")
     assert_is_drawn(document, console, steps=40, validations=5, marks=3)
-    assert corners(charts_in(document)["lr"]) == [40]
+    assert count_line_points(charts_in(document)["lr"]) == [40]
     assert 'data-drawn="light"' in document
 
 
@@ -286,7 +289,7 @@ def test_chromium_draws_the_dark_page_with_a_gap_at_each_nan(tmp_path: Path) -> 
     report = write_report(write_run(tmp_path / "run", 40, nan_at=(7, 8)))
     document, console = browse(report, tmp_path / "profile", "--blink-settings=preferredColorScheme=0")
     assert console == []
-    assert dots(charts_in(document)["loss"]) == [38, 5, 3]
+    assert count_markers(charts_in(document)["loss"]) == [38, 5, 3]
     assert 'data-drawn="dark"' in document
 
 
@@ -295,14 +298,14 @@ def test_chromium_draws_a_curve_for_each_source(tmp_path: Path) -> None:
     document, console = browse(write_report(write_run(tmp_path / "run", 40, sources=names)), tmp_path / "profile")
     assert console == []
     charts = charts_in(document)
-    assert dots(charts["by_source"]) == [5] * 10
+    assert count_markers(charts["by_source"]) == [5] * 10
     assert re.findall(r'class="legendtext"[^>]*>([^<]+)<', charts["by_source"]) == list(names)
 
 
 def test_chromium_draws_a_run_of_one_step(tmp_path: Path) -> None:
     document, console = browse(write_report(write_run(tmp_path / "run", 1, finished=False)), tmp_path / "profile")
     assert console == []
-    assert [dots(charts_in(document)[name]) for name in ("loss", "lr", "grad_norm", "tokens_per_s")] == [
+    assert [count_markers(charts_in(document)[name]) for name in ("loss", "lr", "grad_norm", "tokens_per_s")] == [
         [1, 1, 1],
         [1],
         [1],
@@ -313,11 +316,11 @@ def test_chromium_draws_a_run_of_one_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [('id="figures">{', 'id="figures">'), ('id="plotly">H', 'id="plotly">A'), ('"charts"', '"chart"')]
 )
-def test_a_damaged_page_does_not_pass(tmp_path: Path, damage: tuple[str, str]) -> None:
+def test_a_damaged_page_fails_the_check(tmp_path: Path, damage: tuple[str, str]) -> None:
     report = write_report(write_run(tmp_path / "run", 40))
-    whole = report.read_text()
-    assert damage[0] in whole
-    report.write_text(whole.replace(*damage))
+    intact = report.read_text()
+    assert damage[0] in intact
+    report.write_text(intact.replace(*damage))
     document, console = browse(report, tmp_path / "profile")
     assert console != []
     with pytest.raises(AssertionError):

@@ -33,7 +33,8 @@ def inspect(
 ) -> None:
     """Show what a prepared data set holds: documents, tokens, drops, lengths, samples; and what a run would read of it.
 
-    `pretrain data inspect data/my my.yaml train.steps=5000` adds what that run reads: tokens, epochs, repeats.
+    `pretrain data inspect data/my my.yaml train.steps=5000` adds what that
+    run reads: tokens, epochs and repeats of each source.
     """
     from data_pipeline.inspect import describe_data
     from data_pipeline.storage.tokenized import collect_trusted_paths

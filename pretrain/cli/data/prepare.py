@@ -18,10 +18,10 @@ def prepare(
 ) -> None:
     """Turn `data.sources` into shards of tokens in `data.path`: filter, deduplicate, tokenize.
 
-    Trains a tokenizer on the sources if there is none.
-
-    The same command again does nothing. After a stop or a crash it resumes from the finished chunks. `data.path` only
-    looks like prepared data once everything is written.
+    Trains a tokenizer on the sources if there is none. The same command
+    again does nothing. After a stop or a crash it resumes from the
+    finished chunks. `data.path` only looks like prepared data once
+    everything is written.
     """
     from data_pipeline.prepare import prepare as prepare_data
     from pretrain.cli.data.summary import print_summary, show_progress
