@@ -2,7 +2,8 @@
 
 No other file of `parallel` or `pretrain` uses a private name of torch (tests/parallel/test_torch_compat.py), except
 `pretrain.model`, which may not import this package; that test lists what it uses. Each entry says which public name is
-missing and with which versions of torch it was checked. pyproject.toml allows 2.11 to 2.13.
+missing and with which versions of torch it was checked: the tests run with 2.13 on CPUs, and ran with 2.11 on a GPU.
+pyproject.toml allows 2.11 to 2.13.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type as i
 #
 # | name                                 | missing                                                    | checked      |
 # |--------------------------------------|------------------------------------------------------------|--------------|
-# | `HashStore`                          | type stubs of the public `torch.distributed.HashStore`     | 2.11 to 2.13 |
+# | `HashStore`                          | type stubs of the public `torch.distributed.HashStore`     | 2.11, 2.13   |
 # | `active_fake_mode`                   | a public function that tells which kind of mode is active  | 2.13         |
 # | `FakeTensor`, `FakeTensorMode`       | a public module; torch documents them under this one       | 2.13         |
 # | `TorchDispatchMode`                  | a public module; torch documents it under this one         | 2.13         |
@@ -54,18 +55,18 @@ def unflatten_mesh(mesh: DeviceMesh, dim: int, sizes: tuple[int, ...], names: tu
     """`mesh` with dimension `dim` replaced by several.
 
     Missing: a public way to unflatten. Flattening is public, but torch is removing slices of a flattened dimension.
-    Checked with 2.11 to 2.13. `dim` is a number because 2.11 does not take a name.
+    Checked with 2.11 and 2.13. `dim` is a number because 2.11 does not take a name.
     """
     return mesh._unflatten(dim, sizes, names)
 
 
 def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that `mesh` was made of. Missing: a public property. Checked with 2.11 to 2.13."""
+    """The mesh that `mesh` was made of. Missing: a public property. Checked with 2.11 and 2.13."""
     return mesh._get_root_mesh()
 
 
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Set how long a collective waits. Missing: a timeout for the groups of a mesh. Checked with 2.11 to 2.13."""
+    """Set how long a collective waits. Missing: a timeout for the groups of a mesh. Checked with 2.11 and 2.13."""
     _set_pg_timeout(timeout, group)
 
 
@@ -103,7 +104,7 @@ def local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int,
     """The shape of this rank's shard, and the index of its first element in the full tensor.
 
     Missing: a public name for where a shard lies. DTensor's checkpoints call this function; it handles FSDP over tensor
-    parallelism. Checked with 2.11 to 2.13.
+    parallelism. Checked with 2.11 and 2.13.
     """
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(shape), tuple(offset)
@@ -120,7 +121,7 @@ def local_tensor(tensor: DTensor) -> Tensor:
 def registered_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """The module's parameter of that name, even if its class has a property of the same name.
 
-    Missing: `get_parameter` reads the attribute, so it would call the property. Checked with 2.11 to 2.13.
+    Missing: `get_parameter` reads the attribute, so it would call the property. Checked with 2.11 and 2.13.
     """
     return cast(nn.Parameter, module._parameters[name])
 
@@ -135,10 +136,10 @@ READ_SCALAR = torch.ops.aten._local_scalar_dense.default
 
 
 def all_gather_tensor(x: Tensor, size: int, group_name: str) -> Tensor:
-    """All-gather along dimension 0. The same for the next two functions:
+    """All-gather along dimension 0. The result can be used at once: on CUDA the stream waits, not the host.
 
-    Missing: `torch.distributed._functional_collectives` wraps these operators and is private as well. Code can use
-    their results at once: on CUDA the stream waits, not the host. Checked with 2.11 to 2.13.
+    Missing: a public functional collective. `torch.distributed._functional_collectives` is private as well. This holds
+    for the next two functions, too. Checked with 2.11 and 2.13.
     """
     return _wait(torch.ops._c10d_functional.all_gather_into_tensor(x, size, group_name))
 
@@ -160,17 +161,17 @@ def _wait(x: Tensor) -> Tensor:
 
 
 def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source to its target. Missing: a public multi-tensor copy. Checked with 2.11 to 2.13."""
+    """Copy each source to its target. Missing: a public multi-tensor copy. Checked with 2.11 and 2.13."""
     torch._foreach_copy_(tuple(targets), tuple(sources))
 
 
 def foreach_mul_(tensors: Sequence[Tensor], factor: float) -> None:
-    """Scale in place, as torch's clip_grad_norm_ does. Missing: as for `foreach_copy_`. Checked with 2.11 to 2.13."""
+    """Scale in place, as torch's clip_grad_norm_ does. Missing: as for `foreach_copy_`. Checked with 2.11 and 2.13."""
     torch._foreach_mul_(tuple(tensors), factor)
 
 
 def foreach_norm(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The 2-norm of each tensor, summed up in `dtype`. Missing: as for `foreach_copy_`. Checked with 2.11 to 2.13."""
+    """The 2-norm of each tensor, summed up in `dtype`. Missing: as for `foreach_copy_`. Checked with 2.11 and 2.13."""
     return torch._foreach_norm(tuple(tensors), 2, dtype=dtype)
 
 
@@ -181,7 +182,7 @@ def allow_recompilations(count: int) -> None:
     """Let torch.compile make at least `count` graphs of a function. Beyond the limit it would run uncompiled.
 
     Missing: a limit for one function; this one holds for the process. In 2.11 `torch.compiler.config` lacks it.
-    Checked with 2.11 to 2.13.
+    Checked with 2.11 and 2.13.
     """
     from torch._dynamo import config as dynamo_config  # slow to import
 
@@ -202,7 +203,7 @@ def enable_symmetric_memory(group_name: str) -> None:
     """Put a group on the list of those whose collectives the compiler may overlap.
 
     Groups have symmetric memory by default since 2.11, so torch warns that this call is deprecated. But its compiler
-    still skips groups that are not on the list. Missing: a public name that writes it. Checked with 2.11 to 2.13.
+    still skips groups that are not on the list. Missing: a public name that writes it. Checked with 2.13.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -216,7 +217,7 @@ def fsdp_param_groups(root: FSDPModule) -> Iterator[_fsdp_param_group.FSDPParamG
     """FSDP2's groups of parameters that it gathers and reduces together, of all modules below the same root.
 
     A forward pass must have run: it finds the root.
-    Missing: a public path to them. torch's pipelines take this one in `perform_reduce_grad`. Checked with 2.11 to 2.13.
+    Missing: a public path to them. torch's pipelines take this one in `perform_reduce_grad`. Checked with 2.13.
     """
     for state in root._get_fsdp_state()._state_ctx.all_states:
         if state._fsdp_param_group is not None:
@@ -273,7 +274,8 @@ class PipelineStage(pipelining.PipelineStage):
     """torch's stage, but it never sends to its own rank.
 
     Before the first step 2.11 sends a message to each neighbouring stage. At the turn of a V the neighbour is on the
-    same rank, which gloo refuses. Missing: an option to leave that out. Later versions do not call this method.
+    same rank, which gloo refuses. Missing: an option to leave that out. Later versions do not call this method. Checked
+    with 2.13.
     """
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
@@ -286,7 +288,7 @@ def pipeline_order(
     """The actions of all ranks in a schedule with several stages per rank; None where a rank waits.
 
     Missing: a function that returns them. A schedule computes them when it is made, and reads no more of its stages
-    than the attributes given here. Checked with 2.11 to 2.13.
+    than the attributes given here. Checked with 2.13.
     """
     n_stages = n_ranks * stages_per_rank
     stage: Any = SimpleNamespace(num_stages=n_stages, group_size=n_ranks, group_rank=0, submod=None)  # Any: no stage

@@ -126,7 +126,7 @@ def tensor_kinds(engine: InspectableEngine) -> TensorKinds:
     """The tensors of an engine by KINDS, during a step and between steps. Call it while no parameter is gathered."""
     state = engine.state()
     chunk_parameters = [parameter for part in engine.model_chunks for parameter in part.parameters()]
-    # DTensors are sharded masters. Those that the state lacks are copies of tied parameters on another stage.
+    # DTensors are sharded master weights. Those that the state lacks are copies of tied parameters on another stage.
     master_weights = [x for x in state["model"].values() if isinstance(x, Tensor)]
     master_weights += [parameter for parameter in chunk_parameters if isinstance(parameter, DTensor)]
     optimizer_state = [x for slots in state["optimizer"].values() if isinstance(slots, dict) for x in slots.values()]

@@ -103,14 +103,14 @@ def squares_of_rank(layout: Layout) -> float:
     mesh = build_mesh(layout, "cpu")
     place = {"replicate": Replicate(), "shard": Shard(0), "context": Shard(0), "tensor": Shard(1)}
     axes = [axis for axis in place if getattr(layout, axis) > 1]
-    masters = {"split": parameter(SPLIT)}
+    master_weights = {"split": parameter(SPLIT)}
     if axes:
         gradient = distribute_tensor(SPLIT, mesh[tuple(axes)], [place[axis] for axis in axes])
-        masters = {"split": parameter(gradient)}
-    masters |= {"whole": parameter(WHOLE), "tied": parameter(TIED)}
+        master_weights = {"split": parameter(gradient)}
+    master_weights |= {"whole": parameter(WHOLE), "tied": parameter(TIED)}
     if dist.get_rank() // (layout.world_size // layout.pipeline) > 0:  # later stages hold the tied parameter only
-        del masters["split"], masters["whole"]
-    return local_squared_norm(masters, layout, lambda name: layout.pipeline if name == "tied" else 1).item()
+        del master_weights["split"], master_weights["whole"]
+    return local_squared_norm(master_weights, layout, lambda name: layout.pipeline if name == "tied" else 1).item()
 
 
 @pytest.mark.parametrize(

@@ -178,13 +178,13 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
 def test_compute_weights_are_the_rounded_master_weights_after_every_step() -> None:
     e = engine(torch.bfloat16)
     for step in range(4):
-        masters, copies = e.state()["model"], dict(e.model.named_parameters())
-        assert masters.keys() == copies.keys()
-        for name, master in masters.items():
+        master_weights, copies = e.state()["model"], dict(e.model.named_parameters())
+        assert master_weights.keys() == copies.keys()
+        for name, master in master_weights.items():
             assert master.dtype == torch.float32
             assert torch.equal(copies[name], master.bfloat16())
-        assert (masters["up.weight"] != copies["up.weight"].float()).any()  # master weights have more digits
-        before = masters["up.weight"].clone()
+        assert (master_weights["up.weight"] != copies["up.weight"].float()).any()  # master weights have more digits
+        before = master_weights["up.weight"].clone()
         e.train_step(split_batch(*batch(), (4, 4)), 0.1 * (step + 1))
         assert not torch.equal(e.state()["model"]["up.weight"], before)
     assert all(parameter.grad is None for parameter in e.model.parameters())
