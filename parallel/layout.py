@@ -82,7 +82,7 @@ class Layout:
         return self.pipeline * self.stages_per_rank
 
     def n_microbatches(self, n_rows: int, micro_batch_size: int) -> int:
-        """Number of microbatches of each data rank, from a global batch of `n_rows` sequences. The last may need padding.
+        """Number of microbatches per data rank in a global batch of `n_rows` sequences. The last may need padding.
 
         >>> Layout(shard=2).n_microbatches(9, 2)
         3
