@@ -77,8 +77,9 @@ def _section(section: Schema, prefix: str, schema: Schema) -> Iterator[str]:
         facts += [RESUME_NOTES[resume[key]]] if key in resume else []
         yield from (f"#### `{key}` {{ #{key} }}", "", " · ".join(facts), "", paragraph(prop.get("description", "")), "")
         items = resolve(prop.get("items", {}), schema)
-        if "properties" in items:
-            nested.append((f"{key}.N", items))
+        choices = [resolve(choice, schema) for choice in prop.get("anyOf", ())]
+        nested += [(f"{key}.N", items)] if "properties" in items else []
+        nested += [(key, choice) for choice in choices if "properties" in choice]
     for key, target in nested:
         yield from ("", f"### {key} {{ #{key} }}", "", *_section(target, f"{key}.", schema))
 
@@ -105,7 +106,7 @@ def type_text(schema: Schema, root: Schema) -> str:
         items = schema.get("items") or schema["prefixItems"][0]
         return f"list of {type_text(items, root)}" if "properties" not in resolve(items, root) else "list of sections"
     if kind == "object":
-        return "mapping"
+        return "section" if "properties" in schema else "mapping"
     kind = "path" if schema.get("format") == "path" else kind
     return " ".join([kind, *(f"{sign} {schema[bound]:g}" for bound, sign in BOUNDS.items() if bound in schema)])
 
