@@ -92,7 +92,7 @@ def _describe_step(config: RunConfig, layout: Layout, n_in_full: int) -> Iterato
     steps = n_microbatches(config, layout)
     step = f"a step of {steps} microbatch{'es' * (steps > 1)}"
     if n_in_full > steps:
-        step += f"; the {n_in_full - steps} others of a whole step are more of the same"
+        step += f"; the {n_in_full - steps} others of a full step would show nothing new"
     yield Text(f"{step}, uncompiled", "dim")
     if config.optim.kind == "muon":
         yield Text("optim.kind=muon gathers what its products need; no formula counts that", "dim")

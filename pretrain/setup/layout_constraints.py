@@ -54,7 +54,7 @@ def sizes_are_all_processes(parallel: ParallelConfig, world_size: int) -> Violat
     change = f"set parallel.{axis}={fits[axis]}" if axis else "choose sizes whose product is that"
     present = "there is 1 process" if world_size == 1 else f"there are {world_size} processes"
     return Violation(
-        f"{format_sizes(shown)} wants {format_processes(product)}, but {present}", f"start {product}, or {change}"
+        f"{format_sizes(shown)} needs {format_processes(product)}, but {present}", f"start {product}, or {change}"
     )
 
 
@@ -118,7 +118,7 @@ def sequence_divides_context_part(config: RunConfig) -> Violation | None:
     if parallel.context > 1:
         part += f" / parallel.context={parallel.context} = {seq_len // parallel.context}"
     return Violation(
-        f"{part} is not divisible by parallel.tensor={parallel.tensor}, as parallel.sequence=true wants",
+        f"{part} is not divisible by parallel.tensor={parallel.tensor}, as parallel.sequence=true requires",
         f"{_seq_len_remedy(config)}, or parallel.sequence=false",
     )
 
@@ -147,7 +147,7 @@ def ulysses_divides_heads(config: RunConfig) -> Violation | None:
 
 
 def batch_divides(config: RunConfig) -> Violation | None:
-    """Data ranks get equally many rows of a whole batch.
+    """Data ranks get equally many rows of a full batch.
 
     Smaller ones need not divide: in a batch ramp, in validation and around damaged sequences some ranks have one row
     fewer, and pad.
@@ -241,8 +241,8 @@ def reshard_needs_zero_3(config: RunConfig) -> Violation | None:
     if parallel.reshard_to is None or parallel.zero == 3:
         return None
     return Violation(
-        f"parallel.reshard_to={parallel.reshard_to} is for parallel.zero=3, and parallel.zero={parallel.zero} keeps "
-        f"parameters whole",
+        f"parallel.reshard_to={parallel.reshard_to} is for parallel.zero=3, and parallel.zero={parallel.zero} does "
+        f"not shard parameters",
         ("" if parallel.pipeline > 1 else "set parallel.zero=3, or ") + "leave parallel.reshard_to out",
     )
 
@@ -287,7 +287,7 @@ def async_tensor_is_possible(config: RunConfig) -> Violation | None:
     if not missing:
         return None
     return Violation(
-        f"parallel.async_tensor=true also wants {', '.join(missing)}", "set that, or parallel.async_tensor=false"
+        f"parallel.async_tensor=true also needs {', '.join(missing)}", "set that, or parallel.async_tensor=false"
     )
 
 
@@ -314,7 +314,7 @@ LAYOUT_CONSTRAINTS = (
 
 
 def rows_per_data_rank(config: RunConfig) -> int:
-    """Sequences of a whole batch that each data rank reads; `batch_divides` must hold."""
+    """Sequences of a full batch that each data rank reads; `batch_divides` must hold."""
     return config.train.batch_size // (config.parallel.replicate * config.parallel.shard)
 
 

@@ -36,14 +36,14 @@ class Machine:
     """How settings are decided on a machine, and what it refuses."""
 
     device: Rule
-    """`train.device=auto`; the rules below are asked in this order, after the layout is known."""
+    """`train.device=auto`; the rules below are applied in this order, after the layout is known."""
 
     precision: Rule
     compile: Rule
     attention: Rule
 
     device_constraints: tuple[Callable[[RunConfig], Violation | None], ...] = ()
-    """Checked before any rule asks the device what it can do."""
+    """Checked before any rule queries the device."""
 
     constraints: tuple[Callable[[RunConfig], Violation | None], ...] = ()
     """Checked once all settings are resolved."""

@@ -26,18 +26,18 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "more ranks than processes": (
         4,
         ("parallel.shard=4", "parallel.tensor=2"),
-        "parallel.shard=4 x parallel.tensor=2 = 8 wants 8 processes, but there are 4 processes: start 8, or set "
+        "parallel.shard=4 x parallel.tensor=2 = 8 needs 8 processes, but there are 4 processes: start 8, or set "
         "parallel.shard=2",
     ),
     "a layout without its processes": (
         1,
         ("parallel.replicate=2", "parallel.shard=1"),
-        "parallel.replicate=2 wants 2 processes, but there is 1 process: start 2, or set parallel.replicate=1",
+        "parallel.replicate=2 needs 2 processes, but there is 1 process: start 2, or set parallel.replicate=1",
     ),
     "more processes than ranks": (
         6,
         ("parallel.shard=4",),
-        "parallel.shard=4 wants 4 processes, but there are 6 processes: start 4, or set parallel.shard=6",
+        "parallel.shard=4 needs 4 processes, but there are 6 processes: start 4, or set parallel.shard=6",
     ),
     "no whole number of ranks left": (
         8,
@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "sequence parallelism": (
         4,
         (*HEADS, "parallel.tensor=4", "data.seq_len=30"),
-        "data.seq_len=30 is not divisible by parallel.tensor=4, as parallel.sequence=true wants: use a multiple of 4, "
+        "data.seq_len=30 is not divisible by parallel.tensor=4, as parallel.sequence=true requires: use a multiple of 4, "
         "such as 32, "
         "or parallel.sequence=false",
     ),
@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "resharding of what stays whole": (
         2,
         ("parallel.zero=2", "parallel.reshard_to=2"),
-        "parallel.reshard_to=2 is for parallel.zero=3, and parallel.zero=2 keeps parameters whole: "
+        "parallel.reshard_to=2 is for parallel.zero=3, and parallel.zero=2 does not shard parameters: "
         "set parallel.zero=3, or leave parallel.reshard_to out",
     ),
     "resharding to no part": (
@@ -211,13 +211,13 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
             "parallel.schedule=zbv",
             "parallel.async_tensor=true",
         ),
-        "parallel.async_tensor=true also wants train.device=cuda, train.compile=true, a parallel.schedule that splits "
+        "parallel.async_tensor=true also needs train.device=cuda, train.compile=true, a parallel.schedule that splits "
         "no backward pass (",
     ),
     "asynchronous tensor parallelism on a CPU": (
         2,
         ("parallel.async_tensor=true",),
-        "parallel.async_tensor=true also wants train.device=cuda, train.compile=true, parallel.tensor above 1, "
+        "parallel.async_tensor=true also needs train.device=cuda, train.compile=true, parallel.tensor above 1, "
         "parallel.sequence=true: "
         "set that, or parallel.async_tensor=false",
     ),
