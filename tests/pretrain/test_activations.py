@@ -94,7 +94,7 @@ def test_the_estimate_is_within_5_percent_of_the_peak(case: str, measured: Calla
     assert estimate_rank_memory(*planned(case)).activation_bytes == pytest.approx(most, rel=WITHIN)
 
 
-FORGOTTEN: dict[str, tuple[str, Layer]] = {
+REMOVED_TERMS: dict[str, tuple[str, Layer]] = {
     "fp32 copies in norms": ("one process", lambda x: replace(x, stream_fp32=0.0)),
     "gathered inputs": ("tensor", lambda x: replace(x, whole=x.stream)),
     "attention's output, put together": ("ulysses", lambda x: replace(x, outputs=1)),
@@ -103,18 +103,18 @@ FORGOTTEN: dict[str, tuple[str, Layer]] = {
 }
 
 
-@pytest.mark.parametrize("term", FORGOTTEN)
+@pytest.mark.parametrize("term", REMOVED_TERMS)
 def test_without_one_of_its_terms_the_estimate_misses(
     term: str, measured: Callable[[str], Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, forget = FORGOTTEN[term]
+    case, forget = REMOVED_TERMS[term]
     monkeypatch.setattr(activations, "activation_sizes", lambda *given: forget(activation_sizes(*given)))
     assert (
         estimate_rank_memory(*planned(case)).activation_bytes < (1 - WITHIN) * measured(case).peak_by_kind[ACTIVATIONS]
     )
 
 
-def test_without_what_waits_for_the_weight_pass_the_estimate_misses(
+def test_without_the_inputs_kept_for_weight_gradients_the_estimate_misses(
     measured: Callable[[str], Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activations, "kept_for_weights", lambda _: 0.0)
@@ -125,7 +125,7 @@ def test_without_what_waits_for_the_weight_pass_the_estimate_misses(
 
 
 @pytest.mark.parametrize("case", ["full", "every second"])
-def test_without_the_gradients_at_work_the_estimate_misses(
+def test_without_the_temporaries_of_the_backward_pass_the_estimate_misses(
     case: str, measured: Callable[[str], Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = activations._blocks

@@ -1,4 +1,5 @@
-"""Attention: every kernel against softmax written out, packed documents, windows, and the kernels' calling conventions."""
+"""Attention: every kernel against softmax written out, packed documents, windows, and the kernels' calling
+conventions."""
 
 import sys
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def heads(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int | None) -> Tensor:
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int | None) -> Tensor:
     """One softmax a query, in fp64, over exactly the keys it may see."""
     out = torch.zeros_like(q, dtype=torch.float64)
     for b in range(B):
@@ -83,7 +84,7 @@ def test_every_kernel_equals_softmax_written_out(
     monkeypatch.setattr(kernels, "_varlen_attn", reference_varlen)  # the real one runs on GPUs only
     q, k, v = heads()
     out = attention(q, k, v, document_mask(documents, positions_of(documents), kernel, config(window)))
-    expected = written_out(q, k, v, documents, window)
+    expected = reference_attention(q, k, v, documents, window)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad((out * weights).sum(), (q, k, v))
@@ -99,7 +100,7 @@ def test_every_kernel_equals_softmax_written_out(
 def test_a_wrong_mask_is_seen(documents: Tensor, window: int | None) -> None:
     q, k, v = heads()
     out = attention(q, k, v, document_mask(documents, positions_of(documents), "sdpa", config(window)))
-    assert (out.double() - written_out(q, k, v, DOCUMENTS, 5)).abs().max() > 0.1
+    assert (out.double() - reference_attention(q, k, v, DOCUMENTS, 5)).abs().max() > 0.1
 
 
 def test_a_wrong_order_of_heads_is_seen() -> None:
@@ -205,7 +206,9 @@ def test_flash_attn_is_called_by_the_convention_of_its_version(
     )
     out = attention(q[:, here], k, v, mask)
     kernels._flash_attn_function.cache_clear()
-    torch.testing.assert_close(out.double(), written_out(q, k, v, DOCUMENTS, window)[:, here], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out.double(), reference_attention(q, k, v, DOCUMENTS, window)[:, here], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_flash_attn_without_the_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +277,7 @@ def test_some_queries_of_a_row_attend_as_they_do_in_the_whole_row(
     here = torch.cat([torch.arange(*span) for span in ranges])
     mask = context_parallel_mask(documents, positions_of(documents), kernel, config(window), ranges, full_rows=False)
     out = attention(q[:, here], k, v, mask)
-    expected = written_out(q, k, v, documents, window)[:, here]
+    expected = reference_attention(q, k, v, documents, window)[:, here]
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad((out * weights).sum(), (q, k, v))

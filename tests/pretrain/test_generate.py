@@ -14,7 +14,7 @@ TINY = ModelConfig(vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2
 PROMPT = [3, 14, 15, 9, 2, 6]
 
 
-def model_of(config: ModelConfig = TINY) -> Llama:
+def make_model(config: ModelConfig = TINY) -> Llama:
     model = Llama(config)
     init_weights(model, seed=0)
     return model
@@ -30,7 +30,7 @@ def logits_without_cache(model: Llama, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("chunks", [(1,) * 20, (12,) + (1,) * 8, (5, 7, 8), (20,)], ids=str)
 def test_cached_and_uncached_logits_agree_to_1e5(chunks: tuple[int, ...], window: int | None) -> None:
-    model = model_of(TINY.model_copy(update={"sliding_window": window}))
+    model = make_model(TINY.model_copy(update={"sliding_window": window}))
     ids = torch.randint(V, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     uncached = logits_without_cache(model, ids)
     cache = KVCache(model.config, 1, 20, torch.device("cpu"), torch.float32)
@@ -43,7 +43,9 @@ def test_cached_and_uncached_logits_agree_to_1e5(chunks: tuple[int, ...], window
 
 
 def test_dynamic_ntk_scales_once_for_the_whole_cache() -> None:
-    model = model_of(TINY.model_copy(update={"rope": RopeConfig(kind="dynamic_ntk", factor=4, original_max_seq_len=8)}))
+    model = make_model(
+        TINY.model_copy(update={"rope": RopeConfig(kind="dynamic_ntk", factor=4, original_max_seq_len=8)})
+    )
     ids = torch.randint(V, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = KVCache(model.config, 1, 20, torch.device("cpu"), torch.float32)
     for token in ids:
@@ -52,7 +54,7 @@ def test_dynamic_ntk_scales_once_for_the_whole_cache() -> None:
 
 
 def test_greedy_text_is_the_likeliest_token_each_time() -> None:
-    model, ids = model_of(), list(PROMPT)
+    model, ids = make_model(), list(PROMPT)
     for token in generate(model, PROMPT, 8, temperature=0):
         assert token == int(logits_without_cache(model, ids)[-1].argmax())
         ids.append(token)
@@ -60,25 +62,25 @@ def test_greedy_text_is_the_likeliest_token_each_time() -> None:
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another() -> None:
-    model = model_of()
+    model = make_model()
     texts = [list(generate(model, PROMPT, 12, seed=seed)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_the_global_generator_is_left_alone() -> None:
-    model, before = model_of(), torch.get_rng_state()
+    model, before = make_model(), torch.get_rng_state()
     list(generate(model, PROMPT, 4, seed=1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_text_stops_before_the_end_of_text_token() -> None:
-    model = model_of()
+    model = make_model()
     text = list(generate(model, PROMPT, 12, seed=1))
     assert list(generate(model, PROMPT, 12, seed=1, eot_id=text[5])) == text[: text.index(text[5])]
 
 
 def test_tokens_come_one_at_a_time() -> None:
-    stream = generate(model_of(), PROMPT, 12, seed=1)
+    stream = generate(make_model(), PROMPT, 12, seed=1)
     assert isinstance(next(stream), int)
 
 
@@ -111,13 +113,13 @@ def test_a_low_temperature_sharpens() -> None:
 
 def test_a_prompt_that_does_not_fit_says_by_how_much() -> None:
     with pytest.raises(ValueError, match=r"6 tokens and max_new_tokens=40 exceed model.max_seq_len=40"):
-        next(generate(model_of(), PROMPT, 40))
+        next(generate(make_model(), PROMPT, 40))
     with pytest.raises(ValueError, match="prompt is empty"):
-        next(generate(model_of(), [], 4))
+        next(generate(make_model(), [], 4))
 
 
 def test_compiled_blocks_generate_without_being_compiled_again() -> None:
-    model = model_of()
+    model = make_model()
     expected = list(generate(model, PROMPT, 6, seed=1))
     compiled = 0
 
@@ -133,8 +135,8 @@ def test_compiled_blocks_generate_without_being_compiled_again() -> None:
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
-    free = list(generate(model_of(), PROMPT, max_new_tokens=30))
-    bounded = list(generate(model_of(), PROMPT, max_new_tokens=30, n_ids=10))
+    free = list(generate(make_model(), PROMPT, max_new_tokens=30))
+    bounded = list(generate(make_model(), PROMPT, max_new_tokens=30, n_ids=10))
     assert max(free) >= 10  # negative control: without the bound they are
     assert len(bounded) == 30
     assert max(bounded) < 10

@@ -1,4 +1,4 @@
-"""Initial weights depend on the seed and on the parameter's name and shape alone, whoever draws which part of them."""
+"""Initial weights depend only on the seed and on the parameter's name and shape, whichever rank draws which shard."""
 
 import math
 import tracemalloc
@@ -35,7 +35,7 @@ def weights(config: ModelConfig = CONFIG, seed: int = 7, *, meta: bool = False) 
     return model.state_dict()
 
 
-def box(rows: tuple[int, int], columns: tuple[int, int], shape: tuple[int, int] = SHAPE) -> torch.Tensor:
+def shard(rows: tuple[int, int], columns: tuple[int, int], shape: tuple[int, int] = SHAPE) -> torch.Tensor:
     """The values of rows [first, end) and columns [first, end)."""
     part = torch.full((rows[1] - rows[0], columns[1] - columns[0]), torch.nan)
     init_shard(NAME, part, (rows[0], columns[0]), shape, CONFIG, seed=7)
@@ -66,19 +66,21 @@ def test_the_layers_of_a_stage_get_the_weights_that_they_have_in_the_whole_model
 @pytest.mark.parametrize(
     "columns", [(0, COLUMNS), (5, 6), (COLUMNS - 1, COLUMNS + 1), (1000, 2 * COLUMNS + 30), (9, 9)]
 )
-def test_a_box_is_drawn_as_the_whole_has_it_to_the_last_bit(rows: tuple[int, int], columns: tuple[int, int]) -> None:
-    whole = box((0, SHAPE[0]), (0, SHAPE[1]))
-    assert torch.equal(box(rows, columns), whole[slice(*rows), slice(*columns)])
+def test_a_shard_has_the_values_of_the_full_matrix_to_the_last_bit(
+    rows: tuple[int, int], columns: tuple[int, int]
+) -> None:
+    whole = shard((0, SHAPE[0]), (0, SHAPE[1]))
+    assert torch.equal(shard(rows, columns), whole[slice(*rows), slice(*columns)])
 
 
-def test_a_stream_for_each_box_instead_of_each_tile_would_not_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = box((0, SHAPE[0]), (0, SHAPE[1]))
+def test_one_stream_a_shard_instead_of_one_a_tile_would_not_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = shard((0, SHAPE[0]), (0, SHAPE[1]))
     drawn = iter([torch.randn(ROWS, COLUMNS).numpy() for _ in range(20)])
     monkeypatch.setattr(init._Tile, "draw", lambda *_: next(drawn))
-    assert not torch.equal(box((0, 64), (0, 64)), whole[:64, :64])
+    assert not torch.equal(shard((0, 64), (0, 64)), whole[:64, :64])
 
 
-def test_drawing_a_part_of_a_matrix_takes_the_memory_of_a_tile() -> None:
+def test_drawing_a_shard_takes_the_memory_of_a_tile() -> None:
     part = torch.empty(1024, 2048)
     init_shard(NAME, part[:64, :64], (0, 0), (4096, 4096), CONFIG, seed=7)  # what is imported late is not counted
 
@@ -120,7 +122,7 @@ def test_norms_are_1_and_biases_0() -> None:
 def test_no_two_matrices_layers_tiles_or_seeds_share_numbers() -> None:
     first, other = weights(), weights(seed=8)
     rows = [value[0, :16] for value in (*first.values(), *other.values()) if value.ndim == 2]
-    whole = box((0, SHAPE[0]), (0, SHAPE[1]))
+    whole = shard((0, SHAPE[0]), (0, SHAPE[1]))
     rows += [whole[row, column : column + 16] for row in (0, ROWS, 2 * ROWS) for column in (0, COLUMNS, 2 * COLUMNS)][
         1:
     ]

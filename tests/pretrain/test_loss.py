@@ -83,7 +83,10 @@ def test_the_softmax_gets_chunks_of_one_size_however_many_tokens_are_left() -> N
 
 
 def test_the_losses_of_tokens_are_added_up_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """20,000 chunks of a token of 0.1 nats each. In fp32 the sum is 1e-5 off, which is more than rounding a token's loss can be."""
+    """20,000 chunks of a token of 0.1 nats each.
+
+    In fp32 the sum is 1e-5 off, which is more than rounding a token's loss can be.
+    """
     many, tenth = 20_000, torch.tensor(0.1)
     monkeypatch.setattr(loss_module, "_chunks", lambda logits, device: many)
 

@@ -20,7 +20,7 @@ CONFIGS = {
 }
 
 
-def model_of(config: ModelConfig, kernel: str = "sdpa") -> Llama:
+def make_model(config: ModelConfig, kernel: str = "sdpa") -> Llama:
     model = Llama(config, kernel)
     init_weights(model, seed=0)
     return model
@@ -36,7 +36,7 @@ def packed_row() -> tuple[Tensor, Tensor]:
     return ids, torch.cat([torch.arange(n) for n in LENGTHS])[None]
 
 
-def gradients_of(model: Llama) -> dict[str, Tensor]:
+def copy_gradients(model: Llama) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -49,15 +49,15 @@ def add_loss(model: Llama, ids: Tensor, labels: Tensor, documents: Tensor, posit
 @pytest.mark.parametrize("kernel", ["sdpa", "blocked"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_documents_equal_separate_runs_of_each(name: str, kernel: str) -> None:
-    model, (ids, labels) = model_of(CONFIGS[name], kernel), (tokens()[:, :-1], tokens()[:, 1:])
+    model, (ids, labels) = make_model(CONFIGS[name], kernel), (tokens()[:, :-1], tokens()[:, 1:])
     together = add_loss(model, ids, labels, *packed_row())
-    packed = gradients_of(model)
+    packed = copy_gradients(model)
     model.zero_grad()
     apart = 0.0
     for x, y in zip(ids.split(LENGTHS, 1), labels.split(LENGTHS, 1), strict=True):
         apart += add_loss(model, x, y, torch.zeros_like(x), torch.arange(x.shape[1])[None])
     assert together == pytest.approx(apart, rel=1e-6)
-    for parameter, gradient in gradients_of(model).items():
+    for parameter, gradient in copy_gradients(model).items():
         torch.testing.assert_close(
             packed[parameter], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=parameter
         )
@@ -65,35 +65,35 @@ def test_packed_documents_equal_separate_runs_of_each(name: str, kernel: str) ->
 
 def test_without_the_document_mask_they_do_not() -> None:
     ids, labels = tokens()[:, :-1], tokens()[:, 1:]
-    masked = add_loss(model_of(TINY), ids, labels, *packed_row())
-    open_ = add_loss(model_of(TINY.model_copy(update={"document_mask": False})), ids, labels, *packed_row())
+    masked = add_loss(make_model(TINY), ids, labels, *packed_row())
+    open_ = add_loss(make_model(TINY.model_copy(update={"document_mask": False})), ids, labels, *packed_row())
     assert abs(masked - open_) / masked > 1e-2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_micro_batches_equal_one_batch(name: str) -> None:
-    model = model_of(CONFIGS[name])
+    model = make_model(CONFIGS[name])
     both = torch.randint(V, (2, S + 1), generator=torch.Generator().manual_seed(1))
     documents, positions = (
         torch.cat([packed, whole])
         for packed, whole in zip(packed_row(), (torch.zeros(1, S), torch.arange(S)[None]), strict=True)
     )
     whole = add_loss(model, both[:, :-1], both[:, 1:], documents, positions)
-    expected = gradients_of(model)
+    expected = copy_gradients(model)
     model.zero_grad()
     halves = sum(
         add_loss(model, both[i : i + 1, :-1], both[i : i + 1, 1:], documents[i : i + 1], positions[i : i + 1])
         for i in (0, 1)
     )
     assert halves == pytest.approx(whole, rel=1e-6)
-    for parameter, gradient in gradients_of(model).items():
+    for parameter, gradient in copy_gradients(model).items():
         torch.testing.assert_close(
             gradient, expected[parameter], rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=parameter
         )
 
 
 def test_a_token_changes_nothing_before_it() -> None:
-    model, ids = model_of(TINY), tokens()[:, :-1]
+    model, ids = make_model(TINY), tokens()[:, :-1]
     mask = model.document_mask(*packed_row())
     changed = ids.clone()
     changed[0, 20] = (changed[0, 20] + 1) % V
@@ -107,15 +107,15 @@ def test_a_token_changes_nothing_before_it() -> None:
 def test_a_block_traces_without_a_graph_break_forward_and_backward(kernel: str, packed: bool) -> None:
     ids, labels = tokens()[:, :-1], tokens()[:, 1:]
     documents, positions = packed_row() if packed else (torch.zeros_like(ids), torch.arange(S)[None])
-    eager, traced = model_of(TINY, kernel), model_of(TINY, kernel)
+    eager, traced = make_model(TINY, kernel), make_model(TINY, kernel)
     for layer in traced.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
     assert add_loss(traced, ids, labels, documents, positions) == pytest.approx(
         add_loss(eager, ids, labels, documents, positions), rel=1e-6
     )
-    for name, gradient in gradients_of(traced).items():
+    for name, gradient in copy_gradients(traced).items():
         torch.testing.assert_close(
-            gradient, gradients_of(eager)[name], rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name
+            gradient, copy_gradients(eager)[name], rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name
         )
 
 
@@ -129,19 +129,19 @@ def test_a_model_on_meta_takes_no_memory_and_traces_shapes() -> None:
     assert model.logits(model(ids, mask)).shape == (2, S, V)
 
 
-def test_a_config_that_still_says_auto_is_refused() -> None:
+def test_an_unresolved_vocabulary_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.vocab_size=auto"):
         Llama(ModelConfig())
 
 
 def test_tied_embeddings_are_one_parameter_that_learns_from_both_ends() -> None:
-    tied = model_of(TINY.model_copy(update={"tie_embeddings": True}))
+    tied = make_model(TINY.model_copy(update={"tie_embeddings": True}))
     assert tied.output_weight is tied.model.embed_tokens.weight
     assert "lm_head.weight" not in tied.state_dict()
     ids, labels = torch.full((1, S), 3), torch.full((1, S), 5)
     add_loss(tied, ids, labels, torch.zeros_like(ids), torch.arange(S)[None])
-    gradient = gradients_of(tied)["model.embed_tokens.weight"]
+    gradient = copy_gradients(tied)["model.embed_tokens.weight"]
     assert bool((gradient != 0).any(-1).all())  # the output end reaches every row
-    untied = model_of(TINY)
+    untied = make_model(TINY)
     add_loss(untied, ids, labels, torch.zeros_like(ids), torch.arange(S)[None])
-    assert (gradients_of(untied)["model.embed_tokens.weight"] != 0).any(-1).nonzero().flatten().tolist() == [3]
+    assert (copy_gradients(untied)["model.embed_tokens.weight"] != 0).any(-1).nonzero().flatten().tolist() == [3]

@@ -1,4 +1,5 @@
-"""The whole model against transformers' Llama, Qwen3, Qwen2 and Mistral: names, logits and every gradient, from the same weights."""
+"""The whole model against transformers' Llama, Qwen3, Qwen2 and Mistral: names, logits and every gradient, from the
+same weights."""
 
 from dataclasses import dataclass
 
@@ -90,7 +91,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], labels
 
 
-def outcome_of_ours(model: Llama, kernel: str = "sdpa") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def run_ours(model: Llama, kernel: str = "sdpa") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(logits, summed cross-entropy, gradients)."""
     ids, labels = batch()
     mask = document_mask(torch.zeros_like(ids), torch.arange(S).expand(B, S), kernel, model.config)
@@ -100,7 +101,7 @@ def outcome_of_ours(model: Llama, kernel: str = "sdpa") -> tuple[Tensor, Tensor,
     return model.logits(model(ids, mask)), loss, gradients
 
 
-def outcome_of_theirs(model: PreTrainedModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def run_theirs(model: PreTrainedModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     ids, labels = batch()
     logits = model(input_ids=ids).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
@@ -108,7 +109,7 @@ def outcome_of_theirs(model: PreTrainedModel) -> tuple[Tensor, Tensor, dict[str,
     return logits, loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def ours_with_weights_of(theirs: PreTrainedModel, changes: dict[str, object]) -> Llama:
+def make_ours_with_weights_of(theirs: PreTrainedModel, changes: dict[str, object]) -> Llama:
     with torch.device("meta"):
         model = Llama(SHAPE.model_copy(update=changes))
     model.to_empty(device="cpu")
@@ -117,7 +118,7 @@ def ours_with_weights_of(theirs: PreTrainedModel, changes: dict[str, object]) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_parameters_are_called_as_in_transformers_and_have_their_shapes(name: str) -> None:
+def test_parameters_have_the_names_and_shapes_of_transformers(name: str) -> None:
     this = case(name)
     ours = Llama(SHAPE.model_copy(update=this.ours))
     theirs = {n: p.shape for n, p in this.theirs.named_parameters()}
@@ -130,8 +131,8 @@ def test_parameters_are_called_as_in_transformers_and_have_their_shapes(name: st
 def test_logits_loss_and_all_gradients_equal_transformers(name: str, kernel: str) -> None:
     this = case(name)
     theirs = with_random_weights(this.theirs)
-    logits, loss, gradients = outcome_of_ours(ours_with_weights_of(theirs, this.ours), kernel)
-    their_logits, their_loss, their_gradients = outcome_of_theirs(theirs)
+    logits, loss, gradients = run_ours(make_ours_with_weights_of(theirs, this.ours), kernel)
+    their_logits, their_loss, their_gradients = run_theirs(theirs)
     torch.testing.assert_close(logits, their_logits, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(loss, their_loss, rtol=1e-6, atol=0)
     assert set(gradients) == set(their_gradients)
@@ -153,32 +154,32 @@ def test_logits_loss_and_all_gradients_equal_transformers(name: str, kernel: str
 def test_a_wrong_setting_is_seen(name: str, wrong: dict[str, object]) -> None:
     this = case(name)
     theirs = with_random_weights(this.theirs)
-    logits, _, _ = outcome_of_ours(ours_with_weights_of(theirs, this.ours | wrong))
-    assert (logits - outcome_of_theirs(theirs)[0]).abs().max() > 1e-3
+    logits, _, _ = run_ours(make_ours_with_weights_of(theirs, this.ours | wrong))
+    assert (logits - run_theirs(theirs)[0]).abs().max() > 1e-3
 
 
 def test_heads_in_another_order_are_seen() -> None:
     theirs = with_random_weights(case("llama").theirs)
-    ours = ours_with_weights_of(theirs, {})
+    ours = make_ours_with_weights_of(theirs, {})
     with torch.no_grad():
         key = ours.get_parameter("model.layers.0.self_attn.k_proj.weight")
         key.copy_(key.unflatten(0, (2, 8)).flip(0).flatten(0, 1))
-    assert (outcome_of_ours(ours)[0] - outcome_of_theirs(theirs)[0]).abs().max() > 1e-2
+    assert (run_ours(ours)[0] - run_theirs(theirs)[0]).abs().max() > 1e-2
 
 
 def test_interleaved_rope_weights_are_seen() -> None:
     theirs = with_random_weights(case("llama").theirs)
-    ours = ours_with_weights_of(theirs, {})
+    ours = make_ours_with_weights_of(theirs, {})
     with torch.no_grad():
         query = ours.get_parameter("model.layers.0.self_attn.q_proj.weight")
         query.copy_(query.unflatten(0, (4, 2, 4)).transpose(1, 2).flatten(0, 2))
-    assert (outcome_of_ours(ours)[0] - outcome_of_theirs(theirs)[0]).abs().max() > 1e-2
+    assert (run_ours(ours)[0] - run_theirs(theirs)[0]).abs().max() > 1e-2
 
 
 def test_bf16_logits_equal_transformers_within_bf16_rounding() -> None:
     theirs = with_random_weights(case("qwen3").theirs)
-    ours = ours_with_weights_of(theirs, case("qwen3").ours).bfloat16()
-    exact = outcome_of_theirs(theirs)[0]
-    rounded = outcome_of_theirs(theirs.bfloat16())[0].float()
-    error = (outcome_of_ours(ours)[0].float() - exact).norm() / exact.norm()
+    ours = make_ours_with_weights_of(theirs, case("qwen3").ours).bfloat16()
+    exact = run_theirs(theirs)[0]
+    rounded = run_theirs(theirs.bfloat16())[0].float()
+    error = (run_ours(ours)[0].float() - exact).norm() / exact.norm()
     assert error < 1.2 * (rounded - exact).norm() / exact.norm()

@@ -118,7 +118,8 @@ def test_fused_adamw_is_the_fp64_reference_to_2e_6_after_20_steps():
 
 
 def muon_reference(gradients, beta, *, nesterov=True):
-    """Direction of the last update after these gradients: momentum, Nesterov's look-ahead and five quintic Newton-Schulz steps in fp64.
+    """Direction of the last update after these gradients: momentum, Nesterov's look-ahead and five quintic
+    Newton-Schulz steps in fp64.
 
     https://kellerjordan.github.io/posts/muon/
     """
@@ -154,7 +155,8 @@ def test_muon_steps_by_a_nearly_orthogonal_matrix_times_the_shape_adjusted_lr():
         gradient = gradients[name][-1].double()
         assert torch.linalg.svdvals(update).min() > 0.6
         assert torch.linalg.svdvals(update).max() < 1.3
-        # Newton-Schulz in bf16: over 60 seeds its median distance from fp64 is 0.015 and its largest 0.020 (in fp32 it is 1e-5).
+        # Newton-Schulz in bf16: over 60 seeds its median distance from fp64 is 0.015 and its largest 0.020 (in fp32 it
+        # is 1e-5).
         assert distance(update, muon_reference(gradients[name], 0.9)) < 0.03
         # Negative controls: the gradient itself is far from orthogonal, and plain momentum is another direction.
         assert torch.linalg.svdvals(gradient / gradient.norm()).max() < 0.6
@@ -168,7 +170,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_the_state_is_there_before_the_first_step_and_is_the_one_the_steps_use(kind):
+def test_the_state_exists_before_the_first_step_and_is_the_one_the_steps_use(kind):
     weights = parameters()
     optimizer = build_optimizer(weights.items(), OptimConfig(kind=kind), LLAMA)
     state = optimizer.state()

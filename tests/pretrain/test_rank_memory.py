@@ -56,7 +56,7 @@ def test_the_parameters_are_those_of_the_model_and_split_as_its_plan_says(more: 
 
 @pytest.mark.parametrize("ranks", [1, 3, 5, 16])
 @pytest.mark.parametrize("rows", [1, 7, 16, 17])
-def test_rows_are_shared_out_as_torch_chunks_them(rows: int, ranks: int) -> None:
+def test_fsdp_chunks_rows_as_torch_chunk_does(rows: int, ranks: int) -> None:
     style, spec = SPEC.find("model.norm.weight")
     parameter, layout = ModelParameter("model.norm.weight", (rows, 2), spec, style), Layout(shard=ranks)
     chunks = [len(chunk) * 2 for chunk in torch.chunk(torch.empty(rows), ranks)]
@@ -74,7 +74,7 @@ def test_rows_are_shared_out_as_torch_chunks_them(rows: int, ranks: int) -> None
     ],
     ids=str,
 )
-def test_the_ranks_together_hold_the_model_exactly(args: tuple[str, ...]) -> None:
+def test_the_parameters_of_all_ranks_add_up_to_the_model(args: tuple[str, ...]) -> None:
     config, layout = planned(12, *TINY, "data.seq_len=48", "train.batch_size=48", *args)
     total = sum(estimate_rank_memory(config, layout, rank).n_parameters for rank in range(12)) // layout.replicate
     model = config.model
@@ -120,7 +120,7 @@ def test_zero_divides_8b_on_8_ranks_as_the_formulas_say(
     assert held.static_bytes == sum(found) + held.gathered_bytes
 
 
-def test_copies_alone_divide_nothing() -> None:
+def test_replicas_divide_nothing() -> None:
     config, layout = planned(
         8, "model.preset=llama3-8b", "train.batch_size=8", "parallel.shard=1", "parallel.replicate=8"
     )
@@ -128,7 +128,7 @@ def test_copies_alone_divide_nothing() -> None:
     assert estimate_rank_memory(config, replace(layout, shard=2, replicate=4), 7).master_bytes == 2 * LLAMA_8B
 
 
-def test_one_process_has_copies_in_bf16_alone() -> None:
+def test_one_process_has_compute_weights_in_bf16_only() -> None:
     config, layout = planned(1, *TINY, "data.seq_len=48")
     count = parameter_count(config.model)
     assert estimate_rank_memory(config, layout, 0).state_bytes == (4 + 2 + 4 + 8) * count
@@ -142,14 +142,14 @@ def test_muon_has_one_moment_for_the_matrices_of_the_blocks() -> None:
     assert estimate_rank_memory(config, layout, 0).optimizer_bytes == 8 * parameter_count(config.model) - 4 * matrices
 
 
-def test_offloaded_state_needs_no_room_on_the_device() -> None:
+def test_offloaded_state_takes_no_device_memory() -> None:
     config, layout = planned(2, *TINY, "data.seq_len=48", "parallel.offload=true")
     held = estimate_rank_memory(config, layout, 0)
     assert held.static_bytes == held.gathered_bytes
     assert held.state_bytes == 16 * parameter_count(config.model) / 2
 
 
-def test_the_fullest_rank_is_found_among_all() -> None:
+def test_the_peak_rank_has_the_most_static_bytes_of_all() -> None:
     config, layout = planned(
         12,
         *TINY,
@@ -164,7 +164,7 @@ def test_the_fullest_rank_is_found_among_all() -> None:
     assert min(sizes) < max(sizes)
 
 
-def test_stages_are_cut_where_the_engine_cuts_them() -> None:
+def test_stages_have_the_layers_that_the_engine_gives_them() -> None:
     config, layout = planned(2, *TINY, "data.seq_len=48", "parallel.pipeline=2")
     spec = build_model_spec(config)
     assert pipeline_end_costs(config.model) == (spec.first_cost, spec.last_cost)
@@ -174,8 +174,8 @@ def test_stages_are_cut_where_the_engine_cuts_them() -> None:
 @pytest.mark.parametrize("microbatches", [4, 8, 12, 20])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv"])
 @pytest.mark.parametrize("cost", [0.2, 1.0, 4.0])
-def test_the_most_that_is_kept_is_that_of_the_schedule(schedule: str, microbatches: int, cost: float) -> None:
-    """Whatever a pair that waits for its weights' gradients costs beside one that is not that far."""
+def test_microbatches_in_flight_peak_as_in_the_schedule(schedule: str, microbatches: int, cost: float) -> None:
+    """Whatever a microbatch that waits for its weights' gradients costs, relative to one that is not that far."""
     layout = Layout(pipeline=4, schedule=schedule, stages_per_rank=1 if schedule in ("gpipe", "1f1b") else 2)
     change = {"forward": 1.0, "backward": -1.0, "input": cost - 1, "weight": -cost}
     for rank, actions in schedule_actions(layout, microbatches).items():
@@ -245,7 +245,7 @@ def test_sequence_parallelism_sends_no_more_than_it_replaces() -> None:
     assert sum(sequence.values()) == sum(whole.values()) + vectors
 
 
-def test_every_second_layer_of_the_model_gathers_again_however_it_is_cut() -> None:
+def test_every_second_layer_gathers_again_whatever_the_stages() -> None:
     """One layer a stage: those of the second and fourth recompute."""
     args = (
         *TINY,

@@ -32,7 +32,7 @@ def scales(config, steps=STEPS):
 
 
 @pytest.mark.parametrize(("schedule", "decay_shape"), SHAPES)
-def test_warmup_climbs_evenly_from_one_part_to_the_peak(schedule, decay_shape):
+def test_warmup_rises_linearly_to_the_peak(schedule, decay_shape):
     warm = scales(optim(schedule, decay_shape))[:100]
     assert warm == [step / 100 for step in range(1, 101)]
 
@@ -150,7 +150,7 @@ def test_samples_before_a_late_step_of_a_long_ramp_is_exact():
         ),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_by_name(optim_settings, train_settings, message):
+def test_impossible_settings_are_refused_by_name(optim_settings, train_settings, message):
     with pytest.raises(UserError, match=message):
         check(optim(**optim_settings), train(**train_settings))
 
