@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         8,
         (*HEADS, "parallel.tensor=4", "parallel.context=2", "data.seq_len=20"),
         "data.seq_len=20 / parallel.context=2 = 10 is not divisible by parallel.tensor=4, as parallel.sequence=true "
-        "wants: "
+        "requires: "
         "use a multiple of 8, such as 24, or parallel.sequence=false",
     ),
     "Ulysses and key/value heads": (
