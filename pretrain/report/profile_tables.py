@@ -27,8 +27,8 @@ class ProfileTables:
         """Return what was profiled, and where the trace is."""
         summary = self.summary
         return (
-            f"Steps {summary.first_step:,} to {summary.last_step:,} of rank 0; times are per step. All operators are in "
-            f"{summary.table}. Open the trace {summary.trace} in https://ui.perfetto.dev or chrome://tracing."
+            f"Steps {summary.first_step:,} to {summary.last_step:,} of rank 0; times are per step. All operators are "
+            f"in {summary.table}. Open the trace {summary.trace} in https://ui.perfetto.dev or chrome://tracing."
         )
 
 
