@@ -1,1 +1,1 @@
-"""The training program: `run` is the whole story; then the loop, its batches, resuming, signals."""
+"""The training program. Read `run` first; then the loop, its batches, resuming, messages."""

@@ -32,7 +32,7 @@ def refusal(args: tuple[str, ...], data: str) -> str:
     return ""
 
 
-def test_ranks_that_agree_go_on(workers: WorkerPool) -> None:
+def test_ranks_that_agree_continue(workers: WorkerPool) -> None:
     assert workers.run(refusal, 3, (), "a") == ["", "", ""]
 
 

@@ -37,7 +37,7 @@ def test_every_row_is_read_by_one_rank_and_all_give_equally_many(n_rows: int, ra
     assert most <= given < most + 3  # less than one microbatch more
 
 
-def test_every_rank_gives_whole_microbatches() -> None:
+def test_every_rank_has_the_same_number_of_full_microbatches() -> None:
     assert [DataShard(0, 2).padded_rows(n_rows, 4) for n_rows in (1, 8, 9, 16, 18)] == [4, 4, 8, 8, 12]
 
 
@@ -48,11 +48,11 @@ def test_a_batch_that_is_not_filled_up_is_not_cut(tiny_data: Path) -> None:
         list(split_microbatches(batch, 3, CPU))
 
 
-def test_one_process_reads_everything_and_fills_nothing_up() -> None:
+def test_one_process_reads_every_row_without_padding() -> None:
     assert (DataShard().rows(9), DataShard().padded_rows(9, 3)) == (range(9), 9)
 
 
-def test_rows_that_fill_up_have_no_targets_and_positions_that_a_model_can_take(tiny_data: Path) -> None:
+def test_padding_rows_have_no_targets_and_valid_positions(tiny_data: Path) -> None:
     loader = Loader(tiny_data / "train", seq_len=32, seed=0)
     for count in (0, 2, 6):
         batch = loader.batch(10, count)
@@ -88,7 +88,7 @@ MODEL = (
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["sdpa", "blocked", "varlen"])
-def test_rows_that_fill_up_add_exactly_nothing(attention: str, precision: str, tiny_data: Path) -> None:
+def test_padding_rows_add_exactly_nothing(attention: str, precision: str, tiny_data: Path) -> None:
     config = load(None, [*MODEL, f"train.attention={attention}", f"train.precision={precision}"]).config
     engine, batch = build_engine(config), Loader(tiny_data / "train", seq_len=32, seed=0).batch(0, 2)
     whole, empty = split_microbatches(to_host(pad_batch(batch, 4), CPU), 2, CPU)

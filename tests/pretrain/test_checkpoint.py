@@ -51,7 +51,7 @@ def equal(a, b):
     )
 
 
-def make_record(step=1, **changes):
+def make_train_state(step=1, **changes):
     fields = {
         "step": step,
         "samples": 32 * step,
@@ -70,14 +70,14 @@ def plain_dcp_load(path, state):
         dcp_load(dict(state), storage_reader=FileSystemReader(path), no_dist=True)
 
 
-def no_problem_expected(path, problems):
+def fail_on_problem(path, problems):
     raise AssertionError(f"{path}: {problems}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_loaded_is_bitwise_what_was_saved_in_the_very_same_tensors(tmp_path, dtype):
+def test_load_restores_the_saved_values_bitwise_in_place(tmp_path, dtype):
     state = make_state(3, dtype=dtype)
-    path = save_checkpoint(tmp_path / "checkpoints", state, make_record(1000))
+    path = save_checkpoint(tmp_path / "checkpoints", state, make_train_state(1000))
     assert path == tmp_path / "checkpoints" / "step-00001000"
     assert sorted(file.name for file in path.iterdir()) == [".metadata", SHARD, "manifest.json"]
     assert verify_checkpoint(path) == []
@@ -100,7 +100,7 @@ def test_tensors_that_are_views_transposed_or_parameters_are_saved_by_value(tmp_
             "scalar": torch.tensor(7.0),
         }
     }
-    path = save_checkpoint(tmp_path, state, make_record())
+    path = save_checkpoint(tmp_path, state, make_train_state())
     loaded = {
         "model": {
             name: torch.zeros(tensor.shape).requires_grad_(name == "parameter")
@@ -114,14 +114,14 @@ def test_tensors_that_are_views_transposed_or_parameters_are_saved_by_value(tmp_
 
 def test_one_section_can_be_loaded_alone(tmp_path):
     state = make_state(3)
-    path = save_checkpoint(tmp_path, state, make_record())
+    path = save_checkpoint(tmp_path, state, make_train_state())
     loaded = {"model": empty_like(state["model"])}
     load_checkpoint(path, loaded)
     assert equal(loaded["model"], state["model"])
 
 
 def test_the_record_comes_back_with_a_generation_of_its_own(tmp_path):
-    record = make_record(2)
+    record = make_train_state(2)
     manifests = [read_manifest(save_checkpoint(tmp_path / name, make_state(), record)) for name in ("a", "b")]
     for manifest in manifests:
         assert {name: getattr(manifest, name) for name in TrainState.model_fields} == {
@@ -131,7 +131,7 @@ def test_the_record_comes_back_with_a_generation_of_its_own(tmp_path):
 
 
 def test_the_random_state_comes_back(tmp_path):
-    path = save_checkpoint(tmp_path, make_state(), make_record())
+    path = save_checkpoint(tmp_path, make_state(), make_train_state())
     expected, other = torch.rand(8), torch.rand(8)
     rng.restore(read_manifest(path).rng["data=0"])
     assert torch.equal(torch.rand(8), expected)
@@ -170,7 +170,7 @@ def lose_the_metadata(path):
 @pytest.mark.parametrize("corrupt", [flip_a_bit, zero_the_middle, take_the_shard_of_another_step])
 def test_dcp_alone_accepts_in_silence(tmp_path, corrupt):
     """Negative control: the damage below is real, and without our checksums it would go into the run."""
-    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    paths = [save_checkpoint(tmp_path, make_state(step), make_train_state(step)) for step in (1, 2)]
     corrupt(paths[0])
     loaded = empty_like(make_state())
     plain_dcp_load(paths[0], loaded)
@@ -189,7 +189,7 @@ def test_dcp_alone_accepts_in_silence(tmp_path, corrupt):
     ],
 )
 def test_verification_names_the_damaged_file(tmp_path, corrupt, problem):
-    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    paths = [save_checkpoint(tmp_path, make_state(step), make_train_state(step)) for step in (1, 2)]
     corrupt(paths[0])
     assert [problem in line for line in verify_checkpoint(paths[0])] == [True]
     assert verify_checkpoint(paths[1]) == []
@@ -206,7 +206,7 @@ def test_verification_names_the_damaged_file(tmp_path, corrupt, problem):
     ],
 )
 def test_a_damaged_manifest_is_a_problem_and_not_a_traceback(tmp_path, change, problem):
-    path = save_checkpoint(tmp_path, make_state(), make_record())
+    path = save_checkpoint(tmp_path, make_state(), make_train_state())
     manifest = path / "manifest.json"
     if change:
         manifest.write_text(change(manifest.read_text()), errors="surrogateescape")
@@ -220,7 +220,7 @@ def test_metadata_is_not_unpickled_before_its_checksum_was_compared(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    path = save_checkpoint(tmp_path, make_state(), make_record())
+    path = save_checkpoint(tmp_path, make_state(), make_train_state())
     (path / ".metadata").write_bytes(pickle.dumps(Program()))
     with pytest.raises(UserError, match=r"\.metadata has \d+ bytes instead of"):
         load_checkpoint(path, empty_like(make_state()))
@@ -244,8 +244,8 @@ def test_metadata_is_not_unpickled_before_its_checksum_was_compared(tmp_path):
         ),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused_and_touches_nothing(tmp_path, other, difference):
-    path = save_checkpoint(tmp_path, other, make_record())
+def test_a_checkpoint_of_another_model_is_refused_and_changes_no_tensor(tmp_path, other, difference):
+    path = save_checkpoint(tmp_path, other, make_train_state())
     state = empty_like(make_state())
     with pytest.raises(UserError, match=difference) as refusal:
         load_checkpoint(path, state)
@@ -257,7 +257,7 @@ def test_dcp_alone_accepts_more_layers_and_another_dtype(tmp_path):
     """Negative control of the refusals above."""
     for step, other in enumerate((make_state(1, layers=3), make_state(1, dtype=torch.bfloat16))):
         state = empty_like(make_state())
-        plain_dcp_load(save_checkpoint(tmp_path, other, make_record(step)), state)
+        plain_dcp_load(save_checkpoint(tmp_path, other, make_train_state(step)), state)
         assert not equal(state, empty_like(make_state()))
 
 
@@ -267,20 +267,22 @@ def test_a_tied_parameter_under_two_names_is_refused_before_anything_is_written(
         ValueError, match=r"model\.model\.embed_tokens\.weight and model\.lm_head\.weight are the same tensor"
     ):
         save_checkpoint(
-            tmp_path, {"model": {"model.embed_tokens.weight": weight, "lm_head.weight": weight.detach()}}, make_record()
+            tmp_path,
+            {"model": {"model.embed_tokens.weight": weight, "lm_head.weight": weight.detach()}},
+            make_train_state(),
         )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_tensor_is_refused(tmp_path):
+def test_a_state_dict_with_other_values_than_tensors_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"optimizer\.step is a int"):
-        save_checkpoint(tmp_path, {"optimizer": {"step": 3}}, make_record())
+        save_checkpoint(tmp_path, {"optimizer": {"step": 3}}, make_train_state())
 
 
-def test_the_newest_whole_checkpoint_is_found_and_the_skipped_ones_are_reported(tmp_path):
-    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2, 3)]
+def test_latest_valid_skips_and_reports_damaged_checkpoints(tmp_path):
+    paths = [save_checkpoint(tmp_path, make_state(step), make_train_state(step)) for step in (1, 2, 3)]
     partial_path(tmp_path, 9, "dead").mkdir()
-    assert latest_valid(tmp_path, no_problem_expected) == paths[2]
+    assert latest_valid(tmp_path, fail_on_problem) == paths[2]
 
     flip_a_bit(paths[2])
     lose_the_metadata(paths[1])
@@ -292,11 +294,11 @@ def test_the_newest_whole_checkpoint_is_found_and_the_skipped_ones_are_reported(
 
 
 def test_no_checkpoint_at_all_is_none_and_only_broken_ones_are_an_error_with_a_way_out(tmp_path):
-    assert latest_valid(tmp_path / "nowhere", no_problem_expected) is None
+    assert latest_valid(tmp_path / "nowhere", fail_on_problem) is None
     partial_path(tmp_path, 9, "dead").mkdir()
-    assert latest_valid(tmp_path, no_problem_expected) is None
+    assert latest_valid(tmp_path, fail_on_problem) is None
     for step in (1, 2):
-        lose_the_shard(save_checkpoint(tmp_path, make_state(step), make_record(step)))
+        lose_the_shard(save_checkpoint(tmp_path, make_state(step), make_train_state(step)))
     with pytest.raises(
         UserError, match=r"none of the 2 checkpoints .*/step-00000002/__0_0\.distcp is missing\. Restore"
     ) as refusal:
@@ -304,10 +306,10 @@ def test_no_checkpoint_at_all_is_none_and_only_broken_ones_are_an_error_with_a_w
     assert "delete" not in str(refusal.value)
 
 
-def test_a_whole_checkpoint_is_never_replaced(tmp_path):
-    path = save_checkpoint(tmp_path, make_state(1), make_record())
+def test_a_valid_checkpoint_is_never_replaced(tmp_path):
+    path = save_checkpoint(tmp_path, make_state(1), make_train_state())
     with pytest.raises(UserError, match=r"step-00000001 exists already and was kept: another process"):
-        save_checkpoint(tmp_path, make_state(2), make_record())
+        save_checkpoint(tmp_path, make_state(2), make_train_state())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     loaded = empty_like(make_state())
     load_checkpoint(path, loaded)
@@ -321,23 +323,23 @@ def test_of_two_racing_writers_the_second_fails_and_the_first_stays(tmp_path, mo
         if ".tmp-" in self.name and not raced:
             raced.append(target)
             save_checkpoint(
-                tmp_path, make_state(1), make_record()
+                tmp_path, make_state(1), make_train_state()
             )  # the other process commits between our writing and our rename
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", rename_after_the_other)
     with pytest.raises(UserError, match="exists already and was kept"):
-        save_checkpoint(tmp_path, make_state(2), make_record())
+        save_checkpoint(tmp_path, make_state(2), make_train_state())
     assert [file.name for file in tmp_path.iterdir()] == ["step-00000001"]
     loaded = empty_like(make_state())
-    load_checkpoint(latest_valid(tmp_path, no_problem_expected), loaded)
+    load_checkpoint(latest_valid(tmp_path, fail_on_problem), loaded)
     assert equal(loaded, make_state(1))
 
 
 def test_a_damaged_checkpoint_of_the_same_step_makes_way(tmp_path):
     """After a roll-back to an older checkpoint the run comes by the damaged one again."""
-    flip_a_bit(save_checkpoint(tmp_path, make_state(1), make_record()))
-    path = save_checkpoint(tmp_path, make_state(1), make_record())
+    flip_a_bit(save_checkpoint(tmp_path, make_state(1), make_train_state()))
+    path = save_checkpoint(tmp_path, make_state(1), make_train_state())
     assert verify_checkpoint(path) == []
     assert len(list(tmp_path.iterdir())) == 2
     prune(tmp_path, keep=1)
@@ -353,8 +355,8 @@ def leave_stray_files(folder):
     (folder / "dangling").symlink_to("/nowhere")
 
 
-def test_stray_files_are_named_and_change_nothing(tmp_path):
-    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+def test_unlisted_files_are_named_and_ignored(tmp_path):
+    paths = [save_checkpoint(tmp_path, make_state(step), make_train_state(step)) for step in (1, 2)]
     assert unlisted_files(paths[1]) == []
     leave_stray_files(paths[1])
     (tmp_path / ".DS_Store").touch()
@@ -363,7 +365,7 @@ def test_stray_files_are_named_and_change_nothing(tmp_path):
     (tmp_path / "step-00000005 (copy)").mkdir()
     assert verify_checkpoint(paths[1]) == []
     assert unlisted_files(paths[1]) == [".DS_Store", ".nfs0001", "__1_0.distcp", "dangling", "notes"]
-    assert latest_valid(tmp_path, no_problem_expected) == paths[1]
+    assert latest_valid(tmp_path, fail_on_problem) == paths[1]
     loaded = empty_like(make_state())
     load_checkpoint(paths[1], loaded)
     assert equal(loaded, make_state(2))
@@ -375,9 +377,9 @@ def test_stray_files_are_named_and_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN])
 @pytest.mark.parametrize("name", [SHARD, ".metadata", "manifest.json", None])
-def test_what_cannot_be_read_for_a_moment_is_not_damage(tmp_path, monkeypatch, number, name):
+def test_a_temporary_read_error_is_not_damage(tmp_path, monkeypatch, number, name):
     """No older checkpoint is taken for it, and nothing is renamed. None: the folder of all checkpoints."""
-    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+    paths = [save_checkpoint(tmp_path, make_state(step), make_train_state(step)) for step in (1, 2)]
     where = tmp_path if name is None else paths[1] / name
     opened, listed = io.open, Path.iterdir
 
@@ -396,10 +398,10 @@ def test_what_cannot_be_read_for_a_moment_is_not_damage(tmp_path, monkeypatch, n
     what = "listed" if name is None else "read"
     told = f"{where} cannot be {what} ({os.strerror(number)}); nothing is known to be damaged: check the disk or mount"
     with pytest.raises(StorageError, match=re.escape(told)):
-        latest_valid(tmp_path, no_problem_expected)
+        latest_valid(tmp_path, fail_on_problem)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
-    assert latest_valid(tmp_path, no_problem_expected) == paths[1]
+    assert latest_valid(tmp_path, fail_on_problem) == paths[1]
     (paths[1] / SHARD).unlink()  # negative control: what is missing is damage
     reported = []
     assert latest_valid(tmp_path, lambda path, problems: reported.append(path)) == paths[0]
@@ -407,27 +409,27 @@ def test_what_cannot_be_read_for_a_moment_is_not_damage(tmp_path, monkeypatch, n
 
 
 def test_a_checkpoint_in_a_folder_of_another_step_is_refused(tmp_path):
-    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (15, 30)]
+    paths = [save_checkpoint(tmp_path, make_state(step), make_train_state(step)) for step in (15, 30)]
     renamed = paths[1].rename(checkpoint_path(tmp_path, 45))
     told = f"{renamed} is named like the checkpoint of step 45, but its manifest.json says step 30; rename it to step-00000030, or move"
     with pytest.raises(UserError, match=re.escape(told)):
-        latest_valid(tmp_path, no_problem_expected)
+        latest_valid(tmp_path, fail_on_problem)
     shutil.copytree(renamed, paths[1])
     with pytest.raises(UserError, match=re.escape(f"says step 30; move it out of {tmp_path}")):
-        latest_valid(tmp_path, no_problem_expected)
+        latest_valid(tmp_path, fail_on_problem)
     shutil.rmtree(renamed)
-    assert latest_valid(tmp_path, no_problem_expected) == paths[1]
+    assert latest_valid(tmp_path, fail_on_problem) == paths[1]
 
 
-def test_what_was_set_aside_stays_until_a_newer_checkpoint_is_committed_and_verified(tmp_path):
-    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2, 3)]
+def test_a_damaged_checkpoint_stays_until_a_newer_one_is_committed_and_verified(tmp_path):
+    paths = [save_checkpoint(tmp_path, make_state(step), make_train_state(step)) for step in (1, 2, 3)]
     mark_damaged(paths[2])
     assert steps_on_disk(tmp_path) == {1, 2, 3}
     (aside,) = tmp_path.glob("step-00000003.tmp-damaged-*")
     assert prune(tmp_path, keep=3) == []
     assert aside.exists()  # the newest is of an earlier step
 
-    later = save_checkpoint(tmp_path, make_state(4), make_record(4))
+    later = save_checkpoint(tmp_path, make_state(4), make_train_state(4))
     flip_a_bit(later)
     (problem,) = prune(tmp_path, keep=4)
     assert f"step-00000004/{SHARD} is damaged" in problem
@@ -440,9 +442,9 @@ def test_what_was_set_aside_stays_until_a_newer_checkpoint_is_committed_and_veri
 
 
 def test_a_checkpoint_that_is_a_link_to_another_disk_loses_only_its_link(tmp_path):
-    elsewhere = save_checkpoint(tmp_path / "elsewhere", make_state(1), make_record(1))
+    elsewhere = save_checkpoint(tmp_path / "elsewhere", make_state(1), make_train_state(1))
     there = tmp_path / "checkpoints"
-    save_checkpoint(there, make_state(2), make_record(2))
+    save_checkpoint(there, make_state(2), make_train_state(2))
     checkpoint_path(there, 1).symlink_to(elsewhere)
     prune(there, keep=1)
     assert [path.name for path in there.iterdir()] == ["step-00000002"]
@@ -450,20 +452,20 @@ def test_a_checkpoint_that_is_a_link_to_another_disk_loses_only_its_link(tmp_pat
 
 
 def test_a_full_disk_is_an_os_error_and_leaves_nothing_behind(tmp_path):
-    save_checkpoint(tmp_path, make_state(1), make_record(1))
+    save_checkpoint(tmp_path, make_state(1), make_train_state(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            save_checkpoint(tmp_path, make_state(2), make_record(2))
+            save_checkpoint(tmp_path, make_state(2), make_train_state(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [file.name for file in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_retain_keeps_the_newest_and_deletes_what_crashes_left(tmp_path):
+def test_prune_keeps_the_newest_and_deletes_unfinished_checkpoints(tmp_path):
     for step in (5, 100_000_000, 20, 7):
-        save_checkpoint(tmp_path, make_state(step), make_record(step))
+        save_checkpoint(tmp_path, make_state(step), make_train_state(step))
     for step in (6, 100_000_000, 100_000_001):
         partial_path(tmp_path, step, "dead").mkdir()
     (tmp_path / "notes.tmp-mine").touch()
@@ -474,19 +476,19 @@ def test_retain_keeps_the_newest_and_deletes_what_crashes_left(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
-def test_a_half_deleted_checkpoint_never_looks_whole(tmp_path, monkeypatch):
-    paths = [save_checkpoint(tmp_path, make_state(step), make_record(step)) for step in (1, 2)]
+def test_a_half_deleted_checkpoint_never_looks_valid(tmp_path, monkeypatch):
+    paths = [save_checkpoint(tmp_path, make_state(step), make_train_state(step)) for step in (1, 2)]
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # killed before the first file went
     prune(tmp_path, keep=1)
     assert not paths[0].exists()
-    assert latest_valid(tmp_path, no_problem_expected) == paths[1]
+    assert latest_valid(tmp_path, fail_on_problem) == paths[1]
     monkeypatch.undo()
     prune(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == [paths[1]]
 
 
 def test_the_manifest_is_plain_json_with_the_sum_of_every_file(tmp_path):
-    path = save_checkpoint(tmp_path, make_state(), make_record(12))
+    path = save_checkpoint(tmp_path, make_state(), make_train_state(12))
     content = json.loads((path / "manifest.json").read_text())
     assert content["step"] == 12
     assert content["samples"] == 384

@@ -77,7 +77,7 @@ def killed(tmp_path_factory):
     shutil.rmtree(root)
 
 
-def step_of_newest(directory):
+def latest_valid_step(directory):
     def fail(path, problems):
         raise AssertionError(f"{path} looks committed and is not whole: {problems}")
 
@@ -91,18 +91,18 @@ def step_of_newest(directory):
     return step
 
 
-def test_a_save_killed_before_any_of_its_operations_leaves_the_old_or_the_new_checkpoint_whole(killed):
-    steps = [step_of_newest(directory) for directory in sorted(killed.glob("operation-*"))]
+def test_a_save_killed_before_any_of_its_operations_leaves_the_old_or_the_new_checkpoint_valid(killed):
+    steps = [latest_valid_step(directory) for directory in sorted(killed.glob("operation-*"))]
     assert len(steps) >= 9  # mkdir, shard, metadata twice and its rename, manifest, folder sync, commit, two more syncs
     assert steps == sorted(steps)
     assert steps[0] == 1
     assert steps[-1] == 2
 
 
-def test_a_save_killed_in_the_middle_of_a_file_leaves_the_old_checkpoint_whole(killed):
+def test_a_save_killed_in_the_middle_of_a_file_leaves_the_old_checkpoint_valid(killed):
     for part in range(8):
         directory = killed / f"byte-{part}"
-        assert step_of_newest(directory) == 1
+        assert latest_valid_step(directory) == 1
         assert [file.stat().st_size for file in directory.glob("*.tmp-*/*.distcp")] == [1_000_000 * 4 * part // 8 + 1]
 
 

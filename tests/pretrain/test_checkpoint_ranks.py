@@ -47,14 +47,14 @@ def names(layout: Layout, rank: int) -> list[str]:
     return ["embed", *blocks[layout.coordinates(rank)["pipeline"]]]
 
 
-def whole(name: str, seed: int) -> Tensor:
+def full_tensor_of(name: str, seed: int) -> Tensor:
     number = sum(name.encode()) + 1000 * seed
     return torch.randn(SHAPES[name.rpartition(".")[2]], generator=torch.Generator().manual_seed(number))
 
 
 def make_state(layout: Layout, seed: int, rank: int = 0) -> dict[str, Any]:
     """Parameters as the engine splits them, by tensor parallelism first and FSDP second, and an optimizer's state beside them."""
-    parameters = {name: whole(name, seed) for name in names(layout, rank)}
+    parameters = {name: full_tensor_of(name, seed) for name in names(layout, rank)}
     if layout.world_size > 1:
         mesh = build_mesh(layout, "cpu")
         module = nn.ParameterDict()
@@ -76,14 +76,18 @@ def differing(state: dict[str, Any], layout: Layout, seed: int) -> list[str]:
     def full(tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    model = [name for name, tensor in state["model"].items() if not torch.equal(full(tensor), whole(name, seed))]
+    model = [
+        name for name, tensor in state["model"].items() if not torch.equal(full(tensor), full_tensor_of(name, seed))
+    ]
     moments = [
-        name for name, slots in state["optimizer"].items() if not torch.equal(full(slots["exp_avg"]), whole(name, seed))
+        name
+        for name, slots in state["optimizer"].items()
+        if not torch.equal(full(slots["exp_avg"]), full_tensor_of(name, seed))
     ]
     return model + moments + [name for name, slots in state["optimizer"].items() if slots["step"] != seed]
 
 
-def make_record(step: int, layout: Layout) -> TrainState:
+def make_train_state(step: int, layout: Layout) -> TrainState:
     return TrainState(step=step, samples=step, config={}, dataset="", order="", layout={"shard": layout.shard}, rng={})
 
 
@@ -93,7 +97,7 @@ def world(layout: Layout) -> Any:
 
 def save(layout: Layout, folder: Path, seed: int) -> Path:
     rank = torch.distributed.get_rank() if layout.world_size > 1 else 0
-    return save_checkpoint(folder, make_state(layout, seed, rank), make_record(seed, layout), world(layout))
+    return save_checkpoint(folder, make_state(layout, seed, rank), make_train_state(seed, layout), world(layout))
 
 
 def load(layout: Layout, path: Path, seed: int) -> list[str]:
@@ -133,7 +137,7 @@ def test_one_process_writes_what_any_layout_reads_and_a_changed_value_is_noticed
     state = make_state(ALONE, 5)
     state["model"]["layers.1.down"][5, 13] += 1
     shutil.rmtree(path)
-    save_checkpoint(tmp_path, state, make_record(5, ALONE))
+    save_checkpoint(tmp_path, state, make_train_state(5, ALONE))
     for layout in LAYOUTS:
         found = on(workers, layout, load, path, 5)
         assert found == [
@@ -157,7 +161,7 @@ def test_every_rank_writes_a_file_of_its_own_and_the_manifest_has_the_sums_of_al
     assert ["__2_0.distcp is damaged" in problem for problem in verify_checkpoint(path)] == [True]
 
 
-def find_newest(folder: Path) -> tuple[Path | None, list[list[str]]]:
+def find_latest_valid(folder: Path) -> tuple[Path | None, list[list[str]]]:
     reported: list[list[str]] = []
     return latest_valid(folder, lambda path, problems: reported.append(problems), group.WORLD), reported
 
@@ -170,12 +174,12 @@ def test_the_ranks_share_the_verification_and_find_the_same_checkpoint(
     paths = [save(ALONE, tmp_path, step) for step in (1, 2)]
     files = sorted(file.name for file in paths[1].iterdir())
     assert files == [".metadata", "__0_0.distcp", "manifest.json"]
-    assert workers.run(find_newest, 2, tmp_path) == [(paths[1], [])] * 2
+    assert workers.run(find_latest_valid, 2, tmp_path) == [(paths[1], [])] * 2
     (paths[1] / ".DS_Store").write_bytes(b"left over")
-    assert workers.run(find_newest, 2, tmp_path) == [(paths[1], [])] * 2
+    assert workers.run(find_latest_valid, 2, tmp_path) == [(paths[1], [])] * 2
     file = paths[1] / files[number]
     file.write_bytes(file.read_bytes()[:-1])
-    told = workers.run(find_newest, 2, tmp_path)
+    told = workers.run(find_latest_valid, 2, tmp_path)
     assert told[0] == told[1]
     assert told[0][0] == paths[0]
     assert [len(problems) for problems in told[0][1]] == [1]
@@ -183,7 +187,7 @@ def test_the_ranks_share_the_verification_and_find_the_same_checkpoint(
     assert sum(len(verify_checkpoint(paths[1], rank, 2)) for rank in range(2)) == 1
 
 
-def find_newest_where_rank_1_cannot_read(folder: Path) -> str:
+def latest_valid_if_rank_1_cannot_read(folder: Path) -> str:
     import errno
     import io
     import os
@@ -197,18 +201,18 @@ def find_newest_where_rank_1_cannot_read(folder: Path) -> str:
 
     io.open = refuse
     try:
-        return str(find_newest(folder))
+        return str(find_latest_valid(folder))
     except StorageError as error:
         return str(error)
     finally:
         io.open = opened
 
 
-def test_what_one_rank_cannot_read_for_a_moment_stops_all_ranks_and_changes_nothing(
+def test_a_temporary_read_error_on_one_rank_stops_all_ranks_and_changes_nothing(
     workers: WorkerPool, tmp_path: Path
 ) -> None:
     paths = [save(ALONE, tmp_path, step) for step in (1, 2)]
-    told = workers.run(find_newest_where_rank_1_cannot_read, 2, tmp_path)
+    told = workers.run(latest_valid_if_rank_1_cannot_read, 2, tmp_path)
     assert told[0] == told[1]
     assert told[0].startswith(
         f"{paths[1] / '__0_0.distcp'} cannot be read (Stale file handle); nothing is known to be damaged"
@@ -216,7 +220,7 @@ def test_what_one_rank_cannot_read_for_a_moment_stops_all_ranks_and_changes_noth
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
-def retain_on_all(folder: Path) -> list[str]:
+def prune_on_all(folder: Path) -> list[str]:
     return prune(folder, 3, group.WORLD)
 
 
@@ -226,15 +230,15 @@ def test_the_ranks_verify_together_before_damaged_checkpoints_go(workers: Worker
     shard = paths[1] / "__0_0.distcp"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
-    told = workers.run(retain_on_all, 2, tmp_path)
+    told = workers.run(prune_on_all, 2, tmp_path)
     assert [len(problems) for problems in told] == [1, 1]
     assert len(list(tmp_path.glob("step-00000001.tmp-damaged-*"))) == 1
     shard.write_bytes(content)
-    assert workers.run(retain_on_all, 2, tmp_path) == [[], []]
+    assert workers.run(prune_on_all, 2, tmp_path) == [[], []]
     assert list(tmp_path.iterdir()) == [paths[1]]
 
 
-def save_where_the_disk_of_rank_1_is_full(layout: Layout, folder: Path) -> str:
+def save_with_full_disk_on_rank_1(layout: Layout, folder: Path) -> str:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -254,7 +258,7 @@ def test_a_full_disk_on_one_rank_is_an_os_error_on_all_and_leaves_nothing_behind
 ) -> None:
     layout = Layout(shard=2)
     assert (
-        workers.run(save_where_the_disk_of_rank_1_is_full, 2, layout, tmp_path / "checkpoints")
+        workers.run(save_with_full_disk_on_rank_1, 2, layout, tmp_path / "checkpoints")
         == ["[Errno 27] File too large"] * 2
     )
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -274,7 +278,7 @@ def refusal(layout: Layout, path: Path, change: str) -> str:
     try:
         load_checkpoint(path, state, group.WORLD)
     except UserError as error:
-        assert torch.equal(state["model"]["embed"].full_tensor(), whole("embed", 9))
+        assert torch.equal(state["model"]["embed"].full_tensor(), full_tensor_of("embed", 9))
         return str(error)
     return "loaded"
 
@@ -291,7 +295,7 @@ def refusal(layout: Layout, path: Path, change: str) -> str:
         ),
     ],
 )
-def test_what_the_ranks_hold_together_must_be_what_was_saved(
+def test_the_tensors_of_all_ranks_together_must_match_the_checkpoint(
     workers: WorkerPool, tmp_path: Path, change: str, difference: str
 ) -> None:
     path = save(ALONE, tmp_path, 2)
@@ -310,7 +314,7 @@ def save_twice(layout: Layout, folder: Path) -> list[str]:
     return said
 
 
-def test_a_whole_checkpoint_is_never_replaced_and_all_ranks_hear_of_it(workers: WorkerPool, tmp_path: Path) -> None:
+def test_a_valid_checkpoint_is_never_replaced_and_all_ranks_raise(workers: WorkerPool, tmp_path: Path) -> None:
     said = workers.run(save_twice, 2, Layout(shard=2), tmp_path)
     assert [first for first, _ in said] == ["step-00000001"] * 2
     assert all("step-00000001 exists already and was kept: another process" in second for _, second in said)
@@ -322,7 +326,7 @@ def save_tied_twice(folder: Path) -> None:
     state = make_state(Layout(shard=2), 1, rank)
     if rank == 1:
         state["model"]["lm_head"] = state["model"]["embed"]
-    save_checkpoint(folder, state, make_record(1, ALONE), group.WORLD)
+    save_checkpoint(folder, state, make_train_state(1, ALONE), group.WORLD)
 
 
 def test_a_tied_parameter_under_two_names_is_refused_on_all_ranks_before_anything_is_written(

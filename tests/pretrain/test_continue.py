@@ -122,7 +122,9 @@ def test_a_finished_run_made_longer_is_the_run_that_was_as_long_from_the_start(
     assert read_config(tmp_path / "run" / "config.yaml").train.steps == 20
 
 
-def test_a_longer_run_that_was_killed_before_it_told_its_end_tells_it(tmp_path: Path, run_tiny: RunTiny) -> None:
+def test_a_longer_run_that_was_killed_before_its_finish_event_records_it_on_resume(
+    tmp_path: Path, run_tiny: RunTiny
+) -> None:
     """The end that it told when it was shorter is not taken for this one."""
     run_tiny(tmp_path, *CONSTANT, "train.steps=10")
     run_tiny(tmp_path, *CONSTANT, "train.steps=12")
@@ -353,9 +355,7 @@ def test_a_branch_made_longer_answers_for_its_own_steps_alone(
     assert "step 11 had the learning rate 0.01 and would have had 0.00916667" in told
 
 
-def test_full_goes_on_with_other_numbers_from_there(
-    tmp_path: Path, parent: Path, train: Callable[..., Outcome]
-) -> None:
+def test_full_continues_with_other_settings(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
     """Another learning rate, batch size and length; the data goes on at the sequence where the other run stopped."""
     train(tmp_path, f"{parent}@10", "run.init_mode=full", "train.steps=13", "train.batch_size=6", "optim.lr=0.002")
     assert [(step, samples) for step, _, _, samples in curve(tmp_path)] == [(11, 46), (12, 52), (13, 58)]
@@ -368,7 +368,7 @@ def test_full_goes_on_with_other_numbers_from_there(
     )
 
 
-def test_weights_alone_begin_at_the_validation_loss_of_the_checkpoint(
+def test_weights_start_at_the_validation_loss_of_the_checkpoint(
     tmp_path: Path, parent: Path, train: Callable[..., Outcome]
 ) -> None:
     train(tmp_path, parent, "train.steps=3", "run.seed=5", "optim.kind=muon")
@@ -432,7 +432,7 @@ def test_a_run_that_began_from_another_resumes_where_init_from_is_left_out(
 
 
 @pytest.mark.parametrize("end", ["model:", "data:", "log:"])
-def test_a_config_of_a_run_that_is_cut_short_is_told_as_that(
+def test_a_truncated_config_of_the_parent_run_is_reported(
     tmp_path: Path, parent: Path, child: Callable[..., list[str]], end: str
 ) -> None:
     text = (parent / "config.yaml").read_text()
@@ -447,7 +447,7 @@ def test_a_config_of_a_run_that_is_cut_short_is_told_as_that(
     assert load(None, child(tmp_path / "run", cut.parent)).config.model.n_layers == 2
 
 
-def test_before_its_first_checkpoint_a_run_begins_from_the_recorded_one_again_or_not_at_all(
+def test_before_its_first_checkpoint_a_run_restarts_from_the_recorded_one_or_not_at_all(
     tmp_path: Path, parent: Path, run_tiny: RunTiny, train: Callable[..., Outcome]
 ) -> None:
     other = shutil.copytree(parent, tmp_path / "other")
@@ -507,7 +507,7 @@ def other_tokenizer(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-def test_weights_go_on_with_other_data_of_the_same_tokenizer(
+def test_weights_continue_on_other_data_of_the_same_tokenizer(
     tmp_path: Path, parent: Path, train: Callable[..., Outcome], other_data: Path
 ) -> None:
     train(tmp_path, parent, f"data.path={other_data}", "train.steps=5", "data.seq_len=64")
@@ -552,7 +552,7 @@ def test_weights_go_on_with_other_data_of_the_same_tokenizer(
         (15, [], "there is no checkpoint of step 15; kept are 10, 20 (checkpoint.keep says how many a run keeps)"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(
     tmp_path: Path,
     parent: Path,
     child: Callable[..., list[str]],
@@ -585,7 +585,7 @@ def test_full_wants_the_same_data_and_weights_the_same_tokenizer(
     assert not (tmp_path / "run").exists()
 
 
-def test_names_that_are_nothing_are_told_apart(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
+def test_init_from_errors_say_what_is_missing(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
     assert (
         "is neither a run directory with a config.yaml nor the folder of a checkpoint; write RUN or RUN@STEP"
         in refusal(lambda: train(tmp_path / "run", tmp_path / "nothing"))
@@ -615,7 +615,7 @@ def test_a_damaged_checkpoint_is_refused_and_another_one_is_named(
     assert validations(tmp_path / "run")[0] == validations(parent)[10]
 
 
-def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told_as_that(
+def test_a_checkpoint_deleted_while_it_is_read_is_reported(
     tmp_path: Path, parent: Path, train: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moving = shutil.copytree(parent, tmp_path / "moving")
@@ -632,7 +632,7 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told_as_that(
     )
 
 
-def test_settings_that_no_weight_is_made_for_may_differ_and_are_told(
+def test_model_settings_without_weights_may_differ_and_are_reported(
     tmp_path: Path, parent: Path, train: Callable[..., Outcome]
 ) -> None:
     """Longer contexts: another base of RoPE, a longer limit."""
@@ -641,7 +641,7 @@ def test_settings_that_no_weight_is_made_for_may_differ_and_are_told(
     assert start.endswith("; model.max_seq_len=128, there 64; model.rope.theta=500000.0, there 10000.0")
 
 
-def test_the_model_comes_from_the_other_run_and_its_origin_is_told(
+def test_the_model_comes_from_the_other_run_and_its_origin_is_shown(
     tmp_path: Path, parent: Path, child: Callable[..., list[str]]
 ) -> None:
     loaded = load(None, child(tmp_path / "run", parent, "model.vocab_size=auto", "model.init_std=0.01"))

@@ -50,7 +50,7 @@ def test_a_flipped_bit_stops_training_and_is_named(
     assert "Traceback" not in answer.err
 
 
-def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
+def test_skipping_damage_records_it_once_and_trains_on_all_other_sequences(
     damaged: tuple[Path, Path], tiny_data: Path, tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs
 ) -> None:
     data, file = damaged
@@ -82,7 +82,7 @@ def test_skipping_damage_tells_its_place_once_and_trains_on_all_other_sequences(
     assert same.index(False) == lost[0] - 1
 
 
-def test_a_shard_that_is_gone_or_cut_off_is_told_before_a_run_begins(
+def test_a_missing_or_truncated_shard_is_reported_before_a_run_starts(
     damaged: tuple[Path, Path], tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs
 ) -> None:
     data, file = damaged

@@ -96,7 +96,7 @@ def test_a_run_whose_last_checkpoints_do_not_fit_is_warned(config: RunConfig, mo
     assert check_disk_space(config) == ""  # the fourth goes when the run goes on
 
 
-def test_remains_of_a_killed_save_take_no_room_and_go_before_the_run_goes_on(
+def test_unfinished_checkpoints_count_as_free_space_and_are_deleted_on_resume(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_tiny: RunTiny
 ) -> None:
     size = checkpoint_bytes(config)
@@ -133,7 +133,7 @@ def a_dangling_link(checkpoints: Path) -> str:
 
 
 @pytest.mark.parametrize("make", [a_file, a_dangling_link])
-def test_checkpoints_that_cannot_be_written_are_told_before_training(
+def test_unwritable_checkpoints_are_reported_before_training(
     tmp_path: Path, pretrain: Pretrain, tiny_args: TinyArgs, run_tiny: RunTiny, make: Callable[[Path], str]
 ) -> None:
     args, checkpoints = ("train.steps=2", "optim.warmup=0"), tmp_path / "run" / "checkpoints"
@@ -181,7 +181,7 @@ def test_a_read_only_mount_refuses_a_run_that_would_save_and_not_a_finished_one(
     assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-00000002", "step-00000004"]
 
 
-def test_a_file_system_that_tells_no_sizes_is_not_asked(
+def test_a_file_system_without_sizes_is_not_checked(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert free_bytes(tmp_path / "not" / "there") == free_bytes(tmp_path)
@@ -201,7 +201,7 @@ def test_a_finished_run_is_not_asked_for_room(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_goes_on_when_there_is_room(
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_resumes_with_more_space(
     tmp_path: Path, run_tiny: RunTiny, pretrain: Pretrain, tiny_args: TinyArgs
 ) -> None:
     args = ("train.steps=8", "checkpoint.every=4")

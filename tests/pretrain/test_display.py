@@ -85,7 +85,7 @@ def test_the_mfu_statement_is_said_once() -> None:
     assert out.getvalue().count("MFU counts so") == 1
 
 
-def test_validations_and_events_are_always_told() -> None:
+def test_validations_and_events_are_always_printed() -> None:
     console, out = plain_console()
     with Display(100, console=console) as display:
         display.validation(ValidationRecord(step=50, val_loss=2.0, val_tokens=9, time=0))
@@ -128,7 +128,7 @@ def test_the_panel_has_a_line_of_the_sources_that_fits(count: int, width: int, l
     assert len(told) < width
 
 
-def test_a_terminal_shows_a_panel_that_goes_on_where_a_resumed_run_does() -> None:
+def test_a_terminal_shows_a_panel_that_continues_at_the_resumed_step() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100, legacy_windows=False)
     with Display(400, console=console) as display:

@@ -163,7 +163,7 @@ def test_ranks_that_read_the_same_rows_have_another_curve(
     assert largest_difference(tmp_path / "run", undisturbed) > 1e-3
 
 
-def test_two_ranks_begin_from_the_checkpoint_of_one_process(
+def test_two_ranks_start_from_the_checkpoint_of_one_process(
     undisturbed: Path, tiny_args: TinyArgs, tmp_path: Path
 ) -> None:
     """With optimizer and data position: the curve is what is left of that run's. One that reads other rows has another: see above."""
@@ -181,7 +181,7 @@ def test_two_ranks_begin_from_the_checkpoint_of_one_process(
     assert (ancestor.run, ancestor.step) == (str(undisturbed), 10)
 
 
-def test_sigterm_saves_on_all_ranks_and_the_run_goes_on_on_other_layouts(
+def test_sigterm_saves_on_all_ranks_and_the_run_resumes_on_other_layouts(
     run_tiny: RunTiny, undisturbed: Path, tiny_args: TinyArgs, tmp_path: Path
 ) -> None:
     """shard=2, then pipeline=2, then one process; the curve is the undisturbed one. torchrun itself ends with 1, the ranks with 75.

@@ -36,7 +36,7 @@ def train(settings: RunConfig, path: Path, steps: range, loss: float, resume_ste
         logger.close()
 
 
-def test_nobody_hears_by_default(tmp_path: Path) -> None:
+def test_there_are_no_loggers_by_default(tmp_path: Path) -> None:
     assert open_loggers(config(tmp_path), tmp_path, 0) == []
 
 

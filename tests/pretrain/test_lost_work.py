@@ -102,11 +102,11 @@ def notices(run_dir: Path) -> list[str]:
     return [event.text for event in read_events(run_dir / "events.jsonl") if event.kind == "notice"]
 
 
-def went_on_from(run_dir: Path) -> list[int | None]:
+def resumed_steps(run_dir: Path) -> list[int | None]:
     return [event.step for event in read_events(run_dir / "events.jsonl") if event.kind in {"start", "resume"}]
 
 
-def test_stray_files_are_told_and_the_run_goes_on_from_that_checkpoint(
+def test_unlisted_files_are_reported_and_the_run_resumes_from_that_checkpoint(
     stopped: Path, run_tiny: RunTiny, undisturbed: list[float]
 ) -> None:
     newest = checkpoint_path(stopped / "checkpoints", 30)
@@ -117,7 +117,7 @@ def test_stray_files_are_told_and_the_run_goes_on_from_that_checkpoint(
     told = "step-00000030 holds files that its manifest does not list; they are ignored: .DS_Store, mine"
     assert notices(stopped) == [told]
     assert f"notice at step 30: {told}" in console.file.getvalue()
-    assert went_on_from(stopped) == [0, 30]
+    assert resumed_steps(stopped) == [0, 30]
     assert (newest / ".DS_Store").exists()
     assert losses(stopped) == undisturbed
 
@@ -144,7 +144,7 @@ def test_without_its_checkpoints_a_run_does_not_start_over_by_itself(
     (stopped / "checkpoints").unlink()
 
     assert run_tiny(stopped, *ARGS, GO_BACK) is Outcome.FINISHED
-    assert went_on_from(stopped) == [0, 0]
+    assert resumed_steps(stopped) == [0, 0]
     assert losses(stopped) == undisturbed
     assert (stopped / "metrics.before-attempt-2.jsonl").read_bytes() == old
     assert [event.step for event in read_events(stopped / "events.jsonl") if event.kind == "save"] == [
@@ -171,19 +171,19 @@ def test_a_checkpoint_that_vanished_is_not_replaced_by_an_older_one_unasked(
     )
     assert f"To train again from step 20 here, set {GO_BACK}" in told
     assert run_tiny(stopped, *ARGS, GO_BACK) is Outcome.FINISHED
-    assert went_on_from(stopped) == [0, 20]
+    assert resumed_steps(stopped) == [0, 20]
     assert losses(stopped) == undisturbed
     assert run_tiny(stopped, *ARGS) is Outcome.FINISHED  # what was accepted once is not asked again
-    assert went_on_from(stopped) == [0, 20]
+    assert resumed_steps(stopped) == [0, 20]
 
 
-def test_going_back_is_a_permission_that_does_nothing_where_nothing_is_lost(stopped: Path, run_tiny: RunTiny) -> None:
+def test_go_back_does_nothing_if_no_checkpoint_is_lost(stopped: Path, run_tiny: RunTiny) -> None:
     assert run_tiny(stopped, *ARGS, GO_BACK) is Outcome.FINISHED
-    assert went_on_from(stopped) == [0, 30]
+    assert resumed_steps(stopped) == [0, 30]
     assert not list(stopped.glob("metrics.before-*"))
 
 
-def test_where_no_checkpoint_is_whole_all_stay_and_starting_over_sets_them_aside(
+def test_without_a_valid_checkpoint_all_stay_and_starting_over_marks_them_damaged(
     stopped: Path, refused: Callable[..., str], run_tiny: RunTiny
 ) -> None:
     for step in (10, 20, 30):
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_stops_the_run_and_stays_t
         f"error: {file} cannot be read (Input/output error); nothing is known to be damaged: check the disk or mount"
     )
     assert run_tiny(stopped, *ARGS) is Outcome.FINISHED
-    assert went_on_from(stopped) == [0, 30]
+    assert resumed_steps(stopped) == [0, 30]
     assert losses(stopped) == undisturbed
 
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(stopped: Path, r
     )
 
 
-def test_half_of_the_metrics_gone_is_told_once_and_nothing_is_trained_twice(
+def test_missing_metrics_are_reported_once_and_no_step_is_trained_twice(
     stopped: Path, run_tiny: RunTiny, undisturbed: list[float]
 ) -> None:
     lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -249,7 +249,7 @@ def test_half_of_the_metrics_gone_is_told_once_and_nothing_is_trained_twice(
     assert [record.loss for record in steps][14:] == undisturbed[30:]
 
 
-def test_without_any_records_a_run_goes_on_from_its_checkpoint_and_says_what_is_lost(
+def test_without_any_records_a_run_resumes_from_its_checkpoint_and_reports_the_loss(
     stopped: Path, run_tiny: RunTiny
 ) -> None:
     (stopped / "metrics.jsonl").unlink()
@@ -259,7 +259,7 @@ def test_without_any_records_a_run_goes_on_from_its_checkpoint_and_says_what_is_
         "metrics.jsonl has no records of steps 1 to 30: curves have a gap there, but no step is trained twice",
         "events.jsonl does not record how the run reached step 30: its earlier events are lost",
     ]
-    assert went_on_from(stopped) == [30]
+    assert resumed_steps(stopped) == [30]
 
 
 def test_records_of_another_run_are_refused(stopped: Path, refused: Callable[..., str]) -> None:
@@ -319,7 +319,7 @@ def test_a_run_that_was_killed_before_its_first_save_has_lost_nothing(tmp_path: 
     assert check_records(tmp_path, None, None, go_back=True).lost
 
 
-def test_a_checkpoint_that_was_set_aside_has_not_vanished(tmp_path: Path) -> None:
+def test_a_checkpoint_marked_as_damaged_is_not_lost(tmp_path: Path) -> None:
     """A crash between setting it aside and telling of the resume."""
     (tmp_path / "events.jsonl").write_text("".join(event.line() for event in events(("start", 0), ("save", 20))))
     (tmp_path / "checkpoints").mkdir()

@@ -108,7 +108,7 @@ def test_a_damaged_line_inside_is_named(tmp_path: Path) -> None:
         truncate_after(path, 1)
 
 
-def test_a_step_told_twice_counts_once_and_the_last_word_holds(tmp_path: Path) -> None:
+def test_a_step_recorded_twice_counts_once_and_the_last_record_wins(tmp_path: Path) -> None:
     write(
         tmp_path / "m",
         validation_record(0, 9.0),
@@ -131,7 +131,7 @@ def test_no_file_is_an_empty_book(tmp_path: Path) -> None:
 # Resuming
 
 
-def test_a_resumed_run_tells_every_step_once(tmp_path: Path) -> None:
+def test_a_resumed_run_records_every_step_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, validation_record(0), *(step_record(s) for s in range(1, 31)), validation_record(25))
     truncate_after(path, 20)

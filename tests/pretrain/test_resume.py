@@ -127,7 +127,7 @@ def test_sigterm_saves_a_step_that_has_no_checkpoint_of_its_own(
     assert_same_end(tmp_path, whole())
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_nothing_is_told_twice(
+def test_a_second_ctrl_c_exits_at_once_and_nothing_is_recorded_twice(
     tmp_path: Path, run_tiny: RunTiny, whole: Whole
 ) -> None:
     for step, last in ((7, "start"), (27, "save")):  # before the first checkpoint, and after it
@@ -200,7 +200,7 @@ train(load(None, sys.argv[1:]).config, Console(), [Kill()])
 """
 
 
-def test_a_run_that_was_killed_at_27_goes_on_from_20(
+def test_a_run_killed_at_27_resumes_from_20(
     tmp_path: Path, run_tiny: RunTiny, whole: Whole, tiny_args: Callable[..., list[str]]
 ) -> None:
     killed = subprocess.run(
@@ -276,7 +276,7 @@ def move_one_weight(state: dict[str, dict]) -> None:
     ("change", "same"),
     [(nothing, True), (zero_the_moments, False), (forget_the_step_count, False), (move_one_weight, False)],
 )
-def test_the_comparison_notices_what_is_lost_of_the_state(
+def test_the_comparison_notices_lost_state(
     tmp_path: Path, run_tiny: RunTiny, whole: Whole, change: Callable[[dict[str, dict]], None], same: bool
 ) -> None:
     run_tiny(tmp_path, observers=[SignalAfter(20)])
@@ -315,7 +315,7 @@ def test_a_finished_run_started_again_does_nothing_and_says_so(tmp_path: Path, r
     }
 
 
-def test_a_run_that_was_killed_after_its_last_checkpoint_still_tells_its_end(tmp_path: Path, run_tiny: RunTiny) -> None:
+def test_a_run_killed_after_its_last_checkpoint_records_its_end_on_resume(tmp_path: Path, run_tiny: RunTiny) -> None:
     args = ("train.steps=10", "log.samples=[the loop]")
     run_tiny(tmp_path, *args)
     lines = (tmp_path / "events.jsonl").read_text().splitlines(keepends=True)

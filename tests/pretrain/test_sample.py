@@ -106,7 +106,7 @@ def test_a_prompt_that_fills_the_context_is_refused_before_any_text(trained: tup
     assert len("".join(continue_text(*trained, "\x00" * 63, SamplingOptions()))) <= 10
 
 
-def test_pieces_join_to_the_whole_and_cut_no_character(tiny_data: Path) -> None:
+def test_pieces_join_to_the_text_and_cut_no_character(tiny_data: Path) -> None:
     tokenizer, text = load_tokenizer(tiny_data), "naïve Ω 漢字 🙂 end"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)  # the vocabulary is made of English: another letter is several bytes, each a token
@@ -120,7 +120,7 @@ def test_pieces_join_to_the_whole_and_cut_no_character(tiny_data: Path) -> None:
     assert cut == "naïve Ω 漢\N{REPLACEMENT CHARACTER}"
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_told(run_dir: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_reported(run_dir: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
     shard = copy / "checkpoints" / "step-00000060" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])

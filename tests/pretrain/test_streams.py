@@ -52,7 +52,7 @@ def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pretrain.train.run.write_report", lambda path: path / "report.html")
 
 
-def told(run_dir: Path, kind: str) -> list[tuple[int | None, str]]:
+def event_texts(run_dir: Path, kind: str) -> list[tuple[int | None, str]]:
     return [(event.step, event.text) for event in read_events(run_dir / "events.jsonl") if event.kind == kind]
 
 
@@ -66,25 +66,25 @@ def told(run_dir: Path, kind: str) -> list[tuple[int | None, str]]:
     ids=["pipe", "disk", "closed"],
 )
 @pytest.mark.parametrize("terminal", [False, True], ids=["lines", "panel"])
-def test_a_run_outlives_its_display_and_tells_so(
+def test_a_run_outlives_its_display_and_records_it(
     tmp_path: Path, run_tiny: RunTiny, error: Exception, reason: str, terminal: bool
 ) -> None:
     console = Console(file=Fails(error, writes=2), force_terminal=terminal)
     assert run_tiny(tmp_path, "train.steps=4", "optim.warmup=1", "eval.every=4", console=console) is Outcome.FINISHED
-    [(step, text)] = told(tmp_path, "output_lost")
+    [(step, text)] = event_texts(tmp_path, "output_lost")
     assert text == f"the display cannot be written ({reason}): the run continues without it"
     assert step == 0
-    assert told(tmp_path, "finish")
+    assert event_texts(tmp_path, "finish")
     assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl").steps] == [1, 2, 3, 4]
     assert (tmp_path / "checkpoints" / "step-00000004").is_dir()
 
 
-def test_a_display_that_works_is_not_told_of(tmp_path: Path, run_tiny: RunTiny) -> None:
+def test_a_working_display_is_not_recorded_as_lost(tmp_path: Path, run_tiny: RunTiny) -> None:
     assert (
         run_tiny(tmp_path, "train.steps=2", "optim.warmup=1", console=Console(file=Fails(OSError(), writes=-1)))
         is Outcome.FINISHED
     )
-    assert told(tmp_path, "output_lost") == []
+    assert event_texts(tmp_path, "output_lost") == []
 
 
 class Raises:
@@ -103,12 +103,12 @@ class Raises:
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_run_goes_on_without_a_logger_that_raises(tmp_path: Path, run_tiny: RunTiny) -> None:
+def test_a_run_continues_without_a_logger_that_raises(tmp_path: Path, run_tiny: RunTiny) -> None:
     bad, worse, good = Raises(3, at_close=True), Raises(None, at_close=True), Raises(None)
     assert run_tiny(tmp_path, "train.steps=5", "eval.every=9", observers=[bad, worse, good]) is Outcome.FINISHED
     assert bad.heard == [0, 1, 2, 3]
     assert good.heard == [0, 1, 2, 3, 4, 5, 5]
-    assert told(tmp_path, "logger_failed") == [
+    assert event_texts(tmp_path, "logger_failed") == [
         (3, "Raises: RuntimeError: its service is down; the run continues without it"),
         (None, "Raises: OSError: No space left on device; the run continues without it"),
     ]
@@ -130,7 +130,7 @@ def test_a_report_that_fails_is_one_warning_and_keeps_the_outcome(
     assert "report:" not in console.file.getvalue()
 
 
-def test_a_report_that_fails_after_an_error_is_not_heard_of(
+def test_a_report_that_fails_after_an_error_is_silent(
     tmp_path: Path, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: Path) -> Path:
@@ -187,7 +187,9 @@ def test_a_command_whose_reader_left_ends_without_a_word(pretrain: Pretrain, wor
 
 
 @pytest.mark.parametrize("kind", ["full", "pipe"])
-def test_preparation_goes_on_without_its_output(pretrain: Pretrain, tmp_path: Path, tiny_text: Path, kind: str) -> None:
+def test_preparation_continues_without_its_output(
+    pretrain: Pretrain, tmp_path: Path, tiny_text: Path, kind: str
+) -> None:
     source = f"data.sources=[{{kind: text, paths: [{tiny_text}]}}]"
     with lost_output(kind):
         answer = pretrain(
@@ -231,10 +233,10 @@ def test_a_run_whose_pipes_both_lose_their_reader_ends_well(tmp_path: Path, tiny
         assert process.stdout.readline().startswith(b"data.tokenizer = ")
         process.stdout.close()
         assert process.wait(120) == 0
-    assert told(tmp_path, "output_lost") == [
+    assert event_texts(tmp_path, "output_lost") == [
         (0, "the display cannot be written (Broken pipe): the run continues without it")
     ]
-    assert told(tmp_path, "finish")
+    assert event_texts(tmp_path, "finish")
     assert (tmp_path / "report.html").is_file()
 
 
@@ -325,7 +327,7 @@ def test_on_a_terminal_ctrl_c_is_answered_in_the_panel_and_a_second_one_lets_the
     assert terminal.exit_code() == 75
     terminal.close()
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert told(tmp_path / "run", "stop") == [
+    assert event_texts(tmp_path / "run", "stop") == [
         (int(saved.name[-8:]), "SIGINT received; the same command resumes from here")
     ]
 
@@ -337,4 +339,6 @@ def test_a_terminal_that_closes_saves_the_run(tmp_path: Path, tiny_args: TinyArg
     terminal.close()
     assert terminal.exit_code() == 75
     (saved,) = (tmp_path / "checkpoints").iterdir()
-    assert told(tmp_path, "stop") == [(int(saved.name[-8:]), "SIGHUP received; the same command resumes from here")]
+    assert event_texts(tmp_path, "stop") == [
+        (int(saved.name[-8:]), "SIGHUP received; the same command resumes from here")
+    ]

@@ -39,20 +39,20 @@ def _no_report() -> object:
         yield
 
 
-def told(run_dir: Path) -> tuple[Metrics, RunConfig]:
+def read_run(run_dir: Path) -> tuple[Metrics, RunConfig]:
     return read_metrics(run_dir / "metrics.jsonl"), load(run_dir / "config.yaml").config
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [record.loss for record in told(run_dir)[0].steps]
+    return [record.loss for record in read_run(run_dir)[0].steps]
 
 
-def test_a_run_of_150_steps_learns_all_there_is_to_learn(tmp_path: Path, run_tiny: RunTiny, tiny_data: Path) -> None:
+def test_a_run_of_150_steps_reaches_the_entropy_of_the_text(tmp_path: Path, run_tiny: RunTiny, tiny_data: Path) -> None:
     """A sentence is three free choices of six, and the rest follows: less than that many nats would mean that the future was seen."""
     run_tiny(
         tmp_path, "train.steps=150", "train.batch_size=8", "eval.every=50", "eval.batches=100", "checkpoint.every=150"
     )
-    validations = told(tmp_path)[0].validations
+    validations = read_run(tmp_path)[0].validations
     assert [record.step for record in validations] == [0, 50, 100, 150]
     assert validations[0].val_loss == pytest.approx(math.log(320), abs=0.1)  # an even guess
     shards = open_split(tiny_data / "validation").sources[0]
@@ -71,7 +71,7 @@ def test_records_equal_the_schedules(tmp_path: Path, run_tiny: RunTiny) -> None:
         "train.micro_batch_size=4",
     )
     run_tiny(tmp_path, *args, "optim.schedule=wsd", "optim.decay=0.3", "train.z_loss=0.001")
-    metrics, config = told(tmp_path)
+    metrics, config = read_run(tmp_path)
     assert [record.step for record in metrics.steps] == list(range(1, 31))
     for record in metrics.steps:
         assert record.samples == samples_before(record.step + 1, config.train)
@@ -85,7 +85,7 @@ def test_records_equal_the_schedules(tmp_path: Path, run_tiny: RunTiny) -> None:
     assert [metrics.steps[i].samples for i in (0, 19, 29)] == [2, 97, 187]
 
 
-def test_events_tell_the_run(tmp_path: Path, run_tiny: RunTiny) -> None:
+def test_events_describe_the_run(tmp_path: Path, run_tiny: RunTiny) -> None:
     run_tiny(tmp_path, "train.steps=10", "checkpoint.every=4", "log.samples=['the loop', '']")
     events = read_events(tmp_path / "events.jsonl")
     kinds = [(event.kind, event.step) for event in events]
@@ -99,7 +99,7 @@ def test_events_tell_the_run(tmp_path: Path, run_tiny: RunTiny) -> None:
         ("finish", 10),
     ]
     assert [event.prompt for event in events if event.kind == "sample"] == ["the loop", ""]
-    assert events[0].parameters == parameter_count(told(tmp_path)[1].model)
+    assert events[0].parameters == parameter_count(read_run(tmp_path)[1].model)
     assert "No MFU" in (events[0].mfu_statement or "")
 
 
@@ -117,7 +117,7 @@ class Recorder:
         self.closed += 1
 
 
-def test_an_observer_hears_what_the_file_holds_and_is_closed_once(tmp_path: Path, run_tiny: RunTiny) -> None:
+def test_an_observer_receives_what_the_file_holds_and_is_closed_once(tmp_path: Path, run_tiny: RunTiny) -> None:
     observer = Recorder()
     run_tiny(tmp_path, "train.steps=12", observers=[observer])
     steps = [(StepRecord, step) for step in range(1, 13)]
@@ -155,7 +155,7 @@ def test_each_step_trains_on_its_slice_of_the_one_order(
         "train.steps=20",
     )
     run_tiny(tmp_path, *args)
-    config = told(tmp_path)[1]
+    config = read_run(tmp_path)[1]
     assert [len(ids) for ids in seen] == [batch_size_at(step, config.train) for step in range(1, 21)]
     total = samples_before(21, config.train)
     whole = Loader(config.data.path / "train", seq_len=32, seed=config.run.seed).batch(0, total)
@@ -181,7 +181,7 @@ def test_validation_reads_the_same_held_out_sequences_each_time(
     (name,) = loader.sizes
     held_out = loader.sequential(name, 0, 8)
     assert all(torch.equal(each, torch.from_numpy(held_out.input_ids).long()) for each in rows)
-    assert {record.val_tokens for record in told(tmp_path)[0].validations} == {int((held_out.labels != -100).sum())}
+    assert {record.val_tokens for record in read_run(tmp_path)[0].validations} == {int((held_out.labels != -100).sum())}
 
 
 def test_the_curve_does_not_depend_on_the_microbatch_to_1e5(tmp_path: Path, run_tiny: RunTiny) -> None:
@@ -221,18 +221,18 @@ def test_tokens_see_only_their_document_unless_told_otherwise(
         run_tiny(
             tmp_path / str(garble), "train.steps=5", "eval.every=5", "eval.batches=100", "model.init_std=0.3", *args
         )
-        values.append(told(tmp_path / str(garble))[0].validations[0].val_loss)
+        values.append(read_run(tmp_path / str(garble))[0].validations[0].val_loss)
     if args:
         assert abs(values[0] - values[1]) > 1e-3
     else:
         assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
-def test_tensorboard_hears_the_same_numbers(tmp_path: Path, run_tiny: RunTiny) -> None:
+def test_tensorboard_receives_the_same_numbers(tmp_path: Path, run_tiny: RunTiny) -> None:
     run_tiny(tmp_path, "train.steps=6", "eval.every=3", "log.tensorboard=true")
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    metrics = told(tmp_path)[0]
+    metrics = read_run(tmp_path)[0]
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [
         (r.step, pytest.approx(r.loss, rel=1e-6)) for r in metrics.steps
     ]
@@ -255,7 +255,7 @@ def test_a_run_without_held_out_documents_trains_without_validation(
         == 0
     )
     run_tiny(tmp_path / "run", f"data.path={tmp_path / 'data'}", "train.steps=5")
-    metrics, _ = told(tmp_path / "run")
+    metrics, _ = read_run(tmp_path / "run")
     assert (len(metrics.steps), metrics.validations) == (5, [])
 
 
@@ -326,5 +326,5 @@ def test_compiled_and_eager_losses_agree_to_1e5(tmp_path: Path, run_tiny: RunTin
     assert counters["stats"]["unique_graphs"] == compiled_before
     run_tiny(tmp_path / "compiled", *args, "train.compile=true")
     assert counters["stats"]["unique_graphs"] == compiled_before + 5
-    assert told(tmp_path / "compiled")[1].train.attention == "blocked"
+    assert read_run(tmp_path / "compiled")[1].train.attention == "blocked"
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)

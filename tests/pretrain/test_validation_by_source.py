@@ -86,7 +86,7 @@ def first(
     return {name: read_metrics(folder / name / "metrics.jsonl").validations[0] for name in datas}
 
 
-def test_the_mean_of_the_sources_weighted_by_their_tokens_is_the_whole(first: dict[str, ValidationRecord]) -> None:
+def test_the_token_weighted_mean_of_the_sources_is_the_validation_loss(first: dict[str, ValidationRecord]) -> None:
     both = first["both"]
     assert list(both.by_source) == ["prose", "sums"]
     assert sum(source.tokens for source in both.by_source.values()) == both.val_tokens
@@ -150,7 +150,7 @@ def test_a_budget_for_all_reads_all_and_a_smaller_one_a_share_of_each() -> None:
     assert allocate_validation_sequences({"web": 0}, 4) == {}
 
 
-def test_prepare_inspect_and_train_tell_of_which_source_too_little_is_held_out(
+def test_prepare_inspect_and_train_warn_of_sources_with_little_held_out_text(
     tmp_path: Path, texts: dict[str, SourceConfig], pretrain: Callable[..., Any], tiny_args: TinyArgs
 ) -> None:
     sources = (
