@@ -57,7 +57,7 @@ class LanguageFilter(Settings):
 
 
 class GopherQualityFilter(Settings):
-    """Gopher's quality rules (arXiv:2112.11446, appendix A.1.1) with datatrove's code and thresholds; 0 disables one."""
+    """Gopher's quality rules (arXiv:2112.11446, section A.1.1) with datatrove's code and thresholds; 0 disables one."""
 
     min_doc_words: int = Field(default=50, ge=0)
     """Minimum words."""

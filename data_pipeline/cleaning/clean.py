@@ -324,9 +324,7 @@ def _require_verdicts(file: Path) -> ChunkVerdicts:
 
 
 def _source_changed(chunk: Chunk, source: SourceConfig, file: Path | None) -> DataError:
-    """Return the error for a chunk whose files changed, and delete its verdicts: the next attempt cleans it
-    anew.
-    """
+    """Return the error for a chunk whose files changed, and delete its verdicts, so that it is cleaned anew."""
     if file is not None:
         _verdicts_file(file.parent, chunk.name).unlink(missing_ok=True)
     files = [piece.file.path for piece in chunk.slices] or [source.paths[chunk.number]]

@@ -190,11 +190,8 @@ def _set_codes(
     source = signed.source_of(firsts)
     is_of_held_out = (source < n_held_out) & (repeats >= signed.first_training_document)
     if not (config.minhash if is_near else config.exact):
-        repeats, source, is_of_held_out = (
-            repeats[is_of_held_out],
-            source[is_of_held_out],
-            is_of_held_out[is_of_held_out],
-        )
+        repeats, source = repeats[is_of_held_out], source[is_of_held_out]
+        is_of_held_out = np.ones(len(repeats), np.bool_)
     # The order of `_reasons`: exact and near of each held-out source, then exact and near of each source.
     offset = np.where(is_of_held_out, n_held_out if is_near else 0, 2 * n_held_out + (n_sources if is_near else 0))
     code = 1 + offset + source

@@ -241,8 +241,8 @@ def test_errors_of_held_out_sources_name_their_setting(
         assert failure(validation=(source,)) == f"data.validation: {gone} does not exist; correct `paths`"
         assert failure(sources=(source,)) == f"data.sources: {gone} does not exist; correct `paths`"
     source = SourceConfig(name="gone", kind="hf", paths=(gone,))
-    assert failure(validation=(source,)).startswith(f"data.validation: cannot open data set {gone} ")
-    assert failure(sources=(source,)).startswith(f"data.sources: cannot open data set {gone} ")
+    assert failure(validation=(source,)).startswith(f"data.validation: cannot open dataset {gone} ")
+    assert failure(sources=(source,)).startswith(f"data.sources: cannot open dataset {gone} ")
 
 
 def test_tokenized_sources_can_be_held_out_in_place(
