@@ -100,12 +100,12 @@ def bytes_at_moments(
     buffers = _pipeline_buffers(layout, stage_layers, model.n_layers, n_microbatches) * tokens * x.stream
     kept = tokens * _kept(config, stage_layers, x, blocks) * in_flight.begun / len(stage_layers) + waiting
 
-    found = {"microbatch begins": units.begin, "step ends": buffers + units.end}
+    found = {"microbatch begins": units.at_microbatch_start, "step ends": buffers + units.at_step_end}
     if layout.pipeline > 1:
         # One microbatch has finished.
         others = (kept - waiting) * (in_flight.begun - 1) / max(1, in_flight.begun)
         found["embedding"] = waiting + others + buffers + number * units.embedding
-    kept += buffers + units.reduced_before
+    kept += buffers + units.previous_reduction
 
     if units.head:
         input_of_norm = x.stream if x.compiled else x.stream_fp32
@@ -116,22 +116,22 @@ def bytes_at_moments(
         loss = input_of_norm + normed + x.sequence * x.whole + x.whole  # gathered hidden states, and their gradients
         found["loss"] = kept + tokens * loss + number * units.head + _logit_bytes(config, layout, number)
         beside = 2 * x.stream if x.compiled else NORM_BACKWARD * x.stream_fp32
-        found["final norm"] = kept + units.head_gradient + units.ahead + tokens * (input_of_norm + beside)
+        found["final norm"] = kept + units.head_gradient + units.prefetched_block + tokens * (input_of_norm + beside)
 
     kept += units.head_gradient
-    recomputes = any(any(recomputing(config, layers)) for layers in stage_layers)
+    recomputes = any(any(recompute_flags(config, layers)) for layers in stage_layers)
     block = max(blocks, key=lambda block: block.kept)
     of_block = tokens * (_kept_recomputing(config, x, block) if recomputes else block.kept)
     beside = tokens * block.backward_peak
     if recomputes:  # all of it exists again, including what waits for the gradients of the weights
         again = kept_when_recomputed(block, x, keep) - kept_for_weights(block) * (in_flight.waiting > 0)
         beside += tokens * again - of_block
-    found["last block"] = kept + units.ahead + beside
-    if units.gathers:
-        found["last block arrives"] = kept + 2 * units.ahead + tokens * x.stream
+    found["last block"] = kept + units.prefetched_block + beside
+    if units.gathers_blocks:
+        found["last block arrives"] = kept + 2 * units.prefetched_block + tokens * x.stream
     if layout.pipeline == 1 and layout.world_size > 1:
         # The last block has finished, and its reduction is the latest one.
-        kept += units.ahead - of_block - units.reduced_before
+        kept += units.prefetched_block - of_block - units.previous_reduction
         found["last block's reduction"] = kept + tokens * x.stream + units.block_reduction
         if layout.zero > 1:
             found["block before it"] = kept + FP32 * units.block + beside
@@ -165,7 +165,7 @@ def peak_in_flight(layout: Layout, pipeline_rank: int, n_microbatches: int) -> t
     return (InFlight(most),)
 
 
-def recomputing(config: RunConfig, layers: range) -> list[bool]:
+def recompute_flags(config: RunConfig, layers: range) -> list[bool]:
     """For each layer, whether it recomputes: every `recompute_every`-th layer of the model does."""
     return [config.train.recompute != "none" and (layer + 1) % config.train.recompute_every == 0 for layer in layers]
 
@@ -190,7 +190,7 @@ def _kept(
     config: RunConfig, stage_layers: Sequence[range], x: ActivationSizes, blocks: Sequence[BlockActivations]
 ) -> float:
     """Bytes kept of one token, by all stages of a rank."""
-    again = [recomputes for layers in stage_layers for recomputes in recomputing(config, layers)]
+    again = [recomputes for layers in stage_layers for recomputes in recompute_flags(config, layers)]
     of_blocks = sum(
         _kept_recomputing(config, x, block) if recomputes else block.kept
         for block, recomputes in zip(blocks, again, strict=True)

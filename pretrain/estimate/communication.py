@@ -10,7 +10,7 @@ from __future__ import annotations
 from parallel.layout import Layout
 from parallel.pipeline.schedule import rank_of_stage
 from pretrain.config import RunConfig
-from pretrain.estimate.activations import COMPUTE_BYTES, recomputing
+from pretrain.estimate.activations import COMPUTE_BYTES, recompute_flags
 from pretrain.estimate.block_activations import BlockCollectives
 from pretrain.estimate.parameters import ModelParameter, model_parameters
 from pretrain.estimate.rank_memory import RankMemory, estimate_rank_memory, n_microbatches
@@ -103,7 +103,7 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     is_first = any(layers.start == 0 for layers in held.layers)
     is_last = any(layers.stop == model.n_layers for layers in held.layers)
     once = _ring(t) * COMPUTE_BYTES[train.precision] * _tokens(config, layout) * model.d_model
-    again = _gathering_again(config, held)
+    again = _recomputed_layers(config, held)
     statistics = 3 * 2 * _ring(t) * FP32 * _tokens(config, layout) * is_last
     block = BlockCollectives.of(architecture_of(model))
     both_ways = (
@@ -125,12 +125,12 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     }
 
 
-def _gathering_again(config: RunConfig, held: RankMemory) -> int:
+def _recomputed_layers(config: RunConfig, held: RankMemory) -> int:
     """Layers of a rank whose backward pass repeats the collectives of the forward pass."""
     train = config.train
     if train.recompute == "selective" and "collective" in train.recompute_keep:
         return 0
-    return sum(sum(recomputing(config, layers)) for layers in held.layers)
+    return sum(sum(recompute_flags(config, layers)) for layers in held.layers)
 
 
 def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
@@ -141,7 +141,7 @@ def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     c, model, train = layout.context, config.model, config.train
     held = estimate_rank_memory(config, layout, rank)
     layers = sum(map(len, held.layers))
-    again = _gathering_again(config, held)
+    again = _recomputed_layers(config, held)
     kv = max(1.0, model.n_kv_heads / layout.tensor) * model.head_dim
     q = model.n_heads / layout.tensor * model.head_dim
     per_number = _ring(c) * COMPUTE_BYTES[train.precision] * _tokens(config, layout)  # of the rank's tensor

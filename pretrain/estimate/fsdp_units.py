@@ -27,17 +27,17 @@ class FsdpUnits:
     """0 where it is the output projection too."""
     tied: bool
     """The output projection is the embedding, and gets a gradient from both uses."""
-    number: int
+    bytes_per_number: int
     """Bytes of a number in the forward and backward pass."""
-    fsdp: int
+    fsdp_ranks: int
     """Ranks that share the parameters. 0 on one process, which adds each gradient to the master weight's at once."""
-    divides: bool
+    copies_input: bool
     """One FSDP rank with replicas: FSDP2 then divides the input of a reduction by 1, in a copy."""
-    sums_whole: bool
+    accumulates_unsharded: bool
     """Unsharded gradients are added up in fp32, and reduced once a step."""
-    gathers: bool
+    gathers_blocks: bool
     """Parameters are gathered for each use and freed after it."""
-    reduces_each: bool
+    reduces_every_microbatch: bool
     """Gradients are reduced after every microbatch, and there are several in a step."""
 
     @classmethod
@@ -57,58 +57,60 @@ class FsdpUnits:
             head=rows * last,
             embedding=rows * (first and not tied),
             tied=tied,
-            number=number,
-            fsdp=0 if layout.world_size == 1 else layout.fsdp,
-            divides=layout.fsdp == 1 and layout.replicate > 1,
-            sums_whole=n_microbatches > 1 and (layout.zero == 1 or not one_stage),
-            gathers=layout.fsdp > 1 and one_stage and layout.zero == 3,
-            reduces_each=n_microbatches > 1 and one_stage and layout.zero > 1,
+            bytes_per_number=number,
+            fsdp_ranks=0 if layout.world_size == 1 else layout.fsdp,
+            copies_input=layout.fsdp == 1 and layout.replicate > 1,
+            accumulates_unsharded=n_microbatches > 1 and (layout.zero == 1 or not one_stage),
+            gathers_blocks=layout.fsdp > 1 and one_stage and layout.zero == 3,
+            reduces_every_microbatch=n_microbatches > 1 and one_stage and layout.zero > 1,
         )
 
     @property
     def head_gradient(self) -> float:
         """Bytes of the projection's gradient: the loss computes it, and it waits for the end of the backward pass."""
-        return self.number * self.head * (self.fsdp > 0 or self.tied)
+        return self.bytes_per_number * self.head * (self.fsdp_ranks > 0 or self.tied)
 
     @property
-    def ahead(self) -> float:
+    def prefetched_block(self) -> float:
         """Bytes of a gathered block that is not used yet."""
-        return self.number * self.block * self.gathers
+        return self.bytes_per_number * self.block * self.gathers_blocks
 
     @property
-    def reduced_before(self) -> float:
+    def previous_reduction(self) -> float:
         """Bytes of the previous microbatch's last reduction, that of the projection: FSDP2 keeps its input until the
         next one."""
-        return FP32 * self.head * (self.fsdp > 0 and self.reduces_each)
+        return FP32 * self.head * (self.fsdp_ranks > 0 and self.reduces_every_microbatch)
 
     @property
     def block_reduction(self) -> float:
         """Bytes to reduce a block: the fp32 input, and then its gradients or the fp32 output."""
-        return self.block * (FP32 + max(self.number, self._out)) if self.fsdp else 0.0
+        return self.block * (FP32 + max(self.bytes_per_number, self._output_bytes)) if self.fsdp_ranks else 0.0
 
     @property
-    def _out(self) -> float:
+    def _output_bytes(self) -> float:
         """Bytes of a number in the output of a reduction. One rank with replicas copies the input once more."""
-        return FP32 / self.fsdp + FP32 * self.divides
+        return FP32 / self.fsdp_ranks + FP32 * self.copies_input
 
     @property
-    def begin(self) -> float:
+    def at_microbatch_start(self) -> float:
         """Bytes when the second microbatch begins: projection and embedding are gathered, and the embedding is
         copied into place."""
-        return self.reduced_before + self.gathers * self.number * (self.head + 2 * self.embedding)
+        return self.previous_reduction + self.gathers_blocks * self.bytes_per_number * (self.head + 2 * self.embedding)
 
     @property
-    def end(self) -> float:
+    def at_step_end(self) -> float:
         """Bytes when the last microbatch ends: projection and embedding are reduced one after the other, or as one
         if tied."""
-        if self.fsdp == 0:
-            return 3 * self.number * self.head * self.tied
+        if self.fsdp_ranks == 0:
+            return 3 * self.bytes_per_number * self.head * self.tied
         largest = max(self.head, self.embedding)
         if self.tied:
-            return max(3 * self.number * self.head, largest * (FP32 + self._out))  # two gradients and their sum
+            return max(
+                3 * self.bytes_per_number * self.head, largest * (FP32 + self._output_bytes)
+            )  # two gradients and their sum
         # FSDP2 frees the last gradient late. Where gradients are added up, it counts as a gradient.
-        own = 0 if self.sums_whole or self.fsdp == 1 else self.number
-        return self.number * min(self.head, self.embedding) + largest * (FP32 + own + self._out)
+        own = 0 if self.accumulates_unsharded or self.fsdp_ranks == 1 else self.bytes_per_number
+        return self.bytes_per_number * min(self.head, self.embedding) + largest * (FP32 + own + self._output_bytes)
 
 
 def _matrices(config: RunConfig, layer: int, layout: Layout) -> float:
