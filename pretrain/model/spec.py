@@ -143,8 +143,8 @@ class ArchitectureSpec:
         for pattern, row in self.modules.items():
             if row.style in ("colwise", "kv_colwise") and any(p.initial is RESIDUAL for p in row.parameters.values()):
                 raise UserError(
-                    f"{self.source}: SPEC.modules has {pattern!r} write into the residual stream (RESIDUAL), but splits "
-                    f"it {row.style!r}: each tensor rank would have some columns of the result; use 'rowwise', which "
+                    f"{self.source}: SPEC.modules has {pattern!r} write into the residual stream (RESIDUAL), but "
+                    f"splits it {row.style!r}: each tensor rank would have some columns of the result; use 'rowwise', which "
                     f"adds up the results of the ranks"
                 )
 
@@ -210,8 +210,8 @@ def _load(name: str) -> ArchitectureSpec:
     module_name = f"{ARCHITECTURES}.{name}" if name in architecture_names() else name
     if not _exists(module_name):
         raise UserError(
-            f"model.architecture={name}: no architecture of that name (there is {', '.join(architecture_names())}), and "
-            "no module of that name to import; a file of your own has to be on PYTHONPATH"
+            f"model.architecture={name}: no architecture of that name (there is {', '.join(architecture_names())}), "
+            "and no module of that name to import; a file of your own has to be on PYTHONPATH"
         )
     spec = getattr(import_module(module_name), "SPEC", None)
     if not isinstance(spec, ArchitectureSpec):

@@ -108,8 +108,8 @@ def check(optim: OptimConfig, train: TrainConfig) -> None:
         _check_decay(optim, steps)
     if train.batch_ramp_steps > steps:
         raise UserError(
-            f"train.batch_ramp_steps={train.batch_ramp_steps} is longer than train.steps={steps}: the batch would never "
-            f"reach train.batch_size={train.batch_size}; use at most {steps}"
+            f"train.batch_ramp_steps={train.batch_ramp_steps} is longer than train.steps={steps}: the batch would "
+            f"never reach train.batch_size={train.batch_size}; use at most {steps}"
         )
     if train.batch_ramp_steps and train.batch_ramp_start > train.batch_size:
         raise UserError(
