@@ -144,8 +144,8 @@ class ArchitectureSpec:
             if row.style in ("colwise", "kv_colwise") and any(p.initial is RESIDUAL for p in row.parameters.values()):
                 raise UserError(
                     f"{self.source}: SPEC.modules has {pattern!r} write into the residual stream (RESIDUAL), but "
-                    f"splits it {row.style!r}: each tensor rank would have some columns of the result; use 'rowwise', which "
-                    f"adds up the results of the ranks"
+                    f"splits it {row.style!r}: each tensor rank would have some columns of the result; use 'rowwise', "
+                    f"which adds up the results of the ranks"
                 )
 
     @property
