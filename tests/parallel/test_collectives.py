@@ -50,14 +50,14 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]]
 }
 
 
-def result(operation: str, dtype: torch.dtype, around: str = "eager") -> tuple[Tensor, Tensor]:
+def result(operation: str, dtype: torch.dtype, how: str = "eager") -> tuple[Tensor, Tensor]:
     """One rank's output and gradient. The loss weighs each element differently."""
     rank = dist.get_rank()
     function = partial(OPERATIONS[operation][0], group=dist.group.WORLD)
     x = part(rank, dtype).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    if around == "compiled":
+    if how == "compiled":
         out = torch.compile(lambda x: 2 * function(x) - function(x), backend="aot_eager", fullgraph=True)(x)
-    elif around == "recomputed":
+    elif how == "recomputed":
         out = checkpoint(lambda x: function(x.sin()), x, use_reentrant=False)
     else:
         out = function(x)
@@ -73,9 +73,9 @@ def expected(operation: str, size: int, *, recomputed: bool = False) -> tuple[li
     return [out.detach() for out in outs], list(torch.autograd.grad(loss, parts))
 
 
-def error(found: list[Tensor], wanted: list[Tensor]) -> float:
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
     """The largest error of all ranks, as a fraction of the norm."""
-    return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, wanted, strict=True))
+    return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True))
 
 
 def compare(
@@ -97,10 +97,10 @@ def test_bf16_matches_to_8_bits(operation: str, workers: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize("operation", ["all-gather along 1", "all-to-all 2 for 1"])
-@pytest.mark.parametrize("around", ["compiled", "recomputed"])
-def test_collectives_compile_into_one_graph_and_recompute(around: str, operation: str, workers: WorkerPool) -> None:
-    results = workers.run(result, 2, operation, torch.float32, around, timeout=180)
-    assert max(compare(results, operation, 2, recomputed=around == "recomputed")) < 1e-6
+@pytest.mark.parametrize("how", ["compiled", "recomputed"])
+def test_collectives_compile_into_one_graph_and_recompute(how: str, operation: str, workers: WorkerPool) -> None:
+    results = workers.run(result, 2, operation, torch.float32, how, timeout=180)
+    assert max(compare(results, operation, 2, recomputed=how == "recomputed")) < 1e-6
 
 
 def run_without_reduction(operation: str) -> tuple[Tensor, Tensor]:
@@ -110,11 +110,11 @@ def run_without_reduction(operation: str) -> tuple[Tensor, Tensor]:
         _, size, dim = ctx.arguments  # type: ignore[attr-defined]  # set by forward
         return grad.chunk(size, dim)[dist.get_rank()], None, None, None
 
-    whole, collectives._AllGather.backward = collectives._AllGather.backward, staticmethod(backward)
+    original, collectives._AllGather.backward = collectives._AllGather.backward, staticmethod(backward)
     try:
         return result(operation, torch.float32)
     finally:
-        collectives._AllGather.backward = staticmethod(whole)
+        collectives._AllGather.backward = staticmethod(original)
 
 
 def test_a_missing_reduction_is_detected(workers: WorkerPool) -> None:
@@ -143,5 +143,5 @@ def fake_shapes() -> list[tuple[int, ...]]:
 
 
 def test_a_fake_group_of_64_ranks_gives_the_right_shapes(workers: WorkerPool) -> None:
-    whole = (2, 6, 128, 5)
-    assert workers.run(fake_shapes, 1) == [[(2, 384, 128, 5), whole, (2, 384, 2, 5), whole]]
+    gradient = (2, 6, 128, 5)
+    assert workers.run(fake_shapes, 1) == [[(2, 384, 128, 5), gradient, (2, 384, 2, 5), gradient]]

@@ -77,17 +77,17 @@ def run_attention_rank(
     method: str, kernel: str, window: int | None, masked: bool = True
 ) -> tuple[LocalTokens, list[Tensor]]:
     """The output of one rank, and the gradients of q, k and v."""
-    config, (mine, mesh) = config_of(dist.get_world_size(), window), local_rows(method)
+    config, (tokens, mesh) = config_of(dist.get_world_size(), window), local_rows(method)
     kernels._varlen_attn = reference_varlen  # the real one runs on GPUs only
     model = nn.ModuleList([AttentionModule()])
     apply_context_parallel(model, mesh, method)
     documents, positions = packed_rows()
     documents = documents if masked else torch.zeros_like(documents)
-    q, k, v, grad = (torch.cat([x[:, a:b] for a, b in mine.ranges], 1).requires_grad_() for x in heads(config))
+    q, k, v, grad = (torch.cat([x[:, a:b] for a, b in tokens.ranges], 1).requires_grad_() for x in heads(config))
     out = model[0].attention_function(
-        q, k, v, context_parallel_mask(documents, positions, kernel, config, mine.ranges, mine.full_rows)
+        q, k, v, context_parallel_mask(documents, positions, kernel, config, tokens.ranges, tokens.full_rows)
     )
-    return mine, [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+    return tokens, [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
 def run_attention_single_process(config: ModelConfig) -> list[Tensor]:
@@ -97,19 +97,19 @@ def run_attention_single_process(config: ModelConfig) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
-def relative(x: Tensor, wanted: Tensor) -> float:
-    return float((x.double() - wanted.double()).norm() / wanted.double().norm())
+def relative(x: Tensor, expected: Tensor) -> float:
+    return float((x.double() - expected.double()).norm() / expected.double().norm())
 
 
 def errors(results: list[tuple[LocalTokens, list[Tensor]]], config: ModelConfig) -> list[float]:
     """Relative errors of the output and of the gradients of q, k, v, put together from all ranks."""
-    wanted = run_attention_single_process(config)
-    found = [torch.full_like(x, torch.nan) for x in wanted]
-    for mine, tensors in results:
-        here = torch.cat([torch.arange(*span) for span in mine.ranges])
-        for whole, part in zip(found, tensors, strict=True):
-            whole[:, here] = part.double()
-    return [relative(x, y) for x, y in zip(found, wanted, strict=True)]
+    expected = run_attention_single_process(config)
+    found = [torch.full_like(x, torch.nan) for x in expected]
+    for tokens, tensors in results:
+        columns = torch.cat([torch.arange(*span) for span in tokens.ranges])
+        for full, part in zip(found, tensors, strict=True):
+            full[:, columns] = part.double()
+    return [relative(x, y) for x, y in zip(found, expected, strict=True)]
 
 
 @pytest.mark.parametrize("window", [None, 3, 20], ids=["no window", "a window within a chunk", "a window over chunks"])
@@ -123,12 +123,12 @@ def test_attention_over_packed_documents_matches_one_process(
 
 
 def with_broken(module: object, name: str, broken: object, *args: object) -> tuple[LocalTokens, list[Tensor]]:
-    whole = getattr(module, name)
+    original = getattr(module, name)
     setattr(module, name, broken)
     try:
         return run_attention_rank(*args)
     finally:
-        setattr(module, name, whole)
+        setattr(module, name, original)
 
 
 def chunks_in_wrong_order() -> tuple[LocalTokens, list[Tensor]]:
@@ -200,15 +200,15 @@ def model_of(config: ModelConfig, kernel: str) -> Llama:
     return model
 
 
-def run_model_rank(method: str, config: ModelConfig, kernel: str, around: str) -> tuple[float, dict[str, Tensor]]:
+def run_model_rank(method: str, config: ModelConfig, kernel: str, how: str) -> tuple[float, dict[str, Tensor]]:
     """One rank's share of the loss and of each gradient."""
-    mine, mesh = local_rows(method)
+    tokens, mesh = local_rows(method)
     model = model_of(config, kernel)
     apply_context_parallel(model, mesh, method)
-    if around == "recomputed":
+    if how == "recomputed":
         for layer in model.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    return loss_and_gradients(model, shard_sequence(microbatch(), mine))
+    return loss_and_gradients(model, shard_sequence(microbatch(), tokens))
 
 
 def assert_sum_is(parts: list[tuple[float, dict[str, Tensor]]], loss: float, gradients: dict[str, Tensor]) -> None:
@@ -219,7 +219,7 @@ def assert_sum_is(parts: list[tuple[float, dict[str, Tensor]]], loss: float, gra
 
 
 @pytest.mark.parametrize(
-    ("method", "ranks", "kernel", "around", "more"),
+    ("method", "ranks", "kernel", "how", "more"),
     [
         ("gather", 4, "sdpa", "eager", {"rope": {"kind": "dynamic_ntk", "factor": 4, "original_max_seq_len": 8}}),
         ("ulysses", 4, "sdpa", "eager", {"rope": {"kind": "dynamic_ntk", "factor": 4, "original_max_seq_len": 8}}),
@@ -230,13 +230,13 @@ def assert_sum_is(parts: list[tuple[float, dict[str, Tensor]]], loss: float, gra
     ],
 )
 def test_loss_and_gradients_of_the_model_match_one_process(
-    method: str, ranks: int, kernel: str, around: str, more: dict[str, object], workers: WorkerPool
+    method: str, ranks: int, kernel: str, how: str, more: dict[str, object], workers: WorkerPool
 ) -> None:
     config = config_of(ranks, **more)
     alone = model_of(config, kernel)
     loss, gradients = loss_and_gradients(alone, microbatch())
     assert len(gradients) == len(list(alone.parameters()))
-    results = workers.run(run_model_rank, ranks, method, config, kernel, around, timeout=SLOW)
+    results = workers.run(run_model_rank, ranks, method, config, kernel, how, timeout=SLOW)
     assert_sum_is(results, loss, gradients)
 
 
@@ -248,7 +248,7 @@ def run_compiled_rank(method: str) -> tuple[int, list[tuple[float, dict[str, Ten
     """The number of graphs of the compiled blocks, and one rank's share of the losses and gradients."""
     from torch._dynamo.testing import CompileCounterWithBackend  # takes seconds to import
 
-    mine, mesh = local_rows(method)
+    tokens, mesh = local_rows(method)
     model = model_of(config_of(2), "blocked")
     apply_context_parallel(model, mesh, method)
     counter = CompileCounterWithBackend("aot_eager")
@@ -256,7 +256,7 @@ def run_compiled_rank(method: str) -> tuple[int, list[tuple[float, dict[str, Ten
         layer.compile(backend=counter, fullgraph=True)
     found = []
     for lengths in BATCHES:
-        found.append(loss_and_gradients(model, shard_sequence(microbatch(lengths), mine)))
+        found.append(loss_and_gradients(model, shard_sequence(microbatch(lengths), tokens)))
         model.zero_grad()
     return counter.frame_count, found
 
@@ -272,10 +272,10 @@ def test_one_compiled_graph_serves_batches_of_any_documents(method: str, workers
 
 def test_gather_balances_causal_work_and_ulysses_keeps_tokens_consecutive() -> None:
     gathers = [local_tokens(64, Layout(context=4), rank) for rank in range(4)]
-    assert [mine.ranges for mine in gathers[:2]] == [((0, 8), (56, 64)), ((8, 16), (48, 56))]
-    assert {sum(sum(range(first, end)) for first, end in mine.ranges) for mine in gathers} == {sum(range(64)) // 4}
+    assert [tokens.ranges for tokens in gathers[:2]] == [((0, 8), (56, 64)), ((8, 16), (48, 56))]
+    assert {sum(sum(range(first, end)) for first, end in tokens.ranges) for tokens in gathers} == {sum(range(64)) // 4}
     exchanges = [local_tokens(64, Layout(context=4, context_method="ulysses"), rank) for rank in range(4)]
-    assert [mine.ranges for mine in exchanges] == [((0, 16),), ((16, 32),), ((32, 48),), ((48, 64),)]
+    assert [tokens.ranges for tokens in exchanges] == [((0, 16),), ((16, 32),), ((32, 48),), ((48, 64),)]
     assert (gathers[0].full_rows, exchanges[0].full_rows) == (False, True)
 
 
@@ -294,21 +294,21 @@ def test_an_indivisible_row_is_refused_with_the_next_length_that_works(method: s
 
 
 def test_a_sharded_microbatch_keeps_full_rows_for_the_mask_and_all_targets() -> None:
-    whole = microbatch()
-    mine = shard_sequence(whole, local_tokens(R, Layout(context=4), 1))
-    here = [*range(4, 8), *range(24, 28)]
-    assert torch.equal(mine.input_ids, whole.input_ids[:, here])
-    assert torch.equal(mine.labels, whole.labels[:, here])
-    assert (mine.positions.shape, mine.document_ids.shape, mine.n_targets) == ((B, R), (B, R), whole.n_targets)
+    full = microbatch()
+    sharded = shard_sequence(full, local_tokens(R, Layout(context=4), 1))
+    columns = [*range(4, 8), *range(24, 28)]
+    assert torch.equal(sharded.input_ids, full.input_ids[:, columns])
+    assert torch.equal(sharded.labels, full.labels[:, columns])
+    assert (sharded.positions.shape, sharded.document_ids.shape, sharded.n_targets) == ((B, R), (B, R), full.n_targets)
 
 
 def too_many_ranks() -> str:
-    config, (mine, mesh) = config_of(1), local_rows("ulysses")
+    config, (tokens, mesh) = config_of(1), local_rows("ulysses")
     model = AttentionModule()
     apply_context_parallel(model, mesh, "ulysses")
     q, k, v, _ = heads(config)
     with pytest.raises(ValueError, match="ulysses") as raised:
-        model.attention_function(q, k, v, context_parallel_mask(*packed_rows(), "sdpa", config, mine.ranges, True))
+        model.attention_function(q, k, v, context_parallel_mask(*packed_rows(), "sdpa", config, tokens.ranges, True))
     return str(raised.value)
 
 

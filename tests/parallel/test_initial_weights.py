@@ -56,9 +56,9 @@ def test_the_same_seed_gives_the_same_bits(layout: Layout, tied: tuple[str, ...]
     words = (*UNEVEN, *tied, *(("model.n_kv_heads=2",) if layout.replicate_kv else ()))
     expected = initial(Layout(), words)
     found = workers.run(initial, layout.world_size, layout, words)
-    assert {name for held in found for name in held} == expected.keys()
-    for held in found:
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in held.items())
+    assert {name for tensors in found for name in tensors} == expected.keys()
+    for tensors in found:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
 
 def test_another_seed_gives_other_weights() -> None:
@@ -103,6 +103,6 @@ def largest(layout: Layout) -> tuple[int, int]:
 def test_no_rank_allocates_more_of_a_parameter_than_its_shard(layout: Layout, workers: WorkerPool) -> None:
     embedding = 8192 * 512
     assert largest(Layout()) == (embedding, embedding)
-    for made, held in workers.run(largest, layout.world_size, layout):
-        assert held == embedding // 4
-        assert made == held
+    for made, tensors in workers.run(largest, layout.world_size, layout):
+        assert tensors == embedding // 4
+        assert made == tensors

@@ -55,7 +55,7 @@ def initialize_rank(layout: Layout, naive: bool = False) -> tuple[dict[str, Tens
     }, empty
 
 
-def whole() -> dict[str, Tensor]:
+def full_weights() -> dict[str, Tensor]:
     model = Llama(UNEVEN)
     init_weights(model, 5)
     return dict(model.named_parameters())
@@ -73,17 +73,17 @@ def whole() -> dict[str, Tensor]:
     ids=str,
 )
 def test_every_layout_has_the_same_initial_weights_bit_for_bit(workers: WorkerPool, layout: Layout) -> None:
-    wanted = whole()
+    expected = full_weights()
     results = workers.run(initialize_rank, layout.world_size, layout)
     for weights, _ in results:
-        assert weights.keys() == wanted.keys()
-        assert all(torch.equal(weights[name], value) for name, value in wanted.items())
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
     assert sum(empty for _, empty in results) > 0 or layout.shard < 4
 
 
 def test_shards_initialized_without_their_offset_are_detected(workers: WorkerPool) -> None:
     weights, _ = workers.run(initialize_rank, 4, Layout(shard=2, tensor=2), True)[0]
-    assert not all(torch.equal(weights[name], value) for name, value in whole().items())
+    assert not all(torch.equal(weights[name], value) for name, value in full_weights().items())
 
 
 def test_the_shard_of_a_plain_tensor_is_all_of_it_and_shares_memory() -> None:

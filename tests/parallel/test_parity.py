@@ -55,10 +55,10 @@ def wrong_head_order(patch: pytest.MonkeyPatch) -> None:
     local_shard = build.local_shard
 
     def swapped(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
-        mine, offset, shape = local_shard(parameter)
+        shard, offset, shape = local_shard(parameter)
         if shape == (32, 64):  # k_proj and v_proj: 4 heads of width 8
             offset = ((offset[0] + 16) % 32, offset[1])
-        return mine, offset, shape
+        return shard, offset, shape
 
     patch.setattr(build, "local_shard", swapped)
 

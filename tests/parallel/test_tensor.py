@@ -102,9 +102,11 @@ def run_rank(config: ModelConfig, sequence: bool, compiled: bool = False, broken
 
 def errors(config: ModelConfig, results: list[tuple[float, Gradients]]) -> tuple[float, float]:
     """Largest relative error over ranks of the loss, and over ranks and parameters of the gradient."""
-    loss, wanted = run_single_process(config)
-    assert all(set(gradients) == set(wanted) for _, gradients in results)
-    worst = max(float((g[name] - wanted[name]).norm() / wanted[name].norm()) for _, g in results for name in wanted)
+    loss, expected = run_single_process(config)
+    assert all(set(gradients) == set(expected) for _, gradients in results)
+    worst = max(
+        float((g[name] - expected[name]).norm() / expected[name].norm()) for _, g in results for name in expected
+    )
     return max(abs(ours - loss) / loss for ours, _ in results), worst
 
 
@@ -234,8 +236,8 @@ def test_async_tensor_parallelism_puts_the_group_on_the_compilers_list(workers: 
 
 def assert_values_are_kept() -> None:
     """Each rank keeps its shard of the values that the module had."""
-    whole = Llama(TINY)
-    init_weights(whole, 3)
+    full_model = Llama(TINY)
+    init_weights(full_model, 3)
     model = Llama(TINY)
     init_weights(model, 3)
     tensor.apply_tensor_parallel(model, init_device_mesh("cpu", (2,)), model.tp_plan, sequence=True, replicate_kv=False)
@@ -244,7 +246,7 @@ def assert_values_are_kept() -> None:
         assert isinstance(parameter, DTensor)
         placement = parameter.placements[0]
         assert estimated[name] == (placement.dim if isinstance(placement, Shard) else None)
-        assert torch.equal(parameter.full_tensor(), whole.get_parameter(name))
+        assert torch.equal(parameter.full_tensor(), full_model.get_parameter(name))
         assert (
             parameter.to_local().numel() * (2 if isinstance(parameter.placements[0], Shard) else 1) == parameter.numel()
         )

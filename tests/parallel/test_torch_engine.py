@@ -106,13 +106,13 @@ SPLITS = [(8,), (4, 4), (1,) * 8, (3, 3, 2), (7, 1)]
 def test_gradients_loss_and_step_do_not_depend_on_the_microbatches(
     sizes: Sequence[int], dtype: torch.dtype, tolerance: float
 ) -> None:
-    whole, parts = engine(dtype), engine(dtype)
-    one, many = (e.train_step(split_batch(*batch(), c), 0.5) for e, c in ((whole, (8,)), (parts, sizes)))
+    reference, parts = engine(dtype), engine(dtype)
+    one, many = (e.train_step(split_batch(*batch(), c), 0.5) for e, c in ((reference, (8,)), (parts, sizes)))
     assert many.loss == pytest.approx(one.loss, rel=1e-6)
     assert many.grad_norm == pytest.approx(one.grad_norm, rel=tolerance)
-    for name, gradient in whole._optimizer.gradients.items():
+    for name, gradient in reference._optimizer.gradients.items():
         assert distance(parts._optimizer.gradients[name], gradient) < tolerance
-    for name, weight in whole.state()["model"].items():
+    for name, weight in reference.state()["model"].items():
         torch.testing.assert_close(parts.state()["model"][name], weight, rtol=0, atol=tolerance)
 
 
@@ -271,10 +271,10 @@ def test_evaluation_sums_over_targets_and_changes_nothing() -> None:
     loss, n_targets = e.eval_step(split_batch(ids, labels, (5, 3)))
     assert n_targets == 64
     with torch.no_grad():
-        whole = F.cross_entropy(
+        reference = F.cross_entropy(
             e.model(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         ).item()
-    assert loss == pytest.approx(whole, rel=1e-6)
+    assert loss == pytest.approx(reference, rel=1e-6)
     assert all(parameter.grad is None for parameter in e.model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, e.state()["model"].values(), strict=True))
 

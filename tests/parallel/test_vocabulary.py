@@ -58,12 +58,12 @@ def run_rank(dtype: torch.dtype = torch.float32, compiled: bool = False, wrong_b
     softmax = torch.compile(softmax_gradient_, backend="aot_eager", fullgraph=True) if compiled else softmax_gradient_
     first = (rank + wrong_by) % size * len(rows)
     collectives, widest = CommDebugMode(), LargestLastDim()
-    with ExitStack() as around:
-        around.enter_context(patch.object(loss_module, "_CHUNKS", 4))
-        around.enter_context(patch.object(loss_module, "_SMALLEST_CHUNK", {"cpu": 1}))
-        around.enter_context(patch("parallel.vocabulary.VocabShard", lambda _, group: VocabShard(first, group)))
-        for watching in () if compiled else (collectives, widest):  # under dispatch modes nothing is compiled
-            around.enter_context(watching)
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(loss_module, "_CHUNKS", 4))
+        stack.enter_context(patch.object(loss_module, "_SMALLEST_CHUNK", {"cpu": 1}))
+        stack.enter_context(patch("parallel.vocabulary.VocabShard", lambda _, group: VocabShard(first, group)))
+        for mode in () if compiled else (collectives, widest):  # under dispatch modes nothing is compiled
+            stack.enter_context(mode)
         sums = loss(hidden, rows, labels, Z, softmax=softmax)
     grad_hidden, grad_rows = torch.autograd.grad(sums.total, (hidden, rows))
     dist.all_reduce(grad_hidden)
@@ -77,9 +77,9 @@ def errors(results: list[Result], dtype: torch.dtype = torch.float32) -> tuple[f
     hidden, weight, labels = (
         x.detach().float().requires_grad_() if x.is_floating_point() else x for x in problem(dtype)
     )
-    wanted = linear_cross_entropy(hidden, weight, labels, Z)
-    gradients = torch.autograd.grad(wanted.total, (hidden, weight))
-    of_sums = max(abs(x - y.item()) / y.item() for sums, *_ in results for x, y in zip(sums, wanted, strict=True))
+    expected = linear_cross_entropy(hidden, weight, labels, Z)
+    gradients = torch.autograd.grad(expected.total, (hidden, weight))
+    of_sums = max(abs(x - y.item()) / y.item() for sums, *_ in results for x, y in zip(sums, expected, strict=True))
     of_gradients = max(
         float((x - y).norm() / y.norm()) for _, *ours, _, _ in results for x, y in zip(ours, gradients, strict=True)
     )

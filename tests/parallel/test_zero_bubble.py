@@ -20,21 +20,21 @@ LINEAR = {f"{module}_proj.weight" for module in "qkvo"} | {f"{module}_proj.weigh
 
 
 def model() -> Llama:
-    made = Llama(CONFIG)
-    init_weights(made, seed=0)
-    return made
+    llama = Llama(CONFIG)
+    init_weights(llama, seed=0)
+    return llama
 
 
-def first_pass(made: Llama, microbatch: int = 0) -> float:
+def first_pass(llama: Llama, microbatch: int = 0) -> float:
     ids = torch.randint(V, (2, S + 1), generator=torch.Generator().manual_seed(microbatch))
     positions = torch.arange(S).expand(2, S)
-    loss = made.loss(ids[:, :-1], ids[:, 1:], made.document_mask(torch.zeros_like(positions), positions)).total
+    loss = llama.loss(ids[:, :-1], ids[:, 1:], llama.document_mask(torch.zeros_like(positions), positions)).total
     loss.backward()  # type: ignore[no-untyped-call]  # torch does not type backward()
     return float(loss.detach())
 
 
-def gradients(made: nn.Module) -> dict[str, Tensor | None]:
-    return {name: parameter.grad for name, parameter in made.named_parameters()}
+def gradients(llama: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in llama.named_parameters()}
 
 
 def assert_same_gradients(ours: nn.Module, theirs: nn.Module, atol: float) -> None:
@@ -51,14 +51,14 @@ def is_linear(name: str) -> bool:
     ("mode", "compiled"), [("none", False), ("full", False), ("selective", False), ("none", True), ("full", True)]
 )
 def test_the_split_backward_pass_gives_the_same_gradients(mode: str, compiled: bool) -> None:
-    whole, split = model(), model()
+    reference, split = model(), model()
     weights = ZeroBubbleBackward(split.layers)
     for layer in split.layers if compiled else ():
         layer.forward = torch.compile(layer.forward, backend="aot_eager")  # type: ignore[method-assign]  # as the model does
     apply_recompute(split.layers, mode, keep=("matmul",))
-    assert first_pass(split) == pytest.approx(first_pass(whole), rel=1e-6)
+    assert first_pass(split) == pytest.approx(first_pass(reference), rel=1e-6)
     weights.take_weight_gradients(split)()
-    assert_same_gradients(split, whole, atol=1e-7)
+    assert_same_gradients(split, reference, atol=1e-7)
 
 
 def test_only_linear_weights_of_blocks_are_deferred() -> None:
@@ -73,16 +73,16 @@ def test_only_linear_weights_of_blocks_are_deferred() -> None:
 
 
 def test_deferred_microbatches_can_be_added_in_any_order() -> None:
-    whole, split = model(), model()
+    reference, split = model(), model()
     weights = ZeroBubbleBackward(split.layers)
     later = []
     for microbatch in range(3):
         first_pass(split, microbatch)
-        first_pass(whole, microbatch)
+        first_pass(reference, microbatch)
         later.append(weights.take_weight_gradients(split))
     for add in reversed(later):
         add()
-    assert_same_gradients(split, whole, atol=1e-6)
+    assert_same_gradients(split, reference, atol=1e-6)
 
 
 def test_deferred_tensors_are_freed_when_added() -> None:
