@@ -88,11 +88,9 @@ class Loader:
         self._skip = on_damage == "skip"
         self._samples_per_window = self.window // seq_len
         self._plans = [BestFitPlan(shards, seq_len) for shards in self.sources] if packing == "best_fit" else []
-        sizes = (
-            {plan.shards.source.name: plan.n_sequences for plan in self._plans}
-            if self._plans
-            else {shards.source.name: count_sequences(shards.n_tokens, self.window) for shards in self.sources}
-        )
+        sizes = {shards.source.name: count_sequences(shards.n_tokens, self.window) for shards in self.sources}
+        if self._plans:
+            sizes = {plan.shards.source.name: plan.n_sequences for plan in self._plans}
         self.n_sequences = sum(sizes.values()) * self._samples_per_window
         """Samples in one epoch over all sources."""
         self.mixture = build_mixture(mixture, sizes, seed, total_samples, self._samples_per_window)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from pretrain.report.run_page import write_report
 from pretrain.runs.directory import RunDirectory, save_tokenizer
 from pretrain.runs.throughput import ThroughputMeter, mfu_statement
 from pretrain.setup.engine import build_engine
-from pretrain.setup.resolve import resolve_run
+from pretrain.setup.resolve import ResolvedRun, resolve_run
 from pretrain.signals import stop_on_signals
 from pretrain.streams import error_text, tolerant_console
 from pretrain.tracking.display import Display
@@ -41,8 +42,7 @@ from pretrain.train.resume import ResumeState, is_finished, restore
 
 
 def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ()) -> Outcome:
-    """Train `config` in its run directory, starting from its latest valid checkpoint. Every process of the run calls
-    it.
+    """Train in `config.run.dir`, starting from its latest valid checkpoint. Every process of the run calls it.
 
     Args:
         config: as loaded; `auto` is resolved here.
@@ -56,26 +56,18 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
     start_time = time.monotonic()
     world = World.from_environment()
     console = console if world.is_main else SILENT_CONSOLE
-    tokenizer = open_tokenizer(config)
-    previous = _read_previous_config(config.run.dir)
-    config = pin_init_from(config, previous)
-    resolved = resolve_run(config, tokenizer_size=tokenizer.vocab_size, world_size=world.size, previous=previous)
-    config, rank_info = resolved.config, RankInfo(world, resolved.layout)
-    disk_warning = _check_disk_space(config) if world.is_main else ""
-    data, validation = open_data(config.data, config.run.seed, resolved.batches)
-    check_tokenizer(config, tokenizer, data)
-    check_profile(config)
-    _check_init_from(config, tokenizer, data)
+    inputs = _open_inputs(config, world)
+    config, rank_info, data, validation = inputs.resolved.config, inputs.rank_info, inputs.data, inputs.validation
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(tolerant_console(console))
-        messages.print_decisions(console, resolved)
+        messages.print_decisions(console, inputs.resolved)
         messages.print_held_out_warnings(console, config, data, validation)
         stop = stack.enter_context(stop_on_signals(verbose=world.is_main))
         run_dir = stack.enter_context(_open_run_directory(config, world))
         with process_group(world, config.train.device, even_if_alone=rank_info.layout.offload):
             check_ranks_agree(config, data, validation, rank_info)
             engine = build_engine(config, rank_info.layout, world.rank)
-            resume_state = restore(run_dir, engine, data, config, resolved.batches, tokenizer, rank_info)
+            resume_state = restore(run_dir, engine, data, config, inputs.resolved.batches, inputs.tokenizer, rank_info)
             config = config if resume_state.parent is None else add_ancestry(config, resume_state.parent)
             if world.is_main:
                 run_dir.write_config(config)
@@ -89,18 +81,47 @@ def train(config: RunConfig, console: Console, observers: Sequence[Logger] = ())
             display = Display(config.train.steps, console=console, mfu_statement=mfu, stop=stop)
             loggers = [*open_loggers(config, run_dir.path, resume_state.step), *observers] if world.is_main else []
             recorder = stack.enter_context(open_recorder(run_dir, display, loggers, output))
-            start = (config, resume_state, data, rank_info)
-            messages.record_start(recorder, *start, mfu_statement=mfu, disk_warning=disk_warning)
+            messages.record_start(
+                recorder, config, resume_state, data, rank_info, mfu_statement=mfu, disk_warning=inputs.disk_warning
+            )
             profiler = stack.enter_context(StepProfiler(config, run_dir.path, recorder, is_enabled=world.is_main))
             batches, folder = resume_state.batches, run_dir.checkpoints
-            context = (recorder, meter, stop, rank_info, profiler)
-            loop = TrainLoop(config, batches, engine, data, validation, folder, *context)
+            loop = TrainLoop(
+                config, batches, engine, data, validation, folder, recorder, meter, stop, rank_info, profiler
+            )
             outcome = loop.run(resume_state.step, validate_first=not resume_state.resumed)
             del loop, engine  # free their memory for the samples
         if outcome is Outcome.FINISHED and world.is_main:
-            _record_samples(recorder, config, run_dir, tokenizer)
+            _record_samples(recorder, config, run_dir, inputs.tokenizer)
             messages.record_finish(recorder, config.train.steps, time.monotonic() - start_time)
     return outcome
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads and decides before it writes anything."""
+
+    resolved: ResolvedRun
+    tokenizer: Tokenizer
+    data: Loader
+    validation: Loader | None
+    rank_info: RankInfo
+    disk_warning: str
+
+
+def _open_inputs(config: RunConfig, world: World) -> _Inputs:
+    """Open and check the inputs. Raises UserError or DataError if one is wrong."""
+    tokenizer = open_tokenizer(config)
+    previous = _read_previous_config(config.run.dir)
+    config = pin_init_from(config, previous)
+    resolved = resolve_run(config, tokenizer_size=tokenizer.vocab_size, world_size=world.size, previous=previous)
+    config = resolved.config
+    disk_warning = _check_disk_space(config) if world.is_main else ""
+    data, validation = open_data(config.data, config.run.seed, resolved.batches)
+    check_tokenizer(config, tokenizer, data)
+    check_profile(config)
+    _check_init_from(config, tokenizer, data)
+    return _Inputs(resolved, tokenizer, data, validation, RankInfo(world, resolved.layout), disk_warning)
 
 
 def _read_previous_config(run_dir: Path) -> RunConfig | None:
