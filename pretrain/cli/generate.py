@@ -22,7 +22,10 @@ def generate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory. Its newest checkpoint is used.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue. An empty one starts a new document.")] = "",
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens to generate. The model's context length is a limit as well.")
+        int,
+        typer.Option(
+            min=1, help="Maximum number of tokens to generate. The context length of the model is a limit as well."
+        ),
     ] = 200,
     temperature: Annotated[
         float,
