@@ -1,8 +1,8 @@
 """When one rank fails, every rank ends: the error is printed once, and all exit with the same code.
 
 A process group cannot do this: when a rank fails, its peers hang in a collective. The ranks use the launcher's
-key-value store instead, which each process can reach from start to end. A watcher thread on every rank polls it, because
-the main thread may hang anywhere.
+key-value store instead, which each process can reach from start to end. A watcher thread on every rank polls it,
+because the main thread may hang anywhere.
 
 States of a rank, and the key it writes when it enters each:
 

@@ -4,7 +4,8 @@ from data_pipeline.errors import redact
 
 
 class UserError(Exception):
-    """A wrong input: exit code 2. The message names the setting or file, carries the values without secrets, and says the way out."""
+    """A wrong input: exit code 2. The message names the setting or file, shows its value without secrets, and says what
+    to change."""
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))

@@ -77,7 +77,7 @@ def tiny_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def tiny_args(tiny_data: Path) -> Callable[..., list[str]]:
-    """`tiny_args(run_dir, "train.steps=40", ...)`: arguments of `pretrain train` for a model of 2 layers; later ones win."""
+    """`tiny_args(run_dir, "train.steps=40", ...)`: arguments of `pretrain train`, 2 layers; later ones win."""
 
     def args(run_dir: Path, *more: str) -> list[str]:
         return [

@@ -1,4 +1,4 @@
-"""The guides in docs/extend work: a copy of the code gets the edits that a guide shows, and then runs the guide's check.
+"""The guides in docs/extend work: a copy of the code gets the edits that a guide shows, then the guide's check runs.
 
 The title of a block names its file. `python title="FILE"` is a new file. `diff title="FILE"` is an edit: its unchanged
 and removed lines must stand in the file exactly once. The last block, `python title="check.py"`, is run.

@@ -10,7 +10,8 @@ from data_pipeline.settings import AUTO, OrAuto, Settings
 
 
 class ParallelConfig(Settings):
-    """How the ranks divide the work. The product of the sizes is the number of processes. Results differ by rounding."""
+    """How the ranks divide the work. The product of the sizes is the number of processes. Results differ only by
+    rounding."""
 
     replicate: OrAuto[Annotated[int, Field(gt=0)]] = 1
     """Data-parallel replicas of everything that `shard` and the other sizes do not divide. `auto` is the number of

@@ -104,13 +104,13 @@ def test_no_token_is_copied_and_progress_counts_every_byte_token_and_document(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     (file,) = DATATROVE.glob("uint16_*.ds")
-    told: list[Progress] = []
+    reported: list[Progress] = []
     parts = import_tokenized(
-        SourceConfig(kind="datatrove", paths=(str(file),)), "other", tokenizer, tmp_path, 0.3, told.append
+        SourceConfig(kind="datatrove", paths=(str(file),)), "other", tokenizer, tmp_path, 0.3, reported.append
     )
     assert [p.name for p in sorted(tmp_path.rglob("*")) if p.suffix not in (".json", "")] == ["other-00000.idx"] * 2
     assert {shard.external_bin for part in parts.values() for shard in part.shards} == {str(file)}
-    assert sum(told, Progress()) == Progress(documents=8, read=file.stat().st_size, tokens=sum(LENGTHS))
+    assert sum(reported, Progress()) == Progress(documents=8, read=file.stat().st_size, tokens=sum(LENGTHS))
 
 
 def test_documents_without_an_end_of_text_token_are_detected_and_empty_ones_counted(
@@ -293,16 +293,17 @@ def test_a_manifest_of_another_tokenizer_and_a_damaged_index_are_refused(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bad", "told"), [("<u2", 1000, "1000"), ("<u4", 2**31, "2147483648"), ("<u4", 2**32 - 1, "4294967295")]
+    ("dtype", "bad", "reported"),
+    [("<u2", 1000, "1000"), ("<u4", 2**31, "2147483648"), ("<u4", 2**32 - 1, "4294967295")],
 )
 def test_an_id_outside_of_the_vocabulary_is_reported(
-    tmp_path: Path, tokenizer: Tokenizer, dtype: str, bad: int, told: str
+    tmp_path: Path, tokenizer: Tokenizer, dtype: str, bad: int, reported: str
 ) -> None:
     write_datatrove(tmp_path / "x.ds", [[999, 0]], dtype)
     source = SourceConfig(kind="datatrove", paths=(str(tmp_path),))
     assert import_documents(tmp_path, source, tokenizer)[0] == [[999, 0]]
     write_datatrove(tmp_path / "x.ds", [[5, 0], [5, bad, 0]], dtype)
-    with pytest.raises(DataError, match=rf"x\.ds: token {told} is not in the vocabulary of 1000"):
+    with pytest.raises(DataError, match=rf"x\.ds: token {reported} is not in the vocabulary of 1000"):
         import_tokenized(source, "x", tokenizer, tmp_path, 0.0)
 
 

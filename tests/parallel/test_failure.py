@@ -50,7 +50,7 @@ COMMANDS = {
 
 
 def life(how: str, when: Path) -> Callable[[], None]:
-    """What takes the place of the command line: ranks that meet and work together, until something happens to rank 1."""
+    """Replaces the command line: ranks form a group and work until something happens to rank 1."""
 
     def fail() -> None:
         when.write_text(str(time.monotonic()))

@@ -1,4 +1,4 @@
-"""The pool that tests of several ranks rest on: what it returns, what it says of a failure, and that it goes on after one."""
+"""The worker pool of multi-rank tests: its results, its reports of failures, and that it survives them."""
 
 import os
 import signal
@@ -129,11 +129,11 @@ def test_an_error_is_told_by_the_rank_that_failed_first(fresh: WorkerPool, which
     before = fresh.run(pid, 3)
     with pytest.raises(CaseFailed) as failed:
         fresh.run(one_raises, 3, which)
-    told = str(failed.value)
-    assert f"one_raises: rank {which} of 3 raised\nTraceback" in told
-    assert 'raise LookupError("the first mistake")' in told
-    assert told.rstrip().endswith("LookupError: the first mistake")
-    assert told.count("Traceback") == 1  # not those of the two ranks that waited for it
+    message = str(failed.value)
+    assert f"one_raises: rank {which} of 3 raised\nTraceback" in message
+    assert 'raise LookupError("the first mistake")' in message
+    assert message.rstrip().endswith("LookupError: the first mistake")
+    assert message.count("Traceback") == 1  # not those of the two ranks that waited for it
     assert_goes_on(fresh, 3)
     assert fresh.run(pid, 3) == before
 
@@ -146,11 +146,11 @@ def test_what_pytest_raises_is_told_too(workers: WorkerPool) -> None:
 def test_a_hang_is_cut_and_shows_where_every_rank_is(workers: WorkerPool) -> None:
     with pytest.raises(CaseFailed) as failed:
         workers.run(one_stays_away, 3, timeout=2)
-    told = str(failed.value)
-    assert "one_stays_away: no answer after 2 s" in told
-    assert [told.count(f"rank {rank}: ") for rank in range(3)] == [1, 1, 1]
-    assert told.count("in one_stays_away") == 3
-    assert told.count("in barrier") == 2
+    message = str(failed.value)
+    assert "one_stays_away: no answer after 2 s" in message
+    assert [message.count(f"rank {rank}: ") for rank in range(3)] == [1, 1, 1]
+    assert message.count("in one_stays_away") == 3
+    assert message.count("in barrier") == 2
     assert_goes_on(workers, 3)
 
 

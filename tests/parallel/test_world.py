@@ -26,7 +26,7 @@ def test_torchruns_variables_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "message"),
     [
         (
             {"RANK": "0", "WORLD_SIZE": "2"},
@@ -39,8 +39,8 @@ def test_torchruns_variables_are_read() -> None:
     ],
     ids=["half", "no number", "rank", "local rank", "local size"],
 )
-def test_variables_that_cannot_be_are_refused(variables: dict[str, str], told: str) -> None:
-    with pytest.raises(LayoutError, match=told):
+def test_variables_that_cannot_be_are_refused(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
         World.from_environment(variables)
 
 

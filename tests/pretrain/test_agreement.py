@@ -37,13 +37,13 @@ def test_ranks_that_agree_continue(workers: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "data", "told"),
+    ("args", "data", "message"),
     [
         (("train.precision=fp32",), "a", "train.precision=auto, and rank 1 has fp32"),
         ((), "b", "the data in data.path=a, and rank 1 has b"),
     ],
 )
-def test_a_rank_that_differs_is_named(args: tuple[str, ...], data: str, told: str, workers: WorkerPool) -> None:
+def test_a_rank_that_differs_is_named(args: tuple[str, ...], data: str, message: str, workers: WorkerPool) -> None:
     answers = workers.run(refusal, 3, args, data)
-    assert told in answers[0]
+    assert message in answers[0]
     assert all(answers)

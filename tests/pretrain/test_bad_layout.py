@@ -100,7 +100,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "sequence parallelism": (
         4,
         (*HEADS, "parallel.tensor=4", "data.seq_len=30"),
-        "data.seq_len=30 is not divisible by parallel.tensor=4, as parallel.sequence=true requires: use a multiple of 4, "
+        "data.seq_len=30 is not divisible by parallel.tensor=4, as parallel.sequence=true requires: use a "
+        "multiple of 4, "
         "such as 32, "
         "or parallel.sequence=false",
     ),

@@ -1,4 +1,4 @@
-"""Each corruption that torch.distributed.checkpoint accepts in silence must be noticed here; that it does is the negative control."""
+"""We detect each corruption that torch.distributed.checkpoint silently accepts. That it accepts them is the control."""
 
 import errno
 import io
@@ -240,7 +240,8 @@ def test_metadata_is_not_unpickled_before_its_checksum_was_compared(tmp_path):
         (make_state(1, layers=1), r"3 tensors only in the run \(model\.model\.layers\.1\."),
         (
             make_state(1, dtype=torch.bfloat16),
-            r"3 tensors of another shape or dtype \(.* is bfloat16\[64, 96\] in the checkpoint and float32\[64, 96\] in the run",
+            r"3 tensors of another shape or dtype \(.* is bfloat16\[64, 96\] in the checkpoint and float32\[64, "
+            r"96\] in the run",
         ),
     ],
 )
@@ -396,8 +397,10 @@ def test_a_temporary_read_error_is_not_damage(tmp_path, monkeypatch, number, nam
     monkeypatch.setattr(io, "open", refuse)
     monkeypatch.setattr(Path, "iterdir", refuse_to_list)
     what = "listed" if name is None else "read"
-    told = f"{where} cannot be {what} ({os.strerror(number)}); nothing is known to be damaged: check the disk or mount"
-    with pytest.raises(StorageError, match=re.escape(told)):
+    message = (
+        f"{where} cannot be {what} ({os.strerror(number)}); nothing is known to be damaged: check the disk or mount"
+    )
+    with pytest.raises(StorageError, match=re.escape(message)):
         latest_valid(tmp_path, fail_on_problem)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
@@ -411,8 +414,11 @@ def test_a_temporary_read_error_is_not_damage(tmp_path, monkeypatch, number, nam
 def test_a_checkpoint_in_a_folder_of_another_step_is_refused(tmp_path):
     paths = [save_checkpoint(tmp_path, make_state(step), make_train_state(step)) for step in (15, 30)]
     renamed = paths[1].rename(checkpoint_path(tmp_path, 45))
-    told = f"{renamed} is named like the checkpoint of step 45, but its manifest.json says step 30; rename it to step-00000030, or move"
-    with pytest.raises(UserError, match=re.escape(told)):
+    message = (
+        f"{renamed} is named like the checkpoint of step 45, but its manifest.json says step 30; rename it to "
+        f"step-00000030, or move"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
         latest_valid(tmp_path, fail_on_problem)
     shutil.copytree(renamed, paths[1])
     with pytest.raises(UserError, match=re.escape(f"says step 30; move it out of {tmp_path}")):

@@ -1,8 +1,8 @@
-"""kill -9 at any moment of a save leaves the previous checkpoint or the new one, whole.
+"""kill -9 at any moment of a save leaves the previous checkpoint or the new one, complete.
 
-One helper process imports torch once and forks a child for each moment. A child gets SIGKILL before its n-th operation on the file
-system (seen by Python's audit hooks, so no moment is chosen by hand), or is killed by the kernel in the middle of writing a file, at an
-exact byte (a limit on the size of files, whose signal's default action ends the process as abruptly). No moment depends on time.
+One helper process imports torch once and forks a child for each moment. A child gets SIGKILL before its n-th file
+system operation (Python's audit hooks see all of them). Or the kernel kills it while it writes a file, at an exact
+byte: a limit on the file size sends a signal that ends the process as abruptly. No moment depends on time.
 """
 
 import shutil
@@ -37,7 +37,8 @@ def state(step, size):
 def die_before(count):
     left = [count]
     def hook(event, arguments):
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir") and str(root) in str(arguments[0]):
+        operations = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir")
+        if event in operations and str(root) in str(arguments[0]):
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             left[0] -= 1

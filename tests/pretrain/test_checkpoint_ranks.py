@@ -53,7 +53,7 @@ def full_tensor_of(name: str, seed: int) -> Tensor:
 
 
 def make_state(layout: Layout, seed: int, rank: int = 0) -> dict[str, Any]:
-    """Parameters as the engine splits them, by tensor parallelism first and FSDP second, and an optimizer's state beside them."""
+    """Parameters sharded by tensor parallelism and then FSDP, as in the engine, and the state of an optimizer."""
     parameters = {name: full_tensor_of(name, seed) for name in names(layout, rank)}
     if layout.world_size > 1:
         mesh = build_mesh(layout, "cpu")
@@ -179,11 +179,11 @@ def test_the_ranks_share_the_verification_and_find_the_same_checkpoint(
     assert workers.run(find_latest_valid, 2, tmp_path) == [(paths[1], [])] * 2
     file = paths[1] / files[number]
     file.write_bytes(file.read_bytes()[:-1])
-    told = workers.run(find_latest_valid, 2, tmp_path)
-    assert told[0] == told[1]
-    assert told[0][0] == paths[0]
-    assert [len(problems) for problems in told[0][1]] == [1]
-    assert str(file) in told[0][1][0][0]
+    message = workers.run(find_latest_valid, 2, tmp_path)
+    assert message[0] == message[1]
+    assert message[0][0] == paths[0]
+    assert [len(problems) for problems in message[0][1]] == [1]
+    assert str(file) in message[0][1][0][0]
     assert sum(len(verify_checkpoint(paths[1], rank, 2)) for rank in range(2)) == 1
 
 
@@ -212,9 +212,9 @@ def test_a_temporary_read_error_on_one_rank_stops_all_ranks_and_changes_nothing(
     workers: WorkerPool, tmp_path: Path
 ) -> None:
     paths = [save(ALONE, tmp_path, step) for step in (1, 2)]
-    told = workers.run(latest_valid_if_rank_1_cannot_read, 2, tmp_path)
-    assert told[0] == told[1]
-    assert told[0].startswith(
+    message = workers.run(latest_valid_if_rank_1_cannot_read, 2, tmp_path)
+    assert message[0] == message[1]
+    assert message[0].startswith(
         f"{paths[1] / '__0_0.distcp'} cannot be read (Stale file handle); nothing is known to be damaged"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
@@ -230,8 +230,8 @@ def test_the_ranks_verify_together_before_damaged_checkpoints_go(workers: Worker
     shard = paths[1] / "__0_0.distcp"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
-    told = workers.run(prune_on_all, 2, tmp_path)
-    assert [len(problems) for problems in told] == [1, 1]
+    message = workers.run(prune_on_all, 2, tmp_path)
+    assert [len(problems) for problems in message] == [1, 1]
     assert len(list(tmp_path.glob("step-00000001.tmp-damaged-*"))) == 1
     shard.write_bytes(content)
     assert workers.run(prune_on_all, 2, tmp_path) == [[], []]
@@ -291,7 +291,8 @@ def refusal(layout: Layout, path: Path, change: str) -> str:
         ("more", "1 tensor only in the run (model.layers.2.up)"),
         (
             "dtype",
-            "1 tensor of another shape or dtype (model.layers.1.norm is float32[3] in the checkpoint and bfloat16[3] in the run)",
+            "1 tensor of another shape or dtype (model.layers.1.norm is float32[3] in the checkpoint and "
+            "bfloat16[3] in the run)",
         ),
     ],
 )
@@ -299,9 +300,9 @@ def test_the_tensors_of_all_ranks_together_must_match_the_checkpoint(
     workers: WorkerPool, tmp_path: Path, change: str, difference: str
 ) -> None:
     path = save(ALONE, tmp_path, 2)
-    told = workers.run(refusal, 2, Layout(pipeline=2), path, change)
-    assert told[0] == told[1]
-    assert difference in told[0]
+    message = workers.run(refusal, 2, Layout(pipeline=2), path, change)
+    assert message[0] == message[1]
+    assert difference in message[0]
 
 
 def save_twice(layout: Layout, folder: Path) -> list[str]:

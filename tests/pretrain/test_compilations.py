@@ -1,6 +1,6 @@
-"""What torch.compile compiles in a run: one set of graphs for each length of sequences, and nothing after its first step.
+"""torch.compile makes one set of graphs for each sequence length, and none after the first step of that length.
 
-The graphs are counted and then run as they are: no code is generated, which takes a minute.
+The graphs are counted and then run uncompiled, because generating code takes a minute.
 """
 
 import io
@@ -43,12 +43,12 @@ GROWING = "data.seq_len_schedule=[{from: 20, seq_len: 64}]"
 class Compiled:
     """A compiler that counts its graphs, and a logger that notes the count after each step and validation.
 
-    Where there are variable sizes, the pass that makes the backward graph may ask for constants after all: it is done there as well.
+    If sizes are variable, the pass that makes the backward graph may still specialize them, so it runs here too.
     """
 
     graphs: int = 0
     with_variable_sizes: int = 0
-    told: list[tuple[str, int, int]] = field(default_factory=list)
+    reported: list[tuple[str, int, int]] = field(default_factory=list)
     """(step or validation, step, graphs so far)."""
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
@@ -59,7 +59,7 @@ class Compiled:
 
     def log(self, record: StepRecord | ValidationRecord) -> None:
         kind = "step" if isinstance(record, StepRecord) else "validation"
-        self.told.append((kind, record.step, self.graphs))
+        self.reported.append((kind, record.step, self.graphs))
 
     def close(self) -> None:
         pass
@@ -67,8 +67,10 @@ class Compiled:
     @property
     def compiled_at(self) -> list[tuple[str, int]]:
         """Where the count rose."""
-        before = [0, *(graphs for *_, graphs in self.told)]
-        return [(kind, step) for (kind, step, graphs), last in zip(self.told, before, strict=False) if graphs > last]
+        before = [0, *(graphs for *_, graphs in self.reported)]
+        return [
+            (kind, step) for (kind, step, graphs), last in zip(self.reported, before, strict=False) if graphs > last
+        ]
 
 
 def count_with(counts: Compiled, patch: pytest.MonkeyPatch) -> None:
@@ -205,7 +207,7 @@ def test_without_marks_other_documents_are_other_graphs(compiled: Compiled, monk
 
 
 def graphs_of_a_rank(layout: Layout, args: tuple[str, ...]) -> list[int]:
-    """Graphs that this rank has compiled after each of some steps and validations, whose rows the data ranks share unequally."""
+    """Graphs compiled on this rank after each step and validation. Data ranks get unequal numbers of rows."""
     counts, rank = Compiled(), dist.get_rank()
     torch.compiler.reset()
     with pytest.MonkeyPatch.context() as patch, flash_on_a_cpu():

@@ -1,4 +1,4 @@
-"""A run that is made longer, and a run that begins from another one's checkpoint: every digit is that of the run it stands for."""
+"""A run made longer, or started from another run's checkpoint, gives the same digits as an uninterrupted run."""
 
 import io
 import shutil
@@ -111,12 +111,12 @@ def test_a_finished_run_made_longer_is_the_run_that_was_as_long_from_the_start(
     run_tiny(tmp_path / "run", *args, "train.steps=10")
     assert run_tiny(tmp_path / "run", *args, "train.steps=20") is Outcome.FINISHED
     assert_same_end(tmp_path / "run", tmp_path / "whole", 20)
-    told = [
+    reported = [
         (e.kind, e.step)
         for e in read_events(tmp_path / "run" / "events.jsonl")
         if e.kind in ("settings", "resume", "finish")
     ]
-    assert told == [("finish", 10), ("settings", None), ("resume", 10), ("finish", 20)]
+    assert reported == [("finish", 10), ("settings", None), ("resume", 10), ("finish", 20)]
     settings = next(e.text for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind == "settings")
     assert settings == "train.steps: 10 in the run, 20 now"
     assert read_config(tmp_path / "run" / "config.yaml").train.steps == 20
@@ -125,19 +125,19 @@ def test_a_finished_run_made_longer_is_the_run_that_was_as_long_from_the_start(
 def test_a_longer_run_that_was_killed_before_its_finish_event_records_it_on_resume(
     tmp_path: Path, run_tiny: RunTiny
 ) -> None:
-    """The end that it told when it was shorter is not taken for this one."""
+    """The end that it reported when it was shorter is not taken for this one."""
     run_tiny(tmp_path, *CONSTANT, "train.steps=10")
     run_tiny(tmp_path, *CONSTANT, "train.steps=12")
     lines = (tmp_path / "events.jsonl").read_text().splitlines(keepends=True)
     assert '"finish"' in lines[-1]
     (tmp_path / "events.jsonl").write_text("".join(lines[:-1]))
     run_tiny(tmp_path, *CONSTANT, "train.steps=12")
-    told = [(e.kind, e.step) for e in read_events(tmp_path / "events.jsonl") if e.kind in ("resume", "finish")]
-    assert told == [("finish", 10), ("resume", 10), ("resume", 12), ("finish", 12)]
+    reported = [(e.kind, e.step) for e in read_events(tmp_path / "events.jsonl") if e.kind in ("resume", "finish")]
+    assert reported == [("finish", 10), ("resume", 10), ("resume", 12), ("finish", 12)]
 
 
 def test_auto_warmup_stays_what_it_was_when_a_run_is_made_longer(tmp_path: Path, run_tiny: RunTiny) -> None:
-    """A tenth of 20 steps is 2, and of 10 is 1: the longer run keeps the 1, or the steps taken would have been others."""
+    """Auto warm-up is a tenth: 2 of 20 steps, 1 of 10. The longer run keeps 1, because its first steps used that."""
     args = ("optim.schedule=constant", "optim.warmup=auto")
     run_tiny(tmp_path, *args, "train.steps=10")
     run_tiny(tmp_path, *args, "train.steps=20")
@@ -168,7 +168,7 @@ def test_wsd_is_made_longer_before_its_decay_and_refused_in_it(tmp_path: Path, r
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "told"),
+    ("first", "then", "reported"),
     [
         (
             ("optim.schedule=cosine",),
@@ -181,13 +181,15 @@ def test_wsd_is_made_longer_before_its_decay_and_refused_in_it(tmp_path: Path, r
         (
             ("optim.schedule=linear",),
             ("optim.schedule=linear", "train.steps=20"),
-            "step 5 had the learning rate 0.0085 and would have had 0.0094375 (optim.schedule=linear falls over all of train.steps=10)",
+            "step 5 had the learning rate 0.0085 and would have had 0.0094375 (optim.schedule=linear falls over "
+            "all of train.steps=10)",
         ),
         (CONSTANT, (*CONSTANT, "optim.lr=0.02"), "optim.lr: 0.01 in the run, 0.02 now: of the 10 steps"),
         (
             CONSTANT,
             (*CONSTANT, "optim.lr=0.02"),
-            "step 1 had the learning rate 0.0025 and would have had 0.005 (because of optim.lr). Put the old value back",
+            "step 1 had the learning rate 0.0025 and would have had 0.005 (because of optim.lr). Put the old "
+            "value back",
         ),
         (CONSTANT, (*CONSTANT, "optim.warmup=3"), "would have had 0.00333333 (because of optim.warmup)."),
         (  # not because of train.steps
@@ -213,12 +215,14 @@ def test_wsd_is_made_longer_before_its_decay_and_refused_in_it(tmp_path: Path, r
         (
             (*CONSTANT, "train.batch_ramp_steps=4", "train.batch_ramp_start=2", "train.micro_batch_size=2"),
             (*CONSTANT, "train.batch_ramp_steps=8", "train.batch_ramp_start=2", "train.micro_batch_size=2"),
-            "of the 10 steps that run.dir={run} has taken, step 3 had a batch of 3 sequences and would have had one of 2.",
+            "of the 10 steps that run.dir={run} has taken, step 3 had a batch of 3 sequences and would have had "
+            "one of 2.",
         ),
         (
             (*CONSTANT, "data.seq_len_schedule=[{from: 50%, seq_len: 64}]"),
             (*CONSTANT, "data.seq_len_schedule=[{from: 50%, seq_len: 64}]", "train.steps=20"),
-            "data.seq_len_schedule: the 40 sequences read so far had 32 tokens from sequence 0 on, 64 tokens from sequence 20 "
+            "data.seq_len_schedule: the 40 sequences read so far had 32 tokens from sequence 0 on, 64 tokens "
+            "from sequence 20 "
             "on, and would have had 32 tokens from sequence 0 on; a share of the run such as 80% moves with "
             "train.steps and train.batch_size: write the stages that have begun as numbers of sequences of "
             "data.seq_len tokens, from: 20",
@@ -226,12 +230,12 @@ def test_wsd_is_made_longer_before_its_decay_and_refused_in_it(tmp_path: Path, r
     ],
 )
 def test_a_schedule_that_the_steps_taken_did_not_follow_is_refused_with_the_reason(
-    tmp_path: Path, run_tiny: RunTiny, first: tuple[str, ...], then: tuple[str, ...], told: str
+    tmp_path: Path, run_tiny: RunTiny, first: tuple[str, ...], then: tuple[str, ...], reported: str
 ) -> None:
     run_tiny(tmp_path, "train.steps=10", *first)
     before = contents(tmp_path)
     message = refusal(lambda: run_tiny(tmp_path, "train.steps=10", *then))
-    assert told.format(run=tmp_path) in message
+    assert reported.format(run=tmp_path) in message
     assert contents(tmp_path) == before
 
 
@@ -251,7 +255,7 @@ def test_stages_by_numbers_of_sequences_may_be_followed_by_more_steps(tmp_path: 
 
 
 def test_a_constant_run_may_end_in_the_decay_of_wsd(tmp_path: Path, run_tiny: RunTiny) -> None:
-    """The decay, `auto`, is that of wsd and not what was noted for a schedule without one. 10 stable steps, then 5 of decay."""
+    """`optim.decay=auto` takes the value of wsd, not the one saved for another schedule: 10 stable steps, then 5."""
     run_tiny(tmp_path / "run", *CONSTANT, "train.steps=10")
     run_tiny(tmp_path / "run", "optim.schedule=wsd", "checkpoint.every=10", "train.steps=12")
     run_tiny(tmp_path / "whole", "optim.schedule=wsd", "train.steps=12")
@@ -351,8 +355,8 @@ def test_a_branch_made_longer_answers_for_its_own_steps_alone(
     train(tmp_path, f"{parent}@10", *args, "optim.warmup=4", "train.steps=14")
     train(tmp_path, f"{parent}@10", *args, "optim.warmup=8", "train.steps=16")
     assert [step for step, *_ in curve(tmp_path)] == list(range(11, 17))
-    told = refusal(lambda: train(tmp_path, f"{parent}@10", *args, "optim.warmup=12", "train.steps=20"))
-    assert "step 11 had the learning rate 0.01 and would have had 0.00916667" in told
+    reported = refusal(lambda: train(tmp_path, f"{parent}@10", *args, "optim.warmup=12", "train.steps=20"))
+    assert "step 11 had the learning rate 0.01 and would have had 0.00916667" in reported
 
 
 def test_full_continues_with_other_settings(tmp_path: Path, parent: Path, train: Callable[..., Outcome]) -> None:
@@ -414,8 +418,8 @@ def test_a_run_resumes_from_its_own_checkpoints_when_the_other_run_is_gone(
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     kinds = [(e.kind, e.step) for e in read_events(tmp_path / "run" / "events.jsonl")]
     assert kinds == [("start", 0), ("save", 7), ("stop", 7), ("resume", 7), ("save", 20), ("finish", 20)]
-    told = refusal(lambda: train(tmp_path / "run", parent, *args))
-    assert f"run.init_from: {gone}@20 in the run, {parent} now" in told
+    reported = refusal(lambda: train(tmp_path / "run", parent, *args))
+    assert f"run.init_from: {gone}@20 in the run, {parent} now" in reported
 
 
 def test_a_run_that_began_from_another_resumes_where_init_from_is_left_out(
@@ -439,9 +443,9 @@ def test_a_truncated_config_of_the_parent_run_is_reported(
     (tmp_path / "parent").mkdir()
     cut = tmp_path / "parent" / "config.yaml"
     cut.write_text(text[: text.index(f"\n{end}") + 1])
-    told = f"{cut} is cut short: it ends before its last section, log. Restore it"
-    assert refusal(lambda: load(None, child(tmp_path / "run", cut.parent))).startswith(told)
-    assert refusal(lambda: load(None, child(cut.parent, parent))).startswith(told)
+    reported = f"{cut} is cut short: it ends before its last section, log. Restore it"
+    assert refusal(lambda: load(None, child(tmp_path / "run", cut.parent))).startswith(reported)
+    assert refusal(lambda: load(None, child(cut.parent, parent))).startswith(reported)
     assert load(None, [f"run.dir={cut.parent}"]).config.model == load(None).config.model  # of commands that need no run
     cut.write_text(text)
     assert load(None, child(tmp_path / "run", cut.parent)).config.model.n_layers == 2
@@ -464,9 +468,10 @@ def test_before_its_first_checkpoint_a_run_restarts_from_the_recorded_one_or_not
     shutil.rmtree(other)
     run_tiny(other, "train.steps=10", "optim.lr=0.02")
     made = read_manifest(checkpoint_path(other / "checkpoints", 10)).generation
-    told = refusal(lambda: find_init_checkpoint(read_config(tmp_path / "run" / "config.yaml")))
-    assert told.startswith(
-        f"run.init_from={other}@10 is another checkpoint now (generation {made}) than the one that this run started from ("
+    reported = refusal(lambda: find_init_checkpoint(read_config(tmp_path / "run" / "config.yaml")))
+    assert reported.startswith(
+        f"run.init_from={other}@10 is another checkpoint now (generation {made}) than the one that this run "
+        f"started from ("
     )
 
 
@@ -519,7 +524,7 @@ def test_weights_continue_on_other_data_of_the_same_tokenizer(
 
 
 @pytest.mark.parametrize(
-    ("step", "args", "told"),
+    ("step", "args", "reported"),
     [
         (
             20,
@@ -559,12 +564,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(
     pretrain: Pretrain,
     step: int,
     args: list[str],
-    told: str,
+    reported: str,
 ) -> None:
     answer = pretrain("train", *child(tmp_path / "run", f"{parent}@{step}", *args))
     assert answer.code == 2
     assert answer.err.startswith(f"error: run.init_from={parent}@{step}")
-    assert told in answer.err
+    assert reported in answer.err
     assert answer.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -572,16 +577,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(
 def test_full_wants_the_same_data_and_weights_the_same_tokenizer(
     tmp_path: Path, parent: Path, train: Callable[..., Outcome], other_data: Path, other_tokenizer: Path
 ) -> None:
-    told = refusal(lambda: train(tmp_path / "run", parent, "run.init_mode=full", f"data.path={other_data}"))
-    assert f"reads on where that run stopped, but data.path={other_data}" in told
-    assert "or run.init_mode=weights to begin with other data" in told
-    told = refusal(lambda: train(tmp_path / "run", parent, f"data.path={other_tokenizer}"))
-    assert f"run.init_from={parent}@20 was trained with another tokenizer (" in told
-    assert f"prepare the data with data.tokenizer={parent / 'tokenizer.json'}" in told
+    reported = refusal(lambda: train(tmp_path / "run", parent, "run.init_mode=full", f"data.path={other_data}"))
+    assert f"reads on where that run stopped, but data.path={other_data}" in reported
+    assert "or run.init_mode=weights to begin with other data" in reported
+    reported = refusal(lambda: train(tmp_path / "run", parent, f"data.path={other_tokenizer}"))
+    assert f"run.init_from={parent}@20 was trained with another tokenizer (" in reported
+    assert f"prepare the data with data.tokenizer={parent / 'tokenizer.json'}" in reported
     alone = shutil.copytree(checkpoint_path(parent / "checkpoints", 20), tmp_path / "kept" / "step")
     shutil.copy(other_tokenizer / "tokenizer.json", tmp_path)  # beside it lies one that is not its own
-    told = refusal(lambda: train(tmp_path / "run", alone, f"data.path={other_tokenizer}"))
-    assert f"run.init_from={alone} was trained with another tokenizer (" in told
+    reported = refusal(lambda: train(tmp_path / "run", alone, f"data.path={other_tokenizer}"))
+    assert f"run.init_from={alone} was trained with another tokenizer (" in reported
     assert not (tmp_path / "run").exists()
 
 
@@ -607,9 +612,9 @@ def test_a_damaged_checkpoint_is_refused_and_another_one_is_named(
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
-    told = refusal(lambda: train(tmp_path / "run", damaged, "train.steps=2"))
-    assert told.startswith(f"run.init_from={damaged}@20: {file} is damaged: its checksum is ")
-    assert told.endswith("; name another step (10)")
+    reported = refusal(lambda: train(tmp_path / "run", damaged, "train.steps=2"))
+    assert reported.startswith(f"run.init_from={damaged}@20: {file} is damaged: its checksum is ")
+    assert reported.endswith("; name another step (10)")
     assert not (tmp_path / "run" / "config.yaml").exists()
     train(tmp_path / "run", f"{damaged}@10", "train.steps=2")
     assert validations(tmp_path / "run")[0] == validations(parent)[10]
@@ -625,10 +630,10 @@ def test_a_checkpoint_deleted_while_it_is_read_is_reported(
         return []
 
     monkeypatch.setattr("pretrain.checkpoint.verify.verify_checkpoint", verify)
-    told = refusal(lambda: train(tmp_path / "run", moving, "train.steps=2"))
+    reported = refusal(lambda: train(tmp_path / "run", moving, "train.steps=2"))
     assert (
-        f"{checkpoint_path(moving / 'checkpoints', 20)} was deleted while it was read; its run keeps checkpoint.keep=3 only"
-        in told
+        f"{checkpoint_path(moving / 'checkpoints', 20)} was deleted while it was read; its run keeps "
+        f"checkpoint.keep=3 only" in reported
     )
 
 

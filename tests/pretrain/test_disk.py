@@ -1,4 +1,4 @@
-"""A disk without room for checkpoints or records: asked before a run begins, and one line with what is safe when it fills up."""
+"""A disk without space: a warning before the run, and one line that says what is safe when the disk fills up."""
 
 import errno
 import os
@@ -47,7 +47,8 @@ def disk_of(monkeypatch: pytest.MonkeyPatch, free: int, blocks: int = 10**9) -> 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    model = "model={n_layers: 12, d_model: 768, n_heads: 12, n_kv_heads: 12, d_ff: 2048, vocab_size: 32768, tie_embeddings: true}"
+    sizes = "n_layers: 12, d_model: 768, n_heads: 12, n_kv_heads: 12, d_ff: 2048, vocab_size: 32768"
+    model = f"model={{{sizes}, tie_embeddings: true}}"
     args = ["train.micro_batch_size=4", "train.precision=bf16", "train.recompute=none"]
     return load(None, [model, *args, f"run.dir={tmp_path / 'run'}", "checkpoint.keep=3"]).config
 
@@ -59,8 +60,8 @@ def test_the_size_of_a_checkpoint_is_known_before_it_is_written(
     args = ("train.steps=1", "optim.warmup=0", "model.d_model=128", "model.d_ff=256", f"optim.kind={kind}")
     run_tiny(tmp_path, *args)
     size = sum(file.stat().st_size for file in checkpoint_path(tmp_path / "checkpoints", 1).iterdir())
-    told = checkpoint_bytes(load(tmp_path / "config.yaml").config)
-    assert told == pytest.approx(size, rel=0.03)
+    message = checkpoint_bytes(load(tmp_path / "config.yaml").config)
+    assert message == pytest.approx(size, rel=0.03)
 
 
 def test_parameters_of_a_checkpoint_count_12_bytes_with_adamw(config: RunConfig) -> None:
@@ -74,8 +75,8 @@ def test_a_run_whose_first_checkpoint_does_not_fit_is_refused(
     size = checkpoint_bytes(config)
     assert size // 10**8 == 13
     disk_of(monkeypatch, 1_299_000_000)
-    told = rf"run.dir={config.run.dir}: a checkpoint takes 1\.3 GB, and 1\.2 GB are free there: make room"
-    with pytest.raises(UserError, match=told):
+    message = rf"run.dir={config.run.dir}: a checkpoint takes 1\.3 GB, and 1\.2 GB are free there: make room"
+    with pytest.raises(UserError, match=message):
         check_disk_space(config)
     assert not config.run.dir.exists()
 
@@ -85,8 +86,11 @@ def test_a_run_whose_last_checkpoints_do_not_fit_is_warned(config: RunConfig, mo
     disk_of(monkeypatch, 4 * size + 512)
     assert check_disk_space(config) == ""
     disk_of(monkeypatch, 4 * size - 512)
-    told = r"checkpoint\.keep=3 will need 5\.2 GB more \(4 checkpoints of 1\.3 GB; .*5\.2 GB are free .* lower checkpoint\.keep"
-    assert re.match(told, check_disk_space(config))
+    message = (
+        r"checkpoint\.keep=3 will need 5\.2 GB more \(4 checkpoints of 1\.3 GB; .*5\.2 GB are free .* lower "
+        r"checkpoint\.keep"
+    )
+    assert re.match(message, check_disk_space(config))
     for step in (1, 2, 3, 4):  # those that are there already take no more
         checkpoint_path(config.run.dir / "checkpoints", step).mkdir(parents=True)
     disk_of(monkeypatch, size + 512)
@@ -147,8 +151,11 @@ def test_unwritable_checkpoints_are_reported_before_training(
     )
     reason = make(checkpoints)
     answer = pretrain("train", *tiny_args(tmp_path / "run", *args))
-    told = f"error: {checkpoints} cannot hold checkpoints ({reason}), and nothing was trained: make it a folder that can be written ("
-    assert (answer.code, answer.err.splitlines()[-1][: len(told)]) == (2, told)
+    message = (
+        f"error: {checkpoints} cannot hold checkpoints ({reason}), and nothing was trained: make it a folder that "
+        f"can be written ("
+    )
+    assert (answer.code, answer.err.splitlines()[-1][: len(message)]) == (2, message)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     checkpoints.unlink()
     assert run_tiny(tmp_path / "run", *args) is Outcome.FINISHED
@@ -208,9 +215,12 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_run_resumes_wit
     with files_up_to(100_000):  # records fit, checkpoints do not
         answer = pretrain("train", *tiny_args(tmp_path, *args))
     path = checkpoint_path(tmp_path / "checkpoints", 4)
-    told = rf"error: {path} cannot be written \(File too large\): it takes 640,896 bytes, and .* are free\. There is no checkpoint yet: "
+    message = (
+        rf"error: {path} cannot be written \(File too large\): it takes 640,896 bytes, and .* are free\. There is no "
+        rf"checkpoint yet: "
+    )
     assert answer.code == 1
-    assert re.match(told, answer.err.splitlines()[-1])
+    assert re.match(message, answer.err.splitlines()[-1])
     assert "Traceback" not in answer.err
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
@@ -229,8 +239,8 @@ def test_records_that_cannot_be_written_end_the_run_in_one_line(
     with files_up_to(9_000):  # the settings fit, the records of 40 steps do not
         answer = pretrain("train", *tiny_args(tmp_path, "checkpoint.every=1000"))
     assert answer.code == 1
-    told = f"error: {tmp_path}/metrics.jsonl cannot be written (File too large): make room or make it writable"
-    assert answer.err.splitlines()[-1].startswith(told)
+    message = f"error: {tmp_path}/metrics.jsonl cannot be written (File too large): make room or make it writable"
+    assert answer.err.splitlines()[-1].startswith(message)
     assert "Traceback" not in answer.err
     content = (tmp_path / "metrics.jsonl").read_bytes()
     assert content.endswith(b"\n")  # no torn line

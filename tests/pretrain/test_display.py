@@ -123,9 +123,9 @@ def test_the_panel_has_a_line_of_the_sources_that_fits(count: int, width: int, l
         display.step(record(1))
         display.validation(by_source(count))
     lines = [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line).strip("\r ") for line in out.getvalue().splitlines()]
-    told = [line for line in lines if line.startswith("by source  source-0 0.000")][-1]
-    assert told.endswith(line)
-    assert len(told) < width
+    message = [line for line in lines if line.startswith("by source  source-0 0.000")][-1]
+    assert message.endswith(line)
+    assert len(message) < width
 
 
 def test_a_terminal_shows_a_panel_that_continues_at_the_resumed_step() -> None:

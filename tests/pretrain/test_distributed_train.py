@@ -1,4 +1,4 @@
-"""Real runs under torchrun: the curve is that of one process, and a run goes on from its checkpoints on any other layout."""
+"""Real runs under torchrun: the loss curve equals that of one process, and checkpoints resume on any other layout."""
 
 import os
 import shutil
@@ -166,7 +166,7 @@ def test_ranks_that_read_the_same_rows_have_another_curve(
 def test_two_ranks_start_from_the_checkpoint_of_one_process(
     undisturbed: Path, tiny_args: TinyArgs, tmp_path: Path
 ) -> None:
-    """With optimizer and data position: the curve is what is left of that run's. One that reads other rows has another: see above."""
+    """With optimizer and data position, the curve is the rest of the other run's. The test above is the control."""
     args = tiny_args(tmp_path / "run", *STEPS, f"run.init_from={undisturbed}@10", "run.init_mode=full")
     code, output = torchrun(*MODULE, "train", *args, "parallel.shard=2")
     assert code == 0, output
@@ -184,9 +184,11 @@ def test_two_ranks_start_from_the_checkpoint_of_one_process(
 def test_sigterm_saves_on_all_ranks_and_the_run_resumes_on_other_layouts(
     run_tiny: RunTiny, undisturbed: Path, tiny_args: TinyArgs, tmp_path: Path
 ) -> None:
-    """shard=2, then pipeline=2, then one process; the curve is the undisturbed one. torchrun itself ends with 1, the ranks with 75.
+    """shard=2, then pipeline=2, then one process: the curve is the uninterrupted one.
 
-    The signal comes when a step has been recorded: the ranks hear of each other's with the sums of the next.
+    torchrun exits with 1, the ranks with 75.
+
+    The signal is sent when a step was recorded. The other ranks learn of it with the sums of the next step.
     """
     run, script = tmp_path / "run", tmp_path / "sigterm_at.py"
     script.write_text(SIGTERM_AT)

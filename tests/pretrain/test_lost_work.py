@@ -1,4 +1,4 @@
-"""Checkpoints or records that are gone, renamed, unreadable or surrounded by stray files: a run says so, and loses nothing by itself."""
+"""Checkpoints or records are missing, renamed, unreadable or beside stray files: a run says so, and loses nothing."""
 
 import errno
 import hashlib
@@ -114,9 +114,9 @@ def test_unlisted_files_are_reported_and_the_run_resumes_from_that_checkpoint(
     (newest / "mine").mkdir()
     console = Console(file=io.StringIO(), width=400)
     assert run_tiny(stopped, *ARGS, console=console) is Outcome.FINISHED
-    told = "step-00000030 holds files that its manifest does not list; they are ignored: .DS_Store, mine"
-    assert notices(stopped) == [told]
-    assert f"notice at step 30: {told}" in console.file.getvalue()
+    message = "step-00000030 holds files that its manifest does not list; they are ignored: .DS_Store, mine"
+    assert notices(stopped) == [message]
+    assert f"notice at step 30: {message}" in console.file.getvalue()
     assert resumed_steps(stopped) == [0, 30]
     assert (newest / ".DS_Store").exists()
     assert losses(stopped) == undisturbed
@@ -127,12 +127,12 @@ def test_without_its_checkpoints_a_run_does_not_start_over_by_itself(
 ) -> None:
     shutil.rmtree(stopped / "checkpoints")
     old = (stopped / "metrics.jsonl").read_bytes()
-    told = refused(stopped)
+    message = refused(stopped)
     assert (
-        f"{stopped}/checkpoints does not exist, but events.jsonl records that step 30 was saved. Put back what is missing"
-        in told
+        f"{stopped}/checkpoints does not exist, but events.jsonl records that step 30 was saved. Put back what "
+        f"is missing" in message
     )
-    assert f"To train again from its beginning here, set {GO_BACK}" in told
+    assert f"To train again from its beginning here, set {GO_BACK}" in message
     (stopped / "checkpoints").mkdir()
     assert f"{stopped}/checkpoints holds no checkpoint, but events.jsonl records that step 30" in refused(stopped)
     (stopped / "checkpoints").rmdir()
@@ -164,12 +164,12 @@ def test_a_checkpoint_that_vanished_is_not_replaced_by_an_older_one_unasked(
     stopped: Path, refused: Callable[..., str], run_tiny: RunTiny, undisturbed: list[float]
 ) -> None:
     shutil.rmtree(checkpoint_path(stopped / "checkpoints", 30))
-    told = refused(stopped)
+    message = refused(stopped)
     assert (
-        "checkpoints has lost the checkpoint of step 30, which events.jsonl records; its latest valid one is of step 20."
-        in told
+        "checkpoints has lost the checkpoint of step 30, which events.jsonl records; its latest valid one is of "
+        "step 20." in message
     )
-    assert f"To train again from step 20 here, set {GO_BACK}" in told
+    assert f"To train again from step 20 here, set {GO_BACK}" in message
     assert run_tiny(stopped, *ARGS, GO_BACK) is Outcome.FINISHED
     assert resumed_steps(stopped) == [0, 20]
     assert losses(stopped) == undisturbed
@@ -188,9 +188,9 @@ def test_without_a_valid_checkpoint_all_stay_and_starting_over_marks_them_damage
 ) -> None:
     for step in (10, 20, 30):
         (checkpoint_path(stopped / "checkpoints", step) / "__0_0.distcp").write_bytes(b"damaged")
-    told = refused(stopped)
-    assert f"none of the 3 checkpoints in {stopped}/checkpoints is valid; the newest fails because" in told
-    assert f"To train again from its beginning here, set {GO_BACK}" in told
+    message = refused(stopped)
+    assert f"none of the 3 checkpoints in {stopped}/checkpoints is valid; the newest fails because" in message
+    assert f"To train again from its beginning here, set {GO_BACK}" in message
     assert run_tiny(stopped, *ARGS, GO_BACK, observers=[StopAt(5)]) is Outcome.STOPPED
     names = sorted(path.name for path in (stopped / "checkpoints").iterdir())
     assert names[0] == "step-00000005"
@@ -212,9 +212,9 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_stops_the_run_and_stays_t
         return digest(stream, kind)
 
     monkeypatch.setattr(hashlib, "file_digest", fail)
-    told = refused(stopped, code=1)
+    message = refused(stopped, code=1)
     monkeypatch.undo()
-    assert told.startswith(
+    assert message.startswith(
         f"error: {file} cannot be read (Input/output error); nothing is known to be damaged: check the disk or mount"
     )
     assert run_tiny(stopped, *ARGS) is Outcome.FINISHED
@@ -225,10 +225,10 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_stops_the_run_and_stays_t
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(stopped: Path, refused: Callable[..., str]) -> None:
     folder = stopped / "checkpoints"
     checkpoint_path(folder, 30).rename(checkpoint_path(folder, 45))
-    told = refused(stopped)
+    message = refused(stopped)
     assert (
-        f"{folder}/step-00000045 is named like the checkpoint of step 45, but its manifest.json says step 30; rename it to"
-        in told
+        f"{folder}/step-00000045 is named like the checkpoint of step 45, but its manifest.json says step 30; "
+        f"rename it to" in message
     )
 
 
@@ -267,10 +267,10 @@ def test_records_of_another_run_are_refused(stopped: Path, refused: Callable[...
     lines[-1]["samples"] = 240
     assert lines[-1]["step"] == 30
     (stopped / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = refused(stopped)
+    message = refused(stopped)
     assert (
-        f"step-00000030 had read 120 sequences after step 30, and by {stopped}/metrics.jsonl it was 240: one of them belongs to"
-        in told
+        f"step-00000030 had read 120 sequences after step 30, and by {stopped}/metrics.jsonl it was 240: one of "
+        f"them belongs to" in message
     )
 
 
@@ -288,22 +288,22 @@ def test_a_config_that_was_cut_off_is_one_line(stopped: Path, refused: Callable[
         assert f"{config} " in refused(stopped)
 
 
-def events(*told: tuple[str, int]) -> list[Event]:
-    return [Event(time=0, kind=kind, step=step, text="") for kind, step in told]
+def events(*message: tuple[str, int]) -> list[Event]:
+    return [Event(time=0, kind=kind, step=step, text="") for kind, step in message]
 
 
 @pytest.mark.parametrize(
-    ("told", "saved"),
+    ("message", "saved"),
     [
         ([], set()),
         ([("start", 0), ("save", 10), ("save", 20)], {10, 20}),
-        ([("start", 0), ("save", 10), ("save", 20), ("resume", 10)], {10}),  # 20 was passed over, which was told
+        ([("start", 0), ("save", 10), ("save", 20), ("resume", 10)], {10}),  # 20 was passed over, which was message
         ([("start", 0), ("save", 10), ("save", 20), ("resume", 10), ("save", 15)], {10, 15}),
         ([("start", 0), ("save", 10), ("stop", 10), ("start", 0)], set()),
     ],
 )
-def test_the_saves_that_count_are_those_not_gone_back_behind(told: list[tuple[str, int]], saved: set[int]) -> None:
-    assert saved_steps(events(*told)) == saved
+def test_the_saves_that_count_are_those_not_gone_back_behind(message: list[tuple[str, int]], saved: set[int]) -> None:
+    assert saved_steps(events(*message)) == saved
 
 
 def test_a_run_that_was_killed_before_its_first_save_has_lost_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged ends as if nothing had happened: every loss, every validation, every weight, all digits."""
+"""A run that was stopped, killed or damaged ends with the losses, validations and weights of an uninterrupted one."""
 
 import io
 import json
@@ -319,9 +319,9 @@ def test_a_run_killed_after_its_last_checkpoint_records_its_end_on_resume(tmp_pa
     args = ("train.steps=10", "log.samples=[the loop]")
     run_tiny(tmp_path, *args)
     lines = (tmp_path / "events.jsonl").read_text().splitlines(keepends=True)
-    told, metrics = read_events(tmp_path / "events.jsonl"), (tmp_path / "metrics.jsonl").read_bytes()
+    reported, metrics = read_events(tmp_path / "events.jsonl"), (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "events.jsonl").write_text("".join(lines[:2]))
     assert run_tiny(tmp_path, *args) is Outcome.FINISHED
     assert kinds(tmp_path) == [("start", 0), ("save", 10), ("resume", 10), ("sample", 10), ("finish", 10)]
-    assert read_events(tmp_path / "events.jsonl")[3].text == told[2].text
+    assert read_events(tmp_path / "events.jsonl")[3].text == reported[2].text
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics

@@ -16,8 +16,14 @@ from pretrain.runs.directory import RunDirectory
 from pretrain.runs.jsonl import RecordFile, read_events
 from pretrain.runs.schema import Event
 
-HOLD = "import sys, time; from pretrain.config import RunConfig; from pretrain.runs.directory import RunDirectory; \
-run = RunDirectory.open(RunConfig.model_validate({'run': {'dir': sys.argv[1]}})); print('open', flush=True); time.sleep(60)"
+HOLD = """
+import sys, time
+from pretrain.config import RunConfig
+from pretrain.runs.directory import RunDirectory
+run = RunDirectory.open(RunConfig.model_validate({"run": {"dir": sys.argv[1]}}))
+print("open", flush=True)
+time.sleep(60)
+"""
 
 
 def opened(wanted: RunConfig) -> RunDirectory:

@@ -1,4 +1,4 @@
-"""Text from a trained run: whole characters, the same text for the same seed, and the newest checkpoint that is whole."""
+"""Text from a trained run: complete characters, the same text for the same seed, the latest valid checkpoint."""
 
 import shutil
 from collections.abc import Callable
@@ -124,8 +124,8 @@ def test_a_damaged_checkpoint_is_skipped_and_reported(run_dir: Path, tmp_path: P
     copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
     shard = copy / "checkpoints" / "step-00000060" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
-    told: list[str] = []
-    *_, path = load_trained_run(copy, CPU, lambda damaged, problems: told.extend([damaged.name, *problems]))
+    message: list[str] = []
+    *_, path = load_trained_run(copy, CPU, lambda damaged, problems: message.extend([damaged.name, *problems]))
     assert path.name == "step-00000030"
-    assert told[0] == "step-00000060"
-    assert "bytes instead of" in told[1]
+    assert message[0] == "step-00000060"
+    assert "bytes instead of" in message[1]

@@ -116,16 +116,16 @@ def test_a_job_from_text_to_report_tells_no_secret(
 
 
 def test_weights_and_biases_is_told_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
 
     def init(**given: object) -> SimpleNamespace:
-        told.update(given)
+        reported.update(given)
         return SimpleNamespace(define_metric=lambda *_, **__: None)
 
     monkeypatch.setattr(wandb, "init", init)
     args = [f"run.dir={tmp_path}", "data.sources=[{kind: text, paths: ['s3://key:hunter2@b/x']}]"]
     WandbLogger(load(None, args).config, tmp_path, "offline")
-    assert told["config"]["data"]["sources"][0]["paths"] == ["s3://***:***@b/x"]
+    assert reported["config"]["data"]["sources"][0]["paths"] == ["s3://***:***@b/x"]
 
 
 def test_the_arguments_of_the_command_line_are_kept_without_secrets(pretrain: Pretrain) -> None:

@@ -69,8 +69,10 @@ def test_tokens_elsewhere_are_read_only_where_the_settings_name_them(
     assert refused.code == 2
     shards = sorted((corpus / "train").glob("*.bin"))
     assert refused.err == (
-        f"error: {mixed / 'train' / 'manifest.json'} has tokens read from {shards[0]} and {len(shards) - 1} more, outside of its folder: "
-        f"only if you know who prepared it, set data.external=[{corpus / 'train'}], or name the sources in data.sources as they were when "
+        f"error: {mixed / 'train' / 'manifest.json'} has tokens read from {shards[0]} and {len(shards) - 1} "
+        f"more, outside of its folder: "
+        f"only if you know who prepared it, set data.external=[{corpus / 'train'}], or name the sources in "
+        f"data.sources as they were when "
         f"it was prepared\n"
     )
     assert not (tmp_path / "run").exists()

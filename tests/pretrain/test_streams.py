@@ -1,4 +1,4 @@
-"""Output that goes away ends no training: a reader that left, a full disk, a closed terminal. Neither do loggers nor the report."""
+"""Lost output does not end training: a reader that exits, a full disk, a closed terminal, failing loggers or report."""
 
 import errno
 import io
@@ -217,8 +217,12 @@ def test_losing_the_output_raises_only_where_it_is_needed() -> None:
 
 
 def test_closed_streams_do_not_give_their_numbers_to_the_next_files() -> None:
-    code = "import os; from pretrain.streams import tolerant_streams\nwith tolerant_streams(): print('x', open('/dev/zero').fileno())"
-    shell = f"exec {sys.executable} -c \"{code}; os._exit(7 if os.readlink('/proc/self/fd/1') == '/dev/null' else 1)\" >&- 2>&-"
+    code = (
+        "import os; from pretrain.streams import tolerant_streams\n"
+        "with tolerant_streams(): print('x', open('/dev/zero').fileno()); "
+        "os._exit(7 if os.readlink('/proc/self/fd/1') == '/dev/null' else 1)"
+    )
+    shell = f'exec {sys.executable} -c "{code}" >&- 2>&-'
     assert subprocess.run(["sh", "-c", shell], check=False).returncode == 7
     with tolerant_streams():
         assert isinstance(sys.stdout, TolerantStream)

@@ -48,7 +48,7 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def test_a_run_of_150_steps_reaches_the_entropy_of_the_text(tmp_path: Path, run_tiny: RunTiny, tiny_data: Path) -> None:
-    """A sentence is three free choices of six, and the rest follows: less than that many nats would mean that the future was seen."""
+    """A sentence is three free choices of six. A lower loss would mean that the model sees future tokens."""
     run_tiny(
         tmp_path, "train.steps=150", "train.batch_size=8", "eval.every=50", "eval.batches=100", "checkpoint.every=150"
     )
@@ -309,7 +309,8 @@ def test_a_diverged_run_is_one_line_and_exit_code_1(
     answer = pretrain("train", *tiny_args(tmp_path, "train.steps=10"))
     assert answer.code == 1
     assert answer.err == (
-        "error: loss nan and gradient norm nan at step 3: the run diverged, and this step was not taken. In another run.dir, lower "
+        "error: loss nan and gradient norm nan at step 3: the run diverged, and this step was not taken. In "
+        "another run.dir, lower "
         "optim.lr=0.01, lengthen optim.warmup=4 or set train.z_loss=1e-4\n"
     )
 

@@ -1,4 +1,4 @@
-"""The validation loss of each source: what it is, how it adds up, and that the number of processes does not change it."""
+"""The validation loss of each source, its sum over sources, and its independence of the number of processes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -164,27 +164,29 @@ def test_prepare_inspect_and_train_warn_of_sources_with_little_held_out_text(
         "data.validation_fraction=1e-9",
     )
     prepared = pretrain("data", "prepare", *args)
-    told = [line for line in prepared.out.splitlines() if line.startswith("warning: ")]
+    message = [line for line in prepared.out.splitlines() if line.startswith("warning: ")]
     held_out = open_prepared(tmp_path / "data").splits["validation"].sources
     assert [(source.name, source.documents) for source in held_out] == [("prose", 1), ("sums", 1)]  # of 120 and 40
     begins = [
-        f"warning: {s.name}: only 1 document with {s.tokens} tokens is held out ({-(-s.tokens // 32)} sequence{'s' * (s.tokens > 32)} of "
+        f"warning: {s.name}: only 1 document with {s.tokens} tokens is held out ({-(-s.tokens // 32)} "
+        f"sequence{'s' * (s.tokens > 32)} of "
         "data.seq_len=32): its validation loss says little; "
         for s in held_out
     ]
     assert (
-        told[0] == begins[0] + "prepare it with data.validation_fraction=0.12, or name held-out text in data.validation"
+        message[0]
+        == begins[0] + "prepare it with data.validation_fraction=0.12, or name held-out text in data.validation"
     )
-    assert told[1].startswith(begins[1])
-    assert len(told) == 2
+    assert message[1].startswith(begins[1])
+    assert len(message) == 2
     trained = pretrain("train", *tiny_args(tmp_path / "run", f"data.path={tmp_path / 'data'}", *ARGS))
-    assert [line for line in trained.out.splitlines() if line.startswith("warning: ")] == told
+    assert [line for line in trained.out.splitlines() if line.startswith("warning: ")] == message
     assert "by source: prose " in trained.out
     inspected = pretrain("data", "inspect", tmp_path / "data", "data.seq_len=32", "--samples", "0")
-    assert [line for line in inspected.out.splitlines() if line.startswith("warning: ")] == told
+    assert [line for line in inspected.out.splitlines() if line.startswith("warning: ")] == message
     assert (
-        f"held out, in sequences of 32 tokens: prose {-(-held_out[0].tokens // 32)}, sums {-(-held_out[1].tokens // 32)}\n"
-        in inspected.out
+        f"held out, in sequences of 32 tokens: prose {-(-held_out[0].tokens // 32)}, sums "
+        f"{-(-held_out[1].tokens // 32)}\n" in inspected.out
     )
 
 
