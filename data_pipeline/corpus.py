@@ -38,7 +38,8 @@ _CHUNK_BYTES_PER_TOKEN = 3
 """A chunk has this many bytes of text per token of a shard. Text has 3 to 5, so most chunks fill one shard."""
 
 _READER_VERSION = 2
-"""To be increased when readers read the same files differently. Finished work of other versions is then done again."""
+"""Version of the code of readers and filters, a part of every chunk's key. Increase it when that code gives another
+result for the same file and settings: `prepare` then does the finished chunks of an interrupted preparation again."""
 
 _SAMPLE_EXCESS = 8
 """The tokenizer's sample is drawn from chunks with this many times as much text as the sample needs."""

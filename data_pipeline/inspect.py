@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.reading.packing import read_concatenated
-from data_pipeline.recipe import RecipeEntry, describe_recipe
+from data_pipeline.recipe_text import RecipeEntry, describe_recipe
 from data_pipeline.storage.manifest import SourceManifest, SplitManifest
 from data_pipeline.storage.prepared import open_prepared
 from data_pipeline.storage.shards import ShardFile, ShardSet

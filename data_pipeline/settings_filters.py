@@ -191,8 +191,8 @@ class FilterConfig(Settings):
     """Quality filters. Each dropped document is counted under the rule that dropped it."""
 
     apply: tuple[FilterName, ...] = ()
-    """Filters, in the order in which they are applied. A source may have its own list. All but `length`, `url` and
-    `lines` need `pip install 'pretrain[filters]'`."""
+    """Filters, in the order in which they are applied. A source may have its own list. `language` and the rules
+    of Gopher, C4 and FineWeb need `pip install 'pretrain[filters]'`."""
 
     language_of_rules: str = "en"
     """ISO 639 code of the language whose words and sentences the Gopher, C4 and FineWeb rules split. These rules also

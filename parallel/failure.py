@@ -63,8 +63,9 @@ KILLED = "disappeared: it was killed, or its machine went down"
 def fail_together(world: World, show: ShowError) -> Iterator[None]:
     """Run the block on every rank; if any rank raises, print its error once and end every rank with its exit code.
 
-    SystemExit and KeyboardInterrupt pass through. With one process every exception does. If no launcher holds the
-    store, rank 0 does; this then works as long as rank 0 lives.
+    SystemExit and KeyboardInterrupt count as an end without an error: they propagate, and the other ranks go on. With
+    one process every exception propagates. If no launcher holds the store, rank 0 does; this then works as long as
+    rank 0 lives.
 
     Args:
         world: this process.

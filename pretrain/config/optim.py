@@ -43,7 +43,7 @@ class OptimConfig(Settings):
 
     decay: Annotated[OrAuto[Annotated[float, Field(ge=0, le=1)]], MayChangeAhead()] = AUTO
     """`wsd`: length of the final decay, as a fraction of the run. `auto` is 0.2 (arXiv:2405.18392). Other schedules
-    decay throughout."""
+    do not read it."""
 
     decay_shape: Annotated[Literal["linear", "sqrt", "cosine"], MayChangeAhead()] = "linear"
     """`wsd`: shape of the final decay; `sqrt` is 1 - sqrt(progress)."""

@@ -46,7 +46,8 @@ class CheckpointConfig(Settings):
     on_invalid: Literal["stop", "go_back"] = "stop"
     """What to do when a checkpoint that events.jsonl names is missing, or no checkpoint is valid: stop with an error,
     or go back to the newest valid one, or to step 0 if there is none. Going back moves damaged checkpoints and old
-    records out of the way. `go_back` does nothing while no checkpoint is lost."""
+    records out of the way. `go_back` does nothing while no checkpoint is lost. A newest checkpoint that is only damaged
+    does not stop the run, whatever this setting says: the run continues from the valid one before it."""
 
 
 class LogConfig(Settings):

@@ -36,7 +36,7 @@ class Machine:
     """How settings are decided on a machine, and what it refuses."""
 
     device: Rule
-    """`train.device=auto`; the rules below are applied in this order, after the layout is known."""
+    """Decides `train.device=auto`. The rules run after the layout is decided, in the order of these four fields."""
 
     precision: Rule
     compile: Rule

@@ -30,9 +30,9 @@ from pretrain.setup.memory import batch_fits_host, state_fits_device
 VOCAB_MULTIPLE = 64
 """Vocabulary sizes are rounded up to this: matrix units want it, and it leaves room for tensor parallelism."""
 
-WARMUP_FRACTION = 10
+WARMUP_DIVISOR = 10
 MAX_WARMUP = 2000
-"""`auto` warm-up: one step in ten, at most the longest that published runs of any size commonly take."""
+"""`auto` warm-up: `train.steps // WARMUP_DIVISOR`, but no longer than published runs of any size commonly take."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _auto_rules(tokenizer_size: int, world_size: int, machine: Machine) -> dict[
             f"the tokenizer's {tokenizer_size}, rounded up",
         ),
         "optim.warmup": lambda c: (
-            min(c.train.steps // WARMUP_FRACTION, MAX_WARMUP),
+            min(c.train.steps // WARMUP_DIVISOR, MAX_WARMUP),
             f"a tenth of the run, {MAX_WARMUP:,} steps at most",
         ),
         "optim.decay": lambda c: (

@@ -92,8 +92,8 @@ def to_host(batch: Batch, device: torch.device) -> HostBatch:
 def split_microbatches(batch: HostBatch, size: int, device: torch.device) -> Iterator[Microbatch]:
     """Cut a batch into microbatches of `size` sequences. On CUDA the copies do not wait for each other.
 
-    Raises ValueError for a batch that is not filled up (`Share.given`): the last microbatch would be smaller, and
-    compiled once more.
+    Raises ValueError for a batch that was not padded to full microbatches (`DataShard.padded_rows`, `pad_batch`): the
+    last microbatch would be smaller, and compiled once more.
     """
     if len(batch.input_ids) % size:
         raise ValueError(f"a batch of {len(batch.input_ids)} rows does not divide into microbatches of {size}")

@@ -71,7 +71,7 @@ ARGS = {
     "out of range": (["optim.lr=-1"], "optim.lr=-1: input should be greater than 0"),
     "infinite": (["optim.lr=.inf"], "optim.lr=inf: input should be a finite number"),
     "not a number": (["optim.max_grad_norm=nan"], "optim.max_grad_norm='nan': input should be a finite number"),
-    "not one of the choices": (["optim.kind=sgd"], "optim.kind='sgd': input should be 'adamw' or 'muon'"),
+    "not one of the choices": (["optim.kind=unknown"], "optim.kind='unknown': input should be 'adamw' or 'muon'"),
     "a value for a section": (["train=5"], "train=5: is a section; set what is in it"),
     "an argument without a value": (["train.steps"], "train.steps: no such file, and no preset of that name"),
     "a value that is no YAML": (["log.samples=[a"], "log.samples: `[a` is not a YAML value; quote it"),

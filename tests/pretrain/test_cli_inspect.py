@@ -19,7 +19,7 @@ from data_pipeline.inspect import (
 )
 from data_pipeline.reading.forecast import Forecast, RunSegment, SourceUsage
 from data_pipeline.reading.loader import Loader
-from data_pipeline.recipe import RecipeEntry
+from data_pipeline.recipe_text import RecipeEntry
 from data_pipeline.settings import PrepareConfig
 from data_pipeline.storage.manifest import Recipe, SourceManifest, SplitManifest
 from data_pipeline.storage.prepared import open_prepared

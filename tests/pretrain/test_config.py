@@ -377,7 +377,7 @@ def test_the_schema_accepts_every_config_we_ship_and_the_whole_tree(schema: dict
         {"train": {"stepz": 1}},
         {"train": {"steps": "x"}},
         {"train": 5},
-        {"optim": {"kind": "sgd"}},
+        {"optim": {"kind": "unknown"}},
         {"optim": {"betas": [0.9]}},
         {"model": {"n_layers": 0}},
         {"data": {"sources": [{"paths": ["x"]}]}},

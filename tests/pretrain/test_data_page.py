@@ -16,7 +16,7 @@ from data_pipeline.inspect import (
     SourceDescription,
 )
 from data_pipeline.reading.forecast import Forecast, RunSegment, SourceUsage
-from data_pipeline.recipe import RecipeEntry
+from data_pipeline.recipe_text import RecipeEntry
 from data_pipeline.settings import PrepareConfig
 from data_pipeline.storage.manifest import Recipe, SourceManifest, SplitManifest
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
