@@ -319,7 +319,7 @@ def test_a_damaged_config_of_a_run(refused: Callable[..., str], trained: Path, d
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("generate", "is not a run directory: it has no config.yaml; `pretrain train` makes one"),
+        ("generate", "is not a run directory: it has no config.yaml; `pretrain train` creates one"),
         ("report", "is not a run directory: it holds no config.yaml"),
         ("data verify", "holds no prepared data"),
         ("data inspect", "holds no prepared data"),
