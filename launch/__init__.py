@@ -1,4 +1,4 @@
-"""A command line -> processes: on this machine, under torchrun, under Slurm. Knows no torch model at all.
+"""Start processes on this machine, under torchrun, or under Slurm. Knows no torch model.
 
-Empty as long as training is one process: `pretrain train` needs no launcher then.
+Empty so far: one process needs no launcher, and torchrun starts several.
 """
