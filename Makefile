@@ -1,4 +1,4 @@
-# What there is to do here. Each target sets up what it needs, and does it again only when something changed.
+# Each target sets up what it needs, and repeats that only when something changed.
 
 VENV := .venv
 PYTHON ?= python3

@@ -154,7 +154,7 @@ def build_tokenizer(
 
 
 def _clean(corpus: Corpus, work: Path, progress: StageProgressCallback) -> dict[str, Path]:
-    """Clean all chunks; return the file of verdicts of each. No files if nothing but emptiness can drop a document."""
+    """Clean all chunks; return the file of verdicts of each, or {} without filters, dedup and decontamination."""
     config = corpus.config
     if not corpus.chunks or not needs_cleaning(config):
         return {}
@@ -286,7 +286,7 @@ def _tokenize(
     )
     results = {chunk.name: finished[chunk.name] for chunk in corpus.chunks}
     if config.validation_fraction > 0:
-        # Sources of which the hash held out nothing: their document of the lowest hash is held out.
+        # If no document of a source fell below the fraction, hold out the one with the lowest hash.
         results |= run(
             (
                 job(chunk, math.nextafter(results[chunk.name].lowest, 2.0))

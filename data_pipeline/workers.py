@@ -110,7 +110,7 @@ def run_jobs(
         if isinstance(error, BrokenProcessPool):
             names = ", ".join(job.name for job in running.values())
             raise DataError(
-                f"a worker process died while {names or 'its work'} was prepared, perhaps for want of memory; lower "
+                f"a worker process died while {names or 'its work'} was prepared, perhaps out of memory; lower "
                 "data.workers or data.shard_tokens, and run the command again: it continues from what is finished"
             ) from error
         raise

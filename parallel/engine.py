@@ -1,4 +1,4 @@
-"""The interface between the training loop and an engine, which holds the model. The loop knows no other name of it."""
+"""The interface between the training loop and an engine, which holds the model. The loop uses nothing else of it."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ def local_squared_norm(
 ) -> Tensor:
     """This rank's share of the squared global gradient norm, an fp64 scalar. The shares of all ranks sum up to it.
 
-    If k ranks hold the same numbers, each counts a k-th of their squares. So one sum over the world is right, although
-    parameters are sharded over different axes.
+    If k ranks hold the same numbers, each counts 1/k of their squares. One sum over all ranks then counts every number
+    once, whatever axes its parameter is sharded over.
 
     Args:
         master_weights: by canonical name; those without a gradient do not count.

@@ -3,13 +3,14 @@
 No other file of `parallel` or `pretrain` uses a private name of torch (tests/parallel/test_torch_compat.py), except
 `pretrain.model`, which may not import this package; that test lists what it uses. Each entry says which public name is
 missing and with which versions of torch it was checked: the tests run with 2.13 on CPUs, and ran with 2.11 on a GPU.
-pyproject.toml allows 2.11 to 2.13.
+pyproject.toml allows 2.11 to 2.13. Names of operators in torch's dispatcher stand where they are counted
+(`parallel.recompute`, `parallel.simulate.communication`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
@@ -222,6 +223,27 @@ def fsdp_param_groups(root: FSDPModule) -> Iterator[_fsdp_param_group.FSDPParamG
     for state in root._get_fsdp_state()._state_ctx.all_states:
         if state._fsdp_param_group is not None:
             yield state._fsdp_param_group
+
+
+def unsharded_gradients(modules: Iterable[FSDPModule], accumulates: bool) -> Iterator[Tensor]:
+    """Gradients that FSDP2 has accumulated and not yet reduced.
+
+    Missing: a public path to them. Checked with 2.13.
+
+    Args:
+        modules: of one engine.
+        accumulates: whether FSDP2 accumulates them over the microbatches of a step. If they have the dtype of the
+            reduction, it leaves them in `.grad`, where autograd put them.
+    """
+    groups = {id(group): group for module in modules for group in fsdp_param_groups(module)}
+    for group in groups.values():
+        for parameter in group.fsdp_params:
+            if parameter.unsharded_accumulated_grad is not None:
+                yield parameter.unsharded_accumulated_grad
+            elif accumulates and hasattr(parameter, "_unsharded_param"):  # was gathered at least once
+                gradient = parameter.unsharded_param.grad
+                if gradient is not None and gradient.dtype == torch.float32:
+                    yield gradient
 
 
 @contextmanager

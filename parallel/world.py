@@ -47,15 +47,15 @@ class World:
         if not found:
             return cls()
         shown = " ".join(f"{name}={value}" for name, value in found.items())
-        way_out = "start with torchrun, which sets them all, or unset them for one process"
+        remedy = "start with torchrun, which sets them all, or unset them for one process"
         if len(found) < len(VARIABLES):
             missing = ", ".join(name for name in VARIABLES if name not in found)
-            raise LayoutError(f"{shown} in the environment, without {missing}: {way_out}")
+            raise LayoutError(f"{shown} in the environment, without {missing}: {remedy}")
         if not all(value.isdecimal() for value in found.values()):
-            raise LayoutError(f"{shown} in the environment are not all numbers: {way_out}")
+            raise LayoutError(f"{shown} in the environment are not all numbers: {remedy}")
         world = cls(*(int(found[name]) for name in VARIABLES))
         if not (world.rank < world.size and world.local_rank < world.local_size <= world.size):
-            raise LayoutError(f"{shown} in the environment contradict each other: {way_out}")
+            raise LayoutError(f"{shown} in the environment contradict each other: {remedy}")
         return world
 
 

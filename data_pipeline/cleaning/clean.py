@@ -110,7 +110,8 @@ def clean_chunks(
         return filtered
     compared = {job.name: folder / f"{job.name}.compared" for job in jobs}
     key = _comparison_key(config, filtered)
-    existing = [read_verdicts(file) for file in compared.values()]
+    # A generator: it holds the verdicts of one chunk at a time, which are a byte a document.
+    existing = (read_verdicts(file) for file in compared.values())
     if all(verdicts is not None and verdicts.key == key for verdicts in existing):
         return compared
     n_sources = len(config.sources)

@@ -151,7 +151,7 @@ def working_folder(path: Path) -> Iterator[Path]:
         ) from None
     except OSError as error:
         raise DataError(
-            f"data.path={path} cannot be prepared: {error}; mend it and run the command again, it continues from what "
+            f"data.path={path} cannot be prepared: {error}; fix it and run the command again, it continues from what "
             "is finished"
         ) from error
 

@@ -123,7 +123,7 @@ def build_backend(config: Mapping[str, Any], file: Path | str) -> tokenizers.Tok
 
 
 def _reachable_special_tokens(config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> set[str]:
-    """Return the special tokens whose ids the model itself would give to a text that spells them out.
+    """Return the special tokens that ordinary text with the same characters would be encoded to.
 
     They are in its vocabulary, and pre-tokenization does not split them. In addition, BPE reaches them only through a
     merge, or if it looks up whole words first (`ignore_merges`); the other models match every entry of the vocabulary.

@@ -37,7 +37,7 @@ def assign_layers(n_layers: int, n_stages: int, *, first_cost: float, last_cost:
     Raises:
         LayoutError: there are more stages than layers.
 
-    >>> assign(6, 3, first_cost=0, last_cost=1.5)
+    >>> assign_layers(6, 3, first_cost=0, last_cost=1.5)
     [range(0, 2), range(2, 5), range(5, 6)]
     """
     if n_stages > n_layers:
@@ -71,7 +71,7 @@ def stages_of_rank(pipeline_rank: int, layout: Layout) -> tuple[int, ...]:
     >>> stages_of_rank(1, Layout(pipeline=4, schedule="zbv", stages_per_rank=2))
     (1, 6)
     """
-    if layout.schedule == "zbv":
+    if layout.schedule == "zbv" and layout.pipeline > 1:
         return pipeline_rank, layout.n_stages - 1 - pipeline_rank
     return tuple(range(pipeline_rank, layout.n_stages, layout.pipeline))
 
@@ -96,10 +96,10 @@ def check_pipeline(layout: Layout, n_layers: int, n_microbatches: int) -> None:
     p, stages_per_rank, schedule = layout.pipeline, layout.stages_per_rank, layout.schedule
     if layout.n_stages > n_layers:
         fits = n_layers // stages_per_rank
-        way_out = f"use a parallel.pipeline of at most {fits}" if fits > 1 else "lower parallel.stages_per_rank"
+        remedy = f"use a parallel.pipeline of at most {fits}" if fits > 1 else "lower parallel.stages_per_rank"
         raise LayoutError(
             f"parallel.pipeline={p} * parallel.stages_per_rank={stages_per_rank} is {layout.n_stages} stages, "
-            f"more than model.n_layers={n_layers}; {way_out}"
+            f"more than model.n_layers={n_layers}; {remedy}"
         )
     if n_microbatches < p:
         raise LayoutError(

@@ -78,7 +78,7 @@ class _DeferringLinear(nn.Linear):
 
     deferred: list[_WeightGradient]
 
-    # Compiled code would reuse the memory of what is deferred.
+    # Not compiled: compiled code would reuse the memory of the deferred tensors.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""

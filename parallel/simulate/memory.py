@@ -6,11 +6,10 @@ The tracker sees every operator, backward pass and optimizer included. That is s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, UntypedStorage
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -20,9 +19,9 @@ from parallel.simulate.fake_world import tensors_in
 from parallel.torch_compat import (
     TorchDispatchMode,
     active_fake_mode,
-    fsdp_param_groups,
     is_traceable_wrapper_subclass_type,
     local_tensor,
+    unsharded_gradients,
 )
 
 KINDS = ("parameters", "optimizer state", "gradients", "gathered parameters")
@@ -141,30 +140,11 @@ def tensor_kinds(engine: InspectableEngine) -> TensorKinds:
         return {
             "parameters": master_weights,
             "optimizer state": optimizer_state,
-            "gradients": [*sharded_gradients, *_unsharded_gradients(fsdp_modules, accumulates_unsharded)],
+            "gradients": [*sharded_gradients, *unsharded_gradients(fsdp_modules, accumulates_unsharded)],
             "gathered parameters": [parameter for part in engine.model_chunks for parameter in part.parameters()],
         }
 
     return kinds
-
-
-def _unsharded_gradients(modules: Iterable[FSDPModule], accumulates: bool) -> Iterator[Tensor]:
-    """Gradients that FSDP2 has accumulated and not yet reduced.
-
-    Args:
-        modules: of one engine.
-        accumulates: whether FSDP2 accumulates them over the microbatches of a step. If they have the dtype of the
-            reduction, it leaves them in `.grad`, where autograd put them.
-    """
-    groups = {id(group): group for module in modules for group in fsdp_param_groups(module)}
-    for group in groups.values():
-        for parameter in group.fsdp_params:
-            if parameter.unsharded_accumulated_grad is not None:
-                yield parameter.unsharded_accumulated_grad
-            elif accumulates and hasattr(parameter, "_unsharded_param"):  # was gathered at least once
-                gradient = parameter.unsharded_param.grad
-                if gradient is not None and gradient.dtype == torch.float32:
-                    yield gradient
 
 
 def _local(tensor: Tensor) -> Tensor:

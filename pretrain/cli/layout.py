@@ -48,8 +48,7 @@ def layout(
         console.width = NON_TERMINAL_WIDTH
     for decision in resolved.decisions:
         if decision.key.startswith("parallel.") or decision.key == "train.micro_batch_size":
-            reason = (f" ({decision.reason})", "dim")
-            print_line(console, Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), reason))
+            print_line(console, decision.as_text())
     print_axes(config, layout, ranks_per_node, console)
     if rank is not None:
         print_peers(layout, rank, console)

@@ -146,9 +146,15 @@ def _read_yaml(path: Path) -> Tree:
 
 
 def _rename(tree: Tree) -> Tree:
-    """Old names of settings become new ones in each layer, so that a later layer overrides them by either name."""
+    """Give each setting of a layer its new name, so that a later layer overrides it by either name.
+
+    YAML files may also use dotted keys (`optim.lr: 1`), which become sections first.
+    """
+    nested: Tree = {}
+    for key, value in _leaves(tree):
+        _put(nested, key, value)
     try:
-        return rename_settings(tree)
+        return rename_settings(nested)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -166,7 +172,9 @@ def _split(argument: str) -> tuple[str, object]:
 def _put(tree: Tree, key: str, value: object) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:  # also an optional section that a config.yaml sets to null
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"{key}: `{section}` is a value, not a section")
     tree[last] = value

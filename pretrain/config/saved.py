@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from data_pipeline.errors import StorageError, unreadable_error
 from pretrain.checked_json import read_checked_json
 from pretrain.config.error_messages import describe_error
-from pretrain.config.renamed import rename_settings
 from pretrain.config.tree import RunConfig
 from pretrain.errors import UserError
 
@@ -73,7 +72,7 @@ def read_parent_model(init_from: str | None, run_dir: Path) -> dict[str, Any]:
         UserError, StorageError: there is no such run or checkpoint, or it cannot be read.
     """
     try:
-        own = _config_of_run(run_dir)
+        own = read_config_if_present(run_dir)
     except (UserError, StorageError, OSError):
         if init_from is not None:
             raise
@@ -85,7 +84,7 @@ def read_parent_model(init_from: str | None, run_dir: Path) -> dict[str, Any]:
     parent, _ = split_init_from(init_from)
     if (parent / MANIFEST_FILE).is_file():
         return {"model": _model_of_checkpoint(parent / MANIFEST_FILE)}
-    theirs = _config_of_run(parent)
+    theirs = read_config_if_present(parent)
     if theirs is None:
         raise UserError(
             f"run.init_from={init_from}: {parent} is neither a run directory with a config.yaml nor the folder of a "
@@ -94,15 +93,19 @@ def read_parent_model(init_from: str | None, run_dir: Path) -> dict[str, Any]:
     return {"model": theirs.model.model_dump(mode="json")}
 
 
-def _config_of_run(run_dir: Path) -> RunConfig | None:
-    """The config.yaml of a run directory; None if there is none."""
+def read_config_if_present(run_dir: Path) -> RunConfig | None:
+    """The config.yaml of a run directory; None if there is none. Raises as `read_config`."""
     file = run_dir / CONFIG_FILE
     return read_config(file) if file.is_file() else None
 
 
 def _model_of_checkpoint(manifest: Path) -> object:
     """The `model` section in the manifest of a checkpoint."""
-    config = read_checked_json(manifest).get("config")
+    try:
+        config = read_checked_json(manifest).get("config")
+    except FileNotFoundError:  # deleted since `read_parent_model` saw it
+        raise UserError(f"{manifest} does not exist any more; name another checkpoint in run.init_from") from None
     if not isinstance(config, Mapping) or "model" not in config:
         raise UserError(f"{manifest} is not the manifest of a checkpoint: it holds no settings of a model")
-    return rename_settings(config)["model"]
+    model: object = config["model"]
+    return model

@@ -84,6 +84,11 @@ def _layer_parameters(config: ModelConfig, layer: int, tensor: int) -> tuple[Mod
                 f"{architecture.source}: SPEC.modules gives {name} the tensor-parallel style {style!r}; "
                 f"known styles are {', '.join(SHARD_DIM)}"
             )
+        if spec.initial.std is not None and len(shape) != 2:
+            raise UserError(
+                f"{architecture.source}: SPEC.modules gives {name}, of shape {list(shape)}, random initial values; "
+                "only matrices have them: use ONES or ZEROS"
+            )
         found.append(
             ModelParameter(name, shape, spec, style, shard_dim(style, tensor=tensor, kv_heads=config.n_kv_heads))
         )

@@ -12,7 +12,7 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint import directory
 from pretrain.checkpoint.load import load_checkpoint
 from pretrain.config import RunConfig
-from pretrain.config.saved import read_config
+from pretrain.config.saved import CONFIG_FILE, read_config
 from pretrain.errors import UserError
 from pretrain.inference.generate import generate
 from pretrain.model.transformer import Transformer
@@ -97,7 +97,7 @@ def load_trained_run(
     Raises:
         UserError: there is no run, no checkpoint yet, or no valid one.
     """
-    config_file = run_dir / "config.yaml"
+    config_file = run_dir / CONFIG_FILE
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run directory: it has no config.yaml; `pretrain train` creates one")
     config = read_config(config_file)

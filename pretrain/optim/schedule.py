@@ -22,6 +22,11 @@ _DECAY: dict[str, Callable[[float], float]] = {
 """{shape: function from the progress of the decay in [0, 1] to what is left of the peak, from 1 to 0}."""
 
 
+def learning_rate(step: int, train: TrainConfig, optim: OptimConfig) -> float:
+    """Learning rate of `step`. Raises as `lr_scale`."""
+    return lr_scale(step, train.steps, optim) * optim.lr
+
+
 def lr_scale(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of `step`, as a multiple in [0, 1] of the peak.
 

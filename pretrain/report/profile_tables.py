@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.errors import StorageError
 from pretrain.errors import UserError
 from pretrain.report.render import Table
 from pretrain.runs.profile import OperatorTime, ProfileSummary, read_profile
@@ -39,7 +40,7 @@ def latest_profile(run_dir: Path, events: Sequence[Event]) -> ProfileTables | No
         return None
     try:
         summary = read_profile(run_dir / path)
-    except UserError:
+    except (UserError, StorageError):  # deleted, or on a disk that does not answer: the rest of the report is there
         return None
     n_steps = summary.last_step - summary.first_step + 1
     tables = {"CPU": _table(summary.operators, n_steps, lambda time: time.self_cpu_us, lambda time: time.cpu_us)}

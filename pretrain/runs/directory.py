@@ -17,14 +17,13 @@ from data_pipeline.atomic import write_atomic
 from data_pipeline.locks import FileLock, LockHeldError
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from pretrain.config import RunConfig, differences, on_resume
-from pretrain.config.saved import dump, read_config
+from pretrain.config.saved import CONFIG_FILE, dump, read_config
 from pretrain.errors import UserError
 from pretrain.runs.jsonl import RecordFile, read_events
 from pretrain.runs.schema import Event
 
 SHOWN_DIFFERENCES = 5
 LOCK_FILE = ".lock"
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,8 @@ def _changes(path: Path, config: RunConfig) -> tuple[str, ...]:
 def _other_run(path: Path, refused: list[str], *, own_weights: bool) -> str:
     shown = "; ".join(refused[:SHOWN_DIFFERENCES])
     more = f"; and {len(refused) - SHOWN_DIFFERENCES} more" if len(refused) > SHOWN_DIFFERENCES else ""
-    way_out = f" (to start from the weights of this one: run.init_from={path})" if own_weights else ""
+    remedy = f" (to start from the weights of this one: run.init_from={path})" if own_weights else ""
     return (
         f"run.dir={path} holds a run with other settings: {shown}{more}; put the values back, or choose another "
-        f"run.dir{way_out}"
+        f"run.dir{remedy}"
     )

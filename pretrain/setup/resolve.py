@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from rich.text import Text
+
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 from parallel.layout import Layout
 from parallel.pipeline.torch_schedules import describe_pipeline
@@ -43,8 +45,9 @@ class Decision:
     value: object
     reason: str
 
-    def __str__(self) -> str:
-        return f"{self.key}={self.value} ({self.reason})"
+    def as_text(self) -> Text:
+        """Return `key = value (reason)` for a terminal."""
+        return Text.assemble((f"{self.key} = ", "dim"), str(self.value), (f" ({self.reason})", "dim"))
 
 
 @dataclass(frozen=True)

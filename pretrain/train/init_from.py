@@ -25,9 +25,9 @@ from pretrain.checkpoint.verify import verify_on_all_ranks
 from pretrain.config import Ancestor, RunConfig, flatten
 from pretrain.config.loading import validate
 from pretrain.config.model import WEIGHT_SETTINGS
-from pretrain.config.saved import split_init_from
+from pretrain.config.saved import CONFIG_FILE, split_init_from
 from pretrain.errors import UserError
-from pretrain.optim.schedule import lr_scale
+from pretrain.optim.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class InitCheckpoint:
     def run_dir(self) -> Path | None:
         """The parent's run directory; None for a checkpoint folder outside of one, such as a copy."""
         checkpoints = self.path.absolute().parent
-        lies_in_run = checkpoints.name == "checkpoints" and (checkpoints.parent / "config.yaml").is_file()
+        lies_in_run = checkpoints.name == "checkpoints" and (checkpoints.parent / CONFIG_FILE).is_file()
         return checkpoints.parent if lies_in_run else None
 
     @property
@@ -157,12 +157,10 @@ def _check_tokenizer(parent: InitCheckpoint, tokenizer: Tokenizer, data: Loader,
             "compared"
         )
     if theirs != tokenizer.fingerprint:
-        way_out = (
-            f"prepare the data with data.tokenizer={files[theirs]}" if theirs in files else "use data made with it"
-        )
+        remedy = f"prepare the data with data.tokenizer={files[theirs]}" if theirs in files else "use data made with it"
         raise UserError(
             f"{named} was trained with another tokenizer ({theirs}) than the one that made the data here "
-            f"({tokenizer.fingerprint}); {way_out}"
+            f"({tokenizer.fingerprint}); {remedy}"
         )
 
 
@@ -230,8 +228,8 @@ def load_init_checkpoint(parent: InitCheckpoint, engine: Engine, mode: str, grou
     if problems:
         _refuse_if_deleted(parent, group)
         others = [step for step in directory.committed_steps(parent.path.parent) if step != parent.manifest.step]
-        way_out = f"name another step ({', '.join(map(str, others))})" if others else "restore it"
-        raise UserError(f"run.init_from={parent.name}: {problems[0]}; {way_out}")
+        remedy = f"name another step ({', '.join(map(str, others))})" if others else "restore it"
+        raise UserError(f"run.init_from={parent.name}: {problems[0]}; {remedy}")
     state = engine.state()
     try:
         load_checkpoint(parent.path, state if mode == "full" else {"model": state["model"]}, group)
@@ -272,16 +270,13 @@ def describe_init_checkpoint(parent: InitCheckpoint, config: RunConfig) -> str:
     manifest = parent.manifest
     text = f"from the weights of {parent.name} (generation {manifest.generation})"
     if config.run.init_mode == "full":
-        rate = _rate(manifest.step, parent.config), _rate(manifest.step + 1, config)
+        before = learning_rate(manifest.step, parent.config.train, parent.config.optim)
+        after = learning_rate(manifest.step + 1, config.train, config.optim)
         text = (
             f"from {parent.name} (generation {manifest.generation}): weights, optimizer, and data from sequence "
-            f"{manifest.samples} on; learning rate {rate[0]:.4g} at step {manifest.step} there, {rate[1]:.4g} at step "
+            f"{manifest.samples} on; learning rate {before:.4g} at step {manifest.step} there, {after:.4g} at step "
             f"{manifest.step + 1} here"
         )
     theirs, ours = flatten(parent.config), flatten(config)
     changed = [key for key in ours if key.startswith("model.") and key != "model.preset" and ours[key] != theirs[key]]
     return text + "".join(f"; {key}={ours[key]}, there {theirs[key]}" for key in changed)
-
-
-def _rate(step: int, config: RunConfig) -> float:
-    return lr_scale(step, config.train.steps, config.optim) * config.optim.lr

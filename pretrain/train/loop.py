@@ -79,7 +79,8 @@ class TrainLoop:
         for batch in self._batches(step):
             step += 1
             self.stop.begin_step()
-            self.profiler.begin_step(step)
+            with self.meter.paused():
+                self.profiler.begin_step(step)
             stop_requested = self._train_step(step, batch)
             with self.meter.paused():
                 self.profiler.end_step(step)

@@ -20,7 +20,7 @@ from pretrain.train.rank_info import RankInfo
 from pretrain.train.resume import ResumeState
 
 
-def print_line(console: Console, line: Text) -> None:
+def print_log_line(console: Console, line: Text) -> None:
     """Print one log line. A terminal wraps it between words."""
     console.print(line, soft_wrap=not console.is_terminal)
 
@@ -28,21 +28,18 @@ def print_line(console: Console, line: Text) -> None:
 def print_decisions(console: Console, resolved: ResolvedRun) -> None:
     """Print the values of `auto` with their reasons, and notes on the layout."""
     for decision in resolved.reported_decisions:
-        print_line(
-            console,
-            Text.assemble((f"{decision.key} = ", "dim"), str(decision.value), (f" ({decision.reason})", "dim")),
-        )
+        print_log_line(console, decision.as_text())
     for note in resolved.notes:
-        print_line(console, Text.assemble(("note: ", "dim"), note))
+        print_log_line(console, Text.assemble(("note: ", "dim"), note))
     if resolved.pipeline:
-        print_line(console, Text.assemble(("pipeline: ", "dim"), resolved.pipeline))
+        print_log_line(console, Text.assemble(("pipeline: ", "dim"), resolved.pipeline))
 
 
 def print_held_out_warnings(console: Console, config: RunConfig, data: Loader, validation: Loader | None) -> None:
     """Warn of sources with too little held-out text."""
     splits = {loader.manifest.split: loader.manifest for loader in (data, validation) if loader is not None}
     for warning in held_out_warnings(splits, config.data.seq_len):
-        print_line(console, Text(f"warning: {warning}", style="yellow"))
+        print_log_line(console, Text(f"warning: {warning}", style="yellow"))
 
 
 def print_finished(console: Console, run_dir: RunDirectory, step: int) -> None:
@@ -51,7 +48,7 @@ def print_finished(console: Console, run_dir: RunDirectory, step: int) -> None:
         f"run.dir={run_dir.path} is finished: all {step} steps are done. To train longer, raise train.steps; "
         f"or start another run.dir with run.init_from={run_dir.path}"
     )
-    print_line(console, Text(text))
+    print_log_line(console, Text(text))
 
 
 def record_start(

@@ -1,5 +1,4 @@
-"""Profile the steps of `train.profile` with torch.profiler: a Chrome trace and a table of operators in the run
-directory."""
+"""Profile the steps of `train.profile` with torch.profiler. Writes a trace and a table into the run directory."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ def check_profile(config: RunConfig) -> None:
 
 
 class StepProfiler:
-    """Profiles a window of steps of this process. Use it as a context, and call `begin_step` and `end_step` around each
-    step.
+    """Profiles a window of steps of this process, as a context. Call `begin_step` and `end_step` around each step.
 
     A profiler that fails does not end the run: it records an event and stays off.
     """
@@ -64,6 +62,10 @@ class StepProfiler:
 
     def begin_step(self, step: int) -> None:
         """Start the profiler if `step` is the warm-up step or, in a run resumed within the window, a later one."""
+        if self._window and self._profile is None and step > self._last_step:  # the run resumed after the window
+            text = f"train.profile: steps {self._window.start} to {self._last_step} are done; nothing is profiled"
+            self._recorder.event("notice", text, step)
+            self._window = range(0)
         if self._profile is None and self._window and self._window.start - 1 <= step <= self._last_step:
             self._run_safely(step, lambda: self._start(step))
 
@@ -83,8 +85,7 @@ class StepProfiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop. A run that was stopped within the window gets the results of its steps; one that raised an error "
-        "none."""
+        """Write the results so far if the run was stopped within the window; discard them if it raised an error."""
         if error is None:
             self._close()
         else:
@@ -119,9 +120,12 @@ class StepProfiler:
         folder, name = self._run_dir / FOLDER, f"step-{first:08d}-{last:08d}"
         folder.mkdir(exist_ok=True)
         trace, table, summary_file = (folder / f"{name}.{end}" for end in ("trace.json.gz", "txt", "json"))
-        partial = folder / f".{trace.name}"
-        active.export_chrome_trace(str(partial))
-        partial.replace(trace)
+        partial = folder / f".{trace.name}"  # torch compresses the trace if its name ends with .gz
+        try:
+            active.export_chrome_trace(str(partial))
+            partial.replace(trace)
+        finally:
+            partial.unlink(missing_ok=True)
         operators = active.key_averages()
         sort_by = "self_cuda_time_total" if ProfilerActivity.CUDA in self._activities else "self_cpu_time_total"
         text = operators.table(sort_by=sort_by, row_limit=TABLE_ROWS, max_name_column_width=80)

@@ -1,4 +1,7 @@
-"""The story of a run: open and check everything, restore the latest checkpoint, train, save, report."""
+"""The story of a run: open and check everything, then restore the latest checkpoint, train, save, report.
+
+Nothing is written before everything has been checked.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer
 from parallel.world import World, process_group
 from pretrain.checkpoint import directory
 from pretrain.config import RunConfig
-from pretrain.config.saved import read_config
+from pretrain.config.saved import read_config_if_present
 from pretrain.estimate.flops import flops_per_token
 from pretrain.estimate.hardware import find_accelerator
 from pretrain.inference.sample import SamplingOptions, continue_text, load_trained_model
@@ -112,7 +115,7 @@ class _Inputs:
 def _open_inputs(config: RunConfig, world: World) -> _Inputs:
     """Open and check the inputs. Raises UserError or DataError if one is wrong."""
     tokenizer = open_tokenizer(config)
-    previous = _read_previous_config(config.run.dir)
+    previous = read_config_if_present(config.run.dir)
     config = pin_init_from(config, previous)
     resolved = resolve_run(config, tokenizer_size=tokenizer.vocab_size, world_size=world.size, previous=previous)
     config = resolved.config
@@ -122,12 +125,6 @@ def _open_inputs(config: RunConfig, world: World) -> _Inputs:
     check_profile(config)
     _check_init_from(config, tokenizer, data)
     return _Inputs(resolved, tokenizer, data, validation, RankInfo(world, resolved.layout), disk_warning)
-
-
-def _read_previous_config(run_dir: Path) -> RunConfig | None:
-    """Return the config of the run to resume; None for a new run."""
-    file = run_dir / "config.yaml"
-    return read_config(file) if file.is_file() else None
 
 
 def _check_disk_space(config: RunConfig) -> str:
@@ -191,4 +188,4 @@ def _write_report(run_dir: Path, console: Console, error: BaseException | None) 
             )
     else:
         if error is None:
-            messages.print_line(console, Text.assemble(("report: ", "dim"), str(report)))
+            messages.print_log_line(console, Text.assemble(("report: ", "dim"), str(report)))

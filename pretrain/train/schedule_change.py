@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pretrain.config import RunConfig, differences, on_resume
 from pretrain.errors import UserError
-from pretrain.optim.schedule import batch_size_at, lr_scale, wsd_decay_steps
+from pretrain.optim.schedule import batch_size_at, learning_rate, wsd_decay_steps
 from pretrain.setup.batch_schedule import BatchSchedule, SeqLenStage
 
 
@@ -80,7 +80,7 @@ def _ramp(config: RunConfig) -> tuple[int, int]:
 
 def _rates(config: RunConfig) -> Callable[[int], float]:
     """Return the learning rate as a function of the step."""
-    return lambda step: lr_scale(step, config.train.steps, config.optim) * config.optim.lr
+    return lambda step: learning_rate(step, config.train, config.optim)
 
 
 def _reason(before: RunConfig, now: RunConfig, step: int, changed: Iterable[str]) -> str:

@@ -5,8 +5,9 @@ from itertools import product
 
 import pytest
 
-from parallel import layout as module
+from parallel import layout
 from parallel.layout import AXES, Layout
+from parallel.pipeline import schedule
 
 GRID = Layout(pipeline=2, replicate=3, shard=2, context=2, tensor=4)
 
@@ -68,5 +69,7 @@ def test_str_names_the_axes() -> None:
 
 
 def test_docstring_examples_are_right() -> None:
-    assert doctest.testmod(module).failed == 0
-    assert doctest.testmod(module).attempted >= 2
+    for module in (layout, schedule):
+        result = doctest.testmod(module)
+        assert result.failed == 0, module
+        assert result.attempted >= 2, module

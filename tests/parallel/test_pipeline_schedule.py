@@ -7,6 +7,7 @@ import pytest
 from parallel.errors import LayoutError
 from parallel.layout import Layout
 from parallel.pipeline.schedule import (
+    STAGES_PER_RANK,
     Action,
     assign_layers,
     bubble_fraction,
@@ -55,6 +56,11 @@ def test_every_stage_has_one_rank(schedule: str, v: int) -> None:
 
 def test_a_rank_of_a_v_holds_the_first_and_the_last_stage() -> None:
     assert stages_of_rank(0, Layout(pipeline=4, schedule="zbv", stages_per_rank=2)) == (0, 7)
+
+
+@pytest.mark.parametrize("schedule", STAGES_PER_RANK)
+def test_one_rank_without_a_pipeline_holds_one_stage(schedule: str) -> None:
+    assert stages_of_rank(0, Layout(schedule=schedule)) == (0,)
 
 
 REFUSED = {

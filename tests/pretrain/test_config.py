@@ -111,6 +111,26 @@ def test_a_renamed_setting_loads_by_its_old_name(tmp_path: Path, arg: str, new: 
 
 
 @pytest.mark.parametrize("arg", OLD_NAMES)
+def test_a_dotted_key_in_a_file_is_a_setting_like_any_other(tmp_path: Path, arg: str) -> None:
+    old, value = arg.split("=", 1)
+    new = OLD_NAMES[arg]
+    file = write(tmp_path / "dotted.yaml", f"{old}: {value}\ntrain.steps: 7\n")
+    assert load(file).config == load(None, [arg, "train.steps=7"]).config
+    assert load(file).origin == {new: str(file), "train.steps": str(file)}
+    default = json.dumps(flatten(RunConfig())[new])
+    for argument in (f"{old}={default}", f"{new}={default}"):
+        assert flatten(load(file, [argument]).config)[new] == flatten(RunConfig())[new]
+
+
+def test_a_part_of_an_optional_section_can_be_set_over_a_saved_config(tmp_path: Path) -> None:
+    """A run's config.yaml says `profile: null`."""
+    file = write(tmp_path / "config.yaml", dump(RunConfig()))
+    profile = load(file, ["train.profile.from=5", "train.profile.steps=2"]).config.train.profile
+    assert profile is not None
+    assert (profile.start, profile.steps) == (5, 2)
+
+
+@pytest.mark.parametrize("arg", OLD_NAMES)
 def test_a_later_layer_overrides_a_renamed_setting_by_either_name(tmp_path: Path, arg: str) -> None:
     old, value = arg.split("=", 1)
     new = OLD_NAMES[arg]

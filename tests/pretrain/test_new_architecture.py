@@ -170,6 +170,11 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "",
         r"no row for the parameter model\.layers\.0\.mlp\.up_proj\.weight: add 'weight' to the row",
     ),
+    "random values for a vector": (
+        '"model.norm": norm("sequence_parallel"),',
+        '"model.norm": linear("sequence_parallel", "norms"),',
+        r"gives model\.norm\.weight, of shape \[256\], random initial values; .* use ONES or ZEROS",
+    ),
     "no spec": ("SPEC = ", "OTHER = ", r"the module broken_\d defines no SPEC"),
 }
 

@@ -106,7 +106,9 @@ def test_a_run_resumed_within_the_window_profiles_the_rest(tmp_path: Path, run_t
     assert (summary.first_step, summary.last_step) == (7, 8)
     assert step_marks(tmp_path) == ["ProfilerStep#0", "ProfilerStep#1"]
     assert run_tiny(tmp_path, "train.steps=14", "optim.schedule=constant", PROFILE[-1]) is Outcome.FINISHED
-    assert profile_events(tmp_path) == [("profile", 8)]  # the new window lies behind the run
+    assert profile_events(tmp_path) == [("profile", 8)]  # the new window ended before this attempt
+    notices = [event.text for event in read_events(tmp_path / "events.jsonl") if event.kind == "notice"]
+    assert notices[-1].endswith("are done; nothing is profiled")
 
 
 def test_the_first_steps_and_the_last_may_be_profiled(tmp_path: Path, run_tiny: RunTiny) -> None:

@@ -1,5 +1,4 @@
-"""What the planner says a rank holds and sends is what is built, what the papers count, and what a hand calculation
-gives."""
+"""The estimates of memory and traffic equal what is built, what papers report, and hand calculations."""
 
 from dataclasses import replace
 from itertools import accumulate

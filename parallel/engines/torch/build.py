@@ -115,8 +115,8 @@ def _build_chunk(spec: ModelSpec, layers: range, options: EngineOptions, layout:
     with torch.device("meta"):
         module = spec.build(layers)
     chunk = cast(ModelChunk, module)
-    # With a split backward pass the compiled pieces lie inside the recomputed block, because the compiler does not
-    # recompute a block of which it leaves something out (`parallel.pipeline.zero_bubble`). Otherwise outside.
+    # torch.compile does not recompute a block that contains uncompiled code, and a split backward pass leaves the
+    # linear layers uncompiled (`parallel.pipeline.zero_bubble`). There recomputation must be the outer wrapper.
     compile_first = has_split_backward(layout.pipeline, layout.schedule)
     if options.compile and compile_first:
         chunk.compile_submodules()

@@ -1,0 +1,1 @@
+"""The documentation, and the code that draws and builds it. A package, so that no other `docs` hides it."""
