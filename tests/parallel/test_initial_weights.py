@@ -37,9 +37,9 @@ LAYOUTS = [
 ]
 
 
-def initial(layout: Layout, words: tuple[str, ...]) -> dict[str, Tensor]:
+def initial(layout: Layout, args: tuple[str, ...]) -> dict[str, Tensor]:
     """The full parameters that this rank holds shards of, before the first step."""
-    config = make_config(words)
+    config = make_config(args)
     engine = build_engine(
         build_model_spec(config),
         build_engine_options(config),
@@ -53,9 +53,9 @@ def initial(layout: Layout, words: tuple[str, ...]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("tied", [(), TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout).replace(" ", "_"))
 def test_the_same_seed_gives_the_same_bits(layout: Layout, tied: tuple[str, ...], workers: WorkerPool) -> None:
-    words = (*UNEVEN, *tied, *(("model.n_kv_heads=2",) if layout.replicate_kv else ()))
-    expected = initial(Layout(), words)
-    found = workers.run(initial, layout.world_size, layout, words)
+    args = (*UNEVEN, *tied, *(("model.n_kv_heads=2",) if layout.replicate_kv else ()))
+    expected = initial(Layout(), args)
+    found = workers.run(initial, layout.world_size, layout, args)
     assert {name for tensors in found for name in tensors} == expected.keys()
     for tensors in found:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())

@@ -100,7 +100,7 @@ def a_step(layout: Layout, rank: int) -> tuple[dict[str, int], dict[str, dict[st
     """(bytes by kind before it, bytes sent in it), by axis and operation."""
     ids_BS = torch.arange(16)[None]
     microbatch = Microbatch(ids_BS, ids_BS, ids_BS, torch.zeros_like(ids_BS), n_targets=16)
-    spec = replace(build_model_spec(CONFIG), init_shard=fill)
+    spec = replace(build_model_spec(CONFIG), init_shard=init_shard)
     with MemoryTracker() as memory:
         engine = build_engine(spec, build_engine_options(CONFIG), layout=layout, rank=rank, device=torch.device("cpu"))
         memory.watch(tensor_kinds(engine))
@@ -111,7 +111,7 @@ def a_step(layout: Layout, rank: int) -> tuple[dict[str, int], dict[str, dict[st
     return held, {axis: dict(sent) for axis, sent in comm.sent.items()}
 
 
-def fill(name: str, part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
+def init_shard(name: str, part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
     part.fill_(0.01)
 
 

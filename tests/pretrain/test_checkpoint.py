@@ -431,19 +431,19 @@ def test_a_damaged_checkpoint_stays_until_a_newer_one_is_committed_and_verified(
     paths = [save_checkpoint(tmp_path, make_state(step), make_train_state(step)) for step in (1, 2, 3)]
     mark_damaged(paths[2])
     assert steps_on_disk(tmp_path) == {1, 2, 3}
-    (aside,) = tmp_path.glob("step-00000003.tmp-damaged-*")
+    (damaged,) = tmp_path.glob("step-00000003.tmp-damaged-*")
     assert prune(tmp_path, keep=3) == []
-    assert aside.exists()  # the newest is of an earlier step
+    assert damaged.exists()  # the newest is of an earlier step
 
     later = save_checkpoint(tmp_path, make_state(4), make_train_state(4))
     flip_a_bit(later)
     (problem,) = prune(tmp_path, keep=4)
     assert f"step-00000004/{SHARD} is damaged" in problem
-    assert aside.exists()
+    assert damaged.exists()
 
     flip_a_bit(later)
     assert prune(tmp_path, keep=4) == []
-    assert not aside.exists()
+    assert not damaged.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002", "step-00000004"]
 
 

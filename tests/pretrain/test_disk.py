@@ -106,8 +106,8 @@ def test_unfinished_checkpoints_count_as_free_space_and_are_deleted_on_resume(
     size = checkpoint_bytes(config)
     disk_of(monkeypatch, size - 1024)
     later = partial_path(config.run.dir / "checkpoints", 60, "1a2b3c4d")
-    aside = partial_path(config.run.dir / "checkpoints", 60, "damaged-1a2b3c4d")
-    for folder, held in ((aside, 2048), (later, 0)):
+    damaged = partial_path(config.run.dir / "checkpoints", 60, "damaged-1a2b3c4d")
+    for folder, held in ((damaged, 2048), (later, 0)):
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(bytes(held))
     with pytest.raises(UserError, match="a checkpoint takes"):
@@ -119,11 +119,11 @@ def test_unfinished_checkpoints_count_as_free_space_and_are_deleted_on_resume(
     args = ("train.steps=2", "optim.warmup=0", "checkpoint.every=1", "checkpoint.keep=1")
     run_tiny(tmp_path / "tiny", *args)
     checkpoints = tmp_path / "tiny" / "checkpoints"
-    shutil.copytree(aside, checkpoints / aside.name)
+    shutil.copytree(damaged, checkpoints / damaged.name)
     for step in (1, 60):  # before and after the newest one
         shutil.copytree(later, partial_path(checkpoints, step, "1a2b3c4d"))
     run_tiny(tmp_path / "tiny", *args)
-    assert {path.name for path in checkpoints.iterdir()} == {"step-00000002", aside.name}
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000002", damaged.name}
 
 
 def a_file(checkpoints: Path) -> str:

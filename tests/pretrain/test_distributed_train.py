@@ -38,7 +38,7 @@ from pretrain.train import run
 
 folder, step = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
 
-class Terminate:  # heard by rank 0 alone; torchrun is its parent and passes the signal on
+class Terminate:  # received by rank 0 alone; torchrun is its parent and passes the signal on
     def log(self, record):
         if hasattr(record, "loss") and record.step == step:
             os.kill(os.getppid(), 15)

@@ -160,7 +160,7 @@ def test_a_run_that_raises_within_the_window_stops_the_profiler(
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("args", "line"),
     [
         (
             ["train.profile.from=13"],
@@ -176,9 +176,9 @@ def test_a_run_that_raises_within_the_window_stops_the_profiler(
     ],
 )
 def test_a_wrong_window_is_refused_in_one_line(
-    words: list[str], line: str, tmp_path: Path, tiny_args: Callable[..., list[str]], pretrain: Callable[..., object]
+    args: list[str], line: str, tmp_path: Path, tiny_args: Callable[..., list[str]], pretrain: Callable[..., object]
 ) -> None:
-    answer = pretrain("train", *tiny_args(tmp_path / "run", "train.steps=12", *words))
+    answer = pretrain("train", *tiny_args(tmp_path / "run", "train.steps=12", *args))
     assert answer.code == 2
     assert answer.err.count("\n") == 1
     assert line in answer.err

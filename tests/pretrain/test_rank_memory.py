@@ -102,18 +102,18 @@ def test_405b_on_2048_ranks_is_405_853_388_800_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero", "masters", "copies", "gradients", "optimizer"),
+    ("zero", "master_weights", "compute_weights", "gradients", "optimizer"),
     [(1, 4 / 8, 2, 4, 8 / 8), (2, 4 / 8, 2, 4 / 8, 8 / 8), (3, 4 / 8, 0, 4 / 8, 8 / 8)],
 )
 def test_zero_divides_8b_on_8_ranks_as_the_formulas_say(
-    zero: int, masters: float, copies: float, gradients: float, optimizer: float
+    zero: int, master_weights: float, compute_weights: float, gradients: float, optimizer: float
 ) -> None:
     config, layout = planned(
         8, "model.preset=llama3-8b", "data.seq_len=8192", "train.batch_size=32", f"parallel.zero={zero}"
     )
     held = estimate_rank_memory(config, layout, 0)
     found = (held.master_bytes, held.compute_weight_bytes, held.gradient_bytes, held.optimizer_bytes)
-    assert found == tuple(LLAMA_8B * share for share in (masters, copies, gradients, optimizer))
+    assert found == tuple(LLAMA_8B * share for share in (master_weights, compute_weights, gradients, optimizer))
     block = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
     assert held.gathered_bytes == (2 * (2 * block + 128256 * 4096 + 4096) if zero == 3 else 0)
     assert held.static_bytes == sum(found) + held.gathered_bytes

@@ -29,7 +29,7 @@ from pretrain.train import loop
 from pretrain.train.loop import Outcome
 
 RunTiny = Callable[..., Outcome]
-Whole = Callable[..., Path]
+UninterruptedRun = Callable[..., Path]
 
 CASES = {
     "adamw": (),
@@ -64,12 +64,12 @@ def _no_report() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def whole(run_tiny: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """`whole(*args)`: the directory of a run of 40 steps that nothing disturbed."""
+def uninterrupted(run_tiny: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
+    """`uninterrupted(*args)`: the directory of a run of 40 steps that nothing disturbed."""
 
     @cache
     def run(*args: str) -> Path:
-        path = tmp_path_factory.mktemp("whole") / "run"
+        path = tmp_path_factory.mktemp("uninterrupted") / "run"
         assert run_tiny(path, *args) is Outcome.FINISHED
         return path
 
@@ -108,27 +108,27 @@ def kinds(run_dir: Path) -> list[tuple[str, int | None]]:
 
 @pytest.mark.parametrize("args", CASES.values(), ids=CASES)
 def test_losses_and_weights_after_a_stop_at_20_are_those_of_the_undisturbed_run(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole, args: tuple[str, ...]
+    tmp_path: Path, run_tiny: RunTiny, uninterrupted: UninterruptedRun, args: tuple[str, ...]
 ) -> None:
     assert run_tiny(tmp_path, *args, observers=[SignalAfter(20)]) is Outcome.STOPPED
     assert [step for name, step, _ in curve(tmp_path) if name == "loss"] == list(range(1, 21))
     assert run_tiny(tmp_path, *args) is Outcome.FINISHED
-    assert_same_end(tmp_path, whole(*args))
+    assert_same_end(tmp_path, uninterrupted(*args))
     assert kinds(tmp_path) == [("start", 0), ("save", 20), ("stop", 20), ("resume", 20), ("save", 40), ("finish", 40)]
 
 
 def test_sigterm_saves_a_step_that_has_no_checkpoint_of_its_own(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole
+    tmp_path: Path, run_tiny: RunTiny, uninterrupted: UninterruptedRun
 ) -> None:
     for step in (3, 17, 33):
         assert run_tiny(tmp_path, observers=[SignalAfter(step, signal.SIGTERM)]) is Outcome.STOPPED
         assert kinds(tmp_path)[-2:] == [("save", step), ("stop", step)]
     assert run_tiny(tmp_path) is Outcome.FINISHED
-    assert_same_end(tmp_path, whole())
+    assert_same_end(tmp_path, uninterrupted())
 
 
 def test_a_second_ctrl_c_exits_at_once_and_nothing_is_recorded_twice(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole
+    tmp_path: Path, run_tiny: RunTiny, uninterrupted: UninterruptedRun
 ) -> None:
     for step, last in ((7, "start"), (27, "save")):  # before the first checkpoint, and after it
         with pytest.raises(KeyboardInterrupt):
@@ -136,7 +136,7 @@ def test_a_second_ctrl_c_exits_at_once_and_nothing_is_recorded_twice(
         assert curve(tmp_path)[-1][1] == step
         assert kinds(tmp_path)[-1][0] == last
     assert run_tiny(tmp_path) is Outcome.FINISHED
-    assert_same_end(tmp_path, whole())
+    assert_same_end(tmp_path, uninterrupted())
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -150,14 +150,14 @@ def test_ctrl_c_in_a_save_stops_after_that_save(
 
 
 def test_a_third_ctrl_c_in_a_save_leaves_without_it(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_tiny: RunTiny, uninterrupted: UninterruptedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     press_in_the_first_save(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run_tiny(tmp_path)
     assert kinds(tmp_path) == [("start", 0)]
     assert run_tiny(tmp_path) is Outcome.FINISHED
-    assert_same_end(tmp_path, whole())
+    assert_same_end(tmp_path, uninterrupted())
 
 
 def press_in_the_first_save(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
@@ -201,7 +201,7 @@ train(load(None, sys.argv[1:]).config, Console(), [Kill()])
 
 
 def test_a_run_killed_at_27_resumes_from_20(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole, tiny_args: Callable[..., list[str]]
+    tmp_path: Path, run_tiny: RunTiny, uninterrupted: UninterruptedRun, tiny_args: Callable[..., list[str]]
 ) -> None:
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_AT_27, *tiny_args(tmp_path)], capture_output=True, check=False
@@ -211,7 +211,7 @@ def test_a_run_killed_at_27_resumes_from_20(
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step":28,"samp')  # what a power cut may leave
     assert run_tiny(tmp_path) is Outcome.FINISHED
-    assert_same_end(tmp_path, whole())
+    assert_same_end(tmp_path, uninterrupted())
     assert ("resume", 20) in kinds(tmp_path)
 
 
@@ -221,7 +221,7 @@ def test_a_run_killed_at_27_resumes_from_20(
     [(("checkpoint.every=10",), [20, 30, 40]), (("checkpoint.every=5", "checkpoint.keep=1"), [40])],
 )
 def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_end_is_the_same(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole, args: tuple[str, ...], left: list[int]
+    tmp_path: Path, run_tiny: RunTiny, uninterrupted: UninterruptedRun, args: tuple[str, ...], left: list[int]
 ) -> None:
     run_tiny(tmp_path, "checkpoint.every=10", observers=[SignalAfter(30)])
     shard = checkpoint_path(tmp_path / "checkpoints", 30) / "__0_0.distcp"
@@ -236,12 +236,12 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_end_is_the_same(
     assert "damaged: its checksum is" in event.text
     assert event.text in console.file.getvalue()
     assert ("resume", 20) in kinds(tmp_path)
-    assert curve(tmp_path) == curve(whole())
+    assert curve(tmp_path) == curve(uninterrupted())
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-{step:08d}" for step in left]
 
 
 def rewrite(run_dir: Path, change: Callable[[dict[str, dict]], None]) -> None:
-    """Load the checkpoint of step 20, change its tensors, and save it again as a whole one."""
+    """Load the checkpoint of step 20, change its tensors, and save it again as a valid one."""
     path = checkpoint_path(run_dir / "checkpoints", 20)
     manifest, engine = read_manifest(path), build_engine(load(run_dir / "config.yaml").config)
     load_checkpoint(path, engine.state())
@@ -277,23 +277,27 @@ def move_one_weight(state: dict[str, dict]) -> None:
     [(nothing, True), (zero_the_moments, False), (forget_the_step_count, False), (move_one_weight, False)],
 )
 def test_the_comparison_notices_lost_state(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole, change: Callable[[dict[str, dict]], None], same: bool
+    tmp_path: Path,
+    run_tiny: RunTiny,
+    uninterrupted: UninterruptedRun,
+    change: Callable[[dict[str, dict]], None],
+    same: bool,
 ) -> None:
     run_tiny(tmp_path, observers=[SignalAfter(20)])
     rewrite(tmp_path, change)
     run_tiny(tmp_path)
-    assert (curve(tmp_path) == curve(whole())) is same
-    assert (curve(tmp_path)[-1] == curve(whole())[-1]) is same
+    assert (curve(tmp_path) == curve(uninterrupted())) is same
+    assert (curve(tmp_path)[-1] == curve(uninterrupted())[-1]) is same
 
 
 def test_the_comparison_notices_data_that_is_off_by_one_sample(
-    tmp_path: Path, run_tiny: RunTiny, whole: Whole, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_tiny: RunTiny, uninterrupted: UninterruptedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_tiny(tmp_path, observers=[SignalAfter(20)])
     batch = Loader.batch
     monkeypatch.setattr(Loader, "batch", lambda self, first, count, seq_len: batch(self, first + 1, count, seq_len))
     run_tiny(tmp_path)
-    ours, theirs = curve(tmp_path), curve(whole())
+    ours, theirs = curve(tmp_path), curve(uninterrupted())
     same = [a == b for a, b in zip(ours, theirs, strict=True) if a[1] > 20]
     assert not any(same)
 

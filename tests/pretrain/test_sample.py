@@ -87,15 +87,16 @@ def test_an_empty_prompt_starts_after_an_end_of_text_token(
 
 def test_the_context_ends_the_text(trained: tuple[Llama, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = trained
-    asked: list[int] = []
+    requested: list[int] = []
     monkeypatch.setattr(
-        "pretrain.inference.sample.generate", lambda *_, max_new_tokens, **__: asked.append(max_new_tokens) or iter(())
+        "pretrain.inference.sample.generate",
+        lambda *_, max_new_tokens, **__: requested.append(max_new_tokens) or iter(()),
     )
     prompt = "the loop reads a token."
     n = len(tokenizer.encode(prompt))
     for wanted in (5, 64 - n, 1000):
         list(continue_text(model, tokenizer, prompt, SamplingOptions(max_new_tokens=wanted)))
-    assert asked == [5, 64 - n, 64 - n]
+    assert requested == [5, 64 - n, 64 - n]
 
 
 def test_a_prompt_that_fills_the_context_is_refused_before_any_text(trained: tuple[Llama, Tokenizer]) -> None:

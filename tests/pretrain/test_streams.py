@@ -91,10 +91,10 @@ class Raises:
     """A logger that raises when it hears of a step, and when it is closed."""
 
     def __init__(self, step: int | None, *, at_close: bool = False) -> None:
-        self.step, self.at_close, self.heard = step, at_close, list[int]()
+        self.step, self.at_close, self.received = step, at_close, list[int]()
 
     def log(self, record: StepRecord | ValidationRecord) -> None:
-        self.heard.append(record.step)
+        self.received.append(record.step)
         if record.step == self.step:
             raise RuntimeError("its service\nis down")
 
@@ -106,8 +106,8 @@ class Raises:
 def test_a_run_continues_without_a_logger_that_raises(tmp_path: Path, run_tiny: RunTiny) -> None:
     bad, worse, good = Raises(3, at_close=True), Raises(None, at_close=True), Raises(None)
     assert run_tiny(tmp_path, "train.steps=5", "eval.every=9", observers=[bad, worse, good]) is Outcome.FINISHED
-    assert bad.heard == [0, 1, 2, 3]
-    assert good.heard == [0, 1, 2, 3, 4, 5, 5]
+    assert bad.received == [0, 1, 2, 3]
+    assert good.received == [0, 1, 2, 3, 4, 5, 5]
     assert event_texts(tmp_path, "logger_failed") == [
         (3, "Raises: RuntimeError: its service is down; the run continues without it"),
         (None, "Raises: OSError: No space left on device; the run continues without it"),
@@ -168,21 +168,21 @@ def lost_output(kind: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("words", ["show", "schema"])
+@pytest.mark.parametrize("args", ["show", "schema"])
 def test_a_command_whose_output_is_its_result_fails_in_one_line_where_it_cannot_be_written(
-    pretrain: Pretrain, words: str
+    pretrain: Pretrain, args: str
 ) -> None:
     with lost_output("full"):
-        answer = pretrain("config", words)
+        answer = pretrain("config", args)
     assert (answer.code, answer.err) == (1, "error: standard output cannot be written: No space left on device\n")
 
 
 @pytest.mark.parametrize(
-    "words", [["config", "show"], ["config", "schema"], ["train", "--help"], ["data", "inspect"]], ids=" ".join
+    "args", [["config", "show"], ["config", "schema"], ["train", "--help"], ["data", "inspect"]], ids=" ".join
 )
-def test_a_command_whose_reader_left_ends_without_a_word(pretrain: Pretrain, words: list[str], tiny_data: Path) -> None:
+def test_a_command_whose_reader_left_ends_without_a_word(pretrain: Pretrain, args: list[str], tiny_data: Path) -> None:
     with lost_output("pipe"):
-        answer = pretrain(*words, *([tiny_data] if words[-1] == "inspect" else []))
+        answer = pretrain(*args, *([tiny_data] if args[-1] == "inspect" else []))
     assert (answer.code, answer.out, answer.err) == (0, "", "")
 
 
@@ -247,21 +247,21 @@ def test_a_run_whose_pipes_both_lose_their_reader_ends_well(tmp_path: Path, tiny
 class Terminal:
     """A process on a pseudo-terminal of 80 columns that calls `main` of the command line, or `function` before it."""
 
-    def __init__(self, words: list[str], function: Callable[[], None] | None = None) -> None:
+    def __init__(self, args: list[str], function: Callable[[], None] | None = None) -> None:
         self.master, slave = pty.openpty()
         termios.tcsetwinsize(slave, (24, 80))
-        self.process = PROCESSES.Process(target=on_terminal, args=(os.ttyname(slave), words, function))
+        self.process = PROCESSES.Process(target=on_terminal, args=(os.ttyname(slave), args, function))
         self.process.start()
         self.seen = ""
         self._slave = slave
 
-    def read_until(self, words: str) -> None:
-        """Read what is shown up to `words`."""
+    def read_until(self, text: str) -> None:
+        """Read what is shown up to `text`."""
         end = time.monotonic() + 120
-        while words not in self.seen:
+        while text not in self.seen:
             assert select.select([self.master], [], [], end - time.monotonic())[0], self.seen
             self.seen += os.read(self.master, 4096).decode()
-        _, _, self.seen = self.seen.partition(words)
+        _, _, self.seen = self.seen.partition(text)
 
     def press(self, key: str) -> None:
         os.write(self.master, key.encode())
@@ -277,7 +277,7 @@ class Terminal:
         return code
 
 
-def on_terminal(name: str, words: list[str], function: Callable[[], None] | None) -> None:
+def on_terminal(name: str, args: list[str], function: Callable[[], None] | None) -> None:
     os.setsid()
     number = os.open(name, os.O_RDWR)  # the first terminal that a session opens becomes its own
     for standard in (0, 1, 2):
@@ -285,7 +285,7 @@ def on_terminal(name: str, words: list[str], function: Callable[[], None] | None
     os.close(number)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup, which is inherited
     os.environ |= {"TERM": "xterm"}
-    sys.stdout, sys.stderr, sys.argv = os.fdopen(1, "w"), os.fdopen(2, "w"), ["pretrain", *words]
+    sys.stdout, sys.stderr, sys.argv = os.fdopen(1, "w"), os.fdopen(2, "w"), ["pretrain", *args]
     torch.set_num_threads(1)
     if function:
         function()

@@ -107,11 +107,11 @@ class Recorder:
     """Keeps what an observer hears."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[type, int]] = []
+        self.received: list[tuple[type, int]] = []
         self.closed = 0
 
     def log(self, record: StepRecord | ValidationRecord) -> None:
-        self.heard.append((type(record), record.step))
+        self.received.append((type(record), record.step))
 
     def close(self) -> None:
         self.closed += 1
@@ -121,7 +121,7 @@ def test_an_observer_receives_what_the_file_holds_and_is_closed_once(tmp_path: P
     observer = Recorder()
     run_tiny(tmp_path, "train.steps=12", observers=[observer])
     steps = [(StepRecord, step) for step in range(1, 13)]
-    assert observer.heard == [
+    assert observer.received == [
         (ValidationRecord, 0),
         *steps[:10],
         (ValidationRecord, 10),
