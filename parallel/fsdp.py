@@ -69,7 +69,7 @@ def apply_fsdp(
         units: modules inside it. The parameters of a unit are gathered and freed together. In the order of their use.
             Parameters outside of the units stay gathered from the forward to the backward pass of the root.
         mesh: of `parallel.mesh.build_mesh`.
-        layout: its `zero`, `reshard_to`, `prefetch` and `offload` count here.
+        layout: its `zero`, `reshard_to`, `prefetch` and `offload` are used here.
         dtype: of the forward and backward pass. Gradients are summed, not averaged, over the ranks in fp32.
     """
     data = data_mesh(mesh, layout)

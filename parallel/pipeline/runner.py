@@ -48,7 +48,7 @@ class PipelineRunner:
 
         Args:
             stages: of this rank, by number; see `stages_of_rank`.
-            layout: its `pipeline`, `schedule` and `stages_per_rank` count here.
+            layout: its `pipeline`, `schedule` and `stages_per_rank` are used here.
             group: the ranks of the axis `pipeline`, in order.
             device: where activations are.
             dtype: of the activations.

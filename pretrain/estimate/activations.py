@@ -139,10 +139,10 @@ def bytes_at_moments(
 
 
 def peak_in_flight(layout: Layout, pipeline_rank: int, n_microbatches: int) -> tuple[InFlight, ...]:
-    """The moments at which a pipeline rank may have most, whatever each kind of microbatch in flight costs.
+    """The counts of microbatches in flight that a pipeline rank may peak at. Which one is the peak depends on the bytes
+    of each kind.
 
-    They follow from the order of PyTorch's schedules. Where microbatches do not fill whole rounds, zero bubble has
-    fewer.
+    They follow from the order of PyTorch's schedules. If the microbatches do not fill rounds, zero bubble has fewer.
     """
     p, v, m, rank = layout.pipeline, layout.stages_per_rank, n_microbatches, pipeline_rank
     if p == 1:

@@ -92,7 +92,7 @@ def kept_for_weights(block: BlockActivations) -> float:
 
 
 def kept_when_recomputed(block: BlockActivations, x: ActivationSizes, keep: Collection[str]) -> float:
-    """At the start of its backward pass: all that it would have kept, its input, and its last product, which is not
-    used again."""
+    """Bytes a token of a recomputed block at the start of its backward pass: what it would have kept without
+    recomputation, its input, and with `matmul` in `keep` the output of its last product, which nobody reads."""
     own_input = 0.0 if x.compiled or x.stream == x.stream_fp32 else x.stream  # otherwise the first norm keeps it
     return block.kept + own_input + ("matmul" in keep) * x.whole

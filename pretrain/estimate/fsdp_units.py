@@ -108,7 +108,7 @@ class FsdpUnits:
             return max(
                 3 * self.bytes_per_number * self.head, largest * (FP32 + self._output_bytes)
             )  # two gradients and their sum
-        # FSDP2 frees the last gradient late. Where gradients are added up, it counts as a gradient.
+        # FSDP2 still holds the last unsharded gradient. With accumulation it is counted among the gradients instead.
         own = 0 if self.accumulates_unsharded or self.fsdp_ranks == 1 else self.bytes_per_number
         return self.bytes_per_number * min(self.head, self.embedding) + largest * (FP32 + own + self._output_bytes)
 

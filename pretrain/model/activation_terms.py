@@ -40,7 +40,7 @@ class ActivationSizes:
     normed_heads_fp32: float
     """The same in fp32."""
     rows: float
-    """Keys that attention keeps, as a multiple of the keys of the rank's tokens."""
+    """Keys that attention keeps, divided by those of this rank's tokens: above 1 if other ranks' keys are gathered."""
     outputs: int
     """How often attention's output is kept: as computed, and under `context` also put together from chunks or from
     other ranks' heads."""
@@ -120,7 +120,7 @@ def swiglu_backward(x: ActivationSizes) -> float:
 
 
 def norm_before_swiglu_backward(x: ActivationSizes) -> float:
-    """The most that exists in the backward pass of the MLP's norm: the gradients of its matrices wait, what it kept
-    is freed."""
+    """The most that exists in the backward pass of the norm before the MLP. The gradients of the MLP's three matrices
+    exist then, and what the MLP kept is freed."""
     own = 0 if x.compiled else NORM_BACKWARD * x.stream_fp32 - x.stream
     return 3 * x.mlp_gradient + own - 4 * x.hidden - x.whole

@@ -136,7 +136,7 @@ class ArchitectureSpec:
     block_activations: Callable[[ModelConfig, ActivationSizes, int], BlockActivations]
     """(config, sizes, layer) -> what the layer's block keeps of one token for its backward pass."""
     attention_flops: Callable[[ModelConfig, int, bool], float] = causal_attention_flops
-    """(config, seq_len, causal) -> FLOPs of one token without a parameter, in all layers, forward and backward."""
+    """(config, seq_len, causal) -> FLOPs of one token in operations without weights, in all layers, both passes."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a table that contradicts itself."""

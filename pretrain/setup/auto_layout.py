@@ -58,8 +58,8 @@ def micro_batch_rule(config: RunConfig, *, world_size: int) -> tuple[object, str
 
     Every microbatch has this size, and those of a batch ramp are padded: a size that pads too much is skipped.
 
-    With a pipeline there should be 2 microbatches for each of its ranks, so that two thirds of a step or more are work,
-    or at least one; and interleaved schedules want whole rounds of them.
+    A pipeline of p ranks should have 2p microbatches, which keeps the bubble below a third of the step, or at least p.
+    Interleaved schedules need a multiple of p.
 
     Raises:
         UserError: no size is possible, as the layout does not fit the processes or the batch.

@@ -99,7 +99,7 @@ def _describe_step(config: RunConfig, layout: Layout, n_in_full: int) -> Iterato
 
 
 def shorten_step(config: RunConfig, layout: Layout) -> RunConfig:
-    """The config of a step with few microbatches, which can run here and peaks like the full one."""
+    """Return the config of a step with few microbatches. Its memory peaks like that of the full step."""
     tree = config.model_dump(mode="json")
     rounds, n_in_full = ROUNDS.get(layout.schedule, 2), n_microbatches(config, layout)
     few = n_in_full if rounds is None else min(n_in_full, max(2, rounds * layout.pipeline))

@@ -75,9 +75,9 @@ class RunRecorder:
         )
 
     def _report_lost_output(self, step: int | None) -> None:
-        """Tell once that the display went quiet.
+        """Record once that the display cannot be written any more.
 
-        That happens inside of some write, perhaps of the thread that draws the panel.
+        The failing write may be one of the thread that draws the panel, so it is noticed here, afterwards.
         """
         if not self._output_lost and self.output is not None and self.output.error is not None:
             self._output_lost = True
@@ -92,7 +92,7 @@ class RunRecorder:
 def open_recorder(
     run_dir: RunDirectory, display: Display, loggers: Sequence[Logger], output: TolerantStream | None = None
 ) -> Iterator[RunRecorder]:
-    """The recorder of one attempt; everything in them is closed after the block.
+    """Open the recorder of one attempt. After the block its files, loggers and display are closed.
 
     `output`: what the display is written to.
     """

@@ -83,7 +83,7 @@ class TorchEngine:
         device: torch.device,
         max_grad_norm: float | None,
     ) -> None:
-        """An engine of its parts; `parallel.engines.torch.build` makes them.
+        """Put the parts together; `parallel.engines.torch.build` makes them.
 
         Args:
             model: what this rank holds of the model.
