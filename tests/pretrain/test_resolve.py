@@ -60,7 +60,7 @@ def test_on_a_plain_cpu_these_are_the_decisions_and_reasons() -> None:
     assert AUTO not in flatten(run.config).values()
     again = resolve_run(run.config, tokenizer_size=300)
     assert (again.config, again.decisions) == (run.config, ())
-    assert str(decisions[1]) == "model.vocab_size=320 (the tokenizer's 300, rounded up)"
+    assert decisions[1].as_text().plain == "model.vocab_size = 320 (the tokenizer's 300, rounded up)"
 
 
 def test_settings_that_are_set_are_not_decided() -> None:
