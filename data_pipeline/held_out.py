@@ -53,7 +53,7 @@ def format_held_out_counts(splits: Mapping[str, SplitManifest], seq_len: int) ->
 
 
 def held_out_warnings(splits: Mapping[str, SplitManifest], seq_len: int) -> list[str]:
-    """Return a warning with a remedy for each source of which the settings hold out something, but too little.
+    """Return one warning, with a remedy, for each source that holds out some text, but too little.
 
     Args:
         splits: the manifests of a prepared data set.

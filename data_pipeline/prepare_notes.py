@@ -29,7 +29,7 @@ def skipped_file_notes(corpus: Corpus) -> list[str]:
 
 
 def _undecodable_notes(corpus: Corpus, results: dict[str, ChunkResult]) -> list[str]:
-    """Return a note for each source of which documents were dropped because they are not text."""
+    """Return one note for each source that had documents dropped as not text."""
     counts = Counter[str]()
     for chunk in corpus.chunks:
         for split in results[chunk.name].splits.values():

@@ -20,7 +20,8 @@ def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
 
     The gradient is summed over the ranks and scattered.
     """
-    out: Tensor = _AllGather.apply(x, group.group_name, group.size(), dim % x.ndim)  # type: ignore[no-untyped-call]  # untyped in torch
+    name, size = group.group_name, group.size()
+    out: Tensor = _AllGather.apply(x, name, size, dim % x.ndim)  # type: ignore[no-untyped-call]  # untyped in torch
     return out
 
 
@@ -36,8 +37,8 @@ def all_to_all(x: Tensor, group: ProcessGroup, split_dim: int, concat_dim: int) 
         raise ValueError(
             f"{x.shape[split_dim]} parts along dimension {split_dim} cannot be shared out to {group.size()} ranks"
         )
-    name, size = group.group_name, group.size()
-    out: Tensor = _AllToAll.apply(x, name, size, split_dim % x.ndim, concat_dim % x.ndim)  # type: ignore[no-untyped-call]  # as above
+    name, size, dims = group.group_name, group.size(), (split_dim % x.ndim, concat_dim % x.ndim)
+    out: Tensor = _AllToAll.apply(x, name, size, *dims)  # type: ignore[no-untyped-call]  # untyped in torch
     return out
 
 

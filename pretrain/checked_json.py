@@ -1,4 +1,4 @@
-"""JSON files that carry a checksum of themselves, so that a damaged one is recognized before its content is used."""
+"""JSON files with a checksum of their own content. Reading one verifies it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pydantic import JsonValue
 
 from data_pipeline.errors import unreadable_error
 from pretrain.errors import UserError
+
+MANIFEST = "manifest.json"
+"""Name of such a file in the folder of a checkpoint."""
 
 MISSING_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """What opening a file raises if it does not exist. Any other OSError may be temporary: a network mount, permissions, a

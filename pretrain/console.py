@@ -58,7 +58,7 @@ def print_line(console: Console, text: str | Text, style: str = "") -> None:
 
 
 def print_heading(console: Console, title: str, note: str = "") -> None:
-    """Print an empty line, then the title in bold and a dim note beside it."""
+    """Print an empty line, then one line: the title in bold, the note dim."""
     console.print()
     print_line(console, Text.assemble((title, "bold"), (f"  {note}" if note else "", "dim")))
 

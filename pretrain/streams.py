@@ -119,8 +119,9 @@ class TolerantStream(io.TextIOBase):
 
 
 def error_text(error: Exception) -> str:
-    """Return `Broken pipe` rather than `[Errno 32] Broken pipe`."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    """Return the message in one line: `Broken pipe` rather than `[Errno 32] Broken pipe`."""
+    message = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return " ".join(message.splitlines())
 
 
 @contextmanager

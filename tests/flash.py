@@ -39,7 +39,7 @@ def reference_varlen(
 @contextmanager
 def flash_on_a_cpu() -> Iterator[None]:
     """Let `varlen_attn` run on a CPU. Only the two CUDA kernels are replaced; PyTorch's operators around them run."""
-    with torch.library._scoped_library("aten", "IMPL") as library:  # the public Library cannot be taken back
+    with torch.library._scoped_library("aten", "IMPL") as library:  # torch.library.Library cannot be undone
         library.impl("_flash_attention_forward", _forward, "CPU")
         library.impl("_flash_attention_backward", _backward, "CPU")
         yield
@@ -56,7 +56,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """Return (output, log-sum-exp, three unused tensors). Records nothing for autograd, like a kernel."""
     window = window_size_left, window_size_right
-    out = reference_varlen(query, key, value, *documents[:4], window_size=window)  # type: ignore[arg-type]  # the operator's own order
+    # `documents` are in the order of the operator.
+    out = reference_varlen(query, key, value, *documents[:4], window_size=window)  # type: ignore[arg-type]
     unused = query.new_empty(0)
     return out, query.new_zeros(query.shape[1], len(query)), unused, unused, unused
 

@@ -325,7 +325,7 @@ def _require_verdicts(file: Path) -> ChunkVerdicts:
 
 
 def _source_changed(chunk: Chunk, source: SourceConfig, file: Path | None) -> DataError:
-    """Return the error for a chunk whose files changed, and delete its verdicts, so that it is cleaned anew."""
+    """Delete the verdicts of a chunk whose files changed, and return the error. The next attempt cleans it again."""
     if file is not None:
         _verdicts_file(file.parent, chunk.name).unlink(missing_ok=True)
     files = [piece.file.path for piece in chunk.slices] or [source.paths[chunk.number]]

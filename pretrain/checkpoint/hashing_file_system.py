@@ -57,7 +57,8 @@ class _HashingStream(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]  # the base's type is private to typeshed
+    # The type of the base class is private to typeshed.
+    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
         self.file.write(data)
         self.digest.update(data)
         written = memoryview(data).nbytes

@@ -11,10 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from pretrain.checked_json import MANIFEST as MANIFEST
 from pretrain.checked_json import MISSING_FILE_ERRORS, format_checked_json, read_checked_json
 from pretrain.errors import UserError
-
-MANIFEST = "manifest.json"
 
 
 class TrainState(BaseModel):

@@ -38,7 +38,7 @@ def load_config(args: list[str]) -> RunConfig:
 def resumable(message: str = STOPPED_MESSAGE) -> Iterator[None]:
     """Exit with code 75 on Ctrl-C, and print `message` to standard error.
 
-    The command's result is on disk, so the command also goes on when nobody reads its output.
+    The command also continues when nobody reads its output, because its result is on disk.
     """
     allow_output_loss()
     try:

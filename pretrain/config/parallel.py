@@ -68,3 +68,8 @@ class ParallelConfig(Settings):
     context_method: Literal["gather", "ulysses"] = "gather"
     """`gather` the keys and values of the whole sequence (arXiv:2407.21783, section 3.3.2), or exchange parts of the
     sequence for heads (`ulysses`, arXiv:2309.14509), which divides the key/value heads by `context` too."""
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different sequences. The sizes must be resolved."""
+        return self.replicate * self.shard

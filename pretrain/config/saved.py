@@ -10,13 +10,12 @@ import yaml
 from pydantic import ValidationError
 
 from data_pipeline.errors import StorageError, unreadable_error
-from pretrain.checked_json import read_checked_json
+from pretrain.checked_json import MANIFEST, read_checked_json
 from pretrain.config.error_messages import describe_error
 from pretrain.config.tree import RunConfig
 from pretrain.errors import UserError
 
 CONFIG_FILE = "config.yaml"
-MANIFEST_FILE = "manifest.json"
 
 LAST_SECTION = "log"
 """A `config.yaml` holds all sections in one order. If this one is missing, the end of the file is missing."""
@@ -82,8 +81,8 @@ def read_parent_model(init_from: str | None, run_dir: Path) -> dict[str, Any]:
     if init_from is None:
         return {}
     parent, _ = split_init_from(init_from)
-    if (parent / MANIFEST_FILE).is_file():
-        return {"model": _model_of_checkpoint(parent / MANIFEST_FILE)}
+    if (parent / MANIFEST).is_file():
+        return {"model": _model_of_checkpoint(parent / MANIFEST)}
     theirs = read_config_if_present(parent)
     if theirs is None:
         raise UserError(

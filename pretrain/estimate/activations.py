@@ -110,7 +110,7 @@ def bytes_at_moments(
     if units.head:
         input_of_norm = x.stream if x.compiled else x.stream_fp32
         normed = x.stream * (1 if x.compiled else 2)  # uncompiled, also before the weight is applied
-        # Microbatches whose loss is computed and whose backward pass has not begun, beside the current one.
+        # Other microbatches that have finished their forward pass and wait for their backward pass.
         others = n_microbatches - 1 if layout.pipeline > 1 and layout.schedule == "gpipe" else 0
         kept += others * (tokens * (input_of_norm + normed - x.stream + x.whole) + number * units.head)
         loss = input_of_norm + normed + x.sequence * x.whole + x.whole  # gathered hidden states, and their gradients

@@ -14,12 +14,11 @@ from pretrain.estimate.activations import COMPUTE_BYTES, recompute_flags
 from pretrain.estimate.block_activations import BlockCollectives
 from pretrain.estimate.parameters import ModelParameter, model_parameters
 from pretrain.estimate.rank_memory import RankMemory, estimate_rank_memory, n_microbatches
+from pretrain.model.activation_terms import FP32
 from pretrain.model.spec import architecture_of
 
 Traffic = dict[str, dict[str, float]]
 """{axis: {operation: bytes that the rank sends in a step}}; the axis `fsdp` is `shard` and `context` together."""
-
-FP32 = 4
 
 
 def estimate_traffic(config: RunConfig, layout: Layout, rank: int) -> Traffic:

@@ -42,7 +42,8 @@ def blocked_attention(
     q_NRSK = q_BSHK.view(B, S, G, H // G, K).permute(0, 2, 3, 1, 4).reshape(B * G, H // G, S, K)
     k_NTK = k_BTGK.transpose(1, 2).reshape(B * G, T, K)
     v_NTK = v_BTGK.transpose(1, 2).reshape(B * G, T, K)
-    out_NRSK: Tensor = _BlockedAttention.apply(q_NRSK, k_NTK, v_NTK, document_ids_BT, window)  # type: ignore[no-untyped-call]  # untyped in torch
+    inputs = q_NRSK, k_NTK, v_NTK, document_ids_BT, window
+    out_NRSK: Tensor = _BlockedAttention.apply(*inputs)  # type: ignore[no-untyped-call]  # untyped in torch
     return out_NRSK.view(B, G, H // G, S, K).permute(0, 3, 1, 2, 4).reshape(B, S, H, K)
 
 

@@ -186,7 +186,8 @@ def linear_cross_entropy(
     """
     hidden_TD, labels_T = hidden.flatten(0, -2), labels.flatten()
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
-        return LossSum(*_LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, z_loss, softmax, vocabulary))  # type: ignore[no-untyped-call]  # in torch
+        inputs = hidden_TD, weight_VD, labels_T, z_loss, softmax, vocabulary
+        return LossSum(*_LinearCrossEntropy.apply(*inputs))  # type: ignore[no-untyped-call]  # untyped in torch
     return LossSum(*_chunked(hidden_TD, weight_VD, labels_T, z_loss, softmax, vocabulary, None, None))
 
 

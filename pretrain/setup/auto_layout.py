@@ -71,7 +71,7 @@ def micro_batch_rule(config: RunConfig, *, world_size: int) -> tuple[object, str
     fits = max(1, MICRO_BATCH_TOKENS * parallel.context // config.data.seq_len)
     small_enough = [size for size in divisors(rows) if size <= fits]
     sizes = [size for size in small_enough if _ramp_padding(config, size) <= MAX_RAMP_PADDING]
-    alone = parallel.replicate * parallel.shard == 1
+    alone = parallel.data_ranks == 1
     share = f"the batch of {rows}" if alone else f"the {rows} sequences of a data rank"
     reason = f"divides {share}, at most {MICRO_BATCH_TOKENS:,} tokens a pass"
     if len(sizes) < len(small_enough):
@@ -89,7 +89,7 @@ def micro_batch_rule(config: RunConfig, *, world_size: int) -> tuple[object, str
 
 def _ramp_padding(config: RunConfig, micro_batch: int) -> float:
     """Share of padding among all the rows that a data rank computes in the run, for microbatches of that size."""
-    train, ranks = config.train, config.parallel.replicate * config.parallel.shard
+    train, ranks = config.train, config.parallel.data_ranks
     ramped = min(train.steps, train.batch_ramp_steps)
     steps_by_rows = Counter(-(-batch_size_at(step, train) // ranks) for step in range(1, ramped + 1))
     padding = sum(steps * (-rows % micro_batch) for rows, steps in steps_by_rows.items())

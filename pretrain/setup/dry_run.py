@@ -1,4 +1,4 @@
-"""Dry run: one training step of any rank of any layout without GPUs, peers or data, measured beside the formulas.
+"""Dry run: take a training step as any rank of any layout, without GPUs, peers or data. Compare it with the formulas.
 
 The real engine is built and takes the step, on tensors that have a shape but no memory
 (`parallel.simulate.fake_world`). Attention uses the variable-length GPU kernels, which make no [S, S] mask. Nothing is

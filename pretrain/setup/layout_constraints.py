@@ -153,7 +153,7 @@ def batch_divides(config: RunConfig) -> Violation | None:
     fewer, and pad.
     """
     parallel, batch = config.parallel, config.train.batch_size
-    ranks = parallel.replicate * parallel.shard
+    ranks = parallel.data_ranks
     if batch % ranks == 0:
         return None
     return Violation(
@@ -165,7 +165,7 @@ def batch_divides(config: RunConfig) -> Violation | None:
 
 def micro_batch_is_within_batch(config: RunConfig) -> Violation | None:
     """A microbatch is at most a data rank's rows."""
-    train, ranks, rows = config.train, config.parallel.replicate * config.parallel.shard, rows_per_data_rank(config)
+    train, ranks, rows = config.train, config.parallel.data_ranks, rows_per_data_rank(config)
     if train.micro_batch_size <= rows:
         return None
     share = f"train.batch_size={train.batch_size}" + (f" / {ranks} data ranks = {rows}" if ranks > 1 else "")
@@ -174,7 +174,7 @@ def micro_batch_is_within_batch(config: RunConfig) -> Violation | None:
 
 def longer_sequences_divide(config: RunConfig) -> Violation | None:
     """Data ranks get equally many of the longer sequences of `data.seq_len_schedule` too."""
-    train, data, ranks = config.train, config.data, config.parallel.replicate * config.parallel.shard
+    train, data, ranks = config.train, config.data, config.parallel.data_ranks
     for stage in data.seq_len_schedule:
         rows = train.batch_size * data.seq_len // stage.seq_len
         if rows % ranks:
@@ -315,7 +315,7 @@ LAYOUT_CONSTRAINTS = (
 
 def rows_per_data_rank(config: RunConfig) -> int:
     """Sequences of a full batch that each data rank reads; `batch_divides` must hold."""
-    return config.train.batch_size // (config.parallel.replicate * config.parallel.shard)
+    return config.train.batch_size // config.parallel.data_ranks
 
 
 def can_compile(config: RunConfig) -> bool:

@@ -67,10 +67,9 @@ class RunRecorder:
 
     def _remove_logger(self, logger: Logger, error: Exception, step: int | None = None) -> None:
         self._failed.append(logger)
-        message = " ".join(error_text(error).splitlines())
         self.event(
             "logger_failed",
-            f"{type(logger).__name__}: {type(error).__name__}: {message}; the run continues without it",
+            f"{type(logger).__name__}: {type(error).__name__}: {error_text(error)}; the run continues without it",
             step,
         )
 

@@ -178,7 +178,7 @@ def _write_report(run_dir: Path, console: Console, error: BaseException | None) 
         report = write_report(run_dir)
     except (Exception, KeyboardInterrupt) as failure:
         if error is None:
-            reason = " ".join((error_text(failure) if isinstance(failure, Exception) else "interrupted").splitlines())
+            reason = error_text(failure) if isinstance(failure, Exception) else "interrupted"
             line = (
                 f"{run_dir / 'report.html'} was not written ({reason}); nothing else is missing: "
                 f"`pretrain report {run_dir}` tries again"

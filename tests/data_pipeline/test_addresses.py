@@ -25,7 +25,9 @@ REDACTED = {
     "https://token@host/x": "https://***@host/x",
     "sftp://alice:secret@host/x": "sftp://***:***@host/x",
     "simplecache::s3://a:b@h/x": "simplecache::s3://***:***@h/x",
-    "zip://a.txt::https://u:p@h/x.zip?X-Amz-Signature=1;y=2": "zip://a.txt::https://***:***@h/x.zip?X-Amz-Signature=***;y=***",
+    "zip://a.txt::https://u:p@h/x.zip?X-Amz-Signature=1;y=2": (
+        "zip://a.txt::https://***:***@h/x.zip?X-Amz-Signature=***;y=***"
+    ),
     "s3://${KEY}:${SECRET}@host/x?token=${T}&v=1": "s3://${KEY}:${SECRET}@host/x?token=${T}&v=***",
     "s3://u:${S}x@h": "s3://***:***@h",
     "cannot read 's3://k:se@h/x', nor ftp://u:pw@h/y.": "cannot read 's3://***:***@h/x', nor ftp://***:***@h/y.",

@@ -49,7 +49,7 @@ def reasons_of(found: DuplicateCodes) -> list[str | None]:
 
 
 def random_columns(documents: int, bands: int, seed: int = 0, common: float = 0.02) -> Hashes:
-    """Return random hashes, of which some repeat, one of them very often, and some are 0."""
+    """Return random hashes. Some repeat, one repeats very often, and some are 0."""
     rng = np.random.default_rng(seed)
     pool = rng.integers(1, 2**64, 3 * documents, np.uint64)
     columns: Hashes = pool[rng.integers(0, len(pool), (documents, 1 + bands))]

@@ -1,4 +1,4 @@
-"""Documents of which too much cannot be decoded are dropped as not text, and counted."""
+"""Documents with too many undecodable bytes are dropped as not text, and counted."""
 
 import contextlib
 import gzip

@@ -88,6 +88,12 @@ def chunk_of(config: ModelConfig, layers: range) -> Llama:
     return chunk
 
 
+def loss_of(model: Llama, microbatch: Microbatch) -> LossSum:
+    loss = forward_step(model, None, microbatch)
+    assert isinstance(loss, LossSum)
+    return loss
+
+
 def sgd_step(module: nn.Module) -> dict[str, Tensor]:
     """Take an SGD step. Returns the full gradients."""
     gradients = {}
@@ -105,14 +111,13 @@ def run_single_process(config: ModelConfig, steps: list[list[Microbatch]]) -> Re
     model = chunk_of(config, range(config.n_layers))
     losses: list[list[float]] = []
     for batch in steps:
-        sums = [forward_step(model, None, microbatch) for microbatch in batch]
+        sums = [loss_of(model, microbatch) for microbatch in batch]
         for each in sums:
-            assert isinstance(each, LossSum)
             (each.total * scale_of(batch)).backward()
-        losses.append([sum(float(each.cross_entropy) for each in sums), sum(float(each.z_loss) for each in sums)])  # type: ignore[union-attr]  # all are LossSum
+        losses.append([sum(float(each.cross_entropy) for each in sums), sum(float(each.z_loss) for each in sums)])
         gradients = sgd_step(model)
     with torch.no_grad():
-        validation = sum(float(forward_step(model, None, microbatch).cross_entropy) for microbatch in validation_set())  # type: ignore[union-attr]  # as above
+        validation = sum(float(loss_of(model, microbatch).cross_entropy) for microbatch in validation_set())
     return Result(losses, gradients, validation)
 
 

@@ -60,12 +60,17 @@ def plain_fsdp2() -> AbstractContextManager[object]:
     return patch.multiple(parallel.fsdp, reshard_mesh=lambda *_: None, fsdp_resharding_over=lambda _: nullcontext())
 
 
+def private_names() -> tuple[object, object]:
+    """What `fsdp_resharding_over` replaces and restores."""
+    return _fully_shard._get_post_forward_mesh_info, _fsdp_param_group.FSDPParam  # type: ignore[attr-defined]
+
+
 def groups_made(layout: Layout, n_layers: int, is_plain: bool) -> int:
     """Number of process groups of this rank after its engine is built."""
-    private = _fully_shard._get_post_forward_mesh_info, _fsdp_param_group.FSDPParam  # type: ignore[attr-defined]
+    before = private_names()
     with plain_fsdp2() if is_plain else nullcontext():
         engine = engine_of(layout, n_layers)
-    assert private == (_fully_shard._get_post_forward_mesh_info, _fsdp_param_group.FSDPParam)  # type: ignore[attr-defined]
+    assert private_names() == before
     assert engine.model_chunks
     return len(dist.distributed_c10d._world.pg_map)  # no public name counts them
 

@@ -1,4 +1,4 @@
-"""The split backward pass gives the same gradients, and its first half none of linear weights."""
+"""The split backward pass gives the same gradients. Its first half computes none for the weights of linear layers."""
 
 import gc
 
@@ -54,7 +54,8 @@ def test_the_split_backward_pass_gives_the_same_gradients(mode: str, compiled: b
     reference, split = model(), model()
     weights = ZeroBubbleBackward(split.layers)
     for layer in split.layers if compiled else ():
-        layer.forward = torch.compile(layer.forward, backend="aot_eager")  # type: ignore[method-assign]  # as the model does
+        # As the model does.
+        layer.forward = torch.compile(layer.forward, backend="aot_eager")  # type: ignore[method-assign]
     apply_recompute(split.layers, mode, keep=("matmul",))
     assert first_pass(split) == pytest.approx(first_pass(reference), rel=1e-6)
     weights.take_weight_gradients(split)()

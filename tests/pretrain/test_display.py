@@ -7,28 +7,13 @@ import signal
 
 import pytest
 from rich.console import Console
+from step_records import step_record
 
 from pretrain.console import format_count, format_decimal, format_duration
 from pretrain.runs.schema import Event, SourceLoss, StepRecord, ValidationRecord
 from pretrain.runs.throughput import AverageThroughput
 from pretrain.signals import Activity, StopRequest, stop_on_signals
 from pretrain.tracking.display import Display, Sparkline
-
-
-def record(step: int, loss: float = 3.25, mfu: float | None = None) -> StepRecord:
-    return StepRecord(
-        step=step,
-        samples=step,
-        tokens=step,
-        loss=loss,
-        lr=3e-4,
-        grad_norm=0.8,
-        tokens_per_s=1234.5,
-        step_s=1.0,
-        mfu=mfu,
-        time=0,
-        attempt=1,
-    )
 
 
 def plain_console() -> tuple[Console, io.StringIO]:
@@ -49,7 +34,7 @@ def test_a_log_file_gets_one_line_every_ten_seconds_and_the_last_step() -> None:
     with Display(100, console=console, clock=clock) as display:
         for step in range(1, 101):
             clock.now += 0.5
-            display.step(record(step))
+            display.step(step_record(step))
     assert [line.split()[1] for line in out.getvalue().splitlines()] == [
         "1/100",
         "21/100",
@@ -63,7 +48,7 @@ def test_a_log_file_gets_one_line_every_ten_seconds_and_the_last_step() -> None:
 def test_a_line_of_a_log_is_not_wrapped_and_carries_no_control_codes() -> None:
     console, out = plain_console()
     with Display(400, console=console) as display:
-        display.step(record(150, mfu=0.412), AverageThroughput(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
+        display.step(step_record(150, mfu=0.412), AverageThroughput(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
     assert (
         out.getvalue()
         == "step 150/400  loss 3.2500  lr 3.00e-04  grad norm 0.80  11,204 tokens/s  MFU 39.8%  3 min 12 s left\n"
@@ -73,7 +58,7 @@ def test_a_line_of_a_log_is_not_wrapped_and_carries_no_control_codes() -> None:
 def test_without_a_known_peak_no_mfu_is_shown() -> None:
     console, out = plain_console()
     with Display(400, console=console) as display:
-        display.step(record(1), AverageThroughput(tokens_per_s=10.0, mfu=None, seconds_left=5))
+        display.step(step_record(1), AverageThroughput(tokens_per_s=10.0, mfu=None, seconds_left=5))
     assert "MFU" not in out.getvalue()
 
 
@@ -81,7 +66,7 @@ def test_the_mfu_statement_is_said_once() -> None:
     console, out = plain_console()
     with Display(3, console=console, mfu_statement="MFU counts so") as display:
         for step in (1, 2, 3):
-            display.step(record(step))
+            display.step(step_record(step))
     assert out.getvalue().count("MFU counts so") == 1
 
 
@@ -120,7 +105,7 @@ def test_of_several_sources_each_has_its_loss_and_perplexity() -> None:
 def test_the_panel_has_a_line_of_the_sources_that_fits(count: int, width: int, line: str) -> None:
     out = io.StringIO()
     with Display(400, console=Console(file=out, force_terminal=True, width=width, legacy_windows=False)) as display:
-        display.step(record(1))
+        display.step(step_record(1))
         display.validation(by_source(count))
     lines = [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line).strip("\r ") for line in out.getvalue().splitlines()]
     message = [line for line in lines if line.startswith("by source  source-0 0.000")][-1]
@@ -133,7 +118,7 @@ def test_a_terminal_shows_a_panel_that_continues_at_the_resumed_step() -> None:
     console = Console(file=out, force_terminal=True, width=100, legacy_windows=False)
     with Display(400, console=console) as display:
         display.validation(ValidationRecord(step=200, val_loss=2.5, val_tokens=9, time=0))
-        display.step(record(201), AverageThroughput(tokens_per_s=2000.0, mfu=0.41, seconds_left=99))
+        display.step(step_record(201), AverageThroughput(tokens_per_s=2000.0, mfu=0.41, seconds_left=99))
     text = out.getvalue()
     for word in ("step 201 of 400", "3.250", "2.500", "3.00e-04", "2,000", "41.0%", "1 min 39 s left"):
         assert word in text
@@ -142,7 +127,7 @@ def test_a_terminal_shows_a_panel_that_continues_at_the_resumed_step() -> None:
 def test_a_loss_that_is_not_finite_says_so() -> None:
     console, out = plain_console()
     with Display(9, console=console) as display:
-        display.step(record(1, loss=math.nan))
+        display.step(step_record(1, loss=math.nan))
     assert "loss not finite" in out.getvalue()
 
 
@@ -227,7 +212,7 @@ def test_the_panel_says_what_a_stop_waits_for(activity: Activity, presses: int, 
     with stop_on_signals(verbose=False) as stop, stop.during(activity):
         for _ in range(presses):
             signal.raise_signal(signal.SIGINT)
-        assert [line.rstrip() for line in panel(stop, *map(record, range(records)))] == lines
+        assert [line.rstrip() for line in panel(stop, *map(step_record, range(records)))] == lines
 
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -282,7 +267,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch: pytest.M
     monkeypatch.setenv("TERM", "dumb")
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
     with Display(400, console=console) as display:
-        display.step(record(1))
+        display.step(step_record(1))
     assert console.file.getvalue().startswith("step 1/400  loss 3.2500")
 
 
@@ -290,7 +275,7 @@ def test_the_bar_keeps_to_80_columns() -> None:
     """A terminal that gets narrower breaks longer lines."""
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None, legacy_windows=False)
     display = Display(400, console=console)
-    display.step(record(150, mfu=0.412), AverageThroughput(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
+    display.step(step_record(150, mfu=0.412), AverageThroughput(tokens_per_s=11204.4, mfu=0.398, seconds_left=192))
     display.validation(ValidationRecord(step=150, val_loss=2.0, val_tokens=9, time=0))
     with console.capture() as capture:
         console.print(display._panel())

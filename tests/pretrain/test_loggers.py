@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from step_records import step_record
 
 from pretrain.config import RunConfig
-from pretrain.runs.schema import SourceLoss, StepRecord, ValidationRecord
+from pretrain.runs.schema import SourceLoss, ValidationRecord
 from pretrain.tracking.loggers import open_loggers, scalars
 
 
@@ -13,25 +14,10 @@ def config(tmp_path: Path, **log: object) -> RunConfig:
     return RunConfig.model_validate({"run": {"dir": str(tmp_path)}, "log": log})
 
 
-def record(step: int, loss: float) -> StepRecord:
-    return StepRecord(
-        step=step,
-        samples=step,
-        tokens=step,
-        loss=loss,
-        lr=3e-4,
-        grad_norm=0.8,
-        tokens_per_s=1234.5,
-        step_s=1.0,
-        time=step,
-        attempt=1,
-    )
-
-
 def train(settings: RunConfig, path: Path, steps: range, loss: float, resume_step: int = 0) -> None:
     for logger in open_loggers(settings, path, resume_step):
         for step in steps:
-            logger.log(record(step, loss))
+            logger.log(step_record(step, loss))
         logger.log(ValidationRecord(step=steps[-1], val_loss=loss + 1, val_tokens=9, time=0))
         logger.close()
 

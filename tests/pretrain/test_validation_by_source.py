@@ -114,10 +114,11 @@ def validate_on(config: RunConfig) -> ValidationRecord:
     config, batches, place = resolved.config, resolved.batches, RankInfo(world, resolved.layout)
     data = open_data(config.data, config.run.seed, batches)
     records: list[ValidationRecord] = []
-    books = SimpleNamespace(log=records.append, display=SimpleNamespace(validation=lambda _: None))
+    recorder = SimpleNamespace(log=records.append, display=SimpleNamespace(validation=lambda _: None))
     meter = ThroughputMeter(total_tokens=1, peak_flops=None)
     engine = build_engine(config, place.layout, world.rank)
-    TrainLoop(config, batches, engine, *data, config.run.dir, books, meter, StopRequest(), place, None)._validate(0)  # type: ignore[arg-type]  # stand-ins
+    rest = config.run.dir, recorder, meter, StopRequest(), place, None
+    TrainLoop(config, batches, engine, *data, *rest)._validate(0)  # type: ignore[arg-type]  # stand-ins
     return records[0]
 
 
