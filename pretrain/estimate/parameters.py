@@ -13,7 +13,7 @@ from parallel.layout import Layout
 from parallel.tensor_styles import SHARD_DIM, shard_dim
 from pretrain.config import ModelConfig
 from pretrain.errors import UserError
-from pretrain.model.spec import ParameterSpec, architecture_of, layer_of
+from pretrain.model.spec import OptimizerGroup, ParameterSpec, architecture_of, layer_of
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,33 @@ def _layer_parameters(config: ModelConfig, layer: int, tensor: int) -> tuple[Mod
                 f"{architecture.source}: SPEC.modules gives {name} the tensor-parallel style {style!r}; "
                 f"known styles are {', '.join(SHARD_DIM)}"
             )
-        if spec.initial.std is not None and len(shape) != 2:
+        if spec.initial.std is not None and len(shape) not in (2, 3):
             raise UserError(
                 f"{architecture.source}: SPEC.modules gives {name}, of shape {list(shape)}, random initial values; "
-                "only matrices have them: use ONES or ZEROS"
+                "only matrices and stacks of matrices have them: use ONES or ZEROS"
             )
+        _check_group(f"{architecture.source}: SPEC.modules gives {name}, of shape {list(shape)}", shape, spec.group)
         found.append(
             ModelParameter(name, shape, spec, style, shard_dim(style, tensor=tensor, kv_heads=config.n_kv_heads))
         )
     return tuple(found)
+
+
+def _check_group(row: str, shape: tuple[int, ...], group: OptimizerGroup) -> None:
+    """Check that Muon finds the matrices that the optimizer group promises.
+
+    Raises:
+        UserError: it does not; the line begins with `row`.
+    """
+    if not group.muon:
+        return
+    if group.matrices_per_expert == 0 and len(shape) != 2:
+        raise UserError(
+            f"{row}, the optimizer group {group.name!r}, which Muon takes matrix by matrix; "
+            "use a group with matrices_per_expert for stacked experts, or one without muon"
+        )
+    if group.matrices_per_expert and (len(shape) != 3 or shape[1] % group.matrices_per_expert):
+        raise UserError(
+            f"{row}, the optimizer group {group.name!r} with matrices_per_expert={group.matrices_per_expert}; "
+            "its shape must be [experts, rows, columns], with rows divisible by that number"
+        )

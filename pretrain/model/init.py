@@ -2,7 +2,8 @@
 
 A matrix consists of tiles, and each tile has a random stream of its own. A rank that has a shard of the matrix draws
 the tiles that overlap the shard. That needs memory for the shard and one tile a thread. Numbers are drawn on the CPU in
-fp32, whatever the device and dtype of the model.
+fp32, whatever the device and dtype of the model. Stacked experts [E, rows, columns] are E matrices with streams of
+their own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def init_shard(
         name: canonical name of the parameter.
         local: the shard to write; it may be empty.
         offset: position of the shard's first element in the full parameter.
-        shape: of the full parameter, a vector or a matrix.
+        shape: of the full parameter: a vector, a matrix, or a stack of matrices [E, rows, columns].
         config: of the model.
         seed: of the run.
     """
@@ -52,18 +53,31 @@ def init_shard(
         local.fill_(spec.initial.constant)
         return
     std = spec.initial.std(config)
-    key = int.from_bytes(blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
+    if local.ndim == 3:
+        named = [(f"{name}/{offset[0] + i}", matrix) for i, matrix in enumerate(local)]
+        offset, shape = offset[1:], shape[1:]
+    else:
+        named = [(name, local)]
 
-    def write(tile: _Tile) -> None:
+    def write(tile: _Tile, key: int, shard: Tensor) -> None:
         values = torch.from_numpy(tile.draw(key, shape)).mul_(std)
         rows, columns = (
-            _overlap(*where) for where in zip((tile.row, tile.column), offset, local.shape, values.shape, strict=True)
+            _overlap(*where) for where in zip((tile.row, tile.column), offset, shard.shape, values.shape, strict=True)
         )
-        local[rows.in_shard, columns.in_shard] = values[rows.in_tile, columns.in_tile].to(local.device, local.dtype)
+        shard[rows.in_shard, columns.in_shard] = values[rows.in_tile, columns.in_tile].to(shard.device, shard.dtype)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(write, _tiles(offset, tuple(local.shape))):
-            pass
+        writes = [
+            pool.submit(write, tile, _key(f"{seed}/{own_name}"), shard)
+            for own_name, shard in named
+            for tile in _tiles(offset, tuple(shard.shape))
+        ]
+        for each in writes:
+            each.result()
+
+
+def _key(name: str) -> int:
+    return int.from_bytes(blake2b(name.encode(), digest_size=16).digest(), "little")
 
 
 class _Tile(NamedTuple):

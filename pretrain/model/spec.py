@@ -48,9 +48,15 @@ class OptimizerGroup:
     """Whether weight decay applies."""
     muon: bool = False
     """Whether `optim.kind=muon` updates them by Muon; AdamW updates the others."""
+    matrices_per_expert: int = 0
+    """For stacked experts [E, rows, columns]: number of matrices below one another in the rows of an expert, which Muon
+    orthogonalises one by one. 0 means that a parameter is one matrix."""
 
 
 MATRICES = OptimizerGroup("matrices", decays=True, muon=True)
+EXPERT_GATE_UP = OptimizerGroup("expert gate and up", decays=True, muon=True, matrices_per_expert=2)
+"""Of `gate_up_proj` [E, 2F, D]: the gate's F rows, then the up projection's."""
+EXPERT_DOWN = OptimizerGroup("expert down", decays=True, muon=True, matrices_per_expert=1)
 HEAD = OptimizerGroup("head", decays=True)
 EMBEDDINGS = OptimizerGroup("embeddings", decays=False)
 VECTORS = OptimizerGroup("vectors", decays=False)

@@ -13,11 +13,12 @@ from torch.optim import AdamW, Muon, Optimizer
 from pretrain.config import OptimConfig
 from pretrain.model.spec import ArchitectureSpec
 from pretrain.optim.groups import ParameterGroup, group_parameters
+from pretrain.optim.stacked_muon import StackedMuon
 
 
 @dataclass(frozen=True)
 class Optimizers:
-    """One or two torch optimizers that step together.
+    """Torch optimizers that step together, each over other parameters.
 
     Their state exists before the first step, so that a checkpoint can be loaded.
     """
@@ -60,10 +61,10 @@ def build_optimizer(
     """Build the optimizers of `config.kind`. The learning rate is the peak until `set_lr` is called.
 
     AdamW is torch's fused kernel, on CPU and CUDA. Muon is torch's, with Nesterov momentum and five Newton-Schulz steps
-    in bf16 (https://kellerjordan.github.io/posts/muon/); it takes the groups that the architecture marks for it. Its
-    updates are scaled by 0.2 sqrt(max(rows, columns)) to the size of AdamW's, so that one learning rate and one weight
-    decay serve both (arXiv:2502.16982, section 2.2). A parameter without gradient keeps its value and its state, step
-    counter included.
+    in bf16 (https://kellerjordan.github.io/posts/muon/); it takes the groups that the architecture marks for it.
+    `StackedMuon` does the same with each matrix of stacked experts. Updates are scaled by 0.2 sqrt(max(rows, columns))
+    to the size of AdamW's, so that one learning rate and one weight decay serve both (arXiv:2502.16982, section 2.2). A
+    parameter without gradient keeps its value and its state, step counter included.
     """
     groups = group_parameters(named_parameters, architecture)
     by_muon = [group for group in groups if config.kind == "muon" and group.spec.muon]
@@ -75,9 +76,14 @@ def build_optimizer(
                 _torch_groups(by_adamw, config.lr, config.weight_decay), betas=config.betas, eps=config.eps, fused=True
             )
         )
-    if by_muon:
-        torch_groups = _torch_groups(by_muon, config.lr, config.weight_decay)
+    matrices = [group for group in by_muon if not group.spec.matrices_per_expert]
+    experts = [group for group in by_muon if group.spec.matrices_per_expert]
+    if matrices:
+        torch_groups = _torch_groups(matrices, config.lr, config.weight_decay)
         parts.append(Muon(torch_groups, momentum=config.muon_momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"))
+    if experts:
+        torch_groups = _torch_groups(experts, config.lr, config.weight_decay)
+        parts.append(StackedMuon(torch_groups, momentum=config.muon_momentum))
     for optimizer in parts:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -92,6 +98,7 @@ def _torch_groups(groups: list[ParameterGroup], peak_lr: float, weight_decay: fl
             "lr": peak_lr,
             "peak_lr": peak_lr,
             "weight_decay": weight_decay if group.spec.decays else 0.0,
+            "matrices_per_expert": group.spec.matrices_per_expert,
         }
         for group in groups
     ]
@@ -102,7 +109,7 @@ def _fresh_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
     The fused AdamW needs its step counter in fp32 on the device.
     """
-    if isinstance(optimizer, Muon):
+    if isinstance(optimizer, Muon | StackedMuon):
         return {"momentum_buffer": torch.zeros_like(parameter)}
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+from hashlib import blake2b
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pretrain.config import ModelConfig
 from pretrain.model import init
 from pretrain.model.architectures.llama import Llama
 from pretrain.model.init import COLUMNS, ROWS, init_shard, init_weights
+from pretrain.model.spec import architecture_of
 
 CONFIG = ModelConfig(
     vocab_size=3 * ROWS + 10,
@@ -78,6 +80,40 @@ def test_one_stream_a_shard_instead_of_one_a_tile_would_not_give_the_same(monkey
     drawn = iter([torch.randn(ROWS, COLUMNS).numpy() for _ in range(20)])
     monkeypatch.setattr(init._Tile, "draw", lambda *_: next(drawn))
     assert not torch.equal(shard((0, 64), (0, 64)), whole[:64, :64])
+
+
+STACK = (3, ROWS + 10, COLUMNS + 30)
+
+
+@pytest.mark.parametrize("experts", [(0, 3), (1, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize("rows", [(0, ROWS + 10), (ROWS - 1, ROWS + 1)])
+@pytest.mark.parametrize("columns", [(0, COLUMNS + 30), (1000, COLUMNS + 1), (7, 7)])
+def test_a_box_of_stacked_experts_has_the_values_that_each_expert_has_alone(
+    experts: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]
+) -> None:
+    box = torch.full(tuple(end - first for first, end in (experts, rows, columns)), torch.nan)
+    init_shard(NAME, box, (experts[0], rows[0], columns[0]), STACK, CONFIG, seed=7)
+    for i, expert in enumerate(range(*experts)):
+        alone = torch.full(STACK[1:], torch.nan)
+        _, spec = architecture_of(CONFIG).find(NAME)
+        tiles = [init._Tile(row, column) for row in (0, ROWS) for column in (0, COLUMNS)]
+        for tile in tiles:
+            values = torch.from_numpy(tile.draw(init._key(f"7/{NAME}/{expert}"), STACK[1:])) * spec.initial.std(CONFIG)
+            alone[tile.row : tile.row + ROWS, tile.column : tile.column + COLUMNS] = values
+        assert torch.equal(box[i], alone[slice(*rows), slice(*columns)])
+
+
+def test_no_two_experts_share_numbers_with_each_other_or_with_the_matrix_of_that_name() -> None:
+    stack, matrix = torch.empty(STACK), torch.empty(STACK[1:])
+    init_shard(NAME, stack, (0, 0, 0), STACK, CONFIG, seed=7)
+    init_shard(NAME, matrix, (0, 0), STACK[1:], CONFIG, seed=7)
+    correlations = torch.corrcoef(torch.stack([*stack, matrix]).flatten(1)).fill_diagonal_(0)
+    assert correlations.abs().max() < 0.02  # of 78,000 independent numbers: 0.004 is one standard deviation
+
+
+def test_the_bits_of_matrices_are_those_of_earlier_versions() -> None:
+    part = shard((ROWS - 2, ROWS + 2), (COLUMNS - 2, COLUMNS + 2))
+    assert blake2b(part.numpy().tobytes(), digest_size=8).hexdigest() == "20de02fb466e2c09"
 
 
 def test_drawing_a_shard_takes_the_memory_of_a_tile() -> None:
