@@ -18,7 +18,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 Forward = Callable[..., Tensor]
 
 OPERATORS: dict[str, frozenset[str]] = {
-    "matmul": frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::linear", "aten::baddbmm", "aten::_grouped_mm"}),
+    "matmul": frozenset(
+        {"aten::mm", "aten::bmm", "aten::addmm", "aten::linear", "aten::baddbmm", "pretrain::grouped_mm"}
+    ),
     "attention": frozenset(
         {
             "aten::_scaled_dot_product_flash_attention",

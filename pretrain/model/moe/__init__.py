@@ -1,0 +1,1 @@
+"""Mixture of experts, as pure math: the router, where tokens go, the experts."""
