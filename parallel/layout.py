@@ -11,8 +11,19 @@ The ranks form a grid with these axes, outermost first:
 | `tensor`    | a part of every matrix             | activations four times per layer              | one node       |
 
 Consecutive ranks are neighbours in `tensor`. Ranks that differ in `replicate` or `shard` read different sequences
-("data ranks"). Ranks that differ in `shard` or `context` shard the parameters together ("fsdp" ranks). An expert axis
-can be made of `shard`, `context` and `tensor` without changing any of this.
+("data ranks"). Ranks that differ in `shard` or `context` shard the parameters together ("fsdp" ranks).
+
+Experts have axes of their own, folded out of `shard`, `context` and `tensor` (parallel folding, arXiv:2504.14960): the
+same shard x context x tensor ranks form a second grid, outermost first:
+
+| axis            | a rank holds                              | traffic per MoE layer            | needs          |
+|-----------------|-------------------------------------------|----------------------------------|----------------|
+| `expert_data`   | a part of its experts' state (ZeRO)       | parameters and gradients         | a fast network |
+| `expert`        | some of the experts                       | tokens to their experts and back | a fast network |
+| `expert_tensor` | a part of the width of each expert        | tokens of its neighbours         | one node       |
+
+`expert_data` is what the other two leave. So experts can have another degree of tensor parallelism than attention, and
+the expert axis takes no ranks from the other axes.
 """
 
 from __future__ import annotations
@@ -22,6 +33,8 @@ from dataclasses import dataclass
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 """Outermost first."""
+EXPERT_AXES = ("expert_data", "expert", "expert_tensor")
+"""The second grid of the shard x context x tensor ranks, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,11 @@ class Layout:
     shard: int = 1
     context: int = 1
     tensor: int = 1
+
+    expert: int = 1
+    """Ranks that share out the experts. `expert` * `expert_tensor` must divide `shard` * `context` * `tensor`."""
+    expert_tensor: int = 1
+    """Ranks that split the hidden width of each expert."""
 
     zero: int = 3
     """1: optimizer state is sharded; 2: gradients too; 3: parameters too."""
@@ -77,6 +95,11 @@ class Layout:
         return self.shard * self.context
 
     @property
+    def expert_data(self) -> int:
+        """Number of ranks of a replica that hold the same part of the same experts. They shard its state."""
+        return self.fsdp * self.tensor // (self.expert * self.expert_tensor)
+
+    @property
     def n_stages(self) -> int:
         """Number of pipeline stages."""
         return self.pipeline * self.stages_per_rank
@@ -99,6 +122,16 @@ class Layout:
         for axis, size in reversed(list(zip(AXES, self.sizes, strict=True))):
             rank, found[axis] = divmod(rank, size)
         return {axis: found[axis] for axis in AXES}
+
+    def expert_coordinates(self, rank: int) -> dict[str, int]:
+        """The coordinate of a rank on each expert axis.
+
+        >>> Layout(shard=4, tensor=2, expert=2, expert_tensor=2).expert_coordinates(6)
+        {'expert_data': 1, 'expert': 1, 'expert_tensor': 0}
+        """
+        rest, expert_tensor = divmod(rank % (self.fsdp * self.tensor), self.expert_tensor)
+        expert_data, expert = divmod(rest, self.expert)
+        return dict(zip(EXPERT_AXES, (expert_data, expert, expert_tensor), strict=True))
 
     def data_rank(self, rank: int) -> int:
         """Which part of each global batch a rank reads, in [0, data)."""
@@ -130,6 +163,7 @@ class Layout:
         return ranks_per_node % span == 0 or self.world_size <= ranks_per_node
 
     def __str__(self) -> str:
-        """`shard=2 tensor=4`, without axes of size 1."""
-        named = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1]
+        """`shard=2 tensor=4 expert=2`, without axes of size 1."""
+        axes = (*AXES, "expert", "expert_tensor")
+        named = [f"{axis}={size}" for axis in axes if (size := getattr(self, axis)) > 1]
         return " ".join(named) or "one process"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch.distributed import get_backend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.layout import AXES, Layout
-from parallel.torch_compat import root_mesh, set_group_timeout, unflatten_mesh
+from parallel.layout import AXES, EXPERT_AXES, Layout
+from parallel.torch_compat import concatenate_meshes, flatten_mesh, root_mesh, set_group_timeout, unflatten_mesh
 from parallel.world import COLLECTIVE_TIMEOUT
 
 _FSDP_DIM = 2
@@ -31,6 +33,43 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     for each in (root, mesh):
         _set_timeouts(each)
     return mesh
+
+
+@dataclass(frozen=True)
+class ExpertMesh:
+    """The shard x context x tensor ranks as a grid for experts. All its meshes have the root of `build_mesh`."""
+
+    axes: DeviceMesh
+    """(`expert_data`, `expert`, `expert_tensor`)."""
+    fsdp: DeviceMesh
+    """The ranks that share the state of the same experts: those that differ on `expert_data` or `expert_tensor`, as
+    (`replicate`, `expert_fsdp`), or without replicas as `expert_fsdp`."""
+
+
+def build_expert_mesh(mesh: DeviceMesh, layout: Layout) -> ExpertMesh:
+    """The expert axes of a layout whose `expert` * `expert_tensor` divide its shard x context x tensor ranks.
+
+    This makes process groups, so all ranks must call it together. Use one such mesh for all modules.
+
+    Args:
+        mesh: of `build_mesh`.
+        layout: of that mesh.
+    """
+    root = root_mesh(mesh)
+    # All these ranks as one axis, to be split anew. Without tensor parallelism it exists, and without FSDP too.
+    if layout.tensor == 1:
+        folded = root["fsdp"]
+    elif layout.fsdp == 1:
+        folded = root["tensor"]
+    else:
+        folded = flatten_mesh(root["fsdp", "tensor"], "folded")
+    axes = unflatten_mesh(folded, 0, (layout.expert_data, layout.expert, layout.expert_tensor), EXPERT_AXES)
+    fsdp = axes["expert_data"]
+    if layout.expert_tensor > 1:
+        fsdp = flatten_mesh(axes["expert_data", "expert_tensor"], "expert_fsdp")
+    for each in (folded, axes, fsdp):
+        _set_timeouts(each)
+    return ExpertMesh(axes, concatenate_meshes(root["replicate"], fsdp) if layout.replicate > 1 else fsdp)
 
 
 def _set_timeouts(mesh: DeviceMesh) -> None:

@@ -1,4 +1,4 @@
-"""The rank grid: unique coordinates, consecutive ranks in `tensor`, data ranks and FSDP ranks."""
+"""The rank grid: unique coordinates, consecutive ranks in `tensor`, data ranks, FSDP ranks, folded expert axes."""
 
 import doctest
 from itertools import product
@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from parallel import layout
-from parallel.layout import AXES, Layout
+from parallel.layout import AXES, EXPERT_AXES, Layout
 from parallel.pipeline import schedule
 
 GRID = Layout(pipeline=2, replicate=3, shard=2, context=2, tensor=4)
@@ -63,8 +63,18 @@ def test_an_axis_is_inside_a_node_if_all_its_groups_are(axis: str, ranks_per_nod
     assert all(len(node) == 1 for node in nodes) is inside
 
 
+def test_expert_axes_fold_the_ranks_of_shard_context_and_tensor() -> None:
+    folded = Layout(pipeline=2, shard=2, context=2, tensor=2, expert=2, expert_tensor=2)
+    assert (folded.world_size, folded.expert_data) == (16, 2)
+    places = [tuple(folded.expert_coordinates(rank).values()) for rank in range(16)]
+    assert places == 2 * list(product(range(2), range(2), range(2)))
+    assert list(folded.expert_coordinates(0)) == list(EXPERT_AXES)
+    assert Layout(replicate=3, shard=4, context=2, expert=4).expert_data == 2
+
+
 def test_str_names_the_axes() -> None:
     assert str(GRID) == "pipeline=2 replicate=3 shard=2 context=2 tensor=4"
+    assert str(Layout(shard=4, expert=2, expert_tensor=2)) == "shard=4 expert=2 expert_tensor=2"
     assert str(Layout()) == "one process"
 
 
