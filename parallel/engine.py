@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,15 @@ class Microbatch:
     """Number of targets in the full rows. Counted on the host, so that nobody waits for the device."""
     local_tokens: LocalTokens | None = None
     """Set by the engine under context parallelism."""
+    row_ids: Tensor | None = None
+    """[b] int64, on the host: index of each row's first sample in the run, -1 for rows that only fill up the
+    microbatch. None: all rows count."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the full rows, without padding rows."""
+        n_rows = len(self.document_ids) if self.row_ids is None else int((self.row_ids >= 0).sum())
+        return n_rows * self.document_ids.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -68,11 +77,50 @@ class StepResult:
     """Before clipping."""
     stop_requested: bool = False
     """Whether any rank requested a stop."""
+    routing: Tensor | None = None
+    """[n_layers, ModelSpec.routing_width], fp64 on the host: what the `RoutedLayer`s counted over the global batch,
+    divided by nothing. None without routed layers."""
+    n_tokens: int = 0
+    """Tokens of the global batch."""
 
     @property
     def is_finite(self) -> bool:
         """False if something overflowed. The engine has then left the weights unchanged."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class EvalResult(NamedTuple):
+    """The result of an evaluation step, over all data ranks."""
+
+    loss_sum: float
+    """Summed cross-entropy in nats."""
+    n_targets: int
+    routing: Tensor | None = None
+    """As in `StepResult`."""
+
+
+@runtime_checkable
+class RoutedLayer(Protocol):
+    """A module that sends tokens to experts, counts its decisions, and balances the load once a step."""
+
+    layer: int
+    """Number of its layer in the model."""
+
+    @property
+    def saved_buffers(self) -> Mapping[str, Tensor]:
+        """{name: tensor} that checkpoints hold. The same on every rank."""
+
+    def reset_buffers(self) -> None:
+        """Write the values of the start of training into its buffers."""
+
+    def begin_step(self, token_scale: Tensor) -> None:
+        """Prepare the passes of a training step; `token_scale` is 1 / tokens of the global batch."""
+
+    def take_sums(self) -> Tensor:
+        """What it counted since the last call, over this rank's tokens: fp64 [ModelSpec.routing_width]."""
+
+    def end_step(self, sums: Tensor) -> None:
+        """Balance the load by what all ranks counted in a step."""
 
 
 class Optimizer(Protocol):
@@ -140,6 +188,8 @@ class ModelSpec:
     """Time of the embedding, in time of one layer. Pipeline stages are balanced with it."""
     last_cost: float = 0.0
     """Time of the final norm, the output projection and the loss, in time of one layer."""
+    routing_width: int = 0
+    """Numbers that each `RoutedLayer` counts; 0 without such layers."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +224,8 @@ class Engine(Protocol):
             stop_requested: asked after the backward passes. If it is true on any rank, every rank's result says so.
         """
 
-    def eval_step(self, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
-        """(summed cross-entropy in nats, number of targets) over all data ranks' microbatches. Changes no weight."""
+    def eval_step(self, microbatches: Sequence[Microbatch]) -> EvalResult:
+        """Evaluate the microbatches of all data ranks. Changes no weight."""
 
     def state(self) -> State:
         """The live tensors that a checkpoint holds. To load one, write into them, then call `sync_compute_weights`."""

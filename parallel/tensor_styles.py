@@ -14,6 +14,8 @@ SHARD_DIM: dict[str, int | None] = {
     "replicated_with_grad_allreduce": None,
     "rowwise": 1,
     "vocab_parallel_head": 0,
+    "split_tokens": None,
+    "experts": None,
 }
 """Style -> dimension that is sharded over tensor ranks; None replicates the parameters."""
 

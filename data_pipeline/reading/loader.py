@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import numpy as np
 import xxhash
 
 from data_pipeline.errors import DataError
@@ -147,7 +149,8 @@ class Loader:
                 f"samples {first} to {first + count} of {self.seq_len} tokens are not rows of {seq_len}, up to "
                 f"{self.window}"
             )
-        return self._rows(*self._locate(first, count, per_row), per_row)
+        rows = self._rows(*self._locate(first, count, per_row), per_row)
+        return replace(rows, row_ids=np.arange(first, first + count, per_row))
 
     def sequential(self, source: str, first: int, count: int) -> Batch:
         """Read samples [first, first + count) of a source, unshuffled, for validation. Stops at its end.
@@ -157,7 +160,8 @@ class Loader:
                 opened.
         """
         samples = range(first, min(first + count, self.sizes[source]))
-        return self._rows([self.mixture.names.index(source)] * len(samples), list(samples), 1)
+        rows = self._rows([self.mixture.names.index(source)] * len(samples), list(samples), 1)
+        return replace(rows, row_ids=np.arange(samples.start, samples.stop))
 
     def order(self, first: int, count: int) -> tuple[list[int], list[int]]:
         """Return the (index of the source, sample of that source) that `batch` reads for samples [first, first +

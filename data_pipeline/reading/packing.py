@@ -46,6 +46,8 @@ class Batch:
     damaged: tuple[str, ...] = ()
     """One message for each row whose tokens are damaged. Such a row is all padding, with document id 0. Rows that lie
     behind the end of a source are all padding too, but not damaged."""
+    row_ids: NDArray[np.int64] | None = None
+    """Sample at which each row begins in the stream that was read; None if nobody said."""
 
     @cached_property
     def positions(self) -> NDArray[np.int32]:

@@ -30,7 +30,7 @@ Letters: D model width, F hidden width, K head width, h_q and h_kv widths of all
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from parallel.layout import Layout
@@ -96,7 +96,7 @@ def bytes_at_moments(
     blocks = _blocks(config, stage_layers, x)
     units = FsdpUnits.of(config, layout, stage_layers, n_microbatches, number)
     # An average over the rank's stages, which have about equally many layers.
-    waiting = tokens * sum(kept_for_weights(block) for block in blocks) * in_flight.waiting / len(stage_layers)
+    waiting = tokens * sum(kept_for_weights(block) for block in blocks.values()) * in_flight.waiting / len(stage_layers)
     buffers = _pipeline_buffers(layout, stage_layers, model.n_layers, n_microbatches) * tokens * x.stream
     kept = tokens * _kept(config, stage_layers, x, blocks) * in_flight.begun / len(stage_layers) + waiting
 
@@ -120,8 +120,8 @@ def bytes_at_moments(
 
     kept += units.head_gradient
     recomputes = any(any(recompute_flags(config, layers)) for layers in stage_layers)
-    block = max(blocks, key=lambda block: block.kept)
-    of_block = tokens * (_kept_recomputing(config, x, block) if recomputes else block.kept)
+    layer, block = max(blocks.items(), key=lambda item: item[1].kept)
+    of_block = tokens * (_kept_recomputing(config, x, layer, block) if recomputes else block.kept)
     beside = tokens * block.backward_peak
     if recomputes:  # all of it exists again, including what waits for the gradients of the weights
         again = kept_when_recomputed(block, x, keep) - kept_for_weights(block) * (in_flight.waiting > 0)
@@ -175,25 +175,25 @@ def _keep(config: RunConfig) -> tuple[str, ...]:
     return config.train.recompute_keep if config.train.recompute == "selective" else ()
 
 
-def _blocks(config: RunConfig, stage_layers: Sequence[range], x: ActivationSizes) -> list[BlockActivations]:
-    """The activations of each block of a rank, as its architecture declares them."""
+def _blocks(config: RunConfig, stage_layers: Sequence[range], x: ActivationSizes) -> dict[int, BlockActivations]:
+    """{layer: activations of its block} of a rank, as its architecture declares them."""
     terms = architecture_of(config.model).block_activations
-    return [terms(config.model, x, layer) for layers in stage_layers for layer in layers]
+    return {layer: terms(config.model, x, layer) for layers in stage_layers for layer in layers}
 
 
-def _kept_recomputing(config: RunConfig, x: ActivationSizes, block: BlockActivations) -> float:
-    collectives = BlockCollectives.of(architecture_of(config.model))
+def _kept_recomputing(config: RunConfig, x: ActivationSizes, layer: int, block: BlockActivations) -> float:
+    collectives = BlockCollectives.of(config.model, layer)
     return kept_by_recomputing_block(block, x, collectives, _keep(config))
 
 
 def _kept(
-    config: RunConfig, stage_layers: Sequence[range], x: ActivationSizes, blocks: Sequence[BlockActivations]
+    config: RunConfig, stage_layers: Sequence[range], x: ActivationSizes, blocks: Mapping[int, BlockActivations]
 ) -> float:
     """Bytes kept of one token, by all stages of a rank."""
     again = [recomputes for layers in stage_layers for recomputes in recompute_flags(config, layers)]
     of_blocks = sum(
-        _kept_recomputing(config, x, block) if recomputes else block.kept
-        for block, recomputes in zip(blocks, again, strict=True)
+        _kept_recomputing(config, x, layer, block) if recomputes else block.kept
+        for (layer, block), recomputes in zip(blocks.items(), again, strict=True)
     )
     outputs = sum(layers.stop < config.model.n_layers for layers in stage_layers)
     return of_blocks + len(stage_layers) * FP32 * config.model.head_dim + outputs * x.stream

@@ -10,9 +10,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from parallel.layout import Layout
-from pretrain.config import RunConfig
+from pretrain.config import ModelConfig, RunConfig
 from pretrain.model.activation_terms import FP32, ActivationSizes, BlockActivations
-from pretrain.model.spec import ArchitectureSpec
+from pretrain.model.spec import layer_plan
 
 
 def microbatch_tokens(config: RunConfig, layout: Layout) -> int:
@@ -57,7 +57,7 @@ def activation_sizes(config: RunConfig, layout: Layout, number: int) -> Activati
 
 @dataclass(frozen=True)
 class BlockCollectives:
-    """Collectives of tensor parallelism in the forward pass of a block, counted in the architecture's table."""
+    """Collectives of tensor parallelism in the forward pass of a block, counted in its layer's plan."""
 
     gathers: int
     """Inputs gathered along the sequence. Without `sequence` nothing is sent in the forward pass."""
@@ -65,9 +65,10 @@ class BlockCollectives:
     """Outputs summed over the ranks."""
 
     @classmethod
-    def of(cls, architecture: ArchitectureSpec) -> BlockCollectives:
-        """Count those of an architecture's blocks."""
-        return cls(architecture.count("gather_sequence"), architecture.count("rowwise"))
+    def of(cls, config: ModelConfig, layer: int) -> BlockCollectives:
+        """Count those of a layer."""
+        styles = list(layer_plan(config, layer).values())
+        return cls(styles.count("gather_sequence"), styles.count("rowwise"))
 
 
 def kept_by_recomputing_block(

@@ -15,7 +15,6 @@ from pretrain.estimate.block_activations import BlockCollectives
 from pretrain.estimate.parameters import ModelParameter, model_parameters
 from pretrain.estimate.rank_memory import RankMemory, estimate_rank_memory, n_microbatches
 from pretrain.model.activation_terms import FP32
-from pretrain.model.spec import architecture_of
 
 Traffic = dict[str, dict[str, float]]
 """{axis: {operation: bytes that the rank sends in a step}}; the axis `fsdp` is `shard` and `context` together."""
@@ -98,18 +97,16 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     held = estimate_rank_memory(config, layout, rank)
     if t == 1:
         return {}
-    layers = sum(map(len, held.layers))
     is_first = any(layers.start == 0 for layers in held.layers)
     is_last = any(layers.stop == model.n_layers for layers in held.layers)
     once = _ring(t) * COMPUTE_BYTES[train.precision] * _tokens(config, layout) * model.d_model
-    again = _recomputed_layers(config, held)
+    blocks = {layer: BlockCollectives.of(model, layer) for layers in held.layers for layer in layers}
     statistics = 3 * 2 * _ring(t) * FP32 * _tokens(config, layout) * is_last
-    block = BlockCollectives.of(architecture_of(model))
-    both_ways = (
-        block.gathers + block.reductions
-    ) * layers  # the gradient of a gather is a reduction, and the other way round
+    # The gradient of a gather is a reduction, and the other way round.
+    both_ways = sum(block.gathers + block.reductions for block in blocks.values())
     # The last reduction of a block is not repeated: nothing needs its result.
-    gathers_again, reductions_again = block.gathers * again, (block.reductions - 1) * again
+    again = [blocks[layer] for layer in _recomputed_layers(config, held)]
+    gathers_again, reductions_again = sum(b.gathers for b in again), sum(b.reductions - 1 for b in again)
     if not layout.sequence:
         return {"all-reduce": 2 * once * (both_ways + reductions_again + is_first + is_last) + statistics}
     micro = n_microbatches(config, layout)
@@ -124,12 +121,17 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     }
 
 
-def _recomputed_layers(config: RunConfig, held: RankMemory) -> int:
+def _recomputed_layers(config: RunConfig, held: RankMemory) -> list[int]:
     """Layers of a rank whose backward pass repeats the collectives of the forward pass."""
     train = config.train
     if train.recompute == "selective" and "collective" in train.recompute_keep:
-        return 0
-    return sum(sum(recompute_flags(config, layers)) for layers in held.layers)
+        return []
+    flags = {
+        layer: again
+        for layers in held.layers
+        for layer, again in zip(layers, recompute_flags(config, layers), strict=True)
+    }
+    return [layer for layer, again in flags.items() if again]
 
 
 def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
@@ -140,7 +142,7 @@ def _context(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     c, model, train = layout.context, config.model, config.train
     held = estimate_rank_memory(config, layout, rank)
     layers = sum(map(len, held.layers))
-    again = _recomputed_layers(config, held)
+    again = len(_recomputed_layers(config, held))
     kv = max(1.0, model.n_kv_heads / layout.tensor) * model.head_dim
     q = model.n_heads / layout.tensor * model.head_dim
     per_number = _ring(c) * COMPUTE_BYTES[train.precision] * _tokens(config, layout)  # of the rank's tensor

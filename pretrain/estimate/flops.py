@@ -49,7 +49,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         count = math.prod(parameter.shape)
         by_kind[parameter.spec.kind] = by_kind.get(parameter.spec.kind, 0) + count
         if parameter.layer is not None:
-            block_matmul += count * parameter.spec.products
+            block_matmul += count * parameter.spec.products_of(config)
     return ParameterCounts(by_kind, block_matmul, config.vocab_size * config.d_model)
 
 

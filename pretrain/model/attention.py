@@ -60,6 +60,9 @@ class DocumentMask(NamedTuple):
     spans: tuple[QuerySpan, ...]
     """The queries, span after span. A whole row is one span; the tokens of a context-parallel rank may be several."""
 
+    row_keys_B: Tensor | None = None
+    """For routers: a random key of each row, negative for padding (`moe.rows.row_keys`)."""
+
     def to(self, device: torch.device | str) -> DocumentMask:
         """Return the same mask on another device.
 

@@ -13,7 +13,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Protocol
@@ -70,9 +70,13 @@ class ParameterSpec:
     """What reports count it as: `embedding`, `attention`, `mlp`, `norms`, `biases`, `head`, or a word of your own."""
     initial: InitialValues
     group: OptimizerGroup
-    products: float = 0.0
+    products: float | Callable[[ModelConfig], float] = 0.0
     """Fraction of the tokens that it multiplies: 1 for a linear layer, 0 for a lookup or a norm, top_k / n_experts
     for experts."""
+
+    def products_of(self, config: ModelConfig) -> float:
+        """`products` in a model of that config."""
+        return self.products if isinstance(self.products, (int, float)) else self.products(config)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,10 @@ def causal_attention_flops(config: ModelConfig, seq_len: int, causal: bool) -> f
     return 12 * config.n_layers * config.n_heads * config.head_dim * (seen if causal else seq_len)
 
 
+def _same_styles(config: ModelConfig, layer: int) -> Mapping[str, str]:
+    return {}
+
+
 @dataclass(frozen=True)
 class ArchitectureSpec:
     """One architecture. Layers may differ: `Transformer.build_block` and `block_activations` get the layer's number."""
@@ -143,6 +151,8 @@ class ArchitectureSpec:
     """(config, sizes, layer) -> what the layer's block keeps of one token for its backward pass."""
     attention_flops: Callable[[ModelConfig, int, bool], float] = causal_attention_flops
     """(config, seq_len, causal) -> FLOPs of one token in operations without weights, in all layers, both passes."""
+    layer_styles: Callable[[ModelConfig, int], Mapping[str, str]] = _same_styles
+    """(config, layer) -> {name of a module within the layer: style}, where they differ from the table."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a table that contradicts itself."""
@@ -156,7 +166,7 @@ class ArchitectureSpec:
 
     @property
     def tp_plan(self) -> dict[str, str]:
-        """{pattern of module names: style}, the plan for `parallel.tensor`."""
+        """{pattern of module names: style} of the table."""
         return {pattern: row.style for pattern, row in self.modules.items()}
 
     def find(self, name: str) -> tuple[str, ParameterSpec]:
@@ -173,10 +183,6 @@ class ArchitectureSpec:
                 f"add {own_name!r} to the row {pattern!r}, which says how it is split, initialised and updated"
             )
         return row.style, row.parameters[own_name]
-
-    def count(self, style: str) -> int:
-        """Count the modules of a block with this style."""
-        return sum(row.style == style for pattern, row in self.modules.items() if pattern.startswith(LAYERS))
 
     @property
     def source(self) -> str:
@@ -204,6 +210,33 @@ def architecture_of(config: ModelConfig) -> ArchitectureSpec:
         UserError: there is no such module, or it defines no SPEC.
     """
     return _load(config.architecture)
+
+
+def tp_plan(config: ModelConfig, layers: range) -> dict[str, str]:
+    """Return the plan of these layers for `parallel.tensor`: {pattern of module names: style}.
+
+    It is the architecture's table, or if layers differ, a row for each module of each layer.
+    """
+    architecture = architecture_of(config)
+    if architecture.layer_styles is _same_styles:
+        return architecture.tp_plan
+    ends = {pattern: style for pattern, style in architecture.tp_plan.items() if not pattern.startswith(LAYERS)}
+    rows = {layer: layer_plan(config, layer) for layer in layers}
+    return ends | {f"{LAYERS}{layer}.{name}": style for layer, plan in rows.items() for name, style in plan.items()}
+
+
+@lru_cache(maxsize=4096)
+def layer_plan(config: ModelConfig, layer: int) -> dict[str, str]:
+    """Return {name within the layer: style} of the modules of a layer that have rows."""
+    architecture, prefix = architecture_of(config), f"{LAYERS}{layer}."
+    names = architecture.model.parameter_shapes(config, range(layer, layer + 1))
+    own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    # A module is there if a parameter lies in it or below it.
+    present = {name.rsplit(".", depth)[0] for name in own for depth in range(1, name.count(".") + 1)}
+    pattern = f"{LAYERS}*."
+    table = {name.removeprefix(pattern): style for name, style in architecture.tp_plan.items()}
+    styles = table | dict(architecture.layer_styles(config, layer))
+    return {name: style for name, style in styles.items() if name in present}
 
 
 def architecture_names() -> list[str]:

@@ -19,9 +19,10 @@ from pretrain.config import AUTO, ModelConfig
 from pretrain.model.attention import DocumentMask, context_parallel_mask, document_mask
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.loss import LinearLoss, LossSum, linear_cross_entropy, softmax_gradient_
+from pretrain.model.moe.router import Router
 from pretrain.model.norm import RMSNorm
 from pretrain.model.rope import rope_tables
-from pretrain.model.spec import architecture_of
+from pretrain.model.spec import tp_plan
 
 
 class Decoder(nn.Module):
@@ -65,7 +66,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False) if untied else None
         self.linear_loss: LinearLoss = linear_cross_entropy
         self.compiled = False
-        self.tp_plan = architecture_of(config).tp_plan
+        self._layer_range = layers
         self.tied_parameter = "model.embed_tokens.weight" if config.tie_embeddings else None
 
     @classmethod
@@ -77,6 +78,11 @@ class Transformer(nn.Module):
     def build_block(self, layer: int) -> nn.Module:
         """Build the block of that layer, which is called as (x [B, S, D], rope, mask, cache) and returns [B, S, D]."""
         raise NotImplementedError
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        """How tensor ranks split the modules of these layers: {pattern of module names: style}."""
+        return tp_plan(self.config, self._layer_range)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -99,6 +105,12 @@ class Transformer(nn.Module):
         assert self.is_last
         assert projection is not None
         return projection.weight
+
+    def reset_buffers(self) -> None:
+        """Write the initial values of the routers' buffers, which `to_empty` leaves unset."""
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.reset_buffers()
 
     def compile_submodules(self) -> None:
         """Compile what repeats or consists of many small operations: every block, the final norm, the softmax of the

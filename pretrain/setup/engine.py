@@ -14,6 +14,8 @@ from parallel.torch_compat import allow_recompilations
 from pretrain.config import ModelConfig, RunConfig
 from pretrain.estimate.flops import pipeline_end_costs
 from pretrain.model.init import init_shard
+from pretrain.model.moe.router import N_SUMS
+from pretrain.model.moe.rows import row_keys
 from pretrain.model.spec import architecture_of
 from pretrain.model.transformer import Transformer
 from pretrain.optim.build import build_optimizer
@@ -25,7 +27,9 @@ def build_model(config: ModelConfig, attention: str, device: torch.device) -> Tr
     """A model on `device` with uninitialized weights: write them with `init_weights`, or load a checkpoint."""
     with torch.device("meta"):
         model = _build(config, attention, range(config.n_layers))
-    return model.to_empty(device=device)
+    model = model.to_empty(device=device)
+    model.reset_buffers()
+    return model
 
 
 def _build(config: ModelConfig, attention: str, layers: range) -> Transformer:
@@ -58,10 +62,11 @@ def build_model_spec(config: RunConfig) -> ModelSpec:
         d_model=model.d_model,
         build=partial(_build, model, config.train.attention),
         init_shard=partial(init_shard, config=model, seed=config.run.seed),
-        forward_step=partial(forward_step, z_loss=config.train.z_loss),
+        forward_step=partial(forward_step, z_loss=config.train.z_loss, seed=config.run.seed),
         build_optimizer=partial(build_optimizer, config=config.optim, architecture=architecture_of(model)),
         first_cost=first_cost,
         last_cost=last_cost,
+        routing_width=model.moe.n_experts + N_SUMS if model.moe.n_experts else 0,
     )
 
 
@@ -79,7 +84,7 @@ def build_engine_options(config: RunConfig) -> EngineOptions:
 
 
 def forward_step(
-    model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, z_loss: float
+    model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, z_loss: float, seed: int
 ) -> Tensor | MicrobatchLoss:
     """Run a chunk of the model on a microbatch. Returns the activations for the next chunk; the last one, the loss."""
     assert isinstance(model, Transformer)
@@ -90,5 +95,8 @@ def forward_step(
         model.document_mask(*rows)
         if tokens is None
         else model.context_parallel_mask(*rows, tokens.ranges, tokens.full_rows)
-    ).to(x.device)
+    )
+    if model.config.moe.n_experts and microbatch.row_ids is not None:
+        mask = mask._replace(row_keys_B=row_keys(microbatch.row_ids, seed))
+    mask = mask.to(x.device)
     return model.loss(x, microbatch.labels, mask, z_loss=z_loss) if model.is_last else model(x, mask)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_pipeline.reading.packing import NO_LABEL, Batch
 from parallel.engine import Microbatch
+from pretrain.model.moe.rows import PADDING
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,13 @@ def pad_batch(batch: Batch, n_rows: int) -> Batch:
         input_ids=np.concatenate((batch.input_ids, empty)),
         labels=np.concatenate((batch.labels, np.full_like(empty, NO_LABEL))),
         document_ids=np.concatenate((batch.document_ids, empty)),
+        row_ids=np.concatenate((_row_ids(batch), np.full(missing, PADDING))),
     )
+
+
+def _row_ids(batch: Batch) -> NDArray[np.int64]:
+    """The batch's row ids; 0, 1, 2, ... for one that was read from no stream."""
+    return np.arange(len(batch.input_ids)) if batch.row_ids is None else batch.row_ids
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class HostBatch:
     document_ids: Tensor
     n_targets: NDArray[np.int64]
     """Tokens with a label, per sequence."""
+    row_ids: NDArray[np.int64]
+    """Of each sequence, as in `Microbatch`."""
     damaged: tuple[str, ...]
     """One message per sequence that could not be read and was left out."""
 
@@ -85,6 +94,7 @@ def to_host(batch: Batch, device: torch.device) -> HostBatch:
         torch.from_numpy(batch.positions),
         torch.from_numpy(batch.document_ids),
         np.count_nonzero(batch.labels != NO_LABEL, axis=1),
+        _row_ids(batch),
         batch.damaged,
     )
 
@@ -105,6 +115,7 @@ def split_microbatches(batch: HostBatch, size: int, device: torch.device) -> Ite
             positions=batch.positions[rows],
             document_ids=batch.document_ids[rows],
             n_targets=int(batch.n_targets[rows].sum()),
+            row_ids=torch.from_numpy(batch.row_ids[rows]),
         )
 
 

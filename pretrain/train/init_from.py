@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import xxhash
@@ -129,10 +130,11 @@ def check_init_checkpoint(parent: InitCheckpoint, config: RunConfig, tokenizer: 
     out."""
     named = f"run.init_from={parent.name}"
     theirs, ours = parent.config.model, config.model
-    differ = [name for name in WEIGHT_SETTINGS if getattr(theirs, name) != getattr(ours, name)]
+    values = {name: (attrgetter(name)(theirs), attrgetter(name)(ours)) for name in WEIGHT_SETTINGS}
+    differ = {name: pair for name, pair in values.items() if pair[0] != pair[1]}
     if differ:
         differences = "; ".join(
-            f"model.{name} is {getattr(theirs, name)} there and {getattr(ours, name)} here" for name in differ
+            f"model.{name} is {there} there and {here} here" for name, (there, here) in differ.items()
         )
         raise UserError(
             f"{named} has weights of another model: {differences}; leave these settings out, the model is then that "

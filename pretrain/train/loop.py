@@ -215,8 +215,8 @@ class TrainLoop:
             batch = validation.sequential(source, first + rows.start, len(rows))
             host_batch = to_host(pad_batch(batch, shard.padded_rows(n_rows, size)), self.device)
             self._report_damage(host_batch, step)
-            loss, n_targets = self.engine.eval_step(list(split_microbatches(host_batch, size, self.device)))
-            total, targets = total + loss, targets + n_targets
+            result = self.engine.eval_step(list(split_microbatches(host_batch, size, self.device)))
+            total, targets = total + result.loss_sum, targets + result.n_targets
         return total, targets
 
     def _save(self, step: int) -> None:

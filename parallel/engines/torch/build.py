@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.context import apply_context_parallel
-from parallel.engine import BuildOptimizer, EngineOptions, ForwardStep, InspectableEngine, ModelChunk, ModelSpec
+from parallel.engine import BuildOptimizer, EngineOptions, ForwardStep, InspectableEngine, ModelChunk, ModelSpec, RoutedLayer
 from parallel.engines.torch.engine import Runner, SingleStageRunner, TorchEngine
 from parallel.engines.torch.rank_model import ShardedModel, UnshardedModel
 from parallel.fsdp import apply_fsdp
@@ -34,7 +34,9 @@ def build_engine(
         return build_parallel_engine(spec, options, layout=layout, rank=rank, device=device)
     model = _build_chunk(spec, range(spec.n_layers), options, layout)
     _init_weights(model, spec, device)
-    return build_single_process_engine(model, spec.forward_step, spec.build_optimizer, options, device)
+    return build_single_process_engine(
+        model, spec.forward_step, spec.build_optimizer, options, device, (spec.n_layers, spec.routing_width)
+    )
 
 
 def build_single_process_engine(
@@ -43,6 +45,7 @@ def build_single_process_engine(
     build_optimizer: BuildOptimizer,
     options: EngineOptions,
     device: torch.device,
+    routing_shape: tuple[int, int] = (0, 0),
 ) -> TorchEngine:
     """Build the engine of a full model that has its values. Needs no process group and shards nothing."""
     rank_model = UnshardedModel(model, options.dtype)
@@ -54,6 +57,7 @@ def build_single_process_engine(
         rank=0,
         device=device,
         max_grad_norm=options.max_grad_norm,
+        routing_shape=routing_shape,
     )
 
 
@@ -107,6 +111,7 @@ def build_parallel_engine(
         rank=rank,
         device=device,
         max_grad_norm=options.max_grad_norm,
+        routing_shape=(spec.n_layers, spec.routing_width),
     )
 
 
@@ -145,6 +150,9 @@ def _split_computation(chunk: nn.Module, mesh: DeviceMesh, layout: Layout) -> No
 def _init_weights(chunk: nn.Module, spec: ModelSpec, device: torch.device) -> None:
     """Allocate this rank's shards on `device` and write their initial values."""
     chunk.to_empty(device=device)
+    for module in chunk.modules():
+        if isinstance(module, RoutedLayer):
+            module.reset_buffers()
     with torch.no_grad():
         for name, parameter in chunk.named_parameters():
             shard, offset, shape = local_shard(parameter)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.engine import ForwardStep, Microbatch, Optimizer, State, StepResult
+from parallel.engine import EvalResult, ForwardStep, Microbatch, Optimizer, State, StepResult
 from parallel.engines.torch.rank_model import RankModel
 from parallel.fsdp import FSDPRoot
 from parallel.gradients import clip_gradients_, local_squared_norm
@@ -82,6 +82,7 @@ class TorchEngine:
         rank: int,
         device: torch.device,
         max_grad_norm: float | None,
+        routing_shape: tuple[int, int] = (0, 0),
     ) -> None:
         """Put the parts together; `parallel.engines.torch.build` makes them.
 
@@ -93,12 +94,14 @@ class TorchEngine:
             rank: of this process.
             device: where the losses are.
             max_grad_norm: as in `EngineOptions`.
+            routing_shape: layers of the full model, and numbers that each `RoutedLayer` counts.
         """
         self._model = model
         self._runner = runner
         self._optimizer = optimizer
         self.layout = layout
         self._device = device
+        self._routing_shape = routing_shape
         self._max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         # Of all ranks that read the same rows, one counts their targets.
         coordinates = layout.coordinates(rank)
@@ -127,7 +130,9 @@ class TorchEngine:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """See `Engine`. The loss is averaged over the targets of the global batch, however they are distributed."""
-        n_targets = self._count_targets(microbatches).clamp(min=1)
+        n_targets, n_tokens = self._count_targets(microbatches).clamp(min=1).unbind()
+        for layer in self._model.routed_layers:
+            layer.begin_step(n_tokens.float().reciprocal())
         local = [self._model.shard_microbatch(microbatch) for microbatch in microbatches]
         cross_entropy, z_loss = self._runner.train(local, n_targets.float().reciprocal())
         self._model.finish_gradients()
@@ -135,10 +140,22 @@ class TorchEngine:
         # Tensor ranks have the same loss. All other ranks have different parts of it, or none.
         losses = torch.stack([cross_entropy, z_loss]) / (self.layout.tensor * n_targets)
         stop = torch.full((), stop_requested(), dtype=torch.float64, device=self._device)
-        sums = self._all_reduce(torch.cat([losses, torch.stack([squared_norm.to(self._device), stop])]))
-        mean_loss, mean_z_loss, global_squared_norm, n_stop_requests = sums.tolist()
-        result = StepResult(mean_loss, mean_z_loss, global_squared_norm**0.5, stop_requested=n_stop_requests > 0)
+        scalars = torch.cat([losses, torch.stack([squared_norm.to(self._device), stop])])
+        sums, routing = self._all_reduce_with_routing(scalars)
+        # One copy to the host brings everything that the step reports.
+        on_host = torch.cat([sums, n_tokens[None].double(), routing.flatten()]).cpu()
+        mean_loss, mean_z_loss, global_squared_norm, n_stop_requests, total_tokens = on_host[:5].tolist()
+        result = StepResult(
+            mean_loss,
+            mean_z_loss,
+            global_squared_norm**0.5,
+            stop_requested=n_stop_requests > 0,
+            routing=on_host[5:].view_as(routing) if routing.numel() else None,
+            n_tokens=int(total_tokens),
+        )
         if result.is_finite:  # a NaN would ruin the weights; the loop decides what happens next
+            for layer in self._model.routed_layers:
+                layer.end_step(routing[layer.layer])
             clip_gradients_(self.master_weights.values(), self._max_grad_norm, result.grad_norm)
             self._optimizer.set_lr(lr_scale)
             self._optimizer.step()
@@ -147,19 +164,20 @@ class TorchEngine:
         return result
 
     @torch.no_grad()
-    def eval_step(self, microbatches: Sequence[Microbatch]) -> tuple[float, int]:
+    def eval_step(self, microbatches: Sequence[Microbatch]) -> EvalResult:
         """See `Engine`."""
-        n_targets = self._count_targets(microbatches)
+        n_targets, _ = self._count_targets(microbatches).unbind()
         local = [self._model.shard_microbatch(microbatch) for microbatch in microbatches]
-        total = self._all_reduce(self._runner.evaluate(local) / self.layout.tensor)
+        total, routing = self._all_reduce_with_routing(self._runner.evaluate(local)[None] / self.layout.tensor)
         self._model.reshard()
-        return total.item(), int(n_targets)
+        return EvalResult(total.item(), int(n_targets), routing.cpu() if routing.numel() else None)
 
     def state(self) -> State:
         """See `Engine`. Tensors are DTensors if they are sharded."""
         model: dict[str, Tensor | dict[str, Tensor]] = {
             name: master_weight.detach() for name, master_weight in self.master_weights.items()
         }
+        model |= self._model.buffers
         return {"model": model, "optimizer": dict(self._optimizer.state())}
 
     @torch.no_grad()
@@ -168,10 +186,24 @@ class TorchEngine:
         self._model.sync_compute_weights()
 
     def _count_targets(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """Number of targets of the global batch, int64, on the device. Nobody waits for it."""
-        n_targets = sum(microbatch.n_targets for microbatch in microbatches) if self._counts_targets else 0
-        # torch.full() makes it on the device; torch.tensor() would wait for a copy.
-        return self._all_reduce(torch.full((), n_targets, dtype=torch.int64, device=self._device))
+        """Numbers of (targets, tokens) of the global batch, int64, on the device. Nobody waits for them."""
+        counts = sum(m.n_targets for m in microbatches), sum(m.n_tokens for m in microbatches)
+        # torch.full() makes them on the device; torch.tensor() would wait for a copy.
+        counted = [torch.full((), n * self._counts_targets, dtype=torch.int64, device=self._device) for n in counts]
+        return self._all_reduce(torch.stack(counted))
+
+    def _all_reduce_with_routing(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum fp64 values [N] over all ranks, and in the same message what the routed layers counted.
+
+        Returns:
+            ([N], [n_layers, routing_width]); the latter has no elements without routed layers.
+        """
+        n_layers, width = self._routing_shape
+        routing = values.new_zeros(n_layers if width else 0, width)
+        for layer in self._model.routed_layers:
+            routing[layer.layer] = layer.take_sums()
+        summed = self._all_reduce(torch.cat([values, routing.flatten()]))
+        return summed[: len(values)], summed[len(values) :].view_as(routing)
 
     def _all_reduce(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel import context
-from parallel.engine import Microbatch
+from parallel.engine import Microbatch, RoutedLayer
 from parallel.fsdp import FSDPRoot
 from parallel.layout import Layout
 from parallel.local import to_local
@@ -30,6 +30,14 @@ class RankModel(Protocol):
     def master_weights(self) -> dict[str, nn.Parameter]:
         """The fp32 weights that the optimizer updates, by canonical name."""
 
+    @property
+    def routed_layers(self) -> Sequence[RoutedLayer]:
+        """The routers of this rank."""
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """What checkpoints hold beside the master weights, by canonical name. The same on all ranks that have it."""
+
     def shard_microbatch(self, microbatch: Microbatch) -> Microbatch:
         """The part of a microbatch that this rank computes."""
 
@@ -46,12 +54,22 @@ class RankModel(Protocol):
         """Free the parameters that a forward pass has gathered, if no backward pass follows."""
 
 
+def _routed_layers(chunks: Sequence[nn.Module]) -> tuple[list[RoutedLayer], dict[str, Tensor]]:
+    """The routers of the chunks, and their buffers that checkpoints hold."""
+    routed = {
+        name: module for part in chunks for name, module in part.named_modules() if isinstance(module, RoutedLayer)
+    }
+    buffers = {f"{name}.{key}": x for name, layer in routed.items() for key, x in layer.saved_buffers.items()}
+    return list(routed.values()), buffers
+
+
 class UnshardedModel:
     """`RankModel` of one process: one chunk is the full model, and nothing is sharded."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Turn the parameters of `model` into compute weights of `dtype`."""
         self.chunks = [model]
+        self.routed_layers, self.buffers = _routed_layers(self.chunks)
         self.master_weights = split_master_weights(model, dtype)
         # In fp32 the master weights are the compute weights.
         self._compute_weights = [] if dtype == torch.float32 else list(model.parameters())
@@ -97,6 +115,7 @@ class ShardedModel:
             context_rank: this rank's place on the axis `context`.
         """
         self.chunks = list(chunks.values())
+        self.routed_layers, self.buffers = _routed_layers(self.chunks)
         self._fsdp_roots = fsdp_roots
         self._layout = layout
         self._context_rank = context_rank
