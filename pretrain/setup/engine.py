@@ -84,7 +84,7 @@ def build_engine_options(config: RunConfig) -> EngineOptions:
 
 
 def forward_step(
-    model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, z_loss: float, seed: int
+    model: nn.Module, received: Tensor | None, microbatch: Microbatch, *, z_loss: float, seed: int = 0
 ) -> Tensor | MicrobatchLoss:
     """Run a chunk of the model on a microbatch. Returns the activations for the next chunk; the last one, the loss."""
     assert isinstance(model, Transformer)

@@ -123,8 +123,8 @@ def validation_loss(run_dir: Path, layout: Layout) -> float:
     engine = build_engine(config, layout, rank)
     load_checkpoint(run_dir / "checkpoints" / "step-00000003", engine.state(), group)
     engine.sync_compute_weights()
-    loss, targets = engine.eval_step(microbatches_of_rank(make_batch(0), layout.data_rank(rank), layout.data, 2))
-    return loss / targets
+    result = engine.eval_step(microbatches_of_rank(make_batch(0), layout.data_rank(rank), layout.data, 2))
+    return result.loss_sum / result.n_targets
 
 
 def test_a_run_trains_generates_and_loads_on_other_layouts(

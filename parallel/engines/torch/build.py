@@ -9,7 +9,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.context import apply_context_parallel
-from parallel.engine import BuildOptimizer, EngineOptions, ForwardStep, InspectableEngine, ModelChunk, ModelSpec, RoutedLayer
+from parallel.engine import (
+    BuildOptimizer,
+    EngineOptions,
+    ForwardStep,
+    InspectableEngine,
+    ModelChunk,
+    ModelSpec,
+    RoutedLayer,
+)
 from parallel.engines.torch.engine import Runner, SingleStageRunner, TorchEngine
 from parallel.engines.torch.rank_model import ShardedModel, UnshardedModel
 from parallel.fsdp import apply_fsdp
