@@ -53,13 +53,15 @@ def make_batch(step: int) -> Batch:
     document_ids = (random.random((BATCH_SIZE, SEQ_LEN)) < 1 / 16).cumsum(1, dtype=np.int32)
     ends = np.diff(document_ids, axis=1, append=-1) != 0
     has_label = np.arange(SEQ_LEN) < random.integers(1, SEQ_LEN + 1, size=(BATCH_SIZE, 1))
-    return Batch(ids[:, :-1], np.where(ends | ~has_label, -100, ids[:, 1:]).astype(np.int32), document_ids)
+    labels = np.where(ends | ~has_label, -100, ids[:, 1:]).astype(np.int32)
+    return Batch(ids[:, :-1], labels, document_ids, row_ids=step * BATCH_SIZE + np.arange(BATCH_SIZE))
 
 
 def microbatches_of_rank(batch: Batch, data_rank: int, n_data_ranks: int, size: int) -> list[Microbatch]:
     """Return one data rank's rows of a global batch, `size` sequences a microbatch."""
     rows = slice(data_rank * BATCH_SIZE // n_data_ranks, (data_rank + 1) * BATCH_SIZE // n_data_ranks)
-    shard = Batch(batch.input_ids[rows], batch.labels[rows], batch.document_ids[rows])
+    assert batch.row_ids is not None
+    shard = Batch(batch.input_ids[rows], batch.labels[rows], batch.document_ids[rows], row_ids=batch.row_ids[rows])
     return list(split_microbatches(to_host(shard, CPU), size, CPU))
 
 

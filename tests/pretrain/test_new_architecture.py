@@ -202,6 +202,6 @@ def test_an_architecture_that_is_not_there_is_refused_with_those_that_are(name: 
     )
     assert answer.code == 2
     assert answer.err.strip().endswith(
-        f"model.architecture={name}: no architecture of that name (there is llama), and no module of that name to "
+        f"model.architecture={name}: no architecture of that name (there is llama, moe), and no module of that name to "
         "import; a file of your own has to be on PYTHONPATH"
     )
