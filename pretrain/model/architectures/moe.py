@@ -24,6 +24,8 @@ from pretrain.model.moe.layer import MoE
 from pretrain.model.norm import RMSNorm
 from pretrain.model.rope import Rope
 from pretrain.model.spec import (
+    EXPERT_DOWN,
+    EXPERT_GATE_UP,
     NORMAL,
     RESIDUAL,
     ArchitectureSpec,
@@ -62,7 +64,6 @@ class MoETransformer(Transformer):
 
 ROUTER = OptimizerGroup("router", decays=True)
 """Not for Muon: a router's rows are the directions of its experts, and orthogonal ones would be a constraint."""
-EXPERTS = OptimizerGroup("experts", decays=True, muon=True)
 
 
 def active_fraction(config: ModelConfig) -> float:
@@ -78,8 +79,8 @@ MODULES = llama.MODULES | {
     "model.layers.*.mlp.experts": ModuleSpec(
         "experts",
         {
-            "gate_up_proj": ParameterSpec("experts", NORMAL, EXPERTS, active_fraction),
-            "down_proj": ParameterSpec("experts", RESIDUAL, EXPERTS, active_fraction),
+            "gate_up_proj": ParameterSpec("experts", NORMAL, EXPERT_GATE_UP, active_fraction),
+            "down_proj": ParameterSpec("experts", RESIDUAL, EXPERT_DOWN, active_fraction),
         },
     ),
     "model.layers.*.mlp.shared_experts.gate_proj": linear("replicated_with_grad_allreduce", "shared experts"),
