@@ -12,13 +12,16 @@ collectives.
 | `gather_sequence`               |             | all-gather of the sequence       |                      |
 | `colwise`                       | rows        |                                  |                      |
 | `kv_colwise`                    | rows        |                                  |                      |
+| `qk_norm`                       | replicated  |                                  |                      |
 | `replicated_with_grad_allreduce`| replicated  |                                  |                      |
 | `rowwise`                       | columns     |                                  | sum over the ranks   |
 | `vocab_parallel_head`           | rows        |                                  |                      |
 
 Column-wise and row-wise are said of x W', whose columns are the rows of W. With sequence parallelism the sum is a
-reduce-scatter along the sequence, else an all-reduce. `replicated_with_grad_allreduce` is for weights that see only a
-rank's own heads, like QK-norms. Shape suffixes: B batch, S sequence, D model width, V vocabulary rows of a rank.
+reduce-scatter along the sequence, else an all-reduce. A `qk_norm` sees only a rank's own heads, and
+`replicated_with_grad_allreduce` is for weights that see only its own tokens: gradients are summed over the ranks. If a
+`qk_norm` normalizes all heads together, the ranks exchange their mean squares inside the module.
+Shape suffixes: B batch, S sequence, D model width, V vocabulary rows of a rank.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from parallel.collectives import all_gather
 from parallel.errors import LayoutError
 from parallel.torch_compat import enable_micro_pipeline_tp, enable_symmetric_memory, registered_parameter
 from parallel.vocabulary import HasLinearLoss, vocab_parallel_loss
@@ -67,7 +71,7 @@ def apply_tensor_parallel(
         for name, parent, child in list(_match(module, pattern)):
             style = _STYLES[style_name](ranks, parent, child)
             _distribute_parameters(child, style, mesh, name)
-            key = type(child), style_name, *(name for name, _ in child.named_parameters(recurse=False))
+            key = type(child), style_name, str(style.rows), *dict(child.named_parameters(recurse=False))
             if key not in classes:
                 classes[key] = _make_subclass(child, style, mesh)
             child.__class__ = classes[key]
@@ -134,6 +138,9 @@ class ParallelStyle(NamedTuple):
     wrap: Callable[[Forward], Forward] | None = None
     """Forward of the class -> forward of the subclass. Both take the module first."""
 
+    method: str = "forward"
+    """The method that `wrap` replaces."""
+
 
 def _vocab_parallel_embedding(ranks: _TensorRanks, _: nn.Module, __: nn.Module) -> ParallelStyle:
     n_ranks, rank = ranks.mesh.size(), ranks.mesh.get_local_rank()
@@ -164,12 +171,32 @@ def _kv_colwise(ranks: _TensorRanks, attention: nn.Module, projection: nn.Module
         raise ValueError(
             f"{n_heads} key/value heads cannot be shared out to {n_ranks} ranks with replicate_kv={ranks.replicate_kv}"
         )
-    first = ranks.mesh.get_local_rank() * n_heads // n_ranks * head_dim
-    return ParallelStyle(Replicate(), Partial(), rows=slice(first, first + head_dim))
+    return ParallelStyle(Replicate(), Partial(), rows=_rows_of_heads(ranks, n_heads, head_dim))
+
+
+def _qk_norm(ranks: _TensorRanks, attention: nn.Module, norm: nn.Module) -> ParallelStyle:
+    """A norm over each head, or over all heads: then a rank computes with the weights of its heads."""
+    head_dim, width = cast(int, attention.head_dim), len(registered_parameter(norm, "weight"))
+    if width == head_dim:
+        return ParallelStyle(Replicate(), Partial())
+
+    def wrap(mean_square: Forward) -> Forward:
+        # Ranks have equally many heads, or share heads equally: the mean of the ranks' means is that of all heads.
+        return lambda module, x: all_gather(mean_square(module, x), ranks.mesh.get_group(), -1).mean(-1, keepdim=True)
+
+    rows = _rows_of_heads(ranks, width // head_dim, head_dim)
+    return ParallelStyle(Replicate(), Partial(), rows=rows, wrap=wrap, method="mean_square")
 
 
 def _replicated_with_grad_allreduce(_: _TensorRanks, __: nn.Module, ___: nn.Module) -> ParallelStyle:
     return ParallelStyle(Replicate(), Partial())
+
+
+def _rows_of_heads(ranks: _TensorRanks, n_heads: int, head_dim: int) -> slice:
+    """Where a rank's heads lie among all. With fewer heads than ranks, consecutive ranks share one."""
+    n_ranks = ranks.mesh.size()
+    first = ranks.mesh.get_local_rank() * n_heads // n_ranks * head_dim
+    return slice(first, first + max(1, n_heads // n_ranks) * head_dim)
 
 
 def _sequence_parallel(ranks: _TensorRanks, _: nn.Module, __: nn.Module) -> ParallelStyle:
@@ -199,6 +226,7 @@ _STYLES: dict[str, Callable[[_TensorRanks, nn.Module, nn.Module], ParallelStyle]
     "gather_sequence": _gather_sequence,
     "colwise": _colwise,
     "kv_colwise": _kv_colwise,
+    "qk_norm": _qk_norm,
     "replicated_with_grad_allreduce": _replicated_with_grad_allreduce,
     "rowwise": _rowwise,
     "vocab_parallel_head": _colwise,
@@ -242,7 +270,7 @@ def _make_subclass(module: nn.Module, style: ParallelStyle, mesh: DeviceMesh) ->
         key: _shard_property(key, style, mesh) for key, _ in module.named_parameters(recurse=False)
     }
     if style.wrap is not None:
-        members["forward"] = style.wrap(base.forward)
+        members[style.method] = style.wrap(getattr(base, style.method))
     return type(f"TensorParallel{base.__name__}", (base,), members)
 
 

@@ -11,6 +11,7 @@ SHARD_DIM: dict[str, int | None] = {
     "gather_sequence": None,
     "colwise": 0,
     "kv_colwise": 0,
+    "qk_norm": None,
     "replicated_with_grad_allreduce": None,
     "rowwise": 1,
     "vocab_parallel_head": 0,

@@ -26,6 +26,7 @@ UNEVEN = ("model.n_layers=5",)
 TIED = ("model.tie_embeddings=true",)
 ODD_SIZES = ("model.d_ff=97", "model.vocab_size=161", "model.n_layers=5")
 FEW_HEADS = ("model.n_kv_heads=2",)
+FULL_QK_NORM = ("model.qk_norm=full",)
 SLIDING_WINDOW = ("model.sliding_window=20",)
 LARGE = ("model.n_layers=1", "model.d_model=1024", "model.d_ff=10240")
 """Three tensors of 10,485,760 elements with dense gradients: fp32 sums of squares are too inexact for them."""
@@ -105,6 +106,7 @@ def tensor_parallel_cases() -> list[Case]:
         *(Case(Layout(tensor=n)) for n in (2, 4)),
         *(Case(Layout(tensor=n, sequence=True), TIED if n == 4 else ()) for n in (2, 4)),
         Case(Layout(tensor=4, sequence=True, replicate_kv=True), FEW_HEADS),
+        Case(Layout(shard=2, tensor=2), FULL_QK_NORM),
     ]
 
 

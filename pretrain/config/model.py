@@ -258,8 +258,9 @@ class ModelConfig(Settings):
     norm_eps: float = Field(default=1e-5, gt=0, le=1)
     """Epsilon of every RMSNorm (arXiv:1910.07467)."""
 
-    qk_norm: bool = False
-    """RMSNorm on the query and key heads before RoPE, as in Qwen3."""
+    qk_norm: bool | Literal["full"] = False
+    """RMSNorm on queries and keys before RoPE: `true` on each head, as in Qwen3; `full` on all heads together, as in
+    OLMoE (arXiv:2409.02060)."""
 
     qkv_bias: bool = False
     """Biases on the query, key and value projections, as in Qwen2."""

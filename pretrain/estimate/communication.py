@@ -91,7 +91,8 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     With `sequence` an input is all-gathered and an output reduce-scattered, and the other way round for their
     gradients. Without it an output is all-reduced, and the gradient of an input. Recomputation repeats the collectives
     of the forward pass, unless their results are kept. The loss of a sharded vocabulary exchanges three fp32 numbers a
-    token. Gradients of parameters that every tensor rank has are summed before FSDP2 reduces them.
+    token, and norms over all heads one each. Gradients of parameters that every tensor rank has are summed before FSDP2
+    reduces them.
     """
     t, model, train = layout.tensor, config.model, config.train
     held = estimate_rank_memory(config, layout, rank)
@@ -107,16 +108,23 @@ def _tensor(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     # The last reduction of a block is not repeated: nothing needs its result.
     again = [blocks[layer] for layer in _recomputed_layers(config, held)]
     gathers_again, reductions_again = sum(b.gathers for b in again), sum(b.reductions - 1 for b in again)
+    # The mean squares of queries and keys, one of each rank.
+    squares = 2 * (t - 1) * FP32 * _tokens(config, layout) * (model.qk_norm == "full")
+    squares_gathered, squares_scattered = squares * (len(blocks) + len(again)), squares * len(blocks)
     if not layout.sequence:
-        return {"all-reduce": 2 * once * (both_ways + reductions_again + is_first + is_last) + statistics}
+        reduced_outputs = 2 * once * (both_ways + reductions_again + is_first + is_last)
+        found = {"all-reduce": reduced_outputs + statistics}
+        if squares:
+            found |= {"all-gather": squares_gathered, "reduce-scatter": squares_scattered}
+        return found
     micro = n_microbatches(config, layout)
     at_once = layout.zero == 1 or layout.pipeline > 1
     # Just before FSDP2 reduces them further.
     reduced = FP32 if at_once and micro > 1 else COMPUTE_BYTES[train.precision] * micro
     summed = sum(each.elements(layout) for each in _parameters(config, layout, rank) if each.tensor_dim is None)
     return {
-        "all-gather": once * (both_ways + gathers_again + is_first + is_last),
-        "reduce-scatter": once * (both_ways + reductions_again + is_first + is_last),
+        "all-gather": once * (both_ways + gathers_again + is_first + is_last) + squares_gathered,
+        "reduce-scatter": once * (both_ways + reductions_again + is_first + is_last) + squares_scattered,
         "all-reduce": statistics + 2 * _ring(t) * reduced * summed,
     }
 

@@ -271,19 +271,28 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, config.d_model, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.norms_all_heads = config.qk_norm == "full"
+        q_normed, k_normed = (q_width, kv_width) if self.norms_all_heads else (config.head_dim, config.head_dim)
+        self.q_norm = RMSNorm(q_normed, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(k_normed, config.norm_eps) if config.qk_norm else None
         self.attention_function: AttentionFunction = attention
 
     def forward(self, x_BSD: Tensor, rope: Rope, mask: DocumentMask, cache: LayerCache | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D]. With a cache, the S tokens also attend to the cached ones, and are appended to it."""
-        q_BSHK = self.q_proj(x_BSD).unflatten(-1, (-1, self.head_dim))
-        k_BSGK = self.k_proj(x_BSD).unflatten(-1, (-1, self.head_dim))
-        v_BSGK = self.v_proj(x_BSD).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSHK, k_BSGK = self.q_norm(q_BSHK), self.k_norm(k_BSGK)
+        q_BSHK = self._heads(self.q_proj(x_BSD), self.q_norm)
+        k_BSGK = self._heads(self.k_proj(x_BSD), self.k_norm)
+        v_BSGK = self._heads(self.v_proj(x_BSD), None)
         q_BSHK, k_BSGK = rope.rotate(q_BSHK), rope.rotate(k_BSGK)
         if cache is not None:
             k_BSGK, v_BSGK = cache.append(k_BSGK, v_BSGK)
         out_BSD: Tensor = self.o_proj(self.attention_function(q_BSHK, k_BSGK, v_BSGK, mask).flatten(2))
         return out_BSD
+
+    def _heads(self, x_BSW: Tensor, norm: RMSNorm | None) -> Tensor:
+        """A projection [B, S, H * K] -> [B, S, H, K], each head or all heads together normalized."""
+        if norm is not None and self.norms_all_heads:
+            x_BSW = norm(x_BSW)
+        x_BSHK = torch.unflatten(x_BSW, -1, (-1, self.head_dim))
+        if norm is not None and not self.norms_all_heads:
+            x_BSHK = norm(x_BSHK)
+        return x_BSHK

@@ -17,6 +17,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise any shape that ends in `width`. The result has the dtype of x, even with an fp32 weight."""
         x_fp32 = x.float()
-        normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
+        normed = x_fp32 * torch.rsqrt(self.mean_square(x_fp32) + self.eps)
         # Round before applying the weight, as the models of transformers do: bf16 checkpoints give the same numbers.
         return (self.weight * normed.to(x.dtype)).to(x.dtype)
+
+    def mean_square(self, x_fp32: Tensor) -> Tensor:
+        """[..., width] -> [..., 1]. A method of its own, because ranks that share the width replace it."""
+        return x_fp32.square().mean(-1, keepdim=True)

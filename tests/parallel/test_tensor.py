@@ -80,8 +80,9 @@ def build_parallel_model(config: ModelConfig, sequence: bool, compiled: bool = F
 
 BROKEN = {
     "sum after o_proj and down_proj left out": {"rowwise": lambda *_: tensor.ParallelStyle(Shard(1), Shard(1))},
-    "gradient of q_norm not summed": {
-        "replicated_with_grad_allreduce": lambda *_: tensor.ParallelStyle(Replicate(), Replicate())
+    "gradient of q_norm not summed": {"qk_norm": lambda *_: tensor.ParallelStyle(Replicate(), Replicate())},
+    "every rank normalizes its own heads": {
+        "qk_norm": lambda ranks, parent, norm: tensor._qk_norm(ranks, parent, norm)._replace(wrap=None)
     },
     "ranks take turns in the key/value heads": {
         "kv_colwise": lambda ranks, parent, part: tensor._kv_colwise(ranks, parent, part)._replace(
@@ -118,6 +119,8 @@ def errors(config: ModelConfig, results: list[tuple[float, Gradients]]) -> tuple
         (4, {"qk_norm": True, "qkv_bias": True}),  # more ranks than key/value heads
         (4, {"n_kv_heads": 1, "tie_embeddings": True}),
         (2, {"tie_embeddings": True}),
+        (2, {"qk_norm": "full"}),
+        (4, {"qk_norm": "full"}),  # more ranks than key/value heads
     ],
 )
 def test_loss_and_gradients_match_one_process(
@@ -131,7 +134,7 @@ def test_loss_and_gradients_match_one_process(
 
 @pytest.mark.parametrize("sequence", [True, False])
 def test_compiled_blocks_are_one_graph_and_match(workers: WorkerPool, sequence: bool) -> None:
-    config = TINY.model_copy(update={"qk_norm": True, "qkv_bias": True})
+    config = TINY.model_copy(update={"qk_norm": "full" if sequence else True, "qkv_bias": True})
     loss, gradient = errors(config, workers.run(run_rank, 2, config, sequence, True))
     assert loss < 1e-6
     assert gradient < 1e-5
@@ -139,7 +142,7 @@ def test_compiled_blocks_are_one_graph_and_match(workers: WorkerPool, sequence: 
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_style_is_detected(workers: WorkerPool, broken: str) -> None:
-    config = TINY.model_copy(update={"qk_norm": True})
+    config = TINY.model_copy(update={"qk_norm": "full" if broken == "every rank normalizes its own heads" else True})
     _, gradient = errors(config, workers.run(run_rank, 4, config, False, False, broken))
     assert gradient > 1e-2
 

@@ -16,6 +16,7 @@ from pretrain.estimate.flops import parameter_count, pipeline_end_costs
 from pretrain.estimate.parameters import ModelParameter, model_parameters
 from pretrain.estimate.rank_memory import estimate_rank_memory, find_peak_rank, layers_of_stages
 from pretrain.model.architectures.llama import SPEC, Llama
+from pretrain.setup.dry_run import measure
 from pretrain.setup.engine import build_model_spec
 from pretrain.setup.resolve import resolve_for_cluster
 
@@ -235,6 +236,23 @@ def test_activation_traffic_is_what_rings_send() -> None:
     assert sent(3, *args, "parallel.pipeline=3", "train.micro_batch_size=1", rank=1)["pipeline"] == {
         "send": 2 * 2 * numbers
     }
+
+
+@pytest.mark.parametrize(("sequence", "recompute"), [("true", "none"), ("false", "full")])
+def test_norms_over_all_heads_exchange_their_mean_squares(sequence: str, recompute: str) -> None:
+    args = (
+        *(*TINY, "model.n_kv_heads=2", "data.seq_len=48", "train.batch_size=4", "train.micro_batch_size=2"),
+        *("parallel.shard=1", "parallel.tensor=2", f"parallel.sequence={sequence}", f"train.recompute={recompute}"),
+    )
+    norms = {}
+    for width in ("true", "full"):
+        run = resolve_for_cluster(load(None, [*args, f"model.qk_norm={width}"]).config, 2)
+        norms[width] = estimate_traffic(run.config, run.layout, 0)["tensor"]
+        measured = measure(run.config, run.layout, 0).sent["tensor"]
+        assert {name: measured[name] for name in norms[width]} == pytest.approx(norms[width], rel=1e-2)
+    extra = {name: norms["full"][name] - norms["true"].get(name, 0) for name in ("all-gather", "reduce-scatter")}
+    one_way = 2 * 4 * (4 * 48) * 6  # two norms, in fp32, of all tokens, in 6 layers
+    assert extra == {"all-gather": one_way * (1 + (recompute == "full")), "reduce-scatter": one_way}
 
 
 def test_sequence_parallelism_sends_no_more_than_it_replaces() -> None:
