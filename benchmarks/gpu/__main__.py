@@ -90,6 +90,7 @@ STAGES = (
     Stage("tests", pytest_command("gpu and not compiles"), 120, takes_rows=False),
     Stage("training", ("-m", "benchmarks.gpu.training", "--suite", "base"), 140),
     Stage("variants", ("-m", "benchmarks.gpu.training", "--suite", "variants"), 90),
+    Stage("experts", ("-m", "benchmarks.gpu.training", "--suite", "experts"), 70),
     Stage("tests-compiled", pytest_command("gpu and compiles"), 120, takes_rows=False),
     Stage("command-line", ("-m", "benchmarks.gpu.command_line"), 120),
 )

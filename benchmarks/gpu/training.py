@@ -5,7 +5,7 @@ bf16, compiled, fused AdamW, fp32 master weights, random tokens. Packed rows hol
 subtract masked attention: packed documents can only look better by it. The first cases surely fit; a case that runs out
 of memory becomes a row that says so.
 
-    python -m benchmarks.gpu.training --suite base|variants|presets [--rows FILE] [--steps 5] [--profile DIR]
+    python -m benchmarks.gpu.training --suite base|variants|presets|experts [--rows FILE] [--steps 5] [--profile DIR]
 """
 
 from __future__ import annotations
@@ -62,6 +62,16 @@ class Case:
     with_profile: bool = False
 
 
+FOUR_LAYERS = ("model.n_layers=4",)
+"""With 64 experts, 16 layers of the 1B model would not fit on one GPU."""
+
+
+def experts(n_experts: int, top_k: int) -> tuple[str, ...]:
+    """Settings of a mixture of experts whose active FLOPs are those of the dense 1B model's MLP of width 8192."""
+    sizes = f"model.moe.n_experts={n_experts}", f"model.moe.top_k={top_k}", f"model.moe.d_ff={8192 // top_k}"
+    return (*FOUR_LAYERS, "model.architecture=moe", *sizes)
+
+
 SUITES: dict[str, tuple[Case, ...]] = {
     "base": (
         Case("16k tokens", rows=4),
@@ -88,6 +98,11 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case("350m, 64k tokens", preset="350m", vocabulary=50_304, seq_len=2048, rows=32),
         Case("1b, sequences of 2,048", seq_len=2048, rows=16),
     ),
+    "experts": (
+        Case("4 layers, dense", rows=4, settings=FOUR_LAYERS),
+        Case("4 layers, 8 experts, top 2", rows=4, settings=experts(8, 2)),
+        Case("4 layers, 64 experts, top 8", rows=4, settings=experts(64, 8), with_profile=True),
+    ),
 }
 """The vocabulary is GPT-2's, rounded up to a multiple of 64, for the small presets, and Llama 3's for 1B."""
 
@@ -104,7 +119,7 @@ def shrink(case: Case) -> Case:
         seq_len=64,
         rows=2,
         chunk_rows=chunk_rows,
-        settings=TINY + case.settings,
+        settings=case.settings + TINY,
         compiled=False,
     )
 
@@ -163,10 +178,11 @@ def time_steps(engine: Engine, config: RunConfig, case: Case, steps: int) -> Ste
     return StepTimes(median(timed), seconds[0], max(timed))
 
 
-def profile_steps(engine: Engine, config: RunConfig, case: Case, folder: Path) -> None:
+def profile_steps(engine: Engine, config: RunConfig, case: Case, folder: Path, prefix: str) -> None:
     """Record a few steps.
 
     Writes `trace.json.gz` for chrome://tracing or Perfetto, and `kernels.txt`, the kernels by time.
+    `prefix` comes before both names.
     """
     batches = [random_microbatches(config, case, 100 + step) for step in range(PROFILED_STEPS)]
     device = torch.device(config.train.device)
@@ -177,8 +193,8 @@ def profile_steps(engine: Engine, config: RunConfig, case: Case, folder: Path) -
         synchronize(device)
     sort_key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=sort_key, row_limit=60, max_name_column_width=90)
-    (folder / "kernels.txt").write_text(table + "\n", encoding="utf-8")
-    profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+    (folder / f"{prefix}kernels.txt").write_text(table + "\n", encoding="utf-8")
+    profiler.export_chrome_trace(str(folder / f"{prefix}trace.json.gz"))
 
 
 class EngineCache:
@@ -204,7 +220,9 @@ class EngineCache:
             torch.cuda.empty_cache()
 
 
-def run_case(stage: StageContext, case: Case, engines: EngineCache, peak: float, steps: int, folder: Path) -> None:
+def run_case(
+    stage: StageContext, case: Case, engines: EngineCache, peak: float, steps: int, folder: Path, prefix: str
+) -> None:
     """Measure one case and add its row. Write a profile to `folder` if the case has one."""
     config = make_config(case, stage.device)
     tokens = config.train.micro_batch_size * config.data.seq_len
@@ -216,7 +234,7 @@ def run_case(stage: StageContext, case: Case, engines: EngineCache, peak: float,
             extremes = {"first_step_s": times.first, "slowest_later_step_s": times.slowest_later}
             stage.add_row(case=name, **throughput(config, times.median, peak), **extremes)
             if case.with_profile:
-                profile_steps(engine, config, case, folder)
+                profile_steps(engine, config, case, folder, prefix)
         except torch.OutOfMemoryError as error:
             stage.add_row(case=name, error=f"out of memory: {str(error).splitlines()[0][:150]}")
             engines.clear()
@@ -256,9 +274,10 @@ def main() -> None:
     peak = matmul_peak(stage.device, torch.bfloat16, repeats=5)
     stage.add_row(what="matmul peak", TFLOPs=peak / 1e12)
     engines = EngineCache()
+    prefix = "" if args.suite == "base" else f"{args.suite}-"
     steps = 2 if stage.small else args.steps
     for case in SUITES[args.suite]:
-        run_case(stage, shrink(case) if stage.small else case, engines, peak, steps, folder)
+        run_case(stage, shrink(case) if stage.small else case, engines, peak, steps, folder, prefix)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,10 @@ def test_every_stage_runs_small_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert list(stages) == [stage.name for stage in check.STAGES]
     assert {stage["status"] for stage in stages.values()} == {"passed"}
     assert all((tmp_path / f"{name}.log").stat().st_size > 0 for name in stages)
-    cases = [row["case"] for name in ("training", "variants") for row in stages[name]["rows"] if "case" in row]
-    assert len(cases) == 9
+    cases = [
+        row["case"] for name in ("training", "variants", "experts") for row in stages[name]["rows"] if "case" in row
+    ]
+    assert len(cases) == 12
     assert all(row["tokens_per_s"] > 0 for row in stages["training"]["rows"] if "case" in row)
     assert "aten::mm" in (tmp_path / "kernels.txt").read_text()
     assert json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
