@@ -85,8 +85,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         needs_x, needs_gate_up, needs_down = ctx.needs_input_grad[:3]
         grad_y_XD = grad_y_XD.contiguous()  # grouped_mm on CUDA takes no expanded tensors
         gate_XF, up_XF = h_XH.chunk(2, dim=-1)
-        sigmoid_XF = gate_XF.sigmoid()
-        silu_XF = gate_XF * sigmoid_XF
+        silu_XF = F.silu(gate_XF)
         product_XF = silu_XF * up_XF
 
         grad_down_EDF = None
@@ -96,9 +95,9 @@ class _GroupedSwiGLU(torch.autograd.Function):
 
         grad_hidden_XF = grouped_mm(grad_y_XD, down_EDF, offsets_E)
         grad_weight_X = (grad_hidden_XF * product_XF).sum(-1, dtype=weight_X.dtype)
-        grad_product_XF = grad_hidden_XF * weight_X[:, None]
-        grad_gate_XF = grad_product_XF * up_XF * sigmoid_XF * (1 + gate_XF * (1 - sigmoid_XF))
-        grad_h_XH = torch.cat((grad_gate_XF, grad_product_XF * silu_XF), -1).to(x_XD.dtype)
+        grad_product_XF = (grad_hidden_XF * weight_X[:, None]).to(x_XD.dtype)
+        grad_gate_XF = torch.ops.aten.silu_backward(grad_product_XF * up_XF, gate_XF)
+        grad_h_XH = torch.cat((grad_gate_XF, grad_product_XF * silu_XF), -1)
         return (
             grouped_mm(grad_h_XH, gate_up_EHD, offsets_E) if needs_x else None,
             grouped_weight_grad(grad_h_XH, x_XD, offsets_E) if needs_gate_up else None,
@@ -115,10 +114,10 @@ def grouped_mm(x_XI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
         return F.grouped_mm(x_XI, weight_EIO, offs=offsets_E)
     y_XO = x_XI.new_empty(x_XI.shape[0], weight_EIO.shape[2])
     for group, weight_IO in zip(_groups(offsets_E, x_XI), weight_EIO.unbind(), strict=True):
-        if group.has_extra_rows:
-            y_XO[group.rows] = torch.mm(x_XI[group.window], weight_IO)[group.rows_in_window]
+        if group.first == group.start:  # the groups to which the extra rows belong come later and overwrite them
+            torch.mm(x_XI[group.window], weight_IO, out=y_XO[group.window])
         else:
-            torch.mm(x_XI[group.rows], weight_IO, out=y_XO[group.rows])
+            y_XO[group.rows] = torch.mm(x_XI[group.window], weight_IO)[group.rows_in_window]
     return y_XO
 
 
@@ -128,10 +127,14 @@ def grouped_weight_grad(grad_XO: Tensor, x_XI: Tensor, offsets_E: Tensor) -> Ten
     if _cuda_can(grad_XO, x_XI):
         return _weight_grad_on_cuda(grad_XO, x_XI, offsets_E)
     product_EOI = x_XI.new_empty(offsets_E.shape[0], grad_XO.shape[1], x_XI.shape[1])
-    for group, product_OI in zip(_groups(offsets_E, x_XI), product_EOI.unbind(), strict=True):
-        grad_MO, x_MI = grad_XO[group.window], x_XI[group.window]
-        if group.has_extra_rows:
-            grad_MO, x_MI = (_only_rows(rows, group.rows_in_window) for rows in (grad_MO, x_MI))
+    groups = list(_groups(offsets_E, x_XI))
+    most = max(group.last - group.first for group in groups)
+    padded_grad_MO, padded_x_MI = (rows.new_empty(most, rows.shape[1]) for rows in (grad_XO, x_XI))
+    for group, product_OI in zip(groups, product_EOI.unbind(), strict=True):
+        grad_MO, x_MI = grad_XO[group.rows], x_XI[group.rows]
+        if group.rows != group.window:  # extra rows would add to the sum
+            size = group.last - group.first
+            grad_MO, x_MI = _pad(grad_MO, padded_grad_MO[:size]), _pad(x_MI, padded_x_MI[:size])
         torch.mm(grad_MO.T, x_MI, out=product_OI)
     return product_EOI
 
@@ -166,10 +169,6 @@ class _Group(NamedTuple):
     def rows_in_window(self) -> slice:
         return slice(self.start - self.first, self.end - self.first)
 
-    @property
-    def has_extra_rows(self) -> bool:
-        return self.rows != self.window
-
 
 def _groups(offsets_E: Tensor, x_XI: Tensor) -> Iterator[_Group]:
     ends = offsets_E.tolist()
@@ -190,11 +189,12 @@ def _rounded_size(n_rows: int) -> int:
     return -(-n_rows // step) * step
 
 
-def _only_rows(window_MI: Tensor, rows: slice) -> Tensor:
-    """A copy of the window in which all other rows are zero."""
-    copy_MI = torch.zeros_like(window_MI)
-    copy_MI[rows] = window_MI[rows]
-    return copy_MI
+def _pad(rows_NI: Tensor, padded_MI: Tensor) -> Tensor:
+    """Copy the rows into the buffer, and zeros into the rest of it."""
+    n_rows = rows_NI.shape[0]
+    padded_MI[:n_rows] = rows_NI
+    padded_MI[n_rows:] = 0
+    return padded_MI
 
 
 def _cuda_can(*factors: Tensor) -> bool:
