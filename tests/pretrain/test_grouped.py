@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallel.recompute import apply_recompute
 from pretrain.model.moe.grouped import _groups, _rounded_size, grouped_swiglu
+from pretrain.model.moe.loop import loop_swiglu
 
 SwiGLU = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -24,19 +24,6 @@ COUNTS = {
     "no rows": [0, 0, 0],
     "fewer rows than a tile": [1, 0, 2],
 }
-
-
-def loop_over_experts(
-    x_XD: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor, weight_X: Tensor, offsets_E: Tensor
-) -> Tensor:
-    """The definition. Rows past the last expert's get zeros."""
-    y_XD, start = torch.zeros_like(x_XD), 0
-    for gate_up_HD, down_DF, end in zip(gate_up_EHD, down_EDF, offsets_E.tolist(), strict=True):
-        gate_XF, up_XF = (x_XD[start:end] @ gate_up_HD.T).chunk(2, -1)
-        hidden_XF = weight_X[start:end, None] * F.silu(gate_XF) * up_XF
-        y_XD[start:end] = hidden_XF.to(x_XD.dtype) @ down_DF.T
-        start = end
-    return y_XD
 
 
 def make_inputs(counts: list[int], dtype: torch.dtype = torch.float32, n_garbage: int = 0) -> list[Tensor]:
@@ -66,7 +53,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def test_the_same_as_a_loop(counts: list[int]) -> None:
     inputs = make_inputs(counts)
     ours = outputs_and_gradients(grouped_swiglu, inputs)
-    for found, expected in zip(ours, outputs_and_gradients(loop_over_experts, inputs), strict=True):
+    for found, expected in zip(ours, outputs_and_gradients(loop_swiglu, inputs), strict=True):
         assert found.shape == expected.shape
         assert relative_error(found, expected) < 1e-6
 
@@ -75,8 +62,8 @@ def test_the_same_as_a_loop(counts: list[int]) -> None:
 def test_bf16_is_as_near_to_fp64_as_a_loop_in_bf16(counts: list[int]) -> None:
     inputs = make_inputs(counts, torch.bfloat16)
     exact = [value.detach().double().requires_grad_() for value in inputs[:4]]
-    expected = outputs_and_gradients(loop_over_experts, [*exact, inputs[4]])
-    loop = outputs_and_gradients(loop_over_experts, inputs)
+    expected = outputs_and_gradients(loop_swiglu, [*exact, inputs[4]])
+    loop = outputs_and_gradients(loop_swiglu, inputs)
     for ours, theirs, target in zip(outputs_and_gradients(grouped_swiglu, inputs), loop, expected, strict=True):
         assert relative_error(ours, target) <= 2 * relative_error(theirs, target)
         assert relative_error(ours, target) < 1e-2
