@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.layout import Layout
+from parallel.pipeline.schedule import LayerCosts
 
 State = dict[str, dict[str, Tensor | dict[str, Tensor]]]
 """{"model": {name: tensor}, "optimizer": {name: {slot: tensor}}}, by canonical parameter names, in global shapes."""
@@ -175,7 +176,8 @@ class ModelChunk(Protocol):
 class ModelSpec:
     """What an engine needs to build and run a model."""
 
-    n_layers: int
+    costs: LayerCosts
+    """Of its layers and ends. Pipeline stages are balanced with it."""
     d_model: int
     """Width of the activations between two blocks."""
     build: Callable[[range], nn.Module]
@@ -184,12 +186,13 @@ class ModelSpec:
     """Write initial values: (canonical name, this rank's shard, its offset in the full parameter, the full shape)."""
     forward_step: ForwardStep
     build_optimizer: BuildOptimizer
-    first_cost: float = 0.0
-    """Time of the embedding, in time of one layer. Pipeline stages are balanced with it."""
-    last_cost: float = 0.0
-    """Time of the final norm, the output projection and the loss, in time of one layer."""
     routing_width: int = 0
     """Numbers that each `RoutedLayer` counts; 0 without such layers."""
+
+    @property
+    def n_layers(self) -> int:
+        """Of the full model."""
+        return len(self.costs.layers)
 
 
 @dataclass(frozen=True)

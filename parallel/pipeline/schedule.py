@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from parallel.errors import LayoutError
@@ -22,45 +24,79 @@ ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
 """Schedules that compute the gradients of weights separately from those of activations, and later."""
 
 
-def assign_layers(n_layers: int, n_stages: int, *, first_cost: float, last_cost: float) -> list[range]:
+class LayerCosts(NamedTuple):
+    """Time that the parts of a model take, in any unit. Pipeline stages are balanced with it."""
+
+    layers: tuple[float, ...]
+    """Of each layer."""
+    first: float = 0.0
+    """What the embedding adds to the first stage."""
+    last: float = 0.0
+    """What the final norm, the output projection and the loss add to the last stage."""
+
+    def stage(self, layers: range) -> float:
+        """Time of a stage with these layers."""
+        ends = self.first * (layers.start == 0) + self.last * (layers.stop == len(self.layers))
+        return sum(self.layers[layers.start : layers.stop]) + ends
+
+
+@lru_cache(maxsize=256)
+def assign_layers(costs: LayerCosts, n_stages: int) -> tuple[range, ...]:
     """Assign consecutive layers to stages so that the most expensive stage is as cheap as possible.
 
-    A layer costs 1. If several assignments are equally good, later stages get more layers: under 1F1B they keep fewer
-    microbatches.
+    Among such assignments it takes the most even one, with the smallest sum of squares. If several are as even, later
+    stages get more layers: under 1F1B they keep fewer microbatches.
 
     Args:
-        n_layers: of the model.
+        costs: of the model.
         n_stages: of the pipeline.
-        first_cost: what the embedding adds to the first stage, in layers.
-        last_cost: what norm, output projection and loss add to the last stage, in layers.
 
     Raises:
         LayoutError: there are more stages than layers.
 
-    >>> assign_layers(6, 3, first_cost=0, last_cost=1.5)
-    [range(0, 2), range(2, 5), range(5, 6)]
+    >>> assign_layers(LayerCosts((1.0,) * 6, last=1.5), 3)
+    (range(0, 2), range(2, 5), range(5, 6))
+    >>> assign_layers(LayerCosts((3.0, 1.0, 1.0, 1.0)), 2)
+    (range(0, 1), range(1, 4))
     """
+    n_layers = len(costs.layers)
     if n_stages > n_layers:
         raise LayoutError(
             f"model.n_layers={n_layers} cannot fill {n_stages} stages (parallel.pipeline * parallel.stages_per_rank); "
             f"use at most {n_layers} stages, or a smaller parallel.pipeline"
         )
-    counts = [1] * n_stages
-    costs = stage_costs(counts, first_cost=first_cost, last_cost=last_cost)
-    # All layers cost the same, so giving each to the cheapest stage reaches the smallest possible maximum.
-    for _ in range(n_layers - n_stages):
-        cheapest = min(range(n_stages), key=lambda stage: (costs[stage], -stage))
-        counts[cheapest] += 1
-        costs[cheapest] += 1
-    return [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
+    ranges = [range(start, stop) for start in range(n_layers) for stop in range(start + 1, n_layers + 1)]
+    cost_of = {(layers.start, layers.stop): costs.stage(layers) for layers in ranges}
+    smallest, _ = _cut(cost_of, n_layers, n_stages, max)
+    even = {cut: cost**2 for cut, cost in cost_of.items() if cost <= smallest}
+    _, cuts = _cut(even, n_layers, n_stages, operator.add)
+    return tuple(range(start, stop) for start, stop in pairwise(cuts))
 
 
-def stage_costs(counts: Sequence[int], *, first_cost: float, last_cost: float) -> list[float]:
-    """The cost of each stage, in layers, from its number of layers."""
-    costs = [float(count) for count in counts]
-    costs[0] += first_cost
-    costs[-1] += last_cost
-    return costs
+def _cut(
+    costs: Mapping[tuple[int, int], float], n_layers: int, n_stages: int, add: Callable[[float, float], float]
+) -> tuple[float, tuple[int, ...]]:
+    """Cut the layers into stages with the smallest total cost.
+
+    Args:
+        costs: of the stages that are allowed, by (first layer, layer behind the last).
+        n_layers: to cut.
+        n_stages: to make.
+        add: total of some stages, and the cost of the next -> total.
+
+    Returns:
+        (total, cuts): the layers of stage i are those from cuts[i] to cuts[i + 1].
+    """
+    # {number of layers in the stages so far: the best total and its cuts}
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+    for stage in range(1, n_stages + 1):
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for stop in range(stage, n_layers - n_stages + stage + 1) if stage < n_stages else (n_layers,):
+            shorter = [(start, *found) for start, found in best.items() if (start, stop) in costs]
+            if shorter:
+                longer[stop] = min((add(total, costs[start, stop]), (*cuts, stop)) for start, total, cuts in shorter)
+        best = longer
+    return best[n_layers]
 
 
 def stages_of_rank(pipeline_rank: int, layout: Layout) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from parallel.layout import Layout
-from parallel.pipeline.schedule import Action, Kind, assign_layers, bubble_fraction, stage_costs
+from parallel.pipeline.schedule import Action, Kind, LayerCosts, assign_layers, bubble_fraction
 from parallel.torch_compat import pipeline_order
 
 SINGLE_STAGE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -78,19 +78,15 @@ def layout_bubble_fraction(layout: Layout, n_microbatches: int, costs: Sequence[
     return bubble_fraction(schedule_actions(layout, n_microbatches), costs or [1.0] * layout.n_stages)
 
 
-def describe_pipeline(
-    layout: Layout, n_layers: int, n_microbatches: int, *, first_cost: float, last_cost: float
-) -> str:
+def describe_pipeline(layout: Layout, costs: LayerCosts, n_microbatches: int) -> str:
     """One line for the start of a run.
 
     `4 stages of 3+3+3+2 layers on 4 ranks, 1f1b, 16 microbatches a step: ranks wait 18% of it`
     """
-    counts = [
-        len(layers) for layers in assign_layers(n_layers, layout.n_stages, first_cost=first_cost, last_cost=last_cost)
-    ]
-    costs = stage_costs(counts, first_cost=first_cost, last_cost=last_cost)
-    bubble = layout_bubble_fraction(layout, n_microbatches, costs)
+    stages = assign_layers(costs, layout.n_stages)
+    bubble = layout_bubble_fraction(layout, n_microbatches, [costs.stage(layers) for layers in stages])
+    counts = "+".join(str(len(layers)) for layers in stages)
     return (
-        f"{layout.n_stages} stages of {'+'.join(map(str, counts))} layers on {layout.pipeline} ranks, "
+        f"{layout.n_stages} stages of {counts} layers on {layout.pipeline} ranks, "
         f"{layout.schedule}, {n_microbatches} microbatches a step: ranks wait {bubble:.0%} of it"
     )

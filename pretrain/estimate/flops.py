@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from parallel.pipeline.schedule import LayerCosts
 from pretrain.config import ModelConfig
 from pretrain.estimate.parameters import model_parameters
 from pretrain.model.spec import architecture_of
@@ -24,8 +25,10 @@ class ParameterCounts:
 
     by_kind: dict[str, int]
     """{kind: count}, with the kinds of the architecture's table. A tied output projection counts as `embedding`."""
-    block_matmul: float
-    """Parameters of the blocks that multiply a token."""
+    active: int
+    """Those that a token uses: all but the experts that it is not sent to."""
+    layer_matmul: tuple[float, ...]
+    """Parameters of each layer that multiply a token."""
     output_matmul: int
     """Parameters of the output projection, tied or not."""
 
@@ -33,6 +36,11 @@ class ParameterCounts:
     def total(self) -> int:
         """All parameters, each counted once."""
         return sum(self.by_kind.values())
+
+    @property
+    def block_matmul(self) -> float:
+        """Parameters of all layers that multiply a token."""
+        return sum(self.layer_matmul)
 
     @property
     def matmul(self) -> float:
@@ -44,13 +52,15 @@ class ParameterCounts:
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Count the parameters of the model that the architecture builds. `vocab_size` must be resolved."""
     by_kind: dict[str, int] = {}
-    block_matmul = 0.0
+    layer_matmul, active = [0.0] * config.n_layers, 0
     for parameter in model_parameters(config, range(config.n_layers)):
         count = math.prod(parameter.shape)
         by_kind[parameter.spec.kind] = by_kind.get(parameter.spec.kind, 0) + count
+        products = parameter.spec.products_of(config)
+        active += round(count * min(1.0, products)) if products else count
         if parameter.layer is not None:
-            block_matmul += count * parameter.spec.products_of(config)
-    return ParameterCounts(by_kind, block_matmul, config.vocab_size * config.d_model)
+            layer_matmul[parameter.layer] += count * products
+    return ParameterCounts(by_kind, active, tuple(layer_matmul), config.vocab_size * config.d_model)
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -67,10 +77,11 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -
     return 6.0 * count_parameters(config).matmul + architecture_of(config).attention_flops(config, seq_len, causal)
 
 
-def pipeline_end_costs(config: ModelConfig) -> tuple[float, float]:
-    """Cost of the embedding on the first pipeline stage and of the output projection on the last, in layers.
+def pipeline_costs(config: ModelConfig) -> LayerCosts:
+    """Costs of the parts of the model that pipeline stages share out, in average layers.
 
-    Costs are FLOPs of matrix products. The embedding is a lookup: 0.
+    Costs are FLOPs of matrix products with weights. The embedding is a lookup: 0.
     """
     counts = count_parameters(config)
-    return 0.0, config.n_layers * counts.output_matmul / counts.block_matmul
+    unit = config.n_layers / counts.block_matmul
+    return LayerCosts(tuple(unit * n for n in counts.layer_matmul), first=0.0, last=unit * counts.output_matmul)

@@ -13,7 +13,7 @@ from parallel.layout import Layout
 from parallel.pipeline.schedule import assign_layers, stages_of_rank
 from pretrain.config import RunConfig
 from pretrain.estimate.activations import COMPUTE_BYTES, activation_bytes
-from pretrain.estimate.flops import pipeline_end_costs
+from pretrain.estimate.flops import pipeline_costs
 from pretrain.estimate.parameters import ModelParameter, model_parameters
 
 MASTER_BYTES = 4
@@ -115,10 +115,9 @@ def find_peak_rank(config: RunConfig, layout: Layout) -> int:
     return max(ranks, key=lambda rank: (estimate_rank_memory(config, layout, rank).static_bytes, -rank))
 
 
-def layers_of_stages(config: RunConfig, layout: Layout) -> list[range]:
+def layers_of_stages(config: RunConfig, layout: Layout) -> tuple[range, ...]:
     """The layers of every pipeline stage."""
-    first, last = pipeline_end_costs(config.model)
-    return assign_layers(config.model.n_layers, layout.n_stages, first_cost=first, last_cost=last)
+    return assign_layers(pipeline_costs(config.model), layout.n_stages)
 
 
 def n_microbatches(config: RunConfig, layout: Layout) -> int:

@@ -12,7 +12,7 @@ from parallel.engines.torch.build import build_engine as build_torch_engine
 from parallel.layout import Layout
 from parallel.torch_compat import allow_recompilations
 from pretrain.config import ModelConfig, RunConfig
-from pretrain.estimate.flops import pipeline_end_costs
+from pretrain.estimate.flops import pipeline_costs
 from pretrain.model.init import init_shard
 from pretrain.model.moe.router import N_SUMS
 from pretrain.model.moe.rows import row_keys
@@ -56,16 +56,13 @@ def build_engine(config: RunConfig, layout: Layout = Layout(), rank: int = 0) ->
 def build_model_spec(config: RunConfig) -> ModelSpec:
     """What an engine needs to know of the model of a config."""
     model = config.model
-    first_cost, last_cost = pipeline_end_costs(model)
     return ModelSpec(
-        n_layers=model.n_layers,
+        costs=pipeline_costs(model),
         d_model=model.d_model,
         build=partial(_build, model, config.train.attention),
         init_shard=partial(init_shard, config=model, seed=config.run.seed),
         forward_step=partial(forward_step, z_loss=config.train.z_loss, seed=config.run.seed),
         build_optimizer=partial(build_optimizer, config=config.optim, architecture=architecture_of(model)),
-        first_cost=first_cost,
-        last_cost=last_cost,
         routing_width=model.moe.n_experts + N_SUMS if model.moe.n_experts else 0,
     )
 

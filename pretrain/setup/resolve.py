@@ -18,7 +18,7 @@ from parallel.pipeline.torch_schedules import describe_pipeline
 from pretrain.config import AUTO, RunConfig, flatten, on_resume
 from pretrain.config.loading import validate
 from pretrain.errors import UserError
-from pretrain.estimate.flops import pipeline_end_costs
+from pretrain.estimate.flops import pipeline_costs
 from pretrain.estimate.parameters import check_architecture
 from pretrain.estimate.rank_memory import RankMemory, estimate_rank_memory, find_peak_rank
 from pretrain.optim import schedule
@@ -101,11 +101,8 @@ class ResolvedRun:
         """The stages of the pipeline and how long its ranks wait, in one sentence; empty without a pipeline."""
         if self.layout.pipeline == 1:
             return ""
-        first, last = pipeline_end_costs(self.config.model)
         n_microbatches = self.batches.microbatch_counts(self.layout)[""]
-        return describe_pipeline(
-            self.layout, self.config.model.n_layers, n_microbatches, first_cost=first, last_cost=last
-        )
+        return describe_pipeline(self.layout, pipeline_costs(self.config.model), n_microbatches)
 
 
 def resolve_run(

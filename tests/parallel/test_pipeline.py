@@ -19,7 +19,7 @@ from parallel.local import to_local
 from parallel.mesh import build_mesh
 from parallel.pipeline import zero_bubble
 from parallel.pipeline.runner import PipelineRunner
-from parallel.pipeline.schedule import assign_layers, stages_of_rank
+from parallel.pipeline.schedule import LayerCosts, assign_layers, stages_of_rank
 from parallel.pipeline.stage import StageModule
 from parallel.pipeline.tied_embedding import TiedEmbedding
 from parallel.pipeline.torch_schedules import describe_pipeline, layout_bubble_fraction, schedule_actions
@@ -142,7 +142,7 @@ def run_pipeline_rank(
     """Run steps of so many microbatches on one pipeline rank."""
     config = config_of(layout, tie)
     mesh = build_mesh(layout, "cpu")
-    ranges = assign_layers(config.n_layers, layout.n_stages, first_cost=0, last_cost=0)
+    ranges = assign_layers(LayerCosts((1.0,) * config.n_layers), layout.n_stages)
     local_stages = stages_of_rank(mesh.get_local_rank("pipeline"), layout)
     stages = {i: StageModule(chunk_of(config, ranges[i]), forward_step, layout) for i in local_stages}
     chunks = {i: stage.chunk for i, stage in stages.items()}
@@ -285,5 +285,5 @@ def test_every_rank_runs_every_pass_of_its_stages_once(schedule: str) -> None:
 
 
 def test_a_pipeline_is_described_in_one_line() -> None:
-    line = describe_pipeline(layout_of("1f1b", 4), 11, 16, first_cost=0, last_cost=1.5)
+    line = describe_pipeline(layout_of("1f1b", 4), LayerCosts((1.0,) * 11, last=1.5), 16)
     assert line == "4 stages of 3+3+3+2 layers on 4 ranks, 1f1b, 16 microbatches a step: ranks wait 23% of it"

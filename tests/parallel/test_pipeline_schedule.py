@@ -9,42 +9,65 @@ from parallel.layout import Layout
 from parallel.pipeline.schedule import (
     STAGES_PER_RANK,
     Action,
+    LayerCosts,
     assign_layers,
     bubble_fraction,
     check_pipeline,
     rank_of_stage,
-    stage_costs,
     stages_of_rank,
 )
 
 
-def best(n_layers: int, n_stages: int, first: float, last: float) -> float:
+def equal(n_layers: int, first: float = 0.0, last: float = 0.0) -> LayerCosts:
+    return LayerCosts((1.0,) * n_layers, first, last)
+
+
+def best(costs: LayerCosts, n_stages: int) -> float:
     """The largest stage cost of the best assignment, found by trying all."""
+    n_layers = len(costs.layers)
     cuts = ((0, *inner, n_layers) for inner in combinations(range(1, n_layers), n_stages - 1))
-    return min(max(stage_costs([b - a for a, b in pairwise(cut)], first_cost=first, last_cost=last)) for cut in cuts)
+    return min(max(costs.stage(range(a, b)) for a, b in pairwise(cut)) for cut in cuts)
+
+
+COSTS = [
+    *(equal(9, *ends) for ends in [(0, 0), (0, 2.5), (1.2, 0.4), (0.1, 7), (12, 12)]),
+    LayerCosts((0.2, 0.2, 0.2, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4), last=0.7),
+    LayerCosts((0.5, 1.5, 0.5, 1.5, 0.5, 1.5, 0.5, 1.5, 0.5)),
+]
 
 
 @pytest.mark.parametrize("n_stages", [1, 2, 3, 5, 9])
-@pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 2.5), (1.2, 0.4), (0.1, 7), (12, 12)])
-def test_the_assignment_is_optimal(n_stages: int, first: float, last: float) -> None:
-    ranges = assign_layers(9, n_stages, first_cost=first, last_cost=last)
+@pytest.mark.parametrize("costs", COSTS, ids=str)
+def test_the_assignment_is_optimal(n_stages: int, costs: LayerCosts) -> None:
+    ranges = assign_layers(costs, n_stages)
     assert [layer for layers in ranges for layer in layers] == list(range(9))
+    assert len(ranges) == n_stages
     assert all(ranges)
-    counts = [len(layers) for layers in ranges]
-    assert max(stage_costs(counts, first_cost=first, last_cost=last)) == pytest.approx(best(9, n_stages, first, last))
+    assert max(map(costs.stage, ranges)) == best(costs, n_stages)
+
+
+@pytest.mark.parametrize("n_stages", range(1, 14))
+@pytest.mark.parametrize("last", [0.0, 0.4, 1.0, 1.8, 2.5, 7.0])
+def test_equal_layers_fill_the_cheapest_stage_one_by_one(n_stages: int, last: float) -> None:
+    """The rule for models whose layers are all alike."""
+    counts = [1] * n_stages
+    for _ in range(13 - n_stages):
+        of_stages = [count + last * (stage == n_stages - 1) for stage, count in enumerate(counts)]
+        counts[min(range(n_stages), key=lambda stage: (of_stages[stage], -stage))] += 1
+    assert [len(layers) for layers in assign_layers(equal(13, last=last), n_stages)] == counts
 
 
 def test_remaining_layers_go_to_later_stages() -> None:
-    assert assign_layers(5, 4, first_cost=0, last_cost=0) == [range(1), range(1, 2), range(2, 3), range(3, 5)]
+    assert assign_layers(equal(5), 4) == (range(1), range(1, 2), range(2, 3), range(3, 5))
 
 
 def test_the_last_stage_has_fewer_layers_for_the_output_projection() -> None:
-    assert [len(layers) for layers in assign_layers(126, 16, first_cost=0.1, last_cost=1.8)] == [8] * 15 + [6]
+    assert [len(layers) for layers in assign_layers(equal(126, 0.1, 1.8), 16)] == [8] * 15 + [6]
 
 
-def test_an_assignment_that_ignores_the_output_projection_is_detected() -> None:
-    ignored = [len(layers) for layers in assign_layers(8, 4, first_cost=0, last_cost=0)]
-    assert max(stage_costs(ignored, first_cost=0, last_cost=2.5)) > best(8, 4, 0, 2.5)
+def test_an_assignment_that_ignores_what_differs_is_detected() -> None:
+    for costs in (equal(8, last=2.5), LayerCosts((0.2, 0.2, 0.2, 0.2, 1.8, 1.8, 1.8, 1.8))):
+        assert max(map(costs.stage, assign_layers(equal(8), 4))) > best(costs, 4)
 
 
 @pytest.mark.parametrize(("schedule", "v"), [("1f1b", 1), ("interleaved", 3), ("zbv", 2)])
@@ -134,7 +157,7 @@ def test_a_possible_pipeline_is_accepted(layout: Layout, n_layers: int, n_microb
 
 def test_more_stages_than_layers_cannot_be_assigned() -> None:
     with pytest.raises(LayoutError, match=r"model\.n_layers=3 cannot fill 4 stages"):
-        assign_layers(3, 4, first_cost=0, last_cost=0)
+        assign_layers(equal(3), 4)
 
 
 def test_a_slow_stage_adds_bubble() -> None:

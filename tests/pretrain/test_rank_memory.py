@@ -12,7 +12,7 @@ from pretrain.config import RunConfig
 from pretrain.config.loading import load
 from pretrain.estimate.activations import peak_in_flight
 from pretrain.estimate.communication import estimate_traffic
-from pretrain.estimate.flops import parameter_count, pipeline_end_costs
+from pretrain.estimate.flops import parameter_count, pipeline_costs
 from pretrain.estimate.parameters import ModelParameter, model_parameters
 from pretrain.estimate.rank_memory import estimate_rank_memory, find_peak_rank, layers_of_stages
 from pretrain.model.architectures.llama import SPEC, Llama
@@ -167,7 +167,7 @@ def test_the_peak_rank_has_the_most_static_bytes_of_all() -> None:
 def test_stages_have_the_layers_that_the_engine_gives_them() -> None:
     config, layout = planned(2, *TINY, "data.seq_len=48", "parallel.pipeline=2")
     spec = build_model_spec(config)
-    assert pipeline_end_costs(config.model) == (spec.first_cost, spec.last_cost)
+    assert pipeline_costs(config.model) == spec.costs
     assert [len(layers) for layers in layers_of_stages(config, layout)] == [3, 3]
 
 

@@ -77,7 +77,7 @@ def build_parallel_engine(
     coordinates = layout.coordinates(rank)
 
     # Shapes: the layers of this rank on the meta device, one chunk per pipeline stage.
-    layers = assign_layers(spec.n_layers, layout.n_stages, first_cost=spec.first_cost, last_cost=spec.last_cost)
+    layers = assign_layers(spec.costs, layout.n_stages)
     stages = stages_of_rank(coordinates["pipeline"], layout)
     chunks = {stage: _build_chunk(spec, layers[stage], options, layout) for stage in stages}
 
