@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pretrain.cli.common import ConfigArgs, load_config
-from pretrain.console import format_count, format_memory, plain_table, print_heading, print_line
+from pretrain.console import format_memory, plain_table, print_heading, print_line
 
 if TYPE_CHECKING:
     from parallel.layout import Layout
@@ -63,14 +63,14 @@ def layout(
 def print_axes(config: RunConfig, layout: Layout, ranks_per_node: int, console: Console) -> None:
     """Print the size of the model, the number of ranks and nodes, and the size of each axis."""
     from parallel.layout import AXES
-    from pretrain.estimate.flops import parameter_count
+    from pretrain.estimate.flops import describe_parameters
 
     axes = [f"{axis}={getattr(layout, axis)}" for axis in AXES]
     axes[0], axes[-1] = f"{axes[0]} (outermost)", f"{axes[-1]} (innermost)"
     nodes = -(-layout.world_size // ranks_per_node)
     ranks = f"{layout.world_size:,} {'ranks' if layout.world_size > 1 else 'rank'}"
     line = Text.assemble(
-        (f"{format_count(parameter_count(config.model))} parameters on {ranks}", "bold"),
+        (f"{describe_parameters(config.model)} on {ranks}", "bold"),
         f", {nodes:,} {'nodes' if nodes > 1 else 'node'} of {ranks_per_node}: {' x '.join(axes)}",
         (f"; zero={layout.zero}", "dim"),
     )

@@ -2,7 +2,8 @@
 
 Conventions: a multiplication and an addition are 2 FLOPs. Forward and backward pass together take 3 times the FLOPs of
 the forward pass. Only matrix products count: every weight that multiplies a token (the output projection too, the
-embedding lookup not), and the two products of attention. Causal attention counts the half of [S, S] that is needed
+embedding lookup not), and the two products of attention. A token multiplies the weights of its `top_k` experts, of the
+shared ones and of the router. Causal attention counts the half of [S, S] that is needed
 (Megatron-LM, MaxText); `causal=False` counts all of it (PaLM, nanoGPT). Recomputation does not count: this is for MFU,
 not HFU. Masks between packed documents are not subtracted.
 """
@@ -15,6 +16,7 @@ from functools import lru_cache
 
 from parallel.pipeline.schedule import LayerCosts
 from pretrain.config import ModelConfig
+from pretrain.console import format_count
 from pretrain.estimate.parameters import model_parameters
 from pretrain.model.spec import architecture_of
 
@@ -66,6 +68,13 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 def parameter_count(config: ModelConfig) -> int:
     """Count all parameters, each once."""
     return count_parameters(config).total
+
+
+def describe_parameters(config: ModelConfig) -> str:
+    """`8.03B parameters`, or with experts `46.7B parameters, 12.9B active`."""
+    counts = count_parameters(config)
+    active = f", {format_count(counts.active)} active" if counts.active < counts.total else ""
+    return f"{format_count(counts.total)} parameters{active}"
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:

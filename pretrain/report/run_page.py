@@ -90,12 +90,19 @@ def run_state(events: Sequence[Event]) -> str:
     return next((STATES[event.kind] for event in reversed(events) if event.kind in STATES), "not started")
 
 
+def _model_tile(run: RunFiles) -> Tile:
+    shape = f"{run.config.model.n_layers} layers, width {run.config.model.d_model:,}"
+    start = next((event for event in reversed(run.events) if event.parameters), None)
+    if start is None or start.parameters is None:
+        return Tile("Model", shape)
+    active = start.active_parameters or start.parameters
+    note = f"{format_count(active)} active, {shape}" if active < start.parameters else shape
+    return Tile("Parameters", format_count(start.parameters), note)
+
+
 def _tiles(run: RunFiles) -> list[Tile]:
     steps, validations = run.metrics.steps, run.metrics.validations
-    model = run.config.model
-    n_parameters = next((event.parameters for event in reversed(run.events) if event.parameters), None)
-    shape = f"{model.n_layers} layers, width {model.d_model:,}"
-    tiles = [Tile("Parameters", format_count(n_parameters), shape) if n_parameters else Tile("Model", shape)]
+    tiles = [_model_tile(run)]
     if steps:
         progress = f"{steps[-1].step:,} of {run.config.train.steps:,} steps"
         tiles.append(Tile("Tokens", format_count(steps[-1].tokens), progress))

@@ -114,6 +114,8 @@ class Event(RunRecord):
     """sample: the prompt."""
     parameters: int | None = None
     """start, resume: trainable parameters of the model."""
+    active_parameters: int | None = None
+    """start, resume: those that a token uses, fewer than `parameters` with experts."""
     device: str | None = None
     """start, resume: the device that the run uses."""
     profile: str | None = None

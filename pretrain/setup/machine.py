@@ -17,7 +17,7 @@ import torch
 
 from pretrain.config import RunConfig
 from pretrain.console import format_count
-from pretrain.estimate.flops import parameter_count
+from pretrain.estimate.flops import count_parameters
 from pretrain.model import kernels
 from pretrain.model.kernels import VARIABLE_LENGTH, available_backends, choose_backend
 from pretrain.optim import schedule
@@ -83,7 +83,7 @@ def compile_rule(config: RunConfig) -> tuple[object, str]:
     if config.train.device == "cuda":
         return True, "on for GPUs"
     samples = schedule.samples_before(config.train.steps + 1, config.train)
-    flops = 6.0 * parameter_count(config.model) * samples * config.data.seq_len
+    flops = 6.0 * count_parameters(config.model).active * samples * config.data.seq_len
     if flops < COMPILE_WORTH_FLOPS:
         return False, f"{format_count(flops)} FLOPs are too few to repay compiling"
     return True, f"{format_count(flops)} FLOPs repay compiling"

@@ -11,7 +11,7 @@ from data_pipeline.reading.loader import Loader
 from pretrain.checkpoint.directory import checkpoint_step
 from pretrain.config import RunConfig
 from pretrain.console import format_count, format_duration
-from pretrain.estimate.flops import parameter_count
+from pretrain.estimate.flops import count_parameters, describe_parameters
 from pretrain.runs.directory import RunDirectory
 from pretrain.setup.resolve import ResolvedRun
 from pretrain.tracking.recorder import RunRecorder
@@ -62,7 +62,7 @@ def record_start(
     disk_warning: str,
 ) -> None:
     """Record skipped checkpoints and notices, then the start of the attempt: model, data and device."""
-    step = resume_state.step
+    step, counts = resume_state.step, count_parameters(config.model)
     for path, problem in resume_state.skipped:
         recorder.event("skip_checkpoint", f"{path.name}: {problem}", checkpoint_step(path))
     for notice in (*resume_state.notices, *filter(None, [disk_warning])):
@@ -71,7 +71,8 @@ def record_start(
         "resume" if resume_state.resumed else "start",
         _describe_start(config, resume_state, data),
         step,
-        parameters=parameter_count(config.model),
+        parameters=counts.total,
+        active_parameters=counts.active,
         device=_describe_devices(config, rank_info),
         mfu_statement=mfu_statement,
     )
@@ -87,8 +88,8 @@ def _describe_start(config: RunConfig, resume_state: ResumeState, data: Loader) 
         text = f"step {resume_state.step} of {config.train.steps}, from the latest checkpoint"
     else:
         samples = resume_state.batches.total_samples
-        n_parameters, n_tokens = parameter_count(config.model), samples * config.data.seq_len
-        model = f"{format_count(n_parameters)} parameters on {format_count(n_tokens)} tokens of {config.data.path}"
+        n_tokens = format_count(samples * config.data.seq_len)
+        model = f"{describe_parameters(config.model)} on {n_tokens} tokens of {config.data.path}"
         text = f"{model}: {_describe_epochs(data, samples)}"
     if resume_state.parent is not None:
         text = f"{text}; {describe_init_checkpoint(resume_state.parent, config)}"
