@@ -91,7 +91,7 @@ def test_active_parameters_are_all_but_the_experts_that_a_token_is_not_sent_to(n
 
 def test_parameters_are_described_in_total_and_active() -> None:
     assert describe_parameters(CONFIGS["mixtral"]) == "379k parameters, 158k active"
-    dense = ModelConfig(vocab_size=256, n_layers=2, d_model=64, n_heads=4, d_ff=96)
+    dense = ModelConfig(vocab_size=256, n_layers=2, d_model=64, n_heads=4, n_kv_heads=4, d_ff=96)
     assert describe_parameters(dense) == "103k parameters"
 
 
