@@ -25,6 +25,16 @@ def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     return out
 
 
+def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """Sum over the ranks, and keep this rank's part along `dim`. All ranks pass the same shape.
+
+    The gradients of the parts are concatenated. The group's size must divide `dim`.
+    """
+    name, size = group.group_name, group.size()
+    out: Tensor = _ReduceScatter.apply(x, name, size, dim % x.ndim)  # type: ignore[no-untyped-call]  # untyped in torch
+    return out
+
+
 def all_to_all(x: Tensor, group: ProcessGroup, split_dim: int, concat_dim: int) -> Tensor:
     """Split x along `split_dim`, send part r to rank r, and concatenate what arrives along `concat_dim`, in rank order.
 
@@ -57,6 +67,21 @@ class _AllGather(torch.autograd.Function):
         # Backends scatter along the first dimension only, and from contiguous memory.
         parts = _split(grad, size, dim).flatten(0, 1)
         return reduce_scatter_tensor(parts, size, group_name), None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Reduce-scatter. The backward pass is an all-gather."""
+
+    # Any: as above.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str, size: int, dim: int) -> Tensor:
+        ctx.arguments = group_name, size, dim
+        return reduce_scatter_tensor(_split(x, size, dim).flatten(0, 1), size, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # Any: as above
+        group_name, size, dim = ctx.arguments
+        return _join(all_gather_tensor(grad.contiguous(), size, group_name), size, dim), None, None, None
 
 
 class _AllToAll(torch.autograd.Function):

@@ -153,23 +153,35 @@ def all_gather_tensor(x: Tensor, size: int, group_name: str) -> Tensor:
     """All-gather along dimension 0. The result can be used at once: on CUDA the stream waits, not the host.
 
     Missing: a public functional collective. `torch.distributed._functional_collectives` is private as well. This holds
-    for the next two functions, too. Checked with 2.11 and 2.13.
+    for the next five functions, too. Checked with 2.11 and 2.13.
     """
-    return _wait(torch.ops._c10d_functional.all_gather_into_tensor(x, size, group_name))
+    return wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(x, size, group_name))
 
 
 def reduce_scatter_tensor(x: Tensor, size: int, group_name: str) -> Tensor:
     """Sum over the ranks and scatter along dimension 0. See `all_gather_tensor`."""
-    return _wait(torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", size, group_name))
+    return wait_tensor(torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", size, group_name))
+
+
+def all_reduce_tensor(x: Tensor, group_name: str) -> Tensor:
+    """Sum over the ranks. See `all_gather_tensor`."""
+    return wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", group_name))
 
 
 def all_to_all_tensor(x: Tensor, size: int, group_name: str) -> Tensor:
     """Exchange equal parts along dimension 0. See `all_gather_tensor`."""
     rows = [len(x) // size] * size
-    return _wait(torch.ops._c10d_functional.all_to_all_single(x, rows, rows, group_name))
+    return wait_tensor(torch.ops._c10d_functional.all_to_all_single(x, rows, rows, group_name))
 
 
-def _wait(x: Tensor) -> Tensor:
+def start_all_to_all(x: Tensor, received: list[int], sent: list[int], group_name: str) -> Tensor:
+    """Start to exchange rows: `sent[r]` to rank r, `received[r]` from it. `wait_tensor` waits for the result."""
+    out: Tensor = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group_name)
+    return out
+
+
+def wait_tensor(x: Tensor) -> Tensor:
+    """Wait for the result of a collective. On CUDA the stream waits, not the host. See `all_gather_tensor`."""
     out: Tensor = torch.ops._c10d_functional.wait_tensor(x)
     return out
 
@@ -201,6 +213,17 @@ def allow_recompilations(count: int) -> None:
     from torch._dynamo import config as dynamo_config  # slow to import
 
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, count)
+
+
+def mark_dynamic_rows(*tensors: Tensor) -> None:
+    """Let one compiled graph serve any number of rows.
+
+    Missing: `torch.compiler` has no such function; torch documents this one. Checked with 2.11 and 2.13.
+    """
+    from torch._dynamo import maybe_mark_dynamic  # slow to import
+
+    for tensor in tensors:
+        maybe_mark_dynamic(tensor, 0)
 
 
 def enable_micro_pipeline_tp() -> None:
