@@ -14,7 +14,7 @@ K head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -100,14 +100,22 @@ def allgather_attention(
 ) -> Tensor:
     """Attention of the local queries over keys and values of full rows. The mask has the positions of the queries."""
     kv_C2BSGK = all_gather(torch.stack((k_BSGK, v_BSGK))[None], group, 0)  # one message for both
-    k_BRGK, v_BRGK = _in_row_order(kv_C2BSGK)
+    k_BRGK, v_BRGK = in_row_order(kv_C2BSGK.unbind(), early_and_late=True, dim=2)
     return attention(q_BSHK, k_BRGK, v_BRGK, mask)
 
 
-def _in_row_order(local_C2BSGK: Tensor) -> Tensor:
-    """The local tokens of all ranks -> [2, B, R, G, K] in the order of the row."""
-    early, late = local_C2BSGK.chunk(2, dim=3)
-    return torch.cat((*early, *reversed(late.unbind())), dim=2)
+def in_row_order(local: Sequence[Tensor], *, early_and_late: bool, dim: int) -> Tensor:
+    """Concatenate the tokens of all context ranks in the order of the row.
+
+    Args:
+        local: the tokens of each rank.
+        early_and_late: whether each rank has an early and a late chunk, as with the method `gather`.
+        dim: of the tokens.
+    """
+    if not early_and_late:
+        return torch.cat(tuple(local), dim)
+    early, late = zip(*(x.chunk(2, dim) for x in local), strict=True)
+    return torch.cat((*early, *reversed(late)), dim)
 
 
 def ulysses_attention(

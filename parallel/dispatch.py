@@ -20,6 +20,7 @@ a rank, X rows that a rank sends or has got. A row is a token on its way to one 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -78,9 +79,12 @@ class _Splits(NamedTuple):
 
 class _InFlight(NamedTuple):
     inner: Any  # Any: what the inner dispatcher has sent
-    rows: ExpertRows
-    """Of which the receiver must not read a tensor before it has waited for it."""
     splits: _Splits
+    x_XD: _Message
+    weight_X: _Message
+    key_X: Tensor | None
+    """To be waited for."""
+    offsets_E: Tensor
     order_X: Tensor | None
     """Which received row is the next of this rank's first expert, and so on; None if they come in that order."""
 
@@ -103,34 +107,34 @@ class AllToAllDispatcher:
         received_NL = all_to_all_tensor(sent_NL.flatten(), self._size, self._name).view(self._size, -1)
         splits = self._read_splits(sent_NL, received_NL, expert_TK.numel())
         n_sent = sum(splits.sent)  # dropped rows stay behind
-        rows = ExpertRows(
-            _start(x_XD[:n_sent], splits),
-            _start(weight_X[:n_sent], splits),
-            received_NL.sum(0).cumsum(0, dtype=torch.int32),
+        return _InFlight(
+            inner,
+            splits,
+            _Message.start(x_XD[:n_sent], splits),
+            _Message.start(weight_X[:n_sent], splits),
             None if key_X is None else start_all_to_all(key_X[:n_sent], splits.received, splits.sent, self._name),
+            received_NL.sum(0).cumsum(0, dtype=torch.int32),
+            _order_by_expert(received_NL, sum(splits.received)),
         )
-        return _InFlight(inner, rows, splits, _order_by_expert(received_NL, sum(splits.received)))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def receive(self, in_flight: _InFlight) -> ExpertRows:
         """See `Dispatcher`."""
-        rows, order_X = in_flight.rows, in_flight.order_X
-        x_XD, weight_X = _finish(rows.x_XD, in_flight.splits), _finish(rows.weight_X, in_flight.splits)
-        key_X = None if rows.key_X is None else wait_tensor(rows.key_X)
+        x_XD, weight_X, order_X = in_flight.x_XD.wait(), in_flight.weight_X.wait(), in_flight.order_X
+        key_X = None if in_flight.key_X is None else wait_tensor(in_flight.key_X)
         if order_X is not None:
             inverse_X = _inverse(order_X)
             x_XD, weight_X = _reorder(x_XD, order_X, inverse_X), _reorder(weight_X, order_X, inverse_X)
             key_X = None if key_X is None else key_X[order_X]
         mark_dynamic_rows(x_XD, weight_X, *(() if key_X is None else (key_X,)))
-        return ExpertRows(x_XD, weight_X, rows.offsets_E, key_X)
+        return ExpertRows(x_XD, weight_X, in_flight.offsets_E, key_X)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def combine(self, y_XD: Tensor, in_flight: _InFlight) -> Tensor:
         """See `Dispatcher`."""
         if in_flight.order_X is not None:
             y_XD = _reorder(y_XD, _inverse(in_flight.order_X), in_flight.order_X)
-        splits = in_flight.splits.reversed
-        back_XD = _finish(_start(y_XD, splits), splits)
+        back_XD = _Message.start(y_XD, in_flight.splits.reversed).wait()
         n_rows = len(self._inner.receive(in_flight.inner).x_XD)
         if len(back_XD) < n_rows:  # the inner dispatcher has places for dropped rows, which it does not read
             back_XD = F.pad(back_XD, (0, 0, 0, n_rows - len(back_XD)))
@@ -187,16 +191,28 @@ def _inverse(order_X: Tensor) -> Tensor:
     return torch.empty_like(order_X).scatter_(0, order_X, rows_X)
 
 
-def _start(x_X: Tensor, splits: _Splits) -> Tensor:
-    """Start an all-to-all of rows. `_finish` must be the only one to use the result."""
-    out: Tensor = _Start.apply(x_X, splits)  # type: ignore[no-untyped-call]  # untyped in torch
-    return out
+@dataclass
+class _Message:
+    """Rows on their way, and in the backward pass their gradients on the way back."""
 
+    splits: _Splits
+    x_X: Tensor | None = None
+    """Until `wait`. Then its graph holds this message, and the two must not hold each other."""
+    grad_X: Tensor | None = None
+    """On its way: autograd cannot pass it on, because it has the shape of what was sent, not of what was received."""
 
-def _finish(x_X: Tensor, splits: _Splits) -> Tensor:
-    """Wait for the rows of `_start`."""
-    out: Tensor = _Finish.apply(x_X, splits)  # type: ignore[no-untyped-call]  # untyped in torch
-    return out
+    @classmethod
+    def start(cls, x_X: Tensor, splits: _Splits) -> _Message:
+        """Start to exchange rows."""
+        message = cls(splits)
+        message.x_X = _Start.apply(x_X, message)  # type: ignore[no-untyped-call]  # untyped in torch
+        return message
+
+    def wait(self) -> Tensor:
+        """Wait for the rows. Call it once."""
+        x_X, self.x_X = self.x_X, None
+        out: Tensor = _Wait.apply(x_X, self)  # type: ignore[no-untyped-call]  # untyped in torch
+        return out
 
 
 def _reorder(x_X: Tensor, order_X: Tensor, inverse_X: Tensor) -> Tensor:
@@ -206,31 +222,38 @@ def _reorder(x_X: Tensor, order_X: Tensor, inverse_X: Tensor) -> Tensor:
 
 
 class _Start(torch.autograd.Function):
-    """Starts a message. Its backward pass waits for the gradient, which `_Finish` has started."""
+    """Starts a message. Its backward pass waits for the gradient, which that of `_Wait` has started."""
 
     # Any: torch's context takes any attribute.
     @staticmethod
-    def forward(ctx: Any, x_X: Tensor, splits: _Splits) -> Tensor:
-        return start_all_to_all(x_X, splits.received, splits.sent, splits.group_name)
+    def forward(ctx: Any, x_X: Tensor, message: _Message) -> Tensor:
+        ctx.message = message
+        sent, received, group_name = message.splits
+        return start_all_to_all(x_X, received, sent, group_name)
 
     @staticmethod
-    def backward(ctx: Any, grad_X: Tensor) -> tuple[Tensor, None]:  # Any: as above
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # Any: as above
+        message: _Message = ctx.message
+        assert message.grad_X is not None
+        grad_X, message.grad_X = message.grad_X, None
         return wait_tensor(grad_X), None
 
 
-class _Finish(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     """Waits for a message. Its backward pass starts that of the gradient."""
 
     # Any: as above.
     @staticmethod
-    def forward(ctx: Any, x_X: Tensor, splits: _Splits) -> Tensor:
-        ctx.splits = splits
+    def forward(ctx: Any, x_X: Tensor, message: _Message) -> Tensor:
+        ctx.message = message
         return wait_tensor(x_X)
 
     @staticmethod
     def backward(ctx: Any, grad_X: Tensor) -> tuple[Tensor, None]:  # Any: as above
-        splits: _Splits = ctx.splits
-        return start_all_to_all(grad_X, splits.sent, splits.received, splits.group_name), None
+        message: _Message = ctx.message
+        sent, received, group_name = message.splits
+        message.grad_X = start_all_to_all(grad_X, sent, received, group_name)
+        return grad_X, None  # of the right shape; `_Start` does not read it
 
 
 class _Reorder(torch.autograd.Function):

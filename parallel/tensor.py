@@ -16,11 +16,16 @@ collectives.
 | `replicated_with_grad_allreduce`| replicated  |                                  |                      |
 | `rowwise`                       | columns     |                                  | sum over the ranks   |
 | `vocab_parallel_head`           | rows        |                                  |                      |
+| `split_tokens`                  |             | split of the sequence            | all-gather of it     |
+| `experts`                       | untouched   |                                  |                      |
 
 Column-wise and row-wise are said of x W', whose columns are the rows of W. With sequence parallelism the sum is a
 reduce-scatter along the sequence, else an all-reduce. A `qk_norm` sees only a rank's own heads, and
 `replicated_with_grad_allreduce` is for weights that see only its own tokens: gradients are summed over the ranks. If a
-`qk_norm` normalizes all heads together, the ranks exchange their mean squares inside the module.
+`qk_norm` normalizes all heads together, the ranks exchange their mean squares inside the module. `split_tokens` is for
+a mixture of experts, where each tensor rank computes other tokens; with sequence parallelism it has nothing to do.
+`parallel.expert` splits `experts`.
+
 Shape suffixes: B batch, S sequence, D model width, V vocabulary rows of a rank.
 """
 
@@ -63,12 +68,16 @@ def apply_tensor_parallel(
             that t does not divide.
     """
     ranks = _TensorRanks(mesh, sequence, replicate_kv)
+    untouched: set[nn.Parameter] = set()
     # One class for many layers: the compiler would compile each class anew.
     classes: dict[tuple[object, ...], type[nn.Module]] = {}
     for pattern, style_name in plan.items():
-        if style_name not in _STYLES:
-            raise ValueError(f"the plan says {style_name!r} for {pattern}; styles are {', '.join(_STYLES)}")
+        if style_name not in (*_STYLES, _EXPERTS):
+            raise ValueError(f"the plan says {style_name!r} for {pattern}; styles are {', '.join(_STYLES)}, {_EXPERTS}")
         for name, parent, child in list(_match(module, pattern)):
+            if style_name == _EXPERTS:
+                untouched.update(child.parameters())
+                continue
             style = _STYLES[style_name](ranks, parent, child)
             _distribute_parameters(child, style, mesh, name)
             key = type(child), style_name, str(style.rows), *dict(child.named_parameters(recurse=False))
@@ -76,7 +85,7 @@ def apply_tensor_parallel(
                 classes[key] = _make_subclass(child, style, mesh)
             child.__class__ = classes[key]
     for name, parameter in module.named_parameters():
-        if not isinstance(parameter, DTensor):
+        if not isinstance(parameter, DTensor) and parameter not in untouched:
             raise ValueError(f"the plan has no pattern for {name}")
     if hasattr(module, "linear_loss"):
         has_loss = cast(HasLinearLoss, module)
@@ -121,6 +130,20 @@ class _TensorRanks:
         """Sum the addends of the ranks. The result is placed as activations between blocks are."""
         x = DTensor.from_local(x_BSD, self.mesh, [Partial()], run_check=False)
         return x.redistribute(placements=[self._between_blocks]).to_local()
+
+    def split_tokens(self, x_BSD: Tensor) -> Tensor:
+        """The full sequence, the same on all ranks -> this rank's part. Gradients are concatenated."""
+        if x_BSD.shape[1] % self.mesh.size():
+            raise ValueError(
+                f"{x_BSD.shape[1]} tokens of a sequence cannot be shared out to {self.mesh.size()} tensor ranks"
+            )
+        x = DTensor.from_local(x_BSD, self.mesh, [Replicate()], run_check=False)
+        return x.redistribute(placements=[Shard(1)]).to_local()
+
+    def join_tokens(self, x_BSD: Tensor) -> Tensor:
+        """Undo `split_tokens`."""
+        x = DTensor.from_local(x_BSD, self.mesh, [Shard(1)], run_check=False)
+        return x.redistribute(placements=[Replicate()]).to_local()
 
 
 class ParallelStyle(NamedTuple):
@@ -210,6 +233,15 @@ def _gather_sequence(ranks: _TensorRanks, _: nn.Module, __: nn.Module) -> Parall
     return ParallelStyle(wrap=wrap)
 
 
+def _split_tokens(ranks: _TensorRanks, _: nn.Module, __: nn.Module) -> ParallelStyle:
+    def wrap(forward: Forward) -> Forward:
+        return lambda module, x_BSD, *args, **kwargs: ranks.join_tokens(
+            forward(module, ranks.split_tokens(x_BSD), *args, **kwargs)
+        )
+
+    return ParallelStyle(wrap=None if ranks.sequence else wrap)
+
+
 def _rowwise(ranks: _TensorRanks, _: nn.Module, projection: nn.Module) -> ParallelStyle:
     if getattr(projection, "bias", None) is not None:
         raise ValueError("rowwise cannot split a module with a bias: it would be added once a rank")
@@ -230,8 +262,12 @@ _STYLES: dict[str, Callable[[_TensorRanks, nn.Module, nn.Module], ParallelStyle]
     "replicated_with_grad_allreduce": _replicated_with_grad_allreduce,
     "rowwise": _rowwise,
     "vocab_parallel_head": _colwise,
+    "split_tokens": _split_tokens,
 }
 """Name of a style -> (ranks, the parent module, the module) -> style."""
+
+_EXPERTS = "experts"
+"""The style of what `parallel.expert` splits."""
 
 
 def _match(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:

@@ -132,7 +132,7 @@ def with_broken(module: object, name: str, broken: object, *args: object) -> tup
 
 
 def chunks_in_wrong_order() -> tuple[LocalTokens, list[Tensor]]:
-    return with_broken(context, "_in_row_order", lambda parts: torch.cat(parts.unbind(), 2), "gather", "sdpa", None)
+    return with_broken(context, "in_row_order", lambda parts, **_: torch.cat(parts, 2), "gather", "sdpa", None)
 
 
 def no_reduction() -> tuple[LocalTokens, list[Tensor]]:

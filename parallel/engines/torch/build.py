@@ -20,10 +20,11 @@ from parallel.engine import (
 )
 from parallel.engines.torch.engine import Runner, SingleStageRunner, TorchEngine
 from parallel.engines.torch.rank_model import ShardedModel, UnshardedModel
+from parallel.expert import apply_expert_parallel, apply_row_ranks
 from parallel.fsdp import apply_fsdp
 from parallel.layout import Layout
 from parallel.local import local_shard
-from parallel.mesh import build_mesh
+from parallel.mesh import ExpertMesh, build_expert_mesh, build_mesh, has_expert_mesh
 from parallel.pipeline.runner import PipelineRunner
 from parallel.pipeline.schedule import assign_layers, has_split_backward, stages_of_rank
 from parallel.pipeline.stage import StageModule
@@ -86,10 +87,13 @@ def build_parallel_engine(
     stage_modules: dict[int, StageModule] = {}
     if layout.pipeline > 1:
         stage_modules = {i: StageModule(chunk, spec.forward_step, layout) for i, chunk in chunks.items()}
+    expert_mesh = build_expert_mesh(mesh, layout) if has_expert_mesh(layout, spec.routing_width) else None
     for chunk in chunks.values():
-        _split_computation(chunk, mesh, layout)
+        _split_computation(chunk, mesh, expert_mesh, layout)
     fsdp_roots = [
-        apply_fsdp(stage_modules.get(i, chunk), cast(ModelChunk, chunk).fsdp_units, mesh, layout, options.dtype)
+        apply_fsdp(
+            stage_modules.get(i, chunk), cast(ModelChunk, chunk).fsdp_units, mesh, layout, options.dtype, expert_mesh
+        )
         for i, chunk in chunks.items()
     ]
 
@@ -128,9 +132,10 @@ def _build_chunk(spec: ModelSpec, layers: range, options: EngineOptions, layout:
     with torch.device("meta"):
         module = spec.build(layers)
     chunk = cast(ModelChunk, module)
-    # torch.compile does not recompute a block that contains uncompiled code, and a split backward pass leaves the
-    # linear layers uncompiled (`parallel.pipeline.zero_bubble`). There recomputation must be the outer wrapper.
-    compile_first = has_split_backward(layout.pipeline, layout.schedule)
+    # torch.compile does not recompute a block that contains uncompiled code. A split backward pass leaves the linear
+    # layers uncompiled (`parallel.pipeline.zero_bubble`), and experts with a mesh of their own leave FSDP's hooks and
+    # the exchange of tokens. There recomputation must be the outer wrapper.
+    compile_first = has_split_backward(layout.pipeline, layout.schedule) or has_expert_mesh(layout, spec.routing_width)
     if options.compile and compile_first:
         chunk.compile_submodules()
     apply_recompute(chunk.layers, options.recompute, layers.start, options.recompute_every, options.recompute_keep)
@@ -139,8 +144,11 @@ def _build_chunk(spec: ModelSpec, layers: range, options: EngineOptions, layout:
     return module
 
 
-def _split_computation(chunk: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
-    """Apply tensor and context parallelism. They split what is computed; FSDP shards what is stored."""
+def _split_computation(chunk: nn.Module, mesh: DeviceMesh, expert_mesh: ExpertMesh | None, layout: Layout) -> None:
+    """Apply expert, tensor and context parallelism. They split what is computed; FSDP shards what is stored."""
+    apply_row_ranks(chunk, mesh, layout)
+    if expert_mesh is not None:
+        apply_expert_parallel(chunk, expert_mesh, layout)
     if layout.tensor > 1:
         apply_tensor_parallel(
             chunk,
