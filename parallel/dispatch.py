@@ -33,7 +33,6 @@ from parallel.torch_compat import (
     FakeTensor,
     all_gather_tensor,
     all_to_all_tensor,
-    mark_dynamic_rows,
     start_all_to_all,
     wait_tensor,
 )
@@ -126,7 +125,6 @@ class AllToAllDispatcher:
             inverse_X = _inverse(order_X)
             x_XD, weight_X = _reorder(x_XD, order_X, inverse_X), _reorder(weight_X, order_X, inverse_X)
             key_X = None if key_X is None else key_X[order_X]
-        mark_dynamic_rows(x_XD, weight_X, *(() if key_X is None else (key_X,)))
         return ExpertRows(x_XD, weight_X, in_flight.offsets_E, key_X)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

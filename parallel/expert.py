@@ -24,6 +24,7 @@ tokens of the full row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -33,10 +34,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from parallel.context import in_row_order, local_tokens
-from parallel.dispatch import AllToAllDispatcher, Dispatcher, ExpertTensorDispatcher
+from parallel.dispatch import AllToAllDispatcher, Dispatcher, ExpertRows, ExpertTensorDispatcher
 from parallel.layout import Layout
 from parallel.mesh import ExpertMesh
-from parallel.torch_compat import all_gather_tensor, all_reduce_tensor, registered_parameter
+from parallel.torch_compat import all_gather_tensor, all_reduce_tensor, mark_dynamic_rows, registered_parameter
 
 
 class HasRowRanks(Protocol):
@@ -82,7 +83,7 @@ def apply_expert_parallel(
         make_dispatcher: how tokens travel over the `expert` axis.
     """
     ranks = mesh.axes["expert"]
-    classes: dict[type[nn.Module], type[nn.Module]] = {}
+    make_classes = _ClassMaker(mesh, layout)
     for layer in moe_layers(module):
         if layout.expert > 1:
             n_local = _distribute_experts(layer.experts, ranks)
@@ -92,11 +93,7 @@ def apply_expert_parallel(
             layer.dispatcher = ExpertTensorDispatcher(layer.dispatcher, part.get_group())
             width = cast(Tensor, layer.experts.down_proj).shape[-1]
             layer.experts.first_feature = part.get_local_rank() * width // layout.expert_tensor  # type: ignore[assignment]  # an int, and nn.Module's attributes are typed as tensors
-        base = type(layer.experts)
-        if layout.expert * layout.expert_tensor > 1:
-            if base not in classes:  # one class for many layers: the compiler would compile each class anew
-                classes[base] = _make_subclass(base, mesh, layout)
-            layer.experts.__class__ = classes[base]
+        make_classes.change(layer)
 
 
 def apply_row_ranks(module: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
@@ -168,7 +165,41 @@ def _distribute_experts(experts: nn.Module, mesh: DeviceMesh) -> int:
     return n_experts // mesh.size()
 
 
-def _make_subclass(base: type[nn.Module], mesh: ExpertMesh, layout: Layout) -> type[nn.Module]:
+class _ClassMaker:
+    """Makes one class for many layers: the compiler would compile each class anew."""
+
+    def __init__(self, mesh: ExpertMesh, layout: Layout) -> None:
+        self._mesh = mesh
+        self._layout = layout
+        self._classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+    def change(self, layer: MoELayer) -> None:
+        """Change the classes of a layer and of its experts."""
+        module = cast(nn.Module, layer)
+        module.__class__ = self._find(type(module), _uncompiled)
+        if self._layout.expert * self._layout.expert_tensor > 1:
+            layer.experts.__class__ = self._find(type(layer.experts), self._local_experts)
+
+    def _find(self, base: type[nn.Module], make: Callable[[type[nn.Module]], type[nn.Module]]) -> type[nn.Module]:
+        if base not in self._classes:
+            self._classes[base] = make(base)
+        return self._classes[base]
+
+    def _local_experts(self, base: type[nn.Module]) -> type[nn.Module]:
+        return _make_experts_class(base, self._mesh, self._layout)
+
+
+def _uncompiled(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose own forward is not compiled. The modules inside it are: router, experts, shared experts.
+
+    FSDP's hooks on the experts and the exchange of tokens cannot be compiled. Between them the compiler would find many
+    small pieces, and compile them again for every number of rows.
+    """
+    forward = torch.compiler.disable(base.forward, recursive=False)  # type: ignore[no-untyped-call]  # untyped in torch
+    return type(f"ExpertParallel{base.__name__}", (base,), {"forward": forward})
+
+
+def _make_experts_class(base: type[nn.Module], mesh: ExpertMesh, layout: Layout) -> type[nn.Module]:
     """A subclass whose `gate_up_proj` and `down_proj` are what this rank computes with. `parameters()` stay."""
     experts = mesh.axes["expert"]
     n_parts, part = layout.expert_tensor, mesh.axes.get_local_rank("expert_tensor")
@@ -196,5 +227,12 @@ def _make_subclass(base: type[nn.Module], mesh: ExpertMesh, layout: Layout) -> t
             return registered_parameter(module, "down_proj") if full_LDF is None else full_LDF
         return full_LDF.chunk(n_parts, 2)[part].contiguous()
 
-    members = {"gate_up_proj": property(gate_up_proj), "down_proj": property(down_proj)}
+    # Not compiled, but `base.forward` is. The marks must be set here: FSDP's hooks pass other tensors on.
+    @partial(torch.compiler.disable, recursive=False)
+    def forward(module: nn.Module, rows: ExpertRows) -> Tensor:
+        mark_dynamic_rows(*(x for x in (rows.x_XD, rows.weight_X, rows.key_X) if x is not None))
+        out_XD: Tensor = base.forward(module, rows)
+        return out_XD
+
+    members = {"gate_up_proj": property(gate_up_proj), "down_proj": property(down_proj), "forward": forward}
     return type(f"ExpertParallel{base.__name__}", (base,), members)

@@ -137,19 +137,21 @@ def _expert_placement(parameter: nn.Parameter, *, n_ranks: int) -> Shard:
 def _set_prefetch(units: Sequence[nn.Module], experts: Mapping[nn.Module, Sequence[nn.Module]], n_ahead: int) -> None:
     """Make each gathered unit start the gathers of the next `n_ahead` units. With 0, FSDP2 decides: it prefetches one.
 
-    Below ZeRO-3 this changes nothing after the first forward pass of a step, because units stay gathered.
+    Below ZeRO-3 this changes nothing after the first forward pass of a step, because units stay gathered. Blocks start
+    the gathers of their experts too. Experts start none: under recomputation their forward runs in the backward pass,
+    when the next block is not needed any more.
 
     Args:
         units: in the order of their use.
-        experts: the units inside each of them. A block is gathered before its experts in both passes.
+        experts: the units inside each of them.
         n_ahead: number of units.
     """
-    forward = [part for unit in units for part in (unit, *experts[unit])]
-    backward = [part for unit in reversed(units) for part in (unit, *reversed(experts[unit]))]
-    for order, prefetch in (
-        (forward, FSDPModule.set_modules_to_forward_prefetch),
-        (backward, FSDPModule.set_modules_to_backward_prefetch),
-    ):
-        sharded = [cast(FSDPModule, unit) for unit in order]
-        for i, unit in enumerate(sharded if n_ahead else ()):
-            prefetch(unit, sharded[i + 1 : i + 1 + n_ahead])
+    for i, unit in enumerate(units if n_ahead else ()):
+        for order, prefetch in (
+            (units[i + 1 : i + 1 + n_ahead], FSDPModule.set_modules_to_forward_prefetch),
+            (units[max(0, i - n_ahead) : i][::-1], FSDPModule.set_modules_to_backward_prefetch),
+        ):
+            ahead = [*experts[unit], *(part for each in order for part in (each, *experts[each]))]
+            if order:
+                ahead = ahead[: -len(experts[order[-1]]) or None]  # the last unit starts its own
+            prefetch(cast(FSDPModule, unit), cast(list[FSDPModule], ahead))

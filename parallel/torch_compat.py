@@ -215,6 +215,7 @@ def allow_recompilations(count: int) -> None:
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, count)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def mark_dynamic_rows(*tensors: Tensor) -> None:
     """Let one compiled graph serve any number of rows.
 

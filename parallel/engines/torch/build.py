@@ -135,10 +135,18 @@ def _build_chunk(spec: ModelSpec, layers: range, options: EngineOptions, layout:
     # torch.compile does not recompute a block that contains uncompiled code. A split backward pass leaves the linear
     # layers uncompiled (`parallel.pipeline.zero_bubble`), and experts with a mesh of their own leave FSDP's hooks and
     # the exchange of tokens. There recomputation must be the outer wrapper.
-    compile_first = has_split_backward(layout.pipeline, layout.schedule) or has_expert_mesh(layout, spec.routing_width)
+    has_nested_units = has_expert_mesh(layout, spec.routing_width)
+    compile_first = has_nested_units or has_split_backward(layout.pipeline, layout.schedule)
     if options.compile and compile_first:
         chunk.compile_submodules()
-    apply_recompute(chunk.layers, options.recompute, layers.start, options.recompute_every, options.recompute_keep)
+    apply_recompute(
+        chunk.layers,
+        options.recompute,
+        layers.start,
+        options.recompute_every,
+        options.recompute_keep,
+        has_nested_units=has_nested_units,
+    )
     if options.compile and not compile_first:
         chunk.compile_submodules()
     return module
