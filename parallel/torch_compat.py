@@ -175,7 +175,10 @@ def all_to_all_tensor(x: Tensor, size: int, group_name: str) -> Tensor:
 
 
 def start_all_to_all(x: Tensor, received: list[int], sent: list[int], group_name: str) -> Tensor:
-    """Start to exchange rows: `sent[r]` to rank r, `received[r]` from it. `wait_tensor` waits for the result."""
+    """Start to exchange rows: `sent[r]` to rank r, `received[r]` from it. `wait_tensor` waits for the result.
+
+    See `all_gather_tensor`.
+    """
     out: Tensor = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group_name)
     return out
 
