@@ -1,4 +1,4 @@
-"""A mixture of experts saved on one layout goes on on any other: the same losses, weights, optimizer state and biases."""
+"""A mixture of experts saved on one layout resumes on others with the same losses, weights, moments and biases."""
 
 from collections.abc import Sequence
 from pathlib import Path
