@@ -24,6 +24,14 @@ WIDE = (
     "model.vocab_size=8192",
 )
 
+EXPERTS = (
+    "model.architecture=moe",
+    "model.moe.n_experts=6",
+    "model.moe.n_shared_experts=1",
+    "model.moe.n_dense_layers=1",
+    "model.moe.expert_bias=true",
+)
+
 LAYOUTS = [
     Layout(shard=3),
     Layout(shard=4, zero=1),
@@ -61,9 +69,31 @@ def test_the_same_seed_gives_the_same_bits(layout: Layout, tied: tuple[str, ...]
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(shard=4),  # 6 experts on 4 ranks
+        Layout(shard=4, expert=2, zero=1),
+        Layout(replicate=2, shard=2, expert=2),
+        Layout(shard=2, tensor=2, sequence=True, expert=2, expert_tensor=2),
+        Layout(pipeline=2, context=3, expert=3),
+    ],
+    ids=lambda layout: str(layout).replace(" ", "_"),
+)
+def test_the_same_seed_gives_stacked_experts_the_same_bits(layout: Layout, workers: WorkerPool) -> None:
+    args = (*UNEVEN, *EXPERTS)
+    expected = initial(Layout(), args)
+    assert sum(tensor.ndim == 3 for tensor in expected.values()) == 8
+    found = workers.run(initial, layout.world_size, layout, args)
+    assert {name for tensors in found for name in tensors} == expected.keys()
+    for tensors in found:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
 def test_another_seed_gives_other_weights() -> None:
-    one, other = initial(Layout(), UNEVEN), initial(Layout(), (*UNEVEN[:-1], "run.seed=8"))
-    assert not any(torch.equal(tensor, other[name]) for name, tensor in one.items() if tensor.ndim == 2)
+    args = (*EXPERTS, *UNEVEN)
+    one, other = initial(Layout(), args), initial(Layout(), (*args[:-1], "run.seed=8"))
+    assert not any(torch.equal(tensor, other[name]) for name, tensor in one.items() if tensor.ndim > 1)
 
 
 class Largest(TorchDispatchMode):
