@@ -74,6 +74,7 @@ def test_named_models_have_their_published_parameter_count(name: str) -> None:
 def test_a_token_uses_the_published_number_of_parameters(name: str) -> None:
     exact = isinstance(PUBLISHED_ACTIVE[name], int)
     assert active(preset(name)) == pytest.approx(PUBLISHED_ACTIVE[name], rel=0 if exact else 0.02)
+    assert count_parameters(preset(name)).active == active(preset(name))
     one_more = preset(name, moe=preset(name).moe.model_copy(update={"top_k": preset(name).moe.top_k + 1}))
     assert active(one_more) != pytest.approx(PUBLISHED_ACTIVE[name], rel=0.02)
 
