@@ -24,8 +24,8 @@ tokens of the full row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Protocol, cast, runtime_checkable
+from functools import cache, partial
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from parallel.context import in_row_order, local_tokens
+from parallel.deep_ep import DeepEPDispatcher, make_buffer
 from parallel.dispatch import AllToAllDispatcher, Dispatcher, ExpertRows, ExpertTensorDispatcher
 from parallel.layout import Layout
 from parallel.mesh import ExpertMesh
 from parallel.torch_compat import all_gather_tensor, all_reduce_tensor, mark_dynamic_rows, registered_parameter
+
+
+class LocalDispatcher(Dispatcher, Protocol):
+    """The dispatcher of one process, which a layer has before it is parallelized."""
+
+    def for_experts(self, n_experts: int) -> Dispatcher:
+        """One of the same kind for another number of experts, that drops assignments to expert `n_experts`."""
 
 
 class HasRowRanks(Protocol):
@@ -52,7 +60,8 @@ class MoELayer(Protocol):
 
     gate: HasRowRanks
     experts: nn.Module
-    dispatcher: Dispatcher
+    dispatcher: Any
+    """A `LocalDispatcher` at first, then a `Dispatcher`."""
 
 
 def moe_layers(module: nn.Module) -> Iterator[MoELayer]:
@@ -62,32 +71,21 @@ def moe_layers(module: nn.Module) -> Iterator[MoELayer]:
             yield each
 
 
-MakeDispatcher = Callable[[Dispatcher, ProcessGroup, int], Dispatcher]
-"""(dispatcher of one process, ranks that share out the experts, experts of a rank) -> one over these ranks."""
-
-
-def all_to_all_dispatcher(inner: Dispatcher, group: ProcessGroup, _: int) -> Dispatcher:
-    """The dispatcher that works everywhere."""
-    return AllToAllDispatcher(inner, group)
-
-
-def apply_expert_parallel(
-    module: nn.Module, mesh: ExpertMesh, layout: Layout, make_dispatcher: MakeDispatcher = all_to_all_dispatcher
-) -> None:
+def apply_expert_parallel(module: nn.Module, mesh: ExpertMesh, layout: Layout) -> None:
     """Give each rank its experts, in place.
 
     Args:
         module: a model, or a chunk of one, best on the meta device. With values, each rank keeps its part of its own.
         mesh: of all ranks.
         layout: of that mesh. Its `expert` divides the experts, and `expert_tensor` their hidden width.
-        make_dispatcher: how tokens travel over the `expert` axis.
     """
     ranks = mesh.axes["expert"]
+    over_ranks = _dispatcher_maker(ranks.get_group(), layout)
     make_classes = _ClassMaker(mesh, layout)
     for layer in moe_layers(module):
         if layout.expert > 1:
-            n_local = _distribute_experts(layer.experts, ranks)
-            layer.dispatcher = make_dispatcher(layer.dispatcher, ranks.get_group(), n_local)
+            layer.dispatcher = over_ranks(layer)
+            _distribute_experts(layer.experts, ranks)
         if layout.expert_tensor > 1:
             part = mesh.axes["expert_tensor"]
             layer.dispatcher = ExpertTensorDispatcher(layer.dispatcher, part.get_group())
@@ -152,17 +150,28 @@ def _gather(x: Tensor, group: ProcessGroup) -> list[Tensor]:
     return list(all_gather_tensor(x.contiguous(), size, group.group_name).chunk(size))
 
 
-def _distribute_experts(experts: nn.Module, mesh: DeviceMesh) -> int:
-    """Turn the parameters into DTensors sharded over the experts. Returns the number of experts of a rank."""
-    n_experts = 0
+def _dispatcher_maker(group: ProcessGroup, layout: Layout) -> Callable[[MoELayer], Dispatcher]:
+    """A function that makes the dispatcher of a layer over the ranks that share out its experts."""
+    buffer = cache(make_buffer)  # one for all layers
+
+    def make(layer: MoELayer) -> Dispatcher:
+        if layout.expert_dispatch == "all_to_all":
+            return AllToAllDispatcher(layer.dispatcher, group)
+        n_experts, width, _ = cast(Tensor, layer.experts.down_proj).shape
+        local = layer.dispatcher.for_experts(n_experts // group.size())
+        return DeepEPDispatcher(local, buffer(group, width), n_experts, n_experts // group.size())
+
+    return make
+
+
+def _distribute_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
+    """Turn the parameters into DTensors sharded over the experts."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
-        n_experts = len(parameter)
-        if n_experts % mesh.size():
-            raise ValueError(f"{n_experts} experts cannot be shared out to {mesh.size()} ranks")
+        if len(parameter) % mesh.size():
+            raise ValueError(f"{len(parameter)} experts cannot be shared out to {mesh.size()} ranks")
         # Each rank takes its part of its own values: nothing is sent.
         local = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(local, requires_grad=parameter.requires_grad))
-    return n_experts // mesh.size()
 
 
 class _ClassMaker:

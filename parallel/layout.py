@@ -74,6 +74,9 @@ class Layout:
     context_method: str = "gather"
     """`gather` gathers keys and values; `ulysses` exchanges sequence for heads. See `parallel.context`."""
 
+    expert_dispatch: str = "all_to_all"
+    """How tokens travel to their experts: `all_to_all` or `deepep`. See `parallel.dispatch` and `parallel.deep_ep`."""
+
     @property
     def world_size(self) -> int:
         """Number of all ranks."""
@@ -98,6 +101,11 @@ class Layout:
     def expert_data(self) -> int:
         """Number of ranks of a replica that hold the same part of the same experts. They shard its state."""
         return self.fsdp * self.tensor // (self.expert * self.expert_tensor)
+
+    @property
+    def splits_experts(self) -> bool:
+        """Whether experts, if there are any, have a mesh of their own. If not, they are sharded with their block."""
+        return self.expert * self.expert_tensor * self.tensor > 1
 
     @property
     def n_stages(self) -> int:

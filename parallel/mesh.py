@@ -46,11 +46,6 @@ class ExpertMesh:
     (`replicate`, `expert_fsdp`), or without replicas as `expert_fsdp`."""
 
 
-def has_expert_mesh(layout: Layout, has_experts: object) -> bool:
-    """Whether experts need a mesh of their own. If not, they are sharded as all other parameters of their block."""
-    return bool(has_experts) and layout.expert * layout.expert_tensor * layout.tensor > 1
-
-
 def build_expert_mesh(mesh: DeviceMesh, layout: Layout) -> ExpertMesh:
     """The expert axes of a layout whose `expert` * `expert_tensor` divide its shard x context x tensor ranks.
 

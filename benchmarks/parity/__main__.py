@@ -4,7 +4,9 @@ Each row trains a small model (grouped-query attention, QK-norm, biases, packed 
 of real processes (gloo) and compares it with the same steps on one process from the same seed: the loss of every step,
 every parameter's gradient at every step (norm of the difference over the norm), the global gradient norm of every step,
 every parameter after the last step. In fp32 they must agree to rounding: loss 1e-5, gradients 1e-4, norm 1e-6,
-parameters 1e-5. In bf16, where another order of sums rounds differently, and with Muon, which orthogonalizes in bf16,
+parameters 1e-5. Mixtures of experts: the number of tokens of each expert must be the same (load), and auxiliary losses,
+entropy and dropped tokens agree to 1e-5 (balance); parameters include the routers' biases and the load that they
+remember. In bf16, where another order of sums rounds differently, and with Muon, which orthogonalizes in bf16,
 losses and norms must agree to 2e-3.
 
 The norm that the single process reports is checked as well: its clipped gradients, summed in fp64, must have the norm
@@ -45,6 +47,9 @@ class CaseResult:
     parameter_error: float
     holds: bool
     seconds: float
+    load_error: float | None = None
+    """None for models without experts, as `balance_error`."""
+    balance_error: float | None = None
 
 
 def run_case(case: Case, pool: WorkerPool, steps: int) -> CaseResult:
@@ -56,7 +61,7 @@ def run_case(case: Case, pool: WorkerPool, steps: int) -> CaseResult:
     except CaseFailed as failure:  # go on: the other rows are worth having
         print(failure, flush=True)
         errors = dict.fromkeys(TOLERANCES, float("inf"))
-    holds = all(errors[kind] <= tolerance for kind, tolerance in case.tolerances.items())
+    holds = all(errors.get(kind, 0) <= tolerance for kind, tolerance in case.tolerances.items())
     return CaseResult(case.name, **errors, holds=holds, seconds=time.perf_counter() - start)
 
 
@@ -68,11 +73,11 @@ def markdown_table(results: Sequence[CaseResult], steps: int) -> str:
     lines = [
         *(f"# {title}", "", rest.partition("    python")[0].strip(), ""),
         *(f"{n_held} of {len(results)} layouts hold, over {steps} steps, torch {torch.__version__}.", ""),
-        *("| layout | loss | gradients | norm | parameters | |", "|---|---|---|---|---|---|"),
+        *("| layout | loss | gradients | norm | parameters | load | balance | |", "|---|---|---|---|---|---|---|---|"),
     ]
     for result in results:
-        errors = (result.loss_error, result.gradient_error, result.norm_error, result.parameter_error)
-        cells = " | ".join(f"{error:.1e}" for error in errors)
+        errors = [getattr(result, kind) for kind in TOLERANCES]
+        cells = " | ".join("" if error is None else f"{error:.1e}" for error in errors)
         lines.append(f"| {result.layout} | {cells} | {'holds' if result.holds else 'FAILS'} |")
     return "\n".join([*lines, "", "Made by `python -m benchmarks.parity --table docs/parity.md`.", ""])
 
@@ -96,7 +101,9 @@ def main() -> int:
             print(
                 f"{'holds' if result.holds else 'FAILS'}  loss {result.loss_error:.1e}  "
                 f"gradients {result.gradient_error:.1e}  norm {result.norm_error:.1e}  "
-                f"parameters {result.parameter_error:.1e}  {result.seconds:5.1f} s  {result.layout}",
+                f"parameters {result.parameter_error:.1e}  "
+                + (f"balance {result.balance_error:.1e}  " if result.balance_error is not None else "")
+                + f"{result.seconds:5.1f} s  {result.layout}",
                 flush=True,
             )
     if args.table:

@@ -33,7 +33,27 @@ LARGE = ("model.n_layers=1", "model.d_model=1024", "model.d_ff=10240")
 BF16 = ("train.precision=bf16",)
 MUON = ("optim.kind=muon",)
 
-TOLERANCES = {"loss_error": 1e-5, "gradient_error": 1e-4, "norm_error": 1e-6, "parameter_error": 1e-5}
+
+MOE = ("model.architecture=moe", "model.moe.n_experts=8", "model.moe.d_ff=48")
+"""8 experts, 2 of them for each token; auxiliary loss by the load of the global batch."""
+BIAS = (*MOE, "model.moe.expert_bias=true", "model.moe.score_function=sigmoid", "model.moe.aux_loss=0")
+SHARED = (*MOE, "model.moe.n_shared_experts=1", "model.moe.shared_expert_gate=true", "model.moe.n_dense_layers=1")
+CAPACITY = (*MOE, "model.moe.capacity_factor=0.8", "model.moe.aux_loss_scope=sequence", "model.moe.router_z_loss=1e-3")
+BY_POSITION = (*MOE, "model.moe.capacity_factor=1.1", "model.moe.drop_policy=position")
+RANDOM = (*MOE, "model.moe.input_jitter=0.1", "model.moe.expert_dropout=0.2")
+FINE_GRAINED = (*MOE, "model.moe.n_experts=16", "model.moe.top_k=4", "model.moe.n_groups=4", "model.moe.top_k_groups=2")
+SWITCH = (*MOE, "model.moe.n_experts=32", "model.moe.top_k=1")
+"""More experts than a rank has tokens, on 8 ranks."""
+
+TOLERANCES = {
+    "loss_error": 1e-5,
+    "gradient_error": 1e-4,
+    "norm_error": 1e-6,
+    "parameter_error": 1e-5,
+    "load_error": 0.0,
+    "balance_error": 1e-5,
+}
+"""The load of experts is counted: it must be the same."""
 BF16_TOLERANCES = {"loss_error": 2e-3, "norm_error": 2e-3}
 
 
@@ -63,13 +83,18 @@ class Case:
         options += [option for option in ("sequence", "replicate_kv") if getattr(layout, option)]
         if layout.stages_per_rank > 1:
             options.append(f"stages_per_rank={layout.stages_per_rank}")
-        settings = [setting.split(".")[-1] for setting in (*self.settings, *self.layout_settings)]
+        settings = [*self.settings, *self.layout_settings]
+        if {*MOE} <= {*settings}:
+            settings = ["moe", *(setting for setting in settings if setting not in MOE)]
+        settings = [
+            f"{key.rpartition('.')[2]}{sign}{value}" for key, sign, value in (s.partition("=") for s in settings)
+        ]
         return " ".join([str(layout), *options, *settings, f"micro_batch={self.micro_batch}"])
 
     @property
     def tolerances(self) -> Mapping[str, float]:
         """The largest error of each kind. Muon orthogonalizes in bf16 whatever the precision is."""
-        return BF16_TOLERANCES if self.settings in (BF16, MUON) else TOLERANCES
+        return BF16_TOLERANCES if {*BF16, *MUON} & {*self.settings} else TOLERANCES
 
 
 def all_cases() -> list[Case]:
@@ -82,6 +107,8 @@ def all_cases() -> list[Case]:
         *combined_cases(),
         *recompute_cases(),
         *bf16_cases(),
+        *expert_cases(),
+        *expert_recipe_cases(),
     ]
 
 
@@ -194,4 +221,42 @@ def bf16_cases() -> list[Case]:
     return [
         *(Case(layout, BF16, micro_batch=1) for layout in layouts),
         *(Case(layout, MUON, micro_batch=1) for layout in muon_layouts),
+    ]
+
+
+def expert_cases() -> list[Case]:
+    """Expert parallelism with each kind of parallelism."""
+    pipeline = {"pipeline": 2, "shard": 2, "expert": 2, "zero": 2}
+    return [
+        Case(Layout(shard=2), MOE),
+        *(Case(Layout(shard=2, expert=2, zero=zero), MOE, micro_batch=1) for zero in (1, 2, 3)),
+        *(Case(Layout(shard=4, expert=n, zero=zero), MOE, micro_batch=1) for zero in (1, 2, 3) for n in (2, 4)),
+        *(Case(Layout(replicate=2, shard=2, expert=2, zero=zero), MOE, micro_batch=1) for zero in (1, 3)),
+        Case(Layout(shard=4, reshard_to=2, expert=2), MOE),
+        Case(Layout(tensor=2), MOE),
+        Case(Layout(tensor=2, expert=2), SHARED),
+        Case(Layout(tensor=2, sequence=True, expert=2), SHARED),
+        Case(Layout(shard=2, expert_tensor=2), MOE),
+        Case(Layout(shard=2, tensor=2, sequence=True, expert=2, expert_tensor=2), RANDOM),
+        Case(Layout(shard=4, tensor=2, sequence=True, expert=4), MOE, micro_batch=1),
+        Case(Layout(shard=2, context=2, tensor=2, expert=2, expert_tensor=2), MOE, micro_batch=1),
+        Case(Layout(context=4, tensor=2, expert=8), SWITCH),
+        Case(Layout(context=2, expert=2), CAPACITY),
+        Case(Layout(context=2, tensor=2, context_method="ulysses", expert=2), CAPACITY),
+        Case(Layout(**pipeline), MOE, micro_batch=1),
+        Case(Layout(**pipeline, schedule="interleaved", stages_per_rank=2), MOE, micro_batch=1),
+        Case(Layout(**pipeline, schedule="interleaved_zero_bubble", stages_per_rank=2), SHARED, micro_batch=1),
+        Case(Layout(**pipeline, schedule="zbv", stages_per_rank=2), BIAS, micro_batch=1),
+    ]
+
+
+def expert_recipe_cases() -> list[Case]:
+    """Ways to route and to train, with experts on two ranks."""
+    layout = Layout(shard=2, expert=2)
+    recipes = (BY_POSITION, BIAS, SHARED, FINE_GRAINED, RANDOM, (*MOE, *BF16), (*MOE, *MUON))
+    return [
+        *(Case(layout, settings) for settings in recipes),
+        Case(Layout(shard=4, expert=2, expert_tensor=2), (*MOE, *MUON), micro_batch=1),
+        Case(layout, MOE, layout_settings=("train.recompute=full",)),
+        Case(Layout(shard=2, tensor=2, expert=2), SHARED, layout_settings=("train.recompute=selective",)),
     ]

@@ -19,6 +19,7 @@ from parallel.engines.torch.build import build_engine
 from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.config.loading import load
+from pretrain.model.moe.router import N_SUMS
 from pretrain.setup.engine import build_engine_options, build_model_spec
 from pretrain.train.batching import split_microbatches, to_host
 
@@ -35,7 +36,9 @@ class TrainingTrace:
     gradients: list[dict[str, Tensor]]
     """Clipped gradients of each step: full tensors by canonical name."""
     parameters: dict[str, Tensor]
-    """Full tensors after the last step, by canonical name."""
+    """Full tensors after the last step, by canonical name: parameters, and what routers remember (biases, load)."""
+    routing: list[Tensor] = field(default_factory=list)
+    """What routers counted in each step, [n_layers, E + N_SUMS]; empty for a dense model."""
 
 
 def make_config(settings: Iterable[str]) -> RunConfig:
@@ -115,8 +118,15 @@ def train_on_layout(config: RunConfig, layout: Layout, rank: int, micro_batch: i
         )
         for step in range(steps)
     ]
-    parameters = {name: full_copy(parameter) for name, parameter in recorders[0].parameters.items()}
-    return TrainingTrace([r.loss for r in results], [r.grad_norm for r in results], recorders[0].gradients, parameters)
+    model = engine.state()["model"]
+    parameters = {name: full_copy(tensor) for name, tensor in model.items() if isinstance(tensor, Tensor)}
+    return TrainingTrace(
+        [r.loss for r in results],
+        [r.grad_norm for r in results],
+        recorders[0].gradients,
+        parameters,
+        [r.routing for r in results if r.routing is not None],
+    )
 
 
 @cache
@@ -137,7 +147,11 @@ def train_case(case: Case, steps: int) -> TrainingTrace | None:
 
 
 def compare(traces: Sequence[TrainingTrace | None], reference: TrainingTrace) -> dict[str, float]:
-    """Return the largest relative error of each kind; a missing parameter counts as infinite."""
+    """Return the largest relative error of each kind; a missing parameter counts as infinite.
+
+    With routers there are two more: of the tokens of each expert (load), and of auxiliary losses, entropy and dropped
+    assignments (balance), each of them by itself.
+    """
     stages = [trace for trace in traces if trace is not None]
     losses = [abs(a - b) / abs(b) for stage in stages for a, b in zip(stage.losses, reference.losses, strict=True)]
     gradients = [
@@ -149,7 +163,19 @@ def compare(traces: Sequence[TrainingTrace | None], reference: TrainingTrace) ->
     norms += [_clipping_error(*step) for step in zip(reference.gradients, reference.grad_norms, strict=True)]
     parameters = _relative_errors([stage.parameters for stage in stages], reference.parameters)
     errors = {"loss_error": losses, "gradient_error": gradients, "norm_error": norms, "parameter_error": parameters}
+    if reference.routing:
+        assert all(len(stage.routing) == len(reference.routing) for stage in stages)
+        pairs = [pair for stage in stages for pair in zip(stage.routing, reference.routing, strict=True)]
+        errors |= {
+            "load_error": [_routing_error(a[:, :-N_SUMS], b[:, :-N_SUMS]) for a, b in pairs],
+            "balance_error": [_routing_error(a[:, i], b[:, i]) for a, b in pairs for i in range(-N_SUMS, 0)],
+        }
     return {kind: max(values) for kind, values in errors.items()}
+
+
+def _routing_error(found: Tensor, expected: Tensor) -> float:
+    """Relative error of what routers counted, over all layers."""
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
 def _clipping_error(clipped: Mapping[str, Tensor], reported_norm: float) -> float:

@@ -10,8 +10,8 @@ from data_pipeline.settings import AUTO, OrAuto, Settings
 
 
 class ParallelConfig(Settings):
-    """How the ranks divide the work. The product of the sizes is the number of processes. Results differ only by
-    rounding."""
+    """How the ranks divide the work. The product of the sizes, without `expert` and `expert_tensor`, is the number of
+    processes. Results differ only by rounding."""
 
     replicate: OrAuto[Annotated[int, Field(gt=0)]] = 1
     """Data-parallel replicas of everything that `shard` and the other sizes do not divide. `auto` is the number of
@@ -31,7 +31,15 @@ class ParallelConfig(Settings):
     """Ranks that split the layers."""
 
     expert: int = Field(default=1, gt=0)
-    """Ranks that split the experts of a mixture of experts; a dense model has none."""
+    """Ranks that share out the experts of a mixture of experts. They are not more processes: the `shard`, `context` and
+    `tensor` ranks are grouped anew for experts (arXiv:2504.14960), and `expert` times `expert_tensor` divides them."""
+
+    expert_tensor: int = Field(default=1, gt=0)
+    """Ranks that split the hidden width of each expert, and with it its products and activations."""
+
+    expert_dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
+    """How tokens travel to their experts: by uneven all-to-alls, or by the kernels of DeepEP
+    (github.com/deepseek-ai/DeepEP; CUDA, bf16, and the package `deep_ep`), which send a token once to each rank."""
 
     zero: OrAuto[Literal[1, 2, 3]] = AUTO
     """What `shard` divides: 1 the optimizer state, 2 gradients too, 3 parameters too. `auto` is 3, and 2 with a

@@ -13,6 +13,7 @@ from parallel.pipeline import schedule
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.setup.batch_schedule import BatchSchedule
 from pretrain.setup.constraints import Violation, divisors, enforce, format_choices, format_processes, format_sizes
+from pretrain.setup.expert_constraints import EXPERT_CONSTRAINTS
 
 EASIEST_TO_CHANGE = ("shard", "replicate", "context", "pipeline", "tensor")
 """Axes in the order in which a wrong number of processes is put right: data ranks change no shape."""
@@ -31,15 +32,7 @@ def build_layout(config: RunConfig, world_size: int) -> Layout:
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
     """Refuse sizes whose product is not the number of processes; `auto` must be resolved."""
-    enforce((no_experts,), parallel)
     enforce((sizes_are_all_processes,), parallel, world_size)
-
-
-def no_experts(parallel: ParallelConfig) -> Violation | None:
-    """There is no mixture of experts yet, so nothing to divide."""
-    if parallel.expert == 1:
-        return None
-    return Violation(f"parallel.expert={parallel.expert} divides experts, and this model has none", "use 1")
 
 
 def sizes_are_all_processes(parallel: ParallelConfig, world_size: int) -> Violation | None:
@@ -213,6 +206,13 @@ def recompute_can_compile(config: RunConfig) -> Violation | None:
     """Compilation goes with the pipeline schedule and the recomputation: see `can_compile`."""
     if not config.train.compile or can_compile(config):
         return None
+    if not _splits_backward(config):
+        return Violation(
+            "train.compile=true does not go with train.recompute=selective where experts are split over ranks "
+            "(parallel.expert, parallel.expert_tensor or parallel.tensor above 1): it would keep what compiled code "
+            "writes over",
+            "use train.recompute=full or train.compile=false",
+        )
     return Violation(
         f"train.compile=true does not go with parallel.schedule={config.parallel.schedule} and "
         f"train.recompute=selective, which would keep what compiled code writes over",
@@ -298,6 +298,7 @@ LAYOUT_CONSTRAINTS = (
     context_divides_sequence,
     sequence_divides_context_part,
     ulysses_divides_heads,
+    *EXPERT_CONSTRAINTS,
     batch_divides,
     micro_batch_is_within_batch,
     longer_sequences_divide,
@@ -323,13 +324,14 @@ def can_compile(config: RunConfig) -> bool:
 
     Zero-bubble schedules compile the pieces of a block between its linear layers (`parallel.pipeline.zero_bubble`).
     Selective recomputation would then see the operators inside those pieces, and keep results in memory that compiled
-    code uses again.
+    code uses again. The same holds for experts that have a mesh of their own.
     """
-    return not (_splits_backward(config) and config.train.recompute == "selective")
+    splits_experts = config.model.moe.n_experts > 0 and _layout_of(config.parallel).splits_experts
+    return not ((_splits_backward(config) or splits_experts) and config.train.recompute == "selective")
 
 
 def _layout_of(parallel: ParallelConfig) -> Layout:
-    return Layout(**parallel.model_dump(exclude={"expert"}))
+    return Layout(**parallel.model_dump())
 
 
 def _splits_backward(config: RunConfig) -> bool:
@@ -342,8 +344,11 @@ def _replicates_kv(config: RunConfig) -> bool:
 
 def _dimensions_of_tensor(config: RunConfig) -> dict[str, int]:
     """Dimensions of the model that tensor parallelism divides."""
-    names = ("n_heads", "n_kv_heads", "d_ff", "vocab_size")
-    return {n: getattr(config.model, n) for n in names if n != "n_kv_heads" or not _replicates_kv(config)}
+    model = config.model
+    names = ["n_heads", *([] if _replicates_kv(config) else ["n_kv_heads"])]
+    if not all(map(model.moe.has_experts, range(model.n_layers))):
+        names.append("d_ff")
+    return {name: getattr(model, name) for name in (*names, "vocab_size")}
 
 
 def _pieces(parallel: ParallelConfig) -> int:

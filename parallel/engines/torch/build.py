@@ -24,7 +24,7 @@ from parallel.expert import apply_expert_parallel, apply_row_ranks
 from parallel.fsdp import apply_fsdp
 from parallel.layout import Layout
 from parallel.local import local_shard
-from parallel.mesh import ExpertMesh, build_expert_mesh, build_mesh, has_expert_mesh
+from parallel.mesh import ExpertMesh, build_expert_mesh, build_mesh
 from parallel.pipeline.runner import PipelineRunner
 from parallel.pipeline.schedule import assign_layers, has_split_backward, stages_of_rank
 from parallel.pipeline.stage import StageModule
@@ -87,7 +87,7 @@ def build_parallel_engine(
     stage_modules: dict[int, StageModule] = {}
     if layout.pipeline > 1:
         stage_modules = {i: StageModule(chunk, spec.forward_step, layout) for i, chunk in chunks.items()}
-    expert_mesh = build_expert_mesh(mesh, layout) if has_expert_mesh(layout, spec.routing_width) else None
+    expert_mesh = build_expert_mesh(mesh, layout) if spec.routing_width and layout.splits_experts else None
     for chunk in chunks.values():
         _split_computation(chunk, mesh, expert_mesh, layout)
     fsdp_roots = [
@@ -135,7 +135,7 @@ def _build_chunk(spec: ModelSpec, layers: range, options: EngineOptions, layout:
     # torch.compile does not recompute a block that contains uncompiled code. A split backward pass leaves the linear
     # layers uncompiled (`parallel.pipeline.zero_bubble`), and experts with a mesh of their own leave FSDP's hooks and
     # the exchange of tokens. There recomputation must be the outer wrapper.
-    has_nested_units = has_expert_mesh(layout, spec.routing_width)
+    has_nested_units = spec.routing_width > 0 and layout.splits_experts
     compile_first = has_nested_units or has_split_backward(layout.pipeline, layout.schedule)
     if options.compile and compile_first:
         chunk.compile_submodules()

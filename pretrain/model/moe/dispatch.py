@@ -66,6 +66,10 @@ class LocalDispatcher:
         self._n_experts = n_experts
         self._drops = drops
 
+    def for_experts(self, n_experts: int) -> LocalDispatcher:
+        """Return a dispatcher for that many experts, which may drop assignments."""
+        return LocalDispatcher(n_experts, drops=True)
+
     def send(
         self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, key_TK: Tensor | None
     ) -> tuple[Permutation, ExpertRows]:
