@@ -50,7 +50,11 @@ def no_reduction(patch: pytest.MonkeyPatch) -> None:
 
 def own_loss_scale(patch: pytest.MonkeyPatch) -> None:
     """Each data rank divides by its own number of targets."""
-    patch.setattr(TorchEngine, "_count_targets", lambda self, given: torch.tensor(sum(m.n_targets for m in given)))
+    patch.setattr(
+        TorchEngine,
+        "_count_targets",
+        lambda self, given: torch.tensor([sum(m.n_targets for m in given), sum(m.n_tokens for m in given)]),
+    )
 
 
 def wrong_head_order(patch: pytest.MonkeyPatch) -> None:
@@ -76,9 +80,9 @@ def no_document_mask(patch: pytest.MonkeyPatch) -> None:
     """Context ranks attend across documents."""
     forward_step = program.forward_step
 
-    def blind(model: nn.Module, received: torch.Tensor | None, microbatch: Microbatch, *, z_loss: float) -> object:
+    def blind(model: nn.Module, received: torch.Tensor | None, microbatch: Microbatch, **settings: float) -> object:
         one = microbatch.document_ids * 0
-        return forward_step(model, received, Microbatch(**{**vars(microbatch), "document_ids": one}), z_loss=z_loss)
+        return forward_step(model, received, replace(microbatch, document_ids=one), **settings)
 
     patch.setattr(program, "forward_step", blind)
 
