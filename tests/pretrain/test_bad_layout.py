@@ -20,6 +20,7 @@ Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 
 HEADS = ("model.n_heads=8", "model.n_kv_heads=4")
 TWELVE_HEADS = ("model.n_heads=12", "model.head_dim=4", "model.d_ff=96", "model.vocab_size=384")
+EXPERTS = ("model.architecture=moe", "model.moe.n_experts=8", "model.moe.d_ff=12")
 LONG = ("model.n_layers=8", "train.batch_size=32", "train.micro_batch_size=1")
 
 REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
@@ -54,6 +55,46 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         2,
         ("parallel.expert=2",),
         "parallel.expert=2 divides experts, and this model has none: use 1",
+    ),
+    "expert tensor parallelism of a dense model": (
+        2,
+        ("parallel.expert_tensor=2",),
+        "parallel.expert_tensor=2 divides experts, and this model has none: use 1",
+    ),
+    "experts": (
+        3,
+        (*EXPERTS, "parallel.expert=3", "train.batch_size=6"),
+        "parallel.expert=3 does not divide model.moe.n_experts=8: use 1, 2, 4 or 8",
+    ),
+    "width of experts": (
+        8,
+        (*EXPERTS, "parallel.expert_tensor=8", "train.batch_size=8"),
+        "parallel.expert_tensor=8 does not divide model.moe.d_ff=12: use 1, 2, 3, 4, 6 or 12",
+    ),
+    "expert axes that do not fold": (
+        4,
+        (*EXPERTS, "parallel.replicate=2", "parallel.expert=4"),
+        "parallel.expert=4 x parallel.expert_tensor=1 = 4 does not divide the 2 ranks of parallel.shard=2 x "
+        "parallel.context=1 x parallel.tensor=1: use a product of 1 or 2",
+    ),
+    "tokens of layers with experts": (
+        2,
+        (*HEADS, *EXPERTS, "parallel.tensor=2", "parallel.sequence=false", "data.seq_len=31"),
+        "data.seq_len=31 is not divisible by parallel.tensor=2, and tensor ranks divide the tokens of layers with "
+        "experts: use a multiple of 2, such as 32",
+    ),
+    "DeepEP": (
+        2,
+        (*EXPERTS, "parallel.expert=2", "parallel.expert_dispatch=deepep", "train.precision=fp32"),
+        "parallel.expert_dispatch=deepep also needs the package deep_ep, train.device=cuda, train.precision=bf16: set "
+        "that, or parallel.expert_dispatch=all_to_all",
+    ),
+    "compiled experts that are recomputed in part": (
+        2,
+        (*EXPERTS, "parallel.expert=2", "train.compile=true", "train.recompute=selective"),
+        "train.compile=true does not go with train.recompute=selective where experts are split over ranks "
+        "(parallel.expert, parallel.expert_tensor or parallel.tensor above 1): it would keep what compiled code writes "
+        "over: use train.recompute=full or train.compile=false",
     ),
     "heads": (3, ("parallel.tensor=3",), "parallel.tensor=3 does not divide model.n_heads=2: use 1"),
     "key/value heads": (
