@@ -9,8 +9,8 @@ The `checkpoints/` folder of a run holds one folder per checkpoint:
     step-00002000.tmp-1a2b3c4d/    being written, or left behind by a crash; never read
 
 Modules: `save` and `load` move tensors, `manifest` reads and writes manifest.json, `verify` compares files with it,
-`directory` finds checkpoints, `prune` deletes old ones, `rng` captures random states, `object_collectives` lets the
-ranks agree.
+`streaming` reads and makes tensors one at a time, `directory` finds checkpoints, `prune` deletes old ones, `rng`
+captures random states, `object_collectives` lets the ranks agree.
 
 torch.distributed.checkpoint alone accepts a flipped bit, a zeroed page, files of two different saves, more layers than
 the model has, and another dtype. The manifest and the comparison in `load` catch these.

@@ -43,6 +43,10 @@ class TrainState(BaseModel):
     layout: dict[str, int]
     """Ranks along each axis of parallelism, such as {"shard": 8}. A checkpoint loads on any layout."""
 
+    conversion: str | None = None
+    """How `pretrain convert` made the weights from another checkpoint. Such a checkpoint has no optimizer state. None
+    for one that training has saved."""
+
     rng: dict[str, dict[str, str]]
     """Random states (`pretrain.checkpoint.rng`) by the coordinates of the rank, such as "shard=0 tensor=1"."""
 

@@ -28,7 +28,12 @@ from pretrain.errors import UserError
 
 
 def save_checkpoint(
-    directory: Path, state: StateDict, train_state: TrainState, group: ProcessGroup | None = None
+    directory: Path,
+    state: StateDict,
+    train_state: TrainState,
+    group: ProcessGroup | None = None,
+    *,
+    file_per_tensor: bool = False,
 ) -> Path:
     """Write the checkpoint of `train_state.step` into `directory` and return its path. Every rank of `group` calls it.
 
@@ -38,6 +43,8 @@ def save_checkpoint(
             device and are read in place: they must not change until this returns.
         train_state: that of rank 0 is saved.
         group: None is a single process.
+        file_per_tensor: write a file for each tensor instead of one for each rank. DCP holds what it writes until a
+            file is complete, so this needs memory for two tensors only if `state` has `streaming.LazyTensor`s.
 
     Raises:
         UserError: a valid checkpoint of this step exists: another process writes there too. A damaged one is replaced.
@@ -51,7 +58,7 @@ def save_checkpoint(
     partial = partial_path(directory, train_state.step, generation[:8])
     try:
         on_rank_zero(group, lambda: _make_partial_folder(target, partial))
-        checksums = all_gather_object(_write_tensors(partial, state, group), group)
+        checksums = all_gather_object(_write_tensors(partial, state, group, file_per_tensor), group)
         files = {name: checksum for of_rank in checksums for name, checksum in of_rank.items()}
         fields = {name: getattr(train_state, name) for name in TrainState.model_fields}
         on_rank_zero(group, lambda: _commit(partial, target, Manifest(**fields, generation=generation, files=files)))
@@ -70,12 +77,16 @@ def _make_partial_folder(target: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _write_tensors(folder: Path, state: StateDict, group: ProcessGroup | None) -> dict[str, FileChecksum]:
-    """Write one file per rank and return the checksums of this rank's files. DCP raises an error of one rank on all.
+def _write_tensors(
+    folder: Path, state: StateDict, group: ProcessGroup | None, file_per_tensor: bool
+) -> dict[str, FileChecksum]:
+    """Write the files of this rank and return their checksums. DCP raises an error of one rank on all.
 
     One thread: DCP loses the errors of additional writer threads.
     """
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False, thread_count=1, overwrite=False)
+    writer = FileSystemWriter(
+        folder, single_file_per_rank=not file_per_tensor, sync_files=False, thread_count=1, overwrite=False
+    )
     file_system = HashingFileSystem()
     writer.fs = file_system
     with unwrap_dcp_errors():

@@ -14,7 +14,7 @@ from data_pipeline.errors import DISK_ERRNOS, DataError, StorageError, redact
 from parallel.errors import LayoutError
 from parallel.failure import fail_together
 from parallel.world import World
-from pretrain.cli import config, data, demo, generate, layout, report, train
+from pretrain.cli import config, convert, data, demo, generate, layout, report, train
 from pretrain.cli.common import EXIT_FAILED, EXIT_WRONG_INPUT
 from pretrain.cli.settings_help import TrainCommand
 from pretrain.errors import Diverged, UserError
@@ -41,6 +41,7 @@ app.command()(report.report)
 app.command(cls=TrainCommand, no_args_is_help=True)(layout.layout)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.add_typer(convert.app, name="convert")
 
 
 def main() -> None:

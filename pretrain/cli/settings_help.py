@@ -20,7 +20,7 @@ class SettingsCommand(TyperCommand):
     """A command that takes a config: its help lists the settings."""
 
     sections: tuple[str, ...] | None = None
-    """Sections of the config to list; None lists all."""
+    """Sections of the config to list, such as `model.moe`; None lists all."""
 
     with_prepare_keys: bool = True
     """Whether to list settings that only `pretrain data prepare` reads."""
@@ -55,7 +55,8 @@ def settings_table(sections: tuple[str, ...] | None, *, with_prepare_keys: bool 
     for heading, width in (("key", None), ("default", DEFAULT_WIDTH), ("", None)):
         table.add_column(heading, header_style="dim", overflow="fold", max_width=width)
     for key, field in walk():
-        if (sections is None or key.split(".")[0] in sections) and (with_prepare_keys or not is_prepare_key(key)):
+        listed = sections is None or any(key.startswith(f"{section}.") for section in sections)
+        if listed and (with_prepare_keys or not is_prepare_key(key)):
             description, default = " ".join((field.description or "").split()), str(defaults[key])
             if len(default) > DEFAULT_WIDTH:
                 description, default = f"{description} Default: {default}", ""

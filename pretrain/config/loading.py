@@ -73,10 +73,7 @@ def load(source: str | Path | None, overrides: Sequence[str] = ()) -> Loaded:
         UserError: unknown key (with the nearest known one), wrong type, value out of range, missing or unreadable file.
     """
     file_tree = {} if source is None else _rename(_read_yaml(_find(str(source), "configs")))
-    argument_tree: Tree = {}
-    for argument in overrides:
-        _put(argument_tree, *_split(argument))
-    argument_tree = _rename(argument_tree)
+    argument_tree = parse_arguments(overrides)
     preset = _get("model", "preset", argument_tree, file_tree)
     preset_tree: Tree = {} if preset is None else {"model": _read_yaml(_find(str(preset), "configs.models"))}
     parent = _get("run", "init_from", argument_tree, file_tree)
@@ -99,6 +96,14 @@ def load(source: str | Path | None, overrides: Sequence[str] = ()) -> Loaded:
             _put(merged, key, value)
             origin[key] = name
     return Loaded(validate(merged), origin)
+
+
+def parse_arguments(arguments: Sequence[str]) -> Tree:
+    """`key=value` arguments as a tree. UserError if one is not of that form."""
+    tree: Tree = {}
+    for argument in arguments:
+        _put(tree, *_split(argument))
+    return _rename(tree)
 
 
 def load_args(args: Sequence[str]) -> Loaded:

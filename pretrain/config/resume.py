@@ -22,6 +22,10 @@ class MayChangeAhead:
     """
 
 
+AncestorMode = Literal["weights", "full", "upcycle", "gqa"]
+"""What a run took over from a checkpoint: see `run.init_mode`, and for the others `pretrain convert --help`."""
+
+
 class Ancestor(Settings):
     """A checkpoint that a run began from."""
 
@@ -34,8 +38,8 @@ class Ancestor(Settings):
     samples: int
     """Sequences that it had read."""
 
-    mode: Literal["weights", "full"]
-    """What was taken over; see run.init_mode."""
+    mode: AncestorMode
+    """What was taken over, or how it was converted."""
 
     generation: str
     """Id of the checkpoint, unique to each save."""

@@ -112,7 +112,13 @@ def load_trained_run(
 
 def load_trained_model(path: Path, config: RunConfig, device: torch.device) -> Transformer:
     """Load the unsharded model of the checkpoint at `path` onto `device`, in the run's precision, whatever its
-    layout."""
-    model = build_model(config.model, "sdpa", device)
-    load_checkpoint(path, {"model": dict(model.named_parameters())})
-    return model.to(DTYPES[config.train.precision]).eval()
+    layout.
+
+    Its experts take every token: text is made token by token, and a token alone exceeds no capacity.
+    """
+    dropless = config.model.moe.model_copy(update={"capacity_factor": None})
+    model = build_model(config.model.model_copy(update={"moe": dropless}), "sdpa", device)
+    load_checkpoint(path, {"model": dict(model.named_parameters()) | model.saved_buffers})
+    for parameter in model.parameters():  # not the buffers: routers compute in fp32
+        parameter.data = parameter.data.to(DTYPES[config.train.precision])
+    return model.eval()

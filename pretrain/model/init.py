@@ -76,6 +76,11 @@ def init_shard(
             each.result()
 
 
+def random_stream(name: str, seed: int) -> np.random.Generator:
+    """Return a stream of random numbers that depends only on the seed and on `name`, which no parameter may have."""
+    return np.random.Generator(np.random.Philox(key=_key(f"{seed}/{name}")))
+
+
 def _key(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=16).digest(), "little")
 

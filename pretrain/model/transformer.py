@@ -112,6 +112,12 @@ class Transformer(nn.Module):
             if isinstance(module, Router):
                 module.reset_buffers()
 
+    @property
+    def saved_buffers(self) -> dict[str, Tensor]:
+        """{canonical name: tensor} of what a checkpoint holds beside the parameters."""
+        routers = {name: module for name, module in self.named_modules() if isinstance(module, Router)}
+        return {f"{name}.{key}": x for name, router in routers.items() for key, x in router.saved_buffers.items()}
+
     def compile_submodules(self) -> None:
         """Compile what repeats or consists of many small operations: every block, the final norm, the softmax of the
         loss.

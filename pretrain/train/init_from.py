@@ -6,54 +6,25 @@ longer needs the parent.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import Path
 
-import xxhash
 from torch.distributed import ProcessGroup
 
 from data_pipeline.errors import StorageError
 from data_pipeline.reading.loader import Loader
-from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizing.tokenizer import Tokenizer
 from parallel.engine import Engine
 from pretrain.checkpoint import directory
 from pretrain.checkpoint.load import load_checkpoint
-from pretrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.object_collectives import on_rank_zero
 from pretrain.checkpoint.verify import verify_on_all_ranks
 from pretrain.config import Ancestor, RunConfig, flatten
-from pretrain.config.loading import validate
 from pretrain.config.model import WEIGHT_SETTINGS
-from pretrain.config.saved import CONFIG_FILE, split_init_from
+from pretrain.config.saved import split_init_from
 from pretrain.errors import UserError
 from pretrain.optim.schedule import learning_rate
-
-
-@dataclass(frozen=True)
-class InitCheckpoint:
-    """The checkpoint that a run starts from."""
-
-    run: Path
-    """As `run.init_from` names it: a run directory, or the checkpoint itself."""
-    path: Path
-    """The checkpoint."""
-    manifest: Manifest
-    config: RunConfig
-    """Settings of the parent run when it was saved."""
-
-    @property
-    def run_dir(self) -> Path | None:
-        """The parent's run directory; None for a checkpoint folder outside of one, such as a copy."""
-        checkpoints = self.path.absolute().parent
-        lies_in_run = checkpoints.name == "checkpoints" and (checkpoints.parent / CONFIG_FILE).is_file()
-        return checkpoints.parent if lies_in_run else None
-
-    @property
-    def name(self) -> str:
-        """`RUN@STEP`, as in the settings."""
-        return str(self.run) if self.run == self.path else f"{self.run}@{self.manifest.step}"
+from pretrain.setup.named_checkpoint import NamedCheckpoint, find_checkpoint
 
 
 def pin_init_from(config: RunConfig, previous: RunConfig | None) -> RunConfig:
@@ -81,51 +52,26 @@ def pin_init_from(config: RunConfig, previous: RunConfig | None) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update=pinned)})
 
 
-def find_init_checkpoint(config: RunConfig) -> InitCheckpoint:
+def find_init_checkpoint(config: RunConfig) -> NamedCheckpoint:
     """Return the checkpoint that `run.init_from` names. Reads only its manifest.
 
     Raises:
         UserError: it does not exist, or the run started from another one.
     """
     assert config.run.init_from is not None
-    run, step = split_init_from(config.run.init_from)
     named = f"run.init_from={config.run.init_from}"
-    path = run if (run / MANIFEST).is_file() else _checkpoint_in_run(run, step, named)
-    manifest = read_manifest(path)
-    if step not in (None, manifest.step):
-        raise UserError(f"{named}: the checkpoint in {run} is that of step {manifest.step}; leave @{step} out")
+    found = find_checkpoint(config.run.init_from, named)
     recorded = next(iter(config.run.ancestry), None)
-    if recorded and recorded.generation != manifest.generation:
+    if recorded and recorded.generation != found.manifest.generation:
         raise UserError(
-            f"{named} is another checkpoint now (generation {manifest.generation}) than the one that this run started "
-            f"from ({recorded.generation}, in {recorded.run}); put that one back, or choose another run.dir and leave "
-            "run.ancestry out"
+            f"{named} is another checkpoint now (generation {found.manifest.generation}) than the one that this run "
+            f"started from ({recorded.generation}, in {recorded.run}); put that one back, or choose another run.dir "
+            "and leave run.ancestry out"
         )
-    try:
-        return InitCheckpoint(run, path, manifest, validate(manifest.config))
-    except UserError as error:
-        raise UserError(f"{path / MANIFEST}: its settings cannot be read by this version: {error}") from error
+    return found
 
 
-def _checkpoint_in_run(run: Path, step: int | None, named: str) -> Path:
-    """Return the path of the checkpoint of `step` in a run directory; None is the latest."""
-    kept = directory.committed_steps(run / "checkpoints")
-    if not kept:
-        raise UserError(
-            f"{named}: {run} holds no checkpoint; name a run directory that does, or the folder of one checkpoint"
-        )
-    if step is not None and step not in kept:
-        shown = ", ".join(str(other) for other in sorted(kept))
-        raise UserError(
-            f"{named}: there is no checkpoint of step {step}; kept are {shown} (checkpoint.keep says how many a run "
-            "keeps)"
-        )
-    path = directory.checkpoint_path(run / "checkpoints", kept[0] if step is None else step)
-    directory.check_name(path)
-    return path
-
-
-def check_init_checkpoint(parent: InitCheckpoint, config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
+def check_init_checkpoint(parent: NamedCheckpoint, config: RunConfig, tokenizer: Tokenizer, data: Loader) -> None:
     """Raise UserError if `config` cannot start from this checkpoint; the message names the differences and the way
     out."""
     named = f"run.init_from={parent.name}"
@@ -145,18 +91,16 @@ def check_init_checkpoint(parent: InitCheckpoint, config: RunConfig, tokenizer: 
         _check_full(parent, config, data, named)
 
 
-def _check_tokenizer(parent: InitCheckpoint, tokenizer: Tokenizer, data: Loader, named: str) -> None:
+def _check_tokenizer(parent: NamedCheckpoint, tokenizer: Tokenizer, data: Loader, named: str) -> None:
     """Raise UserError if the parent used another tokenizer: the same ids must mean the same text."""
     if parent.manifest.dataset == data.fingerprint:
         return
-    kept = [] if parent.run_dir is None else [parent.run_dir / "tokenizer.json"]
-    candidates = [*kept, Path(parent.config.data.tokenizer)]
-    files = {load_tokenizer(file).fingerprint: file for file in reversed(candidates) if file.exists()}
-    theirs = parent.manifest.tokenizer or next(reversed(files), None)
+    files = parent.tokenizer_files
+    theirs = parent.manifest.tokenizer or next(iter(files), None)
     if theirs is None:
         raise UserError(
-            f"{named}: its tokenizer is not at {' or '.join(map(str, candidates))}; put it there, so that it can be "
-            "compared"
+            f"{named}: its tokenizer is not at {' or '.join(map(str, parent.tokenizer_paths))}; put it there, so that "
+            "it can be compared"
         )
     if theirs != tokenizer.fingerprint:
         remedy = f"prepare the data with data.tokenizer={files[theirs]}" if theirs in files else "use data made with it"
@@ -166,9 +110,13 @@ def _check_tokenizer(parent: InitCheckpoint, tokenizer: Tokenizer, data: Loader,
         )
 
 
-def _check_full(parent: InitCheckpoint, config: RunConfig, data: Loader, named: str) -> None:
+def _check_full(parent: NamedCheckpoint, config: RunConfig, data: Loader, named: str) -> None:
     """Raise UserError if `run.init_mode=full` cannot continue the parent: its steps, optimizer state and data."""
     manifest, full = parent.manifest, f"{named} with run.init_mode=full"
+    if manifest.conversion is not None:
+        raise UserError(
+            f"{full} takes over the optimizer state, and a converted checkpoint has none; set run.init_mode=weights"
+        )
     if config.train.steps <= manifest.step:
         raise UserError(
             f"{full} goes on at step {manifest.step + 1}, and train.steps={config.train.steps} counts from the first "
@@ -214,7 +162,7 @@ def _order_differs(theirs: RunConfig, ours: RunConfig) -> str:
     return "; ".join(f"{key} is {flat_theirs[key]} there and {flat_ours[key]} here" for key in differ)
 
 
-def load_init_checkpoint(parent: InitCheckpoint, engine: Engine, mode: str, group: ProcessGroup | None) -> None:
+def load_init_checkpoint(parent: NamedCheckpoint, engine: Engine, mode: str, group: ProcessGroup | None) -> None:
     """Verify the checkpoint and load it into the engine, on any layout. Every rank of `group` calls it.
 
     Args:
@@ -241,7 +189,7 @@ def load_init_checkpoint(parent: InitCheckpoint, engine: Engine, mode: str, grou
     engine.sync_compute_weights()
 
 
-def _refuse_if_deleted(parent: InitCheckpoint, group: ProcessGroup | None) -> None:
+def _refuse_if_deleted(parent: NamedCheckpoint, group: ProcessGroup | None) -> None:
     """Raise UserError if the parent has deleted the checkpoint while it was read."""
     if on_rank_zero(group, lambda: not (parent.path / MANIFEST).exists()):
         raise UserError(
@@ -251,23 +199,14 @@ def _refuse_if_deleted(parent: InitCheckpoint, group: ProcessGroup | None) -> No
         )
 
 
-def add_ancestry(config: RunConfig, parent: InitCheckpoint) -> RunConfig:
+def add_ancestry(config: RunConfig, parent: NamedCheckpoint) -> RunConfig:
     """Return the config with the exact checkpoint that it starts from, followed by that checkpoint's ancestors."""
-    manifest = parent.manifest
-    content = json.dumps(manifest.config, sort_keys=True).encode()
-    ancestor = Ancestor(
-        run=str((parent.run_dir or parent.path).resolve()),
-        step=manifest.step,
-        samples=manifest.samples,
-        mode=config.run.init_mode,
-        generation=manifest.generation,
-        config=xxhash.xxh3_128_hexdigest(content),
-    )
+    ancestor = parent.as_ancestor(config.run.init_mode)
     run = config.run.model_copy(update={"init_from": parent.name, "ancestry": (ancestor, *parent.config.run.ancestry)})
     return config.model_copy(update={"run": run})
 
 
-def describe_init_checkpoint(parent: InitCheckpoint, config: RunConfig) -> str:
+def describe_init_checkpoint(parent: NamedCheckpoint, config: RunConfig) -> str:
     """Return one sentence for people: what is taken from the checkpoint, and which model settings differ."""
     manifest = parent.manifest
     text = f"from the weights of {parent.name} (generation {manifest.generation})"

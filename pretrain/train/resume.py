@@ -21,8 +21,9 @@ from pretrain.errors import UserError
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.jsonl import backup_records, read_events, truncate_after
 from pretrain.setup.batch_schedule import BatchSchedule
+from pretrain.setup.named_checkpoint import NamedCheckpoint
 from pretrain.train.disk_space import check_writable
-from pretrain.train.init_from import InitCheckpoint, check_init_checkpoint, find_init_checkpoint, load_init_checkpoint
+from pretrain.train.init_from import check_init_checkpoint, find_init_checkpoint, load_init_checkpoint
 from pretrain.train.rank_info import RankInfo
 from pretrain.train.resume_checks import check_records
 from pretrain.train.schedule_change import check_schedule
@@ -43,7 +44,7 @@ class ResumeState:
     """Each newer checkpoint that is not valid, with its first problem."""
     resumed: bool = False
     """Whether it resumes from a checkpoint of this run."""
-    parent: InitCheckpoint | None = None
+    parent: NamedCheckpoint | None = None
     """The checkpoint of another run that this one starts from; None if it resumes."""
     notices: tuple[str, ...] = ()
     """Other findings that the user should know about."""
@@ -131,6 +132,11 @@ def _resume(
     rank_info: RankInfo,
 ) -> ResumeState:
     """Load a checkpoint of this run into the engine."""
+    if manifest.conversion is not None:
+        raise UserError(
+            f"run.dir={run_dir.path} holds converted weights, which no run has trained: choose another run.dir, and "
+            f"start from them with run.init_from={run_dir.path}"
+        )
     kept = on_rank_zero(rank_info.group, lambda: directory.committed_steps(run_dir.checkpoints))
     check_schedule(run_dir.path, validate(manifest.config), config, manifest.step, manifest.samples, kept)
     _check_data(path, manifest, data)

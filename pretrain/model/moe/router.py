@@ -42,7 +42,7 @@ class Router(nn.Module):
     e_score_correction_bias: Tensor
     """[E], added to the scores when experts are chosen (arXiv:2408.15664). Only with `expert_bias`."""
     expert_load: Tensor
-    """[E], fraction of the assignments of the last global batch. Only if the auxiliary loss reads it."""
+    """[E], fraction of the assignments of the last global batch."""
     probe: Tensor
     """[E + N_SUMS], zeros: its gradient is the statistics of the training passes of a step."""
     evaluation_sums: Tensor
@@ -55,11 +55,8 @@ class Router(nn.Module):
         self.config, self.layer = config.moe, layer
         E = config.moe.n_experts
         self.weight = nn.Parameter(torch.empty(E, config.d_model))
-        self._reads_load = config.moe.aux_loss > 0 and config.moe.aux_loss_scope == "global_batch"
-        self.saved = [
-            *(["e_score_correction_bias"] if config.moe.expert_bias else []),
-            *(["expert_load"] if self._reads_load else []),
-        ]
+        # The load is kept even if no auxiliary loss reads it: checkpoints then fit whatever the balancing settings are.
+        self.saved = ["expert_load", *(["e_score_correction_bias"] if config.moe.expert_bias else [])]
         for name in self.saved:
             self.register_buffer(name, torch.empty(E))
         self.register_buffer("probe", torch.empty(E + N_SUMS, dtype=torch.float64), persistent=False)
@@ -217,8 +214,7 @@ class Router(nn.Module):
         if self.config.expert_bias:  # arXiv:2408.15664, algorithm 1
             error_E = counts_E.mean() - counts_E
             self.e_score_correction_bias.add_(error_E.sign().float(), alpha=self.config.bias_update_rate)
-        if self._reads_load:
-            self.expert_load.copy_(counts_E / counts_E.sum().clamp(min=1))
+        self.expert_load.copy_(counts_E / counts_E.sum().clamp(min=1))
 
 
 class _Attach(torch.autograd.Function):
