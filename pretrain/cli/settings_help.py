@@ -47,7 +47,7 @@ class TrainCommand(SettingsCommand):
 
 def settings_table(sections: tuple[str, ...] | None, *, with_prepare_keys: bool = True) -> Table:
     """Return the key, default and description of every setting in these sections."""
-    from pretrain.config import RunConfig, flatten, is_prepare_key, walk
+    from pretrain.config import AUTO, RunConfig, flatten, is_prepare_key, walk
 
     defaults = flatten(RunConfig())
     table = Table(title="Settings, given as key=value", title_justify="left", title_style="bold")
@@ -57,7 +57,9 @@ def settings_table(sections: tuple[str, ...] | None, *, with_prepare_keys: bool 
     for key, field in walk():
         listed = sections is None or any(key.startswith(f"{section}.") for section in sections)
         if listed and (with_prepare_keys or not is_prepare_key(key)):
-            description, default = " ".join((field.description or "").split()), str(defaults[key])
+            # RunConfig() has resolved some `auto`s already.
+            default = AUTO if field.default == AUTO else str(defaults[key])
+            description = " ".join((field.description or "").split())
             if len(default) > DEFAULT_WIDTH:
                 description, default = f"{description} Default: {default}", ""
             table.add_row(f"[cyan]{key}[/]", escape(default), Text(description))

@@ -3,7 +3,7 @@
 Each expert is a copy of the dense MLP, or of a slice of it. The hidden width F of the MLP is cut into G = F / moe.d_ff
 slices. MLP(x) is the sum of the slices' outputs. The first `n_shared_experts` slices become the shared experts, and the
 R others become routed experts, each of them n_experts / R times: experts j*R to j*R + R - 1 are the j-th copy of the
-routed part. The router is fresh. If G > 1 the experts of a copy begin with the same router row, so that they are chosen
+routed part. The router is fresh. If R > 1, the experts of a copy begin with the same router row, so that they are chosen
 together (the virtual groups of arXiv:2410.07524, section 3.3).
 
 Then a token's chosen experts are whole copies if `top_k` is a multiple of R. Each slice gets 1/R of the sum of the
@@ -13,7 +13,6 @@ normalised; otherwise it is that of even scores, and the function is only approx
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -116,17 +115,14 @@ def _moe_config(source: Source, settings: Sequence[str]) -> RunConfig:
         )
     if model.architecture != "llama":
         raise UserError(f"{name} has model.architecture={model.architecture}; only llama can be upcycled")
-    arguments = parse_arguments(settings)
-    others = [key for key in arguments if key != "model"] or [
-        f"model.{key}" for key in arguments.get("model", {}) if key != "moe"
-    ]
-    if others:
-        raise UserError(
-            f"{others[0]} is that of {name} and cannot change here; give settings of model.moe, such as "
-            "model.moe.n_experts=8"
-        )
+    for argument in settings:
+        if not argument.startswith("model.moe."):
+            raise UserError(
+                f"`{argument}`: upcycling takes settings of model.moe only, such as model.moe.n_experts=8; all others "
+                f"are those of {name}"
+            )
     tree = source.config.model_dump(mode="json")
-    moe = arguments.get("model", {}).get("moe", {})
+    moe = parse_arguments(settings)["model"]["moe"]
     tree["model"] |= {"architecture": "moe", "preset": None, "moe": moe}
     return validate(tree)
 

@@ -118,7 +118,7 @@ def load_trained_model(path: Path, config: RunConfig, device: torch.device) -> T
     """
     dropless = config.model.moe.model_copy(update={"capacity_factor": None})
     model = build_model(config.model.model_copy(update={"moe": dropless}), "sdpa", device)
-    load_checkpoint(path, {"model": dict(model.named_parameters()) | model.saved_buffers})
+    load_checkpoint(path, {"model": {**dict(model.named_parameters()), **model.saved_buffers}})
     for parameter in model.parameters():  # not the buffers: routers compute in fp32
         parameter.data = parameter.data.to(DTYPES[config.train.precision])
     return model.eval()

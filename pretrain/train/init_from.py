@@ -19,7 +19,7 @@ from pretrain.checkpoint.load import load_checkpoint
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.object_collectives import on_rank_zero
 from pretrain.checkpoint.verify import verify_on_all_ranks
-from pretrain.config import Ancestor, RunConfig, flatten
+from pretrain.config import RunConfig, flatten
 from pretrain.config.model import WEIGHT_SETTINGS
 from pretrain.config.saved import split_init_from
 from pretrain.errors import UserError
