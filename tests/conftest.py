@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny prepared data set, arguments of a tiny run on it, and two ways to start that run."""
 
+import hashlib
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -143,5 +144,30 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         assert isinstance(code, int)
         captured = capsys.readouterr()
         return Answer(code, captured.out, captured.err)
+
+    return run
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Every name below a folder, with the hash of what a file holds."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(pretrain: Callable[..., Answer], tmp_path: Path, tiny_data: Path) -> Callable[..., str]:
+    """`refused("train", "train.steps=x")`: the one line on stderr, if everything else is as it must be."""
+
+    def run(*args: object) -> str:
+        before = [file_hashes(tmp_path), file_hashes(tiny_data)]
+        answer = pretrain(*args)
+        assert answer.code == 2
+        assert "\n" not in answer.err.removesuffix("\n")
+        assert answer.err.startswith("error: ")
+        assert "Traceback" not in answer.out + answer.err
+        assert [file_hashes(tmp_path), file_hashes(tiny_data)] == before
+        return answer.err
 
     return run

@@ -19,10 +19,11 @@ from pydantic import ValidationError
 from data_pipeline.settings import AUTO
 from data_pipeline.settings_base import NONE_WORDS
 from pretrain.config.error_messages import SECTIONS, describe_error
+from pretrain.config.model import MoeConfig
 from pretrain.config.renamed import rename_settings
 from pretrain.config.run import RunSettings
 from pretrain.config.saved import read_parent_model
-from pretrain.config.tree import RunConfig
+from pretrain.config.tree import RunConfig, flatten
 from pretrain.errors import UserError
 
 Tree = dict[str, Any]  # YAML, before pydantic has seen it
@@ -95,7 +96,9 @@ def load(source: str | Path | None, overrides: Sequence[str] = ()) -> Loaded:
                 continue
             _put(merged, key, value)
             origin[key] = name
-    return Loaded(validate(merged), origin)
+    config = validate(merged)
+    _refuse_unread(config, {key for key, name in origin.items() if name in (str(source), "command line")})
+    return Loaded(config, origin)
 
 
 def parse_arguments(arguments: Sequence[str]) -> Tree:
@@ -126,6 +129,19 @@ def presets(package: str = "configs") -> list[str]:
     return sorted(
         entry.name.removesuffix(".yaml") for entry in resources.files(package).iterdir() if entry.name.endswith(".yaml")
     )
+
+
+def _refuse_unread(config: RunConfig, keys: set[str]) -> None:
+    """Raise UserError if nobody would read one of these settings, which the user gave, and it is not the default."""
+    values, section = flatten(config), "model.moe."
+    for name, field in MoeConfig.model_fields.items():
+        needed, value = config.model.moe.unread_without(name), values[section + name]
+        # A width may be that of a whole config.yaml, in which `auto` is resolved.
+        if needed and section + name in keys and value != field.default and name != "d_ff":
+            raise UserError(
+                f"{section}{name}={yaml.safe_dump(value).split()[0]} is not read without {needed}; set that too, or "
+                f"leave {section}{name} out"
+            )
 
 
 def _find(name: str, package: str) -> Path:

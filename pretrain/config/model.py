@@ -142,8 +142,9 @@ class MoeConfig(Settings):
     expert_bias: bool = False
     """Balance the load by a bias on the scores that only the choice of experts sees (arXiv:2408.15664)."""
 
-    bias_update_rate: float = Field(default=1e-3, ge=0, le=1)
-    """Change of each bias after a step: up if the expert's load in the global batch was below the mean, else down."""
+    bias_update_rate: Annotated[float, MayChange()] = Field(default=1e-3, ge=0, le=1)
+    """`expert_bias`: change of each bias after a step, up if the expert's load in the global batch was below the mean,
+    else down. DeepSeek-V3 resumes with 0 for the end of its training (arXiv:2412.19437, section 4.2)."""
 
     input_jitter: float = Field(default=0.0, ge=0, lt=1)
     """Multiply what the router sees by uniform noise in [1 - jitter, 1 + jitter]. Switch uses 1e-2 (arXiv:2101.03961,
@@ -169,6 +170,14 @@ class MoeConfig(Settings):
         """Whether that layer has experts. The others have a dense MLP."""
         return self.n_experts > 0 and layer >= self.n_dense_layers and (layer + 1) % self.every_n_layers == 0
 
+    def unread_without(self, name: str) -> str:
+        """The setting without which nobody reads the setting `name` of this section; empty if it is read."""
+        if self.n_experts == 0 and name != "n_experts":
+            return "model.moe.n_experts"
+        if name == "bias_update_rate" and not self.expert_bias:
+            return "model.moe.expert_bias=true"
+        return "model.moe.capacity_factor" if name == "drop_policy" and self.capacity_factor is None else ""
+
     @model_validator(mode="after")
     def _check(self) -> MoeConfig:
         if self.n_experts == 0:
@@ -183,6 +192,11 @@ class MoeConfig(Settings):
             raise ValueError(
                 "model.moe.softmax_after_top_k=true needs model.moe.score_function=softmax, which is sigmoid; "
                 "change one"
+            )
+        if self.softmax_after_top_k and self.top_k == 1:
+            raise ValueError(
+                "model.moe.softmax_after_top_k=true with model.moe.top_k=1 weights every expert by 1, which teaches "
+                "the router nothing; change one"
             )
         if self.capacity_factor is not None and self.capacity_factor < 1 / self.n_experts:
             raise ValueError(
@@ -215,9 +229,10 @@ class MoeConfig(Settings):
                 f"raise top_k_groups or lower top_k"
             )
         if self.n_groups > 1 and self.score_function == "sigmoid" and self.n_experts == self.n_groups:
+            fits = [g for g in range(1, self.n_experts) if self.n_experts % g == 0]
             raise ValueError(
                 f"model.moe.n_groups={self.n_groups} leaves one expert a group, and the score of a group is the sum of "
-                f"its two best; use at most {self.n_experts // 2}"
+                f"its two best; try {', '.join(map(str, fits))}"
             )
 
 

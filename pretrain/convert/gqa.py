@@ -8,17 +8,14 @@ from functools import partial
 from torch import Tensor
 
 from pretrain.checkpoint.streaming import LazyTensor, TensorReader
+from pretrain.config import ModelConfig
 from pretrain.config.loading import validate
 from pretrain.convert.run import Conversion, Source
 from pretrain.errors import UserError
 from pretrain.setup.constraints import divisors, format_choices
 
-KEYS_AND_VALUES = (
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.k_proj.bias",
-    "self_attn.v_proj.bias",
-)
+PER_HEAD = ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias", "k_norm.weight")
+"""Tensors of attention with the key/value heads one after the other, `k_norm` only with `qk_norm=full`."""
 
 
 def group_queries(source: Source, n_kv_heads: int) -> Conversion:
@@ -43,24 +40,25 @@ def group_queries(source: Source, n_kv_heads: int) -> Conversion:
         f"key/value heads of {name} (generation {source.checkpoint.manifest.generation}) averaged from "
         f"{model.n_kv_heads} to {n_kv_heads}"
     )
-    tensors = {key: _tensor(source.tensors, key, model.head_dim, n_kv_heads) for key in source.tensors.shapes}
+    tensors = {key: _tensor(source.tensors, key, model, n_kv_heads) for key in source.tensors.shapes}
     return Conversion("gqa", validate(tree), tensors, description)
 
 
-def _tensor(reader: TensorReader, name: str, head_dim: int, n_kv_heads: int) -> LazyTensor:
-    shape = reader.shapes[name]
-    if not name.endswith(KEYS_AND_VALUES):
-        return LazyTensor.of(shape, partial(reader.read, name))
+def _tensor(reader: TensorReader, name: str, model: ModelConfig, n_kv_heads: int) -> LazyTensor:
+    """The tensor of that name in the new model."""
+    rows, *rest = reader.shapes[name]
+    if not name.endswith(PER_HEAD) or rows != model.n_kv_heads * model.head_dim:
+        return LazyTensor.of((rows, *rest), partial(reader.read, name))
     return LazyTensor.of(
-        (n_kv_heads * head_dim, *shape[1:]), lambda: average_heads(reader.read(name), n_kv_heads, head_dim)
+        (n_kv_heads * model.head_dim, *rest), lambda: average_heads(reader.read(name), n_kv_heads, model.head_dim)
     )
 
 
 def average_heads(rows: Tensor, n_kv_heads: int, head_dim: int) -> Tensor:
-    """Average the heads of each group of a key or value projection.
+    """Average the key or value heads of each group.
 
     Args:
-        rows: [old heads * head_dim, ...], a weight or a bias. Neighbouring heads form a group, as the query heads that
+        rows: [old heads * head_dim, ...]. Neighbouring heads form a group, as the query heads that
             read them do.
         n_kv_heads: number of groups.
         head_dim: rows of a head.

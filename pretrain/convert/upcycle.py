@@ -3,8 +3,8 @@
 Each expert is a copy of the dense MLP, or of a slice of it. The hidden width F of the MLP is cut into G = F / moe.d_ff
 slices. MLP(x) is the sum of the slices' outputs. The first `n_shared_experts` slices become the shared experts, and the
 R others become routed experts, each of them n_experts / R times: experts j*R to j*R + R - 1 are the j-th copy of the
-routed part. The router is fresh. If R > 1, the experts of a copy begin with the same router row, so that they are chosen
-together (the virtual groups of arXiv:2410.07524, section 3.3).
+routed part. The router is fresh. If R > 1, the experts of a copy begin with the same router row, so that they are
+chosen together (the virtual groups of arXiv:2410.07524, section 3.3).
 
 Then a token's chosen experts are whole copies if `top_k` is a multiple of R. Each slice gets 1/R of the sum of the
 routing weights, so `down_proj` times R / (that sum) keeps the function exactly. The sum is known if weights are
@@ -76,8 +76,10 @@ class Upcycling:
             return f"{scores if moe.top_k == 1 else 'model.moe.normalize_top_k=false'}, so weights do not add up to 1"
         if moe.top_k % R:
             return f"model.moe.top_k={moe.top_k} is not a multiple of the {R} slices of the MLP that are routed"
-        if moe.n_experts // R % moe.n_groups:
-            return f"model.moe.n_groups={moe.n_groups} cuts through the {moe.n_experts // R} copies of the MLP"
+        group = moe.n_experts // moe.n_groups
+        # A group of whole copies, or whole groups of a copy, which have equal scores, are chosen together.
+        if group % R and R % group:
+            return f"model.moe.n_groups={moe.n_groups} makes groups of {group} experts, which cut copies of {R}"
         if moe.capacity_factor is not None:
             return f"model.moe.capacity_factor={moe.capacity_factor} drops what does not fit"
         return f"{self.noise_fraction:.0%} of each expert is noise" if self.noise_fraction else ""

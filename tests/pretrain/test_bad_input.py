@@ -1,7 +1,6 @@
 """Every bad input ends, at the real entry point, in exit code 2 and one line that says what to change; the disk is as
 it was."""
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from pretrain.train.loop import Outcome
 Pretrain = Callable[..., Any]  # of the fixture in tests/conftest.py
 RunTiny = Callable[..., Outcome]
 TinyArgs = Callable[..., list[str]]
-Tree = dict[str, str]
 
 
 @pytest.fixture(autouse=True)
@@ -30,31 +28,6 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """report.html has its own tests and costs most of the time of a tiny run."""
     monkeypatch.setattr("pretrain.train.run.write_report", lambda _: None)
-
-
-@pytest.fixture
-def refused(pretrain: Pretrain, tmp_path: Path, tiny_data: Path) -> Callable[..., str]:
-    """`refused("train", "train.steps=x")`: the one line on stderr, if everything else is as it must be."""
-
-    def run(*args: object) -> str:
-        before = [tree(tmp_path), tree(tiny_data)]
-        answer = pretrain(*args)
-        assert answer.code == 2
-        assert "\n" not in answer.err.removesuffix("\n")
-        assert answer.err.startswith("error: ")
-        assert "Traceback" not in answer.out + answer.err
-        assert [tree(tmp_path), tree(tiny_data)] == before
-        return answer.err
-
-    return run
-
-
-def tree(folder: Path) -> Tree:
-    """Every name below a folder, with the hash of what a file holds."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        for path in folder.rglob("*")
-    }
 
 
 ARGS = {

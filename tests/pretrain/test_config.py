@@ -13,7 +13,7 @@ import configs
 from data_pipeline.settings import Settings
 from pretrain.config import AUTO, RunConfig, flatten, is_prepare_key, on_resume, walk
 from pretrain.config.loading import load, load_args, presets, validate
-from pretrain.config.model import WEIGHT_SETTINGS, ModelConfig
+from pretrain.config.model import WEIGHT_SETTINGS
 from pretrain.config.saved import dump, read_config
 from pretrain.errors import UserError
 
@@ -263,7 +263,7 @@ def test_every_setting_says_whether_it_may_differ_on_resume() -> None:
     """A new setting needs a decision: it fails here until it is in one of the three lists, or in a section that is."""
     keys = {key for key, _ in walk()}
     may = {
-        *("run.dir", "model.preset", "model.max_seq_len"),
+        *("run.dir", "model.preset", "model.max_seq_len", "model.moe.bias_update_rate"),
         *(f"data.{name}" for name in ("path", "seq_len_schedule", "window", "on_damage")),
         *(key for key in keys if is_prepare_key(key) or key.startswith("data.mixture.")),
         *(f"train.{name}" for name in ("batch_size", "micro_batch_size", "device", "compile", "attention")),
@@ -278,7 +278,7 @@ def test_every_setting_says_whether_it_may_differ_on_resume() -> None:
         *(f"run.{name}" for name in ("seed", "init_from", "init_mode", "ancestry")),
         *(f"model.{name}" for name in WEIGHT_SETTINGS),
         *(f"model.{name}" for name in ("norm_eps", "sliding_window", "document_mask", "init_std")),
-        *(key for key in keys if key.startswith("model.rope.")),
+        *(key for key in keys if key.startswith(("model.rope.", "model.moe.")) and key != "model.moe.bias_update_rate"),
         *("data.seq_len", "data.packing"),
         *(f"optim.{name}" for name in ("kind", "betas", "eps", "weight_decay", "muon_momentum", "max_grad_norm")),
         *("train.z_loss", "train.precision"),
@@ -292,8 +292,14 @@ def test_every_setting_says_whether_it_may_differ_on_resume() -> None:
 
 
 def test_every_field_of_the_model_is_one_that_weights_are_made_for_or_not() -> None:
-    others = {"preset", "max_seq_len", "norm_eps", "sliding_window", "document_mask", "init_std", "rope"}
-    assert set(WEIGHT_SETTINGS) | others == set(ModelConfig.model_fields)
+    others = {"preset", "max_seq_len", "norm_eps", "sliding_window", "document_mask", "init_std"}
+    balancing = {"aux_loss", "aux_loss_scope", "router_z_loss", "bias_update_rate"}
+    others |= {
+        f"moe.{name}" for name in balancing | {"input_jitter", "expert_dropout", "capacity_factor", "drop_policy"}
+    }
+    keys = {key.removeprefix("model.") for key, _ in walk() if key.startswith("model.")}
+    keys -= {key for key in keys if key.startswith("rope.")}
+    assert set(WEIGHT_SETTINGS) | others == keys
     assert not set(WEIGHT_SETTINGS) & others
 
 
@@ -424,7 +430,7 @@ def test_every_preset_loads() -> None:
     for name in presets("configs.models"):
         loaded = load(None, [f"model.preset={name}"])
         shape = yaml.safe_load((CONFIGS / "models" / f"{name}.yaml").read_text())
-        assert {key: flatten(loaded.config)[f"model.{key}"] for key in shape if key != "rope"} == {
-            k: shape[k] for k in shape if k != "rope"
-        }
+        given = {k: v for k, v in shape.items() if k not in ("rope", "moe")}
+        given |= {f"moe.{k}": v for k, v in shape.get("moe", {}).items()}
+        assert {key: flatten(loaded.config)[f"model.{key}"] for key in given} == given
         assert loaded.origin["model.n_layers"] == f"preset {name}"

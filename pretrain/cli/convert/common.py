@@ -32,19 +32,18 @@ def write_with_progress(target: Path, source: Source, conversion: Conversion, co
     """Write the converted checkpoint, with a progress bar on a terminal, and say what was written and how to go on."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from pretrain.console import format_count, format_disk_size
+    from pretrain.console import format_disk_size
     from pretrain.convert.run import total_bytes, write_run
-    from pretrain.estimate.flops import parameter_count
+    from pretrain.estimate.flops import describe_parameters
 
     size = total_bytes(conversion)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("write", total=size)
         write_run(target, source, conversion, lambda n_bytes: bar.update(task, advance=n_bytes))
-    before, after = parameter_count(source.config.model), parameter_count(conversion.config.model)
+    before, after = describe_parameters(source.config.model), describe_parameters(conversion.config.model)
     print_line(
         console,
-        f"{target}: {format_count(after)} parameters ({format_count(before)} before), {format_disk_size(size)}, made "
-        f"from {source.checkpoint.name}",
+        f"{target}: {after}, {format_disk_size(size)}; {source.checkpoint.name} has {before}",
     )
     print_line(console, f"train them in a new run: pretrain train ... run.dir=NEW run.init_from={target}", "dim")

@@ -57,7 +57,7 @@ def upcycle(
     source = open_source(run)
     converted, plan = conversion.upcycle(source, settings, noise_fraction, seed)
     write_with_progress(out, source, converted, console)
-    kept = "its function is that of the dense model"
+    same = "it computes what the dense model computes"
     if plan.inexact_because:
-        kept = f"its function is not exactly that of the dense model: {plan.inexact_because}"
-    print_line(console, kept)
+        same = f"it does not compute exactly what the dense model computes: {plan.inexact_because}"
+    print_line(console, same)
