@@ -229,10 +229,10 @@ class MoeConfig(Settings):
                 f"raise top_k_groups or lower top_k"
             )
         if self.n_groups > 1 and self.score_function == "sigmoid" and self.n_experts == self.n_groups:
-            fits = [g for g in range(1, self.n_experts) if self.n_experts % g == 0]
+            fits = ", ".join(str(g) for g in range(1, self.n_experts) if self.n_experts % g == 0)
             raise ValueError(
                 f"model.moe.n_groups={self.n_groups} leaves one expert a group, and the score of a group is the sum of "
-                f"its two best; try {', '.join(map(str, fits))}"
+                f"its two best; try {fits}"
             )
 
 

@@ -57,8 +57,9 @@ def test_each_command_explains_itself(pretrain: Pretrain, command: str, sentence
         ("config show", lambda key: True),
         ("data prepare", lambda key: key.startswith("data.")),
         ("data tokenizer", lambda key: key.startswith("data.")),
+        ("convert upcycle", lambda key: key.startswith("model.moe.")),
     ],
-    ids=["train", "config show", "data prepare", "data tokenizer"],
+    ids=["train", "config show", "data prepare", "data tokenizer", "convert upcycle"],
 )
 def test_help_lists_every_setting_with_description_and_default(
     pretrain: Pretrain, command: str, listed: Callable[[str], bool]
@@ -66,7 +67,7 @@ def test_help_lists_every_setting_with_description_and_default(
     help_text = join_lines(pretrain(*command.split(), "--help").out)
     defaults = flatten(RunConfig())
     for key, field in walk():
-        default = str(defaults[key])
+        default = "auto" if field.default == "auto" else str(defaults[key])  # RunConfig() has resolved some
         row = join_lines(
             f"{key} {default} {field.description}"
             if len(default) <= 34
