@@ -37,7 +37,7 @@ class Room:
 ROOMS = {
     "pretrain.cli": Room(384, 20, "commands and their help"),
     "pretrain.train": Room(384, 106, "run, loop, batches, resume", batch="3", checkpoint="A"),
-    "pretrain.convert": Room(20, 106, "dense to experts, fewer heads"),
+    "pretrain.convert": Room(20, 106, "experts from dense, GQA"),
     "pretrain.inference": Room(120, 192, "generate text", checkpoint="F"),
     "pretrain.report": Room(384, 192, "HTML pages", batch="8"),
     "pretrain.tracking": Room(648, 192, "recorder, display, loggers", batch="7"),

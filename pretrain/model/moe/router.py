@@ -57,8 +57,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(E, config.d_model))
         # The load is kept even if no auxiliary loss reads it: checkpoints then fit whatever the balancing settings are.
         self.saved = ["expert_load", *(["e_score_correction_bias"] if config.moe.expert_bias else [])]
-        for name in self.saved:
-            self.register_buffer(name, torch.empty(E))
+        for name in self.saved:  # in transformers only the bias has a name
+            self.register_buffer(name, torch.empty(E), persistent=name == "e_score_correction_bias")
         self.register_buffer("probe", torch.empty(E + N_SUMS, dtype=torch.float64), persistent=False)
         self.register_buffer("evaluation_sums", torch.empty(E + N_SUMS, dtype=torch.float64), persistent=False)
         self.register_buffer("token_scale", torch.empty(()), persistent=False)
