@@ -36,6 +36,31 @@ class RunRecord(BaseModel):
         return self.model_dump_json(exclude_none=True) + "\n"
 
 
+class RoutingStatistics(BaseModel):
+    """How one step sent its tokens to experts, over the global batch. Tuples have an entry for each of `layers`.
+
+    The load counts what the router chose, also what an expert then dropped.
+    """
+
+    model_config = RunRecord.model_config
+
+    layers: tuple[int, ...]
+    """Numbers of the layers with experts."""
+    load_max: tuple[Number, ...]
+    """Load of the fullest expert over the mean: 1 is even, experts / top_k the most."""
+    dead: tuple[int, ...]
+    """Experts that no token chose."""
+    entropy: tuple[Number, ...]
+    """Mean entropy of the router's scores, as a fraction of log(experts): 1 if they are equal, 0 if one expert has
+    all."""
+    dropped: tuple[Number, ...] | None = None
+    """Fraction of the assignments that exceeded a capacity; None without one."""
+    aux_loss: tuple[Number, ...] | None = None
+    """Auxiliary loss without its weight: 1 if load or scores are even; None when it is off."""
+    router_z_loss: tuple[Number, ...] | None = None
+    """Mean log(Z)^2 of the router's logits, without its weight; None when it is off."""
+
+
 class StepRecord(RunRecord):
     """One optimizer step, in `metrics.jsonl`."""
 
@@ -49,6 +74,10 @@ class StepRecord(RunRecord):
     """Mean cross-entropy of this step's tokens, in nats."""
     z_loss: Number | None = None
     """Mean log(Z)^2 times its weight; None when z-loss is off."""
+    aux_loss: Number | None = None
+    """What the auxiliary losses of all layers added to the training loss; None when they are off."""
+    router_z_loss: Number | None = None
+    """What the z-losses of all routers added to the training loss; None when they are off."""
     lr: Number
     grad_norm: Number
     """Global norm before clipping."""
@@ -61,15 +90,19 @@ class StepRecord(RunRecord):
     """Unix time at the end of the step."""
     attempt: int
     """1 for the first start, plus one for each resume."""
+    routing: RoutingStatistics | None = None
+    """None without experts."""
 
 
 class SourceLoss(RunRecord):
-    """Validation loss of one data source."""
+    """Validation loss of one data source, and which experts it uses."""
 
     loss: Number
     """Mean cross-entropy in nats."""
     tokens: int
     """Tokens predicted."""
+    expert_counts: dict[int, tuple[int, ...]] | None = None
+    """For each layer with experts, how often each expert was chosen; None without experts."""
 
     @property
     def perplexity(self) -> float:

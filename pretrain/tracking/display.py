@@ -4,6 +4,7 @@ files)."""
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pretrain.console import format_decimal, format_duration
-from pretrain.runs.schema import Event, StepRecord, ValidationRecord
+from pretrain.runs.schema import Event, RoutingStatistics, StepRecord, ValidationRecord
 from pretrain.runs.throughput import AverageThroughput
 from pretrain.signals import Activity, StopRequest
 
@@ -100,6 +101,8 @@ class Display:
         if self._live is None and due:
             self._last_line = now
             self._print(Text(plain_line(record, average, self._total)))
+            if record.routing is not None:
+                self._print(Text(f"  {experts_line(record, record.routing)}"))
 
     def validation(self, record: ValidationRecord) -> None:
         """Show a validation; the panel keeps the latest one."""
@@ -159,7 +162,7 @@ class Display:
         bar.expand = True
         curve = Text.assemble((self._curve.draw(min(60, self._console.width - 20)), "cyan"), ("  training loss", "dim"))
         numbers = _numbers(self._step, self._average, self._validation)
-        return [Text(), Constrain(bar, BAR_WIDTH), numbers, *self._by_source(), curve]
+        return [Text(), Constrain(bar, BAR_WIDTH), numbers, *self._by_source(), *self._experts(), curve]
 
     def _by_source(self) -> Iterator[Text]:
         """Yield one line with the latest validation loss of as many sources as fit; nothing for a single source."""
@@ -173,6 +176,26 @@ class Display:
                 break
             line += f"  {cell}"
         yield Text(line, style="dim")
+
+    def _experts(self) -> Iterator[Text]:
+        if self._step is not None and self._step.routing is not None:
+            line = Text(experts_line(self._step, self._step.routing), style="dim")
+            line.truncate(self._console.width, overflow="ellipsis")
+            yield line
+
+
+def experts_line(record: StepRecord, routing: RoutingStatistics) -> str:
+    """Return a line about the experts of a step: the layer with the least even load, dead experts, and what was
+    dropped and added to the loss where that can be."""
+    load, layer = max(zip(routing.load_max, routing.layers, strict=True))
+    parts = [f"experts: load max/mean {format_decimal(load, 2)} in layer {layer}", f"{sum(routing.dead)} dead"]
+    if routing.dropped is not None:
+        parts.append(f"{statistics.fmean(routing.dropped):.2%} dropped")
+    if record.aux_loss is not None:
+        parts.append(f"aux loss {format_decimal(record.aux_loss, 4)}")
+    if record.router_z_loss is not None:
+        parts.append(f"router z-loss {format_decimal(record.router_z_loss, 4)}")
+    return ", ".join(parts)
 
 
 def sources_line(record: ValidationRecord) -> str:

@@ -6,13 +6,16 @@ Both are imported only where the settings ask for them.
 from __future__ import annotations
 
 import secrets
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from data_pipeline.atomic import write_atomic
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
-from pretrain.runs.schema import StepRecord, ValidationRecord
+from pretrain.runs.routing import kl_to_uniform
+from pretrain.runs.schema import RoutingStatistics, SourceLoss, StepRecord, ValidationRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -48,15 +51,18 @@ def open_loggers(config: RunConfig, run_dir: Path, resume_step: int) -> list[Log
 
 def scalars(record: StepRecord | ValidationRecord) -> dict[str, float]:
     """The numbers worth a curve, by the names both services show: `train/loss`, `validation/loss`, of sources
-    `val_loss/<source>`."""
+    `val_loss/<source>`, of experts `experts/load_max`."""
     if isinstance(record, ValidationRecord):
         overall = {"validation/loss": record.val_loss, "validation/perplexity": record.val_perplexity}
         several = record.by_source if len(record.by_source) > 1 else {}
         losses = {f"val_loss/{name}": source.loss for name, source in several.items()}
-        return overall | losses | {f"val_perplexity/{name}": source.perplexity for name, source in several.items()}
+        perplexities = {f"val_perplexity/{name}": source.perplexity for name, source in several.items()}
+        return overall | losses | perplexities | _specialisation(several)
     values = {
         "train/loss": record.loss,
         "train/z_loss": record.z_loss,
+        "train/aux_loss": record.aux_loss,
+        "train/router_z_loss": record.router_z_loss,
         "train/lr": record.lr,
         "train/grad_norm": record.grad_norm,
         "train/tokens": record.tokens,
@@ -64,7 +70,28 @@ def scalars(record: StepRecord | ValidationRecord) -> dict[str, float]:
         "speed/step_s": record.step_s,
         "speed/mfu": record.mfu,
     }
-    return {name: value for name, value in values.items() if value is not None}
+    routing = {} if record.routing is None else _routing(record.routing)
+    return {name: value for name, value in values.items() if value is not None} | routing
+
+
+def _routing(routing: RoutingStatistics) -> dict[str, float]:
+    """The worst layer's load, and means over the layers. Curves for each of 94 layers would slow every step."""
+    values = {
+        "experts/load_max": max(routing.load_max),
+        "experts/load_max_mean": statistics.fmean(routing.load_max),
+        "experts/entropy": statistics.fmean(routing.entropy),
+        "experts/dead": sum(routing.dead),
+    }
+    return values if routing.dropped is None else values | {"experts/dropped": statistics.fmean(routing.dropped)}
+
+
+def _specialisation(sources: Mapping[str, SourceLoss]) -> dict[str, float]:
+    """For each source the KL divergence of its experts' load from an even one, mean over the layers."""
+    counts = {name: source.expert_counts for name, source in sources.items() if source.expert_counts}
+    return {
+        f"specialisation/{name}": float(kl_to_uniform(list(by_layer.values())).mean())
+        for name, by_layer in counts.items()
+    }
 
 
 class TensorBoardLogger:

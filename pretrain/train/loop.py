@@ -16,7 +16,7 @@ import torch
 from data_pipeline.held_out import allocate_validation_sequences
 from data_pipeline.reading.loader import Loader, prefetch
 from data_pipeline.reading.packing import Batch
-from parallel.engine import Engine, StepResult
+from parallel.engine import Engine, EvalResult, StepResult
 from pretrain.checkpoint import directory, rng
 from pretrain.checkpoint.manifest import TrainState
 from pretrain.checkpoint.object_collectives import all_gather_object
@@ -26,6 +26,7 @@ from pretrain.config import RunConfig
 from pretrain.errors import Diverged, UserError
 from pretrain.estimate.flops import flops_per_token
 from pretrain.optim.schedule import lr_scale
+from pretrain.runs.routing import StepRouting, expert_counts, step_routing
 from pretrain.runs.schema import SourceLoss, StepRecord, ValidationRecord
 from pretrain.runs.throughput import ThroughputMeter
 from pretrain.setup.batch_schedule import BatchSchedule
@@ -124,12 +125,17 @@ class TrainLoop:
         samples = self.batches.samples_before(step + 1)
         tokens = (samples - self.batches.samples_before(step)) * config.data.seq_len
         throughput = self.meter.step(tokens, flops_per_token(config.model, seq_len))
+        moe, routing = config.model.moe, StepRouting()
+        if result.routing is not None:
+            routing = step_routing(result.routing.numpy(), result.n_tokens, moe)
         record = StepRecord(
             step=step,
             samples=samples,
             tokens=samples * config.data.seq_len,
             loss=result.loss,
             z_loss=result.z_loss if config.train.z_loss else None,
+            aux_loss=routing.aux_loss,
+            router_z_loss=routing.router_z_loss,
             lr=scale * config.optim.lr,
             grad_norm=result.grad_norm,
             tokens_per_s=throughput.tokens_per_s,
@@ -137,6 +143,7 @@ class TrainLoop:
             mfu=throughput.mfu,
             time=time.time(),
             attempt=self.recorder.attempt,
+            routing=routing.statistics,
         )
         self.recorder.log(record)
         self.recorder.display.step(record, self.meter.average())
@@ -188,7 +195,7 @@ class TrainLoop:
                 name: self._source_loss(self.validation, name, n_sequences, step)
                 for name, n_sequences in allocate_validation_sequences(self.validation.sizes, budget).items()
             }
-            targets = sum(n_targets for _, n_targets in sums.values())
+            targets = sum(each.n_targets for each in sums.values())
             if not targets:
                 raise UserError(
                     f"{config.data.path / 'validation'} holds no undamaged token to predict; prepare more data, or "
@@ -196,19 +203,20 @@ class TrainLoop:
                 )
             record = ValidationRecord(
                 step=step,
-                val_loss=sum(loss for loss, _ in sums.values()) / targets,
+                val_loss=sum(each.loss_sum for each in sums.values()) / targets,
                 val_tokens=targets,
-                by_source={name: SourceLoss(loss=loss / n, tokens=n) for name, (loss, n) in sums.items() if n},
+                by_source={name: self._source_record(each) for name, each in sums.items() if each.n_targets},
                 time=time.time(),
             )
             self.recorder.log(record)
             self.recorder.display.validation(record)
 
-    def _source_loss(self, validation: Loader, source: str, n_sequences: int, step: int) -> tuple[float, int]:
-        """Return (sum of the cross-entropy in nats, predicted tokens) over the first `n_sequences` of a source."""
+    def _source_loss(self, validation: Loader, source: str, n_sequences: int, step: int) -> EvalResult:
+        """Evaluate the first `n_sequences` of a source."""
         train, shard = self.config.train, self.rank_info.data_shard
         size, batch_size = train.micro_batch_size, train.batch_size
         total, targets = 0.0, 0
+        routing: torch.Tensor | None = None
         for first in range(0, n_sequences, batch_size):
             n_rows = min(batch_size, n_sequences - first)
             rows = shard.rows(n_rows)
@@ -217,7 +225,13 @@ class TrainLoop:
             self._report_damage(host_batch, step)
             result = self.engine.eval_step(list(split_microbatches(host_batch, size, self.device)))
             total, targets = total + result.loss_sum, targets + result.n_targets
-        return total, targets
+            if result.routing is not None:
+                routing = result.routing if routing is None else routing + result.routing
+        return EvalResult(total, targets, routing)
+
+    def _source_record(self, result: EvalResult) -> SourceLoss:
+        counts = None if result.routing is None else expert_counts(result.routing.numpy(), self.config.model.moe)
+        return SourceLoss(loss=result.loss_sum / result.n_targets, tokens=result.n_targets, expert_counts=counts)
 
     def _save(self, step: int) -> None:
         config, rank_info = self.config, self.rank_info
