@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= runs/gpu-check
 ARGS ?=
+MOE ?=
 T ?=
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 GPU_PYTHON = $(if $(wildcard $(VENV)/.installed-dev),$(BIN)/python,$(PYTHON))
@@ -21,8 +22,8 @@ install: $(VENV)/.installed  ## a virtual environment in .venv with the package 
 
 install-dev: $(VENV)/.installed-dev  ## the same with what tests and checks need
 
-demo: $(VENV)/.installed  ## raw text to trained model to report, in minutes
-	$(BIN)/pretrain demo
+demo: $(VENV)/.installed  ## raw text to trained model to report, in minutes; with experts: MOE=1
+	$(BIN)/pretrain demo $(if $(MOE),--moe)
 
 test: check  ## lint, types, import contracts, tests
 	$(BIN)/pytest
@@ -59,7 +60,7 @@ parity: $(VENV)/.installed-dev  ## every layout beside one process, five steps e
 	$(BIN)/python -m benchmarks.parity --table docs/parity.md
 
 clean:  ## remove the virtual environment, the caches and the demo
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info runs/demo
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info runs/demo runs/demo-moe
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

@@ -15,6 +15,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
@@ -53,12 +54,20 @@ class StopAfterStep:
         """Do nothing: there is nothing to release."""
 
 
-def run_demo(directory: Path, console: Console) -> Outcome:
-    """Run every step under a heading of its own. STOPPED if the user stopped it."""
+def run_demo(directory: Path, console: Console, *, moe: bool = False) -> Outcome:
+    """Run every step under a heading of its own. STOPPED if the user stopped it.
+
+    Args:
+        directory: for the data and the runs.
+        console: where it is shown.
+        moe: train a mixture of experts, on three kinds of text.
+    """
     start = time.monotonic()
-    config = demo_config(directory)
+    config = moe_demo_config(directory) if moe else demo_config(directory)
     text = config.data.sources[0].paths[0]
-    print_chapter(console, "Text -> tokenizer -> shards", f"text: {text}, the sources of Python's standard library")
+    note = f"text: {text}, the sources of Python's standard library"
+    more = "; headers of PyTorch in C++; descriptions of the installed packages in English" if moe else ""
+    print_chapter(console, "Text -> tokenizer -> shards", note + more)
     with show_progress(console) as progress:
         prepared = prepare(config.data.path, config.data, progress=progress)
     print_summary(prepared, config.data.seq_len, console)
@@ -86,16 +95,37 @@ def run_demo(directory: Path, console: Console) -> Outcome:
 
 def demo_config(directory: Path) -> RunConfig:
     """Return `configs/demo.yaml` with this machine's standard library as text, and the next run directory."""
-    source = {
+    return _load(directory, [standard_library()])
+
+
+def moe_demo_config(directory: Path) -> RunConfig:
+    """Return the same with experts, and three sources of text that every installation of this program has."""
+    package = Path(torch.__file__).parent
+    headers = [str(package / "include" / folder) for folder in ("c10", "torch")]
+    sources: list[dict[str, object]] = [
+        {**standard_library(), "name": "python"},
+        {"name": "cpp", "kind": "text", "paths": headers, "pattern": "*.h"},
+        {"name": "english", "kind": "text", "paths": [f"{package.parent}/*.dist-info/METADATA"]},
+    ]
+    mixture = {"by": "tokens", "weights": {"python": 0.5, "cpp": 0.3, "english": 0.2}}
+    return _load(directory, sources, "model.preset=moe-demo", f"data.mixture={json.dumps(mixture)}")
+
+
+def standard_library() -> dict[str, object]:
+    """Return the source that reads Python's standard library."""
+    return {
         "name": "stdlib",
         "kind": "text",
         "paths": [sysconfig.get_paths()["stdlib"]],
         "pattern": "*.py",
         "exclude": EXCLUDED_FOLDERS,
     }
+
+
+def _load(directory: Path, sources: list[dict[str, object]], *more: str) -> RunConfig:
     data = directory / f"data-python-{platform.python_version()}"  # another Python has another standard library
-    settings = [f"data.sources={json.dumps([source])}", f"data.path={data}", f"run.dir={next_run_dir(directory)}"]
-    return load("demo", settings).config
+    settings = [f"data.sources={json.dumps(sources)}", f"data.path={data}", f"run.dir={next_run_dir(directory)}"]
+    return load("demo", [*settings, *more]).config
 
 
 def next_run_dir(directory: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
@@ -35,54 +36,82 @@ LINE_EVENTS = {"start", "resume", "stop", "skip_checkpoint"}
 EventsByStep = Mapping[int, Sequence[Event]]
 
 
-def run_figures(metrics: Metrics, events: Sequence[Event]) -> dict[str, go.Figure]:
+@dataclass(frozen=True)
+class Timeline:
+    """The steps that every chart of a run shows, and what happened at them."""
+
+    by_step: EventsByStep
+    last_step: int
+
+    @classmethod
+    def of(cls, metrics: Metrics, events: Sequence[Event]) -> Timeline:
+        """Return the timeline up to the last step that has a record or an event."""
+        by_step: dict[int, list[Event]] = {}
+        for event in events:
+            if event.step is not None and event.kind in EVENT_SYMBOLS:
+                by_step.setdefault(event.step, []).append(event)
+        recorded = [*(record.step for record in metrics.steps), *(record.step for record in metrics.validations)]
+        return cls(by_step, max([0, *by_step, *recorded]))
+
+
+def run_figures(metrics: Metrics, timeline: Timeline) -> dict[str, go.Figure]:
     """Return the figures of a run's page by name. Curves longer than MAX_POINTS are thinned."""
-    by_step: dict[int, list[Event]] = {}
-    for event in events:
-        if event.step is not None and event.kind in EVENT_SYMBOLS:
-            by_step.setdefault(event.step, []).append(event)
     steps = [record.step for record in metrics.steps]
-    last_step = max([0, *steps, *by_step, *(record.step for record in metrics.validations)])
     loss = _curve_and_mean(steps, [record.loss for record in metrics.steps], "training loss", ".4f")
     grad_norm = _curve_and_mean(steps, [record.grad_norm for record in metrics.steps], "gradient norm", ".3f")
     speed = _curve_and_mean(steps, [record.tokens_per_s for record in metrics.steps], "tokens/s", ",.0f")
     lr = np.asarray([record.lr for record in metrics.steps], dtype=np.float64)
     lr_mode = "lines" if len(lr) > 1 else "markers"
-    lr_curve = _curve(steps, lr, "learning rate", ".2e", role="primary", mode=lr_mode, width=2)
+    lr_curve = curve(steps, lr, "learning rate", ".2e", role="primary", mode=lr_mode, width=2)
     figures = {
-        "loss": _figure([*loss, _validation_curve(metrics), _event_strip(by_step)], by_step, last_step, is_large=True),
-        "lr": _figure([lr_curve], by_step, last_step),
-        "grad_norm": _figure(grad_norm, by_step, last_step),
-        "tokens_per_s": _figure(speed, by_step, last_step),
+        "loss": figure_over_steps(
+            [*loss, _validation_curve(metrics), _event_strip(timeline.by_step)], timeline, is_large=True
+        ),
+        "lr": figure_over_steps([lr_curve], timeline),
+        "grad_norm": figure_over_steps(grad_norm, timeline),
+        "tokens_per_s": figure_over_steps(speed, timeline),
     }
     figures["lr"].update_yaxes(exponentformat="e", showexponent="all", rangemode="tozero")
     for name in ("grad_norm", "tokens_per_s"):
         figures[name].update_yaxes(rangemode="tozero")
     if (source_curves := _source_curves(metrics)) is not None:
-        figures["by_source"] = _figure(source_curves, by_step, last_step)
+        figures["by_source"] = figure_over_steps(source_curves, timeline)
         figures["by_source"].update_layout(height=330, showlegend=True, margin={"t": 34})
     return figures
 
 
 def _curve_and_mean(steps: Sequence[int], values: Sequence[float], name: str, number_format: str) -> list[go.Scatter]:
-    """Return the values, faint, and their moving mean.
-
-    The values are dots, but a line where they are thinned: dots of the extremes alone would look like a hollow band.
-    """
+    """Return the values, faint, and their moving mean."""
     y = np.asarray(values, dtype=np.float64)
-    radius = max(2, round(len(y) * SMOOTHED_FRACTION / 2))
-    mean = smooth(smooth(y, radius), radius)  # twice: a single spike then leaves a small hill instead of a plateau
-    mode = "markers" if len(y) <= MAX_POINTS else "lines"
-    label = f"smoothed over ±{2 * radius:,} steps"
+    mean, reach = smooth_twice(y)
+    label = f"smoothed over ±{reach:,} steps"
     return [
-        _curve(steps, y, name, number_format, role="faint", mode=mode, width=1),
-        _curve(steps, mean, label, number_format, role="primary", mode="lines", width=2),
+        curve(steps, y, name, number_format, role="faint", mode=dots_or_line(steps), width=1),
+        curve(steps, mean, label, number_format, role="primary", mode="lines", width=2),
     ]
 
 
-def _curve(
+def dots_or_line(steps: Sequence[int]) -> str:
+    """Return the mode of faint values: dots, but a line if they are thinned.
+
+    Dots of the extremes alone would look like a hollow band.
+    """
+    return "markers" if len(steps) <= MAX_POINTS else "lines"
+
+
+def smooth_twice(y: FloatArray) -> tuple[FloatArray, int]:
+    """Return the smoothed values, and how many steps on each side they depend on.
+
+    Smoothed once, a single spike would leave a plateau; smoothed twice, it leaves a small hill.
+    """
+    radius = max(2, round(len(y) * SMOOTHED_FRACTION / 2))
+    return smooth(smooth(y, radius), radius), 2 * radius
+
+
+def curve(
     steps: Sequence[int], y: FloatArray, name: str, number_format: str, *, role: str, mode: str, width: float
 ) -> go.Scatter:
+    """Return one curve, thinned. `role` names its colour, see `themes`."""
     shown = thin(y)
     return go.Scatter(
         x=np.asarray(steps)[shown].tolist(),
@@ -186,13 +215,12 @@ def _label(event: Event) -> str:
     return event.kind.replace("_", " ")
 
 
-def _figure(
-    curves: Sequence[go.Scatter], by_step: EventsByStep, last_step: int, *, is_large: bool = False
-) -> go.Figure:
+def figure_over_steps(curves: Sequence[go.Scatter], timeline: Timeline, *, is_large: bool = False) -> go.Figure:
     """Return a figure over the steps, with lines at stops and resumes.
 
     A large one has a strip of events below the curves.
     """
+    by_step, last_step = timeline.by_step, timeline.last_step
     figure = go.Figure(curves)
     margin = 0.015 * max(1, last_step)
     figure.update_layout(

@@ -16,9 +16,10 @@ from pretrain.config import RunConfig, flatten
 from pretrain.config.saved import read_config
 from pretrain.console import format_count, format_decimal, format_duration
 from pretrain.report.curves import MAX_POINTS
+from pretrain.report.expert_section import expert_section
 from pretrain.report.profile_tables import ProfileTables, latest_profile
 from pretrain.report.render import Settings, Table, Tile, render_page
-from pretrain.report.run_charts import run_figures
+from pretrain.report.run_charts import Timeline, run_figures
 from pretrain.runs.jsonl import read_events, read_metrics
 from pretrain.runs.schema import Event, Metrics, ValidationRecord
 
@@ -64,19 +65,22 @@ def write_report(run_dir: Path) -> Path:
 def render_run(run: RunFiles) -> str:
     """Return the page as HTML."""
     samples = {event.prompt: event for event in run.events if event.kind == "sample"}  # of each prompt the last one
-    figures = run_figures(run.metrics, run.events)
+    timeline = Timeline.of(run.metrics, run.events)
+    figures = run_figures(run.metrics, timeline)
+    experts = expert_section(run.metrics, timeline)
     return render_page(
         "run.html",
         title=run.name,
         state=run_state(run.events),
         subtitle=_subtitle(run),
         source="metrics.jsonl and events.jsonl",
-        figures=figures,
+        figures=figures if experts is None else figures | dict(experts.figures),
         tiles=_tiles(run),
         notices=_notices(run),
         curves=CURVES,
         by_source=_source_table(run.metrics.validations) if "by_source" in figures else None,
         remarks=_remarks(run),
+        experts=experts,
         profile=run.profile,
         ancestry=run.config.run.ancestry,
         samples=list(samples.values()),
@@ -140,7 +144,8 @@ def _format_resumes(events: Sequence[Event]) -> str:
 def _subtitle(run: RunFiles) -> str:
     model, train, optim = run.config.model, run.config.train, run.config.optim
     device = next((event.device for event in reversed(run.events) if event.device), None)
-    parts = [
+    parts = [f"{model.moe.n_experts} experts, {model.moe.top_k} per token"] if model.moe.n_experts else []
+    parts += [
         f"{model.n_heads} heads over {model.n_kv_heads} key/value heads",
         f"vocabulary {model.vocab_size:,}",
         f"{train.batch_size} × {run.config.data.seq_len:,} tokens a step",

@@ -1,6 +1,6 @@
 """The light and the dark theme of the charts.
 
-Figures hold no colours: a trace names a colour role in `meta`, and page.js looks it up.
+Figures hold no colours: a trace names a colour role (a heat map: a colour scale) in `meta`, and page.js looks it up.
 """
 
 from __future__ import annotations
@@ -41,13 +41,30 @@ a symbol."""
 
 N_SOURCE_COLORS = len(SOURCE_COLORS["light"])
 
+LAYER_COLORS = {
+    "light": ("#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f8f80", "#2a9d60", "#4d9a2f"),
+    "dark": ("#8ea4f0", "#6fb2f2", "#4cc3e6", "#3fd1cb", "#4ade9f", "#86e068", "#c3e345", "#fde725"),
+}
+"""Colours of curves of layers, from the first to the last: the order shows in hue and lightness."""
+
+N_LAYER_COLORS = len(LAYER_COLORS["light"])
+
+COLOR_SCALES = {
+    "light": {"load": ((0, "#8a2c0d"), (0.125, "#e08a5b"), (0.25, "#f1f2f4"), (0.5, "#6ea3dd"), (1, "#123a70"))},
+    "dark": {"load": ((0, "#ff9a5c"), (0.125, "#8f522c"), (0.25, "#242a33"), (0.5, "#3d74b4"), (1, "#b5d8ff"))},
+}
+"""Colours of heat maps. `load` runs from 0 to 4 times the mean: orange has too little, blue too much."""
+
 
 def chart_themes() -> dict[str, dict[str, object]]:
     """Return for each theme the Plotly template of every chart, and the colour of each role."""
     return {
         name: {
             "template": _plotly_template(colors).to_plotly_json(),
-            "colors": colors | {f"source{i}": color for i, color in enumerate(SOURCE_COLORS[name])},
+            "colors": colors
+            | {f"source{i}": color for i, color in enumerate(SOURCE_COLORS[name])}
+            | {f"layer{i}": color for i, color in enumerate(LAYER_COLORS[name])},
+            "scales": COLOR_SCALES[name],
         }
         for name, colors in ROLE_COLORS.items()
     }
@@ -65,6 +82,13 @@ def _plotly_template(colors: Mapping[str, str]) -> go.layout.Template:
             "hovermode": "x unified",
             "hoverlabel": {"bgcolor": colors["paper"], "bordercolor": colors["grid"]},
             "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "xanchor": "left"},
+            "sliderdefaults": {
+                "bgcolor": colors["mark"],
+                "activebgcolor": colors["primary"],
+                "bordercolor": colors["mark"],
+                "tickcolor": colors["mark"],
+                "font": {"color": colors["text"], "size": 12},
+            },
             "annotationdefaults": {"font": {"color": colors["text"], "size": 12}},
             "shapedefaults": {"line": {"color": colors["mark"], "width": 1, "dash": "dot"}},
         }
