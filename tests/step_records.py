@@ -1,9 +1,11 @@
 """Records of steps for tests of those who receive them."""
 
-from pretrain.runs.schema import StepRecord
+from pretrain.runs.schema import RoutingStatistics, StepRecord
 
 
-def step_record(step: int, loss: float = 3.25, mfu: float | None = None) -> StepRecord:
+def step_record(
+    step: int, loss: float = 3.25, mfu: float | None = None, routing: RoutingStatistics | None = None
+) -> StepRecord:
     """The record of a step of one token."""
     return StepRecord(
         step=step,
@@ -17,4 +19,5 @@ def step_record(step: int, loss: float = 3.25, mfu: float | None = None) -> Step
         mfu=mfu,
         time=step,
         attempt=1,
+        routing=routing,
     )

@@ -10,7 +10,7 @@ from rich.console import Console
 from step_records import step_record
 
 from pretrain.console import format_count, format_decimal, format_duration
-from pretrain.runs.schema import Event, SourceLoss, StepRecord, ValidationRecord
+from pretrain.runs.schema import Event, RoutingStatistics, SourceLoss, StepRecord, ValidationRecord
 from pretrain.runs.throughput import AverageThroughput
 from pretrain.signals import Activity, StopRequest, stop_on_signals
 from pretrain.tracking.display import Display, Sparkline
@@ -111,6 +111,33 @@ def test_the_panel_has_a_line_of_the_sources_that_fits(count: int, width: int, l
     message = [line for line in lines if line.startswith("by source  source-0 0.000")][-1]
     assert message.endswith(line)
     assert len(message) < width
+
+
+ROUTING = RoutingStatistics(layers=(1, 3), load_max=(1.25, 2.5), dead=(0, 2), entropy=(0.9, 0.7))
+
+
+def test_the_experts_have_a_line_of_their_own() -> None:
+    console, out = plain_console()
+    with Display(9, console=console, every_s=0) as display:
+        display.step(step_record(1, routing=ROUTING))
+        record = step_record(2, routing=ROUTING.model_copy(update={"dropped": (0.01, 0.02)}))
+        display.step(record.model_copy(update={"aux_loss": 0.0213, "router_z_loss": 0.004}))
+        display.step(step_record(3))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 5
+    assert lines[1] == "  experts: load max/mean 2.50 in layer 3, 2 dead"
+    assert lines[3] == f"{lines[1]}, 1.50% dropped, aux loss 0.0213, router z-loss 0.0040"
+
+
+@pytest.mark.parametrize(("width", "line"), [(80, "2 dead"), (40, "…")])
+def test_the_panel_has_a_line_of_the_experts_that_fits(width: int, line: str) -> None:
+    out = io.StringIO()
+    with Display(400, console=Console(file=out, force_terminal=True, width=width, legacy_windows=False)) as display:
+        display.step(step_record(1, routing=ROUTING))
+    lines = [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line).strip("\r ") for line in out.getvalue().splitlines()]
+    message = [line for line in lines if line.startswith("experts: load max/mean 2.50")][-1]
+    assert message.endswith(line)
+    assert len(message) <= width
 
 
 def test_a_terminal_shows_a_panel_that_continues_at_the_resumed_step() -> None:

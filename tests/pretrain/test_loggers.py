@@ -1,12 +1,13 @@
 """TensorBoard files are read back; Weights & Biases runs for real, offline."""
 
+import math
 from pathlib import Path
 
 import pytest
 from step_records import step_record
 
 from pretrain.config import RunConfig
-from pretrain.runs.schema import SourceLoss, ValidationRecord
+from pretrain.runs.schema import RoutingStatistics, SourceLoss, ValidationRecord
 from pretrain.tracking.loggers import open_loggers, scalars
 
 
@@ -52,6 +53,32 @@ def test_of_several_sources_each_has_a_curve_and_a_single_one_has_none() -> None
         "val_perplexity/code": pytest.approx(7.38906, rel=1e-5),
     }
     assert scalars(record.model_copy(update={"by_source": {"web": losses["web"]}})) == whole
+
+
+def test_experts_have_a_few_curves_whatever_their_number() -> None:
+    layers = tuple(range(94))
+    routing = RoutingStatistics(
+        layers=layers, load_max=(1.0,) * 93 + (4.76,), dead=(0,) * 93 + (5,), entropy=(0.5,) * 94, dropped=(0.25,) * 94
+    )
+    record = step_record(1, routing=routing).model_copy(update={"aux_loss": 0.94, "router_z_loss": 0.1})
+    new = {name: value for name, value in scalars(record).items() if name not in scalars(step_record(1))}
+    assert new == {
+        "train/aux_loss": 0.94,
+        "train/router_z_loss": 0.1,
+        "experts/load_max": 4.76,
+        "experts/load_max_mean": pytest.approx(1.04),
+        "experts/entropy": 0.5,
+        "experts/dead": 5,
+        "experts/dropped": 0.25,
+    }
+
+
+def test_a_source_has_a_curve_of_how_specialised_its_experts_are() -> None:
+    counts = {0: (4, 4), 1: (8, 0)}
+    losses = {"web": SourceLoss(loss=0.0, tokens=8, expert_counts=counts), "code": SourceLoss(loss=2.0, tokens=8)}
+    record = ValidationRecord(step=1, val_loss=1.0, val_tokens=16, by_source=losses, time=0)
+    new = {name: value for name, value in scalars(record).items() if name.startswith("specialisation")}
+    assert new == {"specialisation/web": pytest.approx(math.log(2) / 2)}
 
 
 @pytest.mark.timeout(120)

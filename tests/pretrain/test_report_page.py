@@ -17,7 +17,7 @@ from pretrain.report.curves import MAX_POINTS, smooth, thin
 from pretrain.report.run_page import write_report
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.jsonl import RecordFile
-from pretrain.runs.schema import Event, SourceLoss, StepRecord, ValidationRecord
+from pretrain.runs.schema import Event, RoutingStatistics, SourceLoss, StepRecord, ValidationRecord
 
 HOSTILE = 'x = "</script><script>console.error(1)</script>" & <b>'
 
@@ -27,13 +27,48 @@ def source_losses(step: int, sources: tuple[str, ...]) -> dict[str, SourceLoss]:
     return {name: SourceLoss(loss=2 + 7 / (1 + step * (i + 1)), tokens=5000 >> i) for i, name in enumerate(sources)}
 
 
-def write_run(
-    path: Path, steps: int, *, finished: bool = True, nan_at: tuple[int, ...] = (), sources: tuple[str, ...] = ()
-) -> Path:
-    """A run of `steps` steps, stopped and resumed half way, validated at the start and after every tenth step."""
-    config = RunConfig.model_validate(
-        {"run": {"dir": str(path)}, "model": {"n_layers": 3, "vocab_size": 512}, "train": {"steps": steps}}
+def with_counts(losses: dict[str, SourceLoss], n_layers: int) -> dict[str, SourceLoss]:
+    """The same with counts of 4 experts: source i uses expert i alone in the last layer, and all alike in others."""
+    return {
+        name: loss.model_copy(
+            update={
+                "expert_counts": dict.fromkeys(range(n_layers - 1), (25,) * 4)
+                | {n_layers - 1: tuple(100 * (expert == i) for expert in range(4))}
+            }
+        )
+        for i, (name, loss) in enumerate(losses.items())
+    }
+
+
+def routing(n_layers: int, dead: int) -> dict[str, object]:
+    """Fields of a step record: layer i's fullest expert has 1 + i / 10 of the mean; the last layer has dead experts."""
+    even = (1.0,) * n_layers
+    load = tuple(1 + layer / 10 for layer in range(n_layers))
+    statistics = RoutingStatistics(
+        layers=tuple(range(n_layers)), load_max=load, dead=(0,) * (n_layers - 1) + (dead,), entropy=even, aux_loss=even
     )
+    return {"aux_loss": 0.01 * n_layers, "routing": statistics}
+
+
+def write_run(
+    path: Path,
+    steps: int,
+    *,
+    finished: bool = True,
+    nan_at: tuple[int, ...] = (),
+    sources: tuple[str, ...] = (),
+    moe_layers: int = 0,
+    dead: int = 0,
+) -> Path:
+    """A run of `steps` steps, stopped and resumed half way, validated at the start and after every tenth step.
+
+    With `moe_layers` every layer has 4 experts, of which the last layer has `dead` ones without a token.
+    """
+    model: dict[str, object] = {"n_layers": 3, "vocab_size": 512}
+    if moe_layers:
+        model |= {"n_layers": moe_layers, "architecture": "moe", "moe": {"n_experts": 4}}
+    config = RunConfig.model_validate({"run": {"dir": str(path)}, "model": model, "train": {"steps": steps}})
+    of_experts = routing(moe_layers, dead) if moe_layers else {}
     half = steps // 2
     with RunDirectory.open(config) as run, RecordFile(run.metrics) as metrics, RecordFile(run.events) as events:
         run.write_config(config)
@@ -48,9 +83,9 @@ def write_run(
                 mfu_statement="No MFU",
             )
         )
-        metrics.append(
-            ValidationRecord(step=0, val_loss=9.125, val_tokens=512, by_source=source_losses(0, sources), time=1000)
-        )
+        losses = source_losses(0, sources)
+        losses = with_counts(losses, moe_layers) if moe_layers else losses
+        metrics.append(ValidationRecord(step=0, val_loss=9.125, val_tokens=512, by_source=losses, time=1000))
         for step in range(1, steps + 1):
             now = 1000 + step + (600 if step > half else 0)
             loss = math.nan if step in nan_at else 2 + 7 / step
@@ -58,10 +93,11 @@ def write_run(
                 StepRecord(
                     step=step, samples=step, tokens=512 * step, loss=loss, lr=3e-4, grad_norm=1 / step,
                     tokens_per_s=512.0, step_s=1.0, time=now, attempt=1 + (step > half),
-                )
+                ).model_copy(update=of_experts)
             )  # fmt: skip
             if step % 10 == 0:
                 losses = source_losses(step, sources)
+                losses = with_counts(losses, moe_layers) if moe_layers else losses
                 metrics.append(
                     ValidationRecord(step=step, val_loss=2.25 + 7 / step, val_tokens=512, by_source=losses, time=now)
                 )
@@ -162,6 +198,36 @@ def test_the_validation_by_source_is_shown_for_several_sources_only(tmp_path: Pa
     one = text_of(write_report(write_run(tmp_path / "one", 40, sources=("web",))).read_text())
     assert "Validation loss by source" not in one
     assert "little text" not in text_of(write_report(write_run(tmp_path / "none", 40)).read_text())
+
+
+def test_the_experts_have_a_section_with_their_losses_and_what_each_source_uses(tmp_path: Path) -> None:
+    page = text_of(write_report(write_run(tmp_path / "run", 40, sources=("web", "code"), moe_layers=2)).read_text())
+    assert "4 experts, 2 per token" in page
+    assert "Added to the training loss in the last step, all layers together: auxiliary loss 0.0200." in page
+    headings = "Source First KL Last KL Highest in layer Most used expert"
+    web, code = (
+        f"{name} 0.693 0.693 1 (1.386) {i} in layer 1 (100% of its choices)" for i, name in enumerate(("web", "code"))
+    )
+    assert f"{headings} {web} {code}" in page  # log(4) = 1.386 in the last layer, 0 in the first
+    assert "had no token" not in page
+    assert "Experts" not in text_of(write_report(write_run(tmp_path / "dense", 40, sources=("a", "b"))).read_text())
+
+
+def test_dead_experts_get_a_notice(tmp_path: Path) -> None:
+    for dead, notice in ((1, "1 expert had no token in the last step: 1 in layer 1."), (3, "3 experts had no token")):
+        page = text_of(write_report(write_run(tmp_path / str(dead), 2, moe_layers=2, dead=dead)).read_text())
+        assert notice in page
+
+
+def test_before_a_validation_the_section_says_what_is_missing(tmp_path: Path) -> None:
+    missing = "The load of every expert, and which sources use it, appear with the first validation."
+    page = text_of(write_report(write_run(tmp_path / "none", 5, moe_layers=2)).read_text())
+    assert missing in page
+    assert "Load of the fullest expert" in page
+    page = text_of(write_report(write_run(tmp_path / "one", 5, moe_layers=2, sources=("web",))).read_text())
+    assert "Load of every expert" in page
+    assert missing not in page
+    assert "Specialisation by source" not in page
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -300,6 +366,24 @@ def test_chromium_draws_a_curve_for_each_source(tmp_path: Path) -> None:
     charts = charts_in(document)
     assert count_markers(charts["by_source"]) == [5] * 10
     assert re.findall(r'class="legendtext"[^>]*>([^<]+)<', charts["by_source"]) == list(names)
+
+
+@pytest.mark.parametrize(("n_layers", "curves"), [(5, 5), (20, 3)])  # of many: the highest, the median, the lowest
+def test_chromium_draws_curves_and_heat_maps_of_the_experts(tmp_path: Path, n_layers: int, curves: int) -> None:
+    report = write_report(write_run(tmp_path / "run", 40, sources=("web", "code"), moe_layers=n_layers))
+    document, console = browse(report, tmp_path / "profile", "--blink-settings=preferredColorScheme=0")
+    assert console == []
+    charts = {name: chart for name, chart in charts_in(document).items() if name.startswith("experts_")}
+    over_steps = ["experts_load_max", "experts_entropy", "experts_dead", "experts_aux_loss"]
+    assert list(charts) == [*over_steps, "experts_map", "experts_sources", "experts_kl"]
+    for name in over_steps:
+        in_legend = 1
+        assert [n for n in count_line_points(charts[name]) if n > in_legend] == [40] * curves
+        assert count_markers(charts[name]) == [40]
+    for name, chosen in (("experts_map", "after step 40"), ("experts_sources", f"layer {n_layers - 1}")):
+        assert charts[name].count('<g class="hm"><image') == 1
+        assert f">{chosen}<" in charts[name]  # where the slider stands
+    assert count_markers(charts["experts_kl"]) == [n_layers] * 3  # two sources, and all together
 
 
 def test_chromium_draws_a_run_of_one_step(tmp_path: Path) -> None:
