@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from workers import WorkerPool
 
 import parallel.gradients
 from parallel.gradients import clip_gradients_, local_squared_norm
 from parallel.layout import Layout
-from parallel.mesh import build_mesh
+from parallel.mesh import build_expert_mesh, build_mesh
 
 MANY = 12_000_000
 
@@ -96,10 +97,12 @@ def test_cpu_norms_work_on_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 SPLIT, WHOLE, TIED = numbers(501, 800, seed=1), numbers(300, seed=2), numbers(700, 300, seed=3)
+EXPERTS = numbers(8, 60, 50, seed=4)
 
 
 def squares_of_rank(layout: Layout) -> float:
-    """This rank's share of the squared norm of a parameter on all axes, a replicated one, and one that stages share."""
+    """This rank's share of the squared norm of a parameter on all axes, a replicated one, one that stages share, and
+    experts."""
     mesh = build_mesh(layout, "cpu")
     place = {"replicate": Replicate(), "shard": Shard(0), "context": Shard(0), "tensor": Shard(1)}
     axes = [axis for axis in place if getattr(layout, axis) > 1]
@@ -107,9 +110,16 @@ def squares_of_rank(layout: Layout) -> float:
     if axes:
         gradient = distribute_tensor(SPLIT, mesh[tuple(axes)], [place[axis] for axis in axes])
         master_weights = {"split": parameter(gradient)}
-    master_weights |= {"whole": parameter(WHOLE), "tied": parameter(TIED)}
+    master_weights |= {"whole": parameter(WHOLE), "tied": parameter(TIED), "experts": parameter(EXPERTS)}
+    if layout.expert > 1:
+        experts = build_expert_mesh(mesh, layout)
+        module = nn.ParameterDict(
+            {"experts": distribute_tensor(EXPERTS, experts.axes["expert"], [Shard(0)], src_data_rank=None)}
+        )
+        fully_shard(module, mesh=experts.fsdp)
+        master_weights["experts"] = parameter(module["experts"].detach())
     if dist.get_rank() // (layout.world_size // layout.pipeline) > 0:  # later stages hold the tied parameter only
-        del master_weights["split"], master_weights["whole"]
+        del master_weights["split"], master_weights["whole"], master_weights["experts"]
     return local_squared_norm(master_weights, layout, lambda name: layout.pipeline if name == "tied" else 1).item()
 
 
@@ -123,9 +133,12 @@ def squares_of_rank(layout: Layout) -> float:
         Layout(pipeline=2),
         Layout(pipeline=2, shard=2),
         Layout(shard=2, context=2, tensor=2),
+        Layout(shard=4, expert=2),
+        Layout(replicate=2, shard=2, tensor=2, expert=2, expert_tensor=2),
+        Layout(pipeline=2, shard=2, expert=2),
     ],
     ids=str,
 )
 def test_the_shares_of_all_ranks_sum_up_to_the_fp64_norm(layout: Layout, workers: WorkerPool) -> None:
     shares = workers.run(squares_of_rank, layout.world_size, layout)
-    assert math.sqrt(sum(shares)) == pytest.approx(exact(SPLIT, WHOLE, TIED), rel=1e-12)
+    assert math.sqrt(sum(shares)) == pytest.approx(exact(SPLIT, WHOLE, TIED, EXPERTS), rel=1e-12)
