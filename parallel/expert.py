@@ -14,8 +14,9 @@ The tokens of an MoE layer are always split over the shard, context and tensor r
 With `expert_tensor` above 1, that many neighbours have the same experts and compute a part of the hidden width F each:
 rank j its F/n rows of gate and of up, and its columns of down, for the tokens of all of them. This divides the experts'
 products and activations. It does not divide the gathered weights: FSDP gathers all of F, because a DTensor cannot say
-"these rows of gate and those of up" and still be saved, loaded and gathered by torch 2.11. Between passes they are
-sharded over these ranks too.
+"these rows of gate and those of up" and still be saved, loaded and gathered by torch 2.11. Between steps they are
+sharded over these ranks too. A rank keeps a copy of its rows of gate and up from the forward to the backward pass; with
+recomputation only while a block's backward pass runs.
 
 Shape suffixes: E experts, L experts of a rank, D model width, F hidden width, B rows, S tokens of a row on this rank, R
 tokens of the full row.
@@ -234,7 +235,7 @@ def _make_experts_class(base: type[nn.Module], mesh: ExpertMesh, layout: Layout)
         full_LDF = local(module, "down_proj")
         if full_LDF is None or n_parts == 1:
             return registered_parameter(module, "down_proj") if full_LDF is None else full_LDF
-        return full_LDF.chunk(n_parts, 2)[part].contiguous()
+        return full_LDF.chunk(n_parts, 2)[part]
 
     # Not compiled, but `base.forward` is. The marks must be set here: FSDP's hooks pass other tensors on.
     @partial(torch.compiler.disable, recursive=False)

@@ -28,11 +28,14 @@ CONFIG = RunConfig.model_validate(
 )
 
 
-def gathered_before_each_block(layout: Layout) -> tuple[list[list[int]], int, float]:
+EXPERTS = {"architecture": "moe", "moe": {"n_experts": 4, "n_shared_experts": 1}}
+
+
+def gathered_before_each_block(layout: Layout, config: RunConfig = CONFIG) -> tuple[list[list[int]], int, float]:
     """(all-gathers before the forward pass of each block, by microbatch; all-gathers of the step; its loss)."""
     engine = build_engine(
-        build_model_spec(CONFIG),
-        build_engine_options(CONFIG),
+        build_model_spec(config),
+        build_engine_options(config),
         layout=layout,
         rank=dist.get_rank(),
         device=torch.device("cpu"),
@@ -72,5 +75,20 @@ def test_blocks_are_gathered_ahead_and_nothing_else_changes(zero: int, workers: 
         assert total == (
             2 * (UNITS + (UNITS - 1)) if zero == 3 else UNITS
         )  # the backward pass gathers all but the root
+        losses.add(loss)
+    assert len(losses) == 1
+
+
+@pytest.mark.parametrize(("zero", "recompute"), [(1, "full"), (3, "none"), (3, "full"), (3, "selective")])
+def test_experts_are_gathered_as_often_as_their_blocks(zero: int, recompute: str, workers: WorkerPool) -> None:
+    """Also if their forward pass runs again in the backward pass."""
+    values = CONFIG.model_dump()
+    values["model"] |= EXPERTS
+    values["train"] |= {"recompute": recompute}
+    config, units, losses = RunConfig.model_validate(values), UNITS + N_LAYERS, set()
+    for ahead in (0, 1):
+        layout = Layout(shard=4, expert=2, zero=zero, prefetch=ahead)
+        _, total, loss = workers.run(gathered_before_each_block, 4, layout, config)[0]
+        assert total == (MICROBATCHES * (units + units - 1) if zero == 3 else units)
         losses.add(loss)
     assert len(losses) == 1
