@@ -20,7 +20,7 @@ from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.object_collectives import on_rank_zero
 from pretrain.checkpoint.verify import verify_on_all_ranks
 from pretrain.config import RunConfig, flatten
-from pretrain.config.model import WEIGHT_SETTINGS
+from pretrain.config.model import WEIGHT_SETTINGS, ModelConfig
 from pretrain.config.saved import split_init_from
 from pretrain.errors import UserError
 from pretrain.optim.schedule import learning_rate
@@ -84,11 +84,20 @@ def check_init_checkpoint(parent: NamedCheckpoint, config: RunConfig, tokenizer:
         )
         raise UserError(
             f"{named} has weights of another model: {differences}; leave these settings out, the model is then that "
-            "run's"
+            f"run's{_conversion(theirs, ours)}"
         )
     _check_tokenizer(parent, tokenizer, data, named)
     if config.run.init_mode == "full":
         _check_full(parent, config, data, named)
+
+
+def _conversion(theirs: ModelConfig, ours: ModelConfig) -> str:
+    """The command that makes such a model, as a clause; empty if there is none."""
+    if ours.moe.n_experts and not theirs.moe.n_experts:
+        return ", or let `pretrain convert upcycle` make its MLPs into experts first"
+    if ours.n_kv_heads < theirs.n_kv_heads:
+        return ", or let `pretrain convert gqa` average its key/value heads first"
+    return ""
 
 
 def _check_tokenizer(parent: NamedCheckpoint, tokenizer: Tokenizer, data: Loader, named: str) -> None:

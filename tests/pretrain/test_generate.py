@@ -4,33 +4,54 @@ import pytest
 import torch
 
 from pretrain.config import ModelConfig, RopeConfig
+from pretrain.config.model import MoeConfig
 from pretrain.inference.generate import generate, next_token_logits, sample
 from pretrain.model.architectures.llama import Llama
+from pretrain.model.architectures.moe import MoETransformer
 from pretrain.model.init import init_weights
 from pretrain.model.kv_cache import KVCache
+from pretrain.model.transformer import Transformer
 
 V = 50
 TINY = ModelConfig(vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=40, init_std=0.3)
 PROMPT = [3, 14, 15, 9, 2, 6]
 
 
-def make_model(config: ModelConfig = TINY) -> Llama:
-    model = Llama(config)
+def make_model(config: ModelConfig = TINY) -> Transformer:
+    model = MoETransformer(config) if config.moe.n_experts else Llama(config)
     init_weights(model, seed=0)
     return model
 
 
-def logits_without_cache(model: Llama, ids: list[int]) -> torch.Tensor:
+def logits_without_cache(model: Transformer, ids: list[int]) -> torch.Tensor:
     row = torch.tensor([ids])
     mask = model.document_mask(torch.zeros_like(row), torch.arange(len(ids))[None])
     with torch.no_grad():
         return model.logits(model(row, mask))[0]
 
 
-@pytest.mark.parametrize("window", [None, 4])
+EXPERTS = {
+    "dense": MoeConfig(),
+    "experts": MoeConfig(n_experts=5, top_k=2),
+    "sigmoid, bias, groups, shared, first layer dense": MoeConfig(
+        n_experts=8,
+        top_k=3,
+        d_ff=16,
+        score_function="sigmoid",
+        expert_bias=True,
+        n_groups=4,
+        top_k_groups=2,
+        n_shared_experts=2,
+        n_dense_layers=1,
+    ),
+}
+
+
+@pytest.mark.parametrize(("moe", "window"), [(moe, None) for moe in EXPERTS] + [("dense", 4)])
 @pytest.mark.parametrize("chunks", [(1,) * 20, (12,) + (1,) * 8, (5, 7, 8), (20,)], ids=str)
-def test_cached_and_uncached_logits_agree_to_1e5(chunks: tuple[int, ...], window: int | None) -> None:
-    model = make_model(TINY.model_copy(update={"sliding_window": window}))
+def test_cached_and_uncached_logits_agree_to_1e5(chunks: tuple[int, ...], moe: str, window: int | None) -> None:
+    tree = TINY.model_dump() | {"sliding_window": window, "moe": EXPERTS[moe].model_dump()}
+    model = make_model(ModelConfig.model_validate(tree | {"architecture": "llama" if moe == "dense" else "moe"}))
     ids = torch.randint(V, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     uncached = logits_without_cache(model, ids)
     cache = KVCache(model.config, 1, 20, torch.device("cpu"), torch.float32)

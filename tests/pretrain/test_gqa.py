@@ -122,3 +122,13 @@ def test_one_head_cannot_be_fewer(refused: Callable[..., str], mha: Path, tmp_pa
     convert(mha, tmp_path / "one", 1)
     line = refused("convert", "gqa", tmp_path / "one", tmp_path / "none", "--n-kv-heads", 1)
     assert "has model.n_kv_heads=1, which cannot be fewer" in line
+
+
+def test_a_run_with_fewer_heads_is_told_the_way(
+    refused: Callable[..., str], mha: Path, tmp_path: Path, tiny_args: Callable[..., list[str]]
+) -> None:
+    line = refused("train", *tiny_args(tmp_path / "run", f"run.init_from={mha}", "model.n_heads=4"))
+    assert (
+        "model.n_kv_heads is 4 there and 1 here; leave these settings out, the model is then that run's, or let" in line
+    )
+    assert "`pretrain convert gqa` average its key/value heads first" in line
