@@ -35,6 +35,10 @@ CASES = {
     "adamw": (),
     "bf16": ("train.precision=bf16",),
     "muon": ("optim.kind=muon",),
+    "experts": (
+        *("model.architecture=moe", "model.moe.n_experts=4", "model.moe.d_ff=32", "model.moe.expert_bias=true"),
+        *("model.moe.input_jitter=0.1", "model.moe.expert_dropout=0.1", "model.moe.capacity_factor=1.5"),
+    ),
     "accumulation": ("train.batch_size=7", "train.micro_batch_size=3"),
     "batch ramp": ("train.batch_ramp_steps=30", "train.batch_ramp_start=1", "train.micro_batch_size=2"),
 }

@@ -51,6 +51,18 @@ def test_the_weights_are_the_checkpoints_rounded_to_the_precision_of_the_run(run
         assert torch.equal(weight, saved[name].bfloat16()), name
 
 
+def test_routers_keep_their_bias_in_fp32(run_tiny: Callable[..., Outcome], tmp_path: Path) -> None:
+    experts = ("model.architecture=moe", "model.moe.n_experts=4", "model.moe.d_ff=32", "model.moe.expert_bias=true")
+    short = ("train.steps=4", "optim.warmup=0", "checkpoint.every=4", "train.precision=bf16", "model.n_layers=1")
+    run_tiny(tmp_path / "run", *experts, *short, "model.moe.bias_update_rate=0.0011")
+    model, *_ = load_trained_run(tmp_path / "run", CPU, unexpected)
+    bias_E = model.state_dict()["model.layers.0.mlp.gate.e_score_correction_bias"]
+    assert bias_E.dtype == torch.float32
+    steps = bias_E / 0.0011
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert steps.abs().max() >= 2
+
+
 def test_the_text_is_in_the_language_it_was_trained_on(trained: tuple[Llama, Tokenizer]) -> None:
     """Half of its words at least, after 60 steps; of what the same model wrote before them, hardly any."""
     model, tokenizer = trained

@@ -18,7 +18,8 @@ from pretrain.config.model import MoeConfig
 def capacity(moe: MoeConfig, row_len: int) -> int:
     """Assignments that an expert takes of a row of `row_len` tokens."""
     assert moe.capacity_factor is not None
-    return math.ceil(moe.capacity_factor * moe.top_k * row_len / moe.n_experts)
+    exact = moe.capacity_factor * moe.top_k * row_len / moe.n_experts
+    return math.ceil(round(exact, 6))  # 1.1 * 10 is a little more than 11
 
 
 def drop_overflow(expert_BRK: Tensor, weight_BRK: Tensor, moe: MoeConfig) -> Tensor:

@@ -195,8 +195,9 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def begin_step(self, token_scale: Tensor) -> None:
-        """Prepare the passes of a step over 1 / `token_scale` tokens."""
+        """Prepare the passes of a step over 1 / `token_scale` tokens. What was counted before is forgotten."""
         self.token_scale.copy_(token_scale)
+        self.evaluation_sums.zero_()
         self.probe.grad = None
 
     @torch.no_grad()
