@@ -17,7 +17,7 @@ from pretrain.runs.schema import RoutingStatistics
 FloatArray = NDArray[np.float64]
 
 DECIMALS = 4
-"""Of the numbers of a layer: with 94 layers a step's line stays at 3 kB."""
+"""Of the numbers of a layer: with 94 layers a step's line has 4 kB."""
 
 
 class StepRouting(NamedTuple):
