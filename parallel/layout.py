@@ -108,6 +108,11 @@ class Layout:
         return self.expert * self.expert_tensor * self.tensor > 1
 
     @property
+    def expert_fsdp(self) -> int:
+        """Number of ranks of a replica that shard the state of the same experts."""
+        return self.expert_data * self.expert_tensor
+
+    @property
     def n_stages(self) -> int:
         """Number of pipeline stages."""
         return self.pipeline * self.stages_per_rank
@@ -150,6 +155,11 @@ class Layout:
         """Which shard of the parameters a rank holds, in [0, fsdp)."""
         at = self.coordinates(rank)
         return at["shard"] * self.context + at["context"]
+
+    def expert_fsdp_rank(self, rank: int) -> int:
+        """Which shard of its experts a rank holds, in [0, expert_fsdp)."""
+        at = self.expert_coordinates(rank)
+        return at["expert_data"] * self.expert_tensor + at["expert_tensor"]
 
     def stride(self, axis: str) -> int:
         """The difference in rank between neighbours on an axis.

@@ -33,18 +33,29 @@ class ModelParameter:
         """Number of its layer; None for the ends of the model."""
         return layer_of(self.name)
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is a stack of experts [E, ...]."""
+        return self.style == "experts"
+
     def local_shape(self, layout: Layout) -> tuple[int, ...]:
-        """Shape of one tensor rank's shard."""
+        """Shape of what FSDP gathers: a tensor rank's shard, or all of a rank's experts."""
+        if self.is_expert:
+            return self.shape[0] // layout.expert, *self.shape[1:]
         return tuple(size // layout.tensor if i == self.tensor_dim else size for i, size in enumerate(self.shape))
 
-    def elements(self, layout: Layout, fsdp_rank: int | None = None) -> int:
-        """Elements of a tensor rank's shard, or of the part that one FSDP rank of it stores: FSDP2 rounds chunks of
-        rows up."""
+    def elements(self, layout: Layout, rank: int | None = None) -> int:
+        """Elements that FSDP gathers, or the part of them that `rank` stores: FSDP2 rounds chunks of rows up."""
         rows, *rest = self.local_shape(layout)
-        if fsdp_rank is not None:
-            chunk = -(-rows // layout.fsdp)
-            rows = min(chunk, max(0, rows - fsdp_rank * chunk))
-        return rows * math.prod(rest)
+        if rank is None:
+            return rows * math.prod(rest)
+        n_ranks, place = layout.fsdp, layout.fsdp_rank(rank)
+        if self.is_expert and layout.splits_experts:
+            n_ranks, place = layout.expert_fsdp, layout.expert_fsdp_rank(rank)
+            if any(size % n_ranks == 0 for size in rest):  # if experts do not divide, their matrices are cut
+                return rows * math.prod(rest) // n_ranks
+        chunk = -(-rows // n_ranks)
+        return min(chunk, max(0, rows - place * chunk)) * math.prod(rest)
 
 
 @lru_cache(maxsize=4096)

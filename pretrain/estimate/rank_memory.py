@@ -79,7 +79,7 @@ def estimate_rank_memory(config: RunConfig, layout: Layout, rank: int) -> RankMe
     at, micro = layout.coordinates(rank), n_microbatches(config, layout)
     ranges, stages = layers_of_stages(config, layout), stages_of_rank(at["pipeline"], layout)
     held = [parameter for stage in stages for parameter in model_parameters(config.model, ranges[stage], layout.tensor)]
-    kept = [parameter.elements(layout, layout.fsdp_rank(rank)) for parameter in held]
+    kept = [parameter.elements(layout, rank) for parameter in held]
     by_kind: dict[str, int] = {}
     for parameter, count in zip(held, kept, strict=True):
         by_kind[parameter.spec.kind] = by_kind.get(parameter.spec.kind, 0) + count
@@ -126,12 +126,19 @@ def n_microbatches(config: RunConfig, layout: Layout) -> int:
 
 
 def _gathered(held: Iterable[ModelParameter], layout: Layout) -> int:
-    """The most elements that are gathered at one time: the end of the model for a full microbatch, and a few blocks."""
+    """The most elements that are gathered at one time: the end of the model for a full microbatch, and a few blocks.
+
+    Experts with a mesh of their own are gathered when their block is used. The last block that is gathered ahead comes
+    without its experts.
+    """
     blocks: dict[int, int] = {}
+    experts: dict[int, int] = {}
     at_end = 0
     for parameter in held:
         if parameter.layer is not None:
-            blocks[parameter.layer] = blocks.get(parameter.layer, 0) + parameter.elements(layout)
+            units = experts if parameter.is_expert and layout.splits_experts else blocks
+            units[parameter.layer] = units.get(parameter.layer, 0) + parameter.elements(layout)
         elif parameter.spec.kind != "embedding":
             at_end += parameter.elements(layout)
-    return at_end + sum(sorted(blocks.values())[-1 - layout.prefetch :])
+    ahead = layout.prefetch
+    return at_end + sum(sorted(blocks.values())[-1 - ahead :]) + sum(sorted(experts.values())[-max(1, ahead) :])
