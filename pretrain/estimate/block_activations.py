@@ -48,7 +48,11 @@ def activation_sizes(config: RunConfig, layout: Layout, number: int) -> Activati
         * (model.d_model * model.d_ff / t)
         * (layout.world_size > 1)
         / microbatch_tokens(config, layout),
-        splits_tensor=t > 1,
+        number=number,
+        tokens=microbatch_tokens(config, layout),
+        tensor=t,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
         splits_context=c > 1,
         sequence=sequence,
         compiled=config.train.compile is True,
@@ -81,7 +85,7 @@ def kept_by_recomputing_block(
     if "attention" in keep:
         kept += x.query + x.logarithms
     if "collective" in keep:
-        kept += x.splits_tensor * (collectives.gathers * x.whole + collectives.reductions * x.stream)
+        kept += (x.tensor > 1) * (collectives.gathers * x.whole + collectives.reductions * x.stream)
         kept += x.splits_context * 2 * x.rows * x.key
     return kept
 

@@ -47,8 +47,16 @@ class ActivationSizes:
     mlp_gradient: float
     """The gradient of one [F, D] matrix, which waits for the end of the block's backward pass. 0 where it is
     accumulated at once."""
-    splits_tensor: bool
-    """There are several tensor ranks."""
+    number: int
+    """Bytes of a number in the passes."""
+    tokens: int
+    """Tokens of a microbatch on one context rank."""
+    tensor: int
+    """Number of tensor ranks."""
+    expert: int
+    """Number of ranks that share out the experts."""
+    expert_tensor: int
+    """Number of ranks that divide the hidden width of each expert."""
     splits_context: bool
     """There are several context ranks."""
     sequence: bool

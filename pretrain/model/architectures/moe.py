@@ -20,6 +20,13 @@ from pretrain.model.activation_terms import (
 from pretrain.model.architectures import llama
 from pretrain.model.attention import Attention, DocumentMask
 from pretrain.model.kv_cache import LayerCache
+from pretrain.model.moe.activation_terms import (
+    dispatch_kept,
+    experts_backward,
+    experts_kept,
+    router_kept,
+    shared_kept,
+)
 from pretrain.model.moe.layer import MoE
 from pretrain.model.norm import RMSNorm
 from pretrain.model.rope import Rope
@@ -100,11 +107,12 @@ def block_activations(config: ModelConfig, x: ActivationSizes, layer: int) -> Bl
     """Those of the dense block, or of attention and the experts."""
     if not config.moe.has_experts(layer):
         return llama.block_activations(config, x, layer)
+    terms = router_kept, dispatch_kept, experts_kept, shared_kept
     return BlockActivations(
-        kept=2 * (norm_kept(x) + x.whole) + attention_kept(x),
+        kept=2 * norm_kept(x) + x.whole + attention_kept(x) + sum(term(config, x) for term in terms) / x.tensor,
         product_inputs=attention_product_inputs(x),
         product_outputs=attention_product_outputs(x),
-        backward_peak=x.stream,
+        backward_peak=x.stream + experts_backward(config, x) / x.tensor,
     )
 
 
