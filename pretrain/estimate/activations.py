@@ -122,16 +122,22 @@ def bytes_at_moments(
     recomputes = any(any(recompute_flags(config, layers)) for layers in stage_layers)
     layer, block = max(blocks.items(), key=lambda item: item[1].kept)
     of_block = tokens * (_kept_recomputing(config, x, layer, block) if recomputes else block.kept)
-    beside = tokens * block.backward_peak
+    beside, resident = tokens * block.backward_peak, of_block
     if recomputes:  # all of it exists again, including what waits for the gradients of the weights
         again = kept_when_recomputed(block, x, keep) - kept_for_weights(block) * (in_flight.waiting > 0)
-        beside += tokens * again - of_block
+        resident = tokens * again
+        beside += resident - of_block
     found["last block"] = kept + units.prefetched_block + beside
     if units.gathers_blocks:
         found["last block arrives"] = kept + 2 * units.prefetched_block + tokens * x.stream
     if layout.pipeline == 1 and layout.world_size > 1:
         # The last block has finished, and its reduction is the latest one.
-        kept += units.prefetched_block - of_block - units.previous_reduction
+        kept += units.prefetched_block - units.previous_reduction
+        kept -= of_block
+        if units.experts:  # attention's backward pass is still to come
+            found["last experts' reduction"] = (
+                kept + resident + tokens * (x.stream - block.expert_inputs) + units.expert_reduction
+            )
         found["last block's reduction"] = kept + tokens * x.stream + units.block_reduction
         if layout.zero > 1:
             found["block before it"] = kept + FP32 * units.block + beside

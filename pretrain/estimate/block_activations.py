@@ -81,7 +81,7 @@ def kept_by_recomputing_block(
     """Its input, and the results of the operators that `train.recompute_keep` names."""
     kept = x.stream
     if "matmul" in keep:
-        kept += block.product_outputs
+        kept += block.product_outputs + block.expert_hidden + block.expert_outputs
     if "attention" in keep:
         kept += x.query + x.logarithms
     if "collective" in keep:
@@ -100,4 +100,4 @@ def kept_when_recomputed(block: BlockActivations, x: ActivationSizes, keep: Coll
     """Bytes a token of a recomputed block at the start of its backward pass: what it would have kept without
     recomputation, its input, and with `matmul` in `keep` the output of its last product, which nobody reads."""
     own_input = 0.0 if x.compiled or x.stream == x.stream_fp32 else x.stream  # otherwise the first norm keeps it
-    return block.kept + own_input + ("matmul" in keep) * x.whole
+    return block.kept + own_input + ("matmul" in keep) * (block.expert_outputs or x.whole)

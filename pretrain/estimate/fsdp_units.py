@@ -21,7 +21,9 @@ class FsdpUnits:
     """
 
     block: float
-    """Matrices of the largest block."""
+    """Matrices of the largest block, without experts that are a unit of their own."""
+    experts: float
+    """Matrices of the experts of a block, if they are a unit of their own; otherwise 0."""
     head: float
     embedding: float
     """0 where it is the output projection too."""
@@ -29,6 +31,8 @@ class FsdpUnits:
     """The output projection is the embedding, and gets a gradient from both uses."""
     bytes_per_number: int
     """Bytes of a number in the forward and backward pass."""
+    expert_ranks: int
+    """Ranks that share the parameters of such experts."""
     fsdp_ranks: int
     """Ranks that share the parameters. 0 on one process, which adds each gradient to the master weight's at once."""
     copies_input: bool
@@ -52,8 +56,11 @@ class FsdpUnits:
         )
         rows = model.vocab_size * model.d_model / layout.tensor
         tied = first and last and model.tie_embeddings
+        matrices = [_matrices(config, layer, layout) for layers in stage_layers for layer in layers]
         return cls(
-            block=max(_matrices(config, layer, layout) for layers in stage_layers for layer in layers),
+            block=max(block for block, _ in matrices),
+            experts=max(experts for _, experts in matrices),
+            expert_ranks=layout.expert_fsdp,
             head=rows * last,
             embedding=rows * (first and not tied),
             tied=tied,
@@ -87,6 +94,12 @@ class FsdpUnits:
         return self.block * (FP32 + max(self.bytes_per_number, self._output_bytes)) if self.fsdp_ranks else 0.0
 
     @property
+    def expert_reduction(self) -> float:
+        """Bytes to reduce the experts of a block, in the middle of its backward pass."""
+        output = FP32 / self.expert_ranks + FP32 * (self.copies_input and self.expert_ranks == 1)
+        return self.experts * (FP32 + max(self.bytes_per_number, output))
+
+    @property
     def _output_bytes(self) -> float:
         """Bytes of a number in the output of a reduction. One rank with replicas copies the input once more."""
         return FP32 / self.fsdp_ranks + FP32 * self.copies_input
@@ -113,15 +126,19 @@ class FsdpUnits:
         return self.bytes_per_number * min(self.head, self.embedding) + largest * (FP32 + own + self._output_bytes)
 
 
-def _matrices(config: RunConfig, layer: int, layout: Layout) -> float:
-    """Numbers in a layer's matrices that one tensor rank computes with."""
-    found, heads = 0, config.model.n_kv_heads
+def _matrices(config: RunConfig, layer: int, layout: Layout) -> tuple[float, float]:
+    """Numbers in a layer's matrices that one tensor rank computes with, and in those of experts with a unit of their
+    own."""
+    found, experts, heads = 0, 0, config.model.n_kv_heads
     for parameter in model_parameters(config.model, range(layer, layer + 1), layout.tensor):
         if parameter.layer is not None and len(parameter.shape) > 1:
             count = math.prod(parameter.shape)
+            if parameter.is_expert and layout.has_expert_mesh:
+                experts += parameter.elements(layout)
+                continue
             if shares_heads(parameter.style, tensor=layout.tensor, kv_heads=heads):
                 count = count * layout.tensor // heads  # each rank uses one head
             elif parameter.tensor_dim is None:
                 count *= layout.tensor
             found += count
-    return found / layout.tensor
+    return found / layout.tensor, experts

@@ -78,6 +78,13 @@ class BlockActivations:
     """Outputs of its matrix products. Their gradients have the same size."""
     backward_peak: float
     """The most that exists during its backward pass beside `kept`."""
+    expert_inputs: float = 0.0
+    """Of `kept`, what experts keep. It is freed before FSDP reduces their gradients, if they are a unit of their own.
+    """
+    expert_hidden: float = 0.0
+    """Outputs of the experts' first products. No schedule delays the gradients of experts."""
+    expert_outputs: float = 0.0
+    """Outputs of their last product, which no backward pass reads."""
 
 
 def norm_kept(x: ActivationSizes) -> float:

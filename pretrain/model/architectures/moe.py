@@ -23,7 +23,9 @@ from pretrain.model.kv_cache import LayerCache
 from pretrain.model.moe.activation_terms import (
     dispatch_kept,
     experts_backward,
+    experts_hidden,
     experts_kept,
+    experts_outputs,
     router_kept,
     shared_kept,
 )
@@ -113,6 +115,9 @@ def block_activations(config: ModelConfig, x: ActivationSizes, layer: int) -> Bl
         product_inputs=attention_product_inputs(x),
         product_outputs=attention_product_outputs(x),
         backward_peak=x.stream + experts_backward(config, x) / x.tensor,
+        expert_inputs=experts_kept(config, x) / x.tensor,
+        expert_hidden=experts_hidden(config, x) / x.tensor,
+        expert_outputs=experts_outputs(config, x) / x.tensor,
     )
 
 
