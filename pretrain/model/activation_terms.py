@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FP32 = 4
+INT32 = 4
+INT64 = 8
 
 NORM_BACKWARD = 5
 """fp32 copies of its input that an uncompiled norm has at one time in its backward pass: two products of the gradient;
