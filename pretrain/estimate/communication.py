@@ -56,7 +56,7 @@ def _parameters(config: RunConfig, layout: Layout, rank: int, *, experts: bool =
     """Parameters of all stages of a rank: either the experts with a mesh of their own, or all others."""
     held = estimate_rank_memory(config, layout, rank)
     found = [each for layers in held.layers for each in model_parameters(config.model, layers, layout.tensor)]
-    return [each for each in found if (each.is_expert and layout.has_expert_mesh) == experts]
+    return [each for each in found if (each.is_expert and layout.splits_experts) == experts]
 
 
 def _fsdp(config: RunConfig, layout: Layout, rank: int) -> dict[str, float]:

@@ -133,7 +133,7 @@ def _matrices(config: RunConfig, layer: int, layout: Layout) -> tuple[float, flo
     for parameter in model_parameters(config.model, range(layer, layer + 1), layout.tensor):
         if parameter.layer is not None and len(parameter.shape) > 1:
             count = math.prod(parameter.shape)
-            if parameter.is_expert and layout.has_expert_mesh:
+            if parameter.is_expert and layout.splits_experts:
                 experts += parameter.elements(layout)
                 continue
             if shares_heads(parameter.style, tensor=layout.tensor, kv_heads=heads):
