@@ -162,17 +162,19 @@ class Layout:
         return at["expert_data"] * self.expert_tensor + at["expert_tensor"]
 
     def stride(self, axis: str) -> int:
-        """The difference in rank between neighbours on an axis.
+        """The difference in rank between neighbours on an axis, one of AXES or EXPERT_AXES.
 
         >>> Layout(pipeline=2, tensor=4).stride("pipeline")
         4
         """
-        return math.prod(self.sizes[AXES.index(axis) + 1 :])
+        axes = EXPERT_AXES if axis in EXPERT_AXES else AXES
+        return math.prod(getattr(self, inner) for inner in axes[axes.index(axis) + 1 :])
 
     def peers(self, rank: int, axis: str) -> tuple[int, ...]:
         """`rank` and the ranks that differ from it on that axis only, in order of their coordinate."""
         stride = self.stride(axis)
-        first = rank - self.coordinates(rank)[axis] * stride
+        coordinates = self.coordinates(rank) | self.expert_coordinates(rank)
+        first = rank - coordinates[axis] * stride
         return tuple(range(first, first + stride * getattr(self, axis), stride))
 
     def is_inside_node(self, axis: str, ranks_per_node: int) -> bool:

@@ -64,7 +64,8 @@ class CommTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
         self._layout = layout
         self._axes: dict[str, str] = {}
         self.sent: dict[str, Counter[str]] = {}
-        """{axis: {operation: bytes}}; the axis "fsdp" is `shard` and `context` together."""
+        """{axis: {operation: bytes}}; the axis "fsdp" is `shard` and `context` together, and "expert_fsdp" is
+        `expert_data` and `expert_tensor`."""
         self.calls: dict[str, Counter[str]] = {}
         """{axis: {operation: number of calls}}."""
 
@@ -80,7 +81,8 @@ class CommTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
             if group is not None and group.size() > 1:
                 n_bytes = sum(x.numel() * x.element_size() for x in tensors_in(args[index]))
                 factor = _BYTES_SENT_PER_INPUT_BYTE[operation](group.size())
-                axis = self._axes.setdefault(group.group_name, _axis(group, self._layout))
+                axis = _expert_axis(group, operator.namespace, operation, self._layout)
+                axis = axis or self._axes.setdefault(group.group_name, _axis(group, self._layout))
                 self.sent.setdefault(axis, Counter())[operation] += round(n_bytes * factor)
                 self.calls.setdefault(axis, Counter())[operation] += 1
         return operator(*args, **(kwargs or {}))
@@ -92,6 +94,18 @@ def _group(namespace: str, input_index: int, args: tuple[Any, ...]) -> ProcessGr
         return ProcessGroup.unbox(args[input_index + 1])
     name = [x for x in args if isinstance(x, str)][-1]
     return find_process_group(name)
+
+
+def _expert_axis(group: ProcessGroup, namespace: str, operation: str, layout: Layout) -> str | None:
+    """The expert axis of all ranks that a message must belong to, as it would be strange on another axis."""
+    if group.group_desc.startswith("mesh_") or not layout.splits_experts:
+        return None
+    if operation == "all-to-all" and group.size() == layout.expert:
+        return "expert"
+    is_fsdp = namespace == "c10d" and operation in ("all-gather", "reduce-scatter")
+    if is_fsdp and group.size() == layout.expert_fsdp != layout.fsdp:
+        return "expert_data" if layout.expert_tensor == 1 else "expert_fsdp"
+    return None
 
 
 def _axis(group: ProcessGroup, layout: Layout) -> str:

@@ -35,6 +35,7 @@ def layout(
     Settings that are `auto` get the values that they would have on GPUs.
     """
     from pretrain.errors import UserError
+    from pretrain.setup.memory import suggest_expert_ranks
     from pretrain.setup.resolve import resolve_for_cluster
 
     if rank is not None and rank >= world_size:
@@ -51,10 +52,14 @@ def layout(
             print_line(console, decision.as_text())
     print_axes(config, layout, ranks_per_node, console)
     if rank is not None:
-        print_peers(layout, rank, console)
+        print_peers(config, layout, rank, console)
     ranks = [i * layout.stride("pipeline") for i in range(layout.pipeline)] if rank is None else [rank]
     print_memory(config, layout, ranks, console)
     print_traffic(config, layout, ranks, ranks_per_node, console)
+    suggestion = suggest_expert_ranks(config, layout, ranks_per_node)
+    if suggestion:
+        print_heading(console, "Experts")
+        print_line(console, suggestion)
     if layout.pipeline > 1:
         print_heading(console, "Pipeline")
         print_line(console, resolved.pipeline)
@@ -62,7 +67,7 @@ def layout(
 
 def print_axes(config: RunConfig, layout: Layout, ranks_per_node: int, console: Console) -> None:
     """Print the size of the model, the number of ranks and nodes, and the size of each axis."""
-    from parallel.layout import AXES
+    from parallel.layout import AXES, EXPERT_AXES
     from pretrain.estimate.flops import describe_parameters
 
     axes = [f"{axis}={getattr(layout, axis)}" for axis in AXES]
@@ -75,18 +80,23 @@ def print_axes(config: RunConfig, layout: Layout, ranks_per_node: int, console: 
         (f"; zero={layout.zero}", "dim"),
     )
     print_line(console, line)
+    if config.model.moe.n_experts and layout.splits_experts:
+        folded = " x ".join(f"{axis}={getattr(layout, axis)}" for axis in EXPERT_AXES)
+        n_local = config.model.moe.n_experts // layout.expert
+        print_line(console, f"experts: {folded} (innermost), {n_local} of {config.model.moe.n_experts} on each rank")
 
 
-def print_peers(layout: Layout, rank: int, console: Console) -> None:
+def print_peers(config: RunConfig, layout: Layout, rank: int, console: Console) -> None:
     """Print a rank's coordinate on each axis, and the ranks that it communicates with there."""
-    from parallel.layout import AXES
+    from parallel.layout import AXES, EXPERT_AXES
 
-    coordinates = layout.coordinates(rank)
+    coordinates = layout.coordinates(rank) | layout.expert_coordinates(rank)
+    has_expert_axes = config.model.moe.n_experts and layout.splits_experts
     note = f"reads part {layout.data_rank(rank)} of {layout.data} of each batch"
     print_heading(console, f"Rank {rank}", note)
     table = plain_table("axis", "coordinate", "peers", wrap_numbers=True)
     table.columns[2].justify = "left"
-    for axis in AXES:
+    for axis in (*AXES, *(EXPERT_AXES if has_expert_axes else ())):
         peers = layout.peers(rank, axis)
         listed = ", ".join(map(str, peers))
         if len(peers) > MAX_LISTED_PEERS:
@@ -152,9 +162,9 @@ def print_traffic(config: RunConfig, layout: Layout, ranks: list[int], ranks_per
         "axis", "inside a node", "operation", "ranks", "bytes a step", text_columns=3, wrap_numbers=True
     )
     for axis, sent in most.items():
-        parts = ("shard", "context") if axis == "fsdp" else (axis,)
+        parts = {"fsdp": ("shard", "context"), "expert_fsdp": ("expert_data", "expert_tensor")}.get(axis, (axis,))
         inside = all(layout.is_inside_node(part, ranks_per_node) for part in parts)
-        size = layout.fsdp if axis == "fsdp" else getattr(layout, axis)
+        size = getattr(layout, axis)
         for i, (operation, n_bytes) in enumerate(entry for entry in sent.items() if entry[1]):
             cells = (axis, "yes" if inside else "no", operation, str(size)) if i == 0 else ("", "", operation, "")
             table.add_row(*cells, format_memory(n_bytes))

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from parallel.layout import Layout
 from pretrain.config import RunConfig
+from pretrain.estimate.communication import estimate_traffic
 from pretrain.estimate.rank_memory import estimate_rank_memory, find_peak_rank
 from pretrain.setup.constraints import Violation, divisors
 
@@ -20,6 +21,9 @@ MAX_DOUBLINGS = 10
 
 MAX_TENSOR_RANKS = 8
 """Tensor ranks that a remedy may ask for: they are slow beyond one node."""
+
+MIN_SAVING = 0.05
+"""Smallest part of the static memory for which more expert ranks are suggested."""
 
 GIB = 2**30
 
@@ -68,6 +72,32 @@ def batch_fits_host(config: RunConfig, layout: Layout, available: int) -> Violat
     )
 
 
+def suggest_expert_ranks(config: RunConfig, layout: Layout, ranks_per_node: int) -> str:
+    """One line on the `parallel.expert` that holds least, if more than now helps; empty if not.
+
+    Expert ranks stay inside a node, because tokens travel between them in every layer.
+    """
+    now = _static_bytes(config, layout)
+    inside = [other for other in _with_more_expert_ranks(config, layout) if other.expert <= ranks_per_node]
+    least = min(inside, key=lambda other: _static_bytes(config, other), default=layout)
+    saved = now - _static_bytes(config, least)
+    if saved < MIN_SAVING * now:
+        return ""
+    sent = sum(estimate_traffic(config, least, find_peak_rank(config, least)).get("expert", {}).values())
+    return (
+        f"parallel.expert={least.expert} would hold {(now - saved) / GIB:,.2f} GiB on the fullest rank whatever the "
+        f"batch, instead of {now / GIB:,.2f} GiB, and send {sent / GIB:,.2f} GiB of tokens to experts in a step"
+    )
+
+
+def _with_more_expert_ranks(config: RunConfig, layout: Layout) -> Iterator[Layout]:
+    """The same processes with every larger `parallel.expert` that is possible."""
+    ranks = layout.fsdp * layout.tensor // layout.expert_tensor
+    for size in divisors(max(1, config.model.moe.n_experts)):
+        if size > layout.expert and ranks % size == 0:
+            yield replace(layout, expert=size)
+
+
 def _static_bytes(config: RunConfig, layout: Layout) -> int:
     return estimate_rank_memory(config, layout, find_peak_rank(config, layout)).static_bytes
 
@@ -78,6 +108,8 @@ def _alternatives(config: RunConfig, layout: Layout) -> Iterator[tuple[str, Layo
     and_zero = f" parallel.zero={zero}" if zero != layout.zero else ""
     if and_zero:
         yield f"use{and_zero}", replace(layout, zero=zero)
+    for other in _with_more_expert_ranks(config, layout):
+        yield f"use parallel.expert={other.expert}{and_zero}", replace(other, zero=zero)
     for size in divisors(layout.replicate)[1:]:
         shard, copies = layout.shard * size, layout.replicate // size
         yield (
