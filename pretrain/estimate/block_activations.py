@@ -86,7 +86,7 @@ def kept_by_recomputing_block(
         kept += x.query + x.logarithms
     if "collective" in keep:
         kept += (x.tensor > 1) * (collectives.gathers * x.whole + collectives.reductions * x.stream)
-        kept += x.splits_context * 2 * x.rows * x.key
+        kept += x.splits_context * 2 * x.rows * x.key + block.expert_messages
     return kept
 
 
@@ -98,6 +98,8 @@ def kept_for_weights(block: BlockActivations) -> float:
 
 def kept_when_recomputed(block: BlockActivations, x: ActivationSizes, keep: Collection[str]) -> float:
     """Bytes a token of a recomputed block at the start of its backward pass: what it would have kept without
-    recomputation, its input, and with `matmul` in `keep` the output of its last product, which nobody reads."""
+    recomputation, its input, and of what `keep` names the output of its last product and the messages of experts, which
+    nobody reads."""
     own_input = 0.0 if x.compiled or x.stream == x.stream_fp32 else x.stream  # otherwise the first norm keeps it
-    return block.kept + own_input + ("matmul" in keep) * (block.expert_outputs or x.whole)
+    unread = ("matmul" in keep) * (block.expert_outputs or x.whole) + ("collective" in keep) * block.expert_messages
+    return block.kept + own_input + unread

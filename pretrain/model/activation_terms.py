@@ -87,6 +87,8 @@ class BlockActivations:
     """Outputs of the experts' first products. No schedule delays the gradients of experts."""
     expert_outputs: float = 0.0
     """Outputs of their last product, which no backward pass reads."""
+    expert_messages: float = 0.0
+    """Results of messages between the ranks of experts in the forward pass."""
 
 
 def norm_kept(x: ActivationSizes) -> float:

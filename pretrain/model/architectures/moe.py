@@ -22,10 +22,11 @@ from pretrain.model.attention import Attention, DocumentMask
 from pretrain.model.kv_cache import LayerCache
 from pretrain.model.moe.activation_terms import (
     dispatch_kept,
-    experts_backward,
     experts_hidden,
     experts_kept,
+    experts_messages,
     experts_outputs,
+    experts_peak,
     router_kept,
     shared_kept,
 )
@@ -114,10 +115,11 @@ def block_activations(config: ModelConfig, x: ActivationSizes, layer: int) -> Bl
         kept=2 * norm_kept(x) + x.whole + attention_kept(x) + sum(term(config, x) for term in terms) / x.tensor,
         product_inputs=attention_product_inputs(x),
         product_outputs=attention_product_outputs(x),
-        backward_peak=x.stream + experts_backward(config, x) / x.tensor,
+        backward_peak=x.stream + experts_peak(config, x) / x.tensor,
         expert_inputs=experts_kept(config, x) / x.tensor,
         expert_hidden=experts_hidden(config, x) / x.tensor,
         expert_outputs=experts_outputs(config, x) / x.tensor,
+        expert_messages=experts_messages(config, x) / x.tensor,
     )
 
 

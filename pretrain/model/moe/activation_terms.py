@@ -107,15 +107,30 @@ def shared_kept(config: ModelConfig, x: ActivationSizes) -> float:
     return e.token + (3 if x.compiled else 4) * e.shared_hidden + moe.shared_expert_gate * e.token
 
 
-def experts_backward(config: ModelConfig, x: ActivationSizes) -> float:
-    """The most that exists during the backward pass of the experts, beside what is kept.
+def experts_messages(config: ModelConfig, x: ActivationSizes) -> float:
+    """Results of messages between expert ranks in the forward pass: rows, their weights, and what experts made of them.
 
-    Uncompiled, that is silu(gate), its product with up, the hidden activations, the gradients of the last two, the
-    gradients of gate and up, and these two put together; and then the gradients of the input and of the matrices.
+    Ranks that divide the width of experts gather tokens, choices and weights, and add up results.
     """
     e = ExpertSizes.of(config, x)
+    exchanged = 2 * e.row_inputs + e.row_weights if x.expert > 1 else 0.0
+    gathered = x.expert_tensor * e.token + e.row_indices + e.row_weights + e.token if x.expert_tensor > 1 else 0.0
+    return exchanged + gathered
+
+
+def experts_peak(config: ModelConfig, x: ActivationSizes) -> float:
+    """The most that exists during the passes of the experts, beside what is kept.
+
+    In the forward pass, these are their output and its copy by token; with expert ranks also the rows that were sent,
+    and the output sorted by rank and sent back. In the backward pass, uncompiled, they are silu(gate), its product with
+    up, the hidden activations, the gradients of the last two, those of gate and up, and these two put together; and
+    then the gradients of the input and of the matrices.
+    """
+    e = ExpertSizes.of(config, x)
+    sorted_again = x.expert > 1 and config.moe.n_experts > x.expert
+    forward = (2 + 2 * (x.expert > 1) + sorted_again) * e.row_inputs
     if x.compiled:
-        return 2 * e.row_inputs + 3 * e.row_hidden + 3 * e.expert_matrix
+        return max(forward, 2 * e.row_inputs + 3 * e.row_hidden + 3 * e.expert_matrix)
     activation = e.row_inputs + 9 * e.row_hidden + e.expert_matrix
     weights = 2 * e.row_inputs + 8 * e.row_hidden + 3 * e.expert_matrix
-    return max(activation, weights)
+    return max(forward, activation, weights)
