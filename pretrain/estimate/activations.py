@@ -102,8 +102,7 @@ def bytes_at_moments(
 
     found = {"microbatch begins": units.at_microbatch_start, "step ends": buffers + units.at_step_end}
     if layout.pipeline > 1:
-        # One microbatch has finished.
-        others = (kept - waiting) * (in_flight.begun - 1) / max(1, in_flight.begun)
+        others = (kept - waiting) * (in_flight.begun - 1) / max(1, in_flight.begun)  # one has finished
         found["embedding"] = waiting + others + buffers + number * units.embedding
     kept += buffers + units.previous_reduction
 
@@ -122,23 +121,20 @@ def bytes_at_moments(
     recomputes = any(any(recompute_flags(config, layers)) for layers in stage_layers)
     layer, block = max(blocks.items(), key=lambda item: item[1].kept)
     of_block = tokens * (_kept_recomputing(config, x, layer, block) if recomputes else block.kept)
-    beside, resident = tokens * block.backward_peak, of_block
-    if recomputes:  # all of it exists again, including what waits for the gradients of the weights
-        again = kept_when_recomputed(block, x, keep) - kept_for_weights(block) * (in_flight.waiting > 0)
-        resident = tokens * again
-        beside += resident - of_block
+    # Recomputed, all of it exists again, including what waits for the gradients of the weights.
+    again = kept_when_recomputed(block, x, keep) - kept_for_weights(block) * (in_flight.waiting > 0)
+    resident = tokens * again if recomputes else of_block
+    beside = tokens * block.backward_peak + resident - of_block
     found["last block"] = kept + units.prefetched_block + beside
     if units.gathers_blocks:
         found["last block arrives"] = kept + 2 * units.prefetched_block + tokens * x.stream
     if layout.pipeline == 1 and layout.world_size > 1:
-        # The last block has finished, and its reduction is the latest one.
-        kept += units.prefetched_block - units.previous_reduction
-        kept -= of_block
-        if units.experts:  # attention's backward pass is still to come
-            found["last experts' reduction"] = (
-                kept + resident + tokens * (x.stream - block.expert_inputs) + units.expert_reduction
-            )
+        # The previous reduction is over.
+        kept += units.prefetched_block - of_block - units.previous_reduction
         found["last block's reduction"] = kept + tokens * x.stream + units.block_reduction
+        if units.experts:  # they are reduced before attention's backward pass
+            of_attention = resident + tokens * (x.stream - block.expert_inputs)
+            found["last experts' reduction"] = kept + of_attention + units.expert_reduction
         if layout.zero > 1:
             found["block before it"] = kept + FP32 * units.block + beside
     return found

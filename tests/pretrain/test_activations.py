@@ -129,7 +129,11 @@ def test_without_the_temporaries_of_the_backward_pass_the_estimate_misses(
     case: str, measured: Callable[[str], Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = activations._blocks
-    monkeypatch.setattr(activations, "_blocks", lambda *given: [replace(b, backward_peak=0.0) for b in blocks(*given)])
+    monkeypatch.setattr(
+        activations,
+        "_blocks",
+        lambda *given: {layer: replace(block, backward_peak=0.0) for layer, block in blocks(*given).items()},
+    )
     monkeypatch.setattr(activations, "NORM_BACKWARD", 0)
     assert activation_terms.NORM_BACKWARD == 5
     assert (
