@@ -78,6 +78,8 @@ class _Splits(NamedTuple):
 
 class _InFlight(NamedTuple):
     inner: Any  # Any: what the inner dispatcher has sent
+    n_rows: int
+    """That it has sorted, dropped ones included."""
     splits: _Splits
     x_XD: _Message
     weight_X: _Message
@@ -108,6 +110,7 @@ class AllToAllDispatcher:
         n_sent = sum(splits.sent)  # dropped rows stay behind
         return _InFlight(
             inner,
+            len(x_XD),
             splits,
             _Message.start(x_XD[:n_sent], splits),
             _Message.start(weight_X[:n_sent], splits),
@@ -133,9 +136,8 @@ class AllToAllDispatcher:
         if in_flight.order_X is not None:
             y_XD = _reorder(y_XD, _inverse(in_flight.order_X), in_flight.order_X)
         back_XD = _Message.start(y_XD, in_flight.splits.reversed).wait()
-        n_rows = len(self._inner.receive(in_flight.inner).x_XD)
-        if len(back_XD) < n_rows:  # the inner dispatcher has places for dropped rows, which it does not read
-            back_XD = F.pad(back_XD, (0, 0, 0, n_rows - len(back_XD)))
+        if len(back_XD) < in_flight.n_rows:  # the inner dispatcher has places for dropped rows, which it does not read
+            back_XD = F.pad(back_XD, (0, 0, 0, in_flight.n_rows - len(back_XD)))
         return self._inner.combine(back_XD, in_flight.inner)
 
     def _read_splits(self, sent_NL: Tensor, received_NL: Tensor, n_assignments: int) -> _Splits:

@@ -111,8 +111,8 @@ class RoutedLayer(Protocol):
     def saved_buffers(self) -> Mapping[str, Tensor]:
         """{name: tensor} that checkpoints hold. The same on every rank."""
 
-    def reset_buffers(self) -> None:
-        """Write the values of the start of training into its buffers."""
+    def reset_buffers(self, device: torch.device | None = None) -> None:
+        """Make its buffers anew, with the values of the start of training, on `device` or where they are."""
 
     def begin_step(self, token_scale: Tensor) -> None:
         """Prepare the passes of a training step; `token_scale` is 1 / tokens of the global batch."""

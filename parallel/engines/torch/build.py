@@ -42,7 +42,7 @@ def build_engine(
     if layout.world_size > 1 or layout.offload:
         return build_parallel_engine(spec, options, layout=layout, rank=rank, device=device)
     model = _build_chunk(spec, range(spec.n_layers), options, layout)
-    _init_weights(model, spec, device)
+    _init_weights(model, spec, device, device)
     return build_single_process_engine(
         model, spec.forward_step, spec.build_optimizer, options, device, (spec.n_layers, spec.routing_width)
     )
@@ -99,7 +99,7 @@ def build_parallel_engine(
 
     # Memory and values of this rank's shards.
     for chunk in chunks.values():
-        _init_weights(chunk, spec, torch.device("cpu") if layout.offload else device)
+        _init_weights(chunk, spec, torch.device("cpu") if layout.offload else device, device)
 
     model = ShardedModel(chunks, fsdp_roots, mesh, layout, coordinates["context"])
     runner: Runner
@@ -171,12 +171,15 @@ def _split_computation(chunk: nn.Module, mesh: DeviceMesh, expert_mesh: ExpertMe
         apply_context_parallel(chunk, mesh["context"], layout.context_method)
 
 
-def _init_weights(chunk: nn.Module, spec: ModelSpec, device: torch.device) -> None:
-    """Allocate this rank's shards on `device` and write their initial values."""
-    chunk.to_empty(device=device)
+def _init_weights(chunk: nn.Module, spec: ModelSpec, home: torch.device, device: torch.device) -> None:
+    """Allocate this rank's shards on the device `home` and write their initial values.
+
+    Buffers lie on the `device` of the passes: FSDP brings offloaded parameters there, but not buffers.
+    """
+    chunk.to_empty(device=home)
     for module in chunk.modules():
         if isinstance(module, RoutedLayer):
-            module.reset_buffers()
+            module.reset_buffers(device)
     with torch.no_grad():
         for name, parameter in chunk.named_parameters():
             shard, offset, shape = local_shard(parameter)

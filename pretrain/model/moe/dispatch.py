@@ -6,6 +6,7 @@ and nothing waits for the device. Shape suffixes: T tokens, K experts of a token
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +21,7 @@ class ExpertRows(NamedTuple):
     weight_X: Tensor
     """fp32."""
     offsets_E: Tensor
-    """Where the rows of each expert end, int32. Rows behind the last one are garbage that nobody may read."""
+    """Where the rows of each expert end, int32. Rows after the last end are undefined: do not read them."""
     key_X: Tensor | None
 
 
@@ -59,6 +60,15 @@ def sort_by_expert(expert_TK: Tensor, n_experts: int, drops: bool) -> Permutatio
     return Permutation(order_X, inverse_TK, offsets_E, expert_TK < n_experts if drops else None)
 
 
+@dataclass
+class _Sorted:
+    """Tokens on their way to experts of the same rank."""
+
+    permutation: Permutation
+    rows: ExpertRows | None
+    """Until they are received."""
+
+
 class LocalDispatcher:
     """`Dispatcher` where one rank has all experts."""
 
@@ -71,22 +81,22 @@ class LocalDispatcher:
         """Return a dispatcher for that many experts, which may drop assignments."""
         return LocalDispatcher(n_experts, drops=True)
 
-    def send(
-        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, key_TK: Tensor | None
-    ) -> tuple[Permutation, ExpertRows]:
+    def send(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, key_TK: Tensor | None) -> _Sorted:
         """See `Dispatcher`."""
         permutation = sort_by_expert(expert_TK, self._n_experts, self._drops)
         key_X = None if key_TK is None else key_TK.flatten()[permutation.order_X]
         x_XD, weight_X = permute(x_TD, weight_TK, permutation)
-        return permutation, ExpertRows(x_XD, weight_X, permutation.offsets_E, key_X)
+        return _Sorted(permutation, ExpertRows(x_XD, weight_X, permutation.offsets_E, key_X))
 
-    def receive(self, in_flight: tuple[Permutation, ExpertRows]) -> ExpertRows:
-        """See `Dispatcher`."""
-        return in_flight[1]
+    def receive(self, in_flight: _Sorted) -> ExpertRows:
+        """See `Dispatcher`. Call it once: the rows may take gigabytes, and are not kept here any longer."""
+        rows, in_flight.rows = in_flight.rows, None
+        assert rows is not None
+        return rows
 
-    def combine(self, y_XD: Tensor, in_flight: tuple[Permutation, ExpertRows]) -> Tensor:
+    def combine(self, y_XD: Tensor, in_flight: _Sorted) -> Tensor:
         """See `Dispatcher`."""
-        return unpermute(y_XD, in_flight[0])
+        return unpermute(y_XD, in_flight.permutation)
 
 
 def permute(x_TD: Tensor, weight_TK: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:

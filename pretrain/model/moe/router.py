@@ -49,6 +49,8 @@ class Router(nn.Module):
     """[E + N_SUMS], the statistics of passes without gradients."""
     token_scale: Tensor
     """1 / tokens of the global batch."""
+    layer_key: Tensor
+    """Number of the layer, for random keys: the compiler would make a graph for each number."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -62,14 +64,19 @@ class Router(nn.Module):
         self.register_buffer("probe", torch.empty(E + N_SUMS, dtype=torch.float64), persistent=False)
         self.register_buffer("evaluation_sums", torch.empty(E + N_SUMS, dtype=torch.float64), persistent=False)
         self.register_buffer("token_scale", torch.empty(()), persistent=False)
+        self.register_buffer("layer_key", torch.empty((), dtype=torch.int64), persistent=False)
         self.row_ranks: RowRanks = FullRows()
         self.reset_buffers()
 
-    def reset_buffers(self) -> None:
-        """Write the values of the start of training: no bias, even load."""
-        with torch.no_grad():
-            for name, buffer in self.named_buffers():
-                buffer.fill_(1 / self.config.n_experts if name == "expert_load" else 0)
+    def reset_buffers(self, device: torch.device | None = None) -> None:
+        """Make new buffers with the values of the start of training: no bias, even load.
+
+        They lie on `device`, or where they were. New, because moving a module makes `probe` the result of an operator,
+        and autograd gives gradients to leaves only.
+        """
+        start = {"expert_load": 1 / self.config.n_experts, "layer_key": self.layer}
+        for name, buffer in list(self.named_buffers()):
+            setattr(self, name, torch.full_like(buffer, start.get(name, 0), device=device or buffer.device))
         self.probe.requires_grad_()
 
     def forward(self, x_BSD: Tensor, row_keys_B: Tensor | None) -> Routing:
@@ -78,9 +85,14 @@ class Router(nn.Module):
         Args:
             x_BSD: of any dtype.
             row_keys_B: see `rows.row_keys`; None if all rows count and nothing is random.
+
+        Raises:
+            ValueError: something is random, and there are no keys.
         """
         token_keys_BS = None
-        if row_keys_B is not None and self._is_random and torch.is_grad_enabled():
+        if self._is_random and torch.is_grad_enabled():
+            if row_keys_B is None:
+                raise ValueError("model.moe.input_jitter and expert_dropout need the Microbatch.row_ids of the rows")
             token_keys_BS = self._token_keys(x_BSD, row_keys_B)
         x_BSD = x_BSD.float()
         if token_keys_BS is not None and self.config.input_jitter:
@@ -104,7 +116,7 @@ class Router(nn.Module):
         """A key for each token, from its row, its position in it and the layer."""
         positions_R = torch.arange(x_BSD.shape[1] * self.row_ranks.size, device=x_BSD.device)
         positions_BS = self.row_ranks.local(positions_R.expand(len(x_BSD), -1))
-        return hash_int64(hash_int64(row_keys_B + self.layer)[:, None] + positions_BS)
+        return hash_int64(hash_int64(row_keys_B + self.layer_key)[:, None] + positions_BS)
 
     def _choose(self, scores_BSE: Tensor) -> Tensor:
         """The K best experts of each token, best first: [B, S, K]. The bias has a say in this only."""

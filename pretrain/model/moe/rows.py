@@ -33,7 +33,8 @@ def uniform(keys: Tensor) -> Tensor:
 
 def row_keys(row_ids_B: Tensor, seed: int) -> Tensor:
     """Return a random key for each row from its index in the run and the run's seed; PADDING stays PADDING."""
-    keys_B = hash_int64(row_ids_B + hash_int64(torch.tensor(seed))) & _POSITIVE
+    signed_seed = (seed + 2**63) % 2**64 - 2**63  # a seed has 64 bits without a sign
+    keys_B = hash_int64(row_ids_B + hash_int64(torch.tensor(signed_seed))) & _POSITIVE
     return torch.where(row_ids_B < 0, PADDING, keys_B)
 
 
