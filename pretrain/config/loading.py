@@ -132,14 +132,13 @@ def presets(package: str = "configs") -> list[str]:
 
 
 def _refuse_unread(config: RunConfig, keys: set[str]) -> None:
-    """Raise UserError if nobody would read one of these settings, which the user gave, and it is not the default."""
+    """Raise UserError for a setting that the user gave and that has no effect here."""
     values, section = flatten(config), "model.moe."
     for name, field in MoeConfig.model_fields.items():
         needed, value = config.model.moe.unread_without(name), values[section + name]
-        # A width may be that of a whole config.yaml, in which `auto` is resolved.
-        if needed and section + name in keys and value != field.default and name != "d_ff":
+        if needed and section + name in keys and value != field.default:
             raise UserError(
-                f"{section}{name}={yaml.safe_dump(value).split()[0]} is not read without {needed}; set that too, or "
+                f"{section}{name}={yaml.safe_dump(value).split()[0]} has no effect without {needed}; set that too, or "
                 f"leave {section}{name} out"
             )
 

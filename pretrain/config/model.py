@@ -174,9 +174,14 @@ class MoeConfig(Settings):
         """The setting without which nobody reads the setting `name` of this section; empty if it is read."""
         if self.n_experts == 0 and name != "n_experts":
             return "model.moe.n_experts"
-        if name == "bias_update_rate" and not self.expert_bias:
-            return "model.moe.expert_bias=true"
-        return "model.moe.capacity_factor" if name == "drop_policy" and self.capacity_factor is None else ""
+        needed = {
+            "bias_update_rate": (self.expert_bias, "model.moe.expert_bias=true"),
+            "drop_policy": (self.capacity_factor is not None, "model.moe.capacity_factor"),
+            "aux_loss_scope": (self.aux_loss > 0, "model.moe.aux_loss above 0"),
+            "normalize_top_k": (not self.softmax_after_top_k, "model.moe.softmax_after_top_k=false"),
+        }
+        is_set, setting = needed.get(name, (True, ""))
+        return "" if is_set else setting
 
     @model_validator(mode="after")
     def _check(self) -> MoeConfig:
@@ -190,7 +195,7 @@ class MoeConfig(Settings):
         self._check_groups()
         if self.score_function == "sigmoid" and self.softmax_after_top_k:
             raise ValueError(
-                "model.moe.softmax_after_top_k=true needs model.moe.score_function=softmax, which is sigmoid; "
+                "model.moe.softmax_after_top_k=true needs model.moe.score_function=softmax, and it is sigmoid; "
                 "change one"
             )
         if self.softmax_after_top_k and self.top_k == 1:
@@ -201,7 +206,7 @@ class MoeConfig(Settings):
         if self.capacity_factor is not None and self.capacity_factor < 1 / self.n_experts:
             raise ValueError(
                 f"model.moe.capacity_factor={self.capacity_factor} is below 1 / model.moe.n_experts = "
-                f"{1 / self.n_experts:.4g}: all experts together would take fewer tokens than one has to; use 1 or more"
+                f"{1 / self.n_experts:.4g}: experts would drop nearly all that is sent to them; use 1 or more"
             )
         if self.shared_expert_gate and not self.n_shared_experts:
             raise ValueError(
@@ -299,7 +304,7 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _check_experts(self) -> ModelConfig:
-        if self.moe.d_ff == AUTO:
+        if self.moe.n_experts and self.moe.d_ff == AUTO:
             object.__setattr__(self, "moe", self.moe.model_copy(update={"d_ff": self.d_ff}))
         moe = self.moe
         if self.architecture == "moe" and not moe.n_experts:
@@ -308,7 +313,7 @@ class ModelConfig(Settings):
             )
         if self.architecture == "llama" and moe.n_experts:
             raise ValueError(
-                f"model.moe.n_experts={moe.n_experts} needs model.architecture=moe, which is llama; change one"
+                f"model.moe.n_experts={moe.n_experts} needs model.architecture=moe, and it is llama; change one"
             )
         if moe.n_experts and not any(map(moe.has_experts, range(self.n_layers))):
             raise ValueError(

@@ -203,20 +203,16 @@ def stages_need_pipeline(config: RunConfig) -> Violation | None:
 
 
 def recompute_can_compile(config: RunConfig) -> Violation | None:
-    """Compilation goes with the pipeline schedule and the recomputation: see `can_compile`."""
-    if not config.train.compile or can_compile(config):
+    """Compilation goes with the recomputation and the layout: see `compile_conflict`."""
+    conflict = compile_conflict(config)
+    if not config.train.compile or conflict is None:
         return None
-    if not _splits_backward(config):
-        return Violation(
-            "train.compile=true does not go with train.recompute=selective where experts are split over ranks "
-            "(parallel.expert, parallel.expert_tensor or parallel.tensor above 1): it would keep what compiled code "
-            "writes over",
-            "use train.recompute=full or train.compile=false",
-        )
+    other = ", or parallel.schedule=interleaved or 1f1b" if _splits_backward(config) else ""
     return Violation(
-        f"train.compile=true does not go with parallel.schedule={config.parallel.schedule} and "
-        f"train.recompute=selective, which would keep what compiled code writes over",
-        "use train.recompute=full, train.compile=false, or parallel.schedule=interleaved or 1f1b",
+        f"train.compile=true does not go with {conflict}, which would keep what compiled code writes over",
+        f"use train.recompute=full, train.compile=false{other}"
+        if other
+        else "use train.recompute=full or train.compile=false",
     )
 
 
@@ -319,15 +315,20 @@ def rows_per_data_rank(config: RunConfig) -> int:
     return config.train.batch_size // config.parallel.data_ranks
 
 
-def can_compile(config: RunConfig) -> bool:
-    """Whether blocks can be compiled.
+def compile_conflict(config: RunConfig) -> str | None:
+    """Return the settings that keep blocks from being compiled; None if they can be.
 
     Zero-bubble schedules compile the pieces of a block between its linear layers (`parallel.pipeline.zero_bubble`).
     Selective recomputation would then see the operators inside those pieces, and keep results in memory that compiled
     code uses again. The same holds for experts that have a mesh of their own.
     """
-    splits_experts = config.model.moe.n_experts > 0 and _layout_of(config.parallel).splits_experts
-    return not ((_splits_backward(config) or splits_experts) and config.train.recompute == "selective")
+    if config.train.recompute != "selective":
+        return None
+    if _splits_backward(config):
+        return f"parallel.schedule={config.parallel.schedule} and train.recompute=selective"
+    if config.model.moe.n_experts and _layout_of(config.parallel).splits_experts:
+        return "experts on several ranks (parallel.expert, expert_tensor or tensor) and train.recompute=selective"
+    return None
 
 
 def _layout_of(parallel: ParallelConfig) -> Layout:

@@ -22,7 +22,7 @@ from pretrain.model import kernels
 from pretrain.model.kernels import VARIABLE_LENGTH, available_backends, choose_backend
 from pretrain.optim import schedule
 from pretrain.setup.constraints import Violation
-from pretrain.setup.layout_constraints import can_compile
+from pretrain.setup.layout_constraints import compile_conflict
 
 COMPILE_WORTH_FLOPS = 2e13
 """On a CPU compiling costs about a minute; a run of more FLOPs than this gains more than that."""
@@ -74,9 +74,9 @@ def precision_rule(config: RunConfig) -> tuple[object, str]:
 
 def compile_rule(config: RunConfig) -> tuple[object, str]:
     """`train.compile=auto`: where it is possible and the run is long enough."""
-    if not can_compile(config):
-        kept = f"parallel.schedule={config.parallel.schedule} and train.recompute=selective"
-        return False, f"what {kept} keep cannot be compiled"
+    conflict = compile_conflict(config)
+    if conflict is not None:
+        return False, f"it does not go with {conflict}"
     missing = missing_compiler(config.train.device)
     if missing is not None:
         return False, missing
@@ -186,6 +186,6 @@ THIS_MACHINE = Machine(
 GPU_CLUSTER = Machine(
     device=lambda config: ("cuda", "assumed"),
     precision=lambda config: ("bf16", "assumed") if config.train.device == "cuda" else precision_rule(config),
-    compile=lambda config: (config.train.device == "cuda" and can_compile(config), "assumed"),
+    compile=lambda config: (config.train.device == "cuda" and compile_conflict(config) is None, "assumed"),
     attention=lambda config: ("varlen" if config.train.device == "cuda" else "sdpa", "assumed"),
 )

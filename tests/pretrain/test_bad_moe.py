@@ -51,21 +51,30 @@ SETTINGS = {
     ),
     "capacity for nobody": (
         (*MOE, "model.moe.capacity_factor=0.1"),
-        "model.moe.capacity_factor=0.1 is below 1 / model.moe.n_experts = 0.125: all experts together would take fewer "
-        "tokens than one has to; use 1 or more",
+        "model.moe.capacity_factor=0.1 is below 1 / model.moe.n_experts = 0.125: experts would drop nearly all that "
+        "is sent to them; use 1 or more",
     ),
     "a policy that drops nothing": (
         (*MOE, "model.moe.drop_policy=position"),
-        "model.moe.drop_policy=position is not read without model.moe.capacity_factor; set that too, or leave "
+        "model.moe.drop_policy=position has no effect without model.moe.capacity_factor; set that too, or leave "
         "model.moe.drop_policy out",
     ),
     "a rate without biases": (
         (*MOE, "model.moe.bias_update_rate=0.01"),
-        "model.moe.bias_update_rate=0.01 is not read without model.moe.expert_bias=true; set that too",
+        "model.moe.bias_update_rate=0.01 has no effect without model.moe.expert_bias=true; set that too",
     ),
+    "a scope of no loss": (
+        (*MOE, "model.moe.aux_loss=0", "model.moe.aux_loss_scope=sequence"),
+        "model.moe.aux_loss_scope=sequence has no effect without model.moe.aux_loss above 0; set that too",
+    ),
+    "sums that are 1 anyway": (
+        (*MOE, "model.moe.softmax_after_top_k=true", "model.moe.normalize_top_k=false"),
+        "model.moe.normalize_top_k=false has no effect without model.moe.softmax_after_top_k=false; set that too",
+    ),
+    "a width of no expert": (("model.moe.d_ff=64",), "model.moe.d_ff=64 has no effect without model.moe.n_experts"),
     "softmax of the chosen sigmoid scores": (
         (*MOE, "model.moe.score_function=sigmoid", "model.moe.softmax_after_top_k=true"),
-        "model.moe.softmax_after_top_k=true needs model.moe.score_function=softmax, which is sigmoid; change one",
+        "model.moe.softmax_after_top_k=true needs model.moe.score_function=softmax, and it is sigmoid; change one",
     ),
     "softmax of one expert": (
         (*MOE, "model.moe.top_k=1", "model.moe.softmax_after_top_k=true"),
@@ -89,13 +98,13 @@ SETTINGS = {
     ),
     "experts of a dense architecture": (
         ("model.moe.n_experts=8",),
-        "model.moe.n_experts=8 needs model.architecture=moe, which is llama; change one",
+        "model.moe.n_experts=8 needs model.architecture=moe, and it is llama; change one",
     ),
     "a setting of experts in a dense model": (
         ("model.moe.top_k=4",),
-        "model.moe.top_k=4 is not read without model.moe.n_experts; set that too, or leave model.moe.top_k out",
+        "model.moe.top_k=4 has no effect without model.moe.n_experts; set that too, or leave model.moe.top_k out",
     ),
-    "biases in a dense model": (("model.moe.expert_bias=true",), "model.moe.expert_bias=true is not read without"),
+    "biases in a dense model": (("model.moe.expert_bias=true",), "model.moe.expert_bias=true has no effect without"),
     "no width": ((*MOE, "model.moe.d_ff=0"), "model.moe.d_ff=0: input should be greater than 0"),
     "all noise": ((*MOE, "model.moe.input_jitter=1"), "model.moe.input_jitter=1: input should be less than 1"),
     "unknown scores": (
@@ -115,7 +124,7 @@ def test_settings_that_do_not_go_together(
 
 def test_settings_of_a_file_that_nobody_reads(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("model: {moe: {top_k: 4}}")
-    assert "model.moe.top_k=4 is not read without model.moe.n_experts" in refused("train", tmp_path / "my.yaml")
+    assert "model.moe.top_k=4 has no effect without model.moe.n_experts" in refused("train", tmp_path / "my.yaml")
 
 
 def test_a_preset_made_dense_keeps_quiet_about_its_experts() -> None:

@@ -207,3 +207,28 @@ def test_a_layer_compiles_to_one_graph(name: str, capacity: str) -> None:
     compiled = run(layer, *inputs())
     for key, value in eager.items():
         assert distance(compiled[key], value) < 1e-6, key
+
+
+def test_buffers_are_new_leaves_wherever_the_layer_was_moved() -> None:
+    layer = make_layer(model_config())
+    layer.to(torch.float64)
+    assert not layer.gate.probe.is_leaf or not layer.gate.probe.requires_grad  # negative control: moving breaks it
+    layer.gate.reset_buffers(torch.device("meta"))
+    assert {buffer.device.type for buffer in layer.gate.buffers()} == {"meta"}
+    assert layer.gate.probe.is_leaf
+    assert layer.gate.probe.requires_grad
+
+
+def test_every_seed_that_the_settings_allow_gives_its_own_row_keys() -> None:
+    seeds = [0, 1, 2**63 - 1, 2**63, 2**64 - 1]
+    keys = {seed: tuple(row_keys(torch.tensor([0, 7, PADDING]), seed).tolist()) for seed in seeds}
+    assert len(set(keys.values())) == len(seeds)
+    assert all(key[:2] >= (0, 0) and key[2] == PADDING for key in keys.values())
+
+
+def test_noise_without_the_numbers_of_the_rows_is_refused() -> None:
+    layer, (x_BSD, _) = make_layer(model_config(input_jitter=0.1)), inputs()
+    with pytest.raises(ValueError, match="row_ids"):
+        layer.gate(x_BSD, None)
+    with torch.no_grad():
+        layer.gate(x_BSD, None)
