@@ -136,7 +136,8 @@ def _refuse_unread(config: RunConfig, keys: set[str]) -> None:
     values, section = flatten(config), "model.moe."
     for name, field in MoeConfig.model_fields.items():
         needed, value = config.model.moe.unread_without(name), values[section + name]
-        if needed and section + name in keys and value != field.default:
+        # A width may be that of a saved config.yaml, where `auto` is resolved for dense models too.
+        if needed and section + name in keys and value != field.default and name != "d_ff":
             raise UserError(
                 f"{section}{name}={yaml.safe_dump(value).split()[0]} has no effect without {needed}; set that too, or "
                 f"leave {section}{name} out"

@@ -304,7 +304,7 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _check_experts(self) -> ModelConfig:
-        if self.moe.n_experts and self.moe.d_ff == AUTO:
+        if self.moe.d_ff == AUTO:
             object.__setattr__(self, "moe", self.moe.model_copy(update={"d_ff": self.d_ff}))
         moe = self.moe
         if self.architecture == "moe" and not moe.n_experts:

@@ -92,9 +92,9 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "compiled experts that are recomputed in part": (
         2,
         (*EXPERTS, "parallel.expert=2", "train.compile=true", "train.recompute=selective"),
-        "train.compile=true does not go with train.recompute=selective where experts are split over ranks "
-        "(parallel.expert, parallel.expert_tensor or parallel.tensor above 1): it would keep what compiled code writes "
-        "over: use train.recompute=full or train.compile=false",
+        "train.compile=true does not go with experts on several ranks (parallel.expert, expert_tensor or tensor) and "
+        "train.recompute=selective, which would keep what compiled code writes over: use train.recompute=full or "
+        "train.compile=false",
     ),
     "heads": (3, ("parallel.tensor=3",), "parallel.tensor=3 does not divide model.n_heads=2: use 1"),
     "key/value heads": (

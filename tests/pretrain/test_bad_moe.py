@@ -71,7 +71,6 @@ SETTINGS = {
         (*MOE, "model.moe.softmax_after_top_k=true", "model.moe.normalize_top_k=false"),
         "model.moe.normalize_top_k=false has no effect without model.moe.softmax_after_top_k=false; set that too",
     ),
-    "a width of no expert": (("model.moe.d_ff=64",), "model.moe.d_ff=64 has no effect without model.moe.n_experts"),
     "softmax of the chosen sigmoid scores": (
         (*MOE, "model.moe.score_function=sigmoid", "model.moe.softmax_after_top_k=true"),
         "model.moe.softmax_after_top_k=true needs model.moe.score_function=softmax, and it is sigmoid; change one",
