@@ -46,10 +46,10 @@ from pretrain.train.inputs import open_data, open_tokenizer
 SEEDS = (0, 1, 2)
 N_EXPERTS, TOP_K, DENSE_D_FF = 8, 2, 256
 MODEL = {
-    "n_layers": 2,
-    "d_model": 64,
-    "n_heads": 2,
-    "n_kv_heads": 1,
+    "n_layers": 3,
+    "d_model": 128,
+    "n_heads": 4,
+    "n_kv_heads": 2,
     "d_ff": DENSE_D_FF,
     "max_seq_len": 256,
     "tie_embeddings": True,

@@ -91,7 +91,7 @@ class _InFlight(NamedTuple):
 
 
 class AllToAllDispatcher:
-    """`Dispatcher` over ranks that share out the experts: rank i has experts i*L to (i+1)*L - 1."""
+    """`Dispatcher` over ranks that the experts are divided among: rank i has experts i*L to (i+1)*L - 1."""
 
     def __init__(self, inner: Dispatcher, group: ProcessGroup) -> None:
         """Put it around the dispatcher of one process, which sorts by all E experts."""

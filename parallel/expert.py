@@ -152,7 +152,7 @@ def _gather(x: Tensor, group: ProcessGroup) -> list[Tensor]:
 
 
 def _dispatcher_maker(group: ProcessGroup, layout: Layout) -> Callable[[MoELayer], Dispatcher]:
-    """A function that makes the dispatcher of a layer over the ranks that share out its experts."""
+    """A function that makes the dispatcher of a layer over the ranks that its experts are divided among."""
     buffer = cache(make_buffer)  # one for all layers
 
     def make(layer: MoELayer) -> Dispatcher:

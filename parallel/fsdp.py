@@ -139,7 +139,7 @@ def _set_prefetch(units: Sequence[nn.Module], experts: Mapping[nn.Module, Sequen
 
     Below ZeRO-3 this changes nothing after the first forward pass of a step, because units stay gathered. Blocks start
     the gathers of their experts too. Experts start none: under recomputation their forward runs in the backward pass,
-    when the next block is not needed any more.
+    when the next block has been used already.
 
     Args:
         units: in the order of their use.

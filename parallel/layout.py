@@ -48,7 +48,8 @@ class Layout:
     tensor: int = 1
 
     expert: int = 1
-    """Ranks that share out the experts. `expert` * `expert_tensor` must divide `shard` * `context` * `tensor`."""
+    """Ranks that the experts are divided among. `expert` * `expert_tensor` must divide `shard` * `context` *
+    `tensor`."""
     expert_tensor: int = 1
     """Ranks that split the hidden width of each expert."""
 

@@ -94,7 +94,7 @@ Contexts = tuple[TorchDispatchMode, TorchDispatchMode]
 
 
 def _only_for(operators: frozenset[str], make_contexts: Callable[[], Contexts]) -> Contexts:
-    """Let torch's contexts see these operators only.
+    """Show only these operators to torch's selective checkpointing.
 
     Torch checks that the recomputation runs the same operators as the forward pass. The hooks of FSDP units inside a
     block do not: a unit that was gathered ahead in one of the two is gathered here in the other.

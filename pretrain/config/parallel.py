@@ -31,7 +31,7 @@ class ParallelConfig(Settings):
     """Ranks that split the layers."""
 
     expert: int = Field(default=1, gt=0)
-    """Ranks that share out the experts of a mixture of experts. They are not more processes: the `shard`, `context` and
+    """Ranks that the experts of a layer are divided among. They are not more processes: the `shard`, `context` and
     `tensor` ranks are grouped anew for experts (arXiv:2504.14960), and `expert` times `expert_tensor` divides them."""
 
     expert_tensor: int = Field(default=1, gt=0)

@@ -56,7 +56,8 @@ class RoutingStatistics(BaseModel):
     dropped: tuple[Number, ...] | None = None
     """Fraction of the assignments that exceeded a capacity; None without one."""
     aux_loss: tuple[Number, ...] | None = None
-    """Auxiliary loss without its weight: 1 if load or scores are even; None when it is off."""
+    """Auxiliary loss without its weight: 1 if load or scores are even, below 1 if busy experts have low scores.
+    None when it is off."""
     router_z_loss: tuple[Number, ...] | None = None
     """Mean log(Z)^2 of the router's logits, without its weight; None when it is off."""
 

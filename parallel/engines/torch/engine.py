@@ -130,7 +130,7 @@ class TorchEngine:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """See `Engine`. The loss is averaged over the targets of the global batch, however they are distributed."""
-        n_targets, n_tokens = self._count_targets(microbatches).clamp(min=1).unbind()
+        n_targets, n_tokens = self._count_targets_and_tokens(microbatches).clamp(min=1).unbind()
         for layer in self._model.routed_layers:
             layer.begin_step(n_tokens.float().reciprocal())
         local = [self._model.shard_microbatch(microbatch) for microbatch in microbatches]
@@ -166,7 +166,7 @@ class TorchEngine:
     @torch.no_grad()
     def eval_step(self, microbatches: Sequence[Microbatch]) -> EvalResult:
         """See `Engine`."""
-        n_targets, _ = self._count_targets(microbatches).unbind()
+        n_targets, _ = self._count_targets_and_tokens(microbatches).unbind()
         local = [self._model.shard_microbatch(microbatch) for microbatch in microbatches]
         total, routing = self._all_reduce_with_routing(self._runner.evaluate(local)[None] / self.layout.tensor)
         self._model.reshard()
@@ -185,7 +185,7 @@ class TorchEngine:
         """See `Engine`."""
         self._model.sync_compute_weights()
 
-    def _count_targets(self, microbatches: Sequence[Microbatch]) -> Tensor:
+    def _count_targets_and_tokens(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """Numbers of (targets, tokens) of the global batch, int64, on the device. Nobody waits for them."""
         counts = sum(m.n_targets for m in microbatches), sum(m.n_tokens for m in microbatches)
         # torch.full() makes them on the device; torch.tensor() would wait for a copy.

@@ -8,9 +8,9 @@ products. The elementwise parts are plain PyTorch, so that torch.compile fuses t
 - `pretrain::grouped_mm`: each group of rows times its own matrix (outputs, and gradients of inputs);
 - `pretrain::grouped_weight_grad`: for each group the product of two sets of its rows (gradients of weights).
 
-On CUDA they are torch's `grouped_mm`: no group size reaches the host. It takes bf16, widths that are multiples of 16
-bytes, and compute capability 8.0. Everything else on CUDA (fp32, odd widths) is a loop over the groups, which waits
-for the device to read their sizes.
+On CUDA they are torch's `grouped_mm`. It takes bf16, widths that are multiples of 16 bytes, and compute capability 8.0.
+From 9.0 (H100) on, no group size reaches the host; on 8.x (A100) torch itself reads them and loops. Everything else on
+CUDA (fp32, odd widths) is a loop over the groups here, which waits for the device to read their sizes.
 
 On CPUs they are a loop too. In fp32 torch's `grouped_mm` would be as fast. In bf16 it is not: oneDNN compiles a kernel
 for each new size of a matrix and keeps 1,024 of them, a learned router brings new group sizes every step, and to
