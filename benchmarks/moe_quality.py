@@ -46,7 +46,7 @@ from pretrain.train.inputs import open_data, open_tokenizer
 SEEDS = (0, 1, 2)
 N_EXPERTS, TOP_K, DENSE_D_FF = 8, 2, 256
 MODEL = {
-    "n_layers": 3,
+    "n_layers": 4,
     "d_model": 128,
     "n_heads": 4,
     "n_kv_heads": 2,
