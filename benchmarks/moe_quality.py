@@ -47,9 +47,9 @@ SEEDS = (0, 1, 2)
 N_EXPERTS, TOP_K, DENSE_D_FF = 8, 2, 256
 MODEL = {
     "n_layers": 4,
-    "d_model": 128,
-    "n_heads": 4,
-    "n_kv_heads": 2,
+    "d_model": 64,
+    "n_heads": 2,
+    "n_kv_heads": 1,
     "d_ff": DENSE_D_FF,
     "max_seq_len": 256,
     "tie_embeddings": True,
