@@ -1,4 +1,4 @@
-"""Training steps of mixtures of experts beside dense models of equal active FLOPs and beside `transformers`.
+"""Time a training step with experts. Compare it with a dense model of equal active FLOPs, and with `transformers`.
 
 Two cases with the widths of small models, in bf16, with the router as it learns: few large experts (Mixtral's design)
 and many small ones (Qwen3-MoE's). All sides take their steps in turns in one process: each alternation times a few

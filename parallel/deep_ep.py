@@ -84,7 +84,8 @@ class DeepEPDispatcher:
     def combine(self, y_XD: Tensor, in_flight: _InFlight) -> Tensor:
         """See `Dispatcher`."""
         y_RD = self._local.combine(y_XD, in_flight.inner[0])
-        out_TD: Tensor = _Combine.apply(y_RD, self._buffer, in_flight.handle)  # type: ignore[no-untyped-call]  # as above
+        inputs = y_RD, self._buffer, in_flight.handle
+        out_TD: Tensor = _Combine.apply(*inputs)  # type: ignore[no-untyped-call]  # as above
         return out_TD
 
 

@@ -112,7 +112,7 @@ class RoutedLayer(Protocol):
         """{name: tensor} that checkpoints hold. The same on every rank."""
 
     def reset_buffers(self, device: torch.device | None = None) -> None:
-        """Make its buffers anew, with the values of the start of training, on `device` or where they are."""
+        """Replace its buffers by new ones with initial values, on `device`; None keeps the device."""
 
     def begin_step(self, token_scale: Tensor) -> None:
         """Prepare the passes of a training step; `token_scale` is 1 / tokens of the global batch."""

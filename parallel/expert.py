@@ -91,7 +91,8 @@ def apply_expert_parallel(module: nn.Module, mesh: ExpertMesh, layout: Layout) -
             part = mesh.axes["expert_tensor"]
             layer.dispatcher = ExpertTensorDispatcher(layer.dispatcher, part.get_group())
             width = cast(Tensor, layer.experts.down_proj).shape[-1]
-            layer.experts.first_feature = part.get_local_rank() * width // layout.expert_tensor  # type: ignore[assignment]  # an int, and nn.Module's attributes are typed as tensors
+            first_feature = part.get_local_rank() * width // layout.expert_tensor
+            layer.experts.first_feature = first_feature  # type: ignore[assignment]  # nn.Module wants tensors
         make_classes.change(layer)
 
 

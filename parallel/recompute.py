@@ -116,7 +116,8 @@ class _Filter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if _name(operator) in self._operators:
-            return self._mode.__torch_dispatch__(operator, types, args, kwargs)  # type: ignore[no-untyped-call]  # as above
+            shown = operator, types, args, kwargs
+            return self._mode.__torch_dispatch__(*shown)  # type: ignore[no-untyped-call]  # as above
         return operator(*args, **(kwargs or {}))
 
 

@@ -62,7 +62,7 @@ def write_run(
 ) -> Path:
     """A run of `steps` steps, stopped and resumed half way, validated at the start and after every tenth step.
 
-    With `moe_layers` every layer has 4 experts, of which the last layer has `dead` ones without a token.
+    With `moe_layers` every layer has 4 experts. In the last layer, `dead` of them get no token.
     """
     model: dict[str, object] = {"n_layers": 3, "vocab_size": 512}
     if moe_layers:

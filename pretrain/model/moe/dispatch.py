@@ -102,7 +102,8 @@ class LocalDispatcher:
 def permute(x_TD: Tensor, weight_TK: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:
     """Copy tokens and weights into rows: ([X, D], [X])."""
     order_X, inverse_TK, _, kept_TK = permutation
-    x_XD: Tensor = _Permute.apply(x_TD, order_X, inverse_TK, kept_TK)  # type: ignore[no-untyped-call]  # untyped in torch
+    inputs = x_TD, order_X, inverse_TK, kept_TK
+    x_XD: Tensor = _Permute.apply(*inputs)  # type: ignore[no-untyped-call]  # untyped in torch
     weights: Tensor = _Permute.apply(  # type: ignore[no-untyped-call]  # as above
         weight_TK.reshape(-1, 1), order_X, inverse_TK.view(-1, 1), None if kept_TK is None else kept_TK.view(-1, 1)
     )
@@ -112,7 +113,8 @@ def permute(x_TD: Tensor, weight_TK: Tensor, permutation: Permutation) -> tuple[
 def unpermute(y_XD: Tensor, permutation: Permutation) -> Tensor:
     """Add up the rows of each token: [T, D]."""
     order_X, inverse_TK, _, kept_TK = permutation
-    out_TD: Tensor = _Unpermute.apply(y_XD, order_X, inverse_TK, kept_TK)  # type: ignore[no-untyped-call]  # untyped in torch
+    inputs = y_XD, order_X, inverse_TK, kept_TK
+    out_TD: Tensor = _Unpermute.apply(*inputs)  # type: ignore[no-untyped-call]  # untyped in torch
     return out_TD
 
 

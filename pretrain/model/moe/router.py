@@ -183,7 +183,8 @@ class Router(nn.Module):
         if not torch.is_grad_enabled():
             self.evaluation_sums.add_(values)
             return weight_BSK
-        attached: Tensor = _Attach.apply(weight_BSK, (aux + z_loss) * self.token_scale, self.probe, values)  # type: ignore[no-untyped-call]  # untyped in torch
+        inputs = weight_BSK, (aux + z_loss) * self.token_scale, self.probe, values
+        attached: Tensor = _Attach.apply(*inputs)  # type: ignore[no-untyped-call]  # untyped in torch
         return attached
 
     def _load(self, counts_BE: Tensor, S: int) -> Tensor:
